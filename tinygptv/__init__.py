@@ -1,0 +1,40 @@
+"""TinyGPT-V as a model library: configuration, model, processing, training maths, quantization, decoding.
+
+Nothing in this package imports ray, mlflow or pyarrow, reads the network, or does work when it is imported.
+Importing it registers the model with the Auto classes of transformers, so that
+``AutoModelForImageTextToText.from_pretrained(checkpoint_dir)`` works without remote code.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tinygptv.config import TinyGPTVConfig
+    from tinygptv.model import TinyGPTVForConditionalGeneration
+    from tinygptv.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
+
+__all__ = [
+    "TinyGPTVConfig",
+    "TinyGPTVForConditionalGeneration",
+    "TinyGPTVImageProcessor",
+    "TinyGPTVProcessor",
+]
+
+# torch and transformers take seconds to import; the pure parts (sample, mixture, stages, boxes, prompts)
+# must stay importable without them, so the heavy names load on first use.
+_HOME = {
+    "TinyGPTVConfig": "tinygptv.config",
+    "TinyGPTVForConditionalGeneration": "tinygptv.model",
+    "TinyGPTVImageProcessor": "tinygptv.processing",
+    "TinyGPTVProcessor": "tinygptv.processing",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tinygptv' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

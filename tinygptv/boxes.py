@@ -1,0 +1,138 @@
+"""Box text and pixel boxes: ``{<x1><y1><x2><y2>}`` with integers 0..100, relative to the image's sides.
+
+A grounded phrase is ``<p>phrase</p> {<..>}``; several boxes of one phrase are joined by ``<delim>``.
+Source: MiniGPT-v2's box format as TinyGPT-V uses it (upstream release, demo_v2.py and eval_ref.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Box = tuple[float, float, float, float]
+"""Corners x1, y1, x2, y2; in pixels or on the 0..100 grid, as the function says."""
+
+GRID = 100
+_BOX = re.compile(r"\{<(\d{1,3})><(\d{1,3})><(\d{1,3})><(\d{1,3})>\}")
+_PHRASE = re.compile(r"<p>(?P<phrase>.*?)</p>\s*(?P<boxes>\{<[\d<>]*\}(?:\s*(?:<delim>)?\s*\{<[\d<>]*\})*)", re.DOTALL)
+
+COLOURS: tuple[tuple[int, int, int], ...] = (
+    (230, 57, 70),
+    (42, 157, 143),
+    (69, 123, 230),
+    (244, 162, 42),
+    (155, 89, 208),
+    (46, 196, 222),
+    (120, 170, 40),
+    (226, 84, 160),
+)
+"""RGB colours for drawn boxes; entity i takes colour i modulo their number, on pictures and in the web page alike."""
+
+
+@dataclass(frozen=True)
+class GroundedBox:
+    """A box found in text.
+
+    Attributes:
+        phrase: words that the box belongs to; empty for a bare box.
+        box: corners on the 0..100 grid, as written.
+        entity: index of the phrase in the text; boxes of one phrase share it.
+    """
+
+    phrase: str
+    box: Box
+    entity: int
+
+
+def format_box(box: Sequence[float], width: float, height: float) -> str:
+    """Write a pixel box as text.
+
+    Args:
+        box: x1, y1, x2, y2 in pixels of the original image.
+        width: width of the original image in pixels.
+        height: height of the original image in pixels.
+
+    Returns:
+        ``{<x1><y1><x2><y2>}``; each coordinate is truncated, not rounded, as in the release's data sets.
+
+    Raises:
+        ValueError: the image has no area.
+    """
+    if width <= 0 or height <= 0:
+        raise ValueError(f"an image of {width} x {height} pixels has no boxes: give its original width and height.")
+    x1, y1, x2, y2 = box
+    cells = (x1 / width * GRID, y1 / height * GRID, x2 / width * GRID, y2 / height * GRID)
+    return "{" + "".join(f"<{int(cell)}>" for cell in cells) + "}"
+
+
+def parse_boxes(text: str) -> list[GroundedBox]:
+    """Find every box in a model's answer, with its phrase where it has one.
+
+    Args:
+        text: e.g. ``<p>a dog</p> {<1><2><3><4>}<delim>{<5><6><7><8>}`` or a bare ``{<1><2><3><4>}``.
+
+    Returns:
+        Boxes in text order. Malformed boxes (not four integers) are left out.
+    """
+    found: list[GroundedBox] = []
+    claimed: list[tuple[int, int]] = []
+    entity = 0
+    spans: list[tuple[int, str, str]] = []
+    for match in _PHRASE.finditer(text):
+        claimed.append(match.span("boxes"))
+        spans.append((match.start(), match["phrase"].strip(), match["boxes"]))
+    for match in _BOX.finditer(text):
+        if not any(start <= match.start() < end for start, end in claimed):
+            spans.append((match.start(), "", match.group()))
+    for _, phrase, boxes in sorted(spans):
+        corners = [tuple(float(n) for n in m.groups()) for m in _BOX.finditer(boxes)]
+        found += [GroundedBox(phrase, corner, entity) for corner in corners]  # type: ignore[arg-type]
+        entity += bool(corners)
+    return found
+
+
+def strip_boxes(text: str) -> str:
+    """Remove box text and phrase marks, leaving the words that a person reads."""
+    text = re.sub(r"\s*\{<[\d<>]*\}|<delim>", "", text)
+    return re.sub(r"</?p>", "", text).strip()
+
+
+def parse_answer_box(answer: str) -> Box | None:
+    """Read the box of a [refer] answer as the release's evaluation does.
+
+    Args:
+        answer: generated text; ``<unk>`` and spaces are ignored, and the box must come first.
+
+    Returns:
+        Corners on the 0..100 grid, or None where the answer does not start with a well-formed box.
+    """
+    match = _BOX.match(answer.replace("<unk>", "").replace(" ", "").strip())
+    return tuple(float(n) for n in match.groups()) if match else None  # type: ignore[return-value]
+
+
+def to_pixels(box: Sequence[float], width: float, height: float) -> Box:
+    """Scale a box from the 0..100 grid to pixels of an image of width x height."""
+    x1, y1, x2, y2 = box
+    return (x1 / GRID * width, y1 / GRID * height, x2 / GRID * width, y2 / GRID * height)
+
+
+def iou(a: Sequence[float], b: Sequence[float], *, pixel_grid: bool = True) -> float:
+    """Intersection over union of two boxes.
+
+    Args:
+        a: x1, y1, x2, y2.
+        b: the same.
+        pixel_grid: count both border pixels (width = x2 - x1 + 1), the convention of the RefCOCO scripts.
+
+    Returns:
+        0..1.
+    """
+    extra = 1.0 if pixel_grid else 0.0
+    overlap_width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]) + extra)
+    overlap_height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]) + extra)
+    overlap = overlap_width * overlap_height
+    area_a = (a[2] - a[0] + extra) * (a[3] - a[1] + extra)
+    area_b = (b[2] - b[0] + extra) * (b[3] - b[1] + extra)
+    union = area_a + area_b - overlap
+    return overlap / union if union > 0 else 0.0

@@ -1,0 +1,64 @@
+"""LoRA adapters on the language model: added by peft, part of the model's own state, merged on demand.
+
+The adapters live inside the model (not in a wrapper), so that a checkpoint folder is one state dict and
+``from_pretrained`` rebuilds it from ``config.lora_rank`` alone. Paper section 3.2; the release's peft settings.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from tinygptv.config import LORA_TARGETS
+
+ADAPTER_NAME = "default"
+
+
+def add_lora(language_model: nn.Module, rank: int, alpha: int, dropout: float) -> None:
+    """Put a LoRA adapter beside every fused q/k/v and output projection, in place.
+
+    Args:
+        language_model: a ``LanguageModel``; its own weights stay as they are.
+        rank: columns of A, rows of B.
+        alpha: scale numerator; the adapter's output is multiplied by ``alpha / rank``.
+        dropout: dropout on the adapter's input while training.
+
+    Raises:
+        ValueError: the rank is not positive.
+    """
+    if rank < 1:
+        raise ValueError(f"lora_rank is {rank}; a LoRA adapter needs a rank of at least 1 (0 means: do not add one).")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(LORA_TARGETS), bias="none"
+    )
+    trainable = {name for name, parameter in language_model.named_parameters() if parameter.requires_grad}
+    inject_adapter_in_model(config, language_model, adapter_name=ADAPTER_NAME)
+    # peft freezes everything else; which parameters train is the stage's business, so put that back.
+    for name, parameter in language_model.named_parameters():
+        parameter.requires_grad_("lora_" in name or name.replace("base_layer.", "") in trainable)
+
+
+def merge_lora(language_model: nn.Module) -> int:
+    """Add every adapter's product to its base weight and remove the adapters, in place.
+
+    Returns:
+        Number of adapters merged.
+    """
+    merged = 0
+    for name, module in list(language_model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge(safe_merge=True)
+            parent_name, _, child_name = name.rpartition(".")
+            setattr(language_model.get_submodule(parent_name), child_name, module.get_base_layer())
+            merged += 1
+    return merged
+
+
+@torch.no_grad()
+def reset_lora(language_model: nn.Module) -> None:
+    """Start the adapters anew: A Kaiming-uniform, B zero, so that they change nothing."""
+    for module in language_model.modules():
+        if isinstance(module, LoraLayer):
+            module.reset_lora_parameters(ADAPTER_NAME, init_lora_weights=True)
