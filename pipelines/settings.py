@@ -56,13 +56,12 @@ class Settings(BaseModel):
             SettingsError: the file is missing or no mapping, a key is unknown, or a value is of the wrong kind.
         """
         values = _read_yaml(Path(config)) if config else {}
-        sections = {name for name in values if isinstance(values[name], dict) and name in _section_names()}
-        own = values.get(cls.section, {}) if cls.section in sections else {}
-        flat = {key: value for key, value in values.items() if key not in sections}
-        unknown = set(flat) - set(Settings.model_fields)
+        own = values.get(cls.section) or {}
+        common = {key: value for key, value in values.items() if key not in SECTIONS}
+        unknown = sorted(set(common) - set(Settings.model_fields))
         if unknown:
-            raise SettingsError(_unknown_key(sorted(unknown)[0], str(config), {*Settings.model_fields, *_section_names()}))
-        merged = {**flat, **own}
+            raise SettingsError(_unknown_key(unknown[0], str(config), {*Settings.model_fields, *SECTIONS}))
+        merged = {**common, **own}
         for override in overrides:
             _apply_override(merged, override)
         return cls.parse(merged, str(config) if config else "the command line")
@@ -103,23 +102,167 @@ class Settings(BaseModel):
 
     def output_dir(self, default: str) -> Path:
         """The result folder as an absolute path, made where it is missing."""
-        path = Path(self.output or default).expanduser()
-        path = path if path.is_absolute() else ROOT_OR_CWD() / path
+        path = Path(self.output or default).expanduser().absolute()
         path.mkdir(parents=True, exist_ok=True)
         return path
 
 
-def ROOT_OR_CWD() -> Path:
-    """Where relative output paths start."""
-    return Path.cwd()
+class PrepareDataSettings(Settings):
+    """``jobs/prepare_data.py``: source files -> Arrow shards."""
+
+    section = "prepare_data"
+
+    source: str = Field("", description="data set name, e.g. laion, refcoco (pipelines.sources.SOURCES)")
+    input: str = Field("", description="tar glob, annotation file or folder, local or any pyarrow URI")
+    images: str = Field("", description="image folder, for sources whose annotations lie elsewhere")
+    image_size: int = Field(448, ge=14, description="shrink images whose shorter side is larger than this, in pixels")
+    shard_rows: int = Field(10_000, ge=1, description="most rows of an Arrow shard")
+    shard_mb: int = Field(256, ge=1, description="most megabytes of an Arrow shard")
+    jpeg_quality: int = Field(90, ge=1, le=100, description="quality of images that had to be encoded anew")
 
 
-def _section_names() -> set[str]:
-    return {subclass.section for subclass in _subclasses(Settings) if subclass.section}
+class CacheFeaturesSettings(Settings):
+    """``jobs/cache_features.py``: shards -> query features beside them."""
+
+    section = "cache_features"
+
+    data: str = Field("", description="folder that holds one shard set per source")
+    checkpoint: str = Field("", description="checkpoint folder whose vision encoder and Q-Former are used")
+    image_size: int = Field(0, ge=0, description="input side in pixels; 0 takes the checkpoint's")
+    batch_size: int = Field(0, ge=0, description="images per forward; 0 finds the largest that fits")
+    dtype: str = Field("float32", description="float32, float16 or bfloat16 of the stored features")
 
 
-def _subclasses(cls: type[Settings]) -> list[type[Settings]]:
-    return [cls, *(deep for sub in cls.__subclasses__() for deep in _subclasses(sub))]
+class TrainSettings(Settings):
+    """``jobs/stage1.py`` .. ``stage4.py``: one training stage."""
+
+    section = "train"
+
+    data: str = Field("", description="folder that holds one shard set per source")
+    init_from: str = Field("", description="checkpoint folder to start from; the stage before, or converted backbones")
+    max_steps: int = Field(0, ge=0, description="stop after so many optimizer steps; 0 runs the whole stage")
+    num_workers: int = Field(1, ge=0, description="Ray Train workers; 0 trains in the driver's process")
+    min_workers: int = Field(0, ge=0, description="elastic lower bound of num_workers; 0 keeps the number fixed")
+    use_gpu: bool = Field(False, description="one GPU per worker")
+    cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs of a training worker")
+    threads_per_worker: int = Field(0, ge=0, description="torch threads of a worker; 0 shares the machine's cores")
+    micro_batch_size: int = Field(64, ge=1, description="samples of one forward; a step is cut into as many as it takes")
+    precision: str = Field("fp32", description="fp32, bf16 or fp16 (with a GradScaler)")
+    features: str = Field("inline", description="inline encodes images in every step; cached reads cache_features' files")
+    packing: bool = Field(False, description="several samples in one sequence, attention kept apart")
+    gradient_checkpointing: bool = Field(False, description="recompute language layers in the backward pass")
+    attention: str = Field("sdpa", description="eager, sdpa or flex_attention")
+    compile: bool = Field(False, description="torch.compile the language model")
+    loader_workers: int = Field(1, ge=0, description="loader processes per training worker; 0 loads in the worker")
+    prefetch_steps: int = Field(8, ge=1, description="steps that are made ready ahead")
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(3, ge=1, description="checkpoints kept while training")
+    max_failures: int = Field(3, ge=-1, description="restarts after a worker's death; -1 is without bound")
+    log_every: int = Field(10, ge=1, description="steps between log lines and tracker flushes")
+    stage: dict[str, Any] = Field(default_factory=dict, description="fields of the stage to change, e.g. stage.lora_rank=16")
+
+
+class ScoreSettings(Settings):
+    """``jobs/score.py``: a checkpoint or artifact on benchmarks."""
+
+    section = "score"
+
+    checkpoint: str = Field("", description="checkpoint or artifact folder")
+    benchmark: str | list[str] = Field("miniature", description="benchmark name or list (pipelines.benchmarks)")
+    data: str = Field("", description="folder with the benchmark's official files")
+    limit: int = Field(0, ge=0, description="questions per benchmark; 0 takes all")
+    batch_size: int = Field(64, ge=1, description="questions generated together")
+    num_workers: int = Field(1, ge=0, description="evaluation actors; 0 evaluates in the driver's process")
+    metric: str = Field("official", description="official, or released for the original's own scoring")
+    baselines: bool = Field(True, description="also score with the image blanked")
+
+
+class AblateSettings(Settings):
+    """``jobs/ablate.py``: the ablation matrix."""
+
+    section = "ablate"
+
+    variants: list[str] = Field(
+        default_factory=lambda: ["full", "no_lora", "no_input_norm", "no_rms_norm", "no_qk_norm"],
+        description="rows of the table",
+    )
+    stages: list[int] = Field(default_factory=lambda: [1, 2, 3, 4], description="columns of the table")
+    data: str = Field("", description="folder that holds one shard set per source")
+    init_from: str = Field("", description="backbones to start every variant from")
+    max_steps: int = Field(0, ge=0, description="steps per stage; 0 takes the stage's own")
+
+
+class QuantizeSettings(Settings):
+    """``jobs/quantize.py``: checkpoint -> artifact."""
+
+    section = "quantize"
+
+    checkpoint: str = Field("", description="checkpoint folder")
+    method: str = Field("cpu", description="nf4, int8 (bitsandbytes) or cpu")
+    data: str = Field("", description="held-out shard sets for the drift check")
+    max_drift: float = Field(0.5, gt=0, description="largest rise of held-out loss, in nats per token, that is exported")
+    register_as: str = Field("", description="name in MLflow's model registry; empty does not register")
+
+
+class ServeSettings(Settings):
+    """``jobs/serve_http.py``: artifact -> HTTP."""
+
+    section = "serve"
+
+    artifact: str = Field("", description="artifact or checkpoint folder, or models:/name@alias; empty is the shipped one")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on")
+    num_replicas: int = Field(1, ge=1, description="copies of the model")
+    max_batch_size: int = Field(16, ge=1, description="answers generated together in one replica")
+    max_queue: int = Field(64, ge=1, description="requests that may wait; more are refused with 429")
+    threads: int = Field(0, ge=0, description="torch threads of a replica; 0 shares the machine's cores")
+    api_keys: list[str] = Field(default_factory=list, description="accepted bearer tokens; empty accepts everybody")
+    allowed_image_hosts: list[str] = Field(default_factory=list, description="hosts that images may be fetched from; none by default")
+
+
+class PlanMemorySettings(Settings):
+    """``jobs/plan_memory.py``: will it fit?"""
+
+    section = "plan_memory"
+
+    gpu: str = Field("24GB", description="memory of the card, e.g. 24GB")
+
+
+class MiniatureSettings(Settings):
+    """``jobs/miniature.py``: draw the miniature world, or pretrain its backbones."""
+
+    section = "miniature"
+
+    task: str = Field("draw", description="draw (write the data sets) or pretrain (make the backbones)")
+    train_scenes: int = Field(4000, ge=1, description="scenes of the training split")
+    test_scenes: int = Field(2000, ge=1, description="held-out scenes")
+    minutes: float = Field(0, ge=0, description="pretraining time; 0 takes the documented number of steps")
+    max_steps: int = Field(0, ge=0, description="pretraining steps per part; 0 takes the documented number")
+
+
+class DemoSettings(Settings):
+    """``jobs/demo.py``: the whole way."""
+
+    section = "demo"
+
+    port: int = Field(8001, ge=0, le=65535, description="port of the endpoint that the demo starts and stops")
+
+
+SECTIONS: dict[str, type[Settings]] = {
+    settings.section: settings
+    for settings in (
+        PrepareDataSettings,
+        CacheFeaturesSettings,
+        TrainSettings,
+        ScoreSettings,
+        AblateSettings,
+        QuantizeSettings,
+        ServeSettings,
+        PlanMemorySettings,
+        MiniatureSettings,
+        DemoSettings,
+    )
+}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
