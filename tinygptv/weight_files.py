@@ -1,0 +1,149 @@
+"""Reading foreign weight files, lazily: .pth, .bin, .safetensors, sharded folders. Knows files, not models.
+
+Nothing here loads more than one tensor at a time: safetensors are sliced, zipped torch files are memory-mapped. Pickles
+are read with ``weights_only``, so a file cannot run code.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_WRAPPERS = ("model", "state_dict", "module")
+_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.pth", "*.pt", "*.bin")
+_NOT_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng_state")
+
+
+class WeightFileError(ValueError):
+    """A weight file cannot be used; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is still on disk.
+
+    Attributes:
+        file: where it comes from.
+        key: its name there.
+        shape: its dimensions.
+        load: reads it.
+    """
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    load: Callable[[], Tensor]
+
+
+def open_weights(path: str | Path) -> dict[str, LazyTensor]:
+    """List the tensors of a file or folder without reading them.
+
+    Args:
+        path: a weight file, or a folder that holds one (or a sharded set with its index).
+
+    Returns:
+        Key -> lazy tensor; wrapper dictionaries (``model``, ``state_dict``) are opened, ``module.`` prefixes kept.
+
+    Raises:
+        WeightFileError: missing, empty, truncated, or not a file of tensors.
+    """
+    path = Path(path)
+    tensors: dict[str, LazyTensor] = {}
+    for file in _files(path):
+        opener = _open_safetensors if file.suffix == ".safetensors" else _open_torch
+        for tensor in opener(file):
+            if tensor.key in tensors:
+                raise WeightFileError(f"{tensor.key} is in both {tensors[tensor.key].file} and {file}: keep one of them.")
+            tensors[tensor.key] = tensor
+    if not tensors:
+        raise WeightFileError(f"{path} holds no tensors.")
+    return tensors
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise WeightFileError(f"{path} does not exist.")
+    if path.is_file() and path.name.endswith(".index.json"):
+        return _indexed_files(path)
+    if path.is_file():
+        return [path]
+    for index in sorted(path.glob("*.index.json")):
+        return _indexed_files(index)
+    for pattern in _PATTERNS:
+        found = [f for f in sorted(path.glob(pattern)) if not f.name.startswith(_NOT_WEIGHTS)]
+        if found:
+            return found
+    raise WeightFileError(f"{path} holds no weight file; looked for {', '.join(_PATTERNS)} and an index.json.")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise WeightFileError(f"{index} is no index of weight shards: {error}.") from error
+    files = [index.parent / Path(name).name for name in names]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise WeightFileError(f"{index} names shards that are missing: {', '.join(missing)}.")
+    return files
+
+
+def _open_safetensors(file: Path) -> Iterator[LazyTensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightFileError(f"{file} is no complete safetensors file: {error}.") from error
+
+    def load(key: str) -> Tensor:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(key)
+
+    for key, shape in shapes.items():
+        yield LazyTensor(file, key, shape, lambda key=key: load(key))
+
+
+def _open_torch(file: Path) -> Iterator[LazyTensor]:
+    content = _load_torch(file)
+    for key, value in _unwrap(content, file).items():
+        if isinstance(value, Tensor):
+            yield LazyTensor(file, str(key), tuple(value.shape), lambda value=value: value)
+
+
+def _load_torch(file: Path) -> Any:
+    size = file.stat().st_size
+    if size == 0:
+        raise WeightFileError(f"{file} is empty.")
+    try:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before torch 1.6 cannot be mapped
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightFileError(
+            f"{file} is no file of tensors alone, or is damaged ({_first_line(error)}); it was not opened further, because "
+            "a pickle can run code."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise WeightFileError(f"{file} ({size} bytes) is truncated or no torch file: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _unwrap(content: Any, file: Path) -> Mapping[str, Any]:
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping):
+        raise WeightFileError(f"{file} holds a {type(content).__name__}; expected a dictionary of tensors.")
+    return content
