@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -210,14 +210,31 @@ class ServeSettings(Settings):
     section = "serve"
 
     artifact: str = Field("", description="artifact or checkpoint folder, or models:/name@alias; empty is the shipped one")
+    model_name: str = Field("tinygpt-v", min_length=1, description="name that requests call the model by")
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     num_replicas: int = Field(1, ge=1, description="copies of the model")
+    max_replicas: int = Field(0, ge=0, description="autoscale from num_replicas up to this; 0 keeps the number fixed")
+    num_gpus: float = Field(0, ge=0, description="GPUs of a replica; a fraction lets replicas share one")
+    cpus_per_replica: float = Field(1.0, ge=0, description="logical CPUs of a replica")
+    threads: int = Field(0, ge=0, description="torch threads of a replica; 0: one for a small model, else all cores")
     max_batch_size: int = Field(16, ge=1, description="answers generated together in one replica")
-    max_queue: int = Field(64, ge=1, description="requests that may wait; more are refused with 429")
-    threads: int = Field(0, ge=0, description="torch threads of a replica; 0 shares the machine's cores")
-    api_keys: list[str] = Field(default_factory=list, description="accepted bearer tokens; empty accepts everybody")
+    max_queue: int = Field(64, ge=0, description="requests that may wait; more are refused with 429")
+    context_length: int = Field(0, ge=0, description="tokens of prompt and answer; 0 is the model's, at most 2048")
+    prefill_tokens: int = Field(128, ge=1, description="prompt tokens read per step while answers are being written")
+    max_tokens: int = Field(256, ge=1, description="answer length where a request names none")
+    temperature: float = Field(0.0, ge=0, le=2, description="temperature where a request names none; 0 is greedy")
+    stream_interval_ms: float = Field(25, ge=0, description="shortest time between two events of a stream")
+    request_timeout_s: float = Field(300, gt=0, description="longest time of a request, waiting included")
+    api_keys: list[SecretStr] = Field(default_factory=list, description="accepted bearer tokens; empty accepts everybody")
+    cors_origins: list[str] = Field(default_factory=list, description="web origins that may call the API; none by default")
     allowed_image_hosts: list[str] = Field(default_factory=list, description="hosts that images may be fetched from; none by default")
+    max_images: int = Field(8, ge=0, description="images of one request")
+    max_image_mb: float = Field(10, gt=0, description="size of an encoded image")
+    max_image_megapixels: float = Field(24, gt=0, description="width x height of an image")
+    max_body_mb: float = Field(32, gt=0, description="size of a request")
+    image_timeout_s: float = Field(10, gt=0, description="time to fetch an image, and to decode it")
+    kept_images: int = Field(256, ge=1, description="images whose embeddings a replica keeps for later turns")
 
 
 class PlanMemorySettings(Settings):
@@ -236,8 +253,8 @@ class MiniatureSettings(Settings):
     task: str = Field("draw", description="draw (write the data sets) or pretrain (make the backbones)")
     train_scenes: int = Field(4000, ge=1, description="scenes of the training split")
     test_scenes: int = Field(2000, ge=1, description="held-out scenes")
-    minutes: float = Field(0, ge=0, description="pretraining time; 0 takes the documented number of steps")
     max_steps: int = Field(0, ge=0, description="pretraining steps per part; 0 takes the documented number")
+    parts: str = Field("all", description="all, or vision or language alone (to pretrain them on two machines)")
 
 
 class DemoSettings(Settings):

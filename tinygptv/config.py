@@ -59,6 +59,8 @@ class TinyGPTVTextConfig(PhiConfig):
     attention_rmsnorm: bool = True
     input_layernorm: bool = True
     attention_rmsnorm_eps: float = 1e-6
+    # The fused form of Phi-2's gelu_new (tanh approximation): the same formula, one kernel.
+    hidden_act: str = "gelu_pytorch_tanh"
 
 
 class TinyGPTVConfig(PretrainedConfig):

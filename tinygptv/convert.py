@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ RELEASE_VISION_HEAD = 88
 RELEASE_QFORMER_HEAD = 64
 PHI2_HEAD = 80
 MINIGPT4_13B_ROWS = 5120
-FP32_MARKS = ("_layernorm.", "attention_rmsnorm.")
+_FP32 = re.compile(r"^(projector\.|language_model\..*(_layernorm|attention_rmsnorm|lora_[AB])\.)")
+"""What a stage trains: float32 whatever the dtype of the frozen matrices."""
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Release:
     _pieces: dict[str, list[_Piece]]
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
-        """Read the tensors one by one: (our state-dict name, value); norms stay float32 whatever ``dtype`` says."""
+        """Read the tensors one by one: (our state-dict name, value); what stages train stays float32."""
         decorate = _decorator(self.config)
         heads = self.config.text_config.num_attention_heads
         grid = self.config.vision_config.image_size // self.config.vision_config.patch_size
@@ -111,8 +113,7 @@ class Release:
             value = torch.cat(parts) if len(parts) > 1 else parts[0]
             if name.endswith("vit.pos_embed"):
                 value = interpolate_position_embedding(value, grid)
-            keep_float32 = name.startswith("language_model.") and any(mark in name for mark in FP32_MARKS)
-            yield decorate(name), value.to(torch.float32 if keep_float32 else dtype)
+            yield decorate(name), value.to(torch.float32 if _FP32.match(name) else dtype)
 
 
 def load_release(
@@ -139,7 +140,7 @@ def load_release(
         vision_heads: attention heads of the ViT; None assumes the release's head width, 88.
         qformer_heads: attention heads of the Q-Former; None assumes the release's head width, 64.
         lora_alpha: LoRA scale numerator, which no file records.
-        dtype: dtype of the matrices; the language model's norms stay float32.
+        dtype: dtype of the frozen matrices; projector, LoRA and the language model's norms stay float32.
 
     Returns:
         The model in evaluation mode, with the ``LoadReport`` as ``model.load_report``.
@@ -152,33 +153,35 @@ def load_release(
     )
     with torch.device("meta"):
         model = TinyGPTVForConditionalGeneration(release.config)
-    model = build_from_tensors(model, release.tensors(dtype), dtype)
+    model = build_from_tensors(model, chain(release.tensors(dtype), build_fresh(release, dtype)))
     model.load_report = release.report
     return model.eval()
 
 
 def build_from_tensors(
-    model: TinyGPTVForConditionalGeneration, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
+    model: TinyGPTVForConditionalGeneration, tensors: Iterator[tuple[str, Tensor]]
 ) -> TinyGPTVForConditionalGeneration:
-    """Fill a model that was built on the meta device; what the tensors do not cover is initialised.
+    """Fill a model that was built on the meta device, and recompute its buffers.
 
     Args:
         model: on the meta device.
-        tensors: (state-dict name, value).
-        dtype: dtype of what is initialised.
+        tensors: (state-dict name, value) of every parameter.
     """
-    supplied = dict(tensors)
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    fresh_names = [name for name in expected if name not in supplied]
-    # Small and few (projector, norms, LoRA): initialise them in a model of their own kind.
-    for name in fresh_names:
-        supplied[name] = _fresh(name, tuple(expected[name]), model.config).to(
-            torch.float32 if any(mark in name for mark in FP32_MARKS) else dtype
-        )
-    model.load_state_dict(supplied, strict=False, assign=True)
+    model.load_state_dict(dict(tensors), strict=False, assign=True)
     for module in model.modules():
         _rebuild_buffers(module)
     return model
+
+
+def build_fresh(release: Release, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Initialise what no file supplied and a fresh start may lack: (state-dict name, value)."""
+    decorate = _decorator(release.config)
+    with torch.device("meta"):
+        shapes = {n: tuple(t.shape) for n, t in TinyGPTVForConditionalGeneration(release.config).state_dict().items()}
+    for plain in release.report.fresh:
+        name = decorate(plain)
+        value = _fresh(name, shapes[name], release.config)
+        yield name, value.to(torch.float32 if _FP32.match(name) else dtype)
 
 
 def _fresh(name: str, shape: tuple[int, ...], config: TinyGPTVConfig) -> Tensor:
@@ -223,7 +226,13 @@ def match_release(
     """
     report = LoadReport()
     pieces: dict[str, list[_Piece]] = {}
-    given = {"vision": vision, "qformer": qformer, "language": language, "projection": projection, "checkpoint": checkpoint}
+    given = {
+        "vision": vision,
+        "qformer": qformer,
+        "language": language,
+        "projection": projection,
+        "checkpoint": checkpoint,
+    }
     for role, path in given.items():
         if path is None:
             continue
@@ -308,9 +317,13 @@ def _check_thirds(pieces: dict[str, list[_Piece]], path: Path) -> None:
         thirds = sorted(piece.target.piece for piece in found if piece.target.piece is not None)
         if thirds and thirds != [0, 1, 2]:
             lacking = [SPLIT_PARTS[i] for i in range(3) if i not in thirds]
-            raise WeightFileError(f"{path} lacks {', '.join(lacking)} of {name}: split q, k and v projections come in threes.")
+            raise WeightFileError(
+                f"{path} lacks {', '.join(lacking)} of {name}: split q, k and v projections come in threes."
+            )
         if not thirds and len(found) > 1:
-            raise WeightFileError(f"{path} holds {found[0].tensor.key} and {found[1].tensor.key}, which are the same tensor.")
+            raise WeightFileError(
+                f"{path} holds {found[0].tensor.key} and {found[1].tensor.key}, which are the same tensor."
+            )
 
 
 def _language_settings(language: str | Path | None) -> dict[str, Any]:
@@ -357,7 +370,9 @@ class _Sizes:
             qformer_config=self.qformer(qformer_heads),
             text_config=text,
             num_query_tokens=query_shape[1],
-            projector_hidden_size=self.shape(projector)[0] if projector in self.pieces else defaults.projector_hidden_size,
+            projector_hidden_size=self.shape(projector)[0]
+            if projector in self.pieces
+            else defaults.projector_hidden_size,
             # The row after the last tokenizer entry; a table without spare rows gets an id outside of it.
             image_token_id=min(defaults.image_token_id, text["vocab_size"]),
             lora_rank=lora_rank,
@@ -383,7 +398,9 @@ class _Sizes:
     def qformer(self, heads: int | None) -> dict[str, Any]:
         prefix = "qformer.encoder.encoder.layer."
         width = self.shape("qformer.query_tokens")[2]
-        crossing = sorted({int(n[len(prefix) :].split(".")[0]) for n in self.pieces if n.startswith(prefix) and "crossattention" in n})
+        crossing = sorted(
+            {int(n[len(prefix) :].split(".")[0]) for n in self.pieces if n.startswith(prefix) and "crossattention" in n}
+        )
         return {
             "hidden_size": width,
             "num_hidden_layers": self.depth(prefix),
@@ -403,10 +420,14 @@ class _Sizes:
         if norm in self.pieces:
             head = self.shape(norm)[0]
             if heads and width // head != heads:
-                raise WeightFileError(f"config.json says {heads} heads but q_layernorm has width {head} at hidden size {width}.")
+                raise WeightFileError(
+                    f"config.json says {heads} heads but q_layernorm has width {head} at hidden size {width}."
+                )
             heads = width // head
         heads = heads or _heads(width, PHI2_HEAD, "num_attention_heads in the language folder's config.json")
-        rotary = self.settings.get("partial_rotary_factor") or (self.settings.get("rope_parameters") or {}).get("partial_rotary_factor")
+        rotary = self.settings.get("partial_rotary_factor") or (self.settings.get("rope_parameters") or {}).get(
+            "partial_rotary_factor"
+        )
         if rotary is None and self.settings.get("rotary_dim"):
             rotary = self.settings["rotary_dim"] / (width // heads)
         end = self.settings.get("eos_token_id")
@@ -419,7 +440,9 @@ class _Sizes:
             "intermediate_size": self.shape(f"{layer}.mlp.fc1.weight")[0],
             "partial_rotary_factor": rotary or 0.4,
             "resid_pdrop": self.settings.get("resid_pdrop", 0.1),
-            "max_position_embeddings": self.settings.get("max_position_embeddings") or self.settings.get("n_positions") or 2048,
+            "max_position_embeddings": self.settings.get("max_position_embeddings")
+            or self.settings.get("n_positions")
+            or 2048,
             "bos_token_id": end,
             "eos_token_id": end,
             "pad_token_id": end,
@@ -429,7 +452,9 @@ class _Sizes:
 
 def _heads(width: int, head_width: int, setting: str) -> int:
     if width % head_width:
-        raise WeightFileError(f"a width of {width} does not divide into heads of {head_width}: say how many there are with {setting}.")
+        raise WeightFileError(
+            f"a width of {width} does not divide into heads of {head_width}: say how many there are with {setting}."
+        )
     return width // head_width
 
 
@@ -475,7 +500,9 @@ def _check(config: TinyGPTVConfig, pieces: dict[str, list[_Piece]], report: Load
     for decorated, name in supplied.items():
         file, key = pieces[name][0].tensor.file, pieces[name][0].tensor.key
         if decorated not in needed:
-            raise WeightFileError(f"{key} of {file} has no place in a model of {config.text_config.num_hidden_layers} language layers.")
+            raise WeightFileError(
+                f"{key} of {file} has no place in a model of {config.text_config.num_hidden_layers} language layers."
+            )
         found, wanted = sizes.shape(name), needed[decorated]
         if name == "projector.linear_1.weight" and found[0] == MINIGPT4_13B_ROWS:
             raise WeightFileError(

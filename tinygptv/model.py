@@ -71,7 +71,15 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["[a-z]_layernorm", "input_layernorm", "final_layernorm", "attention_rmsnorm"]
+    # What a stage trains stays float32 whatever the dtype of the frozen matrices.
+    _keep_in_fp32_modules_strict = [
+        "[a-z]_layernorm",
+        "input_layernorm",
+        "final_layernorm",
+        "attention_rmsnorm",
+        "projector",
+        "lora_",
+    ]
 
     def __init__(self, config: TinyGPTVConfig) -> None:
         super().__init__(config)
@@ -112,7 +120,8 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             nn.init.trunc_normal_(module.pos_embed, std=0.02)
             nn.init.trunc_normal_(module.cls_token, std=0.02)
         elif type(module).__name__ == "EvaAttention":
-            for bias in (module.q_bias, module.v_bias):
+            # k_bias is a buffer of zeros that no checkpoint holds; built on the meta device it would stay unset.
+            for bias in (module.q_bias, module.k_bias, module.v_bias):
                 nn.init.zeros_(bias)
         elif hasattr(module, "reset_lora_parameters"):
             reset_lora(module)
@@ -268,7 +277,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Language head: [..., D] to [..., K] in float32."""
         return self.lm_head(matrix_input(hidden_states, self.lm_head)).float()
 
-    def loss_sum(
+    def token_losses(
         self,
         inputs_embeds: Tensor,
         supervised_positions: Tensor,
@@ -276,26 +285,25 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Sum of cross-entropies, with the language head run on supervised positions only.
+        """Cross-entropy of each supervised token, with the language head run on supervised positions only.
 
-        The mean that ``forward`` gives is this sum over M; training divides once, after adding up the sums and counts
-        of all micro-batches and workers.
+        ``forward``'s loss is their mean. Training divides the sum once, by the tokens of all micro-batches and workers.
 
         Args:
             inputs_embeds: [B, S, D] from ``embed``.
             supervised_positions: [M] indices into the flattened [B * S] positions whose *next* token is scored.
             supervised_ids: [M] those next tokens.
             attention_mask: [B, S] or None.
-            position_ids: [B, S] or None.
+            position_ids: [B, S] or None; where they start again (packed samples), attention starts again too.
 
         Returns:
-            Scalar float32.
+            [M] float32, in nats.
         """
         outputs = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )
         hidden_states_MD = outputs.last_hidden_state.flatten(0, 1)[supervised_positions]
-        return nn.functional.cross_entropy(self.compute_logits(hidden_states_MD), supervised_ids, reduction="sum")
+        return nn.functional.cross_entropy(self.compute_logits(hidden_states_MD), supervised_ids, reduction="none")
 
     # ------------------------------------------------------------------ generation
 

@@ -1,0 +1,57 @@
+"""Pictures of curves (matplotlib, no display)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tinygptv.stages import Stage
+
+PAPER_LOSSES = {1: (7.152, 2.620), 2: (2.726, 2.343), 3: (1.992, 1.125), 4: (2.720, 1.399)}
+"""Start and end loss of each stage as the paper reports them (section 4.2)."""
+
+
+def loss_curve(metrics: Path, picture: Path, stage: Stage, recipe: str) -> Path:
+    """Draw a stage's loss and learning rate over its steps.
+
+    Args:
+        metrics: ``metrics.jsonl`` of the stage.
+        picture: PNG to write.
+        stage: the stage, for its title.
+        recipe: at ``paper`` and ``released`` the paper's start and end loss are drawn in.
+
+    Returns:
+        The picture's path.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entries = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps, losses = [e["step"] for e in entries], [e["loss"] for e in entries]
+    smooth = _smooth(losses, max(1, len(losses) // 40))
+    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    axis.plot(steps, losses, color="#9bb8d3", linewidth=0.8, label="loss per step")
+    axis.plot(steps, smooth, color="#1f5a91", linewidth=1.8, label="running mean")
+    if recipe in ("paper", "released"):
+        start, end = PAPER_LOSSES[stage.number]
+        axis.axhline(start, color="#b04a3a", linestyle=":", label=f"paper, start {start}")
+        axis.axhline(end, color="#b04a3a", linestyle="--", label=f"paper, end {end}")
+    axis.set(xlabel="step", ylabel="loss (nats per token)", title=f"stage {stage.number}: {stage.title} ({recipe})")
+    axis.grid(alpha=0.25)
+    rates = axis.twinx()
+    rates.plot(steps, [e["lr"] for e in entries], color="#6a9a3d", linewidth=0.8, alpha=0.8)
+    rates.set_ylabel("learning rate", color="#6a9a3d")
+    axis.legend(loc="upper right")
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+    return picture
+
+
+def _smooth(values: list[float], width: int) -> list[float]:
+    total, out = 0.0, []
+    for i, value in enumerate(values):
+        total += value - (values[i - width] if i >= width else 0.0)
+        out.append(total / min(i + 1, width))
+    return out

@@ -1,0 +1,325 @@
+"""Every layout in the wild loads exactly, or fails with a sentence that says why."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import PhiConfig, PhiForCausalLM
+
+from tests.tiny import tiny_config, tiny_tokenizer
+from tinygptv.checkpoint import load_checkpoint
+from tinygptv.convert import load_release
+from tinygptv.convert_cli import main
+from tinygptv.model import TinyGPTVForConditionalGeneration
+from tinygptv.release_layouts import interleave_heads, plain_key, release_key, separate_heads, split_phi_tensors
+from tinygptv.weight_files import WeightFileError, open_weights
+
+HEADS = 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = TinyGPTVForConditionalGeneration(tiny_config(lora_rank=4)).eval()
+    for parameter in model.parameters():  # every tensor different from its initial value
+        parameter.data.normal_(std=0.05)
+    return model
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return {plain_key(name): tensor for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture
+def files(tmp_path, plain):
+    """The release's files, made from our random model."""
+    vision = {k.removeprefix("vision_encoder.vit."): v for k, v in plain.items() if k.startswith("vision_encoder.vit.")}
+    torch.save(vision, tmp_path / "eva_vit_g.pth")
+    qformer = {}
+    for name, tensor in plain.items():
+        if name.startswith(("qformer.", "vision_encoder.ln_vision")):
+            qformer[release_key(name, lora=False)[0]] = tensor
+    qformer |= {"t5_proj.weight": torch.zeros(3, 3), "Qformer.bert.embeddings.position_ids": torch.arange(5)}
+    torch.save({"model": qformer}, tmp_path / "blip2.pth")
+    write_language(tmp_path / "phi-2", plain, "fused")
+    torch.save({"model": stage_state(plain)}, tmp_path / "stage.pth")
+    return {
+        "vision": tmp_path / "eva_vit_g.pth",
+        "qformer": tmp_path / "blip2.pth",
+        "language": tmp_path / "phi-2",
+        "checkpoint": tmp_path / "stage.pth",
+    }
+
+
+def stage_state(plain, style="peft 0.2"):
+    state = {}
+    for name, tensor in plain.items():
+        trained = name.startswith("projector.") or ".lora_" in name or ("norm." in name and name.endswith("weight"))
+        if trained and name.startswith(("projector.", "language_model.")):
+            key, per_head = release_key(name, lora=True)
+            if style == "peft new":
+                key = key.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
+            state[key] = interleave_heads(tensor, HEADS) if per_head else tensor
+    return state
+
+
+def language_state(plain, layout):
+    """Phi-2's own tensors in one of the four layouts."""
+    base = {k: v for k, v in plain.items() if k.startswith(("language_model.", "lm_head.")) and ".lora_" not in k}
+    base = {k: v for k, v in base.items() if not any(n in k for n in ("q_layernorm", "k_layernorm", "attention_rmsnorm"))}
+    state = {}
+    for name, tensor in base.items():
+        if layout == "split":
+            state |= split_phi_tensors(name, tensor)
+            continue
+        key, per_head = release_key(name, lora=False)
+        key = key.removeprefix("llama_model.")
+        if layout == "fused":
+            state[key] = interleave_heads(tensor, HEADS) if per_head else tensor
+            continue
+        key = key.replace("self_attn.query_key_value", "mixer.Wqkv").replace("self_attn.dense", "mixer.out_proj")
+        key = key.replace("input_layernorm", "ln")
+        if layout == "msft":
+            key = key.replace("model.embed_tokens", "transformer.embd.wte").replace("model.layers", "transformer.h")
+            key = key.replace("lm_head", "lm_head.linear").replace("model.final_layernorm", "lm_head.ln")
+        else:
+            last = 1 + max(int(k.split(".")[2]) for k in base if ".layers." in k)
+            if key.startswith("model.layers."):
+                _, _, index, rest = key.split(".", 3)
+                key = f"layers.{int(index) + 1}.{rest}"
+            key = key.replace("model.embed_tokens", "layers.0.wte").replace("lm_head", f"layers.{last + 1}.linear")
+            key = key.replace("model.final_layernorm", f"layers.{last + 1}.ln")
+        state[key] = tensor
+    if layout in ("msft", "sequential"):
+        state["transformer.h.0.mixer.rotary_emb.inv_freq" if layout == "msft" else "layers.1.mixer.rotary_emb.inv_freq"] = torch.zeros(4)
+    return state
+
+
+def write_language(folder, plain, layout, dtype=torch.float32, form="safetensors"):
+    folder.mkdir(exist_ok=True)
+    state = {k: v.to(dtype).contiguous() for k, v in language_state(plain, layout).items()}
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": HEADS, "partial_rotary_factor": 0.5}))
+    if form == "safetensors":
+        save_file(state, folder / "model.safetensors")
+    elif form == "bin":
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        names = sorted(state)
+        halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+        for file, keys in halves.items():
+            save_file({k: state[k] for k in keys}, folder / file)
+        weight_map = {k: file for file, keys in halves.items() for k in keys}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def load(files, **changes):
+    return load_release(**{**files, **changes}, vision_heads=HEADS, qformer_heads=HEADS)
+
+
+def assert_same(loaded, model, *, except_lora=False):
+    ours, wanted = loaded.state_dict(), model.state_dict()
+    for name, tensor in wanted.items():
+        if except_lora and ".lora_" in name:
+            continue
+        assert torch.equal(ours[name].float(), tensor), name
+
+
+def test_whole_release_loads_exactly(files, model):
+    # Biases of q and k norms are in no stage file: they are zero in the release.
+    loaded = load(files)
+    for name, tensor in model.state_dict().items():
+        ours = loaded.state_dict()[name]
+        if name.endswith(("q_layernorm.bias", "k_layernorm.bias")):
+            assert ours.abs().sum() == 0
+        else:
+            assert torch.equal(ours, tensor), name
+    text = str(loaded.load_report)
+    assert "layout 3" in text and "t5_proj" not in text and "another language model's projection" in text
+
+
+@pytest.mark.parametrize("layout", ["fused", "split", "msft", "sequential"])
+@pytest.mark.parametrize("form", ["safetensors", "bin", "sharded"])
+def test_four_phi2_layouts_give_the_same_model(tmp_path, files, plain, layout, form):
+    folder = tmp_path / "other"
+    write_language(folder, plain, layout, form=form)
+    one, two = load(files), load({**files, "language": folder})
+    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_split_layout_equals_transformers_own_phi(tmp_path, files, plain):
+    """Weights carried by our converter into transformers' Phi give the logits of ours with the added norms off."""
+    config = PhiConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=HEADS,
+        partial_rotary_factor=0.5, resid_pdrop=0.0,
+    )  # fmt: skip
+    phi = PhiForCausalLM(config).eval()
+    missing = phi.load_state_dict(language_state(plain, "split"), strict=False)
+    assert not missing.unexpected_keys and all("rotary" in key for key in missing.missing_keys)
+    plain_config = tiny_config(lora_rank=0)
+    plain_config.text_config.qk_layernorm = plain_config.text_config.attention_rmsnorm = False
+    plain_config.text_config.hidden_act = "gelu_new"
+    ours = TinyGPTVForConditionalGeneration(plain_config).eval()
+    wanted = {k: v for k, v in plain.items() if k in ours.state_dict()}
+    ours.load_state_dict(wanted, strict=True)
+    ids = torch.arange(1, 13).view(2, 6)
+    with torch.no_grad():
+        assert torch.allclose(ours(input_ids=ids).logits, phi(input_ids=ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("style", ["peft 0.2", "peft new"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_peft_names_and_prefixes(tmp_path, files, plain, style, prefix):
+    torch.save({"model": {prefix + k: v for k, v in stage_state(plain, style).items()}}, tmp_path / "other.pth")
+    one, two = load(files), load(files, checkpoint=tmp_path / "other.pth")
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files(tmp_path, files, plain, dtype):
+    write_language(tmp_path / "half", plain, "split", dtype=dtype)
+    loaded = load(files, language=tmp_path / "half")
+    name = "language_model.layers.0.mlp.fc1.weight"
+    assert loaded.state_dict()[name].dtype == torch.float32
+    assert torch.equal(loaded.state_dict()[name], plain[name].to(dtype).float())
+
+
+def test_fresh_start_without_stage_file(files):
+    loaded = load({**files, "checkpoint": None})
+    assert loaded.config.lora_rank == 0
+    assert {name.split(".")[0] for name in loaded.load_report.fresh} == {"projector", "language_model"}
+
+
+def test_minigpt4_projection_starts_the_first_layer(tmp_path, files, plain):
+    weight = torch.randn(*plain["projector.linear_1.weight"].shape)
+    torch.save({"model": {"llama_proj.weight": weight, "llama_proj.bias": torch.ones(len(weight))}}, tmp_path / "p.pth")
+    loaded = load({**files, "checkpoint": None, "projection": tmp_path / "p.pth"})
+    assert torch.equal(loaded.projector.linear_1.weight, weight)
+
+
+def test_old_stage_four_file_with_qformer(tmp_path, files, plain):
+    state = stage_state(plain)
+    for name, tensor in plain.items():
+        if name.startswith("qformer."):
+            state[release_key(name, lora=True)[0]] = tensor + 1
+    torch.save({"model": state, "epoch": 3}, tmp_path / "old.pth")
+    loaded = load(files, checkpoint=tmp_path / "old.pth")
+    assert torch.equal(loaded.qformer.query_tokens, plain["qformer.query_tokens"] + 1)
+
+
+# ------------------------------------------------------------------ bad input: one sentence each
+
+
+def bad(files, match, **changes):
+    with pytest.raises(WeightFileError, match=match) as error:
+        load(files, **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_files(tmp_path, files):
+    for role, suffix in (("vision", ".pth"), ("language", ".safetensors")):
+        source = files[role] / "model.safetensors" if files[role].is_dir() else files[role]
+        cut = tmp_path / f"cut{suffix}"
+        cut.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
+        bad(files, "truncated|no complete safetensors", **{role: cut})
+
+
+def test_wrong_part_given(files):
+    bad(files, "given as vision= but holds none of its tensors.*expected EVA ViT-g", vision=files["qformer"])
+    bad(files, "given as language= but holds none", language=files["vision"])
+    bad(files, "given as checkpoint=|no file supplies|holds none", checkpoint=files["vision"])
+
+
+def test_13b_projection(tmp_path, files, plain):
+    width = plain["projector.linear_1.weight"].shape[1]
+    torch.save({"model": {"llama_proj.weight": torch.zeros(5120, width), "llama_proj.bias": torch.zeros(5120)}}, tmp_path / "13b.pth")
+    bad({**files, "checkpoint": None}, "MiniGPT-4 13B", projection=tmp_path / "13b.pth")
+
+
+def test_missing_and_misshapen_tensors_are_named(tmp_path, files, plain):
+    state = stage_state(plain)
+    del state["llama_proj2.weight"]
+    torch.save({"model": state}, tmp_path / "missing.pth")
+    bad(files, "projector.linear_2.weight", checkpoint=tmp_path / "missing.pth")
+    state = stage_state(plain) | {"llama_proj2.bias": torch.zeros(7)}
+    torch.save({"model": state}, tmp_path / "shape.pth")
+    bad(files, r"llama_proj2.bias of .*shape.pth is \[7\] but the model needs", checkpoint=tmp_path / "shape.pth")
+
+
+def test_split_projection_without_its_third(tmp_path, files, plain):
+    folder = tmp_path / "thirds"
+    write_language(folder, plain, "split")
+    state = language_state(plain, "split")
+    del state["model.layers.1.self_attn.v_proj.weight"]
+    save_file(state, folder / "model.safetensors")
+    bad(files, "lacks v_proj", language=folder)
+
+
+def test_other_models_empty_folders_and_pickles(tmp_path, files):
+    torch.save({"bert.encoder.weight": torch.zeros(2)}, tmp_path / "bert.pth")
+    bad(files, "holds none of its tensors", language=tmp_path / "bert.pth")
+    (tmp_path / "empty").mkdir()
+    bad(files, "holds no weight file", language=tmp_path / "empty")
+    bad(files, "does not exist", vision=tmp_path / "nowhere.pth")
+    (tmp_path / "zero.pth").touch()
+    bad(files, "is empty", vision=tmp_path / "zero.pth")
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index/model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    bad(files, "shards that are missing", language=tmp_path / "index")
+    (tmp_path / "header.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    bad(files, "no complete safetensors", vision=tmp_path / "header.safetensors")
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+def test_a_pickle_never_runs_code(tmp_path, files, capsys):
+    torch.save({"cls_token": Evil()}, tmp_path / "evil.pth")
+    bad(files, "no file of tensors alone", vision=tmp_path / "evil.pth")
+    assert "must not run" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ round trips through the command line
+
+
+def test_round_trips_are_bit_exact(tmp_path, files, capsys):
+    arguments = [f"--{role}={path}" for role, path in files.items()]
+    heads = ["--vision-heads=4", "--qformer-heads=4", "--dtype=float32"]
+    assert main(["release", *arguments, *heads, f"--output={tmp_path / 'ours'}"]) == 0
+    assert "layout 3" in capsys.readouterr().out
+    ours, processor, _ = load_checkpoint(tmp_path / "ours")
+    direct = load(files)
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), direct.state_dict().values(), strict=True))
+    assert processor.image_token_id == ours.config.image_token_id
+
+    assert main(["to-release", str(tmp_path / "ours"), f"--output={tmp_path / 'back.pth'}"]) == 0
+    original, back = (torch.load(f, weights_only=True)["model"] for f in (files["checkpoint"], tmp_path / "back.pth"))
+    assert set(back) == set(original) | {"Qformer.bert.embeddings.position_ids"}
+    assert all(torch.equal(back[key], original[key]) for key in original)
+
+    assert main(["to-phi2", str(tmp_path / "ours"), f"--output={tmp_path / 'phi'}"]) == 2
+    assert "merge_lora" in capsys.readouterr().err
+
+
+def test_phi2_round_trip(tmp_path, files, plain, capsys):
+    arguments = [f"--{role}={path}" for role, path in files.items() if role != "checkpoint"]
+    main(["release", *arguments, "--vision-heads=4", "--qformer-heads=4", "--dtype=float32", f"--output={tmp_path / 'ours'}"])
+    assert main(["to-phi2", str(tmp_path / "ours"), f"--output={tmp_path / 'phi'}"]) == 0
+    written = {key: lazy.load() for key, lazy in open_weights(tmp_path / "phi").items()}
+    wanted = language_state(plain, "split")
+    assert set(written) == set(wanted) and all(torch.equal(written[k], wanted[k]) for k in wanted)
+    assert PhiForCausalLM.from_pretrained(tmp_path / "phi").config.num_attention_heads == HEADS
+
+
+def test_row_orders_are_inverse():
+    rows = torch.arange(3 * 4 * 5).float()
+    assert torch.equal(separate_heads(interleave_heads(rows, 4), 4), rows)
+    assert interleave_heads(rows, 4)[:15].tolist() == [*range(5), *range(20, 25), *range(40, 45)]

@@ -1,0 +1,186 @@
+"""One optimizer step: forward and backward over micro-batches, one all-reduce, one update. torch only, no Ray.
+
+The loss is a sum of token losses divided once by the number of supervised tokens of the whole step, over all
+micro-batches and workers: how a step is cut into pieces changes its result by rounding only.
+All gradients live in one flat buffer, so a step has one all-reduce, one norm and one reset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tinygptv.collate import MicroBatch
+from tinygptv.images import IMAGE_MEAN, IMAGE_STD
+from tinygptv.model import TinyGPTVForConditionalGeneration
+from tinygptv.stages import TRAINABLE_PARTS
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class StepResult:
+    """What a step reports; tensors stay on the device until somebody reads them.
+
+    Attributes:
+        loss: mean token loss of the whole step, float64 scalar.
+        source_loss_sums: [sources] sums of token losses, over all workers.
+        source_tokens: [sources] supervised tokens, over all workers.
+        grad_norm: norm of the whole gradient before clipping.
+        skipped: 1 where the update was left out because the gradient was not finite.
+    """
+
+    loss: Tensor
+    source_loss_sums: Tensor
+    source_tokens: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+
+
+class TrainStep:
+    """Runs optimizer steps on one worker; all workers of a process group run it together."""
+
+    def __init__(
+        self,
+        model: TinyGPTVForConditionalGeneration,
+        optimizer: torch.optim.Optimizer,
+        *,
+        num_sources: int,
+        precision: str = "fp32",
+        max_grad_norm: float | None = None,
+    ) -> None:
+        """Prepare the gradient buffer.
+
+        Args:
+            model: with the stage's trainable parts set.
+            optimizer: over its trainable parameters.
+            num_sources: data sets of the stage, for the loss per source.
+            precision: ``fp32``, ``bf16`` (autocast) or ``fp16`` (autocast and a GradScaler).
+            max_grad_norm: clip to this norm; None does not.
+
+        Raises:
+            ValueError: the precision is unknown.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}; choose one of {sorted(PRECISIONS)}.")
+        self.model = model
+        self.optimizer = optimizer
+        self.num_sources = num_sources
+        self.max_grad_norm = max_grad_norm
+        self.device = model.device
+        self.autocast_dtype = PRECISIONS[precision]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.gradient = torch.zeros(sum(p.numel() for _, p in self.named), device=self.device)
+        self._sums = torch.zeros(2, num_sources, dtype=torch.float64, device=self.device)
+        self._attach_gradients()
+        mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+        self._mean, self._std = mean, std
+
+    def _attach_gradients(self) -> None:
+        start = 0
+        for _, parameter in self.named:
+            parameter.grad = self.gradient[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+
+    def run(self, batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
+        """Do one step.
+
+        Args:
+            batches: this worker's share of the step; may be empty.
+            learning_rate: for all parameter groups.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.gradient.zero_()
+        self._sums.zero_()
+        num_tokens = self._global_count(sum(len(batch.supervised_ids) for batch in batches))
+        for batch in batches:
+            self._accumulate(batch, num_tokens)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self.gradient)
+            dist.all_reduce(self._sums)
+        return self._update(num_tokens)
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """Token losses [M] of a micro-batch."""
+        with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype != torch.float32):
+            inputs_embeds = self.model.embed(
+                self._to_device(batch.input_ids),
+                pixel_values=self._pixel_values(batch),
+                query_features=None if batch.query_features is None else self._to_device(batch.query_features),
+            )
+            return self.model.token_losses(
+                inputs_embeds,
+                self._to_device(batch.supervised_positions),
+                self._to_device(batch.supervised_ids),
+                attention_mask=None if batch.attention_mask is None else self._to_device(batch.attention_mask),
+                position_ids=None if batch.position_ids is None else self._to_device(batch.position_ids),
+            )
+
+    def _accumulate(self, batch: MicroBatch, num_tokens: Tensor) -> None:
+        losses = self.forward(batch)
+        self.scaler.scale(losses.sum() / num_tokens).backward()
+        sources = self._to_device(batch.supervised_sources)
+        self._sums[0].index_add_(0, sources, losses.detach().double())
+        self._sums[1].index_add_(0, sources, torch.ones_like(losses, dtype=torch.float64))
+
+    def _update(self, num_tokens: Tensor) -> StepResult:
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.linalg.vector_norm(self.gradient)
+        skipped = (~torch.isfinite(grad_norm)).float()
+        if self.max_grad_norm is not None:
+            self.gradient.mul_((self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif self.device.type == "cpu":
+            if not skipped:
+                self.optimizer.step()
+        else:
+            # The fused optimizer skips the update on the device: no wait for the host.
+            self.optimizer.found_inf = skipped
+            self.optimizer.grad_scale = None
+            self.optimizer.step()
+        return StepResult(
+            loss=self._sums[0].sum() / num_tokens,
+            source_loss_sums=self._sums[0].clone(),
+            source_tokens=self._sums[1].clone(),
+            grad_norm=grad_norm,
+            skipped=skipped,
+        )
+
+    def part_norms(self) -> dict[str, float]:
+        """Gradient norm of each trainable part, and of LoRA per language layer; reads the device."""
+        squares: dict[str, Tensor] = {}
+        for name, parameter in self.named:
+            part = next(p for p, marks in TRAINABLE_PARTS.items() if any(mark in name for mark in marks))
+            keys = [part]
+            if ".layers." in name:
+                keys.append(f"{part}/layer_{int(name.split('.layers.')[1].split('.')[0]):02d}")
+            square = parameter.grad.square().sum() if parameter.grad is not None else torch.zeros(())
+            for key in keys:
+                squares[key] = squares.get(key, 0.0) + square
+        return {key: float(value.sqrt()) for key, value in squares.items()}
+
+    def _global_count(self, local: int) -> Tensor:
+        """Supervised tokens of the step over all workers, at least 1; stays on the device."""
+        count = torch.tensor(float(local), dtype=torch.float64, device=self.device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(count)
+        return count.clamp(min=1.0)
+
+    def _pixel_values(self, batch: MicroBatch) -> Tensor | None:
+        if batch.pixels is None:
+            return None
+        return (self._to_device(batch.pixels).float() / 255.0 - self._mean) / self._std
+
+    def _to_device(self, array: object) -> Tensor:
+        tensor = torch.as_tensor(array)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
