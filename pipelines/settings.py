@@ -16,7 +16,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -112,13 +112,24 @@ class PrepareDataSettings(Settings):
 
     section = "prepare_data"
 
-    source: str = Field("", description="data set name, e.g. laion, refcoco (pipelines.sources.SOURCES)")
-    input: str = Field("", description="tar glob, annotation file or folder, local or any pyarrow URI")
+    source: str = Field("", description="data set name, e.g. laion, refcoco; own data: jsonl, hf, parquet, webdataset")
+    input: str = Field("", description="tar glob, annotation file or folder, local or any pyarrow / fsspec URI")
     images: str = Field("", description="image folder, for sources whose annotations lie elsewhere")
+    name: str = Field("", description="name of own data in the rows; empty is the source's")
+    task: str = Field("", description="task of own data that names none (key of tinygptv.prompts.INSTRUCTIONS)")
     image_size: int = Field(448, ge=14, description="shrink images whose shorter side is larger than this, in pixels")
+    jpeg_quality: int = Field(90, ge=1, le=100, description="quality of images that had to be encoded anew")
     shard_rows: int = Field(10_000, ge=1, description="most rows of an Arrow shard")
     shard_mb: int = Field(256, ge=1, description="most megabytes of an Arrow shard")
-    jpeg_quality: int = Field(90, ge=1, le=100, description="quality of images that had to be encoded anew")
+    min_side: int = Field(8, ge=1, description="filter: least pixels of an image's shorter side")
+    max_aspect_ratio: float = Field(20.0, ge=1, description="filter: most an image's longer side exceeds its shorter")
+    max_megapixels: float = Field(100.0, gt=0, description="larger images are set apart unread, as decompression bombs")
+    min_words: int = Field(1, ge=0, description="filter, web captions: least words")
+    min_letters: float = Field(0.3, ge=0, le=1, description="filter, web captions: least share of letters and digits")
+    max_repetition: float = Field(0.7, gt=0, le=1, description="filter, web captions of 8 words: share of the commonest")
+    duplicates: Literal["drop", "keep"] = Field("drop", description="what happens to samples that occur twice")
+    near_duplicate_bits: int = Field(3, ge=0, le=3, description="flag images whose 64-bit hashes differ by at most this")
+    overwrite: bool = Field(False, description="prepare anew, even if the output holds the finished result already")
 
 
 class CacheFeaturesSettings(Settings):

@@ -105,10 +105,13 @@ def parse_answer_box(answer: str) -> Box | None:
         answer: generated text; ``<unk>`` and spaces are ignored, and the box must come first.
 
     Returns:
-        Corners on the 0..100 grid, or None where the answer does not start with a well-formed box.
+        Corners on the 0..100 grid; None where the answer does not start with a well-formed box, or holds more numbers.
     """
-    match = _BOX.match(answer.replace("<unk>", "").replace(" ", "").strip())
-    return tuple(float(n) for n in match.groups()) if match else None  # type: ignore[return-value]
+    kept = answer.replace("<unk>", "").replace(" ", "").strip()
+    match = _BOX.match(kept)
+    if match is None or len(re.findall(r"\d+", kept)) != 4:
+        return None
+    return tuple(float(n) for n in match.groups())  # type: ignore[return-value]
 
 
 def to_pixels(box: Sequence[float], width: float, height: float) -> Box:

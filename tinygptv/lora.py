@@ -30,9 +30,7 @@ def add_lora(language_model: nn.Module, rank: int, alpha: int, dropout: float) -
     """
     if rank < 1:
         raise ValueError(f"lora_rank is {rank}; a LoRA adapter needs a rank of at least 1 (0 means: do not add one).")
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(LORA_TARGETS), bias="none"
-    )
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(LORA_TARGETS), bias="none")
     trainable = {name for name, parameter in language_model.named_parameters() if parameter.requires_grad}
     inject_adapter_in_model(config, language_model, adapter_name=ADAPTER_NAME)
     # peft freezes everything else; which parameters train is the stage's business, so put that back.

@@ -10,6 +10,7 @@ from torch import nn
 
 from tinygptv.schedule import Schedule
 
+
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Split trainable parameters into decayed matrices and undecayed vectors (biases, norms), as released.
 

@@ -88,9 +88,7 @@ class TinyGPTVProcessor(ProcessorMixin):
         self.image_token = IMAGE_PLACEHOLDER
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        super().__init__(
-            image_processor, tokenizer, chat_template=chat_template or TEMPLATES[template].chat_template
-        )
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or TEMPLATES[template].chat_template)
 
     @classmethod
     def from_config(cls, config: TinyGPTVConfig, tokenizer: PreTrainedTokenizerBase) -> TinyGPTVProcessor:

@@ -67,7 +67,9 @@ def plain_key(key: str) -> str:
     """Undo what wrappers add to names: DDP and compile prefixes, peft's ``base_model.model``, ``.default``, ``.base_layer``."""
     for prefix in _STRIP_PREFIXES:
         key = key.removeprefix(prefix)
-    key = key.replace(".base_layer.", ".").replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
+    key = (
+        key.replace(".base_layer.", ".").replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
+    )
     return re.sub(r"^(llama_model\.)?base_model\.model\.", r"\1", key)
 
 
@@ -209,6 +211,7 @@ def language_layout(keys: list[str]) -> str:
 
 # ---------------------------------------------------------------------- our names -> the release's
 
+
 def release_key(name: str, lora: bool) -> tuple[str, bool] | None:
     """The release's key for one of our plain names.
 
@@ -259,4 +262,6 @@ def split_phi_tensors(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if ".qkv_proj." not in theirs:
         return {theirs: tensor}
     thirds = torch.chunk(tensor, 3, dim=0)
-    return {theirs.replace("qkv_proj", part): third.contiguous() for part, third in zip(SPLIT_PARTS, thirds, strict=True)}
+    return {
+        theirs.replace("qkv_proj", part): third.contiguous() for part, third in zip(SPLIT_PARTS, thirds, strict=True)
+    }

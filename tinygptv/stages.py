@@ -89,7 +89,9 @@ class Stage:
     def __post_init__(self) -> None:
         unknown = set(self.trainable) - set(TRAINABLE_PARTS)
         if unknown:
-            raise ValueError(f"stage {self.number} trains unknown parts {sorted(unknown)}; known: {sorted(TRAINABLE_PARTS)}.")
+            raise ValueError(
+                f"stage {self.number} trains unknown parts {sorted(unknown)}; known: {sorted(TRAINABLE_PARTS)}."
+            )
         if self.template not in TEMPLATES:
             raise ValueError(f"stage {self.number} has template {self.template!r}; known: {sorted(TEMPLATES)}.")
 
@@ -128,7 +130,9 @@ def set_trainable(model: TinyGPTVForConditionalGeneration, parts: tuple[str, ...
             counts[owner] += parameter.numel()
     empty = [part for part, count in counts.items() if count == 0]
     if empty:
-        raise ValueError(f"trainable parts {empty} have no parameters in this model: add them, or take them out of the stage.")
+        raise ValueError(
+            f"trainable parts {empty} have no parameters in this model: add them, or take them out of the stage."
+        )
     return counts
 
 

@@ -61,7 +61,9 @@ def open_weights(path: str | Path) -> dict[str, LazyTensor]:
         opener = _open_safetensors if file.suffix == ".safetensors" else _open_torch
         for tensor in opener(file):
             if tensor.key in tensors:
-                raise WeightFileError(f"{tensor.key} is in both {tensors[tensor.key].file} and {file}: keep one of them.")
+                raise WeightFileError(
+                    f"{tensor.key} is in both {tensors[tensor.key].file} and {file}: keep one of them."
+                )
             tensors[tensor.key] = tensor
     if not tensors:
         raise WeightFileError(f"{path} holds no tensors.")

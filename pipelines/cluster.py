@@ -1,0 +1,71 @@
+"""Join or start a Ray cluster; stop only what was started here.
+
+Token authentication: Ray turns it on by itself where ``RAY_AUTH_MODE`` is unset and then refuses processes that were
+started without it, so every process of ours says explicitly what it uses.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pipelines.settings import Settings, SettingsError
+
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Workers run in the environment of the driver, also where the driver was started through `uv run`.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
+"""Set before Ray starts, unless the user's environment says otherwise."""
+
+
+@contextmanager
+def start_ray(settings: Settings) -> Iterator[None]:
+    """Have a Ray cluster while the block runs.
+
+    A cluster that this process is connected to is used as it is. Otherwise ``settings.ray_address`` (or the environment's
+    ``RAY_ADDRESS``, which Ray sets inside submitted jobs) is joined, and without one a local cluster is started, which is
+    stopped when the block ends.
+
+    Args:
+        settings: uses ``ray_address``, ``num_cpus``, ``object_store_mb``, ``quiet``.
+
+    Raises:
+        SettingsError: no cluster answers at the address.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(**_init_arguments(settings))
+    except ConnectionError as error:
+        address = settings.ray_address or os.environ.get("RAY_ADDRESS", "")
+        raise SettingsError(
+            f"no Ray cluster answers at ray_address={address!r}: start one with `ray start --head`, or leave it empty."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _init_arguments(settings: Settings) -> dict[str, Any]:
+    """Arguments of ``ray.init``; sizes apply only to a cluster that it starts."""
+    level = logging.WARNING if settings.quiet else logging.INFO
+    address = settings.ray_address or os.environ.get("RAY_ADDRESS", "")
+    if address:
+        return {"address": address, "logging_level": level}
+    arguments: dict[str, Any] = {"address": "local", "logging_level": level}
+    if settings.num_cpus:
+        arguments["num_cpus"] = settings.num_cpus
+    if settings.object_store_mb:
+        arguments["object_store_memory"] = settings.object_store_mb * 2**20
+    return arguments

@@ -1,0 +1,164 @@
+"""Ray Serve: an ingress that speaks HTTP, and replicas that hold the model.
+
+The ingress is a light process (no torch): it checks keys, bodies and pictures, and gives what is left to a replica.
+When a replica dies, requests that have shown no text yet go to another one; streams end with an error event. A new
+artifact is deployed by starting its replicas before the old ones stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+
+from pipelines.serving.api import build_api
+from pipelines.serving.backend import ChatJob, ModelBackend, ModelInfo
+from pipelines.serving.protocol import ProtocolError
+from pipelines.settings import ServeSettings
+
+log = logging.getLogger(__name__)
+
+APP_NAME = "tinygptv"
+RETRIES = 3
+"""Replicas that a request is tried on."""
+
+
+class HandleBackend:
+    """``Backend`` over Ray Serve."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self.handle = handle
+        self.streaming = handle.options(stream=True)
+
+    async def describe(self) -> ModelInfo:
+        """What the model is."""
+        return await self._call("describe")
+
+    async def complete(self, job: ChatJob) -> list[dict[str, Any]]:
+        """The whole answer."""
+        return await self._call("complete", job)
+
+    async def stream(self, job: ChatJob) -> AsyncIterator[dict[str, Any]]:
+        """The answer as it grows; until the first text has come, another replica may take over."""
+        for attempt in range(RETRIES):
+            items = self.streaming.stream.remote(job)
+            started = False
+            try:
+                async for item in items:
+                    started = started or bool(item.get("text"))
+                    if attempt and "prompt_tokens" in item:
+                        continue
+                    yield item
+                return
+            except (RayError, RayServeException) as error:
+                _refuse_if_full(error)
+                log.warning("a replica failed while it streamed: %s", type(error).__name__)
+                if started:
+                    yield {"error": "the model's replica stopped in the middle of the answer.", "status": 503}
+                    return
+            finally:
+                items.cancel()
+        raise _unavailable()
+
+    async def stats(self) -> list[dict[str, Any]]:
+        """Counters of each replica."""
+        per_replica = await self.handle.broadcast("stats").results_async(return_exceptions=True)
+        return [stats for result in per_replica if isinstance(result, list) for stats in result]
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        for _ in range(RETRIES):
+            response = getattr(self.handle, method).remote(*args)
+            try:
+                return await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except (RayError, RayServeException) as error:
+                _refuse_if_full(error)
+                log.warning("a replica failed, trying another one: %s", type(error).__name__)
+        raise _unavailable()
+
+
+def _refuse_if_full(error: Exception) -> None:
+    if isinstance(error, BackPressureError):
+        raise ProtocolError(
+            429,
+            "every replica is busy and the queue is full; try again soon.",
+            kind="rate_limit_error",
+            code="rate_limit_exceeded",
+            retry_after_s=2,
+        )
+
+
+def _unavailable() -> ProtocolError:
+    return ProtocolError(
+        503, "the model is not available just now.", kind="server_error", code="unavailable", retry_after_s=5
+    )
+
+
+class ModelReplica(ModelBackend):
+    """A replica of the model."""
+
+
+@serve.ingress()
+class Ingress:
+    """The HTTP side."""
+
+    def __init__(self, settings: ServeSettings, model: DeploymentHandle) -> None:
+        self.settings, self.model = settings, model
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_api(self.settings, HandleBackend(self.model))
+
+
+def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:
+    """The Serve application; ``import_path`` of Serve configurations.
+
+    Args:
+        settings: or a mapping of its keys, as in the ``args`` of a Serve configuration.
+    """
+    if isinstance(settings, dict):
+        settings = ServeSettings.parse(settings, "the Serve configuration's args")
+    replicas: dict[str, Any] = {"num_replicas": settings.num_replicas}
+    if settings.max_replicas > settings.num_replicas:
+        replicas = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=settings.num_replicas,
+                max_replicas=settings.max_replicas,
+                target_ongoing_requests=settings.max_batch_size,
+            )
+        }
+    quiet = LoggingConfig(enable_access_log=False)
+    model = serve.deployment(
+        ModelReplica,
+        name="model",
+        # Beyond a full batch, enough requests at hand that the next one's prompt and pictures are ready in time.
+        max_ongoing_requests=2 * settings.max_batch_size,
+        max_queued_requests=2 * (settings.max_queue + settings.max_batch_size),
+        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.num_gpus},
+        # A replacement needs the memory of a second model; on one GPU there is none, so there the old one stops first.
+        max_surge_percent=0 if settings.num_gpus else 100,
+        graceful_shutdown_timeout_s=settings.request_timeout_s,
+        health_check_period_s=5,
+        logging_config=quiet,
+        **replicas,
+    )
+    ingress = serve.deployment(
+        Ingress,
+        name="ingress",
+        max_ongoing_requests=100_000,  # its own gate refuses, in OpenAI's shape
+        ray_actor_options={"num_cpus": 0},
+        max_surge_percent=100,
+        graceful_shutdown_timeout_s=settings.request_timeout_s,
+        logging_config=quiet,
+    )
+    return ingress.bind(settings, model.bind(settings))

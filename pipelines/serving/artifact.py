@@ -1,0 +1,27 @@
+"""Which folder is served: a path, ``models:/name@alias`` of MLflow's registry, or the shipped model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipelines.settings import ServeSettings
+from tinygptv.loading import SHIPPED_MODEL
+
+
+def resolve_artifact(settings: ServeSettings) -> Path:
+    """The folder that ``settings.artifact`` names.
+
+    Raises:
+        ValueError: there is no such folder, registered model, or shipped model.
+    """
+    name = settings.artifact
+    if name.startswith("models:/"):
+        # mlflow takes seconds to import, and few people serve from a registry.
+        from pipelines.tracking import download_registered_model  # noqa: PLC0415
+
+        return Path(download_registered_model(name, settings.tracking_uri))
+    folder = Path(name).expanduser() if name else SHIPPED_MODEL
+    if not (folder / "config.json").is_file():
+        what = f"artifact {name!r} is" if name else "no model ships with this installation: artifact= is empty and"
+        raise ValueError(f"{what} no checkpoint folder (config.json is missing): give artifact=DIR of a trained stage.")
+    return folder.absolute()

@@ -1,0 +1,173 @@
+"""The model behind the API: what an ingress asks of it, and the one that answers in its own process.
+
+Only plain values cross this border (dicts, ``ChatMessage``), because with Ray Serve it lies between two processes, and
+the ingress does not load torch.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipelines.settings import ServeSettings
+from tinygptv.conversation import ChatMessage
+
+if TYPE_CHECKING:
+    from tinygptv.engine import Delta, Request
+    from tinygptv.sampling import TokenLogprobs
+
+SMALL_MODEL_PARAMETERS = 100_000_000
+"""Below this, matrices are too small to be worth two threads, and threads that wait for each other cost more."""
+
+
+@dataclass(frozen=True)
+class ChatJob:
+    """One request for the model.
+
+    Attributes:
+        messages: user and assistant in turn.
+        sampling: fields of ``SamplingParams``.
+        interval_s: shortest time between two deltas of a stream, in seconds.
+    """
+
+    messages: tuple[ChatMessage, ...]
+    sampling: dict[str, Any]
+    interval_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What an ingress needs to know of the model."""
+
+    image_size: int
+    context_length: int
+    created: int
+
+
+class Backend(Protocol):
+    """A model, near or far.
+
+    Items of an answer are dicts: first ``{"prompt_tokens"}``, then ``{"text", "num_tokens", "cached_tokens",
+    "logprobs", "finish_reason"}``; or, at any point and last, ``{"error", "status"}``.
+    """
+
+    async def describe(self) -> ModelInfo:
+        """What the model is."""
+
+    def stream(self, job: ChatJob) -> AsyncIterator[dict[str, Any]]:
+        """The answer as it grows; leaving the iterator early frees the model's slot."""
+
+    async def complete(self, job: ChatJob) -> list[dict[str, Any]]:
+        """The whole answer: the same items, text in one."""
+
+    async def stats(self) -> list[dict[str, Any]]:
+        """Counters of each replica."""
+
+
+class ModelBackend:
+    """The model in this process; with Ray Serve, one replica."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        """Load the artifact and start the engine.
+
+        Raises:
+            ValueError: the artifact is missing or does not load.
+        """
+        import torch  # noqa: PLC0415  (the ingress imports this module and needs no torch)
+
+        from pipelines.serving.artifact import resolve_artifact  # noqa: PLC0415
+        from tinygptv.assistant import Assistant  # noqa: PLC0415
+        from tinygptv.loading import load_for_inference  # noqa: PLC0415
+
+        device = "cuda" if settings.num_gpus and torch.cuda.is_available() else "cpu"
+        model, processor = load_for_inference(resolve_artifact(settings), device)
+        small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL_PARAMETERS
+        torch.set_num_threads(settings.threads or (1 if small else os.cpu_count() or 1))
+        self.assistant = Assistant(
+            model,
+            processor,
+            max_batch_size=settings.max_batch_size,
+            context_length=settings.context_length,
+            prefill_tokens=settings.prefill_tokens,
+            kept_images=settings.kept_images,
+        )
+        self.token_bytes = self.assistant.engine.token_bytes
+        self.name = f"{os.getpid()}"
+        self.created = int(time.time())
+
+    async def describe(self) -> ModelInfo:
+        """What the model is."""
+        return ModelInfo(self.assistant.images.image_size, self.assistant.engine.context_length, self.created)
+
+    async def stream(self, job: ChatJob) -> AsyncIterator[dict[str, Any]]:
+        """The answer as it grows."""
+        request = await self._prepare(job)
+        if isinstance(request, dict):
+            yield request
+            return
+        yield {"prompt_tokens": len(request.ids)}
+        answer = self.assistant.stream(request, job.interval_s)
+        try:
+            async for delta in answer:
+                yield self._item(delta)
+        finally:
+            await answer.aclose()
+
+    async def complete(self, job: ChatJob) -> list[dict[str, Any]]:
+        """The whole answer in two items."""
+        request = await self._prepare(job)
+        if isinstance(request, dict):
+            return [request]
+        items = [self._item(delta) async for delta in self.assistant.stream(request, float("inf"))]
+        return [{"prompt_tokens": len(request.ids)}, *items]
+
+    async def stats(self) -> list[dict[str, Any]]:
+        """Counters of this replica."""
+        images = self.assistant.images
+        return [
+            {
+                "replica": self.name,
+                **asdict(self.assistant.loop.stats),
+                "images_encoded": images.num_encoded,
+                "images_reused": images.num_reused,
+                "slots": self.assistant.engine.decoder.num_slots,
+            }
+        ]
+
+    async def check_health(self) -> None:
+        """Raises where the engine's thread has died; Serve then starts another replica."""
+        if not self.assistant.loop.is_alive:
+            raise RuntimeError("the engine's thread has ended.")
+
+    async def _prepare(self, job: ChatJob) -> Request | dict[str, Any]:
+        from tinygptv.sampling import SamplingParams  # noqa: PLC0415
+
+        try:
+            params = SamplingParams(**job.sampling)
+            request = await self.assistant.prepare(job.messages, params)
+            self.assistant.engine.check(request)
+        except ValueError as error:
+            return {"error": str(error), "status": 400}
+        return request
+
+    def _item(self, delta: Delta) -> dict[str, Any]:
+        if delta.finish_reason in ("error", "cancelled"):
+            return {"error": delta.error or "the answer was cancelled.", "status": 500}
+        return {
+            "text": delta.text,
+            "num_tokens": len(delta.token_ids),
+            "cached_tokens": delta.num_reused,
+            "logprobs": [self._logprobs(entry) for entry in delta.logprobs],
+            "finish_reason": delta.finish_reason,
+        }
+
+    def _logprobs(self, entry: TokenLogprobs) -> dict[str, Any]:
+        alternatives = [self._token(token, logprob) for token, logprob in entry.alternatives]
+        return {**self._token(entry.token_id, entry.logprob), "top_logprobs": alternatives}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        data = self.token_bytes[token_id]
+        return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}

@@ -1,0 +1,134 @@
+"""Start and stop the service on a Ray cluster: the one this process is connected to, or a local one."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+import httpx
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
+from pipelines.cluster import start_ray
+from pipelines.serving.app import APP_NAME, build_app
+from pipelines.serving.artifact import resolve_artifact
+from pipelines.settings import ServeSettings, SettingsError
+
+log = logging.getLogger(__name__)
+
+HEALTHY_WITHIN_S = 60
+
+
+class ServingError(RuntimeError):
+    """The service did not start; one sentence says why."""
+
+
+@contextmanager
+def serving(settings: ServeSettings) -> Iterator[str]:
+    """Serve while the block runs: Ray is joined or started, and everything that was started here is stopped again.
+
+    Yields:
+        The address, e.g. ``http://127.0.0.1:8000``.
+
+    Raises:
+        SettingsError: the artifact is missing, or the port is taken.
+        ServingError: the model does not load.
+    """
+    settings = check_settings(settings)
+    with start_ray(settings):
+        was_running = serve_address() is not None
+        try:
+            yield deploy(settings)
+        finally:
+            serve.delete(APP_NAME) if was_running else serve.shutdown()
+
+
+def check_settings(settings: ServeSettings) -> ServeSettings:
+    """Find the artifact before anything is started.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    try:
+        return settings.model_copy(update={"artifact": str(resolve_artifact(settings))})
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def deploy(settings: ServeSettings) -> str:
+    """Deploy on the Ray cluster of this process and wait until the model answers.
+
+    Doing so again with another artifact is a rolling update. Serve listens at one address per cluster: where it runs
+    already, that address stays.
+
+    Returns:
+        The address.
+
+    Raises:
+        SettingsError: the artifact is missing, or the port is taken.
+        ServingError: the model does not load, or does not answer.
+    """
+    settings = check_settings(settings)
+    address = serve_address()
+    if address is None:
+        port = _claim_port(settings.host, settings.port)
+        serve.start(http_options={"host": settings.host, "port": port})
+        address = _url(settings.host, port)
+    elif address != _url(settings.host, settings.port):
+        log.warning("Ray Serve listens at %s already, so the model is served there.", address)
+    try:
+        serve.run(build_app(settings), name=APP_NAME, route_prefix="/")
+    except (RuntimeError, RayServeException) as error:
+        raise ServingError(f"the model did not start: {_reason(error)}") from error
+    _wait_until_healthy(address)
+    return address
+
+
+def serve_address() -> str | None:
+    """Where Ray Serve listens on this cluster; None where it does not run."""
+    try:
+        options = serve.context._get_global_client(raise_if_no_controller_running=False)
+    except RayServeException:
+        return None
+    return _url(options.http_config.host, options.http_config.port) if options is not None else None
+
+
+def _claim_port(host: str, port: int) -> int:
+    """The port, or a free one for 0, provided that this process could listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise SettingsError(
+                f"cannot listen on {host} port {port}: {error.strerror}; choose another port=."
+            ) from error
+        return probe.getsockname()[1]
+
+
+def _url(host: str | None, port: int) -> str:
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]", None: "127.0.0.1"}.get(host, host)
+    return f"http://{f'[{reachable}]' if ':' in str(reachable) and '[' not in str(reachable) else reachable}:{port}"
+
+
+def _wait_until_healthy(address: str) -> None:
+    deadline = time.monotonic() + HEALTHY_WITHIN_S
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{address}/healthz", timeout=10, trust_env=False).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.2)
+    raise ServingError(f"{address}/healthz did not become healthy within {HEALTHY_WITHIN_S} s.")
+
+
+def _reason(error: Exception) -> str:
+    """The innermost sentence of Serve's report: the last line that names an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if "Error" in line.split(":", 1)[0]]
+    return (named or lines or [type(error).__name__])[-1]

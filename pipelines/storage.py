@@ -1,0 +1,294 @@
+"""Files on a local disk or in any object storage, behind pyarrow's file systems.
+
+A *place* is a local path or a URI (``s3://``, ``gs://``, ``hdfs://``, ``file://``, or any protocol that fsspec knows).
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from pipelines.settings import SettingsError
+
+COPY_BYTES = 8 << 20
+
+
+class DiskFullError(RuntimeError):
+    """There is no room for the output; what is finished stays, and the same command goes on from there."""
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """One input file.
+
+    Attributes:
+        place: local path or URI.
+        name: path relative to the folder that all found files share; for messages and ids.
+        num_bytes: its size.
+        modified_ns: when it was changed last, 0 where the storage does not say.
+    """
+
+    place: str
+    name: str
+    num_bytes: int
+    modified_ns: int
+
+
+def resolve(place: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a place, and the path within it.
+
+    Raises:
+        SettingsError: nothing here can open the protocol.
+    """
+    protocol, separator, rest = place.partition("://")
+    if not separator:
+        return pafs.LocalFileSystem(), str(Path(place).expanduser().absolute())
+    if protocol == "file":
+        return pafs.LocalFileSystem(), rest
+    try:
+        return pafs.FileSystem.from_uri(place)
+    except (ValueError, OSError):
+        pass  # not one of pyarrow's own; fsspec knows more
+    try:
+        import fsspec
+
+        filesystem, path = fsspec.core.url_to_fs(place)
+    except (ImportError, ValueError) as error:
+        raise SettingsError(f"cannot open {place!r}: {error}; use a local path or a URI of a known protocol.") from error
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+def is_local(place: str) -> bool:
+    """Whether a place lies on this machine's disk."""
+    return "://" not in place or place.startswith("file://")
+
+
+def join(place: str, *names: str) -> str:
+    """A place below another one."""
+    return "/".join([place.rstrip("/"), *names])
+
+
+def find_files(pattern: str) -> list[FoundFile]:
+    """All files that a pattern names, in a fixed order.
+
+    Args:
+        pattern: place with ``*``, ``?``, ``[..]``, ``{a,b}`` and ``{00000..00012}``; a plain file is found as itself.
+
+    Returns:
+        Files, sorted by place; empty where nothing matches.
+    """
+    found: dict[str, pafs.FileInfo] = {}
+    for place in expand_braces(pattern):
+        filesystem, path = resolve(place)
+        for info in _matching(filesystem, path):
+            found[_place_of(place, path, info.path)] = info
+    if not found:
+        return []
+    common = _common_folder(list(found))
+    return [
+        FoundFile(place, place[len(common) :].lstrip("/"), info.size or 0, info.mtime_ns or 0)
+        for place, info in sorted(found.items())
+    ]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """``{a,b}`` and ``{000..012}`` written out, leftmost first; numbers keep the width of the first bound."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if numbers:
+        width = len(numbers[1])
+        parts = [f"{n:0{width}d}" for n in range(int(numbers[1]), int(numbers[2]) + 1)]
+    elif "," in match[1]:
+        parts = match[1].split(",")
+    else:
+        return [pattern]
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return list(itertools.chain.from_iterable(expand_braces(head + part + tail) for part in parts))
+
+
+def exists(place: str) -> bool:
+    """Whether a file or folder is there."""
+    filesystem, path = resolve(place)
+    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def is_folder(place: str) -> bool:
+    """Whether a folder is there."""
+    filesystem, path = resolve(place)
+    return filesystem.get_file_info(path).type == pafs.FileType.Directory
+
+
+def read_bytes(place: str) -> bytes:
+    """A whole file.
+
+    Raises:
+        FileNotFoundError: it is missing.
+    """
+    filesystem, path = resolve(place)
+    with filesystem.open_input_stream(path) as stream:
+        return stream.read()
+
+
+def write_atomically(place: str, data: bytes) -> None:
+    """Write a file so that it is either absent or whole, also after a kill.
+
+    Raises:
+        DiskFullError: there is no room.
+    """
+    filesystem, path = resolve(place)
+    with disk_full_as_error(place):
+        if not is_local(place):  # object storage shows an object only when it is complete
+            with filesystem.open_output_stream(path) as stream:
+                stream.write(data)
+            return
+        target = Path(path)
+        draft = target.with_name(f".{target.name}.tmp")
+        draft.write_bytes(data)
+        draft.replace(target)
+
+
+def make_folder(place: str) -> None:
+    """Make a folder and those above it."""
+    filesystem, path = resolve(place)
+    filesystem.create_dir(path, recursive=True)
+
+
+def remove_folder(place: str) -> None:
+    """Remove a folder with everything in it; a missing one is fine."""
+    filesystem, path = resolve(place)
+    if filesystem.get_file_info(path).type == pafs.FileType.Directory:
+        filesystem.delete_dir(path)
+
+
+def remove_file(place: str) -> None:
+    """Remove a file; a missing one is fine."""
+    filesystem, path = resolve(place)
+    if filesystem.get_file_info(path).type == pafs.FileType.File:
+        filesystem.delete_file(path)
+
+
+def list_names(folder: str) -> dict[str, int]:
+    """Names of the files directly in a folder, with their sizes in bytes; empty where the folder is missing."""
+    filesystem, path = resolve(folder)
+    infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return {info.base_name: info.size or 0 for info in infos if info.type == pafs.FileType.File}
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Give a file a second name; a copy where the storage has no hard links. Replaces ``target``."""
+    filesystem, path = resolve(source)
+    _, target_path = resolve(target)
+    with disk_full_as_error(target):
+        if not is_local(source):
+            filesystem.copy_file(path, target_path)
+            return
+        draft = Path(target_path).with_name(f".{Path(target_path).name}.tmp")
+        draft.unlink(missing_ok=True)
+        try:
+            draft.hardlink_to(path)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            shutil.copyfile(path, draft)
+        draft.replace(target_path)
+
+
+def download(place: str, target: Path) -> None:
+    """Copy a file of any storage, as it is, to a local path."""
+    filesystem, path = resolve(place)
+    with disk_full_as_error(str(target)), filesystem.open_input_stream(path, compression=None) as source:
+        _copy_stream(source, target)
+
+
+def unpack(path: Path) -> Path:
+    """Unpack a gzip, bzip2 or zstd file beside itself; a damaged one gives what comes before the damage."""
+    target = path.with_suffix("")
+    with disk_full_as_error(str(target)), pa.input_stream(str(path), compression="detect") as source:
+        try:
+            _copy_stream(source, target)
+        except OSError as error:
+            if error.errno is not None:
+                raise  # the disk, not the file
+    return target
+
+
+def _copy_stream(source: pa.NativeFile, target: Path) -> None:
+    with target.open("wb") as sink:
+        while chunk := source.read(COPY_BYTES):
+            sink.write(chunk)
+
+
+class disk_full_as_error:  # noqa: N801 - reads as a phrase in `with`
+    """Turn "no space left on device" into one clear sentence."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def __enter__(self) -> None:
+        """Nothing to set up."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        """Raise ``DiskFullError`` instead of the system's error."""
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"no space left while writing {self.place}: free some, and run the same command again; "
+                "what is finished is kept."
+            ) from error
+
+
+def safe_path(folder: str, name: str) -> str | None:
+    """A file below a folder, or None where the name climbs out of it."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if not parts or parts[0] == "/" or ".." in parts:
+        return None
+    return join(folder, *parts)
+
+
+def _matching(filesystem: pafs.FileSystem, path: str) -> Iterator[pafs.FileInfo]:
+    info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.File:
+        yield info
+        return
+    first = next((i for i, part in enumerate(path.split("/")) if re.search(r"[*?\[]", part)), None)
+    if first is None:
+        return
+    parts = path.split("/")
+    yield from _walk(filesystem, "/".join(parts[:first]) or "/", parts[first:])
+
+
+def _walk(filesystem: pafs.FileSystem, folder: str, parts: list[str]) -> Iterator[pafs.FileInfo]:
+    """Files below ``folder`` whose path matches ``parts``, one pattern per level."""
+    for info in filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True)):
+        if not fnmatchcase(info.base_name, parts[0]):
+            continue
+        if len(parts) > 1 and info.type == pafs.FileType.Directory:
+            yield from _walk(filesystem, info.path, parts[1:])
+        elif len(parts) == 1 and info.type == pafs.FileType.File:
+            yield info
+
+
+def _place_of(pattern: str, pattern_path: str, found_path: str) -> str:
+    """Put the protocol of the pattern back before a path that the file system returned."""
+    protocol, separator, rest = pattern.partition("://")
+    if not separator or protocol == "file":
+        return found_path
+    return f"{protocol}://{rest[: len(rest) - len(pattern_path)]}{found_path}"
+
+
+def _common_folder(places: list[str]) -> str:
+    folders = [place.rsplit("/", 1)[0].split("/") for place in places]
+    common = [parts[0] for parts in zip(*folders, strict=False) if len(set(parts)) == 1]
+    prefix = next((i for i, parts in enumerate(zip(*folders, strict=False)) if len(set(parts)) > 1), len(common))
+    return "/".join(common[:prefix]) + "/"

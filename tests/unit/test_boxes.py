@@ -1,0 +1,60 @@
+"""Box text, parsing and overlap; where the release's numbers are at hand, against them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.paths import GOLDEN
+from tinygptv.boxes import format_box, iou, parse_answer_box, parse_boxes, strip_boxes, to_pixels
+
+
+def test_coordinates_are_truncated():
+    assert format_box((16.9, 0, 100, 99.9), 100, 100) == "{<16><0><100><99>}"
+    assert format_box((64, 96, 320, 288), 640, 480) == "{<10><20><50><60>}"
+    with pytest.raises(ValueError, match="0 x 10"):
+        format_box((0, 0, 1, 1), 0, 10)
+
+
+def test_phrases_and_their_boxes():
+    text = "<p>two dogs</p> {<1><2><3><4>}<delim>{<5><6><7><8>} near <p>a cat</p> {<9><10><11><12>}, and {<0><0><1><1>}"
+    found = parse_boxes(text)
+    assert [(b.phrase, b.entity) for b in found] == [("two dogs", 0), ("two dogs", 0), ("a cat", 1), ("", 2)]
+    assert found[1].box == (5, 6, 7, 8)
+    assert strip_boxes(text) == "two dogs near a cat, and"
+
+
+@pytest.mark.parametrize("text", ["", "no box", "{<1><2><3>}", "{<a><b><c><d>}", "{1 2 3 4}", "<p>x</p>"])
+def test_malformed_boxes_are_no_boxes(text):
+    assert parse_boxes(text) == []
+    assert parse_answer_box(text) is None
+
+
+def test_answer_boxes_come_first():
+    assert parse_answer_box(" {<1> <2><3><4>}###") == (1, 2, 3, 4)
+    assert parse_answer_box("it is {<1><2><3><4>}") is None
+    assert to_pixels((10, 20, 50, 60), 640, 480) == (64, 96, 320, 288)
+
+
+def test_overlap():
+    assert iou((0, 0, 9, 9), (0, 0, 9, 9)) == 1.0
+    assert iou((0, 0, 4, 4), (10, 10, 20, 20)) == 0.0
+    assert iou((0, 0, 2, 2), (1, 0, 3, 2), pixel_grid=False) == pytest.approx(1 / 3)
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="golden numbers of the original are not here")
+def test_against_the_release():
+    record = json.loads((GOLDEN / "10_eval/rec.json").read_text())
+    truth = record["gt"]
+    x, y, w, h = truth["bbox"]
+    for item in record["items"]:
+        box = parse_answer_box(item["answer"])
+        assert (box is not None) == (item["iou"] is not None), item
+        if box is not None:
+            assert list(box) == item["integers"]
+            overlap = iou(to_pixels(box, truth["width"], truth["height"]), (x, y, x + w, y + h))
+            assert overlap == pytest.approx(item["iou"], rel=1e-9, abs=1e-12)
+            assert (overlap > 0.5) == item["hit"]
+    for pair in record["computeIoU"]:
+        assert iou(pair["a"], pair["b"]) == pytest.approx(pair["iou"], rel=1e-12)

@@ -1,0 +1,173 @@
+"""Rendering and token layout, checked by hand on a byte tokenizer."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.tiny import tiny_tokenizer
+from tinygptv.collate import LoadedSample, collate, pack
+from tinygptv.prompts import INSTRUCTIONS, TEMPLATES, clean_caption, escape_markers, wrap_image
+from tinygptv.sample import IGNORE_INDEX, Exchange, SampleEncoder, SampleRow, TextLimits, Turn, render_sample
+
+IMAGE = 256
+
+
+def first(options):
+    return options[0]
+
+
+def encoder(template="human", limit=1000, **limits):
+    return SampleEncoder(
+        tiny_tokenizer(), TEMPLATES[template], TextLimits(limit, **limits), image_token_id=IMAGE, num_query_tokens=3
+    )
+
+
+def text_of(ids):
+    return "".join("#IMG" if i == IMAGE else tiny_tokenizer().decode([i]) for i in ids).replace("#IMG#IMG#IMG", "<I>")
+
+
+def row(task, turns, **fields):
+    return SampleRow("1", "test", task, tuple(Turn(q, tuple(a)) for q, a in turns), **fields)
+
+
+PICTURE = {"image": b"x", "width": 200, "height": 100}
+
+
+@pytest.mark.parametrize(
+    ("sample", "instruction", "answer"),
+    [
+        (row("pair", [("", ["a dog"])], **PICTURE), None, "a dog"),
+        (row("align", [("", ["a dog"])], **PICTURE), "<Img><ImageHere></Img> Describe this image in detail. ", "a dog"),
+        (row("vqa", [("what?", ["x", "y"])], **PICTURE), "<Img><ImageHere></Img> [vqa] what? ", "x"),
+        (
+            row("refer", [("", ["the dog"])], boxes=((20, 10, 100.9, 99), ), **PICTURE),
+            "<Img><ImageHere></Img> [refer] the dog ",
+            "{<10><10><50><99>}",
+        ),
+        (
+            row("identify", [("", ["the dog"])], boxes=((20, 10, 100.9, 99), ), **PICTURE),
+            "<Img><ImageHere></Img> [identify] {<10><10><50><99>} ",
+            "the dog",
+        ),
+        (row("detection", [("a dog", ["<p>a dog</p> {<1><2><3><4>}"])], **PICTURE), "<Img><ImageHere></Img> [detection] a dog ", "<p>a dog</p> {<1><2><3><4>}"),
+        (row("text", [("say hi", ["hi"])]), "say hi", "hi"),
+        (row("vqa", [("is {} a set?", ["no"])], **PICTURE), "<Img><ImageHere></Img> [vqa] is {} a set? ", "no"),
+    ],
+)  # fmt: skip
+def test_rendering(sample, instruction, answer):
+    assert render_sample(sample, first) == [Exchange(instruction, answer)]
+
+
+def test_later_turns_have_no_image():
+    sample = row("conversation", [("what is it?", ["a dog"]), ("color?", ["red"])], **PICTURE)
+    assert render_sample(sample, first)[1] == Exchange("color? ", "red")
+
+
+def test_rendering_errors_name_the_sample():
+    with pytest.raises(ValueError, match="'1' of 'test' has task 'nonsense'"):
+        render_sample(row("nonsense", [("", ["a"])]), first)
+    with pytest.raises(ValueError, match="no box"):
+        render_sample(row("refer", [("", ["a"])], **PICTURE), first)
+
+
+def test_single_turn_layout():
+    encoded = encoder().encode([Exchange(wrap_image("[vqa] what?"), "a dog")], 1)
+    assert text_of(encoded.input_ids) == "<|endoftext|>###Human: <Img><I></Img> [vqa] what?  ###Assistant: a dog###"
+    learned = [i for i, label in zip(encoded.input_ids, encoded.labels, strict=True) if label != IGNORE_INDEX]
+    assert text_of(learned) == "a dog###"
+    assert all(a == b for a, b in zip(encoded.input_ids, encoded.labels, strict=True) if b != IGNORE_INDEX)
+
+
+def test_image_without_words():
+    encoded = encoder("caption").encode([Exchange(None, "a dog")], 1)
+    assert text_of(encoded.input_ids) == "<|endoftext|><I>a dog\n"
+
+
+def test_several_turns_learn_all_answers_and_no_question():
+    turns = [Exchange(wrap_image("one?"), "A"), Exchange("two? ", "B")]
+    encoded = encoder("inst").encode(turns, 1)
+    assert text_of(encoded.input_ids) == (
+        "<|endoftext|>[INST] <Img><I></Img> one?  [/INST]A###<|endoftext|>[INST] two?  [/INST]B###"
+    )
+    learned = [i for i, label in zip(encoded.input_ids, encoded.labels, strict=True) if label != IGNORE_INDEX]
+    assert text_of(learned) == "A###B###"
+    assert all(encoded.attention_mask)
+    hidden = encoder("inst", mask_inner_bos=True).encode(turns, 1)
+    assert hidden.attention_mask.count(0) == 1 and hidden.input_ids[hidden.attention_mask.index(0)] == 0
+
+
+def test_answers_are_cut_at_the_limit():
+    encoded = encoder(limit=3).encode([Exchange("q", "abcdef")], 0)
+    assert text_of([i for i in encoded.labels if i != IGNORE_INDEX]) == "abc"
+
+
+def test_placeholders_must_match_images():
+    with pytest.raises(ValueError, match="2 <ImageHere> but 1 images"):
+        encoder().encode([Exchange("<ImageHere> <ImageHere>", "x")], 1)
+
+
+def test_prompts_have_the_layout_of_training():
+    turns = [Exchange(wrap_image("one?"), "A"), Exchange("two? ", "B")]
+    full = encoder().encode(turns, 1).input_ids
+    prompt = encoder().encode_prompt(turns[:1], "two? ", 1)
+    assert full[: len(prompt)] == prompt and text_of(full[len(prompt) :]) == "B###"
+    assert encoder().encode_prompt([], wrap_image("one?"), 1) == full[: len(encoder().encode_prompt([], wrap_image("one?"), 1))]
+
+
+def test_caption_cleaner():
+    assert clean_caption('  A "Dog", (running)!\nOn the grass...  ') == "a dog , running on the grass"
+    assert clean_caption("word " * 60) == " ".join(["word"] * 50)
+
+
+def test_markers_of_strangers_become_words():
+    harmless = escape_markers("<ImageHere> and <|endoftext|>")
+    assert "<ImageHere>" not in harmless and "<|endoftext|>" not in harmless
+
+
+def test_wordings_take_one_question():
+    for task, wordings in INSTRUCTIONS.items():
+        for wording in wordings:
+            assert wording.count("{}") == (0 if task in ("align", "caption", "grounding") else 1), (task, wording)
+
+
+# ------------------------------------------------------------------ batches
+
+
+def loaded(length, source=0, answer=2):
+    encoded = encoder().encode([Exchange("q" * length, "a" * answer)], 0)
+    return LoadedSample(encoded, source)
+
+
+def test_padding_stands_at_the_end_and_is_not_supervised():
+    batch = collate([loaded(5), loaded(9, source=1)], pad_token_id=0)
+    assert batch.attention_mask is None and batch.position_ids is None
+    assert batch.input_ids.shape[0] == 2 and batch.input_ids[0, -4:].tolist() == [0] * 4
+    assert len(batch.supervised_ids) == 2 * (2 + 3)
+    following = batch.input_ids.ravel()[batch.supervised_positions + 1]
+    assert following.tolist() == batch.supervised_ids.tolist()
+    assert sorted(set(batch.supervised_sources.tolist())) == [0, 1]
+
+
+def test_packing_keeps_samples_whole_and_restarts_positions():
+    samples = [loaded(n) for n in (3, 30, 7, 12, 5)]
+    batch = collate(samples, pad_token_id=0, pack_length=70)
+    assert batch.input_ids.shape[0] < len(samples)
+    assert batch.num_real == sum(len(s.encoded.input_ids) for s in samples)
+    assert (batch.position_ids == 0).sum() >= len(samples)
+    assert len(batch.supervised_ids) == sum(s.encoded.labels.count(-100) * 0 + 5 for s in samples)
+
+
+def test_bins_hold_what_fits():
+    lengths = [5, 9, 1, 4, 4, 7]
+    bins = pack(lengths, 10)
+    assert sorted(i for row in bins for i in row) == list(range(6))
+    assert all(sum(lengths[i] for i in row) <= 10 for row in bins)
+    assert len(bins) == 4
+
+
+def test_packing_refuses_hidden_tokens():
+    turns = [Exchange("one?", "A"), Exchange("two?", "B")]
+    hidden = LoadedSample(encoder(mask_inner_bos=True).encode(turns, 0), 0)
+    with pytest.raises(ValueError, match="cannot be packed"):
+        collate([hidden], 0, pack_length=100)
+    assert collate([hidden], 0).attention_mask is not None

@@ -1,0 +1,179 @@
+"""Ask about pictures without a server.
+
+python -m tinygptv.chat photo.jpg "what is the dog doing?"
+python -m tinygptv.chat photo.jpg "the dog" --task refer           writes photo.boxes.png
+python -m tinygptv.chat photo.jpg                                  goes on asking
+python -m tinygptv.chat photos/ "describe it" --output answers.jsonl
+python -m tinygptv.chat questions.jsonl --output answers.jsonl     lines of {"image": ..., "question": ..., "task": ...}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinygptv.assistant import Assistant
+from tinygptv.boxes import parse_boxes, to_pixels
+from tinygptv.conversation import TASKS, ChatImage, ChatMessage, task_instruction
+from tinygptv.drawing import draw_boxes
+from tinygptv.images import open_image
+from tinygptv.loading import SHIPPED_MODEL, load_for_inference
+from tinygptv.sampling import SamplingParams
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of a batch."""
+
+    image: Path
+    text: str
+    task: str | None
+    row: dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = _parse(argv)
+    params = SamplingParams(
+        max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
+    )
+    try:
+        questions = _read_questions(options)
+        model, processor = load_for_inference(options.model, options.device)
+        assistant = Assistant(model, processor, max_batch_size=options.batch_size)
+        if questions is not None:
+            return _answer_batch(assistant, questions, params, options.output)
+        return _converse(assistant, options, params)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tinygptv.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("image", type=Path, help="a picture, a folder of pictures, or a .jsonl file of questions")
+    parser.add_argument("question", nargs="?", help="without it, questions are read from the terminal")
+    parser.add_argument("--model", default=str(SHIPPED_MODEL), help="checkpoint or artifact folder")
+    parser.add_argument("--task", choices=TASKS, help="word the question as this task")
+    parser.add_argument("--box", help="x1,y1,x2,y2 in pixels, for --task identify")
+    parser.add_argument("--draw", type=Path, help="where the picture with boxes goes [<picture>.boxes.png, here]")
+    parser.add_argument("--output", type=Path, default=Path("answers.jsonl"), help="answers of a folder or .jsonl file")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--batch-size", type=int, default=16, help="answers generated together")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------------- one picture
+
+
+def _converse(assistant: Assistant, options: argparse.Namespace, params: SamplingParams) -> int:
+    data = options.image.read_bytes()
+    image = assistant.open(data)
+    messages: list[ChatMessage] = []
+    for text in [options.question] if options.question is not None else _prompted():
+        if options.task:
+            box = [float(v) for v in options.box.split(",")] if options.box else None
+            text = task_instruction(options.task, text, box, (image.width, image.height))
+        messages.append(ChatMessage("user", text, () if messages else (image,)))
+        answer = _stream(assistant, messages, params)
+        messages.append(ChatMessage("assistant", answer))
+        if parse_boxes(answer):
+            path = options.draw or Path(f"{options.image.stem}.boxes.png")
+            draw_boxes(open_image(data), answer).save(path)
+            print(f"boxes drawn in {path}", file=sys.stderr)
+    return 0
+
+
+def _prompted() -> Iterator[str]:
+    """Lines from the terminal until an empty one or its end."""
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
+
+
+def _stream(assistant: Assistant, messages: Sequence[ChatMessage], params: SamplingParams) -> str:
+    answer = ""
+    for delta in assistant.iterate(messages, params):
+        if delta.finish_reason == "error":
+            raise ValueError(delta.error)
+        answer += delta.text
+        print(delta.text, end="", flush=True)
+    print()
+    return answer
+
+
+# ---------------------------------------------------------------------------------------------------- many pictures
+
+
+def _read_questions(options: argparse.Namespace) -> list[Question] | None:
+    """Questions of a folder or a .jsonl file; None for a single picture."""
+    path: Path = options.image
+    if path.is_dir():
+        if options.question is None and options.task not in ("caption", "grounding"):
+            raise ValueError(f"{path} is a folder: give the question to ask about each of its pictures.")
+        pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not pictures:
+            raise ValueError(f"{path} holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        return [Question(p, options.question or "", options.task, {"image": str(p)}) for p in pictures]
+    if path.suffix != ".jsonl":
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist.")
+        return None
+    questions = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            image = path.parent / row["image"]
+            question = row.get("question", options.question)
+            questions.append(Question(image, question or "", row.get("task", options.task), row))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f'{path}, line {number} is not {{"image": ..., "question": ...}}: {error}') from error
+    return questions
+
+
+def _answer_batch(assistant: Assistant, questions: list[Question], params: SamplingParams, output: Path) -> int:
+    """Answer all questions, several at a time; rows come out in order, failures with their reason."""
+    num_failed = 0
+    with output.open("w") as file, ThreadPoolExecutor(2 * assistant.engine.decoder.num_slots) as pool:
+        for row in pool.map(lambda question: _answer_one(assistant, question, params), questions):
+            num_failed += "error" in row
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(f"{len(questions) - num_failed} answers, {num_failed} failures: {output}")
+    return 0
+
+
+def _answer_one(assistant: Assistant, question: Question, params: SamplingParams) -> dict[str, Any]:
+    try:
+        image: ChatImage = assistant.open(question.image.read_bytes())
+        text = task_instruction(question.task, question.text) if question.task else question.text
+        answer = assistant.answer([ChatMessage("user", text, (image,))], params)
+    except (OSError, ValueError, RuntimeError) as error:
+        return {**question.row, "error": str(error)}
+    size = (image.width, image.height)
+    boxes = [{"label": b.phrase, "box": [round(v, 2) for v in to_pixels(b.box, *size)]} for b in parse_boxes(answer)]
+    return {**question.row, "answer": answer, "boxes": boxes}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

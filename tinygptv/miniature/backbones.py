@@ -1,0 +1,121 @@
+"""The miniature's shipped weights: pretrained backbones, and what each stage then trained on top of them.
+
+    data/backbones/     config, tokenizer and all weights (float16), before any stage
+    data/stage{1..4}/   what that stage's run trained (float16), a few hundred kilobytes each
+
+A shipped stage becomes an ordinary checkpoint folder with ``write_checkpoint``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from tinygptv.checkpoint import load_checkpoint, read_stage, save_checkpoint, verify_folder
+from tinygptv.config import TinyGPTVConfig
+from tinygptv.model import TinyGPTVForConditionalGeneration
+from tinygptv.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
+from tinygptv.stages import RECIPES, set_trainable
+
+DATA = Path(__file__).parent / "data"
+BACKBONES = DATA / "backbones"
+_TRAINED = "trained.safetensors"
+
+
+def assemble_backbones(
+    folder: Path,
+    config: TinyGPTVConfig,
+    vision: nn.Module,
+    language: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: dict[str, object],
+) -> Path:
+    """Put pretrained parts together and write them as a checkpoint in float16.
+
+    Args:
+        folder: where to.
+        config: sizes, without LoRA.
+        vision: module with ``vision_encoder`` and ``qformer``.
+        language: module with ``language_model`` and ``lm_head``.
+        tokenizer: the miniature's tokenizer.
+        facts: how they were made, for ``stage.json``.
+    """
+    model = TinyGPTVForConditionalGeneration(config)
+    for part in (vision, language):
+        for name, module in part.named_children():
+            if hasattr(model, name):
+                getattr(model, name).load_state_dict(module.state_dict())
+    model.half()
+    return save_checkpoint(folder, model, TinyGPTVProcessor.from_config(config, tokenizer), dict(facts))
+
+
+def shipped_stages() -> list[int]:
+    """Numbers of the stages whose training is shipped."""
+    return sorted(int(path.parent.name.removeprefix("stage")) for path in DATA.glob(f"stage*/{_TRAINED}"))
+
+
+def write_checkpoint(folder: Path, stage: int = 0) -> Path:
+    """Write a shipped stage as an ordinary float32 checkpoint folder.
+
+    Args:
+        folder: where to; an existing whole checkpoint there is kept as it is.
+        stage: 0 for the backbones as pretrained, else the number of a shipped stage.
+
+    Raises:
+        ValueError: that stage is not shipped.
+    """
+    try:
+        verify_folder(folder, hashes=False)
+        return folder
+    except ValueError:
+        pass
+    if stage and stage not in shipped_stages():
+        raise ValueError(f"stage {stage} of the miniature is not shipped; shipped: {shipped_stages() or 'none'}.")
+    model, processor, facts = load_checkpoint(BACKBONES, dtype=torch.float32)
+    if stage:
+        spec = RECIPES["mini"][stage - 1]
+        model.set_image_size(spec.image_size)
+        if spec.lora_rank:
+            model.add_lora(spec.lora_rank, spec.lora_alpha, spec.lora_dropout)
+        place = DATA / f"stage{stage}"
+        trained = {name: tensor.float() for name, tensor in load_file(place / _TRAINED).items()}
+        unexpected = model.load_state_dict(trained, strict=False).unexpected_keys
+        if unexpected:
+            raise ValueError(f"{place} does not fit the shipped backbones: {unexpected[0]}.")
+        facts = json.loads((place / "stage.json").read_text())
+        processor = TinyGPTVProcessor(
+            TinyGPTVImageProcessor(spec.image_size),
+            processor.tokenizer,
+            num_query_tokens=model.config.num_query_tokens,
+            image_token_id=model.config.image_token_id,
+            template=spec.template,
+        )
+    return save_checkpoint(folder, model, processor, facts)
+
+
+def ship_stage(checkpoint: Path, stage: int) -> Path:
+    """Keep what a stage trained as package data.
+
+    Args:
+        checkpoint: the stage's checkpoint folder.
+        stage: its number.
+
+    Returns:
+        The folder in the package.
+    """
+    model, _, facts = load_checkpoint(checkpoint)
+    set_trainable(model, RECIPES["mini"][stage - 1].trainable)
+    trained = {name: p.detach().half().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    place = DATA / f"stage{stage}"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    save_file(trained, place / _TRAINED)
+    shareable = {key: value for key, value in {**facts, **read_stage(checkpoint)}.items() if key != "init_from"}
+    (place / "stage.json").write_text(json.dumps(shareable, indent=1))
+    return place

@@ -1,0 +1,161 @@
+"""Endless text for pretraining the small language model: scenes as text, and what can be said about them.
+
+A document has the layout of training, with the scene's listing where the picture's vectors will stand later:
+
+    ###Human: <Img>scene : small red plain circle {<..>} ; ..</Img> [vqa] what color is the star?  ###Assistant: red###
+
+So a language model learns here to read a scene from between the image marks, and everything the tasks ask of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+
+from tinygptv.miniature import captions
+from tinygptv.miniature.conversations import DETAIL_QUESTIONS, conversation, multitask_conversation, reasoning
+from tinygptv.miniature.instructions import text_instruction
+from tinygptv.miniature.language import list_scene
+from tinygptv.miniature.questions import questions
+from tinygptv.miniature.referring import refer_to
+from tinygptv.miniature.scenes import Scene, generator, make_scene, pick
+from tinygptv.prompts import IMAGE_PLACEHOLDER, TEMPLATES
+from tinygptv.sample import Exchange, SampleRow, Turn, chooser, render_sample
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, as exchanges of a template; ``sample.SampleEncoder`` encodes it like any sample without an image.
+
+    Attributes:
+        kind: key of ``KINDS``.
+        template: key of ``prompts.TEMPLATES``.
+        exchanges: instructions (with the scene's listing in place of the image, or the image placeholder) and answers.
+        num_images: 1 where the placeholder stands for the scene, else 0.
+    """
+
+    kind: str
+    template: str
+    exchanges: tuple[Exchange, ...]
+    num_images: int = 0
+
+    def text(self, bos_token: str = "") -> str:
+        """The whole text; ``bos_token`` opens every turn, as in training."""
+        template = TEMPLATES[self.template]
+        turns = [template.wrap(e.instruction or "") + e.answer + template.end_symbol for e in self.exchanges]
+        return "".join(bos_token + turn for turn in turns)
+
+
+def make_document(
+    scene: Scene, rng: np.random.Generator, kind: str | None = None, *, as_image: bool = False
+) -> Document:
+    """A document about a scene.
+
+    Args:
+        scene: any scene.
+        rng: source of all choices.
+        kind: key of ``KINDS``; None draws one by its weight.
+        as_image: keep the image placeholder where the listing would stand.
+    """
+    if kind is None:
+        weights = np.array([weight for weight, _ in KINDS.values()])
+        kind = tuple(KINDS)[int(rng.choice(len(KINDS), p=weights / weights.sum()))]
+    row = KINDS[kind][1](scene, rng)
+    listing = list_scene(scene, [int(i) for i in rng.permutation(len(scene.objects))])
+    if row.task == "pair":
+        return Document(
+            kind, "caption", (Exchange(None if as_image else listing, row.turns[0].answers[0]),), int(as_image)
+        )
+    rendered = render_sample(row, chooser(rng))
+    num_images = int(as_image and IMAGE_PLACEHOLDER in (rendered[0].instruction or ""))
+    if not num_images:
+        rendered = [Exchange((e.instruction or "").replace(IMAGE_PLACEHOLDER, listing), e.answer) for e in rendered]
+    return Document(kind, "human", tuple(rendered), num_images)
+
+
+def documents(seed: int, split: str = "train", start: int = 0, bos_token: str = "") -> Iterator[str]:
+    """Endless documents, one per scene of a split, in the order of the scenes.
+
+    Args:
+        seed: seed of the world.
+        split: which scenes to speak of.
+        start: index of the first scene.
+        bos_token: see ``Document.text``.
+    """
+    for index in count(start):
+        scene = make_scene(seed, split, index)
+        yield make_document(scene, generator(scene.key, "document")).text(bos_token)
+
+
+def _row(scene: Scene, task: str, *turns: tuple[str, str], item: int | None = None) -> SampleRow:
+    boxes = () if item is None else (scene.pixel_box(scene.objects[item]),)
+    rendered = tuple(Turn(question, (answer,)) for question, answer in turns)
+    return SampleRow("", "document", task, rendered, width=scene.width, height=scene.height, boxes=boxes)
+
+
+def _vqa(scene: Scene, rng: np.random.Generator) -> SampleRow:
+    found = questions(scene, rng, 1)[0]
+    return _row(scene, "vqa", (found.question, found.answer))
+
+
+def _several_questions(scene: Scene, rng: np.random.Generator) -> SampleRow:
+    found = questions(scene, rng, int(rng.integers(3, 7)))
+    return _row(scene, "vqa", *((q.question, q.answer) for q in found))
+
+
+def _box(task: str) -> Callable[[Scene, np.random.Generator], SampleRow]:
+    def build(scene: Scene, rng: np.random.Generator) -> SampleRow:
+        index = int(rng.integers(len(scene.objects)))
+        name = refer_to(scene.objects, index, rng)
+        assert name is not None
+        return _row(scene, task, ("", name), item=index)
+
+    return build
+
+
+def _detection(scene: Scene, rng: np.random.Generator) -> SampleRow:
+    if rng.random() < 0.5:
+        return _row(scene, "detection", captions.caption_phrases(scene, rng))
+    phrase, boxes = captions.phrase_boxes(scene, rng)
+    return _row(scene, "detection", (phrase, f"<p>{phrase}</p> {boxes}"))
+
+
+def _conversation(scene: Scene, rng: np.random.Generator) -> SampleRow:
+    if rng.random() < 0.2:
+        turns = multitask_conversation(scene, rng)
+    else:
+        turns = conversation(scene, rng).turns
+    return _row(scene, "conversation", *((turn.question, turn.answer) for turn in turns))
+
+
+def _instruct(scene: Scene, rng: np.random.Generator) -> SampleRow:
+    if rng.random() < 0.5:
+        return _row(scene, "instruct", (pick(rng, DETAIL_QUESTIONS), captions.detailed_caption(scene, rng)))
+    turn = reasoning(scene, rng)
+    return _row(scene, "instruct", (turn.question, turn.answer))
+
+
+def _text(scene: Scene, rng: np.random.Generator) -> SampleRow:
+    drawn = text_instruction(rng)
+    question = f"{drawn.instruction} {drawn.constraint}" if drawn.constraint else drawn.instruction
+    return SampleRow("", "document", "text", (Turn(question, (drawn.output,)),))
+
+
+KINDS: dict[str, tuple[float, Callable[[Scene, np.random.Generator], SampleRow]]] = {
+    "pair": (8, lambda scene, rng: _row(scene, "pair", ("", captions.web_caption(scene, rng)))),
+    "caption": (6, lambda scene, rng: _row(scene, "caption", ("", captions.short_caption(scene, rng)))),
+    "align": (4, lambda scene, rng: _row(scene, "align", ("", captions.detailed_caption(scene, rng)))),
+    "vqa": (12, _vqa),
+    "questions": (28, _several_questions),
+    "refer": (12, _box("refer")),
+    "identify": (8, _box("identify")),
+    "grounding": (6, lambda scene, rng: _row(scene, "grounding", ("", captions.grounded_caption(scene, rng)))),
+    "detection": (4, _detection),
+    "conversation": (8, _conversation),
+    "instruct": (3, _instruct),
+    "text": (3, _text),
+}
+"""Kind of document -> (weight, how to make it)."""

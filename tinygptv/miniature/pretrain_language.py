@@ -1,0 +1,223 @@
+"""Pretrains the miniature's language model and its tokenizer: the world's language, as text.
+
+A document speaks of a scene whose description stands between the image marks, in one of two forms of text:
+
+* *listed*: the words of all objects, one after the other;
+* *packed*: one position per grid cell, whose embedding is the sum of the words of the object in it (box numbers turned by a
+  fixed rotation per corner, so that their order is not lost) plus a little noise.
+
+The packed form needs no picture and no projector, but teaches the model to read several facts from one vector, which is
+what image embeddings will be. That much a large language model brings along; one of two million parameters must be taught.
+
+Notation: B documents, S sequence, Q cells, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from tinygptv.collate import LoadedSample, MicroBatch, collate
+from tinygptv.config import TinyGPTVConfig
+from tinygptv.language import LanguageModel
+from tinygptv.miniature.documents import Document, make_document
+from tinygptv.miniature.language import box_text
+from tinygptv.miniature.pretrain_vision import cell_index
+from tinygptv.miniature.scenes import CELLS, Scene, generator, make_scene
+from tinygptv.prompts import TEMPLATES
+from tinygptv.sample import SampleEncoder, TextLimits
+
+BOS = "<|endoftext|>"
+PACKED_SHARE = 0.75
+PACKED_NOISE = 0.15
+BUCKETS = 8
+EVALUATED_KINDS = ("vqa", "refer", "identify", "caption", "grounding", "conversation")
+_LIMITS = TextLimits(max_text_tokens=256)
+
+
+def train_tokenizer(seed: int, vocab_size: int, num_documents: int = 20_000) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of GPT-2's form, trained on the world's documents; BOS = EOS = PAD = id 0.
+
+    Args:
+        seed: of the documents.
+        vocab_size: most tokens.
+        num_documents: documents to learn merges from.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=20,
+        show_progress=False,
+    )
+    numbers = (f"{{<{n}><{n}><{n}><{n}>}}" for n in range(101) for _ in range(num_documents // 100))
+    tokenizer.train_from_iterator(chain(numbers, _pieces(seed, num_documents)), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, pad_token=BOS, model_max_length=512
+    )
+
+
+def _pieces(seed: int, num_documents: int) -> Iterator[str]:
+    """Texts as they are tokenised: questions and answers apart; and end symbols apart, so that no merge swallows them."""
+    for index in range(num_documents):
+        scene = make_scene(seed, "train", index)
+        document = make_document(scene, generator(scene.key, "tokenizer"))
+        for exchange in document.exchanges:
+            yield from TEMPLATES[document.template].wrap(exchange.instruction or "").split("###")
+            yield exchange.answer
+            yield "###"
+
+
+class PackedText:
+    """Sums of word embeddings: one vector per grid cell."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, width: int) -> None:
+        self.tokenizer = tokenizer
+        generator_ = torch.Generator().manual_seed(0)
+        turns = [torch.linalg.qr(torch.randn(width, width, generator=generator_))[0] for _ in range(4)]
+        self.rotations = torch.stack(turns)  # [4, D, D]
+
+    def word_id(self, word: str) -> int:
+        """The one token of a word inside a sentence.
+
+        Raises:
+            ValueError: the tokenizer cuts the word into pieces.
+        """
+        ids = self.tokenizer.encode(word, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(f"the miniature's tokenizer cuts {word!r} into {len(ids)} tokens; it must be one.")
+        return ids[0]
+
+    def ids(self, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+        """Word ids [Q, 4] and box-number ids [Q, 4] of a scene; -1 in empty cells."""
+        words = np.full((CELLS * CELLS, 4), -1, dtype=np.int64)
+        numbers = np.full((CELLS * CELLS, 4), -1, dtype=np.int64)
+        for item in scene.objects:
+            cell = cell_index(scene, item)
+            words[cell] = [self.word_id(f" {word}") for word in item.attributes]
+            corners = box_text(scene, item).strip("{<>}").split("><")
+            numbers[cell] = [self.word_id(corner) for corner in corners]
+        return words, numbers
+
+    def embed(self, embedding: nn.Embedding, words: Tensor, numbers: Tensor, noise: Tensor) -> Tensor:
+        """Packed vectors [B, Q, D] from ids [B, Q, 4] each and noise [B, Q, D] of unit size."""
+        full = (words[..., :1] >= 0).float()
+        summed = embedding(words.clamp(min=0)).sum(-2)
+        turned = torch.einsum("bqrd,rde->bqe", embedding(numbers.clamp(min=0)), self.rotations)
+        packed = (summed + turned) * full
+        scale = embedding.weight.detach().square().mean().sqrt() * 8**0.5
+        return packed + PACKED_NOISE * scale * noise
+
+
+class LanguageModule(nn.Module):
+    """Language model and head."""
+
+    def __init__(self, config: TinyGPTVConfig) -> None:
+        super().__init__()
+        self.language_model = LanguageModel(config.text_config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size)
+
+
+class LanguageTask:
+    """Answers in documents about scenes, listed or packed."""
+
+    def __init__(
+        self,
+        config: TinyGPTVConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        world_seed: int,
+        batch_size: int = 64,
+        seed: int = 0,
+        held_out: int = 192,
+    ) -> None:
+        self.module = LanguageModule(config)
+        self.config, self.tokenizer = config, tokenizer
+        self.packed = PackedText(tokenizer, config.text_config.hidden_size)
+        self.world_seed, self.batch_size, self.seed = world_seed, batch_size, seed
+        self.held_out = held_out
+        self._group: tuple[int, list[tuple[list[Scene], list[Document], bool]]] = (-1, [])
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        """One batch of documents of like length, all packed or all listed."""
+        group, place = divmod(step, BUCKETS)
+        if self._group[0] != group:
+            self._group = (group, self._draw_group(group))
+        scenes, made, packed = self._group[1][place]
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 2, step))))
+        losses, _ = self._token_losses(scenes, made, packed, rng)
+        return {"packed" if packed else "listed": losses.mean()}
+
+    def _draw_group(self, group: int) -> list[tuple[list[Scene], list[Document], bool]]:
+        """``BUCKETS`` batches at once, sorted by length so that little is padding, in random order."""
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 1, group))))
+        num_packed = round(BUCKETS * PACKED_SHARE)
+        batches = []
+        for packed, share in ((True, num_packed), (False, BUCKETS - num_packed)):
+            numbers = rng.integers(2**31, size=share * self.batch_size)
+            scenes = [make_scene(self.world_seed, "train", int(i)) for i in numbers]
+            made = [(scene, make_document(scene, rng, as_image=packed)) for scene in scenes]
+            made.sort(key=lambda pair: sum(len(e.instruction or "") + len(e.answer) for e in pair[1].exchanges))
+            for start in range(0, len(made), self.batch_size):
+                chunk = made[start : start + self.batch_size]
+                batches.append(([scene for scene, _ in chunk], [document for _, document in chunk], packed))
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def _token_losses(
+        self, scenes: Sequence[Scene], made: Sequence[Document], packed: bool, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of every supervised token, and the share of documents whose answers are all right."""
+        batch, with_image = self._collate(made)
+        ids = torch.from_numpy(batch.input_ids)
+        embedding = self.module.language_model.embed_tokens
+        is_image = ids == self.config.image_token_id
+        inputs_embeds = embedding(ids.masked_fill(is_image, 0))
+        if packed and with_image:
+            word_ids, number_ids = zip(*(self.packed.ids(scenes[i]) for i in with_image), strict=True)
+            words, numbers = torch.from_numpy(np.stack(word_ids)), torch.from_numpy(np.stack(number_ids))
+            noise = torch.from_numpy(rng.standard_normal((*words.shape[:2], inputs_embeds.shape[-1]), dtype=np.float32))
+            vectors = self.packed.embed(embedding, words, numbers, noise)
+            inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), vectors)
+        hidden = self.module.language_model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+        positions = torch.from_numpy(batch.supervised_positions)
+        logits = self.module.lm_head(hidden.flatten(0, 1)[positions])
+        wanted = torch.from_numpy(batch.supervised_ids)
+        wrong = torch.zeros(len(made)).index_add(
+            0, positions // ids.shape[1], (logits.argmax(-1) != wanted).float()
+        )
+        return nn.functional.cross_entropy(logits, wanted, reduction="none"), (wrong == 0).float().mean()
+
+    def _collate(self, made: Sequence[Document]) -> tuple[MicroBatch, list[int]]:
+        """Arrays, and which documents have an image."""
+        samples, with_image = [], []
+        for i, document in enumerate(made):
+            encoder = SampleEncoder(
+                self.tokenizer,
+                TEMPLATES[document.template],
+                _LIMITS,
+                image_token_id=self.config.image_token_id,
+                num_query_tokens=self.config.num_query_tokens,
+            )
+            with_image += [i] if document.num_images else []
+            samples.append(LoadedSample(encoder.encode(document.exchanges, document.num_images), 0))
+        return collate(samples, self.tokenizer.pad_token_id), with_image
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss per document kind (packed form), and the share of documents whose answers are all right."""
+        scores: dict[str, float] = {}
+        for kind in EVALUATED_KINDS:
+            scenes = [make_scene(self.world_seed, "validation", i) for i in range(self.held_out)]
+            made = [make_document(s, generator(s.key, f"evaluate {kind}"), kind, as_image=True) for s in scenes]
+            rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 3))))
+            losses, right = self._token_losses(scenes, made, True, rng)
+            scores[f"{kind}/loss"], scores[f"{kind}/exact"] = float(losses.mean()), float(right)
+        return scores
