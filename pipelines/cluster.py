@@ -27,9 +27,9 @@ ENVIRONMENT = {
 def start_ray(settings: Settings) -> Iterator[None]:
     """Have a Ray cluster while the block runs.
 
-    A cluster that this process is connected to is used as it is. Otherwise ``settings.ray_address`` (or the environment's
-    ``RAY_ADDRESS``, which Ray sets inside submitted jobs) is joined, and without one a local cluster is started, which is
-    stopped when the block ends.
+    A cluster that this process is connected to is used as it is. Otherwise ``settings.ray_address`` (or the
+    environment's ``RAY_ADDRESS``, which Ray sets inside submitted jobs) is joined, and without one a local cluster is
+    started, which is stopped when the block ends.
 
     Args:
         settings: uses ``ray_address``, ``num_cpus``, ``object_store_mb``, ``quiet``.
@@ -39,7 +39,7 @@ def start_ray(settings: Settings) -> Iterator[None]:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import ray
+    import ray  # noqa: PLC0415  (reads the environment that was just set)
 
     if ray.is_initialized():
         yield

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
+from pipelines.progress import Bar
 from pipelines.settings import MiniatureSettings, SettingsError
 from pipelines.tracking import open_tracker
 
-VISION_STEPS, LANGUAGE_STEPS = 12_000, 60_000
+VISION_STEPS, LANGUAGE_STEPS = 7_000, 12_000
 VISION_SCENES, HELD_OUT_SCENES = 24_000, 1_024
 SIDES = (64, 128)
 
@@ -19,7 +22,10 @@ def run_miniature(settings: MiniatureSettings) -> dict[str, Any]:
     tasks = {"draw": draw_world, "pretrain": pretrain_backbones}
     if settings.task not in tasks:
         raise SettingsError(f"task={settings.task!r}: choose one of {sorted(tasks)}.")
-    return tasks[settings.task](settings)
+    result = tasks[settings.task](settings)
+    path = settings.output_dir(result["folder"]) / "result.json"
+    path.write_text(json.dumps(result, indent=1))
+    return {**result, "result": str(path)}
 
 
 def draw_world(settings: MiniatureSettings) -> dict[str, Any]:
@@ -28,8 +34,16 @@ def draw_world(settings: MiniatureSettings) -> dict[str, Any]:
 
     output = settings.output_dir("data/miniature")
     started = time.perf_counter()
-    write_world(output, settings.train_scenes, settings.test_scenes, settings.seed)
-    return {"world": str(output), "seconds": round(time.perf_counter() - started, 1)}
+    with Bar("drawing scenes", quiet=settings.quiet) as bar:
+        write_world(
+            output,
+            settings.train_scenes,
+            settings.test_scenes,
+            settings.seed,
+            workers=os.cpu_count() or 1,
+            progress=bar.update,
+        )
+    return {"folder": str(output), "seconds": round(time.perf_counter() - started, 1)}
 
 
 def pretrain_backbones(settings: MiniatureSettings) -> dict[str, Any]:
@@ -89,10 +103,10 @@ def pretrain_backbones(settings: MiniatureSettings) -> dict[str, Any]:
             peak_learning_rate=1.5e-3,
             state_dir=output / "language",
             report=reporter("language"),
-            evaluate_every=2000,
+            evaluate_every=1000,
         )
         modules["language"] = language.module
-    result: dict[str, Any] = {"scores": scores, "seconds": round(time.perf_counter() - started, 1)}
+    result: dict[str, Any] = {"folder": str(output), "scores": scores, "seconds": round(time.perf_counter() - started, 1)}
     if len(modules) == 2:
         facts = {"title": "pretrained backbones of the miniature", "seed": settings.seed, **result}
         folder = assemble_backbones(output / "backbones", config, modules["vision"], modules["language"], tokenizer, facts)

@@ -58,3 +58,32 @@ class StepProgress:
         """End the live line."""
         if self.live and not self.quiet:
             print(file=sys.stderr)
+
+
+class Bar:
+    """Counts towards a total: a live bar in a terminal, a line now and then in a log file."""
+
+    def __init__(self, title: str, *, quiet: bool = False, log_every_s: float = 10.0) -> None:
+        self.title, self.quiet, self.log_every_s = title, quiet, log_every_s
+        self.live = sys.stderr.isatty()
+        self.began = time.perf_counter()
+        self.printed = 0.0
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live and not self.quiet and self.printed:
+            print(file=sys.stderr)
+
+    def update(self, done: int, total: int) -> None:
+        """Show ``done`` of ``total``."""
+        now = time.perf_counter()
+        if self.quiet or not (self.live or now - self.printed >= self.log_every_s or done >= total):
+            return
+        self.printed = now
+        share = done / total if total else 1.0
+        filled = "#" * round(30 * share)
+        left = (now - self.began) / max(done, 1) * (total - done)
+        line = f"{self.title} [{filled:.<30}] {done}/{total}  left {format_seconds(left)}"
+        print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)

@@ -128,7 +128,7 @@ class PrepareDataSettings(Settings):
     min_letters: float = Field(0.3, ge=0, le=1, description="filter, web captions: least share of letters and digits")
     max_repetition: float = Field(0.7, gt=0, le=1, description="filter, web captions of 8 words: share of the commonest")
     duplicates: Literal["drop", "keep"] = Field("drop", description="what happens to samples that occur twice")
-    near_duplicate_bits: int = Field(3, ge=0, le=3, description="flag images whose 64-bit hashes differ by at most this")
+    near_duplicate_bits: int = Field(4, ge=0, le=7, description="flag images whose 64-bit hashes differ by at most this")
     overwrite: bool = Field(False, description="prepare anew, even if the output holds the finished result already")
 
 
@@ -141,7 +141,10 @@ class CacheFeaturesSettings(Settings):
     checkpoint: str = Field("", description="checkpoint folder whose vision encoder and Q-Former are used")
     image_size: int = Field(0, ge=0, description="input side in pixels; 0 takes the checkpoint's")
     batch_size: int = Field(0, ge=0, description="images per forward; 0 finds the largest that fits")
-    dtype: str = Field("float32", description="float32, float16 or bfloat16 of the stored features")
+    dtype: str = Field("float32", description="float32 or float16 of the stored features")
+    sources: list[str] = Field(default_factory=list, description="shard sets to do; empty takes all in the folder")
+    num_workers: int = Field(1, ge=0, description="Ray Data actors; 0 computes in the driver's process")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs (or a fraction of one) of each actor")
 
 
 class TrainSettings(Settings):
@@ -170,6 +173,7 @@ class TrainSettings(Settings):
     keep_checkpoints: int = Field(3, ge=1, description="checkpoints kept while training")
     max_failures: int = Field(3, ge=-1, description="restarts after a worker's death; -1 is without bound")
     log_every: int = Field(10, ge=1, description="steps between log lines and tracker flushes")
+    dry_run: bool = Field(False, description="print the resolved stage, parameters, memory plan and data counts; train nothing")
     stage: dict[str, Any] = Field(default_factory=dict, description="fields of the stage to change, e.g. stage.lora_rank=16")
 
 

@@ -6,10 +6,12 @@ A *place* is a local path or a URI (``s3://``, ``gs://``, ``hdfs://``, ``file://
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
+import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -23,8 +25,11 @@ from pipelines.settings import SettingsError
 COPY_BYTES = 8 << 20
 
 
-class DiskFullError(RuntimeError):
-    """There is no room for the output; what is finished stays, and the same command goes on from there."""
+class DiskFullError(ValueError):
+    """There is no room for the output; what is finished stays, and the same command goes on from there.
+
+    A ``ValueError`` like every mistake that the user can mend, so that entry scripts show its sentence alone.
+    """
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,13 @@ def resolve(place: str) -> tuple[pafs.FileSystem, str]:
     except (ValueError, OSError):
         pass  # not one of pyarrow's own; fsspec knows more
     try:
-        import fsspec
+        import fsspec  # noqa: PLC0415  (needed for rare protocols only)
 
         filesystem, path = fsspec.core.url_to_fs(place)
     except (ImportError, ValueError) as error:
-        raise SettingsError(f"cannot open {place!r}: {error}; use a local path or a URI of a known protocol.") from error
+        raise SettingsError(
+            f"cannot open {place!r}: {error}; use a local path or a URI of a known protocol."
+        ) from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
 
@@ -159,6 +166,33 @@ def write_atomically(place: str, data: bytes) -> None:
         draft.replace(target)
 
 
+def write_lines(place: str, lines: Iterable[dict[str, Any]]) -> int:
+    """Write JSON lines so that the file is either absent or whole; returns how many."""
+    filesystem, path = resolve(place)
+    draft = f"{path}.tmp" if is_local(place) else path
+    count = 0
+    with disk_full_as_error(place):
+        with filesystem.open_output_stream(draft) as stream:
+            for count, line in enumerate(lines, start=1):  # noqa: B007 - counted
+                stream.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        if draft != path:
+            Path(draft).replace(path)
+    return count
+
+
+def sha256(place: str) -> str:
+    """SHA-256 of a file in hexadecimal; empty where it is missing."""
+    filesystem, path = resolve(place)
+    digest = hashlib.sha256()
+    try:
+        with filesystem.open_input_stream(path, compression=None) as stream:
+            while chunk := stream.read(COPY_BYTES):
+                digest.update(chunk)
+    except FileNotFoundError:
+        return ""
+    return digest.hexdigest()
+
+
 def make_folder(place: str) -> None:
     """Make a folder and those above it."""
     filesystem, path = resolve(place)
@@ -230,7 +264,7 @@ def _copy_stream(source: pa.NativeFile, target: Path) -> None:
             sink.write(chunk)
 
 
-class disk_full_as_error:  # noqa: N801 - reads as a phrase in `with`
+class disk_full_as_error:
     """Turn "no space left on device" into one clear sentence."""
 
     def __init__(self, place: str) -> None:

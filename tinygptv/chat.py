@@ -87,8 +87,8 @@ def _converse(assistant: Assistant, options: argparse.Namespace, params: Samplin
     for text in [options.question] if options.question is not None else _prompted():
         if options.task:
             box = [float(v) for v in options.box.split(",")] if options.box else None
-            text = task_instruction(options.task, text, box, (image.width, image.height))
-        messages.append(ChatMessage("user", text, () if messages else (image,)))
+            question = task_instruction(options.task, text, box, (image.width, image.height))
+        messages.append(ChatMessage("user", question if options.task else text, () if messages else (image,)))
         answer = _stream(assistant, messages, params)
         messages.append(ChatMessage("assistant", answer))
         if parse_boxes(answer):

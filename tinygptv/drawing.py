@@ -6,6 +6,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tinygptv.boxes import COLOURS, Box, parse_boxes, to_pixels
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 
 def draw_boxes(image: Image.Image, answer: str) -> Image.Image:
     """Draw every box that an answer names.
@@ -27,7 +29,7 @@ def draw_boxes(image: Image.Image, answer: str) -> Image.Image:
         box = _ordered(to_pixels(grounded.box, *canvas.size))
         draw.rectangle(box, outline=colour, width=max(2, round(2 * scale)))
         if grounded.phrase:
-            label = _place_label(draw, grounded.phrase, font, box, canvas.size, taken)
+            label = _place_label(draw, grounded.phrase, font, box, taken)
             taken.append(label)
             draw.rectangle(label, fill=colour)
             draw.text((label[0] + 2, label[1] + 1), grounded.phrase, font=font, fill=_readable_on(colour))
@@ -39,15 +41,13 @@ def _ordered(box: Box) -> Box:
     return (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
 
 
-def _place_label(
-    draw: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont, box: Box, size: tuple[int, int], taken: list[Box]
-) -> Box:
+def _place_label(draw: ImageDraw.ImageDraw, text: str, font: Font, box: Box, taken: list[Box]) -> Box:
     """A rectangle for the label: above the box where there is room, else inside, and clear of other labels."""
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    left, _, right, bottom = draw.textbbox((0, 0), text, font=font)
     width, height = right - left + 4, bottom + 3
-    x = max(0.0, min(box[0], size[0] - width))
+    x = max(0.0, min(box[0], draw.im.size[0] - width))
     y = box[1] - height if box[1] >= height else box[1]
-    while any(_overlap((x, y, x + width, y + height), other) for other in taken) and y + 2 * height <= size[1]:
+    while any(_overlap((x, y, x + width, y + height), other) for other in taken) and y + 2 * height <= draw.im.size[1]:
         y += height
     return (x, y, x + width, y + height)
 

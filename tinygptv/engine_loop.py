@@ -140,8 +140,13 @@ class EngineLoop:
         request_ids: list[int] = []
 
         def add() -> None:
-            request_ids.append(self.engine.add(request))
-            self._mailboxes[request_ids[0]] = mailbox
+            try:
+                request_ids.append(self.engine.add(request))
+            except Exception as error:  # whatever is wrong with one request, the thread goes on
+                log.exception("a request could not be added")
+                mailbox.put(Delta(finish_reason="error", error=str(error)))
+            else:
+                self._mailboxes[request_ids[0]] = mailbox
 
         def cancel() -> None:
             if request_ids:

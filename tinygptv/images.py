@@ -16,8 +16,8 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 """Per-channel statistics of CLIP's training images, for pixels in 0..1."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO", "TIFF")
-"""Formats that are decoded; anything else is refused before a decoder sees it."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""Formats that are decoded (MPO opens as JPEG); anything else is refused before a decoder sees it."""
 
 
 def open_image(data: bytes) -> Image.Image:

@@ -442,7 +442,8 @@ def _too_slow(settings: ServeSettings) -> ProtocolError:
 
 
 def _validation_error(error: ValidationError) -> ProtocolError:
-    first = error.errors(include_url=False, include_input=False)[0]
+    # Where several types were possible, the mistake that lies deepest is the one in the type that was meant.
+    first = max(error.errors(include_url=False, include_input=False), key=lambda e: len(e["loc"]))
     # Tags of unions are part of pydantic's location, but not of the request.
     tags = {"system", "developer", "user", "assistant", "text", "image_url", "str"}
     where = [str(p) for p in first["loc"] if not (isinstance(p, str) and (p in tags or p.startswith("list[")))]

@@ -21,8 +21,8 @@ from pipelines.serving.protocol import ProtocolError
 from pipelines.settings import ServeSettings
 from tinygptv.conversation import ChatImage
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO")
-"""What a picture may be; MPO is what some phones call a JPEG. SVG, TIFF, PDF and the rest never reach a decoder."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""What a picture may be; SVG, TIFF, PDF and the rest never reach a decoder."""
 
 _DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w-]+=[\w.-]+)*;base64,", re.ASCII)
 _MEGA = 1_000_000
@@ -105,11 +105,17 @@ class MediaLoader:
                 code="image_too_large",
             )
 
+    def _too_many_pixels(self, param: str, size: str) -> ProtocolError:
+        message = f"the image has {size}; this server takes {self.settings.max_image_megapixels:g} megapixels."
+        return ProtocolError(413, message, param=param, code="image_too_large")
+
     def _decode(self, data: bytes, param: str, image_size: int) -> ChatImage:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's own, higher bound on pixels
                 header = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.DecompressionBombError:
+            raise self._too_many_pixels(param, "hundreds of megapixels") from None
         except Exception:
             raise ProtocolError(
                 400,
@@ -119,13 +125,7 @@ class MediaLoader:
             ) from None
         width, height = header.size
         if not 0 < width * height <= self.max_pixels:
-            raise ProtocolError(
-                413,
-                f"the image has {width} x {height} pixels; this server takes "
-                f"{self.settings.max_image_megapixels:g} megapixels.",
-                param=param,
-                code="image_too_large",
-            )
+            raise self._too_many_pixels(param, f"{width} x {height} pixels")
         try:
             return ChatImage.from_bytes(data, image_size)
         except Exception:  # decoders raise what they like on damaged files

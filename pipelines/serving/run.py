@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 HEALTHY_WITHIN_S = 60
 
 
-class ServingError(RuntimeError):
+class ServingError(ValueError):
     """The service did not start; one sentence says why."""
 
 

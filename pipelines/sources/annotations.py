@@ -1,7 +1,6 @@
 """Data sets of one JSON file and an image folder: captions, questions, conversations, grounded phrases, text.
 
-Each function below takes one entry of the file, as its authors distribute it, to drafts of samples. Text is cleaned where the
-release cleans it when it reads, so that rendering gives the release's strings.
+A file is cut into slices of entries; ``pipelines.sources.entries`` says what an entry of each data set means.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Draft:
 
 
 Describe = Callable[[Any, str], Iterator[Draft]]
-"""An entry and its key (its number in a list) -> samples. Raises ``LeftOut`` or ``Malformed``, or whatever a wrong type raises."""
+"""An entry and its key (its number in a list) -> samples. Raises ``LeftOut``, ``Malformed``, or any ``WRONG_ENTRY``."""
 
 WRONG_ENTRY = (KeyError, TypeError, IndexError, AttributeError, ValueError)
 
@@ -115,7 +114,8 @@ def plan_json(
         SettingsError: the file holds no entries.
     """
     filesystem, path = storage.resolve(file.place)
-    first, waiting, damage = 0, [], ""
+    first, damage = 0, ""
+    waiting: list[Item] = []
 
     def unit(**more: Any) -> Unit:
         start, stop = waiting[0].start, waiting[-1].stop
@@ -162,7 +162,9 @@ def read_json(unit: Unit) -> Iterator[tuple[str, Any]]:
             yield key, Rejected(key, unit.shard, f"the entry is no valid JSON: {error}")
 
 
-def read_drafts(unit: Unit, key: str, drafts: Callable[[], Iterator[Draft]], images: ImageFolder | None) -> Iterator[Found]:
+def read_drafts(
+    unit: Unit, key: str, drafts: Callable[[], Iterator[Draft]], images: ImageFolder | None
+) -> Iterator[Found]:
     """Turn the drafts of one entry into rows.
 
     Args:

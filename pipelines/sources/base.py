@@ -1,8 +1,9 @@
 """What every source is made of: units of work, the rows they give, and the ways in which a sample can be set apart.
 
-A reader has two halves. ``plan`` looks at the input and cuts it into units: one per tar, or one per slice of an annotation
-file. It runs once, in the driver, and reads no image. ``read`` turns one unit into rows; it runs wherever there is a free
-CPU. Which units there are depends on the input alone, so the result never depends on how many workers share them.
+A reader has two halves. ``plan`` looks at the input and cuts it into units: one per tar, or one per slice of an
+annotation file. It runs once, in the driver, and reads no image. ``read`` turns one unit into rows; it runs wherever
+there is a free CPU. Which units there are depends on the input alone, so the result never depends on how many workers
+share them.
 """
 
 from __future__ import annotations
@@ -150,7 +151,9 @@ def find_input(location: Location, default: str = "") -> list[storage.FoundFile]
         pattern = storage.join(pattern, default)
     files = storage.find_files(pattern)
     if not files:
-        raise SettingsError(f"input={location.input!r} matches no file ({pattern!r}); check the path of {location.source}.")
+        raise SettingsError(
+            f"input={location.input!r} matches no file ({pattern!r}); check the path of {location.source}."
+        )
     return files
 
 
@@ -212,7 +215,7 @@ class ImageFolder:
             name: path below the folder, as the annotation says.
 
         Raises:
-            Malformed: the path climbs out of the folder, the file is missing or empty, or its name lies about its format.
+            Malformed: the path climbs out of the folder, or the file is missing, empty, or of another format.
         """
         if name not in self._kept:
             data = self._read(name)
@@ -222,6 +225,8 @@ class ImageFolder:
         return self._kept[name]
 
     def _read(self, name: str) -> bytes:
+        if not self.folder:
+            raise Malformed(f"image {name} is a path, and images= names no folder")
         place = storage.safe_path(self.folder, name)
         if place is None:
             raise Malformed(f"image path {name!r} climbs out of the image folder")

@@ -1,7 +1,7 @@
 """What an entry of each data set says: one function per file format, entry -> drafts of samples.
 
-Text is cleaned where the release cleans it when it reads, so that rendering gives the release's strings. An entry that lacks
-a field raises whatever Python raises; the reader turns that into a quarantine with the reason.
+Text is cleaned where the release cleans it when it reads, so that rendering gives the release's strings. An entry that
+lacks a field raises whatever Python raises; the reader turns that into a quarantine with the reason.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def vqa(answers: str, *, whole_path: bool = False) -> Callable[[Any, str], Itera
 
 
 def ocrvqa(entry: Any, key: str) -> Iterator[Draft]:
-    """OCR-VQA: lists ``questions`` and ``answers``, ``imageURL``, ``split`` (1 trains); the image is named by the key."""
+    """OCR-VQA: lists ``questions`` and ``answers``, ``imageURL``, ``split`` (1 trains); the key names the image."""
     extension = basename(entry["imageURL"])
     image = key + extension[extension.rindex(".") :] if "." in extension else key
     for question, answer in zip(entry["questions"], entry["answers"], strict=True):
@@ -120,9 +120,7 @@ def conversation_turns(conversations: Any) -> tuple[Turn, ...]:
     if len(texts) < 2:
         raise Malformed("the conversation has no question with an answer")
     texts[0] = texts[0].replace("<image>", "").replace("\n", "").strip()
-    return tuple(
-        Turn(question, (answer,)) for question, answer in zip(texts[::2], texts[1::2], strict=False)
-    )
+    return tuple(Turn(question, (answer,)) for question, answer in zip(texts[::2], texts[1::2], strict=False))
 
 
 def text_of(entry: Any, name: str) -> str:

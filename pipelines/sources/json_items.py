@@ -1,7 +1,7 @@
 """Entries of large JSON files as byte ranges, found in one pass of bounded memory.
 
-The text is scanned as Latin-1, in which every byte is one character: JSON's own marks are ASCII, so the borders are right
-whatever encoding mistakes the strings hold, and they are byte positions that a worker can read directly.
+The text is scanned as Latin-1, in which every byte is one character: JSON's own marks are ASCII, so the borders are
+right whatever encoding mistakes the strings hold, and they are byte positions that a worker can read directly.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class _Scanner:
     def next_mark(self) -> str:
         """The next character that is no white space; empty at the end of the text."""
         while True:
-            self.place = _SPACE.match(self.text, self.place).end()  # type: ignore[union-attr]
+            self.place = _SPACE.match(self.text, self.place).end()
             if self.place < len(self.text):
                 self.place += 1
                 return self.text[self.place - 1]

@@ -1,7 +1,7 @@
 """Tar shards of images and captions, as img2dataset and webdataset write them: ``key.jpg``, ``key.json``, ``key.txt``.
 
-A scan of the headers finds where each member lies, then samples are read one by one. So members of a sample may lie apart,
-memory does not grow with the shard, and a tar that is cut off or damaged gives everything that can still be found.
+A scan of the headers finds where each member lies, then samples are read one by one. So members of a sample may lie
+apart, memory does not grow with the images, and a tar that is cut off or damaged gives all that can still be found.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from pipelines import storage
-from pipelines.sources.base import IMAGE_EXTENSIONS, Found, Location, Malformed, Rejected, Unit, check_image_name, find_input
+from pipelines.sources.base import (
+    IMAGE_EXTENSIONS,
+    Found,
+    Location,
+    Malformed,
+    Rejected,
+    Unit,
+    check_image_name,
+    find_input,
+)
 from tinygptv.prompts import clean_caption
 from tinygptv.sample import SampleRow, Turn
 
@@ -154,7 +163,9 @@ def _members(tar: BinaryIO, index: TarIndex) -> Iterator[tarfile.TarInfo]:
     """Headers, going on after damaged ones."""
     try:
         # ignore_zeros makes tarfile look for the next header where one is broken, instead of stopping without a word.
-        archive = tarfile.open(fileobj=tar, mode="r:", ignore_zeros=True, errors="surrogateescape")
+        archive = tarfile.open(  # noqa: SIM115  (the file belongs to the caller)
+            fileobj=tar, mode="r:", ignore_zeros=True, errors="surrogateescape"
+        )
     except (tarfile.TarError, ValueError, OSError):
         return
     while True:

@@ -16,12 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tinygptv.collate import LoadedSample, MicroBatch, collate
 from tinygptv.config import TinyGPTVConfig
@@ -118,6 +122,17 @@ class PackedText:
         return packed + PACKED_NOISE * scale * noise
 
 
+def _float32_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    """SDPA in float32 under bfloat16 autocast: its bfloat16 backward pass is several times slower on a CPU."""
+    with torch.autocast("cpu", enabled=False):
+        return sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **kwargs)
+
+
+_ATTENTION = "sdpa_float32"
+ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _float32_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
 class LanguageModule(nn.Module):
     """Language model and head."""
 
@@ -141,6 +156,7 @@ class LanguageTask:
         held_out: int = 192,
     ) -> None:
         self.module = LanguageModule(config)
+        self.module.language_model.set_attn_implementation(_ATTENTION)
         self.config, self.tokenizer = config, tokenizer
         self.packed = PackedText(tokenizer, config.text_config.hidden_size)
         self.world_seed, self.batch_size, self.seed = world_seed, batch_size, seed
@@ -148,13 +164,14 @@ class LanguageTask:
         self._group: tuple[int, list[tuple[list[Scene], list[Document], bool]]] = (-1, [])
 
     def losses(self, step: int) -> dict[str, Tensor]:
-        """One batch of documents of like length, all packed or all listed."""
+        """One batch of documents of like length, all packed or all listed; matrix products run in bfloat16."""
         group, place = divmod(step, BUCKETS)
         if self._group[0] != group:
             self._group = (group, self._draw_group(group))
         scenes, made, packed = self._group[1][place]
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 2, step))))
-        losses, _ = self._token_losses(scenes, made, packed, rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses, _ = self._token_losses(scenes, made, packed, rng)
         return {"packed" if packed else "listed": losses.mean()}
 
     def _draw_group(self, group: int) -> list[tuple[list[Scene], list[Document], bool]]:

@@ -83,12 +83,26 @@ class VisionModule(nn.Module):
         super().__init__()
         self.vision_encoder = VisionEncoder(config.vision_config)
         self.qformer = QFormer(config.qformer_config, config.num_query_tokens)
-        nn.init.normal_(self.qformer.query_tokens, std=0.5)  # apart from the start: each query has its own cell
+        self._start_by_position()
         width, patch_width = config.qformer_config.hidden_size, config.vision_config.hidden_size
         self.present = nn.Linear(width, 1)
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(options)) for name, options in VALUES.items()})
         self.box = nn.Linear(width, 4 * NUM_BINS)
         self.patch_heads = nn.ModuleDict({name: nn.Linear(patch_width, len(VALUES[name]) + 1) for name in PATCH_VALUES})
+
+    @torch.no_grad()
+    def _start_by_position(self) -> None:
+        """Patches begin with waves of their place, queries with those of their cell, and the first cross-attention compares
+        the two: each query looks at its own cell from the first step, which random starts take thousands of steps to find."""
+        grid = self.vision_encoder.vit.patch_embed.grid_size[0]
+        width, query_width = self.vision_encoder.config.hidden_size, self.qformer.query_tokens.shape[-1]
+        self.vision_encoder.vit.pos_embed[0, 1:] = 0.5 * _waves(grid, width)
+        self.qformer.query_tokens[0] = _waves(CELLS, query_width)
+        for layer in self.qformer.encoder.encoder.layer:
+            if layer.has_cross_attention:
+                attention = layer.crossattention.attention
+                for linear in (attention.query, attention.key):
+                    linear.weight.mul_(0.5).add_(1.2 * torch.eye(*linear.weight.shape))
 
     def features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Patch features [B, P + 1, V] and query features [B, Q, F] at any side that the patch size divides."""
@@ -101,6 +115,14 @@ class VisionModule(nn.Module):
             x = block(x)
         patch_features = self.vision_encoder.ln_vision(x)
         return patch_features, self.qformer(patch_features)
+
+
+def _waves(grid: int, width: int) -> Tensor:
+    """Sines and cosines of the places of a grid x grid image: [grid * grid, width]."""
+    centres = (torch.arange(grid) + 0.5) / grid
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    rates = torch.pi * torch.logspace(0, 3, width // 4, base=2)
+    return torch.cat([wave(place.reshape(-1, 1) * rates) for place in (x, y) for wave in (torch.sin, torch.cos)], dim=1)
 
 
 class VisionTask:

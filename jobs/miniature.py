@@ -1,0 +1,29 @@
+#!/usr/bin/env python3
+"""The miniature: draw its world as data sets, or pretrain its backbones.
+
+    python jobs/miniature.py --config configs/mini.yaml task=draw output=data/miniature
+    python jobs/miniature.py --config configs/mini.yaml task=pretrain output=outputs/miniature
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipelines.main import run_main
+from pipelines.settings import MiniatureSettings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do the task; the path of result.json is printed last."""
+    settings = MiniatureSettings.from_command_line(argv, __doc__)
+
+    def work() -> None:
+        from pipelines.miniature import run_miniature
+
+        print(run_miniature(settings)["result"])
+
+    return run_main(work)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

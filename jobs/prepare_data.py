@@ -1,0 +1,31 @@
+#!/usr/bin/env python3
+"""Prepare one data set for training: source files -> checked Arrow shards.
+
+    python jobs/prepare_data.py --config configs/mini.yaml source=laion input='DIR/*.tar' output=DIR
+    python jobs/prepare_data.py source=jsonl input=own.jsonl name=own output=DIR
+
+The same command goes on where an interrupted one stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipelines.main import run_main
+from pipelines.settings import PrepareDataSettings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the shard set; the path of result.json is printed last."""
+    settings = PrepareDataSettings.from_command_line(argv, __doc__)
+
+    def work() -> None:
+        from pipelines.ingest import ingest
+
+        print(ingest(settings)["result"])
+
+    return run_main(work)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

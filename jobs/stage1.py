@@ -1,0 +1,36 @@
+#!/usr/bin/env python3
+"""Stage 1: warm-up on image-caption pairs.
+
+    python jobs/stage1.py --config configs/mini.yaml data=data/miniature/shards init_from=outputs/miniature/backbones
+    ray job submit --working-dir . -- python jobs/stage1.py --config configs/mini.yaml data=... init_from=... output=...
+
+Interrupted, the same command goes on from the last training state. The last line printed is the path of result.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipelines.main import run_main
+from pipelines.settings import TrainSettings
+
+STAGE = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train the stage that the settings describe."""
+    settings = TrainSettings.from_command_line(argv, __doc__)
+
+    def work() -> None:
+        from pipelines.train import dry_run, print_result, run_stage
+
+        if settings.dry_run:
+            print(dry_run(settings, STAGE))
+        else:
+            print_result(run_stage(settings, STAGE))
+
+    return run_main(work)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

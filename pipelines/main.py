@@ -1,0 +1,44 @@
+"""What every entry script shares: quiet libraries, and a user's mistake as one sentence instead of a trace."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+"""What a wrong setting, a missing folder or a damaged file raises; anything else is a defect and shows its trace."""
+
+
+def run_main(work: Callable[[], object]) -> int:
+    """Run a job's work.
+
+    Returns:
+        The process's exit status: 0, 2 for a user's mistake, 130 for Ctrl-C.
+    """
+    quiet_libraries()
+    try:
+        work()
+    except USER_ERRORS as error:
+        if os.environ.get("TINYGPTV_TRACE"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last finished part.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def quiet_libraries() -> None:
+    """Our progress lines are the ones to read: others' progress bars and chatter are switched off."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for name in ("httpx", "alembic", "mlflow", "bitsandbytes", "ray.data", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)

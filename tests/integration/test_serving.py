@@ -1,0 +1,214 @@
+"""The service as it runs: Ray Serve, real HTTP on loopback, OpenAI's client, faults."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import openai
+import pytest
+
+from pipelines.settings import ServeSettings, SettingsError
+from tests.paths import ROOT
+from tests.serving_model import data_url, make_image, save_checkpoint
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+BODY = {
+    "model": "tinygpt-v",
+    "max_tokens": 12,
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "what is it?"},
+                {"type": "image_url", "image_url": {"url": data_url(make_image())}},
+            ],
+        }
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return [save_checkpoint(folder / str(seed), seed) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def settings(checkpoints):
+    return ServeSettings(
+        artifact=str(checkpoints[0]),
+        port=0,
+        max_batch_size=2,
+        max_queue=6,
+        cpus_per_replica=0.5,
+        stream_interval_ms=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def address(ray_cluster, settings):
+    from ray import serve
+
+    from pipelines.serving.run import deploy
+
+    yield deploy(settings)
+    serve.shutdown()
+
+
+def post(address, body=None, **options):
+    options.setdefault("timeout", 120)
+    return httpx.post(f"{address}/v1/chat/completions", json=body or BODY, trust_env=False, **options)
+
+
+def text_of(response):
+    response.raise_for_status()
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def engine_counter(address, name):
+    page = httpx.get(f"{address}/metrics", timeout=30, trust_env=False).text
+    values = [float(line.split()[-1]) for line in page.splitlines() if line.startswith(f"tinygptv_engine_{name}")]
+    return sum(values)
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return
+        time.sleep(0.2)
+    raise AssertionError("it did not happen in time")
+
+
+def replica_pids(address):
+    page = httpx.get(f"{address}/metrics", timeout=30, trust_env=False).text
+    return {int(line.split('replica="')[1].split('"')[0]) for line in page.splitlines() if 'replica="' in line}
+
+
+def test_openais_client_over_http(address):
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    whole = client.chat.completions.create(**BODY)
+    stream = client.chat.completions.create(**BODY, stream=True, stream_options={"include_usage": True})
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == 12
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.chat.completions.create(**BODY, temperature=9)
+
+
+def test_a_stream_comes_in_pieces(address):
+    arrivals = []
+    body = {**BODY, "max_tokens": 200, "stream": True}
+    with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60, trust_env=False) as response:
+        for line in response.iter_lines():
+            if line:
+                arrivals.append(time.perf_counter())
+    assert len(arrivals) > 8 and arrivals[-1] - arrivals[0] > 0.02
+
+
+def test_page_health_and_metrics_are_there(address):
+    assert httpx.get(f"{address}/healthz", timeout=30, trust_env=False).json() == {"status": "ok"}
+    page = httpx.get(address, timeout=30, trust_env=False)
+    assert page.status_code == 200 and "<html" in page.text
+    assert engine_counter(address, "slots") == 2
+
+
+def test_clients_at_once_get_their_own_answers(address):
+    bodies = [{**BODY, "seed": i, "temperature": 1.0} for i in range(8)]
+    alone = [text_of(post(address, body)) for body in bodies]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        together = [text_of(response) for response in pool.map(lambda body: post(address, body), bodies)]
+    assert together == alone and len(set(alone)) > 1
+
+
+def test_overload_is_refused_in_openais_shape(address):
+    with concurrent.futures.ThreadPoolExecutor(40) as pool:
+        responses = list(pool.map(lambda i: post(address, {**BODY, "max_tokens": 150}), range(40)))
+    refused = [response for response in responses if response.status_code == 429]
+    assert refused and all(response.status_code in (200, 429) for response in responses)
+    assert refused[0].json()["error"]["code"] == "rate_limit_exceeded" and int(refused[0].headers["retry-after"]) >= 1
+    assert text_of(post(address)) == text_of(post(address))
+
+
+def test_a_client_that_goes_away_frees_its_slot(address):
+    before = engine_counter(address, "cancelled_total")
+    body = {**BODY, "max_tokens": 200, "stream": True}
+    with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60, trust_env=False) as response:
+        next(response.iter_lines())
+    wait_for(lambda: engine_counter(address, "cancelled_total") == before + 1)
+    with pytest.raises(httpx.TimeoutException):
+        post(address, {**BODY, "max_tokens": 200}, timeout=0.05)
+    wait_for(lambda: engine_counter(address, "running") == 0)
+    assert engine_counter(address, "waiting") == 0
+
+
+def test_a_killed_replica_ends_streams_cleanly_and_comes_back(address):
+    wanted = text_of(post(address))
+    (pid,) = replica_pids(address)
+    body = {**BODY, "max_tokens": 220, "stream": True}
+    lines = []
+    with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=120, trust_env=False) as response:
+        for line in response.iter_lines():
+            lines += [line] if line else []
+            if len(lines) == 2:  # the role, and the first words
+                os.kill(pid, signal.SIGKILL)
+    if lines[-1] != "data: [DONE]":  # where the answer was not faster than the signal
+        assert "error" in json.loads(lines[-1][6:]), lines[-1]
+    # No wait in between: what comes while there is no replica waits for the next one.
+    assert text_of(post(address)) == wanted
+    assert replica_pids(address) != {pid}
+
+
+def test_a_new_artifact_replaces_the_old_one_without_a_lost_request(address, settings, checkpoints):
+    from pipelines.serving.run import deploy
+
+    old = text_of(post(address))
+    texts, failures, stop = [], [], []
+
+    def keep_asking():
+        while not stop:
+            response = post(address)
+            (texts if response.status_code == 200 else failures).append(
+                text_of(response) if response.status_code == 200 else response.text
+            )
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        askers = [pool.submit(keep_asking) for _ in range(2)]
+        try:
+            assert deploy(settings.model_copy(update={"artifact": str(checkpoints[1])})) == address
+            wait_for(lambda: texts and texts[-1] != old)
+        finally:
+            stop.append(True)
+        for asker in askers:
+            asker.result()
+    assert not failures
+    assert len(set(texts)) == 2, "each answer is the old model's or the new one's"
+
+
+def test_a_taken_port_and_a_missing_artifact_are_one_sentence(ray_cluster):
+    from pipelines.serving.run import _claim_port, check_settings
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(SettingsError, match=r"cannot listen on 127.0.0.1 port \d+: .*choose another port"):
+            _claim_port("127.0.0.1", other.getsockname()[1])
+    with pytest.raises(SettingsError, match="no checkpoint folder"):
+        check_settings(ServeSettings(artifact="/nowhere"))
+
+
+def test_the_job_says_what_is_wrong():
+    job = [sys.executable, "jobs/serve_http.py", "artifact=/nowhere"]
+    result = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("error: artifact '/nowhere'")
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,120 @@
+"""The engine's thread and its two fronts."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from tests.serving_model import make_model, make_tokenizer
+from tinygptv.engine import Engine, PromptTooLong, Request
+from tinygptv.engine_loop import EngineLoop
+from tinygptv.sampling import SamplingParams
+
+
+def request(ids, **params):
+    ids = np.asarray(ids, dtype=np.int64)
+    embeds = make_model().get_input_embeddings()(torch.from_numpy(ids))
+    return Request(ids, embeds, SamplingParams(ignore_end=True, **params))
+
+
+@pytest.fixture
+def loop():
+    loop = EngineLoop(Engine(make_model(), make_tokenizer(), max_batch_size=4))
+    yield loop
+    loop.close()
+
+
+async def collect(stream):
+    return [delta async for delta in stream]
+
+
+def answer(loop, ids, **params):
+    deltas = list(loop.iterate(request(ids, **params)))
+    return "".join(d.text for d in deltas), [t for d in deltas for t in d.token_ids]
+
+
+def test_many_consumers_get_what_each_would_get_alone(loop):
+    alone = {n: answer(loop, [n, 2, 3], max_tokens=20) for n in range(1, 13)}
+
+    async def everybody():
+        return await asyncio.gather(*(collect(loop.stream(request([n, 2, 3], max_tokens=20))) for n in range(1, 13)))
+
+    for n, deltas in enumerate(asyncio.run(everybody()), 1):
+        assert ("".join(d.text for d in deltas), [t for d in deltas for t in d.token_ids]) == alone[n]
+        assert [d.finish_reason for d in deltas[:-1]] == [None] * (len(deltas) - 1)
+        assert deltas[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("interval_s", [0.005, 0.05, float("inf")])
+def test_an_interval_gathers_deltas_and_changes_nothing_else(loop, interval_s):
+    wanted = answer(loop, [7, 8, 9], max_tokens=60)
+    started = time.perf_counter()
+    deltas = asyncio.run(collect(loop.stream(request([7, 8, 9], max_tokens=60), interval_s)))
+    assert ("".join(d.text for d in deltas), [t for d in deltas for t in d.token_ids]) == wanted
+    if interval_s == float("inf"):
+        assert len(deltas) == 1
+    else:
+        assert len(deltas) <= 3 + (time.perf_counter() - started) / interval_s
+
+
+def test_leaving_a_stream_frees_its_slot(loop):
+    async def leave():
+        stream = loop.stream(request([1, 2], max_tokens=250))
+        await anext(stream)
+        await stream.aclose()
+
+    asyncio.run(leave())
+    list(loop.iterate(request([3], max_tokens=1)))
+    assert loop.stats.cancelled == 1
+    assert loop.engine.slots.num_free == 4
+
+
+def test_a_cancelled_task_frees_its_slot(loop):
+    async def cancel():
+        task = asyncio.create_task(collect(loop.stream(request([1, 2], max_tokens=250))))
+        await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    list(loop.iterate(request([3], max_tokens=1)))
+    assert loop.stats.cancelled == 1
+
+
+def test_a_dead_event_loop_does_not_hurt_the_engine(loop):
+    async def walk_away():
+        stream = loop.stream(request([1, 2], max_tokens=250))
+        await anext(stream)
+        walk_away.kept = stream  # never closed: as when a process's event loop is torn down
+
+    event_loop = asyncio.new_event_loop()
+    event_loop.run_until_complete(walk_away())
+    event_loop.close()
+    assert answer(loop, [5, 6], max_tokens=10)[1]
+    assert loop.is_alive
+
+
+def test_what_cannot_be_answered_is_refused_at_once(loop):
+    with pytest.raises(PromptTooLong):
+        list(loop.iterate(request(range(1, 301))))
+    assert answer(loop, [5, 6], max_tokens=2)[1]
+
+
+def test_closing_ends_open_streams():
+    loop = EngineLoop(Engine(make_model(), make_tokenizer(), max_batch_size=1))
+    deltas = []
+    consumer = threading.Thread(target=lambda: deltas.extend(loop.iterate(request([1], max_tokens=255))))
+    consumer.start()
+    while not deltas:
+        time.sleep(0.001)
+    loop.close()
+    consumer.join(timeout=10)
+    assert deltas[-1].finish_reason in ("error", "length")
+    with pytest.raises(RuntimeError):
+        list(loop.iterate(request([1])))

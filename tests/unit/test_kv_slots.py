@@ -1,0 +1,76 @@
+"""Which slot a prompt gets, and what of it is there already."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tinygptv.kv_slots import KVSlots
+
+
+def prompt(*ids):
+    return np.array(ids, dtype=np.int64)
+
+
+def fill(slots, ids):
+    placement = slots.take(ids)
+    slots.extend(placement.slot, len(ids))
+    return placement
+
+
+LONG = prompt(*range(100, 140))
+
+
+def test_a_continued_conversation_goes_on_in_place():
+    slots = KVSlots(3, 64)
+    first = fill(slots, LONG)
+    slots.release(first.slot)
+    again = slots.take(prompt(*LONG, 1, 2))
+    assert (again.slot, again.num_reused, again.copy_from) == (first.slot, 40, None)
+
+
+def test_a_taken_slot_is_copied_from():
+    slots = KVSlots(3, 64)
+    first = fill(slots, LONG)
+    second = slots.take(prompt(*LONG[:20], 1))
+    assert second.slot != first.slot
+    assert (second.num_reused, second.copy_from) == (20, first.slot)
+
+
+def test_a_long_conversation_is_not_lost_to_a_short_common_beginning():
+    slots = KVSlots(2, 64)
+    first = fill(slots, LONG)
+    slots.release(first.slot)
+    other = slots.take(prompt(*LONG[:10], 1))
+    assert (other.slot == first.slot, other.copy_from, other.num_reused) == (False, first.slot, 10)
+
+
+def test_the_last_position_is_always_computed():
+    slots = KVSlots(1, 64)
+    slots.release(fill(slots, LONG).slot)
+    assert slots.take(LONG).num_reused == 39
+
+
+def test_short_beginnings_are_not_worth_it():
+    slots = KVSlots(1, 64)
+    slots.release(fill(slots, LONG).slot)
+    assert slots.take(prompt(*LONG[:5], 1, 2, 3)).num_reused == 0
+
+
+def test_only_computed_positions_count():
+    slots = KVSlots(2, 64)
+    placement = slots.take(LONG)
+    slots.extend(placement.slot, 12)
+    assert slots.take(LONG).num_reused == 12
+
+
+def test_the_longest_unused_slot_is_taken():
+    slots = KVSlots(3, 64)
+    used = [fill(slots, prompt(*range(i * 50, i * 50 + 20))).slot for i in range(3)]
+    for slot in (used[1], used[0], used[2]):
+        slots.release(slot)
+    assert [slots.take(prompt(1000 + i)).slot for i in range(3)] == [used[1], used[0], used[2]]
+    assert slots.num_free == 0
+
+
+def test_a_prompt_of_one_token():
+    assert KVSlots(1, 8).take(prompt(3)).num_reused == 0

@@ -1,0 +1,98 @@
+"""Sampling against transformers' logits processors, which define what the parameters mean."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from tinygptv import sampling
+from tinygptv.sampling import Sampler, SamplingParams
+
+
+def frequencies(params, logits, prompt=(), draws=4000):
+    counts = torch.zeros(len(logits))
+    for seed in range(draws):
+        counts[Sampler(SamplingParams(**params, seed=seed), list(prompt)).draw(logits)] += 1
+    return counts / draws
+
+
+@pytest.mark.parametrize("candidates", [1024, 4])
+@pytest.mark.parametrize(
+    ("params", "warpers"),
+    [
+        ({"temperature": 1.0}, []),
+        ({"temperature": 0.5}, [TemperatureLogitsWarper(0.5)]),
+        ({"temperature": 1.0, "top_k": 3}, [TopKLogitsWarper(3)]),
+        ({"temperature": 1.0, "top_p": 0.7}, [TopPLogitsWarper(0.7)]),
+        ({"temperature": 1.3, "top_p": 0.95}, [TemperatureLogitsWarper(1.3), TopPLogitsWarper(0.95)]),
+        (
+            {"temperature": 0.8, "top_k": 8, "top_p": 0.6},
+            [TemperatureLogitsWarper(0.8), TopKLogitsWarper(8), TopPLogitsWarper(0.6)],
+        ),
+    ],
+)
+def test_distribution_is_that_of_transformers(params, warpers, candidates, monkeypatch):
+    monkeypatch.setattr(sampling, "NUCLEUS_CANDIDATES", candidates)
+    logits = torch.from_numpy(np.random.default_rng(0).normal(0, 1.5, 16).astype(np.float32))
+    wanted = LogitsProcessorList(warpers)(torch.zeros(1, 1, dtype=torch.long), logits[None])[0].softmax(-1)
+    got = frequencies(params, logits)
+    assert not got[wanted == 0].any(), "a token was drawn that transformers would never draw"
+    assert (got - wanted).abs().max() < 0.03
+
+
+def test_repetition_penalty_is_that_of_transformers():
+    logits = torch.from_numpy(np.random.default_rng(1).normal(0, 2, 40).astype(np.float32))
+    seen = [3, 9, 9, 21]
+    params = SamplingParams(repetition_penalty=1.7)
+    wanted = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([seen]), logits[None])[0]
+    sampler = Sampler(params, seen)
+    torch.testing.assert_close(sampler._penalise(logits), wanted)
+    token = sampler.draw(logits)
+    wanted = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[*seen, token]]), logits[None])[0]
+    torch.testing.assert_close(sampler._penalise(logits), wanted)
+
+
+def test_frequency_and_presence_penalties_count_the_answer_only():
+    logits = torch.tensor([2.0, 1.9, 1.0])
+    sampler = Sampler(SamplingParams(frequency_penalty=0.05, presence_penalty=0.06), prompt_ids=[0, 0, 0])
+    assert [sampler.draw(logits) for _ in range(4)] == [0, 1, 0, 0]
+
+
+def test_bias_forbids_and_forces():
+    logits = torch.tensor([3.0, 2.0, 1.0])
+    assert Sampler(SamplingParams(logit_bias=((0, -100.0),)), []).draw(logits) == 1
+    assert Sampler(SamplingParams(logit_bias=((2, 100.0),)), []).draw(logits) == 2
+    assert logits.tolist() == [3.0, 2.0, 1.0], "the engine's logits must stay as they are"
+
+
+def test_a_seed_repeats_an_answer():
+    logits = torch.zeros(50)
+    draw = lambda seed: [Sampler(SamplingParams(temperature=1, seed=seed), []).draw(logits) for _ in range(1)]  # noqa: E731
+    assert draw(4) == draw(4)
+    assert len({tuple(draw(seed)) for seed in range(20)}) > 5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"repetition_penalty": 0},
+        {"stop": ("",)},
+    ],
+)
+def test_impossible_values_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        SamplingParams(**wrong)

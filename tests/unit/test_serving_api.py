@@ -1,0 +1,444 @@
+"""The HTTP API over a model in this process, spoken to as clients do: by hand and with OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+
+import httpx
+import openai
+import pytest
+
+from pipelines.serving.api import build_api
+from pipelines.serving.backend import ModelBackend, ModelInfo
+from pipelines.serving.protocol import ProtocolError, found_boxes
+from pipelines.settings import ServeSettings
+from tests.serving_model import data_url, make_image, save_checkpoint
+
+PICTURE = {"type": "image_url", "image_url": {"url": data_url(make_image())}}
+
+
+def ask(*content, **fields):
+    return {"model": "tinygpt-v", "max_tokens": 12, "messages": [{"role": "user", "content": list(content)}], **fields}
+
+
+def words(text):
+    return {"type": "text", "text": text}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def backend(checkpoint):
+    backend = ModelBackend(ServeSettings(artifact=str(checkpoint), max_batch_size=4))
+    yield backend
+    backend.assistant.close()
+
+
+class Client:
+    """Requests against the application, without a socket."""
+
+    def __init__(self, backend, **settings):
+        self.app = build_api(ServeSettings(**settings), backend)
+
+    def open(self):
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url="http://server")
+
+    def request(self, method, path, **options):
+        async def send():
+            async with self.open() as client:
+                return await client.request(method, path, **options)
+
+        return asyncio.run(send())
+
+    def chat(self, body, **options):
+        return self.request("POST", "/v1/chat/completions", json=body, **options)
+
+
+@pytest.fixture(scope="module")
+def client(backend):
+    return Client(backend)
+
+
+class FakeBackend:
+    """A model that says what it is told to."""
+
+    def __init__(self, *items, wait=0.0):
+        self.items, self.wait, self.closed = items, wait, False
+
+    async def describe(self):
+        return ModelInfo(16, 100, 1)
+
+    async def stream(self, job):
+        try:
+            for item in self.items:
+                await asyncio.sleep(self.wait)
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            self.closed = True
+
+    async def complete(self, job):
+        return [item async for item in self.stream(job)]
+
+    async def stats(self):
+        raise RuntimeError("no statistics")
+
+
+def said(text, reason=None):
+    return {"text": text, "num_tokens": 1, "cached_tokens": 0, "logprobs": [], "finish_reason": reason}
+
+
+def events(response):
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    return [json.loads(line[6:]) if line != "data: [DONE]" else None for line in lines]
+
+
+# ---------------------------------------------------------------------------------------------------- answers
+
+
+def test_an_answer_has_openais_shape(client):
+    body = client.chat(ask(words("what is it?"), PICTURE)).json()
+    assert re.fullmatch(r"chatcmpl-[0-9a-f]{32}", body["id"])
+    assert (body["object"], body["model"]) == ("chat.completion", "tinygpt-v")
+    (choice,) = body["choices"]
+    assert choice["finish_reason"] == "length" and choice["message"]["role"] == "assistant"
+    usage = body["usage"]
+    assert usage["completion_tokens"] == 12
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 12
+
+
+def test_a_stream_says_the_same_as_a_whole_answer(client):
+    body = ask(words("tell me more"), PICTURE, max_tokens=40)
+    whole = client.chat(body).json()
+    response = client.chat({**body, "stream": True, "stream_options": {"include_usage": True}})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *chunks, usage, done = events(response)
+    assert done is None and usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert text == whole["choices"][0]["message"]["content"] != ""
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+def test_openais_client_works_unchanged(client):
+    async def use():
+        async with client.open() as http:
+            api = openai.AsyncOpenAI(base_url="http://server/v1", api_key="none", http_client=http, max_retries=0)
+            body = ask(words("what is it?"), PICTURE, logprobs=True, top_logprobs=2, seed=1)
+            whole = await api.chat.completions.create(**body)
+            stream = await api.chat.completions.create(**ask(words("what is it?"), PICTURE), stream=True)
+            pieces = [chunk.choices[0].delta.content or "" async for chunk in stream]
+            later = await api.chat.completions.create(
+                **{**body, "messages": [*body["messages"], whole.choices[0].message, {"role": "user", "content": "?"}]}
+            )
+            models = [model.id async for model in api.models.list()]
+            one = await api.models.retrieve("tinygpt-v")
+            with pytest.raises(openai.NotFoundError) as unknown:
+                await api.chat.completions.create(**{**body, "model": "gpt-4o"})
+            with pytest.raises(openai.BadRequestError) as wrong:
+                await api.chat.completions.create(**{**body, "temperature": 3})
+        return whole, pieces, later, models, one, unknown.value, wrong.value
+
+    whole, pieces, later, models, one, unknown, wrong = asyncio.run(use())
+    assert whole.choices[0].message.content == "".join(pieces)
+    entries = whole.choices[0].logprobs.content
+    assert len(entries) == 12 and all(len(entry.top_logprobs) == 2 for entry in entries)
+    assert entries[0].top_logprobs[0].logprob >= entries[0].logprob
+    assert later.usage.prompt_tokens > whole.usage.prompt_tokens
+    assert later.usage.prompt_tokens_details.cached_tokens > whole.usage.prompt_tokens - 5
+    assert models == ["tinygpt-v"] and one.id == "tinygpt-v"
+    assert unknown.code == "model_not_found" and wrong.param == "temperature"
+
+
+def test_sampling_fields_reach_the_model(client):
+    body = ask(words("hi"), temperature=1.5, seed=3, max_tokens=30)
+    first, again = client.chat(body).json(), client.chat(body).json()
+    other = client.chat({**body, "seed": 4}).json()
+    text = [answer["choices"][0]["message"]["content"] for answer in (first, again, other)]
+    assert text[0] == text[1] != text[2]
+    stop = text[0][5:8]
+    stopped = client.chat({**body, "stop": stop}).json()["choices"][0]
+    assert stopped["finish_reason"] == "stop" and stop not in stopped["message"]["content"]
+
+
+def test_messages_are_regrouped(client):
+    plain = client.chat(ask(words("be brief\nwhat is it?"))).json()
+    body = ask()
+    body["messages"] = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [words("what is it?")]},
+    ]
+    assert client.chat(body).json()["choices"] == plain["choices"]
+
+
+def test_boxes_are_given_in_pixels_of_the_sent_picture():
+    text = "<p>a dog</p> {<10><20><50><60>}<delim>{<0><0><100><120>} and {<1><2><3><4>}"
+    fake = FakeBackend({"prompt_tokens": 3}, said(text[:30]), said(text[30:], "stop"))
+    wanted = [
+        {"label": "a dog", "box": [6.0, 8.0, 30.0, 24.0], "entity": 0, "colour": "#e63946", "image": 0},
+        {"label": "a dog", "box": [0.0, 0.0, 60.0, 40.0], "entity": 0, "colour": "#e63946", "image": 0},
+        {"label": "", "box": [0.6, 0.8, 1.8, 1.6], "entity": 1, "colour": "#2a9d8f", "image": 0},
+    ]
+    client = Client(fake)
+    whole = client.chat(ask(words("where"), PICTURE, task="refer")).json()
+    assert json.loads(json.dumps(whole["choices"][0]["message"]["boxes"])) == wanted
+    assert whole["choices"][0]["message"]["content"] == text
+    last = events(client.chat(ask(words("where"), PICTURE, stream=True)))[-2]["choices"][0]
+    assert last["finish_reason"] == "stop" and last["delta"]["boxes"] == wanted
+    assert found_boxes(text, None, 0) == []
+
+
+def test_a_task_and_a_drawn_box_word_the_question(backend):
+    heard = []
+
+    class Listener(FakeBackend):
+        async def complete(self, job):
+            heard.append(job.messages[-1].text)
+            return [{"prompt_tokens": 1}, said("x", "stop")]
+
+    client = Client(Listener())
+    client.chat(ask(words("the dog"), PICTURE, task="refer"))
+    client.chat(ask(PICTURE, task="identify", box=[30, 40, 0, -5]))
+    client.chat(ask(PICTURE, task="caption"))
+    assert heard == [
+        "[refer] give me the location of the dog",
+        "[identify] what object is in this location {<0><0><50><100>}",
+        "[caption] Briefly describe this image.",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param"),
+    [
+        ({"model": "other"}, 404, "model"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": "hi"}, 400, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0"),
+        ({"messages": [{"role": "user"}]}, 400, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": ""}]}, 400, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, 400, "messages.0.content.0"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages"),
+        ({"messages": [{"role": "system", "content": "x"}]}, 400, "messages"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            400,
+            "messages",
+        ),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"temperature": "hot"}, 400, "temperature"),
+        ({"top_p": 0}, 400, "top_p"),
+        ({"n": 2}, 400, "n"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"stop": [""]}, 400, "stop"),
+        ({"stop": ["a"] * 5}, 400, "stop"),
+        ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, 400, None),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format.type"),
+        ({"tools": []}, 400, "tools"),
+        ({"task": "dance"}, 400, "task"),
+        ({"task": "vqa"}, 400, "task"),
+        ({"box": [1, 2, 3, 4]}, 400, "box"),
+        ({"messages": [{"role": "user", "content": "word " * 1000}]}, 400, None),
+    ],
+)
+def test_mistakes_are_answered_in_openais_shape(client, change, status, param):
+    response = client.chat({**ask(words("hi")), **change})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (status, param), error
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"].endswith(".") and error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"a":' * 2000, b"[" * 100_000])
+def test_what_is_no_request_is_refused(client, body):
+    response = client.request("POST", "/v1/chat/completions", content=body)
+    assert response.status_code == 400 and response.json()["error"]["message"]
+
+
+def test_unknown_paths_and_methods_have_the_same_shape(client):
+    for method, path, status in (
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("GET", "/v1/models/other", 404),
+        ("GET", "/ui/../api.py", 404),
+        ("GET", "/ui/%2e%2e/api.py", 404),
+    ):
+        response = client.request(method, path)
+        assert response.status_code == status and response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_keys_are_asked_for_and_never_told(backend, caplog):
+    client = Client(backend, api_keys=["secret-one", "secret-two"])
+    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret-one"}):
+        response = client.chat(ask(words("hi")), headers=header)
+        assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
+        assert response.json()["error"]["code"] == "invalid_api_key"
+        assert client.request("GET", "/v1/models", headers=header).status_code == 401
+    for key in ("secret-one", "secret-two"):
+        assert client.chat(ask(words("hi")), headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    assert client.request("GET", "/healthz").status_code == 200
+    assert "secret" not in caplog.text
+    assert "secret-one" not in repr(ServeSettings(api_keys=["secret-one"]))
+
+
+def test_a_large_body_is_refused_while_it_comes(backend):
+    client = Client(backend, max_body_mb=0.01)
+    sent = []
+
+    async def endless():
+        for _ in range(1000):
+            sent.append(1)
+            yield b"x" * 5000
+
+    response = client.request("POST", "/v1/chat/completions", content=endless())
+    assert response.status_code == 413 and response.json()["error"]["code"] == "request_too_large"
+
+
+def test_a_full_server_refuses_at_once_and_says_when_to_come_back():
+    fake = FakeBackend({"prompt_tokens": 1}, said("x", "stop"), wait=0.2)
+    client = Client(fake, max_batch_size=2, max_queue=3)
+
+    async def flood():
+        async with client.open() as http:
+            answers = await asyncio.gather(
+                *(http.post("/v1/chat/completions", json=ask(words("hi"), stream=i % 2 == 0)) for i in range(20))
+            )
+            after = await http.post("/v1/chat/completions", json=ask(words("hi")))
+            return answers, after
+
+    answers, after = asyncio.run(flood())
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert len(refused) == 15 and sum(answer.status_code == 200 for answer in answers) == 5
+    assert all(1 <= int(answer.headers["retry-after"]) <= 60 for answer in refused)
+    assert refused[0].json()["error"]["code"] == "rate_limit_exceeded"
+    assert after.status_code == 200, "every place was given back"
+
+
+def test_a_slow_model_is_given_up():
+    fake = FakeBackend({"prompt_tokens": 1}, said("a"), said("b", "stop"), wait=0.15)
+    client = Client(fake, request_timeout_s=0.1)
+    assert client.chat(ask(words("hi"))).status_code == 504
+    client = Client(fake, request_timeout_s=0.2)
+    assert events(client.chat(ask(words("hi"), stream=True)))[-1]["error"]["code"] == "timeout"
+    assert fake.closed
+
+
+def test_errors_within_a_stream_are_an_event():
+    for broken, message in (
+        (RuntimeError("secret path /root"), "the server failed"),
+        ({"error": "the model's replica stopped.", "status": 503}, "replica stopped"),
+        (ProtocolError(503, "gone.", kind="server_error"), "gone"),
+    ):
+        client = Client(FakeBackend({"prompt_tokens": 1}, said("a"), broken))
+        *_, last = events(client.chat(ask(words("hi"), stream=True)))
+        assert message in last["error"]["message"] and "/root" not in str(last)
+        whole = client.chat(ask(words("hi")))
+        assert whole.status_code >= 500 and "/root" not in whole.text
+
+
+def test_a_refusal_before_the_first_word_has_a_status():
+    client = Client(FakeBackend({"error": "the prompt is too long.", "status": 400}))
+    assert client.chat(ask(words("hi"), stream=True)).status_code == 400
+
+
+def test_a_client_that_leaves_frees_everything():
+    fake = FakeBackend({"prompt_tokens": 1}, *[said("x")] * 1000, wait=0.01)
+    client = Client(fake, max_batch_size=1, max_queue=0)
+
+    async def leave():
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b"",
+            "http_version": "1.1", "scheme": "http", "server": ("server", 80), "client": ("c", 1), "root_path": "",
+            "raw_path": b"/v1/chat/completions", "asgi": {"version": "3.0", "spec_version": "2.3"},
+        }  # fmt: skip
+        body = json.dumps(ask(words("hi"), stream=True)).encode()
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            await asyncio.sleep(0.1)
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            pass
+
+        await asyncio.wait_for(client.app(scope, receive, send), 5)
+
+    asyncio.run(leave())
+    assert fake.closed
+    fake.items, fake.wait = ({"prompt_tokens": 1}, said("x", "stop")), 0
+    assert client.chat(ask(words("hi"))).status_code == 200
+
+
+# ---------------------------------------------------------------------------------------------------- the rest
+
+
+def test_health_follows_the_model(client):
+    assert client.request("GET", "/healthz").json() == {"status": "ok"}
+
+    class Dead(FakeBackend):
+        async def describe(self):
+            raise ProtocolError(503, "gone.")
+
+    response = Client(Dead()).request("GET", "/healthz")
+    assert response.status_code == 503 and "retry-after" in response.headers
+
+
+def test_metrics_count(backend):
+    client = Client(backend)
+    client.chat(ask(words("count me")))
+    client.chat(ask(words("count me"), stream=True))
+    client.chat(ask(words("hi"), temperature=9))
+    text = client.request("GET", "/metrics").text
+    assert 'tinygptv_requests_total{status="200"} 2.0' in text
+    assert 'tinygptv_requests_total{status="400"} 1.0' in text
+    assert "tinygptv_request_seconds_count 2.0" in text
+    assert 'tinygptv_tokens_total{kind="answer"} 24.0' in text
+    assert "tinygptv_in_flight_requests 0.0" in text
+    assert re.search(r'tinygptv_engine_slots\{replica="\d+"\} 4.0', text)
+    assert Client(FakeBackend()).request("GET", "/metrics").status_code == 200
+
+
+def test_the_schema_describes_the_request(client):
+    schema = client.request("GET", "/openapi.json").json()
+    body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/ChatRequest"}
+    assert "task" in schema["components"]["schemas"]["ChatRequest"]["properties"]
+    known = set(schema["components"]["schemas"])
+    used = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(schema)))
+    assert used <= known
+
+
+def test_other_web_sites_may_not_call_unless_allowed(backend):
+    origin = {"Origin": "https://elsewhere.example"}
+    assert "access-control-allow-origin" not in Client(backend).chat(ask(words("hi")), headers=origin).headers
+    allowed = Client(backend, cors_origins=["https://elsewhere.example"])
+    assert allowed.chat(ask(words("hi")), headers=origin).headers["access-control-allow-origin"] == origin["Origin"]
+
+
+def test_a_missing_artifact_is_named():
+    with pytest.raises(ValueError, match="no checkpoint folder"):
+        ModelBackend(ServeSettings(artifact="/nowhere"))
+
+
+def test_keys_are_compared_whole(backend, monkeypatch):
+    compared = []
+    real = __import__("hmac").compare_digest
+    monkeypatch.setattr("pipelines.serving.api.hmac.compare_digest", lambda a, b: compared.append(1) or real(a, b))
+    service_client = Client(backend, api_keys=["one", "two", "three"])
+    service_client.request("GET", "/v1/models", headers={"Authorization": "Bearer one"})
+    assert len(compared) == 3, "the first match must not end the comparison"

@@ -1,0 +1,187 @@
+"""Remote pictures: from allowed, public hosts only, at the very address that was checked."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import socket
+import threading
+import time
+
+import pytest
+
+from pipelines.serving import fetch as fetching
+from pipelines.serving.fetch import FetchError, fetch, is_public
+
+BODY = b"x" * 5000
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.seen.append((self.path, self.headers["Host"]))
+        if self.path == "/slow":
+            time.sleep(1)
+        status = {"/redirect": 302, "/missing": 404}.get(self.path, 200)
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "http://169.254.169.254/secrets")
+        if self.path != "/endless":
+            self.send_header("Content-Length", str(len(BODY)))
+        self.end_headers()
+        try:
+            for _ in range(1000 if self.path == "/endless" else 1):
+                self.wfile.write(BODY)
+        except OSError:
+            pass
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.seen = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    resolve_to(monkeypatch, ["127.0.0.1"])
+    monkeypatch.setattr(fetching, "is_public", lambda address: True)
+    yield server
+    server.shutdown()
+
+
+def resolve_to(monkeypatch, addresses):
+    calls = []
+
+    async def getaddrinfo(self, host, port, **_):
+        calls.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
+    return calls
+
+
+def get(url, hosts, max_bytes=10_000, timeout_s=5.0):
+    return asyncio.run(fetch(url, allowed_hosts=hosts, max_bytes=max_bytes, timeout_s=timeout_s))
+
+
+def test_an_allowed_host_is_fetched_under_its_own_name(server):
+    host = f"pictures.example:{server.server_port}"
+    assert get(f"http://{host}/a%20b.png?x=1&y=%20#top", [host]) == BODY
+    assert server.seen == [("/a%20b.png?x=1&y=%20", host)]
+
+
+@pytest.mark.parametrize("path", ["/redirect", "/missing"])
+def test_only_a_plain_success_counts(server, path):
+    host = f"pictures.example:{server.server_port}"
+    with pytest.raises(FetchError, match="status"):
+        get(f"http://{host}{path}", [host])
+    assert len(server.seen) == 1
+
+
+def test_size_is_counted_while_it_comes(server):
+    host = f"pictures.example:{server.server_port}"
+    with pytest.raises(FetchError, match="larger"):
+        get(f"http://{host}/endless", [host])
+
+
+def test_time_is_bounded(server):
+    host = f"pictures.example:{server.server_port}"
+    with pytest.raises(FetchError, match=r"within 0\.2 s"):
+        get(f"http://{host}/slow", [host], timeout_s=0.2)
+
+
+def test_a_refused_connection_is_a_sentence(server):
+    with pytest.raises(FetchError, match="could not be fetched"):
+        get("http://pictures.example:1/x", ["pictures.example:1"])
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://evil.example/x.png",
+        "http://pictures.example:81/x.png",
+        "http://pictures.example.evil.example/x.png",
+        "http://pictures.example@evil.example/x.png",
+        "http://pictures.example:80@evil.example/x.png",
+        "http://user:secret@pictures.example/x.png",
+        "ftp://pictures.example/x.png",
+        "file://pictures.example/etc/passwd",
+        "gopher://pictures.example/x",
+        "http://",
+        "http://[::1",
+        "http://pictures.example:99999/x",
+        "http://ⓔvil.example/",
+        "//pictures.example/x.png",
+    ],
+)
+def test_other_addresses_are_never_looked_up(monkeypatch, url):
+    calls = resolve_to(monkeypatch, ["93.184.216.34"])
+    with pytest.raises(FetchError):
+        get(url, ["pictures.example"])
+    assert calls == []
+
+
+def test_without_a_list_nothing_is_fetched(monkeypatch):
+    calls = resolve_to(monkeypatch, ["93.184.216.34"])
+    with pytest.raises(FetchError, match="switched off"):
+        get("https://pictures.example/x.png", [])
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [
+        ["127.0.0.1"],
+        ["10.0.0.5"],
+        ["169.254.169.254"],
+        ["93.184.216.34", "192.168.1.1"],
+        ["::1"],
+        ["::ffff:127.0.0.1"],
+        ["64:ff9b::7f00:1"],
+        ["fe80::1%eth0"],
+        [],
+    ],
+)
+def test_a_name_that_leads_inside_is_refused(monkeypatch, addresses):
+    resolve_to(monkeypatch, addresses)
+    with pytest.raises(FetchError, match="public internet"):
+        get("http://pictures.example/x.png", ["pictures.example"])
+
+
+def test_the_name_is_resolved_once_and_the_address_is_pinned(monkeypatch, server):
+    answers = [["127.0.0.1"], ["10.0.0.1"]]  # a name that changes its mind
+    calls = []
+
+    async def getaddrinfo(self, host, port, **_):
+        calls.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in answers[min(len(calls), 2) - 1]]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
+    host = f"pictures.example:{server.server_port}"
+    assert get(f"http://{host}/x", [host]) == BODY
+    assert [name for name in calls if name == "pictures.example"] == ["pictures.example"]
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.216.34", True),
+        ("2606:2800:220:1:248:1893:25c8:1946", True),
+        ("0.0.0.0", False),
+        ("100.64.0.1", False),
+        ("192.0.2.1", False),
+        ("198.18.0.1", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::", False),
+        ("fc00::1", False),
+        ("fe80::1", False),
+        ("ff02::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("::ffff:93.184.216.34", True),
+        ("2002:7f00:1::", False),
+        ("2001:0:1::1", False),
+    ],
+)
+def test_which_addresses_are_public(address, public):
+    assert is_public(address) is public

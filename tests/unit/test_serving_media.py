@@ -1,0 +1,146 @@
+"""Pictures from strangers: what is taken, what is refused, and that refusing is cheap."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import struct
+import time
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.serving.media import MediaLoader
+from pipelines.serving.protocol import ProtocolError
+from pipelines.settings import ServeSettings
+from tests.serving_model import data_url, make_image
+
+
+def load(*urls, side=16, **settings):
+    loader = MediaLoader(ServeSettings(**settings))
+    return asyncio.run(loader.load([(f"messages.0.content.{i}", url) for i, url in enumerate(urls)], side))
+
+
+def refusal(*urls, **settings):
+    with pytest.raises(ProtocolError) as caught:
+        load(*urls, **settings)
+    return caught.value
+
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png_header(width, height, body=b""):
+    """A PNG that claims to be of this size."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_usual_formats_are_taken(kind):
+    image = load(data_url(make_image(width=60, height=40, kind=kind), f"image/{kind.lower()}"))[0]
+    assert (image.width, image.height, image.pixels.shape) == (60, 40, (3, 16, 16))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "I;16", "CMYK"])
+def test_unusual_pixels_are_taken(mode):
+    picture = Image.new(mode, (30, 20))
+    kind = "JPEG" if mode == "CMYK" else "PNG"
+    assert load(data_url(saved(picture, kind)))[0].pixels.shape == (3, 16, 16)
+
+
+def test_of_an_animation_the_first_frame_is_taken():
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue", "green")]
+    data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    red, green, blue = load(data_url(data, "image/gif"))[0].pixels[:, 8, 8].tolist()
+    assert red > 200 and green < 50 and blue < 50
+
+
+def test_a_wrong_label_does_no_harm():
+    assert load(data_url(make_image(kind="JPEG"), "image/png"))[0].width == 60
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        ("data:image/png;base64,", "invalid_image"),
+        ("data:image/png;base64,####", "invalid_base64"),
+        ("data:image/png;base64,QUJ", "invalid_base64"),
+        ("data:image/png;base64,QUJD\nQUJD", "invalid_base64"),
+        ("data:image/png,%89PNG", "invalid_image_url"),
+        ("data:text/html;base64,PGI+", "invalid_image_url"),
+        ("data:" + "x" * 300, "invalid_image_url"),
+        (data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml"), "invalid_image"),
+        (data_url(b"%PDF-1.7", "image/png"), "invalid_image"),
+        (data_url(saved(Image.new("RGB", (8, 8)), "TIFF"), "image/tiff"), "invalid_image"),
+        (data_url(make_image(kind="JPEG")[:300]), "invalid_image"),
+        (data_url(make_image(kind="PNG")[:100]), "invalid_image"),
+        (data_url(png_header(0, 10)), "invalid_image"),
+        (data_url(png_header(10, 10, zlib.compress(b"x"))), "invalid_image"),
+        (data_url(np.random.default_rng(0).bytes(5000)), "invalid_image"),
+        ("file:///etc/passwd", "invalid_image_url"),
+        ("/etc/passwd", "invalid_image_url"),
+        ("http://127.0.0.1/x.png", "invalid_image_url"),
+    ],
+)
+def test_everything_else_is_refused_with_its_field(url, code):
+    error = refusal(data_url(make_image()), url)
+    assert (error.status in (400, 413), error.code) == (True, code)
+    assert error.param.startswith("messages.0.content.1")
+    assert "/usr" not in error.message and "0x" not in error.message and "passwd" not in error.message
+
+
+def test_a_decompression_bomb_is_refused_by_its_header():
+    bombs = [
+        png_header(60_000, 60_000, zlib.compress(b"\0" * 1_000_000)),
+        saved(Image.new("1", (20_000, 20_000)), "PNG"),
+        saved(Image.new("P", (16_000, 16_000)), "GIF"),
+    ]
+    for bomb in bombs:
+        url = data_url(bomb)
+        tracemalloc.start()
+        started = time.perf_counter()
+        error = refusal(url)
+        seconds, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (error.status, error.code) == (413, "image_too_large")
+        assert "megapixels" in error.message
+        assert seconds < 1 and peak < 20 * len(url) + 5_000_000
+
+
+def test_a_text_bomb_in_a_small_png_is_refused_or_harmless():
+    text = zlib.compress(b"a" * 50_000_000)
+    data = b"bomb\0\0" + text
+    chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
+    picture = make_image()
+    assert refusal(data_url(picture[:33] + chunk + picture[33:])).code == "invalid_image"
+
+
+def test_size_is_checked_before_decoding_base64():
+    assert refusal("data:image/png;base64," + "A" * 2_000_000, max_image_mb=1).status == 413
+
+
+def test_number_of_images_is_bounded():
+    url = data_url(make_image())
+    assert refusal(url, url, url, max_images=2).code == "too_many_images"
+    assert len(load(url, url, max_images=2)) == 2
+
+
+def test_decoding_time_is_bounded(monkeypatch):
+    monkeypatch.setattr("pipelines.serving.media.ChatImage.from_bytes", lambda *_: time.sleep(0.5))
+    assert refusal(data_url(make_image()), image_timeout_s=0.05).code == "image_timeout"
+
+
+def test_what_follows_the_picture_in_a_file_does_not_matter():
+    polyglot = make_image(kind="JPEG") + b"PK\x03\x04<script>alert(1)</script>"
+    assert load(data_url(polyglot))[0].width == 60

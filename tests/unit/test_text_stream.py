@@ -1,0 +1,87 @@
+"""Streamed text: whatever the pieces, the whole is right, no character is split and no stop string shows."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from tests.serving_model import make_tokenizer
+from tinygptv.text_stream import TextStream, TokenBytes
+
+TOKENS = TokenBytes(make_tokenizer())
+
+
+def pieces_of(ids, stop=()):
+    stream = TextStream(TOKENS, stop)
+    pieces = [stream.push(token) for token in ids]
+    return [*pieces, stream.finish()], stream
+
+
+@given(st.lists(st.integers(0, 399), max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_pieces_add_up_to_the_decoded_text(ids):
+    pieces, stream = pieces_of(ids)
+    assert "".join(pieces) == stream.text
+    wanted = make_tokenizer().decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert stream.text == wanted.strip()
+
+
+@given(st.text(max_size=40), st.lists(st.sampled_from(["###", "\n", "ab", "aab", "é!", "b"]), max_size=3, unique=True))
+@settings(max_examples=300, deadline=None)
+def test_no_part_of_a_stop_string_is_shown(text, stops):
+    ids = make_tokenizer().encode(text, add_special_tokens=False)
+    pieces, stream = pieces_of(ids, stops)
+    shown = ""
+    for piece in pieces:
+        shown += piece
+        assert not any(stop in shown for stop in stops)
+    whole = make_tokenizer().decode(ids, clean_up_tokenization_spaces=False)
+    found = [at for at in (whole.find(stop) for stop in stops) if at >= 0]
+    assert stream.stopped == bool(found)
+    if found and len(stops) == 1:
+        assert shown == whole[: found[0]].strip()
+    if not found:
+        assert shown == whole.strip()
+
+
+def test_a_character_of_several_tokens_comes_in_one_piece():
+    ids = make_tokenizer().encode("a😀b", add_special_tokens=False)
+    assert len(ids) == 6
+    pieces, _ = pieces_of(ids)
+    assert [piece for piece in pieces if piece] == ["a", "😀", "b"]
+
+
+def test_the_end_symbol_stops_however_it_is_tokenised():
+    tokenizer = make_tokenizer()
+    joined = tokenizer.encode("###", add_special_tokens=False)
+    single = tokenizer.convert_tokens_to_ids(["#", "#", "#"])
+    assert joined != single
+    for end in (joined, single):
+        pieces, stream = pieces_of([*tokenizer.encode("red", add_special_tokens=False), *end], ["###"])
+        assert "".join(pieces) == "red" and stream.stopped
+
+
+def test_what_only_looked_like_a_stop_string_is_shown_in_the_end():
+    ids = make_tokenizer().convert_tokens_to_ids(["a", "#", "#"])
+    pieces, _ = pieces_of(ids, ["###"])
+    assert pieces == ["a", "", "", "##"]
+
+
+def test_an_empty_answer_may_stop_at_once():
+    ids = make_tokenizer().encode("\nmore", add_special_tokens=False)
+    pieces, stream = pieces_of(ids, ["\n"])
+    assert "".join(pieces) == "" and stream.stopped
+
+
+def test_ids_without_text_are_silent():
+    pieces, _ = pieces_of([0, 5000, -1])
+    assert "".join(pieces) == ""
+
+
+def test_other_kinds_of_tokenizer_are_refused():
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"▁日": 0, "[UNK]": 1}, "[UNK]")))
+    with pytest.raises(ValueError, match="byte-level"):
+        TokenBytes(plain)
