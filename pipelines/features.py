@@ -32,7 +32,6 @@ from tinygptv.checkpoint import verify_folder
 logger = logging.getLogger(__name__)
 
 ENCODER_PARTS = ("vision_encoder.", "qformer.")
-DTYPES = ("float32", "float16")
 _OPEN_PARTS = 64
 _CPU_BATCH = 32
 
@@ -120,8 +119,6 @@ def cache_features(settings: CacheFeaturesSettings) -> dict[str, Any]:
     started = time.perf_counter()
     if not settings.checkpoint or not settings.data:
         raise SettingsError("give data=DIR (prepared shard sets) and checkpoint=DIR (whose encoder computes the features).")
-    if settings.dtype not in DTYPES:
-        raise SettingsError(f"dtype={settings.dtype!r}: choose one of {DTYPES}.")
     checkpoint = str(Path(settings.checkpoint).expanduser().absolute())
     verify_folder(checkpoint, hashes=False)
     image_size = settings.image_size or _image_size(checkpoint)

@@ -153,7 +153,7 @@ def write_shard(plan: ShardPlan) -> ShardInfo:
     Raises:
         DiskFullError: there is no room.
     """
-    name = plan.place.rsplit("/", 1)[-1]
+    name = storage.file_name(plan.place)
     if len(plan.pieces) == 1 and plan.pieces[0].rows is None:
         storage.link_or_copy(plan.pieces[0].place, plan.place)
         return replace(plan.pieces[0].info, file=name)

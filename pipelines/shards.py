@@ -181,7 +181,7 @@ class ShardWriter:
         with storage.disk_full_as_error(self.place):
             self._writer.close()
             self._sink.finish()
-        name = self.place.rsplit("/", 1)[-1]
+        name = storage.file_name(self.place)
         return ShardInfo(name, self.rows, self._sink.num_bytes, self._sink.hash.hexdigest())
 
     def abort(self) -> None:

@@ -23,6 +23,7 @@ import pyarrow.fs as pafs
 from pipelines.settings import SettingsError
 
 COPY_BYTES = 8 << 20
+_UNPACK_BYTES = 64 << 10
 
 
 class DiskFullError(ValueError):
@@ -82,7 +83,20 @@ def is_local(place: str) -> bool:
 
 def join(place: str, *names: str) -> str:
     """A place below another one."""
-    return "/".join([place.rstrip("/"), *names])
+    place, query = _split_query(place) if "://" in place else (place, "")
+    return "/".join([place.rstrip("/"), *names]) + query
+
+
+def parent(place: str) -> str:
+    """The folder of a place."""
+    path, query = _split_query(place) if "://" in place else (place, "")
+    return path.rsplit("/", 1)[0] + query
+
+
+def file_name(place: str) -> str:
+    """The last part of a place."""
+    path, _ = _split_query(place) if "://" in place else (place, "")
+    return path.rsplit("/", 1)[-1]
 
 
 def find_files(pattern: str) -> list[FoundFile]:
@@ -251,16 +265,16 @@ def unpack(path: Path) -> Path:
     target = path.with_suffix("")
     with disk_full_as_error(str(target)), pa.input_stream(str(path), compression="detect") as source:
         try:
-            _copy_stream(source, target)
+            _copy_stream(source, target, _UNPACK_BYTES)  # the chunk in which the damage lies is lost
         except OSError as error:
             if error.errno is not None:
                 raise  # the disk, not the file
     return target
 
 
-def _copy_stream(source: pa.NativeFile, target: Path) -> None:
+def _copy_stream(source: pa.NativeFile, target: Path, chunk_bytes: int = COPY_BYTES) -> None:
     with target.open("wb") as sink:
-        while chunk := source.read(COPY_BYTES):
+        while chunk := source.read(chunk_bytes):
             sink.write(chunk)
 
 
@@ -314,11 +328,20 @@ def _walk(filesystem: pafs.FileSystem, folder: str, parts: list[str]) -> Iterato
 
 
 def _place_of(pattern: str, pattern_path: str, found_path: str) -> str:
-    """Put the protocol of the pattern back before a path that the file system returned."""
+    """Put the protocol, host and query of the pattern back around a path that the file system returned."""
     protocol, separator, rest = pattern.partition("://")
     if not separator or protocol == "file":
         return found_path
-    return f"{protocol}://{rest[: len(rest) - len(pattern_path)]}{found_path}"
+    rest, query = _split_query(rest)
+    if not rest.endswith(pattern_path):  # a file system that begins its paths with a slash of its own
+        pattern_path, found_path = pattern_path.lstrip("/"), found_path.lstrip("/")
+    return f"{protocol}://{rest.removesuffix(pattern_path)}{found_path}{query}"
+
+
+def _split_query(place: str) -> tuple[str, str]:
+    """A place and its query (``?endpoint_override=..``); a lone ``?`` is a wildcard."""
+    match = re.search(r"\?\w+=", place)
+    return (place[: match.start()], place[match.start() :]) if match else (place, "")
 
 
 def _common_folder(places: list[str]) -> str:

@@ -87,8 +87,6 @@ def resolve_job(settings: TrainSettings, number: int, parent_run_id: str = "") -
 def _feature_key(settings: TrainSettings, stage: Stage) -> str:
     if settings.features == "inline":
         return ""
-    if settings.features != "cached":
-        raise SettingsError(f"features={settings.features!r}: choose inline or cached.")
     from pipelines.features import feature_key
 
     return feature_key(settings.init_from, stage.image_size)
@@ -109,7 +107,10 @@ def apply_stage_settings(stage: Stage, changes: dict[str, Any]) -> Stage:
             values[key] = _stage_value(stage, key, value)
         except (TypeError, ValueError) as error:
             raise SettingsError(f"stage.{key}={value!r} is not usable: {error}.") from error
-    return dataclasses.replace(stage, **values)
+    try:
+        return dataclasses.replace(stage, **values)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
 
 
 def _stage_value(stage: Stage, key: str, value: Any) -> Any:

@@ -112,7 +112,9 @@ def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
     set_trainable(model, stage.trainable)
     model.to(device).train()
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.20 renamed it and warns about the old name
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if settings.compile:
         model.language_model.compile(dynamic=True)
     processor = TinyGPTVProcessor(

@@ -77,7 +77,7 @@ class AnnotationReader:
         for file in find_input(location, self.file):
             folder = ""
             if self.has_images:
-                beside = storage.join(file.place.rsplit("/", 1)[0], self.images) if self.images else ""
+                beside = storage.join(storage.parent(file.place), self.images) if self.images else ""
                 folder = image_folder(location, beside)
             yield from plan_json(location, file, self.member, details={"folder": folder})
 

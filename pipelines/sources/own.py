@@ -96,7 +96,7 @@ class JsonLinesReader:
     def plan(self, location: Location) -> Iterator[Unit]:
         """One unit per ``ENTRIES_PER_UNIT`` lines; blank lines are no rows."""
         for file in find_input(location, "*.jsonl"):
-            folder = location.images or file.place.rsplit("/", 1)[0]
+            folder = location.images or storage.parent(file.place)
             if file.place.endswith(".json"):
                 yield from plan_json(location, file, "", {"folder": folder})
             else:

@@ -119,7 +119,7 @@ class RefCocoReader:
             tried.append(place)
             if location.input and storage.exists(place):
                 file = find_input(Location(location.source, place, "", "", ""))[0]
-                return file, storage.join(place.rsplit("/", 1)[0], "instances.json")
+                return file, storage.join(storage.parent(place), "instances.json")
         raise SettingsError(
             f"source={location.source} needs input=: the folder with {name} and instances.json; looked for "
             f"{' and '.join(tried)}."
@@ -171,7 +171,7 @@ class VisualGenomeReader:
     def plan(self, location: Location) -> Iterator[Unit]:
         """One unit per ``IMAGES_PER_UNIT`` images."""
         for file in find_input(location, "region_descriptions.json"):
-            root = file.place.rsplit("/", 1)[0]
+            root = storage.parent(file.place)
             paths = _image_paths(storage.join(root, "image_data.json"))
             folder = image_folder(location, root)
 

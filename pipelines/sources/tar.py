@@ -145,10 +145,11 @@ def scan_tar(tar: BinaryIO, num_bytes: int) -> TarIndex:
         index.problems.append("the tar is empty (0 bytes)")
         return index
     open_groups: dict[str, Group] = {}
-    end = 0
+    end, cut = 0, False
     for member in _members(tar, index):
         if member.offset > end and _damaged(tar, end, member.offset):
             index.problems.append(f"the tar is damaged: bytes {end} to {member.offset} hold no readable member")
+        cut = member.offset_data + member.size > num_bytes  # its sample says so
         end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         if not member.isdir():
             _add_member(index, open_groups, member, num_bytes)
@@ -156,6 +157,8 @@ def scan_tar(tar: BinaryIO, num_bytes: int) -> TarIndex:
         index.problems.append("the file is no tar, or its first header is damaged")
     elif 0 < end < num_bytes and _damaged(tar, end, num_bytes):
         index.problems.append(f"the tar is cut off or damaged after byte {end}: nothing readable follows")
+    elif end and num_bytes < end + tarfile.BLOCKSIZE and not cut:
+        index.problems.append("the tar has no end mark, so it may be cut off between two samples")
     return index
 
 
@@ -246,6 +249,6 @@ def _local_copy(place: str) -> Iterator[Path]:
         yield Path(storage.resolve(place)[1])
         return
     with tempfile.TemporaryDirectory(prefix="tar-") as folder:
-        copy = Path(folder, place.rsplit("/", 1)[-1])
+        copy = Path(folder, storage.file_name(place))
         storage.download(place, copy)
         yield storage.unpack(copy) if packed else copy

@@ -146,7 +146,7 @@ def test_a_client_that_goes_away_frees_its_slot(address):
         next(response.iter_lines())
     wait_for(lambda: engine_counter(address, "cancelled_total") == before + 1)
     with pytest.raises(httpx.TimeoutException):
-        post(address, {**BODY, "max_tokens": 200}, timeout=0.05)
+        post(address, {**BODY, "max_tokens": 200}, timeout=0.015)
     wait_for(lambda: engine_counter(address, "running") == 0)
     assert engine_counter(address, "waiting") == 0
 

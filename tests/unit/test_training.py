@@ -1,0 +1,189 @@
+"""A stage trained in this process: the record, exact resumption, and two ways to one answer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from pipelines.features import FeatureError, cache_features
+from pipelines.settings import CacheFeaturesSettings, SettingsError
+from pipelines.train import run_stage
+from pipelines.train_state import StateStore
+from tests.worlds import make_world, train_settings
+from tinygptv.checkpoint import CheckpointError, load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def straight(world, tmp_path_factory):
+    """An uninterrupted run."""
+    output = tmp_path_factory.mktemp("straight")
+    return run_stage(train_settings(world, output), 4), output
+
+
+def record(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output):
+    return [entry["loss_hex"] for entry in record(output)]
+
+
+def weights(output):
+    return load_checkpoint(output / "checkpoint")[0].state_dict()
+
+
+def assert_same_weights(one, two):
+    for (name, a), b in zip(weights(one).items(), weights(two).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_result_and_record(straight):
+    result, output = straight
+    entries = record(output)
+    assert result["steps"] == len(entries) == 12
+    assert [entry["step"] for entry in entries] == list(range(12))
+    assert result["first_loss"] == entries[0]["loss"] and result["last_loss"] == entries[-1]["loss"]
+    assert float.fromhex(entries[0]["loss_hex"]) == entries[0]["loss"]
+    assert result["last_loss"] < result["first_loss"]
+    assert all(sample.split("/")[0] in ("pairs", "questions") for e in entries for sample in e["sample_ids"])
+    assert entries[0]["lr"] == pytest.approx(1e-3)
+    model, processor, stage = load_checkpoint(result["checkpoint"])
+    assert stage["stage"] == 4 and model.config.lora_rank == 2 and processor.template == "human"
+
+
+def test_only_the_stages_parts_change(straight, world):
+    before, after = load_checkpoint(world["init_from"])[0].state_dict(), weights(straight[1])
+    for name, tensor in after.items():
+        if ".lora_" in name:
+            continue
+        old = before[name.replace(".base_layer.", ".")]
+        trained = name.startswith("projector.") or (name.endswith("norm.weight") and name.startswith("language_model"))
+        assert torch.equal(old, tensor) != trained, name
+
+
+def test_the_same_run_gives_the_same_bits(straight, world, tmp_path):
+    run_stage(train_settings(world, tmp_path), 4)
+    assert losses(tmp_path) == losses(straight[1])
+    assert_same_weights(tmp_path, straight[1])
+
+
+def test_a_finished_stage_is_not_trained_again(straight, world):
+    result, output = straight
+    before = (output / "checkpoint/model.safetensors").stat().st_mtime_ns
+    assert run_stage(train_settings(world, output), 4)["last_loss"] == result["last_loss"]
+    assert (output / "checkpoint/model.safetensors").stat().st_mtime_ns == before
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 4, 8])
+def test_interrupted_runs_go_on_bit_for_bit(straight, world, tmp_path, monkeypatch, at):
+    """Stopped in the middle of a step, then run again by the same command."""
+    from tinygptv.train_step import TrainStep
+
+    original, calls = TrainStep.run, []
+
+    def failing(self, *arguments):
+        calls.append(1)
+        if len(calls) == at + 1:
+            raise Stop
+        return original(self, *arguments)
+
+    monkeypatch.setattr(TrainStep, "run", failing)
+    with pytest.raises(Stop):
+        run_stage(train_settings(world, tmp_path), 4)
+    monkeypatch.setattr(TrainStep, "run", original)
+    run_stage(train_settings(world, tmp_path), 4)
+    assert losses(tmp_path) == losses(straight[1])
+    assert_same_weights(tmp_path, straight[1])
+
+
+def test_damaged_states_are_passed_over(straight, world, tmp_path, caplog):
+    settings = train_settings(world, tmp_path, keep_checkpoints=9)
+    run_stage(settings, 4)
+    newest = sorted((tmp_path / "states").glob("step-*"))[-1]
+    damaged = newest / "state.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-7] + b"garbage")
+    shutil.rmtree(tmp_path / "checkpoint")
+    (tmp_path / "states/step-99999999").mkdir()  # half-written: no manifest
+    store = StateStore(tmp_path / "states", 9)
+    next_step, _, _ = store.newest()
+    assert next_step == int(sorted((tmp_path / "states").glob("step-0*"))[-2].name.removeprefix("step-"))
+    assert "corrupted" in caplog.text and "never finished" in caplog.text
+    run_stage(settings, 4)
+    assert losses(tmp_path) == losses(straight[1])
+
+
+def test_states_are_thinned_out(straight):
+    assert len(list((straight[1] / "states").glob("step-*"))) <= 3
+    assert not list((straight[1] / "states").glob(".*"))
+
+
+def test_micro_batches_change_rounding_only(straight, world, tmp_path):
+    run_stage(train_settings(world, tmp_path, micro_batch_size=1), 4)
+    for a, b in zip(record(tmp_path), record(straight[1]), strict=True):
+        assert a["sample_ids"] == b["sample_ids"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
+
+
+def test_packing_gives_the_padded_losses(straight, world, tmp_path):
+    run_stage(train_settings(world, tmp_path, packing=True), 4)
+    for a, b in zip(record(tmp_path), record(straight[1]), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(straight, world, tmp_path):
+    run_stage(train_settings(world, tmp_path, gradient_checkpointing=True), 4)
+    assert losses(tmp_path) == losses(straight[1])
+
+
+def test_cached_features_train_to_the_same_losses(straight, world, tmp_path):
+    with pytest.raises(FeatureError, match=r"run jobs/cache_features\.py"):
+        run_stage(train_settings(world, tmp_path / "a", features="cached"), 4)
+    cache = CacheFeaturesSettings(
+        data=world["data"], checkpoint=world["init_from"], num_workers=0, quiet=True, output=str(tmp_path / "cache")
+    )
+    assert cache_features(cache)["rows"] == 52
+    again = cache_features(cache)
+    assert again["parts"] == 0 and again["reused"] == 7
+    run_stage(train_settings(world, tmp_path / "b", features="cached"), 4)
+    for a, b in zip(record(tmp_path / "b"), record(straight[1]), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+
+
+def test_features_of_other_weights_are_refused(world, tmp_path, straight):
+    """A checkpoint with another encoder finds no features under its own key."""
+    model, processor, _ = load_checkpoint(world["init_from"])
+    model.qformer.query_tokens.data.add_(1e-3)
+    from tinygptv.checkpoint import save_checkpoint
+
+    other = save_checkpoint(tmp_path / "other", model, processor, {})
+    with pytest.raises(FeatureError, match="no cached features"):
+        run_stage(train_settings({**world, "init_from": str(other)}, tmp_path / "run", features="cached"), 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"init_from": ""}, SettingsError, "needs a start: give init_from"),
+        ({"init_from": "/nowhere"}, CheckpointError, "/nowhere does not exist"),
+        ({"data": "/nowhere"}, FileNotFoundError, "/nowhere/pairs, /nowhere/questions: run jobs/prepare_data"),
+        ({"stage": {"nonsense": 1}}, SettingsError, r"stage\.nonsense is no field"),
+        ({"stage": {"template": "x"}}, SettingsError, "template 'x'"),
+        ({"precision": "fp8"}, ValueError, "'fp32', 'bf16' or 'fp16'"),
+        ({"features": "magic"}, ValueError, "'inline' or 'cached'"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(world, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        run_stage(train_settings(world, tmp_path, **changes), 4)

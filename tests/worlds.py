@@ -1,0 +1,87 @@
+"""Small shard sets and start checkpoints that training tests share; made in a second, kept for the test session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipelines import storage
+from pipelines.settings import TrainSettings
+from pipelines.shards import MANIFEST, Manifest, ShardWriter, record_batch
+from tests.tiny import tiny_config, tiny_tokenizer
+from tinygptv.checkpoint import save_checkpoint
+from tinygptv.miniature.draw import encode_jpeg
+from tinygptv.miniature.scenes import make_scene
+from tinygptv.model import TinyGPTVForConditionalGeneration
+from tinygptv.processing import TinyGPTVProcessor
+from tinygptv.sample import SampleRow, Turn
+
+STAGE = {
+    "sources": {"pairs": {"weight": 2, "batch_size": 4}, "questions": {"weight": 1, "batch_size": 3}},
+    "draws_per_step": 2,
+    "image_size": 28,
+    "lora_rank": 2,
+    "schedule": {"steps_per_epoch": 6, "epochs": 2, "peak": 1e-2, "minimum": 1e-3, "warmup_start": 1e-3},
+    "max_grad_norm": 1.0,
+}
+"""Changes that bring a stage of the mini recipe down to a test's size."""
+
+
+def write_shard_set(folder: Path, rows: list[SampleRow], rows_per_shard: int = 8) -> Path:
+    """A shard set as ``jobs/prepare_data.py`` leaves it."""
+    folder.mkdir(parents=True)
+    shards = []
+    for number, start in enumerate(range(0, len(rows), rows_per_shard)):
+        writer = ShardWriter(str(folder / f"part-{number:05d}.arrow"))
+        writer.write(record_batch(rows[start : start + rows_per_shard]))
+        shards.append(writer.close())
+    storage.write_atomically(str(folder / MANIFEST), Manifest(folder.name, tuple(shards)).to_json())
+    return folder
+
+
+def make_rows(source: str, count: int) -> list[SampleRow]:
+    """Captions (``pairs``), or questions of which every fourth has no picture (``questions``)."""
+    rng = np.random.default_rng(len(source))
+    rows = []
+    for i in range(count):
+        scene = make_scene(3, "train", i)
+        picture = {"image": encode_jpeg(scene), "width": scene.width, "height": scene.height}
+        words = " ".join(rng.choice(["red", "blue", "dog", "cat", "big"], size=int(rng.integers(1, 6))))
+        if source == "pairs":
+            rows.append(SampleRow(f"p{i}", source, "pair", (Turn("", (words,)),), **picture))
+        elif i % 4 == 3:
+            rows.append(SampleRow(f"q{i}", source, "text", (Turn(f"say {words}", (words,)),)))
+        else:
+            rows.append(SampleRow(f"q{i}", source, "vqa", (Turn("what?", (words, "yes")),), **picture))
+    return rows
+
+
+def make_world(folder: Path) -> dict[str, str]:
+    """Shard sets and a start checkpoint; returns ``data`` and ``init_from``."""
+    for source, count in (("pairs", 30), ("questions", 22)):
+        write_shard_set(folder / "shards" / source, make_rows(source, count))
+    torch.manual_seed(0)
+    model = TinyGPTVForConditionalGeneration(tiny_config(lora_rank=0))
+    start = folder / "start"
+    save_checkpoint(start, model, TinyGPTVProcessor.from_config(model.config, tiny_tokenizer()), {"title": "test start"})
+    return {"data": str(folder / "shards"), "init_from": str(start)}
+
+
+def train_settings(world: dict[str, str], output: Path, **changes) -> TrainSettings:
+    """Settings of a run that takes a second or two."""
+    stage = {**STAGE, **changes.pop("stage", {})}
+    fields = {
+        "tracking_uri": "none",
+        "quiet": True,
+        "num_workers": 0,
+        "loader_workers": 0,
+        "checkpoint_every": 3,
+        "micro_batch_size": 4,
+        "threads_per_worker": 1,
+        "log_every": 2,
+        **world,
+        **changes,
+    }
+    return TrainSettings(output=str(output), stage=stage, **fields)
