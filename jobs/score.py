@@ -19,10 +19,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         from pipelines.evaluate import evaluate, score_table
+        from pipelines.scoring import comparison_table
 
         result = evaluate(settings)
         print(score_table(result["benchmarks"]))
-        print(result["result"])
+        if "comparison" in result:
+            print(f"\ncompared with {settings.compare_with}:\n{comparison_table(result['comparison'])}")
+        print(f"page: {result['page']}\n{result['result']}")
 
     return run_main(work)
 

@@ -76,9 +76,9 @@ def check_image(data: bytes, settings: PrepareDataSettings) -> CheckedImage:
             pass  # libjpeg warns; PIL decides below whether the picture can be used, and it is then encoded anew
     try:
         pixels = np.asarray(open_image(data))
-    except ValueError as error:
-        raise Malformed(_reason(error)) from error
-    return _encode(_shrink(pixels, settings.image_size), width, height, settings)
+        return _encode(_shrink(pixels, settings.image_size), width, height, settings)
+    except (ValueError, MemoryError, cv2.error) as error:
+        raise Malformed(str(error).replace("\n", " ")) from error
 
 
 def _open_header(data: bytes, settings: PrepareDataSettings) -> Image.Image:
@@ -175,10 +175,6 @@ def perceptual_hash(grey: np.ndarray) -> int:
     lowest = cv2.dct(small)[:8, :8].ravel()
     bits = lowest > np.median(lowest[1:])  # the first one is the mean brightness
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
-
-
-def _reason(error: ValueError) -> str:
-    return str(error).replace("\n", " ")
 
 
 def check_row(row: SampleRow, *, web: bool, settings: PrepareDataSettings) -> SampleRow:

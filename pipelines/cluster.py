@@ -59,11 +59,12 @@ def start_ray(settings: Settings) -> Iterator[None]:
 
 def _init_arguments(settings: Settings) -> dict[str, Any]:
     """Arguments of ``ray.init``; sizes apply only to a cluster that it starts."""
-    level = logging.WARNING if settings.quiet else logging.INFO
+    # What workers print is for debugging (Ray keeps it in its session folder); progress comes through our own lines.
+    common = {"logging_level": logging.WARNING, "log_to_driver": "TINYGPTV_RAY_LOGS" in os.environ}
     address = settings.ray_address or os.environ.get("RAY_ADDRESS", "")
     if address:
-        return {"address": address, "logging_level": level}
-    arguments: dict[str, Any] = {"address": "local", "logging_level": level}
+        return {"address": address, **common}
+    arguments: dict[str, Any] = {"address": "local", **common}
     if settings.num_cpus:
         arguments["num_cpus"] = settings.num_cpus
     if settings.object_store_mb:

@@ -12,6 +12,7 @@ import numpy as np
 
 _BITS = 64
 _PAIRS_AT_ONCE = 1 << 22
+_LARGEST_GROUP = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def first_occurrences(hashes: np.ndarray) -> np.ndarray:
     Returns:
         int64 [rows]; a row that is the first of its kind names itself.
     """
-    words = hashes.reshape(len(hashes), -1)
+    words = hashes if hashes.ndim == 2 else hashes[:, None]
     order = np.lexsort(words.T)  # stable: equal hashes stay in row order
     changes = np.ones(len(order), dtype=bool)
     changes[1:] = (words[order[1:]] != words[order[:-1]]).any(axis=1)
@@ -91,10 +92,21 @@ def _nearest_earlier(hashes: np.ndarray, max_bits: int) -> tuple[np.ndarray, np.
             np.flatnonzero(np.r_[True, band[order[1:]] != band[order[:-1]]]) if len(order) else np.empty(0, dtype=int)
         )
         for group in np.split(order, starts[1:]):
-            if len(group) > 1:
-                _compare_group(hashes, group, max_bits, earlier, differs)
+            for part in _bounded(hashes, group):
+                _compare_group(hashes, part, max_bits, earlier, differs)
     earlier[earlier == len(hashes)] = -1
     return earlier, differs
+
+
+def _bounded(hashes: np.ndarray, group: np.ndarray) -> list[np.ndarray]:
+    """A group cut into parts of bounded size, neighbours by value together: pairs grow with the square of a group.
+
+    Groups of this size are made by flat pictures; what lies in different parts is then not compared in this band.
+    """
+    if len(group) <= _LARGEST_GROUP:
+        return [group] if len(group) > 1 else []
+    by_value = group[np.argsort(hashes[group], kind="stable")]
+    return [np.sort(by_value[i : i + _LARGEST_GROUP]) for i in range(0, len(group), _LARGEST_GROUP)]
 
 
 def _compare_group(

@@ -1,14 +1,17 @@
 """Evaluation: a checkpoint or artifact on benchmarks, as a Ray Data batch job with a report.
 
-Questions go through in batches that are a pure function of the benchmark; each finished batch is a file, so that a kill
-costs one batch at most. Every benchmark is also answered blind (a grey picture), so that a score shows what the picture
-is worth.
+Questions go through in units that depend on the benchmark and the settings alone; each finished unit is a file, so a
+kill costs the units in work and no more. Every benchmark is answered two more times, with a blank picture and with
+another question's, so that a score shows what the picture is worth.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
+import pickle
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,256 +19,221 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipelines.answer_units import AnswerOptions, Unit, UnitAnswerer
 from pipelines.benchmarks import Benchmark, Question, find_benchmarks
 from pipelines.cluster import start_ray
+from pipelines.progress import Bar
+from pipelines.score_page import drawn_case, score_page, worst_first
+from pipelines.scoring import PREDICTIONS, Row, compare, score_benchmark, score_table, write_predictions
 from pipelines.settings import ScoreSettings, SettingsError
 from pipelines.tracking import open_tracker
-from tinygptv.metrics import bootstrap
+
+__all__ = ["evaluate", "score_table"]
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 512
-"""Questions of a work unit."""
+_PICTURES_TRIED = 50
+_TABLE_PICTURES = 24
 
 
-def evaluate(settings: ScoreSettings) -> dict[str, Any]:
+def evaluate(
+    settings: ScoreSettings, benchmarks: Sequence[Benchmark] | None = None, *, parent_run_id: str = ""
+) -> dict[str, Any]:
     """Score a checkpoint.
 
+    Args:
+        settings: what, where, how.
+        benchmarks: benchmarks that have no name; None looks up ``settings.benchmark``.
+        parent_run_id: MLflow run to nest under.
+
     Returns:
-        ``benchmarks``: name -> ``metric, value, low, high, n, blind`` and sub-scores; ``result``: path of result.json.
+        ``benchmarks``: name -> ``metric, value, low, high, n, blind, shuffled`` and more (``scoring.score_benchmark``);
+        ``comparison``, where one was asked for; ``predictions``, ``page``, ``result``: what was written.
 
     Raises:
         SettingsError: a setting cannot be used.
+        FileNotFoundError: a benchmark's files are missing.
     """
-    if not settings.checkpoint:
-        raise SettingsError("give checkpoint=DIR, the checkpoint or artifact to score.")
     started = time.perf_counter()
+    chosen = list(benchmarks or _find(settings))
+    options = _options(settings)
     output = settings.output_dir("outputs/score")
-    try:
-        benchmarks = find_benchmarks(settings.benchmark)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
-    checkpoint = str(Path(settings.checkpoint).expanduser().absolute())
-    units = list(_units(benchmarks, Path(settings.data).expanduser().absolute(), settings.limit))
-    answered = _answer_all(settings, checkpoint, units, output / "answers")
-    scores = {b.name: _score(b, answered[b.name], settings) for b in benchmarks}
-    _write_predictions(output / "predictions.jsonl", benchmarks, answered)
-    result = {
-        "checkpoint": checkpoint,
+    units = list(_units(settings, options, chosen))
+    num_questions, answering = sum(len(unit.questions) for unit in units), time.perf_counter()
+    answered = _answer_all(settings, options, units)
+    answering_s = time.perf_counter() - answering
+    released = settings.metric == "released"
+    scores = {b.name: score_benchmark(b, answered[b.name], released=released) for b in chosen}
+    lines = write_predictions(output / PREDICTIONS, chosen, answered, released=released)
+    (output / "report.html").write_text(score_page(scores, lines, options.checkpoint, settings.page_cases))
+    result: dict[str, Any] = {
+        "checkpoint": options.checkpoint,
+        "metric": settings.metric,
         "benchmarks": scores,
+        "questions_per_second": round(num_questions / answering_s, 2),
         "seconds": round(time.perf_counter() - started, 1),
+        "predictions": str(output / PREDICTIONS),
+        "page": str(output / "report.html"),
         "result": str(output / "result.json"),
     }
+    if settings.compare_with:
+        result["comparison"] = compare(output, Path(settings.compare_with).expanduser().absolute())
     (output / "result.json").write_text(json.dumps(result, indent=1))
-    _track(settings, output, scores)
+    _track(settings, output, result, lines, parent_run_id)
+    for name, facts in scores.items():
+        for problem in facts["problems"][:3]:
+            logger.warning("%s, no answer to question %s", name, problem)
     return result
 
 
-Unit = tuple[str, int, list[Question]]
-"""Benchmark name, number of the unit, its questions."""
+def _find(settings: ScoreSettings) -> list[Benchmark]:
+    try:
+        return find_benchmarks(settings.benchmark)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
 
 
-def _units(benchmarks: Sequence[Benchmark], data: Path, limit: int) -> Iterator[Unit]:
+# ---------------------------------------------------------------------- units of work
+
+
+def _options(settings: ScoreSettings) -> AnswerOptions:
+    if not settings.checkpoint:
+        raise SettingsError("give checkpoint=DIR, the checkpoint or artifact to score.")
+    checkpoint = Path(settings.checkpoint).expanduser().absolute()
+    if not (checkpoint / "config.json").is_file():
+        raise SettingsError(f"checkpoint={settings.checkpoint} is no checkpoint or artifact: it has no config.json.")
+    answers = settings.output_dir("outputs/score") / "answers"
+    answers.mkdir(exist_ok=True)
+    return AnswerOptions(
+        checkpoint=str(checkpoint),
+        fingerprint=_fingerprint(checkpoint),
+        batch_size=settings.batch_size,
+        baselines=settings.baselines,
+        released=settings.metric == "released",
+        answers_dir=str(answers),
+    )
+
+
+def _fingerprint(checkpoint: Path) -> str:
+    """A hash of the checkpoint's files: of its manifest, which lists theirs, or of their names, sizes and times."""
+    manifest = checkpoint / "manifest.json"
+    if manifest.is_file():
+        return hashlib.sha256(manifest.read_bytes()).hexdigest()
+    facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(checkpoint.iterdir()) if p.is_file()]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _units(settings: ScoreSettings, options: AnswerOptions, benchmarks: Sequence[Benchmark]) -> Iterator[Unit]:
+    data = Path(settings.data).expanduser().absolute()
+    size = 4 * settings.batch_size
     for benchmark in benchmarks:
         questions = list(benchmark.read(data))
-        questions = questions[:limit] if limit else questions
-        for number, start in enumerate(range(0, len(questions), CHUNK)):
-            yield benchmark.name, number, questions[start : start + CHUNK]
+        questions = questions[: settings.limit] if settings.limit else questions
+        _check_pictures(benchmark.name, questions)
+        for number, start in enumerate(range(0, len(questions), size)):
+            part = tuple(questions[start : start + size])
+            facts = (part, benchmark.max_new_tokens, benchmark.generates, asdict(options) | {"answers_dir": ""})
+            digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+            file = f"{benchmark.name}-{number:05d}-{digest}.jsonl"
+            yield Unit(benchmark.name, number, part, benchmark.max_new_tokens, benchmark.generates, file)
 
 
-class UnitAnswerer:
-    """Answers units; one of these per Ray Data actor."""
-
-    def __init__(self, checkpoint: str, batch_size: int, baselines: bool, answers_dir: str, threads: int = 0) -> None:
-        import torch
-
-        from tinygptv.answering import Answerer
-        from tinygptv.loading import load_for_inference
-
-        if threads:
-            torch.set_num_threads(threads)
-        self.answerer = Answerer(*load_for_inference(checkpoint), batch_size=batch_size)
-        self.baselines = baselines
-        self.answers_dir = Path(answers_dir)
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Ray Data's form: a batch of pickled units in, their numbers out."""
-        import pickle
-
-        for payload in batch["unit"]:
-            self.answer(pickle.loads(payload))
-        return {"done": [len(batch["unit"])]}
-
-    def answer(self, unit: Unit) -> None:
-        """Answer a unit and write it; a unit that is written already is left alone."""
-        name, number, questions = unit
-        path = unit_path(self.answers_dir, name, number)
-        if path.is_file():
-            return
-        rows = self._rows(name, questions)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.rename(path)
-
-    def _rows(self, name: str, questions: Sequence[Question]) -> list[dict[str, Any]]:
-        from tinygptv.answering import Prompt
-
-        max_new_tokens = find_benchmarks(name)[0].max_new_tokens
-        images, places, problems = _open_images(questions)
-        embeds = list(self.answerer.encode(images)) if images else []
-        asked = [i for i in range(len(questions)) if i not in problems]
-        prompts = [
-            Prompt(questions[i].instruction, places.get(questions[i].image), questions[i].history, max_new_tokens)
-            for i in asked
-        ]
-        answers = dict(zip(asked, self.answerer.answer(prompts, embeds), strict=True))
-        blind = {}
-        if self.baselines and embeds:
-            grey = [self.answerer.blank()]
-            blinded = [Prompt(p.instruction, None if p.image is None else 0, p.history, max_new_tokens) for p in prompts]
-            blind = dict(zip(asked, self.answerer.answer(blinded, grey), strict=True))
-        return [
-            {"id": q.id, "answer": answers.get(i, ""), "blind": blind.get(i), "problem": problems.get(i, "")}
-            for i, q in enumerate(questions)
-        ]
+def _check_pictures(name: str, questions: Sequence[Question]) -> None:
+    """A folder of pictures that is missing is a mistake; single pictures that are missing are counted later."""
+    if not questions:
+        raise SettingsError(f"benchmark={name} has no questions in the given data.")
+    paths = [question.image for question in questions[:_PICTURES_TRIED] if question.image]
+    if paths and not any(path.is_file() for path in paths):
+        raise SettingsError(
+            f"benchmark={name}: none of the first {len(paths)} pictures is there; {paths[0]} would be the first. "
+            "Put the benchmark's picture folder beside its annotations."
+        )
 
 
-def _open_images(questions: Sequence[Question]) -> tuple[list[Any], dict[Path | None, int], dict[int, str]]:
-    """Decoded pictures, where each path stands among them, and what is wrong with which question."""
-    from tinygptv.images import open_image
-
-    images: list[Any] = []
-    places: dict[Path | None, int] = {}
-    problems: dict[int, str] = {}
-    for i, question in enumerate(questions):
-        if question.image is None or question.image in places:
-            continue
-        try:
-            images.append(open_image(question.image.read_bytes()))
-        except (OSError, ValueError) as error:
-            problems[i] = f"{question.image}: {error}"
-            continue
-        places[question.image] = len(images) - 1
-    return images, places, problems
-
-
-def unit_path(folder: Path, name: str, number: int) -> Path:
-    """File of a unit's answers."""
-    return folder / f"{name}-{number:05d}.jsonl"
+# ---------------------------------------------------------------------- answering
 
 
 def _answer_all(
-    settings: ScoreSettings, checkpoint: str, units: Sequence[Unit], folder: Path
-) -> dict[str, list[tuple[Question, dict[str, Any]]]]:
-    folder.mkdir(parents=True, exist_ok=True)
-    _forget_other_runs(folder, {"checkpoint": checkpoint, "baselines": settings.baselines, "data": settings.data})
-    waiting = [unit for unit in units if not unit_path(folder, unit[0], unit[1]).is_file()]
+    settings: ScoreSettings, options: AnswerOptions, units: Sequence[Unit]
+) -> dict[str, list[tuple[Question, Row]]]:
+    folder = Path(options.answers_dir)
+    wanted = {unit.file for unit in units}
+    for path in folder.iterdir():
+        if path.name not in wanted:  # answers of another checkpoint or other questions, or half a file
+            path.unlink()
+    waiting = [unit for unit in units if not (folder / unit.file).is_file()]
+    if len(waiting) < len(units):
+        logger.info("%d of %d units are answered already", len(units) - len(waiting), len(units))
     if waiting:
         run = _answer_inline if settings.num_workers == 0 else _answer_on_ray
-        run(settings, checkpoint, waiting, folder)
-    answered: dict[str, list[tuple[Question, dict[str, Any]]]] = defaultdict(list)
-    for name, number, questions in units:
-        rows = [json.loads(line) for line in unit_path(folder, name, number).read_text().splitlines()]
-        answered[name] += list(zip(questions, rows, strict=True))
+        with Bar("score", quiet=settings.quiet) as bar:
+            done, total = 0, sum(len(unit.questions) for unit in waiting)
+            for count in run(settings, options, waiting):
+                done += count
+                bar.update(done, total)
+    answered: dict[str, list[tuple[Question, Row]]] = defaultdict(list)
+    for unit in units:
+        rows = [json.loads(line) for line in (folder / unit.file).read_text().splitlines()]
+        answered[unit.benchmark] += list(zip(unit.questions, rows, strict=True))
     return answered
 
 
-def _forget_other_runs(folder: Path, identity: dict[str, Any]) -> None:
-    """Answers of another checkpoint or other data in this folder are of no use here."""
-    record = folder / "run.json"
-    text = json.dumps(identity, sort_keys=True)
-    if not record.is_file() or record.read_text() != text:
-        for path in folder.glob("*.jsonl"):
-            path.unlink()
-        record.write_text(text)
-
-
-def _answer_inline(settings: ScoreSettings, checkpoint: str, units: Sequence[Unit], folder: Path) -> None:
-    answerer = UnitAnswerer(checkpoint, settings.batch_size, settings.baselines, str(folder))
+def _answer_inline(settings: ScoreSettings, options: AnswerOptions, units: Sequence[Unit]) -> Iterator[int]:
+    answerer = UnitAnswerer(options, settings.threads_per_worker, "cuda" if settings.gpus_per_worker else "cpu")
     for unit in units:
         answerer.answer(unit)
+        yield len(unit.questions)
 
 
-def _answer_on_ray(settings: ScoreSettings, checkpoint: str, units: Sequence[Unit], folder: Path) -> None:
-    import os
-    import pickle
+def _answer_on_ray(settings: ScoreSettings, options: AnswerOptions, units: Sequence[Unit]) -> Iterator[int]:
+    import ray.data  # noqa: PLC0415  (seconds, and not needed inline)
 
-    import ray.data
-
+    threads = settings.threads_per_worker or max(1, (os.cpu_count() or 1) // settings.num_workers)
     with start_ray(settings):
-        ray.data.DataContext.get_current().enable_progress_bars = not settings.quiet
-        rows = [{"unit": pickle.dumps(unit)} for unit in units]
-        threads = max(1, (os.cpu_count() or 1) // settings.num_workers)
-        ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        answered = ray.data.from_items(
+            [{"unit": pickle.dumps(unit)} for unit in units], override_num_blocks=len(units)
+        ).map_batches(
             UnitAnswerer,
-            fn_constructor_args=(checkpoint, settings.batch_size, settings.baselines, str(folder), threads),
+            fn_constructor_args=(options, threads, "cuda" if settings.gpus_per_worker else "cpu"),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=settings.num_workers),
             num_cpus=1,
-        ).materialize()
+            num_gpus=settings.gpus_per_worker or None,
+        )
+        for row in answered.iter_rows():
+            yield int(row["questions"])
 
 
-# ---------------------------------------------------------------------- scores
+# ---------------------------------------------------------------------- tracking
 
 
-def _score(
-    benchmark: Benchmark, answered: Sequence[tuple[Question, dict[str, Any]]], settings: ScoreSettings
-) -> dict[str, Any]:
-    score = benchmark.score
-    if settings.metric == "released" and benchmark.released_score:
-        score = benchmark.released_score
-    groups: dict[str, list[float]] = defaultdict(list)
-    blind: list[float] = []
-    for question, row in answered:
-        value = score(row["answer"], question.truth)
-        groups[question.split].append(value)
-        if question.kind:
-            groups[f"{question.split}/{question.kind}"].append(value)
-        if row["blind"] is not None and question.split == "test":
-            blind.append(score(row["blind"], question.truth))
-    main = bootstrap(groups.get("test", []))
-    return {
-        "metric": benchmark.metric,
-        **asdict(main),
-        "blind": bootstrap(blind).value if blind else None,
-        "unanswerable": sum(bool(row["problem"]) for _, row in answered),
-        "parts": {name: asdict(bootstrap(values)) for name, values in sorted(groups.items())},
-    }
-
-
-def _write_predictions(
-    path: Path, benchmarks: Sequence[Benchmark], answered: dict[str, list[tuple[Question, dict[str, Any]]]]
+def _track(
+    settings: ScoreSettings, output: Path, result: dict[str, Any], lines: Sequence[Row], parent_run_id: str
 ) -> None:
-    with path.open("w") as stream:
-        for benchmark in benchmarks:
-            for question, row in answered[benchmark.name]:
-                line = {
-                    "benchmark": benchmark.name,
-                    **row,
-                    "instruction": question.instruction,
-                    "image": str(question.image) if question.image else None,
-                    "truth": question.truth,
-                    "score": benchmark.score(row["answer"], question.truth),
-                }
-                stream.write(json.dumps(line) + "\n")
-
-
-def _track(settings: ScoreSettings, output: Path, scores: dict[str, dict[str, Any]]) -> None:
-    tracker = open_tracker(settings, "score")
+    names = ", ".join(result["benchmarks"])
+    tracker = open_tracker(settings, f"score {names}"[:120], parent_run_id=parent_run_id)
     tracker.params(settings.model_dump())
-    tracker.metrics({f"score/{name}": facts["value"] for name, facts in scores.items()}, 0)
-    tracker.metrics({f"blind/{name}": f["blind"] for name, f in scores.items() if f["blind"] is not None}, 0)
-    tracker.artifact(output / "result.json")
+    tracker.tags({"checkpoint": result["checkpoint"]})
+    for label in ("value", "blind", "shuffled"):
+        known = {name: facts[label] for name, facts in result["benchmarks"].items() if facts[label] is not None}
+        tracker.metrics({f"{'score' if label == 'value' else label}/{n}": v for n, v in known.items()}, 0)
+    columns = ("metric", "value", "low", "high", "n", "blind", "shuffled", "unanswered")
+    rows = [{"benchmark": name, **{c: facts[c] for c in columns}} for name, facts in result["benchmarks"].items()]
+    tracker.table(rows, "scores")
+    tracker.table(_pictured(lines), "worst_cases")
+    for name in ("result.json", "report.html", PREDICTIONS):
+        tracker.artifact(output / name)
     tracker.close()
 
 
-def score_table(scores: dict[str, dict[str, Any]]) -> str:
-    """The scores as an aligned text table."""
-    lines = [f"{'benchmark':26} {'metric':18} {'score':>6}  {'95% interval':>15} {'blind':>6} {'n':>6}"]
-    for name, facts in scores.items():
-        blind = "" if facts["blind"] is None else f"{facts['blind']:.1f}"
-        interval = f"{facts['low']:.1f} .. {facts['high']:.1f}"
-        lines.append(f"{name:26} {facts['metric']:18} {facts['value']:6.1f}  {interval:>15} {blind:>6} {facts['n']:6}")
-    return "\n".join(lines)
-
-
+def _pictured(lines: Sequence[Row]) -> list[dict[str, Any]]:
+    """The worst answers with their pictures, for the tracker's table."""
+    columns = ("benchmark", "instruction", "answer", "truth", "score", "blind", "shuffled")
+    rows = []
+    for line in worst_first([line for line in lines if line["image"]])[:_TABLE_PICTURES]:
+        picture = drawn_case(line, 224)
+        if picture is not None:
+            texts = {c: line[c] if isinstance(line[c], str | float) else json.dumps(line[c]) for c in columns}
+            rows.append({"picture": picture, **texts})
+    return rows

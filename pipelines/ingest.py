@@ -41,6 +41,12 @@ STAGING = "_staging"
 INPUTS = "inputs.json"
 """Says which input and settings a finished folder was made from."""
 
+Work = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class UnreadableError(ValueError):
+    """A file that was there when the work was planned cannot be read now."""
+
 
 def ingest(settings: PrepareDataSettings, *, parent_run_id: str = "") -> dict[str, Any]:
     """Prepare one source.
@@ -58,6 +64,7 @@ def ingest(settings: PrepareDataSettings, *, parent_run_id: str = "") -> dict[st
     Raises:
         SettingsError: the source is unknown or its input is missing.
         DiskFullError: there is no room; the same command goes on from there.
+        UnreadableError: an input file is no longer there, or a network storage fails; likewise.
     """
     started = time.perf_counter()
     source, location = locate(settings)
@@ -70,6 +77,7 @@ def ingest(settings: PrepareDataSettings, *, parent_run_id: str = "") -> dict[st
         if counts is None:
             counts = _prepare(settings, location.name, units, output, mark)
             _track(settings, location.name, counts, output, parent_run_id)
+        storage.remove_folder(storage.join(output, STAGING))
     result = {**counts, **_places(output), "seconds": round(time.perf_counter() - started, 2)}
     storage.write_atomically(result["result"], json.dumps(result, indent=1).encode() + b"\n")
     return result
@@ -132,7 +140,6 @@ def _prepare(settings: PrepareDataSettings, name: str, units: Sequence[Unit], ou
     storage.write_atomically(
         storage.join(output, INPUTS), json.dumps({"fingerprint": mark, "units": len(units)}).encode() + b"\n"
     )
-    storage.remove_folder(staging)
     return {**counts, "units": len(units), "reused_units": reused}
 
 
@@ -140,19 +147,14 @@ def _run_units(settings: PrepareDataSettings, units: Sequence[Unit], staging: st
     """Do all units; returns how many were done already."""
 
     def work(item: dict[str, Any]) -> dict[str, Any]:
-        try:
-            record, reused = process_unit(pickle.loads(item["unit"]), item["number"], settings, staging)
-        except storage.DiskFullError as error:
-            return {"error": str(error), "rows_in": 0, "rows": 0, "reused": False}
-        return {"error": "", "rows_in": record.rows_in, "rows": record.rows, "reused": reused}
+        record, reused = process_unit(pickle.loads(item["work"]), item["number"], settings, staging)
+        return {"rows_in": record.rows_in, "rows": record.rows, "reused": reused}
 
-    items = [{"unit": pickle.dumps(unit), "number": number} for number, unit in enumerate(units)]
+    items = [{"work": pickle.dumps(unit), "number": number} for number, unit in enumerate(units)]
     progress = UnitProgress(f"prepare {settings.source}", len(units), quiet=settings.quiet)
     reused = 0
     try:
         for done in _map_on_cluster(work, items):
-            if done["error"]:
-                raise storage.DiskFullError(done["error"])
             reused += done["reused"]
             progress.update(done["rows_in"], done["rows"])
     finally:
@@ -167,32 +169,43 @@ def _write_shards(plans: list[ShardPlan]) -> list[ShardInfo]:
         return [write_shard(plan) for plan in plans]
 
     def work(item: dict[str, Any]) -> dict[str, Any]:
-        try:
-            info = pickle.dumps(write_shard(pickle.loads(item["plan"])))
-        except storage.DiskFullError as error:
-            return {"error": str(error), "number": item["number"], "info": b""}
-        return {"error": "", "number": item["number"], "info": info}
+        return {"number": item["number"], "info": pickle.dumps(write_shard(pickle.loads(item["work"])))}
 
-    written: dict[int, ShardInfo] = {}
-    for done in _map_on_cluster(work, [{"plan": pickle.dumps(plans[number]), "number": number} for number in copies]):
-        if done["error"]:
-            raise storage.DiskFullError(done["error"])
-        written[done["number"]] = pickle.loads(done["info"])
+    items = [{"work": pickle.dumps(plans[number]), "number": number} for number in copies]
+    written = {done["number"]: pickle.loads(done["info"]) for done in _map_on_cluster(work, items)}
     return [written[number] if number in written else write_shard(plan) for number, plan in enumerate(plans)]
 
 
-def _map_on_cluster(
-    work: Callable[[dict[str, Any]], dict[str, Any]], items: list[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """Results of ``work`` on each item, one Ray task per item, in the order in which they finish."""
+def _map_on_cluster(work: Work, items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Results of ``work`` on each item, one Ray task per item, in the order in which they finish.
+
+    Raises:
+        DiskFullError, UnreadableError: a task met one; it travels as a value, so that it arrives without Ray's trace.
+    """
     import ray.data  # noqa: PLC0415  (takes seconds, and a finished set needs none of it)
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts rows
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(work, num_cpus=1)
-    yield from dataset.iter_rows()
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(_carry_errors(work), num_cpus=1)
+    for done in dataset.iter_rows():
+        if done["error"]:
+            raise pickle.loads(done["error"])
+        yield pickle.loads(done["result"])
+
+
+def _carry_errors(work: Work) -> Work:
+    def carrying(item: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"error": b"", "result": pickle.dumps(work(item))}
+        except storage.DiskFullError as error:
+            return {"error": pickle.dumps(error), "result": b""}
+        except OSError as error:
+            told = UnreadableError(f"{error}; finished parts are kept, and the same command goes on from there.")
+            return {"error": pickle.dumps(told), "result": b""}
+
+    return carrying
 
 
 @contextmanager

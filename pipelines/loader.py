@@ -251,8 +251,6 @@ def _ray_steps(plan: LoadPlan, start: int, stop: int, workers: int, prefetch_ste
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
         num_cpus=0.5,
-        max_restarts=-1,
-        max_task_retries=-1,
     )
     prefetch_blocks = max(1, prefetch_steps // CHUNK_STEPS)
     for block in made.iter_batches(batch_size=None, prefetch_batches=prefetch_blocks):

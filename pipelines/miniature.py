@@ -12,7 +12,7 @@ from pipelines.progress import Bar
 from pipelines.settings import MiniatureSettings, SettingsError
 from pipelines.tracking import open_tracker
 
-VISION_STEPS, LANGUAGE_STEPS = 7_000, 12_000
+VISION_STEPS, LANGUAGE_STEPS = 3_500, 6_000
 VISION_SCENES, HELD_OUT_SCENES = 24_000, 1_024
 SIDES = (64, 128)
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 def format_seconds(seconds: float) -> str:
@@ -13,27 +17,26 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+PROGRESS_FILE = "progress.txt"
+"""Where a training worker writes its newest line, in the result folder."""
+
+
 class StepProgress:
     """One line: step, loss, learning rate, samples per second, share of time waited for data, time left."""
 
-    def __init__(self, title: str, start: int, stop: int, *, quiet: bool = False, log_every_s: float = 10.0) -> None:
+    def __init__(self, title: str, start: int, stop: int) -> None:
         """Begin.
 
         Args:
             title: what runs.
             start: first step.
             stop: one past the last step.
-            quiet: print nothing.
-            log_every_s: seconds between lines where the output is no terminal.
         """
-        self.title, self.start, self.stop, self.quiet = title, start, stop, quiet
-        self.live = sys.stderr.isatty()
-        self.log_every_s = log_every_s
+        self.title, self.start, self.stop = title, start, stop
         self.began = time.perf_counter()
-        self.printed = 0.0
 
-    def update(self, done: int, loss: float, learning_rate: float, samples_per_second: float, wait_share: float) -> None:
-        """Show where the stage stands.
+    def line(self, done: int, loss: float, learning_rate: float, samples_per_second: float, wait_share: float) -> str:
+        """Where the stage stands.
 
         Args:
             done: steps done.
@@ -42,48 +45,80 @@ class StepProgress:
             samples_per_second: over the last few steps.
             wait_share: 0..1, time spent waiting for data.
         """
-        now = time.perf_counter()
-        due = self.live or now - self.printed >= self.log_every_s or done == self.stop
-        if self.quiet or not due:
-            return
-        self.printed = now
-        left = (now - self.began) / max(done - self.start, 1) * (self.stop - done)
-        line = (
+        left = (time.perf_counter() - self.began) / max(done - self.start, 1) * (self.stop - done)
+        return (
             f"{self.title}: step {done}/{self.stop}  loss {loss:.3f}  lr {learning_rate:.2e}  "
             f"{samples_per_second:.1f} samples/s  data wait {wait_share:.0%}  left {format_seconds(left)}"
         )
-        print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        """End the live line."""
-        if self.live and not self.quiet:
+
+class Line:
+    """Shows a changing line: in place in a terminal, now and then in a log file."""
+
+    def __init__(self, *, quiet: bool = False, log_every_s: float = 10.0) -> None:
+        self.quiet, self.log_every_s = quiet, log_every_s
+        self.live = sys.stderr.isatty()
+        self._printed_at = 0.0
+        self._shown = ""
+
+    def show(self, line: str, *, last: bool = False) -> None:
+        """Print the line where it is new and due; ``last`` ends it."""
+        now = time.perf_counter()
+        due = self.live or last or now - self._printed_at >= self.log_every_s
+        if self.quiet or not line or not due:
+            return
+        if line != self._shown:
+            text = f"\r\x1b[K{line}" if self.live else f"{line}\n"
+            print(text, end="", file=sys.stderr, flush=True)
+            self._shown, self._printed_at = line, now
+        if last and self.live:
             print(file=sys.stderr)
+
+
+@contextmanager
+def follow(path: Path, *, quiet: bool = False) -> Iterator[None]:
+    """Show the line that another process keeps writing to a file, while the block runs."""
+    line, stop = Line(quiet=quiet), threading.Event()
+    path.unlink(missing_ok=True)
+
+    def read() -> str:
+        try:
+            return path.read_text()
+        except OSError:
+            return ""
+
+    def watch() -> None:
+        while not stop.wait(0.5):
+            line.show(read())
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        line.show(read(), last=True)
 
 
 class Bar:
     """Counts towards a total: a live bar in a terminal, a line now and then in a log file."""
 
-    def __init__(self, title: str, *, quiet: bool = False, log_every_s: float = 10.0) -> None:
-        self.title, self.quiet, self.log_every_s = title, quiet, log_every_s
-        self.live = sys.stderr.isatty()
-        self.began = time.perf_counter()
-        self.printed = 0.0
+    def __init__(self, title: str, *, quiet: bool = False) -> None:
+        self.title = title
+        self._line = Line(quiet=quiet)
+        self._text = ""
+        self._began = time.perf_counter()
 
     def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.live and not self.quiet and self.printed:
-            print(file=sys.stderr)
+        self._line.show(self._text, last=True)
 
     def update(self, done: int, total: int) -> None:
         """Show ``done`` of ``total``."""
-        now = time.perf_counter()
-        if self.quiet or not (self.live or now - self.printed >= self.log_every_s or done >= total):
-            return
-        self.printed = now
         share = done / total if total else 1.0
-        filled = "#" * round(30 * share)
-        left = (now - self.began) / max(done, 1) * (total - done)
-        line = f"{self.title} [{filled:.<30}] {done}/{total}  left {format_seconds(left)}"
-        print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
+        left = (time.perf_counter() - self._began) / max(done, 1) * (total - done)
+        self._text = f"{self.title} [{'#' * round(30 * share):.<30}] {done}/{total}  left {format_seconds(left)}"
+        self._line.show(self._text)

@@ -126,9 +126,13 @@ class PrepareDataSettings(Settings):
     max_megapixels: float = Field(100.0, gt=0, description="larger images are set apart unread, as decompression bombs")
     min_words: int = Field(1, ge=0, description="filter, web captions: least words")
     min_letters: float = Field(0.3, ge=0, le=1, description="filter, web captions: least share of letters and digits")
-    max_repetition: float = Field(0.7, gt=0, le=1, description="filter, web captions of 8 words: share of the commonest")
+    max_repetition: float = Field(
+        0.7, gt=0, le=1, description="filter, web captions of 8 words: share of the commonest"
+    )
     duplicates: Literal["drop", "keep"] = Field("drop", description="what happens to samples that occur twice")
-    near_duplicate_bits: int = Field(4, ge=0, le=7, description="flag images whose 64-bit hashes differ by at most this")
+    near_duplicate_bits: int = Field(
+        4, ge=0, le=7, description="flag images whose 64-bit hashes differ by at most this"
+    )
     overwrite: bool = Field(False, description="prepare anew, even if the output holds the finished result already")
 
 
@@ -160,9 +164,13 @@ class TrainSettings(Settings):
     use_gpu: bool = Field(False, description="one GPU per worker")
     cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs of a training worker")
     threads_per_worker: int = Field(0, ge=0, description="torch threads of a worker; 0 shares the machine's cores")
-    micro_batch_size: int = Field(64, ge=1, description="samples of one forward; a step is cut into as many as it takes")
+    micro_batch_size: int = Field(
+        64, ge=1, description="samples of one forward; a step is cut into as many as it takes"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="fp32, bf16 or fp16 (with a GradScaler)")
-    features: Literal["inline", "cached"] = Field("inline", description="inline encodes images in every step; cached reads cache_features' files")
+    features: Literal["inline", "cached"] = Field(
+        "inline", description="inline encodes images in every step; cached reads cache_features' files"
+    )
     packing: bool = Field(False, description="several samples in one sequence, attention kept apart")
     gradient_checkpointing: bool = Field(False, description="recompute language layers in the backward pass")
     attention: Literal["eager", "sdpa", "flex_attention"] = Field("sdpa", description="eager, sdpa or flex_attention")
@@ -173,8 +181,12 @@ class TrainSettings(Settings):
     keep_checkpoints: int = Field(3, ge=1, description="checkpoints kept while training")
     max_failures: int = Field(3, ge=-1, description="restarts after a worker's death; -1 is without bound")
     log_every: int = Field(10, ge=1, description="steps between log lines and tracker flushes")
-    dry_run: bool = Field(False, description="print the resolved stage, parameters, memory plan and data counts; train nothing")
-    stage: dict[str, Any] = Field(default_factory=dict, description="fields of the stage to change, e.g. stage.lora_rank=16")
+    dry_run: bool = Field(
+        False, description="print the resolved stage, parameters, memory plan and data counts; train nothing"
+    )
+    stage: dict[str, Any] = Field(
+        default_factory=dict, description="fields of the stage to change, e.g. stage.lora_rank=16"
+    )
 
 
 class ScoreSettings(Settings):
@@ -183,13 +195,19 @@ class ScoreSettings(Settings):
     section = "score"
 
     checkpoint: str = Field("", description="checkpoint or artifact folder")
-    benchmark: str | list[str] = Field("miniature", description="benchmark name or list (pipelines.benchmarks)")
-    data: str = Field("", description="folder with the benchmark's official files")
+    benchmark: str | list[str] = Field("miniature", description="benchmark, group or list of them (docs/evaluation.md)")
+    data: str = Field("", description="folder with the benchmarks' official files")
     limit: int = Field(0, ge=0, description="questions per benchmark; 0 takes all")
-    batch_size: int = Field(64, ge=1, description="questions generated together")
+    batch_size: int = Field(64, ge=1, description="answers generated together")
     num_workers: int = Field(1, ge=0, description="evaluation actors; 0 evaluates in the driver's process")
-    metric: str = Field("official", description="official, or released for the original's own scoring")
-    baselines: bool = Field(True, description="also score with the image blanked")
+    threads_per_worker: int = Field(0, ge=0, description="torch threads of an actor; 0 shares the machine's cores")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs (or a fraction of one) of each actor; 0 runs on the CPU")
+    metric: Literal["official", "released"] = Field(
+        "official", description="released: the original's prompts and scoring, defects included"
+    )
+    baselines: bool = Field(True, description="also answer with a blank picture and with another question's")
+    compare_with: str = Field("", description="output folder of another score run, for a paired comparison")
+    page_cases: int = Field(24, ge=0, description="pictures per benchmark on the report page")
 
 
 class AblateSettings(Settings):
@@ -215,7 +233,9 @@ class QuantizeSettings(Settings):
     checkpoint: str = Field("", description="checkpoint folder")
     method: str = Field("cpu", description="nf4, int8 (bitsandbytes) or cpu")
     data: str = Field("", description="held-out shard sets for the drift check")
-    max_drift: float = Field(0.5, gt=0, description="largest rise of held-out loss, in nats per token, that is exported")
+    max_drift: float = Field(
+        0.5, gt=0, description="largest rise of held-out loss, in nats per token, that is exported"
+    )
     register_as: str = Field("", description="name in MLflow's model registry; empty does not register")
 
 
@@ -224,7 +244,9 @@ class ServeSettings(Settings):
 
     section = "serve"
 
-    artifact: str = Field("", description="artifact or checkpoint folder, or models:/name@alias; empty is the shipped one")
+    artifact: str = Field(
+        "", description="artifact or checkpoint folder, or models:/name@alias; empty is the shipped one"
+    )
     model_name: str = Field("tinygpt-v", min_length=1, description="name that requests call the model by")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
@@ -241,9 +263,15 @@ class ServeSettings(Settings):
     temperature: float = Field(0.0, ge=0, le=2, description="temperature where a request names none; 0 is greedy")
     stream_interval_ms: float = Field(25, ge=0, description="shortest time between two events of a stream")
     request_timeout_s: float = Field(300, gt=0, description="longest time of a request, waiting included")
-    api_keys: list[SecretStr] = Field(default_factory=list, description="accepted bearer tokens; empty accepts everybody")
-    cors_origins: list[str] = Field(default_factory=list, description="web origins that may call the API; none by default")
-    allowed_image_hosts: list[str] = Field(default_factory=list, description="hosts that images may be fetched from; none by default")
+    api_keys: list[SecretStr] = Field(
+        default_factory=list, description="accepted bearer tokens; empty accepts everybody"
+    )
+    cors_origins: list[str] = Field(
+        default_factory=list, description="web origins that may call the API; none by default"
+    )
+    allowed_image_hosts: list[str] = Field(
+        default_factory=list, description="hosts that images may be fetched from; none by default"
+    )
     max_images: int = Field(8, ge=0, description="images of one request")
     max_image_mb: float = Field(10, gt=0, description="size of an encoded image")
     max_image_megapixels: float = Field(24, gt=0, description="width x height of an image")

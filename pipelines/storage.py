@@ -23,7 +23,7 @@ import pyarrow.fs as pafs
 from pipelines.settings import SettingsError
 
 COPY_BYTES = 8 << 20
-_UNPACK_BYTES = 64 << 10
+_UNPACK_BYTES = 4 << 10
 
 
 class DiskFullError(ValueError):

@@ -13,6 +13,7 @@ import yaml
 
 from pipelines.cluster import start_ray
 from pipelines.loader import LoadPlan, build_mixture, data_path, open_shards
+from pipelines.progress import PROGRESS_FILE, follow
 from pipelines.settings import SettingsError, TrainSettings
 from pipelines.tracking import NullTracker, open_tracker
 from tinygptv.checkpoint import CheckpointError, verify_folder
@@ -44,7 +45,8 @@ def run_stage(settings: TrainSettings, number: int, *, parent_run_id: str = "") 
     if finished:
         logger.info("stage %d is finished already: %s", number, output)
         return finished
-    result = _run_inline(job) if settings.num_workers == 0 else _run_on_ray(job, output)
+    with follow(output / PROGRESS_FILE, quiet=settings.quiet):
+        result = _run_inline(job) if settings.num_workers == 0 else _run_on_ray(job, output)
     result = {**result, "seconds": round(time.perf_counter() - started, 1), "result": str(output / "result.json")}
     (output / "result.json").write_text(json.dumps(result, indent=1))
     _log_outcome(job, output, result)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.loader import LoadPlan, StepBatch, iterate_steps
-from pipelines.progress import StepProgress
+from pipelines.progress import PROGRESS_FILE, StepProgress
 from pipelines.settings import TrainSettings
 from pipelines.tracking import NullTracker, Tracker, open_tracker
 from pipelines.train_state import StateStore, StepRecord, collect_state, restore_state
@@ -58,7 +58,7 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
     rank, world_size = _rank(), _world_size()
     output = Path(job.output)
     torch.set_num_threads(job.settings.threads_per_worker or max(1, (os.cpu_count() or 1) // max(world_size, 1)))
-    torch.manual_seed(job.settings.seed * 1000 + rank)
+    torch.manual_seed(job.settings.seed)  # fresh LoRA adapters must be the same on every worker
 
     model, processor = build_model(job)
     optimizer = build_optimizer(model, job.stage.schedule, job.stage.weight_decay, job.stage.beta2)
@@ -139,9 +139,8 @@ class Reporter:
         self.tracker: Tracker = (
             open_tracker(job.settings, job.stage.title, run_id=job.run_id) if job.run_id else NullTracker()
         )
-        self.progress = StepProgress(
-            f"stage {job.stage.number} ({job.stage.title})", next_step, job.num_steps, quiet=job.settings.quiet
-        )
+        self.progress = StepProgress(f"stage {job.stage.number} ({job.stage.title})", next_step, job.num_steps)
+        self.progress_file = Path(job.output) / PROGRESS_FILE
         self.pending: list[tuple[StepBatch, StepResult, float]] = []
         self.clock = time.perf_counter()
         self.waits: deque[float] = deque(maxlen=100)
@@ -172,7 +171,10 @@ class Reporter:
         last = self.pending[-1][0].step
         norms = {f"grad_norm/{part}": norm for part, norm in (train_step.part_norms() if train_step else {}).items()}
         self.tracker.metrics({**rates, **norms}, last)
-        self.progress.update(last + 1, losses[-1], self.pending[-1][2], rates["samples_per_second"], rates["data_wait_share"])
+        line = self.progress.line(
+            last + 1, losses[-1], self.pending[-1][2], rates["samples_per_second"], rates["data_wait_share"]
+        )
+        self.progress_file.write_text(line)  # the driver shows it: workers' own output is not for people
         self.pending.clear()
 
     def _write(self, batch: StepBatch, result: StepResult, learning_rate: float, loss: float) -> None:
@@ -205,7 +207,6 @@ class Reporter:
         """Close all; returns the stage's result."""
         self.flush()
         self.record.close()
-        self.progress.close()
         self.tracker.close()
         return {
             "checkpoint": checkpoint,

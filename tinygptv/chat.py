@@ -42,10 +42,10 @@ class Question:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parse(argv)
-    params = SamplingParams(
-        max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
-    )
     try:
+        params = SamplingParams(
+            max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
+        )
         questions = _read_questions(options)
         model, processor = load_for_inference(options.model, options.device)
         assistant = Assistant(model, processor, max_batch_size=options.batch_size)

@@ -62,20 +62,23 @@ class MicroBatch:
     num_real: int
 
 
-def collate(samples: Sequence[LoadedSample], pad_token_id: int, *, pack_length: int = 0) -> MicroBatch:
+def collate(
+    samples: Sequence[LoadedSample], pad_token_id: int, *, pack_length: int = 0, pad_to_multiple: int = 1
+) -> MicroBatch:
     """Batch samples.
 
     Args:
         samples: at least one.
         pad_token_id: fills the ends of rows.
         pack_length: 0 gives each sample a row; else rows of at least so many tokens hold several samples.
+        pad_to_multiple: the width of the batch is a multiple of this, so that fewer shapes occur.
 
     Raises:
         ValueError: samples hide tokens inside their text and packing is asked for.
     """
     lengths = [len(sample.encoded.input_ids) for sample in samples]
     bins = pack(lengths, max(pack_length, *lengths)) if pack_length else [[i] for i in range(len(samples))]
-    width = max(sum(lengths[i] for i in row) for row in bins)
+    width = -(-max(sum(lengths[i] for i in row) for row in bins) // pad_to_multiple) * pad_to_multiple
     input_ids = np.full((len(bins), width), pad_token_id, dtype=np.int64)
     labels = np.full_like(input_ids, IGNORE_INDEX)
     attention_mask = np.zeros_like(input_ids)

@@ -30,10 +30,10 @@ def load_for_inference(
         ValueError: the folder is missing, is no TinyGPT-V checkpoint, or does not load.
     """
     # Imported here, so that whoever only wants to know where the shipped model lies does not wait for torch.
-    from torch import nn  # noqa: PLC0415
+    from torch import nn
 
-    from tinygptv.model import TinyGPTVForConditionalGeneration  # noqa: PLC0415
-    from tinygptv.processing import TinyGPTVProcessor  # noqa: PLC0415
+    from tinygptv.model import TinyGPTVForConditionalGeneration
+    from tinygptv.processing import TinyGPTVProcessor
 
     folder = Path(path)
     config = folder / "config.json"

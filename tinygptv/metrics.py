@@ -1,13 +1,12 @@
-"""Scores of answers: pure functions, one per metric, official and as released.
+"""Scores of answers: pure functions, one per metric.
 
-Official metrics follow each benchmark's own evaluation. ``released_*`` reproduce the scoring of the TinyGPT-V release with
-its defects, for comparison with its numbers; docs/evaluation.md tells the two apart.
+Each follows its benchmark's own published evaluation; ``released_metrics`` holds the release's looser versions, and
+docs/evaluation.md tells the two apart. A score of one answer is 0..1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,34 +16,56 @@ from tinygptv.vqa_text import normalise_answer
 REC_THRESHOLD = 0.5
 
 
-def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Official VQA accuracy of one answer.
+# ---------------------------------------------------------------------- short answers
 
-    Each annotator is left out in turn; the others agree with the prediction m times, and the score is min(1, m / 3),
-    averaged. Normalisation happens only where the annotators disagree, as in the official code.
+
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """VQA accuracy (VQAv2, OK-VQA).
+
+    Each annotator is left out in turn; m of the others agree with the prediction, and the score is min(1, m / 3),
+    averaged. Texts are normalised only where the annotators disagree, as in the published code.
 
     Args:
         prediction: the model's answer.
         answers: the annotators' answers (ten in the data sets).
-
-    Returns:
-        0..1.
     """
-    prediction = prediction.replace("\n", " ").replace("\t", " ").strip()
-    truth = [answer.replace("\n", " ").replace("\t", " ").strip() for answer in answers]
+    prediction = _one_line(prediction)
+    truth = [_one_line(answer) for answer in answers]
     if len(set(truth)) > 1:
         truth = [normalise_answer(answer) for answer in truth]
         prediction = normalise_answer(prediction)
-    scores = []
-    for left_out in range(len(truth)):
-        matches = sum(answer == prediction for i, answer in enumerate(truth) if i != left_out)
-        scores.append(min(1.0, matches / 3))
-    return float(np.mean(scores)) if scores else 0.0
+    return _leave_one_out(prediction, truth)
+
+
+def vizwiz_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """VizWiz accuracy: as ``vqa_accuracy``, but the prediction alone is normalised, and always."""
+    return _leave_one_out(normalise_answer(prediction), list(answers))
+
+
+def direct_answer_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """A-OKVQA's direct answers: min(1, m / 3) for m annotators with the same answer; case is ignored."""
+    prediction = prediction.strip().lower()
+    return min(1.0, sum(answer.lower() == prediction for answer in answers) / 3)
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """1 where the answers are equal but for case and surrounding space (GQA and VSR)."""
+    """1 where the answers are equal but for case and surrounding space (GQA, VSR)."""
     return float(prediction.strip().lower() == answer.strip().lower())
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _leave_one_out(prediction: str, answers: Sequence[str]) -> float:
+    if not answers:
+        return 0.0
+    num_same = sum(answer == prediction for answer in answers)
+    with_same, without = min(1.0, (num_same - 1) / 3), min(1.0, num_same / 3)
+    return (num_same * with_same + (len(answers) - num_same) * without) / len(answers)
+
+
+# ---------------------------------------------------------------------- yes or no
 
 
 def yes_no(prediction: str) -> str | None:
@@ -53,19 +74,80 @@ def yes_no(prediction: str) -> str | None:
     return words[0] if words and words[0] in ("yes", "no") else None
 
 
-def grounding_overlap(prediction: str, box: Box, width: float, height: float) -> float:
-    """IoU of a [refer] answer with the true pixel box; 0 for an answer without a box."""
+def pope_answer(prediction: str) -> str:
+    """``no`` where the first sentence holds the word No, no or not; else ``yes``, as POPE reads answers."""
+    words = prediction.partition(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def precision(predicted: np.ndarray, truth: np.ndarray) -> float:
+    """Share of the predicted positives that are positive; 0 where nothing was predicted."""
+    return _ratio((predicted * truth).sum(), predicted.sum())
+
+
+def recall(predicted: np.ndarray, truth: np.ndarray) -> float:
+    """Share of the positives that were predicted; 0 where there are none."""
+    return _ratio((predicted * truth).sum(), truth.sum())
+
+
+def f1(predicted: np.ndarray, truth: np.ndarray) -> float:
+    """Harmonic mean of precision and recall of 0/1 arrays."""
+    return _ratio(2 * (predicted * truth).sum(), predicted.sum() + truth.sum())
+
+
+def _ratio(part: float, whole: float) -> float:
+    return float(part / whole) if whole else 0.0
+
+
+def auroc(scores: np.ndarray | Sequence[float], labels: np.ndarray | Sequence[int]) -> float:
+    """Area under the ROC curve: the chance that a positive scores higher than a negative; ties count half.
+
+    Args:
+        scores: [n], larger for positives.
+        labels: [n], 1 for positives and 0 for negatives.
+
+    Returns:
+        0..1; not a number where one class is missing.
+    """
+    values, truth = np.asarray(scores, dtype=np.float64), np.asarray(labels)
+    num_positive, num_negative = int((truth == 1).sum()), int((truth == 0).sum())
+    if not num_positive or not num_negative:
+        return float("nan")
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks = ((last - counts + 1) + last) / 2  # mean rank of each distinct value
+    rank_sum = ranks[inverse][truth == 1].sum()
+    return float((rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+
+
+# ---------------------------------------------------------------------- boxes
+
+
+def grounding_overlap(prediction: str, box: Sequence[float], width: float, height: float) -> float:
+    """IoU of a [refer] answer with the true box.
+
+    Args:
+        prediction: generated text.
+        box: x1, y1, x2, y2 in pixels.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+
+    Returns:
+        0..1; 0 for an answer that does not start with a well-formed box.
+    """
     found = parse_answer_box(prediction)
     return iou(to_pixels(found, width, height), box) if found else 0.0
 
 
-def rec_hit(prediction: str, box: Box, width: float, height: float, threshold: float = REC_THRESHOLD) -> float:
-    """1 where the overlap is larger than the threshold (RefCOCO's accuracy)."""
+def rec_hit(
+    prediction: str, box: Sequence[float], width: float, height: float, threshold: float = REC_THRESHOLD
+) -> float:
+    """1 where the overlap is larger than the threshold (accuracy of referring expression comprehension)."""
     return float(grounding_overlap(prediction, box, width, height) > threshold)
 
 
 def grounded_f1(prediction: str, truth: str, width: float, height: float, threshold: float = 0.5) -> float:
-    """F1 of grounded phrases: a predicted phrase with box counts where a true one has the same words and overlaps enough.
+    """F1 of grounded phrases: a predicted one counts where a true one has the same words and its box overlaps enough.
 
     Args:
         prediction: generated grounded caption.
@@ -77,117 +159,46 @@ def grounded_f1(prediction: str, truth: str, width: float, height: float, thresh
     found, wanted = parse_boxes(prediction), parse_boxes(truth)
     if not found or not wanted:
         return 0.0
-    open_ = list(wanted)
+    left = list(wanted)
     hits = 0
     for candidate in found:
-        for reference in open_:
+        box: Box = to_pixels(candidate.box, width, height)
+        for reference in left:
             same = candidate.phrase.strip().lower() == reference.phrase.strip().lower()
-            boxes = (to_pixels(b.box, width, height) for b in (candidate, reference))
-            if same and iou(*boxes) > threshold:
-                open_.remove(reference)
+            if same and iou(box, to_pixels(reference.box, width, height)) > threshold:
+                left.remove(reference)
                 hits += 1
                 break
     return 2 * hits / (len(found) + len(wanted))
 
 
-def auroc(scores: Sequence[float], labels: Sequence[int]) -> float:
-    """Area under the ROC curve: the chance that a positive scores higher than a negative; ties count half.
-
-    Raises:
-        ValueError: only one class is present.
-    """
-    values, truth = np.asarray(scores, dtype=np.float64), np.asarray(labels)
-    positives, negatives = int((truth == 1).sum()), int((truth == 0).sum())
-    if not positives or not negatives:
-        raise ValueError("AUROC needs both positive and negative samples.")
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks = ((last - counts + 1) + last) / 2  # mean rank of each distinct value
-    rank_sum = ranks[inverse][truth == 1].sum()
-    return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
+# ---------------------------------------------------------------------- captions
 
 
-# ---------------------------------------------------------------------- as released
-
-
-def released_contains(prediction: str, answer: str) -> float:
-    """GQA and VSR: the true answer is a substring of the lower-cased raw answer."""
-    return float(answer in prediction.lower())
-
-
-def released_vizwiz(prediction: str, answers: Sequence[str]) -> float:
-    """VizWiz: either string contains the other; an empty answer matches everything."""
-    text = prediction.split("###")[0].split("Assistant:")[-1].strip().lower()
-    count = 0
-    for answer in answers:
-        truth = answer.split("_")[0].lower()
-        count += text == truth or text in truth or truth in text
-    return min(count / 3.0, 1.0)
-
-
-def released_hateful(prediction: str, label: int) -> float:
-    """Hateful Memes: ``yes`` anywhere, else ``no`` anywhere, as a 0/1 answer."""
-    text = prediction.split("###")[0].lower()
-    answer = 1 if "yes" in text else 0 if "no" in text else None
-    return float(answer == label)
-
-
-def released_okvqa(prediction: str, answers: Sequence[str]) -> float:
-    """OK-VQA: lower-cased, cut at ``###``, then the official accuracy."""
-    return vqa_accuracy(prediction.lower().split("###")[0].strip(), answers)
-
-
-# ---------------------------------------------------------------------- uncertainty
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95% bootstrap interval, all in per cent.
-
-    Attributes:
-        value: the mean.
-        low: 2.5th percentile of resampled means.
-        high: 97.5th percentile.
-        n: number of samples.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-def bootstrap(
-    scores: Sequence[float], statistic: Callable[[np.ndarray], float] | None = None, rounds: int = 1000, seed: int = 0
-) -> Interval:
-    """Mean (or another statistic) of scores in 0..1, in per cent, with a 95% interval.
+def rouge_l(prediction: str, references: Sequence[str], beta: float = 1.2) -> float:
+    """ROUGE-L as the COCO caption evaluation computes it: longest common subsequence of words.
 
     Args:
-        scores: one per sample.
-        statistic: function of resampled scores; None is the mean.
-        rounds: resamplings.
-        seed: makes the interval reproducible.
+        prediction: generated caption.
+        references: true captions; best precision and best recall over them are combined.
+        beta: weight of recall over precision.
     """
-    values = np.asarray(scores, dtype=np.float64)
-    if len(values) == 0:
-        return Interval(float("nan"), float("nan"), float("nan"), 0)
-    rng = np.random.default_rng(seed)
-    if statistic is None:
-        drawn = np.array([rng.choice(values, len(values)).mean() for _ in range(rounds)])
-        centre = values.mean()
-    else:
-        drawn = np.array([statistic(rng.choice(values, len(values))) for _ in range(rounds)])
-        centre = statistic(values)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Interval(*(round(float(100 * v), 3) for v in (centre, low, high)), n=len(values))
+    words = prediction.split()
+    if not words or not references:
+        return 0.0
+    lengths = [(_common_length(words, reference.split()), len(reference.split())) for reference in references]
+    best_precision = max(common / len(words) for common, _ in lengths)
+    best_recall = max(common / length if length else 0.0 for common, length in lengths)
+    if not best_precision or not best_recall:
+        return 0.0
+    return (1 + beta**2) * best_precision * best_recall / (best_recall + beta**2 * best_precision)
 
 
-def paired_difference(ours: Sequence[float], theirs: Sequence[float], rounds: int = 1000, seed: int = 0) -> Interval:
-    """Mean difference of two models on the same samples, in points, with a 95% bootstrap interval.
-
-    Raises:
-        ValueError: the lists differ in length.
-    """
-    if len(ours) != len(theirs):
-        raise ValueError(f"a paired comparison needs the same samples: {len(ours)} and {len(theirs)} scores were given.")
-    return bootstrap(np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64), rounds=rounds, seed=seed)
+def _common_length(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, start=1):
+            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
+    return row[-1]

@@ -1,14 +1,14 @@
 """Text normalisation of the official VQA evaluation: what makes two short answers equal.
 
-Source: the VQA v2 evaluation as published (punctuation, number words, articles, contractions), including its period rule,
-which removes periods that are not followed by a digit.
+Source: the VQA v2 evaluation as published (punctuation, number words, articles, contractions), oddities included: its
+period rule removes every period that no digit follows, and a few of its contractions are mistyped.
 """
 
 from __future__ import annotations
 
 import re
 
-PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBER_WORDS = {
     "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
     "eight": "8", "nine": "9", "ten": "10",
@@ -17,9 +17,9 @@ ARTICLES = frozenset({"a", "an", "the"})
 
 # Written without its apostrophe -> with it; and a few words whose apostrophe stands in the wrong place.
 _PLAIN = (
-    "ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'd've I'm I've "
-    "isn't it'd it'll ma'am mightn't might've mustn't must've needn't o'clock oughtn't shan't she'd've should've "
-    "shouldn't somebody'd somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd "
+    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm "
+    "I've isn't it'd it'll ma'am mightn't might've mustn't must've needn't o'clock oughtn't shan't should've "
+    "shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd "
     "there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's "
     "where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll "
     "you're you've"
@@ -29,7 +29,8 @@ CONTRACTIONS = {word.replace("'", ""): word for word in _PLAIN.split()} | {
     "hed've": "he'd've", "he'dve": "he'd've", "Id've": "I'd've", "I'dve": "I'd've", "itd've": "it'd've",
     "it'dve": "it'd've", "let's": "let's", "mightnt've": "mightn't've", "mightn'tve": "mightn't've",
     "notve": "not've", "ow's'at": "'ow's'at", "'ows'at": "'ow's'at", "'ow'sat": "'ow's'at", "she'dve": "she'd've",
-    "she's": "she's", "shouldnt've": "shouldn't've", "shouldn'tve": "shouldn't've", "somebody'dve": "somebody'd've",
+    "she's": "she's", "shed've": "she'd've", "somebody'd": "somebodyd",
+    "shouldnt've": "shouldn't've", "shouldn'tve": "shouldn't've", "somebody'dve": "somebody'd've",
     "somebodyd've": "somebody'd've", "someoned've": "someone'd've", "someone'dve": "someone'd've",
     "somethingd've": "something'd've", "something'dve": "something'd've", "thered've": "there'd've",
     "there'dve": "there'd've", "theyd've": "they'd've", "they'dve": "they'd've", "wed've": "we'd've",

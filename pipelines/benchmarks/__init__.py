@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from pipelines.benchmarks.base import Benchmark, Question
-from pipelines.benchmarks.miniature import MINIATURE
+import difflib
 
-BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in MINIATURE}
+from pipelines.benchmarks.base import Benchmark, Outcome, Question
+from pipelines.benchmarks.choices import CHOICES
+from pipelines.benchmarks.grounding import DATA_SETS, REFERRING
+from pipelines.benchmarks.miniature import MINIATURE
+from pipelines.benchmarks.vqa import SHORT_ANSWERS
+
+BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (*SHORT_ANSWERS, *CHOICES, *REFERRING, *MINIATURE)}
 """Every benchmark."""
 
-GROUPS: dict[str, tuple[str, ...]] = {"miniature": tuple(benchmark.name for benchmark in MINIATURE)}
-"""Names that stand for several."""
+GROUPS: dict[str, tuple[str, ...]] = {
+    "miniature": tuple(benchmark.name for benchmark in MINIATURE),
+    "paper": ("gqa", "vsr", "iconqa", "vizwiz", "hateful_memes"),
+    "aokvqa": ("aokvqa_direct", "aokvqa_choice"),
+    "pope": ("pope_random", "pope_popular", "pope_adversarial"),
+    "rec": tuple(benchmark.name for benchmark in REFERRING),
+    **{name: tuple(f"{name}_{split}" for split in splits) for name, (_, _, splits) in DATA_SETS.items()},
+}
+"""Names that stand for several; ``paper`` is the paper's own table."""
 
 
 def find_benchmarks(names: str | list[str]) -> list[Benchmark]:
@@ -21,10 +33,12 @@ def find_benchmarks(names: str | list[str]) -> list[Benchmark]:
     wanted: list[str] = []
     for name in [names] if isinstance(names, str) else names:
         wanted += GROUPS.get(name, (name,))
-    unknown = [name for name in wanted if name not in BENCHMARKS]
-    if unknown:
-        raise ValueError(f"benchmark {unknown[0]!r} is unknown; known: {', '.join([*GROUPS, *BENCHMARKS])}.")
+    for name in wanted:
+        if name not in BENCHMARKS:
+            near = difflib.get_close_matches(name, [*GROUPS, *BENCHMARKS], n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"benchmark {name!r} is unknown; {hint}known: {', '.join([*GROUPS, *BENCHMARKS])}.")
     return [BENCHMARKS[name] for name in dict.fromkeys(wanted)]
 
 
-__all__ = ["BENCHMARKS", "GROUPS", "Benchmark", "Question", "find_benchmarks"]
+__all__ = ["BENCHMARKS", "GROUPS", "Benchmark", "Outcome", "Question", "find_benchmarks"]

@@ -1,13 +1,18 @@
-"""What a benchmark is: questions with their truth, a wording, a score per answer."""
+"""What a benchmark is: questions with their truth, a wording, a score per answer, numbers over all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tinygptv.sample import Exchange
+
+MAIN_SPLIT = "test"
+"""The split whose questions make a benchmark's value; a benchmark's other splits are parts beside it."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Question:
         kind: sub-score that the question counts for as well; empty for none.
         split: part of the benchmark; sub-scores are kept apart per split.
         history: earlier turns of the conversation, without image marks.
+        choices: answers whose losses are compared, where the benchmark asks for that.
     """
 
     id: str
@@ -29,12 +35,44 @@ class Question:
     image: Path | None
     truth: dict[str, Any]
     kind: str = ""
-    split: str = "test"
+    split: str = MAIN_SPLIT
     history: tuple[Exchange, ...] = ()
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A question with what the model answered.
+
+    Attributes:
+        question: what was asked.
+        answer: the generated text, or the choice of least loss.
+        losses: of the question's choices, in nats.
+        problem: why there is no answer; empty where there is one. It counts as wrong.
+    """
+
+    question: Question
+    answer: str
+    losses: tuple[float, ...] = ()
+    problem: str = ""
 
 
 Read = Callable[[Path], Iterator[Question]]
 Score = Callable[[str, dict[str, Any]], float]
+Statistic = Callable[[np.ndarray], float]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Numbers over all answers, where the mean score is not what a benchmark reports.
+
+    Attributes:
+        columns: the numbers [k] of one outcome.
+        values: name -> function of [n, k], in 0..1; the first is the benchmark's value.
+    """
+
+    columns: Callable[[Outcome], Sequence[float]]
+    values: Mapping[str, Statistic]
 
 
 @dataclass(frozen=True)
@@ -43,11 +81,13 @@ class Benchmark:
 
     Attributes:
         name: as in ``benchmark=NAME``.
-        metric: name of the score.
+        metric: what its value is.
         read: reads the official files in a folder.
         score: answer and truth -> 0..1.
         max_new_tokens: longest answer.
-        released_score: the release's own scoring, where it differs.
+        generates: the answer is generated; otherwise the choice of least loss is the answer.
+        statistics: numbers over all answers; None takes the mean score.
+        released: scores of all outcomes as the release computes them; None where it has no such benchmark.
     """
 
     name: str
@@ -55,4 +95,11 @@ class Benchmark:
     read: Read
     score: Score
     max_new_tokens: int = 20
-    released_score: Score | None = field(default=None)
+    generates: bool = True
+    statistics: Statistics | None = None
+    released: Callable[[Sequence[Outcome]], list[float]] | None = field(default=None)
+
+
+def each(score: Score) -> Callable[[Sequence[Outcome]], list[float]]:
+    """Score every outcome by itself."""
+    return lambda outcomes: [score(outcome.answer, outcome.question.truth) for outcome in outcomes]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipelines.benchmarks.base import Benchmark, Question
-from tinygptv.metrics import exact_match, grounded_f1, rec_hit
+from pipelines.benchmarks.files import read_json
+from pipelines.benchmarks.grounding import OVERLAPS, score_refer
+from pipelines.benchmarks.vqa import ask
+from pipelines.sources.referring import corners
+from tinygptv.metrics import exact_match, grounded_f1
 from tinygptv.miniature.meaning import NotUnderstood, check_caption, find
 from tinygptv.miniature.scenes import SceneObject
-from tinygptv.prompts import EVALUATION_INSTRUCTIONS
 from tinygptv.sample import Exchange
 
 Entry = dict[str, Any]
@@ -22,21 +24,14 @@ def _reader(file: str, question: Callable[[Entry], dict[str, Any]]) -> Callable[
         folder = data / "benchmarks" if (data / "benchmarks").is_dir() else data
         path = folder / f"{file}.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: draw the world with jobs/miniature.py task=draw output={data}.")
-        for number, entry in enumerate(json.loads(path.read_text())):
+            raise FileNotFoundError(
+                f"{path} is missing: draw the world with jobs/miniature.py task=draw output={data}."
+            )
+        for number, entry in enumerate(read_json(path)):
             fields = {"kind": entry.get("kind", ""), "split": entry["split"], **question(entry)}
             yield Question(id=f"{file}-{number}", image=folder / "images" / entry["image"], **fields)
 
     return read
-
-
-def _ask(task: str, text: str = "") -> str:
-    return EVALUATION_INSTRUCTIONS[task].replace("{}", text, 1)
-
-
-def _xyxy(entry: Entry) -> tuple[float, float, float, float]:
-    x, y, width, height = entry["bbox"]
-    return (x, y, x + width, y + height)
 
 
 def _objects(truth: dict[str, Any]) -> list[SceneObject]:
@@ -44,41 +39,33 @@ def _objects(truth: dict[str, Any]) -> list[SceneObject]:
 
 
 def _vqa(entry: Entry) -> dict[str, Any]:
-    return {"instruction": _ask("vqa", entry["question"]), "truth": {"answer": entry["answer"]}}
+    return {"instruction": ask("vqa", entry["question"]), "truth": {"answer": entry["answer"]}}
 
 
 def _refer(entry: Entry) -> dict[str, Any]:
-    truth = {"box": _xyxy(entry), "width": entry["width"], "height": entry["height"]}
-    return {"instruction": _ask("refer", entry["sents"]), "truth": truth}
+    truth = {"box": corners(*entry["bbox"]), "width": entry["width"], "height": entry["height"]}
+    return {"instruction": ask("refer", entry["sents"]), "truth": truth}
 
 
 def _identify(entry: Entry) -> dict[str, Any]:
     truth = {"objects": entry["objects"], "index": entry["index"], "phrases": entry["phrases"]}
-    return {"instruction": _ask("identify", entry["box"]), "truth": truth}
+    return {"instruction": ask("identify", entry["box"]), "truth": truth}
 
 
 def _caption(entry: Entry) -> dict[str, Any]:
-    return {"instruction": _ask("caption"), "truth": {"objects": entry["objects"]}}
+    return {"instruction": ask("caption"), "truth": {"objects": entry["objects"]}}
 
 
 def _grounding(entry: Entry) -> dict[str, Any]:
     named = " ".join(f"<p>{thing['phrase']}</p> {thing['box']}" for thing in entry["grounded"])
     truth = {"caption": named, "width": entry["width"], "height": entry["height"]}
-    return {"instruction": _ask("grounding"), "truth": truth}
+    return {"instruction": ask("grounding"), "truth": truth}
 
 
 def _conversation(entry: Entry) -> dict[str, Any]:
     *earlier, last = entry["turns"]
     history = tuple(Exchange(turn["question"], turn["answer"]) for turn in earlier)
     return {"instruction": last["question"], "truth": {"answer": last["answer"]}, "history": history}
-
-
-def _score_refer(answer: str, truth: dict[str, Any]) -> float:
-    return rec_hit(answer, truth["box"], truth["width"], truth["height"])
-
-
-def _score_refer_loose(answer: str, truth: dict[str, Any]) -> float:
-    return rec_hit(answer, truth["box"], truth["width"], truth["height"], threshold=0.3)
 
 
 def _score_identify(answer: str, truth: dict[str, Any]) -> float:
@@ -114,8 +101,7 @@ def _score_exact(answer: str, truth: dict[str, Any]) -> float:
 
 MINIATURE = (
     Benchmark("miniature_vqa", "exact match", _reader("vqa", _vqa), _score_exact, 8),
-    Benchmark("miniature_refer", "IoU > 0.5", _reader("refer", _refer), _score_refer, 20),
-    Benchmark("miniature_refer_iou30", "IoU > 0.3", _reader("refer", _refer), _score_refer_loose, 20),
+    Benchmark("miniature_refer", "IoU > 0.5", _reader("refer", _refer), score_refer, statistics=OVERLAPS),
     Benchmark("miniature_identify", "means the object", _reader("identify", _identify), _score_identify, 24),
     Benchmark("miniature_caption", "all facts right", _reader("caption", _caption), _score_caption, 64),
     Benchmark("miniature_grounding", "F1 at IoU 0.5", _reader("grounding", _grounding), _score_grounding, 128),

@@ -332,7 +332,7 @@ def build_api(settings: ServeSettings, backend: Backend) -> FastAPI:
         dependencies=keyed,
     )
     async def chat_completions(request: Request) -> Response:
-        """Answer a conversation; with ``stream``, as server-sent events."""
+        """Answer a conversation; with stream, as server-sent events."""
         return await service.chat(request)
 
     @app.get("/v1/models", response_model=protocol.ModelList, responses=_only(401, 503), dependencies=keyed)

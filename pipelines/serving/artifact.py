@@ -17,7 +17,7 @@ def resolve_artifact(settings: ServeSettings) -> Path:
     name = settings.artifact
     if name.startswith("models:/"):
         # mlflow takes seconds to import, and few people serve from a registry.
-        from pipelines.tracking import download_registered_model  # noqa: PLC0415
+        from pipelines.tracking import download_registered_model
 
         return Path(download_registered_model(name, settings.tracking_uri))
     folder = Path(name).expanduser() if name else SHIPPED_MODEL

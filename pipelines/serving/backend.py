@@ -76,11 +76,11 @@ class ModelBackend:
         Raises:
             ValueError: the artifact is missing or does not load.
         """
-        import torch  # noqa: PLC0415  (the ingress imports this module and needs no torch)
+        import torch
 
-        from pipelines.serving.artifact import resolve_artifact  # noqa: PLC0415
-        from tinygptv.assistant import Assistant  # noqa: PLC0415
-        from tinygptv.loading import load_for_inference  # noqa: PLC0415
+        from pipelines.serving.artifact import resolve_artifact
+        from tinygptv.assistant import Assistant
+        from tinygptv.loading import load_for_inference
 
         device = "cuda" if settings.num_gpus and torch.cuda.is_available() else "cpu"
         model, processor = load_for_inference(resolve_artifact(settings), device)
@@ -143,7 +143,7 @@ class ModelBackend:
             raise RuntimeError("the engine's thread has ended.")
 
     async def _prepare(self, job: ChatJob) -> Request | dict[str, Any]:
-        from tinygptv.sampling import SamplingParams  # noqa: PLC0415
+        from tinygptv.sampling import SamplingParams
 
         try:
             params = SamplingParams(**job.sampling)

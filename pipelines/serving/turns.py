@@ -84,7 +84,7 @@ def read_turns(request: ChatRequest) -> Turns:
     if turns[0].role != "user":
         raise ProtocolError(400, "the conversation must start with the user.", param="messages")
     turns[0].texts[:0] = system
-    if not any(turns[-1].texts) and not turns[-1].num_images:
+    if request.task is None and not any(turns[-1].texts) and not turns[-1].num_images:
         raise ProtocolError(400, "the last message is empty.", param=f"messages.{len(request.messages) - 1}.content")
     return Turns(turns, image_urls)
 

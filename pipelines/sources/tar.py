@@ -42,11 +42,13 @@ class Group:
         key: what their names share.
         members: extension -> (first byte, size).
         problem: why the sample cannot be used; empty where nothing is wrong yet.
+        cut: says so where the tar ends inside one of the members, which is then left out.
     """
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
     problem: str = ""
+    cut: str = ""
 
 
 @dataclass
@@ -84,7 +86,11 @@ class TarReader:
                 try:
                     yield self._row(unit, group, tar)
                 except Malformed as error:
-                    yield Rejected(_printable(group.key), unit.shard, str(error))
+                    reason = "; ".join(filter(None, (group.cut, str(error))))
+                    yield Rejected(_printable(group.key), unit.shard, reason)
+                else:
+                    if group.cut:  # in a member that the sample did not need
+                        yield Rejected("", unit.shard, group.cut)
             for problem in index.problems:
                 yield Rejected("", unit.shard, problem)
 
@@ -196,11 +202,14 @@ def _add_member(index: TarIndex, open_groups: dict[str, Group], member: tarfile.
         index.groups.append(group)
         if repeated:
             group.problem = "duplicate key: an earlier sample of this tar has the same one"
-    group.members[extension] = (member.offset_data, member.size)
-    group.problem = group.problem or _member_problem(name, extension, member, num_bytes)
+    if member.offset_data + member.size > num_bytes:
+        group.cut = f"the tar is cut off inside member {_printable(name)}"
+    else:
+        group.members[extension] = (member.offset_data, member.size)
+    group.problem = group.problem or _member_problem(name, extension, member)
 
 
-def _member_problem(name: str, extension: str, member: tarfile.TarInfo, num_bytes: int) -> str:
+def _member_problem(name: str, extension: str, member: tarfile.TarInfo) -> str:
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
         return f"member {_printable(name)} climbs out of its folder"
     if not extension:
@@ -209,8 +218,6 @@ def _member_problem(name: str, extension: str, member: tarfile.TarInfo, num_byte
         return f"member {_printable(name)} is a link or device, not a file"
     if _printable(name) != name:
         return "the member's name is not UTF-8"
-    if member.offset_data + member.size > num_bytes:
-        return f"the tar is cut off inside member {name}"
     return ""
 
 

@@ -38,7 +38,9 @@ def test_plain_tar_gives_cleaned_captions_and_untouched_bytes(tmp_path):
 def test_folder_glob_and_braces_find_the_same_tars(tmp_path):
     for number in range(3):
         write_web_tar(tmp_path / f"{number:05d}.tar", number * 2, 2)
-    ids = [[row.id for row in read(place)[0]] for place in (tmp_path, tmp_path / "*.tar", tmp_path / "{00000..00002}.tar")]
+    ids = [
+        [row.id for row in read(place)[0]] for place in (tmp_path, tmp_path / "*.tar", tmp_path / "{00000..00002}.tar")
+    ]
     assert ids[0] == ids[1] == ids[2]
     assert len(ids[0]) == 6
 
@@ -178,7 +180,9 @@ def test_compressed_tar_whole_and_cut(tmp_path):
 
 def test_webdataset_source_reads_other_formats_and_text_captions(tmp_path):
     members = [("a.png", encode(picture(0), "PNG")), ("a.txt", b"From a .txt")]
-    reader, location = locate(PrepareDataSettings(source="webdataset", input=str(write_tar(tmp_path / "0.tar", members))))
+    reader, location = locate(
+        PrepareDataSettings(source="webdataset", input=str(write_tar(tmp_path / "0.tar", members)))
+    )
     rows = [row for unit in reader.reader.plan(location) for row in reader.reader.read(unit)]
     assert captions(rows) == ["from a txt"]
 

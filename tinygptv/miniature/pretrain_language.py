@@ -226,7 +226,7 @@ class LanguageTask:
             )
             with_image += [i] if document.num_images else []
             samples.append(LoadedSample(encoder.encode(document.exchanges, document.num_images), 0))
-        return collate(samples, self.tokenizer.pad_token_id), with_image
+        return collate(samples, self.tokenizer.pad_token_id, pad_to_multiple=32), with_image
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss per document kind (packed form), and the share of documents whose answers are all right."""

@@ -1,0 +1,60 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv first; `make help` lists the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+UV := uv==0.13.9
+CONFIG ?= configs/mini.yaml
+export RAY_AUTH_MODE ?= disabled
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: help setup demo serve mlflow test test-unit test-integration lint format lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+setup: .venv/.installed ## make .venv and install the pinned requirements
+
+.venv/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; this is $$($(PYTHON) -V). Try make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing the pinned requirements into .venv ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(UV)"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+demo: setup ## draw, prepare, train four stages, score, quantize, serve, ask: the whole way, about ten minutes
+	@$(BIN)/python jobs/demo.py --config $(CONFIG) output=outputs/demo
+
+serve: setup ## serve the model that the demo trained, or else the shipped one, until Ctrl-C
+	@artifact=outputs/demo/artifact; test -f $$artifact/config.json || artifact=; \
+		$(BIN)/python jobs/serve_http.py --config $(CONFIG) artifact=$$artifact
+
+mlflow: setup ## open the MLflow page of the demo's runs
+	@db=outputs/demo/mlflow.db; test -f $$db || db=mlflow.db; \
+		echo "MLflow: http://127.0.0.1:5000 (Ctrl-C stops it)"; \
+		$(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$$db
+
+test: test-unit test-integration ## all tests
+
+test-unit: setup ## unit tests: offline, no cluster
+	@$(BIN)/python -m pytest tests/unit
+
+test-integration: setup ## tests that start Ray, Serve and MLflow on loopback
+	@$(BIN)/python -m pytest tests/integration
+
+lint: setup ## ruff, formatting, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup ## rewrite files in the project's format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+lock: setup ## resolve requirements.lock anew from pyproject.toml
+	@$(BIN)/uv pip compile pyproject.toml --extra pipelines --extra dev --universal --python-version 3.11 \
+		--no-emit-index-url --no-header --quiet -o requirements.lock
+
+clean: ## remove results and caches, not .venv
+	@rm -rf outputs .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,32 @@
+#!/usr/bin/env python3
+"""The whole way on the miniature: draw, prepare, train four stages, score, quantize, serve, ask.
+
+    python jobs/demo.py --config configs/mini.yaml output=outputs/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from pipelines.main import run_main
+from pipelines.settings import DemoSettings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Walk the whole way and print the summary; its last line is the path of result.json."""
+    settings = DemoSettings.from_command_line(argv, __doc__)
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config")
+    config = parser.parse_known_args(argv)[0].config
+
+    def work() -> None:
+        from pipelines.demo import run_demo, summary
+
+        print(summary(run_demo(settings, config)))
+
+    return run_main(work)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

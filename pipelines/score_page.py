@@ -1,0 +1,214 @@
+"""The page of a score run: the table, then pictures with true and predicted boxes or answers, worst cases first.
+
+The page needs no other file and no network: pictures are embedded.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from tinygptv.boxes import parse_answer_box, parse_boxes, to_pixels
+from tinygptv.drawing import draw_boxes
+from tinygptv.images import open_image
+
+TRUE_COLOUR, PREDICTED_COLOUR = (38, 166, 91), (230, 57, 70)
+_SIDE = 320
+_ROW_KEYS = ("answer", "blind", "shuffled")
+
+Row = dict[str, Any]
+
+
+def worst_first(lines: Sequence[Row]) -> list[Row]:
+    """Least score first; among equals, those that a blank picture answers better, then the benchmark's order."""
+    return sorted(lines, key=lambda line: (line["score"], -(line["blind_score"] or 0.0)))
+
+
+def drawn_case(line: Row, side: int = _SIDE) -> Image.Image | None:
+    """The picture of a question with the true box in green and the predicted in red, where it has boxes.
+
+    Args:
+        line: a line of ``predictions.jsonl``.
+        side: longer side of the result, in pixels.
+
+    Returns:
+        None where there is no picture, or it cannot be opened.
+    """
+    if not line["image"]:
+        return None
+    try:
+        picture = open_image(Path(line["image"]).read_bytes())
+    except (OSError, ValueError):
+        return None
+    scale = side / max(picture.size)
+    picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    truth, answer = line["truth"], line["answer"] or ""
+    if "box" in truth:
+        scaled = _scale(truth["box"], picture.width / truth["width"], picture.height / truth["height"])
+        _outline(picture, scaled, TRUE_COLOUR)
+        found = parse_answer_box(answer)
+        if found:
+            _outline(picture, to_pixels(found, *picture.size), PREDICTED_COLOUR)
+    elif parse_boxes(answer):
+        picture = draw_boxes(picture, answer)
+    return picture
+
+
+def _scale(box: Sequence[float], across: float, down: float) -> tuple[float, float, float, float]:
+    x1, y1, x2, y2 = box
+    return (x1 * across, y1 * down, x2 * across, y2 * down)
+
+
+def _outline(picture: Image.Image, box: Sequence[float], colour: tuple[int, int, int]) -> None:
+    x1, y1, x2, y2 = box
+    ordered = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+    ImageDraw.Draw(picture).rectangle(ordered, outline=colour, width=3)
+
+
+def score_page(scores: dict[str, dict[str, Any]], lines: Sequence[Row], title: str, num_cases: int) -> str:
+    """The page as HTML.
+
+    Args:
+        scores: benchmark -> its numbers (``scoring.score_benchmark``).
+        lines: all predictions.
+        title: what was scored.
+        num_cases: pictures per benchmark: three quarters the worst ones, the rest the best.
+    """
+    sections = []
+    for name, facts in scores.items():
+        own = worst_first([line for line in lines if line["benchmark"] == name])
+        num_best = min(num_cases // 4, len(own))
+        worst = own[: max(0, min(num_cases - num_best, len(own) - num_best))]
+        best = own[len(own) - num_best :][::-1] if num_best else []
+        sections.append(_section(name, facts, worst, best))
+    return _PAGE.substitute(title=html.escape(title), table=_score_table(scores), sections="".join(sections))
+
+
+def _section(name: str, facts: dict[str, Any], worst: Sequence[Row], best: Sequence[Row]) -> str:
+    also = "".join(f"<li>{html.escape(key)}: {value:.1f}</li>" for key, value in facts["also"].items())
+    problems = "".join(f"<li>{html.escape(problem)}</li>" for problem in facts["problems"])
+    unanswered = f"<details><summary>{facts['unanswered']} without an answer</summary><ul>{problems}</ul></details>"
+    return (
+        f'<section id="{name}"><h2>{html.escape(name)}</h2><ul class="also">{also}</ul>{_parts(facts["parts"])}'
+        f"{unanswered if facts['unanswered'] else ''}"
+        f"<h3>Worst first</h3><div class=cases>{''.join(map(_case, worst))}</div>"
+        f"<h3>Best</h3><div class=cases>{''.join(map(_case, best))}</div></section>"
+    )
+
+
+def _score_table(scores: dict[str, dict[str, Any]]) -> str:
+    head = ("benchmark", "metric", "score", "95% interval", "blind", "shuffled", "questions", "unanswered")
+    body = []
+    for name, facts in scores.items():
+        cells = (
+            f'<a href="#{name}">{html.escape(name)}</a>',
+            html.escape(facts["metric"]),
+            f"<b>{_number(facts['value'])}</b>",
+            f"{_number(facts['low'])} – {_number(facts['high'])}",
+            _number(facts["blind"]),
+            _number(facts["shuffled"]),
+            f"{facts['n']:,}",
+            str(facts["unanswered"] or ""),
+        )
+        body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return "<table><tr>" + "".join(f"<th>{name}</th>" for name in head) + f"</tr>{''.join(body)}</table>"
+
+
+def _parts(parts: dict[str, dict[str, Any]]) -> str:
+    if not parts:
+        return ""
+    body = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{_number(part['value'])}</td>"
+        f"<td>{_number(part['low'])} – {_number(part['high'])}</td><td>{part['n']:,}</td></tr>"
+        for name, part in parts.items()
+    )
+    table = f"<table><tr><th>part</th><th>score</th><th>95% interval</th><th>questions</th></tr>{body}</table>"
+    return f"<details><summary>Parts</summary>{table}</details>"
+
+
+def _case(line: Row) -> str:
+    picture = drawn_case(line)
+    image = f'<img loading="lazy" alt="" src="{_data_url(picture)}">' if picture else "<div class=none>no picture</div>"
+    wrong = "right" if line["score"] >= 1 else "wrong" if line["score"] <= 0 else "partly"
+    answers = "".join(
+        f"<dt>{key}</dt><dd>{html.escape(line[key])}</dd>" for key in _ROW_KEYS if isinstance(line.get(key), str)
+    )
+    problem = f"<dt>problem</dt><dd>{html.escape(line['problem'])}</dd>" if line["problem"] else ""
+    return (
+        f'<figure class="{wrong}">{image}<figcaption><p>{html.escape(line["instruction"])}</p><dl>'
+        f"<dt>truth</dt><dd>{html.escape(_truth(line['truth']))}</dd>{answers}{problem}"
+        f"<dt>score</dt><dd>{line['score']:.2f}</dd></dl></figcaption></figure>"
+    )
+
+
+def _truth(truth: dict[str, Any]) -> str:
+    """What a person compares the answer with."""
+    if "answers" in truth:
+        return ", ".join(dict.fromkeys(truth["answers"]))
+    for key in ("answer", "caption", "label"):
+        if key in truth:
+            return str(truth[key])
+    if "box" in truth:
+        return "the green box"
+    if "phrases" in truth:
+        return ", ".join(truth["phrases"])
+    if "objects" in truth:
+        return "; ".join(" ".join(str(o[k]) for k in ("size", "colour", "texture", "shape")) for o in truth["objects"])
+    return json.dumps(truth)
+
+
+def _data_url(picture: Image.Image) -> str:
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:.1f}"
+
+
+_PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Scores</title>
+<style>
+:root { color-scheme: light dark; --ink: #1c2733; --soft: #66758a; --line: #dde3ea; --page: #fbfcfd;
+  --good: #26a65b; --bad: #e63946; --half: #e0a100; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6ebf1; --soft: #93a1b3; --line: #2c3744; --page: #131a22; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
+  max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .4rem; }
+h3 { font-size: .95rem; color: var(--soft); margin: 1rem 0 .4rem; }
+.what { color: var(--soft); overflow-wrap: anywhere; }
+table { border-collapse: collapse; } td, th { text-align: left; padding: .25rem 1.1rem .25rem 0;
+  border-bottom: 1px solid var(--line); } td:nth-child(n+3) { font-variant-numeric: tabular-nums; }
+.also { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; list-style: none; padding: 0; margin: 0;
+  color: var(--soft); }
+.cases { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); align-items: start; }
+figure { margin: 0; border: 1px solid var(--line); border-left: 5px solid var(--half); border-radius: 8px;
+  padding: .6rem; }
+figure.right { border-left-color: var(--good); } figure.wrong { border-left-color: var(--bad); }
+img { width: 100%; border-radius: 4px; display: block; }
+.none { color: var(--soft); padding: 2rem 0; text-align: center; }
+figcaption { font-size: .85rem; overflow-wrap: anywhere; } figcaption p { margin: .5rem 0; font-weight: 600; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .6rem; margin: 0; }
+dt { color: var(--soft); } dd { margin: 0; } summary { cursor: pointer; color: var(--soft); }
+.key span { font-weight: 600; } a { color: inherit; }
+</style></head><body>
+<h1>Scores</h1><p class="what">$title</p>
+$table
+<p class="key"><span style="color:#26a65b">Green box</span>: true.
+<span style="color:#e63946">Red box</span>: predicted.
+Blind answers saw a blank picture, shuffled ones the picture of another question.</p>
+$sections
+</body></html>
+""")

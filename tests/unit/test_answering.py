@@ -1,0 +1,156 @@
+"""Answers of the batch path: the same as one at a time, laid out as in training, and faults are named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.paths import GOLDEN
+from tests.serving_model import make_image, make_model, make_processor
+from tinygptv.answering import Answerer, Prompt
+from tinygptv.images import open_image
+from tinygptv.sample import Exchange
+from tinygptv.stages import get_stage
+
+
+@pytest.fixture(scope="module")
+def answerer():
+    return Answerer(make_model(), make_processor(), batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def embeds(answerer):
+    return answerer.encode([open_image(make_image(seed)) for seed in range(3)])
+
+
+def prompts_of(n):
+    words = [
+        "what?",
+        "[vqa] is there a red circle here?",
+        "[refer] give me the location of it",
+        "and now, again, what?",
+    ]
+    return [Prompt(words[i % 4], image=i % 3 if i % 5 else None, max_new_tokens=5 + i % 3) for i in range(n)]
+
+
+def generate_alone(prompt, image_embeds):
+    """The plain way: transformers' generate, one prompt, no cache between prompts."""
+    model, processor = make_model(), make_processor()
+    ids = torch.from_numpy(Answerer(model, processor).prompt_ids(prompt)).unsqueeze(0)
+    images = None if prompt.image is None else image_embeds[prompt.image].unsqueeze(0)
+    out = model.generate(ids, image_embeds=images, max_new_tokens=prompt.max_new_tokens, do_sample=False)
+    return processor.decode_answer(out[0, ids.shape[1] :])
+
+
+def test_answers_equal_generate_one_at_a_time(answerer, embeds):
+    prompts = prompts_of(11)
+    replies = answerer.answer(prompts, embeds)
+    assert [reply.text for reply in replies] == [generate_alone(prompt, embeds) for prompt in prompts]
+    assert len({reply.text for reply in replies}) > 3, "answers that do not depend on the prompt test nothing"
+
+
+def test_answers_do_not_depend_on_earlier_calls(embeds):
+    prompts = prompts_of(9)
+    once = Answerer(make_model(), make_processor(), batch_size=4)
+    warm = Answerer(make_model(), make_processor(), batch_size=4)
+    warm.answer([replace(prompt, image=0) for prompt in prompts], embeds[1:])  # other pictures under the same numbers
+    assert warm.answer(prompts, embeds) == once.answer(prompts, embeds)
+
+
+def test_no_prompts(answerer):
+    assert answerer.answer([], []) == []
+    assert answerer.choice_losses([], []) == []
+    assert answerer.encode([]) == []
+
+
+def test_too_long_a_prompt_is_an_error_and_the_others_are_answered(answerer, embeds):
+    replies = answerer.answer([Prompt("word " * 400), Prompt("what?", 0)], embeds)
+    assert "context" in replies[0].error and replies[0].text == ""
+    assert replies[1].error == ""
+
+
+def test_weights_that_give_nan_are_an_error(embeds):
+    model = make_model(seed=5)
+    broken = embeds[0].clone()
+    broken[0, 0] = float("nan")
+    replies = Answerer(model, make_processor(), batch_size=2).answer([Prompt("a", 0), Prompt("b")], [broken])
+    assert "not finite" in replies[0].error and not replies[1].error
+
+
+def test_prompt_layout_is_that_of_training(answerer):
+    encoder = make_processor().encoder()
+    history = (Exchange("first?", "one"),)
+    ids = answerer.prompt_ids(Prompt("second?", image=0, history=history))
+    trained = encoder.encode(
+        [Exchange("<Img><ImageHere></Img> first? ", "one"), Exchange("second? ", "two")], num_images=1
+    ).input_ids
+    assert trained[: len(ids)] == ids.tolist()
+    assert get_stage("paper", 4).template == make_processor().template == "human"
+
+
+def test_blank_picture_is_nearly_zero_after_normalisation(answerer):
+    black, blank = answerer.encode([open_image(make_image(0))])[0], answerer.blank()
+    assert blank.shape == black.shape and not torch.equal(blank, black)
+
+
+def test_choice_losses_equal_the_models_loss(answerer, embeds):
+    prompts = [
+        Prompt("which?", 1, choices=("red", "a much longer choice", "no")),
+        Prompt("and?", choices=("yes", "no")),
+        Prompt("which?", 2, choices=("red",)),
+    ]
+    losses = answerer.choice_losses(prompts, embeds)
+    assert [len(row) for row in losses] == [3, 2, 1]
+    model, processor = make_model(), make_processor()
+    for prompt, row in zip(prompts, losses, strict=True):
+        for choice, loss in zip(prompt.choices, row, strict=True):
+            ids = answerer.prompt_ids(prompt)
+            answer = np.array(processor.tokenizer.encode(choice + "###", add_special_tokens=False))
+            labels = np.concatenate([np.full(len(ids), -100), answer])
+            out = model(
+                input_ids=torch.tensor(np.concatenate([ids, answer])[None]),
+                image_embeds=None if prompt.image is None else embeds[prompt.image].unsqueeze(0),
+                labels=torch.tensor(labels[None]),
+            )
+            assert loss == pytest.approx(float(out.loss) * len(answer), rel=1e-4)
+
+
+def test_choice_that_does_not_fit_is_never_chosen(answerer, embeds):
+    losses = answerer.choice_losses([Prompt("which?", 0, choices=("word " * 300, "no"))], embeds)
+    assert losses[0][0] == float("inf") and losses[0][1] < 1e4
+
+
+def test_released_prompts_are_the_releases_own():
+    path = GOLDEN / "10_eval" / "prompts.json"
+    if not path.is_file():
+        pytest.skip("golden numbers are not here")
+    released = Answerer(make_model(), make_processor(), released=True)
+    encoder = make_processor().encoder()
+    for question, text in json.loads(path.read_text())["prepare_texts_eval_scripts"].items():
+        expected = encoder.encode_text(text, 1)
+        assert released.prompt_ids(Prompt(question, image=0)).tolist() == expected
+    second = released.prompt_ids(Prompt("what color?", 0, (Exchange("what is this?", "A dog."),)))
+    text = json.loads(path.read_text())["CONV_VISION_minigptv2"]["after_second_question"]
+    assert second.tolist() == encoder.encode_text(text, 1)
+
+
+def test_released_answers_run_past_the_end_symbol(embeds):
+    """The stop string ends ours; theirs holds it."""
+    processor = make_processor()
+    end = processor.tokenizer.encode("###", add_special_tokens=False)
+    model = make_model(seed=7)
+    prompts = [Prompt("what?", 0, max_new_tokens=6)]
+    bias = model.lm_head.bias.detach().clone()
+    try:
+        with torch.no_grad():
+            model.lm_head.bias[end[0]] += 1e4  # the model says nothing but the end symbol
+        ours = Answerer(model, processor).answer(prompts, embeds)[0].text
+        theirs = Answerer(model, processor, released=True).answer(prompts, embeds)[0].text
+    finally:
+        with torch.no_grad():
+            model.lm_head.bias.copy_(bias)
+    assert ours == "" and "###" in theirs

@@ -1,0 +1,111 @@
+"""The command line without a server: one picture, a conversation, a folder, a file of questions."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from tests.serving_model import make_image, save_checkpoint
+from tinygptv import chat
+from tinygptv.drawing import draw_boxes
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(save_checkpoint(tmp_path_factory.mktemp("checkpoint")))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for seed in range(3):
+        (pictures / f"{seed}.png").write_bytes(make_image(seed))
+    (pictures / "notes.txt").write_text("not a picture")
+    return tmp_path
+
+
+def run(checkpoint, *arguments):
+    return chat.main([*arguments, "--model", checkpoint, "--max-tokens", "8"])
+
+
+def test_one_question_is_answered(checkpoint, folder, capsys):
+    assert run(checkpoint, "pictures/0.png", "what is it?") == 0
+    first = capsys.readouterr().out
+    assert first.strip()
+    assert run(checkpoint, "pictures/0.png", "what is it?") == 0
+    assert capsys.readouterr().out == first
+
+
+def test_a_conversation_goes_on_until_an_empty_line(checkpoint, folder, capsys, monkeypatch):
+    lines = iter(["what is it?", "sure?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert run(checkpoint, "pictures/0.png") == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+def test_boxes_are_drawn_to_a_file(checkpoint, folder, monkeypatch, capsys):
+    monkeypatch.setattr(chat, "_stream", lambda *_: "<p>it</p> {<10><10><60><60>}")
+    assert run(checkpoint, "pictures/0.png", "it", "--task", "refer") == 0
+    drawn = Image.open("0.boxes.png").convert("RGB")
+    assert drawn.size == (60, 40)
+    assert drawn.getpixel((6, 14)) == (230, 57, 70), "a corner of the box, in the first colour"
+    assert "0.boxes.png" in capsys.readouterr().err
+    assert run(checkpoint, "pictures/0.png", "it", "--draw", "other.png") == 0
+    assert Image.open("other.png").size == (60, 40)
+
+
+def test_a_folder_is_asked_one_question(checkpoint, folder, capsys):
+    (folder / "pictures/broken.jpg").write_bytes(b"no picture")
+    assert run(checkpoint, "pictures", "what is it?") == 0
+    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in rows] == [f"pictures/{name}" for name in ("0.png", "1.png", "2.png", "broken.jpg")]
+    assert all(row["answer"] for row in rows[:3]) and "cannot decode" in rows[3]["error"]
+    assert "3 answers, 1 failures" in capsys.readouterr().out
+
+
+def test_a_file_of_questions_keeps_its_rows(checkpoint, folder):
+    rows = [
+        {"image": "pictures/0.png", "question": "what is it?", "id": 7},
+        {"image": "pictures/1.png", "question": "", "task": "caption"},
+        {"image": "pictures/2.png", "question": "", "task": "vqa"},
+    ]
+    (folder / "questions.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    assert run(checkpoint, "questions.jsonl", "--output", "out.jsonl") == 0
+    answers = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert answers[0]["id"] == 7 and answers[0]["answer"] and answers[1]["answer"]
+    assert "needs words" in answers[2]["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nothing.png", "x"), "nothing.png does not exist"),
+        (("pictures",), "give the question"),
+        (("empty", "x"), "holds no picture"),
+        (("bad.jsonl",), "line 2 is not"),
+        (("pictures/0.png", "x", "--temperature", "-1"), "temperature"),
+    ],
+)
+def test_mistakes_are_one_sentence(checkpoint, folder, capsys, arguments, message):
+    (folder / "empty").mkdir()
+    (folder / "bad.jsonl").write_text('{"image": "pictures/0.png", "question": "x"}\nnonsense\n')
+    assert run(checkpoint, *arguments) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
+
+
+def test_a_missing_model_is_named(folder, capsys):
+    assert chat.main(["pictures/0.png", "x", "--model", "nowhere"]) == 1
+    assert "nowhere does not exist" in capsys.readouterr().err
+
+
+def test_drawing_leaves_the_picture_as_it_is():
+    picture = Image.new("RGB", (200, 100), "white")
+    assert draw_boxes(picture, "no box here").tobytes() == picture.tobytes()
+    drawn = draw_boxes(picture, "{<50><50><10><10>} <p>a very long phrase that does not fit</p> {<90><90><100><100>}")
+    assert drawn.size == picture.size and drawn.tobytes() != picture.tobytes()
+    assert picture.getcolors() == [(20000, (255, 255, 255))]

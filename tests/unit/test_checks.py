@@ -1,0 +1,230 @@
+"""Is a sample fit for training? Image repairs, bombs, filters, words."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.ExifTags import Base
+
+from pipelines.checks import check_image, check_row, perceptual_hash
+from pipelines.settings import PrepareDataSettings
+from pipelines.sources.base import LeftOut, Malformed
+from tests.source_files import encode, jpeg, picture
+from tinygptv.images import open_image
+from tinygptv.sample import SampleRow, Turn
+
+SETTINGS = PrepareDataSettings(image_size=64)
+
+
+def decoded(data: bytes) -> np.ndarray:
+    image = Image.open(io.BytesIO(data))
+    assert image.format == "JPEG"
+    return np.asarray(image.convert("RGB"), dtype=int)
+
+
+def likeness(data: bytes, expected: Image.Image) -> float:
+    """Mean difference of pixels, 0..255."""
+    pixels = decoded(data)
+    wanted = np.asarray(expected.convert("RGB").resize(pixels.shape[1::-1], Image.Resampling.BOX), dtype=int)
+    return float(np.abs(pixels - wanted).mean())
+
+
+def with_orientation(image: Image.Image, orientation: int, kind: str = "JPEG") -> bytes:
+    exif = Image.Exif()
+    exif[Base.Orientation] = orientation
+    return encode(image, kind, exif=exif)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_small_plain_jpeg_keeps_its_bytes(mode, progressive):
+    data = encode(picture(0, (90, 64)).convert(mode), quality=80, progressive=progressive)
+    checked = check_image(data, SETTINGS)
+    assert checked.kept
+    assert checked.data is data
+    assert (checked.width, checked.height) == (90, 64)
+
+
+def test_orientation_1_keeps_its_bytes():
+    data = with_orientation(picture(0), 1)
+    assert check_image(data, SETTINGS).data is data
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_rotated_image_is_turned_upright(orientation, kind):
+    data = with_orientation(picture(0, (60, 40)), orientation, kind)
+    checked = check_image(data, SETTINGS)
+    upright = open_image(data)
+    assert not checked.kept
+    assert (checked.width, checked.height) == upright.size == ((60, 40) if orientation < 5 else (40, 60))
+    assert decoded(checked.data).shape[1::-1] == upright.size
+    assert likeness(checked.data, upright) < 6
+    assert "exif" not in Image.open(io.BytesIO(checked.data)).info
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (128, 128), (1000, 65), (641, 479)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_large_image_is_shrunk_to_the_shorter_side(size, mode):
+    original = picture(1, size).convert(mode)
+    checked = check_image(encode(original, quality=95), SETTINGS)
+    stored = Image.open(io.BytesIO(checked.data))
+    assert (checked.width, checked.height) == size
+    assert min(stored.size) == 64
+    assert stored.mode == mode
+    assert stored.size[0] / stored.size[1] == pytest.approx(size[0] / size[1], rel=0.02)
+    assert likeness(checked.data, original) < 4
+
+
+ODD = {
+    "palette": lambda: encode(picture(2).convert("P"), "PNG"),
+    "one bit": lambda: encode(picture(2).convert("1"), "PNG"),
+    "transparent": lambda: encode(picture(2).convert("RGBA"), "PNG"),
+    "grey with alpha": lambda: encode(picture(2).convert("LA"), "PNG"),
+    "16 bit": lambda: encode(Image.fromarray(np.arange(48 * 32, dtype=np.uint16).reshape(32, 48) * 40), "PNG"),
+    "cmyk": lambda: encode(picture(2).convert("CMYK"), "JPEG"),
+    "animated gif": lambda: encode(picture(2), "GIF", save_all=True, append_images=[picture(3)]),
+    "animated webp": lambda: encode(picture(2), "WEBP", save_all=True, append_images=[picture(3)]),
+    "bmp": lambda: encode(picture(2), "BMP"),
+    "tiff": lambda: encode(picture(2), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_modes_become_plain_jpegs_of_the_first_frame(name):
+    data = ODD[name]()
+    checked = check_image(data, SETTINGS)
+    assert not checked.kept
+    assert (checked.width, checked.height) == (48, 32)
+    assert Image.open(io.BytesIO(checked.data)).mode == "RGB"
+    assert likeness(checked.data, open_image(data)) < 16
+
+
+def png_bomb(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("size", [(11_000, 10_000), (50_000, 50_000)])
+def test_decompression_bombs_are_refused_unread(size):
+    with pytest.raises(Malformed, match="bomb"):
+        check_image(png_bomb(*size), PrepareDataSettings())
+
+
+def jpeg_cut() -> bytes:
+    data = jpeg(4, (200, 150))
+    return data[: len(data) // 2]
+
+
+@pytest.mark.parametrize(
+    "data", [jpeg_cut(), jpeg(4)[:30], b"\xff\xd8\xff\xe0" + b"x" * 100, b"\x89PNG\r\n\x1a\n" + b"\0" * 60]
+)
+def test_damaged_images_are_refused(data):
+    with pytest.raises(Malformed, match="cannot decode"):
+        check_image(data, SETTINGS)
+
+
+def test_damage_inside_small_images_is_found_although_their_bytes_are_kept():
+    data = jpeg(5, (60, 60))
+    with pytest.raises(Malformed):
+        check_image(data[: len(data) - 200], SETTINGS)
+
+
+def test_sound_picture_with_a_strange_tail_is_encoded_anew():
+    data = jpeg(6)
+    damaged = data[:-2] + b"\x00\x11\x22\x33" + data[-2:]  # bytes before the end mark: decoders warn and go on
+    checked = check_image(damaged, SETTINGS)
+    assert likeness(checked.data, picture(6)) < 8
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "name"),
+    [((7, 40), {}, "min_side"), ((400, 10), {}, "max_aspect_ratio"), ((48, 32), {"min_side": 33}, "min_side")],
+)
+def test_filters_on_size_and_shape(size, changes, name):
+    with pytest.raises(LeftOut) as error:
+        check_image(jpeg(0, size), PrepareDataSettings(**changes))
+    assert error.value.filter == name
+
+
+def test_perceptual_hash_survives_scaling_and_encoding_and_tells_pictures_apart():
+    distances = []
+    for seed in range(20):
+        first = check_image(encode(picture(seed, (300, 200)), quality=95), PrepareDataSettings()).perceptual_hash
+        second = check_image(encode(picture(seed, (300, 200)).resize((150, 100)), quality=60), SETTINGS).perceptual_hash
+        other = check_image(jpeg(seed + 100), SETTINGS).perceptual_hash
+        distances.append((bin(first ^ second).count("1"), bin(first ^ other).count("1")))
+    near, far = zip(*distances, strict=True)
+    assert sorted(near)[-2] <= 4 < min(far)
+
+
+def test_perceptual_hash_of_a_flat_picture_is_defined():
+    assert 0 <= perceptual_hash(np.full((20, 20), 255, dtype=np.uint8)) < 2**64
+
+
+# ---------------------------------------------------------------- words
+
+
+def row(**changes) -> SampleRow:
+    return SampleRow(
+        **{"id": "a", "source": "s", "task": "vqa", "turns": (Turn("q", ("a",)),), "image": b"x", **changes}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"task": "painting"}, "unknown"),
+        ({"turns": ()}, "no turns"),
+        ({"turns": (Turn("q", ()),)}, "without an answer"),
+        ({"image": None}, "needs an image"),
+        ({"task": "refer"}, "needs a box"),
+        ({"task": "refer", "boxes": ((0, 0, float("nan"), 1),)}, "no number"),
+        ({"turns": (Turn("q", ("\ud800",)),)}, "surrogate"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on(changes, reason):
+    with pytest.raises(Malformed, match=reason):
+        check_row(row(**changes), web=False, settings=SETTINGS)
+
+
+def test_markers_in_strangers_texts_are_made_harmless():
+    checked = check_row(row(turns=(Turn("what is <ImageHere>?", ("<|endoftext|>",)),)), web=False, settings=SETTINGS)
+    assert "<ImageHere>" not in checked.turns[0].question
+    assert "<|endoftext|>" not in checked.turns[0].answers[0]
+
+
+@pytest.mark.parametrize(
+    ("caption", "name"),
+    [
+        ("", "min_words"),
+        ("---- ==== //// $$$$ a", "min_letters"),
+        ("buy now " * 5, ""),
+        ("buy buy buy buy buy buy buy now", "max_repetition"),
+        ("一只狗在草地上奔跑", ""),
+        ("ein Hund läuft über die Wiese", ""),
+        ("собака бежит по траве", ""),
+    ],
+)
+def test_caption_filters_know_no_language(caption, name):
+    given = row(task="pair", turns=(Turn("", (caption,)),))
+    check_row(given, web=False, settings=SETTINGS)
+    if not name:
+        check_row(given, web=True, settings=SETTINGS)
+        return
+    with pytest.raises(LeftOut) as error:
+        check_row(given, web=True, settings=SETTINGS)
+    assert error.value.filter == name

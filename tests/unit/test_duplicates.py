@@ -1,0 +1,68 @@
+"""Exact and near duplicates against a plain double loop."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.duplicates import find_near_duplicates, first_occurrences
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=30))
+def test_first_occurrence_is_the_first_equal_row(pairs):
+    hashes = np.array(pairs, dtype=np.uint64).reshape(-1, 2)
+    assert first_occurrences(hashes).tolist() == [pairs.index(pair) for pair in pairs]
+
+
+def hashes_with_neighbours(seed: int, count: int) -> np.ndarray:
+    """Random hashes, and others made of them by flipping a few bits."""
+    generator = np.random.default_rng(seed)
+    base = generator.integers(0, 2**63, count, dtype=np.uint64)
+    flips = [
+        sum(1 << int(bit) for bit in generator.choice(64, size=int(generator.integers(0, 8)), replace=False))
+        for _ in base
+    ]
+    return generator.permutation(np.concatenate([base, base ^ np.array(flips, dtype=np.uint64)]))
+
+
+@pytest.mark.parametrize("max_bits", [0, 1, 3, 4, 7])
+def test_near_duplicates_equal_a_double_loop(max_bits):
+    hashes = hashes_with_neighbours(max_bits, 150)
+    images = np.arange(1, len(hashes) + 1, dtype=np.uint64)
+    expected = []
+    for row, value in enumerate(hashes):
+        for earlier in range(row):
+            bits = bin(int(value ^ hashes[earlier])).count("1")
+            if bits <= max_bits:
+                expected.append((row, earlier, bits))
+                break
+    found = find_near_duplicates(images, hashes, max_bits)
+    assert [row for row, _, _ in expected] == [near.row for near in found]
+    for (_, _, _), near in zip(expected, found, strict=True):
+        assert near.earlier < near.row
+        assert bin(int(hashes[near.row] ^ hashes[near.earlier])).count("1") == near.bits <= max_bits
+
+
+def test_one_image_in_many_rows_is_no_near_duplicate():
+    images = np.array([5, 5, 0, 0, 6, 5], dtype=np.uint64)
+    hashes = np.array([9, 9, 0, 0, 9, 9], dtype=np.uint64)
+    assert [(near.row, near.earlier) for near in find_near_duplicates(images, hashes, 2)] == [(4, 0)]
+
+
+def test_nothing_and_one_row():
+    empty = np.empty(0, dtype=np.uint64)
+    assert find_near_duplicates(empty, empty, 4) == []
+    assert find_near_duplicates(np.ones(1, dtype=np.uint64), np.ones(1, dtype=np.uint64), 4) == []
+
+
+def test_many_equal_bands_do_not_blow_up():
+    hashes = np.arange(40_000, dtype=np.uint64) << np.uint64(40)  # all share their lower bands
+    started = time.perf_counter()
+    found = find_near_duplicates(np.arange(1, 40_001, dtype=np.uint64), hashes, 1)
+    assert time.perf_counter() - started < 30
+    assert len(found) > 39_990

@@ -1,0 +1,280 @@
+"""Scores: hand-worked cases, the release's golden numbers, and other libraries' values of the same metric."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_score
+
+from tests.paths import GOLDEN
+from tinygptv.boxes import iou
+from tinygptv.intervals import bootstrap, paired_difference
+from tinygptv.metrics import (
+    auroc,
+    direct_answer_accuracy,
+    exact_match,
+    f1,
+    grounded_f1,
+    pope_answer,
+    precision,
+    rec_hit,
+    recall,
+    rouge_l,
+    vizwiz_accuracy,
+    vqa_accuracy,
+    yes_no,
+)
+from tinygptv.released_metrics import (
+    contains_answer,
+    released_hateful,
+    released_okvqa,
+    released_rec,
+    released_text,
+    released_vizwiz,
+)
+from tinygptv.vqa_text import CONTRACTIONS, normalise_answer
+
+# ---------------------------------------------------------------------- VQA
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The Dog.", "dog"),
+        ("two dogs", "2 dogs"),
+        ("None", "0"),
+        ("dont know", "don't know"),
+        ("it's 1,000 m", "it's 1000 m"),  # a thousands comma: every mark is deleted, wherever it stands
+        ("red/blue", "red blue"),  # a mark between letters becomes a space
+        ("red / blue", "red blue"),  # one that touches a space is deleted
+        ("3.5", "3.5"),
+        ("no. 5.", "no 5"),  # a period that no digit follows goes
+        ("a  the an", ""),
+        ("yes!\n", "yes"),
+        ("somebody'd", "somebodyd"),  # mistyped in the published table, and kept
+    ],
+)
+def test_normalisation_by_hand(text, expected):
+    assert normalise_answer(text) == expected
+
+
+def test_contractions_are_those_of_the_published_table():
+    assert len(CONTRACTIONS) == 120
+    assert CONTRACTIONS["couldve"] == "could've" and CONTRACTIONS["notve"] == "not've" and "let's" in CONTRACTIONS
+
+
+@pytest.mark.parametrize(
+    ("num_same", "expected"),
+    [
+        (0, 0.0),
+        (1, (1 * 0 + 9 * 1 / 3) / 10),
+        (2, (2 * 1 / 3 + 8 * 2 / 3) / 10),
+        (3, (3 * 2 / 3 + 7 * 1) / 10),
+        (4, 1.0),
+        (9, 1.0),
+    ],
+)
+def test_vqa_accuracy_by_hand(num_same, expected):
+    answers = ["blue"] * num_same + [f"other {i}" for i in range(10 - num_same)]
+    assert vqa_accuracy("blue", answers) == pytest.approx(expected)
+
+
+def test_vqa_normalises_only_where_annotators_disagree():
+    assert vqa_accuracy("The dog.", ["dog"] * 10) == 0.0
+    assert vqa_accuracy("The dog.", ["dog"] * 9 + ["cat"]) == 1.0
+    assert vqa_accuracy("2", ["Two"] * 5 + ["three"] * 5) == 1.0
+    assert vqa_accuracy("", []) == 0.0
+
+
+def test_vizwiz_normalises_the_prediction_alone_and_always():
+    assert vizwiz_accuracy("The Dog.", ["dog"] * 10) == 1.0
+    assert vizwiz_accuracy("dog", ["The Dog"] * 10) == 0.0
+    assert vizwiz_accuracy("unanswerable", ["unanswerable"] * 3 + ["a"] * 7) == pytest.approx((3 * 2 / 3 + 7) / 10)
+
+
+def test_direct_answers_count_to_three_without_leaving_anybody_out():
+    assert direct_answer_accuracy("Candle", ["candle", "cake", "candle"]) == pytest.approx(2 / 3)
+    assert direct_answer_accuracy("candle", ["candle"] * 10) == 1.0
+
+
+def test_exact_match_ignores_case_and_space_alone():
+    assert exact_match(" Yes ", "yes") == 1.0
+    assert exact_match("yes.", "yes") == 0.0
+
+
+# ---------------------------------------------------------------------- yes or no, classes
+
+
+def test_yes_no_reads_the_first_word():
+    assert yes_no("Yes, it is") == "yes"
+    assert yes_no("no") == "no"
+    assert yes_no("it is, yes") is None and yes_no("") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("No, there is none", "no"),
+        ("there is not one", "no"),
+        ("Yes. There is no other", "yes"),  # only the first sentence
+        ("", "yes"),
+        ("NO", "yes"),  # as published: the word is No, no or not
+        ("nothing", "yes"),
+    ],
+)
+def test_pope_answers(text, expected):
+    assert pope_answer(text) == expected
+
+
+def test_class_metrics_equal_scikit_learn():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        truth, predicted = rng.integers(0, 2, 50), rng.integers(0, 2, 50)
+        assert f1(predicted, truth) == pytest.approx(f1_score(truth, predicted))
+        assert precision(predicted, truth) == pytest.approx(precision_score(truth, predicted))
+        assert recall(predicted, truth) == pytest.approx(recall_score(truth, predicted))
+    nothing = np.zeros(5)
+    assert f1(nothing, nothing) == precision(nothing, nothing) == recall(nothing, nothing) == 0.0
+
+
+def test_auroc_equals_scikit_learn_with_ties():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        labels = rng.permutation([0] * 17 + [1] * 13)
+        scores = rng.integers(0, 6, 30) + 0.25 * labels  # many ties
+        assert auroc(scores, labels) == pytest.approx(roc_auc_score(labels, scores))
+    assert auroc([0.1, 0.9], [0, 1]) == 1.0 and auroc([0.9, 0.1], [0, 1]) == 0.0
+    assert np.isnan(auroc([1.0, 2.0], [1, 1]))
+
+
+# ---------------------------------------------------------------------- boxes
+
+
+def golden_rec():
+    path = GOLDEN / "10_eval" / "rec.json"
+    if not path.is_file():
+        pytest.skip("golden numbers are not here")
+    return json.loads(path.read_text())
+
+
+def test_referring_answers_hit_where_the_release_says_so():
+    golden = golden_rec()
+    x, y, width, height = golden["gt"]["bbox"]
+    for item in golden["items"]:
+        hit = rec_hit(item["answer"], (x, y, x + width, y + height), golden["gt"]["width"], golden["gt"]["height"])
+        assert bool(hit) == item["hit"], item
+
+
+def test_overlaps_equal_the_releases():
+    for case in golden_rec()["computeIoU"]:
+        assert iou(case["a"], case["b"]) == pytest.approx(case["iou"])
+
+
+def test_released_rec_scores_against_the_last_box_of_an_id():
+    golden = golden_rec()["duplicate_img_ids"]
+
+    def truth(item):
+        x, y, width, height = item["bbox"]
+        size = {"width": item["width"], "height": item["height"]}
+        return {"img_id": item["img_id"], "box": (x, y, x + width, y + height), **size}
+
+    truths = [truth(item) for item in golden["items"]]
+    scores = released_rec([golden["answer_for_all"]] * len(truths), truths)
+    assert 100 * np.mean(scores) == pytest.approx(golden["printed"])
+    other = [{**truths[0], "box": (0, 0, 5, 5)}, truths[1]]  # the same id with two boxes
+    assert released_rec([golden["answer_for_all"]] * 2, other) == [1.0, 1.0]
+
+
+def test_grounded_f1_by_hand():
+    truth = "<p>red circle</p> {<0><0><50><50>} <p>blue star</p> {<50><50><90><90>}"
+    assert grounded_f1(truth, truth, 100, 100) == 1.0
+    assert grounded_f1("<p>red circle</p> {<0><0><50><50>}", truth, 100, 100) == pytest.approx(2 / 3)
+    assert grounded_f1("<p>red circle</p> {<60><60><99><99>}", truth, 100, 100) == 0.0
+    assert grounded_f1("<p>green circle</p> {<0><0><50><50>}", truth, 100, 100) == 0.0
+    twice = "<p>red circle</p> {<0><0><50><50>} <p>red circle</p> {<0><0><50><50>}"
+    assert grounded_f1(twice, truth, 100, 100) == pytest.approx(2 / 4), "a true box is found once"
+    assert grounded_f1("", truth, 100, 100) == 0.0
+
+
+# ---------------------------------------------------------------------- captions
+
+
+def test_rouge_l_by_hand():
+    assert rouge_l("a cat on a mat", ["a cat on a mat"]) == pytest.approx(1.0)
+    assert rouge_l("dog", ["a cat"]) == 0.0 and rouge_l("", ["a"]) == 0.0 and rouge_l("a", [""]) == 0.0
+    precision_, recall_ = 2 / 3, 2 / 4  # "a mat" in common, in order
+    expected = (1 + 1.44) * precision_ * recall_ / (recall_ + 1.44 * precision_)
+    assert rouge_l("a red mat", ["a cat blue mat"]) == pytest.approx(expected)
+    assert rouge_l("a red mat", ["zebra", "a cat blue mat"]) == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------------- as released
+
+
+def test_released_scores_show_their_defects():
+    assert contains_answer("I do not know", "no") == 1.0 and exact_match("I do not know", "no") == 0.0
+    assert released_vizwiz("", ["dog"] * 10) == 1.0 and vizwiz_accuracy("", ["dog"] * 10) == 0.0
+    assert released_vizwiz("Assistant: a DOG###Human: x", ["dog", "cat", "a_b"]) == pytest.approx(2 / 3)
+    assert released_hateful("yes and no", 1) == 1.0 and released_hateful("I know", 0) == 1.0
+    assert released_hateful("maybe", 0) == 0.0 and released_hateful("###yes", 1) == 0.0
+    assert released_okvqa("Two### three", ["2"] * 5 + ["4"] * 5) == 1.0
+
+
+def test_released_text_is_cut_as_the_release_cuts():
+    assert released_text("a<s> b</s> c") == "a b"
+    assert released_text("x [/INST] y ###Human") == "y ###Human"
+
+
+# ---------------------------------------------------------------------- intervals
+
+
+def test_bootstrap_of_a_mean():
+    scores = [1.0] * 60 + [0.0] * 40
+    found = bootstrap(scores)
+    assert found.value == 60.0 and found.n == 100
+    normal = 196 * np.sqrt(0.6 * 0.4 / 100)
+    assert found.low == pytest.approx(60 - normal, abs=1.5) and found.high == pytest.approx(60 + normal, abs=1.5)
+    assert bootstrap(scores) == found and bootstrap(scores, seed=1) != found
+
+
+def test_bootstrap_of_many_samples_is_cut_into_pieces():
+    found = bootstrap(np.tile([0.0, 1.0], 20_000), rounds=300)
+    assert found.value == 50.0 and 49.0 < found.low < 50.0 < found.high < 51.0
+
+
+def test_bootstrap_of_a_statistic():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 200)
+    rows = np.stack([labels + rng.normal(0, 1, 200), labels], axis=1)
+    found = bootstrap(rows, lambda r: auroc(r[:, 0], r[:, 1]), rounds=200)
+    assert found.value == pytest.approx(100 * roc_auc_score(labels, rows[:, 0]), abs=1e-3)
+    assert found.low < found.value < found.high
+    lonely = bootstrap(np.array([[1.0, 1.0], [0.0, 0.0]]), lambda r: auroc(r[:, 0], r[:, 1]), rounds=50)
+    assert lonely.value == 100.0, "resamples with one class only are left out"
+
+
+def test_no_samples_give_no_number():
+    assert np.isnan(bootstrap([]).value) and bootstrap([]).n == 0
+
+
+def test_paired_comparison_sees_what_two_intervals_do_not():
+    rng = np.random.default_rng(3)
+    theirs = (rng.random(400) < 0.5).astype(float)
+    ours = theirs.copy()
+    ours[np.flatnonzero(theirs == 0)[:12]] = 1.0  # three points better, on the same questions
+    apart, paired = (bootstrap(ours), bootstrap(theirs)), paired_difference(ours, theirs)
+    assert apart[0].low < apart[1].high, "the separate intervals overlap"
+    assert paired.value == pytest.approx(3.0) and paired.low > 0
+    with pytest.raises(ValueError, match="400 and 399"):
+        paired_difference(ours, theirs[:-1])
+
+
+@given(st.lists(st.sampled_from(["x", "y", "c d", "1"]), min_size=1, max_size=10), st.sampled_from(["x", "y", "z", ""]))
+def test_vqa_accuracy_equals_leaving_out_each_annotator(answers, prediction):
+    scores = [min(1.0, sum(a == prediction for j, a in enumerate(answers) if j != i) / 3) for i in range(len(answers))]
+    assert vqa_accuracy(prediction, answers) == pytest.approx(np.mean(scores))
+    assert vizwiz_accuracy(prediction, answers) == pytest.approx(np.mean(scores))

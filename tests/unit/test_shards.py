@@ -1,0 +1,228 @@
+"""Shard files: what is written is what is read, at random, by us and by plain readers; damage is noticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines import storage
+from pipelines.shard_cache import ShardCache
+from pipelines.shards import BATCH_ROWS, SCHEMA, Manifest, ShardError, ShardSet, ShardWriter, record_batch
+from tinygptv.sample import SampleRow, Turn
+
+
+def make_row(number: int) -> SampleRow:
+    if number % 7 == 0:
+        return SampleRow(f"s/{number}", "set", "text", (Turn(f"q{number}", ("a", "a", "b")),))
+    return SampleRow(
+        f"s/{number}",
+        "set",
+        "refer",
+        (Turn("", (f"thing {number}", "caf\xe9")), Turn("again", ("x",))),
+        bytes([number % 256]) * (number % 50 + 1),
+        number,
+        number + 1,
+        ((0.1 * number, 1 / 3, -2.0, 4.0),),
+    )
+
+
+def write_set(folder, counts, pieces=(1000,)):
+    """A shard set with ``counts`` rows per shard, written in batches of the given lengths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    infos, number = [], 0
+    for shard, count in enumerate(counts):
+        writer = ShardWriter(str(folder / f"part-{shard:05d}.arrow"))
+        end, turn = number + count, 0
+        while number < end:
+            stop = min(end, number + pieces[turn % len(pieces)])
+            writer.write(record_batch([make_row(n) for n in range(number, stop)]))
+            number, turn = stop, turn + 1
+        infos.append(writer.close())
+    manifest = Manifest("set", tuple(infos), {"rows_in": number}, {"image_size": 1})
+    (folder / "manifest.json").write_bytes(manifest.to_json())
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("sets") / "set", [130, 1, 64])
+
+
+def test_every_row_comes_back_at_random(uri):
+    shards = ShardSet.open(uri)
+    order = np.random.default_rng(0).permutation(195)
+    assert [shards.row(int(k)) for k in order] == [make_row(k) for k in order]
+    assert shards.rows([3, 3, 194]) == [make_row(3), make_row(3), make_row(194)]
+    assert [shards.row_id(k) for k in (0, 129, 130, 131)] == ["s/0", "s/129", "s/130", "s/131"]
+    assert list(shards) == [make_row(k) for k in range(195)]
+    assert (len(shards), shards.shard_rows) == (195, (130, 1, 64))
+
+
+@pytest.mark.parametrize("index", [-1, 195, 10**9])
+def test_rows_that_do_not_exist(uri, index):
+    with pytest.raises(IndexError, match="195 rows"):
+        ShardSet.open(uri).row(index)
+
+
+@pytest.mark.parametrize("pieces", [(1,), (64,), (63, 65), (200,), (7, 64, 1)])
+def test_batches_have_one_size_however_rows_arrive(tmp_path, uri, pieces):
+    again = write_set(tmp_path / "set", [130, 1, 64], pieces)
+    reader = pa.ipc.open_file(f"{again}/part-00000.arrow")
+    assert [reader.get_batch(n).num_rows for n in range(reader.num_record_batches)] == [BATCH_ROWS, BATCH_ROWS, 2]
+    assert ShardSet.open(again).table().equals(ShardSet.open(uri).table())
+
+
+def test_the_same_rows_in_the_same_pieces_give_the_same_bytes(tmp_path):
+    first, second = (write_set(tmp_path / name, [130, 9], (7, 64, 1)) for name in ("a", "b"))
+    for name in ("part-00000.arrow", "part-00001.arrow", "manifest.json"):
+        assert storage.read_bytes(f"{first}/{name}") == storage.read_bytes(f"{second}/{name}")
+
+
+def test_a_row_costs_its_own_bytes_and_not_the_file(tmp_path):
+    writer = ShardWriter(str(tmp_path / "part-00000.arrow"))
+    for number in range(20):
+        writer.write(
+            record_batch(
+                [SampleRow(f"{number}/{n}", "s", "pair", (Turn("", ("a",)),), b"x" * 20_000) for n in range(64)]
+            )
+        )
+    (tmp_path / "manifest.json").write_bytes(Manifest("s", (writer.close(),)).to_json())
+    before = pa.total_allocated_bytes()
+    row = ShardSet.open(str(tmp_path)).row(700)
+    assert row.id == "10/60"
+    assert pa.total_allocated_bytes() - before < 100_000
+
+
+def test_pickled_set_opens_again(uri):
+    shards = ShardSet.open(uri)
+    shards.row(3)
+    assert pickle.loads(pickle.dumps(shards)).row(3) == make_row(3)
+
+
+def test_table_is_the_canonical_schema(uri):
+    table = ShardSet.open(uri).table()
+    assert table.schema.equals(SCHEMA)
+    assert table.num_rows == 195
+    assert ShardSet.open(uri).table(["id", "task"]).column_names == ["id", "task"]
+
+
+def test_missing_set_is_told_from_a_broken_one(tmp_path, uri):
+    with pytest.raises(FileNotFoundError, match=r"jobs/prepare_data\.py"):
+        ShardSet.open(str(tmp_path / "nowhere"))
+    copy = tmp_path / "set"
+    shutil.copytree(uri, copy)
+    (copy / "part-00001.arrow").unlink()
+    with pytest.raises(ShardError, match=r"part-00001\.arrow is missing"):
+        ShardSet.open(str(copy))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "footer"])
+def test_damaged_shards_are_named(tmp_path, uri, damage):
+    copy = tmp_path / "set"
+    shutil.copytree(uri, copy)
+    path = copy / "part-00000.arrow"
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(data[:-10])
+        with pytest.raises(ShardError, match=r"part-00000\.arrow has .* bytes instead of"):
+            ShardSet.open(str(copy))
+        return
+    place = len(data) // 2 if damage == "flipped" else len(data) - 20
+    data[place : place + 8] = bytes(255 - byte for byte in data[place : place + 8])
+    path.write_bytes(data)
+    shards = ShardSet.open(str(copy))
+    with pytest.raises(ShardError, match=r"part-00000\.arrow does not match the manifest|part-00000\.arrow"):
+        shards.verify()
+    if damage == "footer":
+        with pytest.raises(ShardError, match=r"part-00000\.arrow cannot be read"):
+            shards.row(0)
+    assert shards.row(131) == make_row(131)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b'{"format": "other"}', b'{"format": "tinygptv-shards", "version": 99}']
+)
+def test_manifest_of_another_kind(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(ShardError, match="prepare the data anew"):
+        ShardSet.open(str(tmp_path))
+
+
+def test_interrupted_writer_leaves_nothing_that_looks_finished(tmp_path):
+    writer = ShardWriter(str(tmp_path / "part-00000.arrow"))
+    writer.write(record_batch([make_row(n) for n in range(100)]))
+    assert not (tmp_path / "part-00000.arrow").exists()
+    writer.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- remote sets
+
+
+@pytest.fixture
+def remote(uri):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name in ("manifest.json", "part-00000.arrow", "part-00001.arrow", "part-00002.arrow"):
+        memory.pipe(f"/bucket/set/{name}", storage.read_bytes(f"{uri}/{name}"))
+    return "memory://bucket/set"
+
+
+def test_remote_shards_are_fetched_once_and_only_when_needed(tmp_path, remote, monkeypatch):
+    fetched = []
+    download = storage.download
+    monkeypatch.setattr(storage, "download", lambda place, target: (fetched.append(place), download(place, target)))
+    for _ in range(2):
+        shards = ShardSet.open(remote, ShardCache(tmp_path))
+        assert [shards.row(k) for k in (131, 194, 140)] == [make_row(k) for k in (131, 194, 140)]
+    assert fetched == [f"{remote}/part-00002.arrow"]
+
+
+def test_cache_removes_the_least_recently_used(tmp_path, remote, uri):
+    sizes = {info.file: info.bytes for info in Manifest.read(uri).shards}
+    cache = ShardCache(tmp_path, max_bytes=sizes["part-00000.arrow"] + sizes["part-00001.arrow"])
+    shards = ShardSet.open(remote, cache)
+    shards.rows([0, 130])
+    assert len(list(tmp_path.glob("*.arrow"))) == 2
+    first = tmp_path / f"{shards.manifest.shards[0].sha256}.arrow"
+    os.utime(first, (1, 1))
+    shards.row(194)
+    kept = {path.stem for path in tmp_path.glob("*.arrow")}
+    assert kept == {shards.manifest.shards[1].sha256, shards.manifest.shards[2].sha256}
+    assert shards.row(0) == make_row(0), "an open shard outlives its removal"
+
+
+def test_download_that_does_not_match_is_refused(tmp_path, remote):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    data = bytearray(memory.cat("/bucket/set/part-00001.arrow"))
+    data[40] ^= 255
+    memory.pipe("/bucket/set/part-00001.arrow", bytes(data))
+    with pytest.raises(ShardError, match="does not match the manifest"):
+        ShardSet.open(remote, ShardCache(tmp_path)).row(130)
+    assert list(tmp_path.glob("*")) == []
+
+
+# ---------------------------------------------------------------- plain readers
+
+
+def test_hugging_face_datasets_reads_the_files(uri, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    files = [f"{uri}/part-00000.arrow", f"{uri}/part-00001.arrow"]
+    loaded = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path))
+    assert loaded.num_rows == 131
+    assert SampleRow.from_dict(loaded[130]) == make_row(130)
+
+
+def test_manifest_says_what_the_columns_are(uri):
+    content = json.loads(storage.read_bytes(f"{uri}/manifest.json"))
+    assert list(content["schema"]) == sorted(SCHEMA.names)
+    assert content["rows"] == 195

@@ -1,0 +1,223 @@
+"""Entries of JSON files as byte ranges, and annotation files with broken entries."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.settings import PrepareDataSettings, SettingsError
+from pipelines.sources import json_items as items_module
+from pipelines.sources import locate
+from pipelines.sources.base import Rejected
+from pipelines.sources.json_items import JsonDamage, iterate_items, split_items
+from pipelines.sources.referring import UnsafePickleError, load_plain_pickle
+from tests.source_files import jpeg
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+class Dripping(io.BytesIO):
+    """A stream that gives a few bytes at a time, as if every entry lay across two chunks."""
+
+    def read(self, size=-1):
+        return super().read(min(size, 7) if size and size > 0 else 7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(VALUES, max_size=8), st.booleans(), st.sampled_from([None, 1]))
+def test_list_items_are_found_where_they_lie(values, ascii_only, indent):
+    data = json.dumps(values, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass")
+    found = list(iterate_items(Dripping(data)))
+    assert [json.loads(data[item.start : item.stop]) for item in found] == values
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), VALUES, max_size=6))
+def test_object_items_keep_their_keys_and_slices_can_be_split_again(values):
+    data = json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    found = list(iterate_items(Dripping(data)))
+    assert [item.key for item in found] == list(values)
+    if not found:
+        return
+    start, stop = found[0].start, found[-1].stop
+    again = list(split_items(data[start:stop], start, keyed=True))
+    assert [(item.key, item.start, item.stop) for item in again] == [
+        (item.key, item.start, item.stop) for item in found
+    ]
+    assert [json.loads(data[item.value_start : item.stop]) for item in again] == list(values.values())
+
+
+def test_member_list_is_found_behind_other_members():
+    data = json.dumps({"info": {"annotations": 1}, "n": 12, "annotations": [{"a": 1}, {"a": 2}], "z": 0}).encode()
+    assert [item.value for item in iterate_items(Dripping(data), "annotations")] == [{"a": 1}, {"a": 2}]
+    assert list(iterate_items(Dripping(data), "images")) == []
+
+
+def test_byte_order_mark_is_skipped():
+    assert [item.value for item in iterate_items(io.BytesIO(b'\xef\xbb\xbf[{"a": 1}]'))] == [{"a": 1}]
+
+
+@pytest.mark.parametrize("data", [b'[{"a": 1}, {"a": 2', b'[{"a": 1}, oops, {"a": 2}]', b'[{"a": 1}'])
+def test_damage_is_reported_after_what_comes_before_it(data):
+    found = []
+    with pytest.raises(JsonDamage, match="after byte"):
+        found.extend(iterate_items(Dripping(data)))
+    stream = iterate_items(Dripping(data))
+    assert next(stream).value == {"a": 1}
+
+
+def test_window_moves_on_so_that_memory_stays_bounded(monkeypatch):
+    monkeypatch.setattr(items_module, "_CHUNK_BYTES", 1000)
+    data = json.dumps([{"text": "x" * 50}] * 2000).encode()
+    scanner = items_module._Scanner(io.BytesIO(data))
+    scanner.next_mark()
+    longest = max(len(scanner.text) for _ in scanner.elements())
+    assert longest < 5000 < len(data)
+
+
+# ---------------------------------------------------------------- annotation files
+
+
+def read(source, given, images=""):
+    chosen, location = locate(
+        PrepareDataSettings(source=source, input=str(given), images=str(images) if images else "")
+    )
+    return [found for unit in chosen.reader.plan(location) for found in chosen.reader.read(unit)]
+
+
+def vqa_entry(image="a.jpg", **changes):
+    return {"image": f"train2014/{image}", "question": "What?", "answer": ["yes"], **changes}
+
+
+@pytest.fixture
+def images(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "images/empty.jpg").write_bytes(b"")
+    return tmp_path / "images"
+
+
+def test_broken_entries_are_set_apart_one_by_one(tmp_path, images):
+    entries = [
+        vqa_entry(),
+        {"image": "a.jpg", "answer": ["x"]},
+        vqa_entry("missing.jpg"),
+        vqa_entry("empty.jpg"),
+        vqa_entry(answer=[1, 2]),
+        vqa_entry(question=None),
+        "no entry at all",
+        vqa_entry(),
+    ]
+    (tmp_path / "ann.json").write_text(json.dumps(entries))
+    found = read("coco_vqa", tmp_path / "ann.json", images)
+    reasons = [entry.reason if isinstance(entry, Rejected) else "row" for entry in found]
+    expected = ["row", "KeyError 'question'", "is missing", "is empty", "malformed", "no text", "malformed", "row"]
+    assert len(reasons) == len(expected)
+    assert all(part in reason for part, reason in zip(expected, reasons, strict=True)), reasons
+    assert [entry.key for entry in found if isinstance(entry, Rejected)] == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_paths_that_climb_out_are_refused(tmp_path, images):
+    (tmp_path / "secret.jpg").write_bytes(jpeg(1))
+    entries = [
+        {"image": path, "question": "q", "answer": "a"} for path in ("../secret.jpg", str(tmp_path / "secret.jpg"))
+    ]
+    (tmp_path / "ann.json").write_text(json.dumps(entries))
+    assert ["climbs out" in found.reason for found in read("gqa", tmp_path / "ann.json", images)] == [True, True]
+
+
+def test_entry_that_is_no_utf8_does_not_hide_the_next(tmp_path, images):
+    good = json.dumps(vqa_entry()).encode()
+    (tmp_path / "ann.json").write_bytes(b"[" + good.replace(b"What", b"Wh\xe9t") + b"," + good + b"]")
+    found = read("coco_vqa", tmp_path / "ann.json", images)
+    assert "not UTF-8" in found[0].reason
+    assert found[1].turns[0].question == "what?"
+
+
+def test_cut_annotation_file_gives_what_comes_before(tmp_path, images):
+    whole = json.dumps([vqa_entry(question=f"q{n}") for n in range(5)])
+    (tmp_path / "ann.json").write_text(whole[: int(len(whole) * 0.7)])
+    *rows, last = read("coco_vqa", tmp_path / "ann.json", images)
+    assert [row.turns[0].question for row in rows] == ["q0", "q1", "q2"]
+    assert (last.key, "cut off" in last.reason) == ("", True)
+
+
+def test_slices_cover_the_file(tmp_path, images, monkeypatch):
+    monkeypatch.setattr("pipelines.sources.annotations.ENTRIES_PER_UNIT", 3)
+    entries = {f"k{n}": {"imageURL": "x/a.jpg", "questions": [f"q{n}"], "answers": ["a"], "split": 1} for n in range(8)}
+    for key in entries:
+        (images / f"{key}.jpg").write_bytes(jpeg(0))
+    (tmp_path / "dataset.json").write_text(json.dumps(entries))
+    source, location = locate(PrepareDataSettings(source="ocrvqa", input=str(tmp_path), images=str(images)))
+    units = list(source.reader.plan(location))
+    found = [row for unit in units for row in source.reader.read(unit)]
+    assert [row.turns[0].question for row in found] == [f"q{n}" for n in range(8)]
+    assert len({row.id for row in found}) == 8
+
+
+def test_wrong_file_and_missing_images_are_the_users_mistakes(tmp_path, images):
+    (tmp_path / "ann.json").write_text("hello")
+    with pytest.raises(SettingsError, match="does not start as JSON"):
+        read("coco_vqa", tmp_path / "ann.json", images)
+    (tmp_path / "ann.json").write_text("[]")
+    with pytest.raises(SettingsError, match="no entries"):
+        read("coco_vqa", tmp_path / "ann.json", images)
+    (tmp_path / "ann.json").write_text(json.dumps([vqa_entry()]))
+    with pytest.raises(SettingsError, match="needs images="):
+        read("coco_vqa", tmp_path / "ann.json")
+    with pytest.raises(SettingsError, match="is no folder"):
+        read("coco_vqa", tmp_path / "ann.json", tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------- pickles
+
+
+class Runs:
+    def __reduce__(self):
+        return (print, ("this code ran",))
+
+
+def test_pickle_that_would_run_code_is_refused(tmp_path, images, capsys):
+    with pytest.raises(UnsafePickleError, match="print"):
+        load_plain_pickle(pickle.dumps([Runs()]))
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps([Runs()], protocol=2))
+    (tmp_path / "instances.json").write_text('{"annotations": []}')
+    with pytest.raises(SettingsError, match="only lists, dicts"):
+        read("refcoco", tmp_path, images)
+    assert "this code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_pickles_of_every_protocol_are_read(protocol):
+    value = [{"a": 1, "b": [1.5, "caf\xe9", None, True], "c": (2, 3)}]
+    assert load_plain_pickle(pickle.dumps(value, protocol)) == value
+
+
+def test_strings_of_python_2_are_latin_1():
+    assert load_plain_pickle(b"(lp0\nS'caf\\xe9'\np1\na.") == ["caf\xe9"]
+
+
+@pytest.mark.parametrize("data", [b"", b"garbage", pickle.dumps([1, 2, 3])[:-3]])
+def test_damaged_pickles_are_one_clear_error(data):
+    with pytest.raises(ValueError, match="not a readable pickle"):
+        load_plain_pickle(data)
+
+
+def test_reference_without_annotation_or_of_another_split(tmp_path, images):
+    (images / "COCO_train2014_000000000009.jpg").write_bytes(jpeg(0))
+    ref = {"ref_id": 1, "ann_id": 5, "image_id": 9, "split": "train", "sentences": [{"raw": "Dog."}]}
+    refs = [ref, {**ref, "ref_id": 2, "ann_id": 6}, {**ref, "ref_id": 3, "split": "val"}, {"ref_id": 4}]
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    (tmp_path / "instances.json").write_text(json.dumps({"annotations": [{"id": 5, "bbox": [1, 2, 3, 4]}]}))
+    found = read("refcoco", tmp_path, images)
+    assert found[0].boxes == ((1.0, 2.0, 4.0, 6.0),)
+    assert [(entry.key, entry.filter) for entry in found[1:]] == [("2", ""), ("3", "split"), ("4", "")]

@@ -1,0 +1,185 @@
+"""One's own data: JSON lines, Hugging Face folders, Parquet."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.checks import check_row
+from pipelines.settings import PrepareDataSettings, SettingsError
+from pipelines.shards import record_batch
+from pipelines.sources import locate
+from pipelines.sources.base import Rejected
+from tests.source_files import encode, jpeg, picture
+from tinygptv.sample import SampleRow, Turn
+
+
+def read(source, given, **more):
+    settings = PrepareDataSettings(source=source, input=str(given), **more)
+    chosen, location = locate(settings)
+    found = [found for unit in chosen.reader.plan(location) for found in chosen.reader.read(unit)]
+    return [
+        entry if isinstance(entry, Rejected) else check_row(entry, web=chosen.web, settings=settings) for entry in found
+    ]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    return tmp_path
+
+
+def test_every_form_of_a_json_line(folder):
+    turns = [{"question": "What?", "answers": ["one", "two", "two"]}]
+    talk = [
+        {"from": "human", "value": "<image>\nWhat?"},
+        {"from": "gpt", "value": "A dog."},
+        {"from": "human", "value": "Sure?"},
+        {"from": "gpt", "value": "Yes."},
+    ]
+    path = write_lines(
+        folder / "own.jsonl",
+        [
+            {"image": "a.jpg", "turns": turns, "task": "vqa"},
+            {"image": "a.jpg", "conversations": talk},
+            {"image": "a.jpg", "question": "Q", "answer": "A"},
+            {"image": "a.jpg", "caption": "A Caption."},
+            {"question": "1+1?", "answer": "2"},
+            {
+                "image": "a.jpg",
+                "turns": [{"question": "", "answers": ["the dog"]}],
+                "boxes": [[1, 2, 3, 4]],
+                "task": "refer",
+            },
+        ],
+    )
+    rows = read("jsonl", path, name="mine")
+    assert [row.task for row in rows] == ["vqa", "conversation", "instruct", "caption", "text", "refer"]
+    assert {row.source for row in rows} == {"mine"}
+    assert rows[0].turns == (Turn("What?", ("one", "two", "two")),)
+    assert rows[1].turns == (Turn("What?", ("A dog.",)), Turn("Sure?", ("Yes.",)))
+    assert rows[3].turns == (Turn("", ("A Caption.",)),)
+    assert [row.image is None for row in rows] == [False, False, False, False, True, False]
+    assert rows[5].boxes == ((1.0, 2.0, 3.0, 4.0),)
+
+
+def test_task_of_rows_that_name_none(folder):
+    path = write_lines(folder / "own.jsonl", [{"image": "a.jpg", "caption": "x"}])
+    assert [row.task for row in read("jsonl", path, task="pair")] == ["pair"]
+    with pytest.raises(SettingsError, match="task='painting' is unknown"):
+        read("jsonl", path, task="painting")
+    with pytest.raises(SettingsError, match="only for own data"):
+        read("coco_vqa", path, task="pair")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{broken\n", "no valid JSON"),
+        ('"text"\n', "no object"),
+        ({"image": "a.jpg"}, "no turns, conversations, question or caption"),
+        ({"image": 3, "caption": "x"}, "no path"),
+        ({"image": "../a.jpg", "caption": "x"}, "climbs out"),
+        ({"image": "a.jpg", "question": "q", "answers": "not a list"}, "not a list"),
+        ({"image": "a.jpg", "turns": [{"question": "q"}]}, "answer"),
+        ({"image": "a.jpg", "question": "q", "answer": "a", "boxes": [[1, 2]]}, "malformed"),
+    ],
+)
+def test_broken_line_is_set_apart_with_its_number(folder, line, reason):
+    good = {"image": "a.jpg", "caption": "x"}
+    found = read("jsonl", write_lines(folder / "own.jsonl", [good, "\n", line, good]))
+    assert [isinstance(entry, Rejected) for entry in found] == [False, True, False]
+    assert found[1].key == "line 3"
+    assert reason in found[1].reason
+
+
+def test_lines_are_cut_into_units_without_loss(folder, monkeypatch):
+    monkeypatch.setattr("pipelines.sources.own.ENTRIES_PER_UNIT", 4)
+    monkeypatch.setattr("pipelines.storage.COPY_BYTES", 10)
+    path = write_lines(folder / "own.jsonl", [{"question": f"q{n}", "answer": "a"} for n in range(10)])
+    path.write_text(path.read_text().rstrip("\n"))
+    source, location = locate(PrepareDataSettings(source="jsonl", input=str(path)))
+    units = list(source.reader.plan(location))
+    rows = [row for unit in units for row in source.reader.read(unit)]
+    assert len(units) == 3
+    assert [row.turns[0].question for row in rows] == [f"q{n}" for n in range(10)]
+    assert [row.id for row in rows] == [f"own/line {n}" for n in range(1, 11)]
+
+
+def test_json_file_with_a_list_is_read_too(folder):
+    path = folder / "own.json"
+    path.write_text(json.dumps([{"image": "a.jpg", "caption": "x"}]))
+    assert [row.task for row in read("jsonl", path)] == ["caption"]
+
+
+def test_hugging_face_folder_with_splits(folder):
+    datasets = pytest.importorskip("datasets")
+    rows = {
+        "image": [picture(n) for n in range(5)],
+        "question": [f"q{n}" for n in range(5)],
+        "answers": [["a", "b"]] * 5,
+    }
+    features = datasets.Features(
+        image=datasets.Image(), question=datasets.Value("string"), answers=datasets.List(datasets.Value("string"))
+    )
+    saved = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(train=saved, test=saved.select([0])).save_to_disk(folder / "set")
+    found = read("hf", folder / "set", task="vqa")
+    assert [row.turns[0] for row in found] == [Turn(f"q{n}", ("a", "b")) for n in range(5)]
+    assert all(row.image.startswith(b"\x89PNG") for row in found)
+    assert len(read("hf", folder / "set/test", task="vqa")) == 1
+
+
+def test_parquet_in_row_groups_with_bytes_paths_and_nothing(folder):
+    cells = [
+        {"bytes": jpeg(1), "path": None},
+        {"bytes": None, "path": "a.jpg"},
+        None,
+        {"bytes": b"junk", "path": "x.png"},
+    ]
+    table = pa.table({"image": cells, "question": ["q"] * 4, "answer": ["a"] * 4})
+    pq.write_table(table, folder / "0.parquet", row_group_size=1)
+    found = read("parquet", folder, images=str(folder))
+    assert [entry.reason if isinstance(entry, Rejected) else entry.task for entry in found] == [
+        "instruct",
+        "instruct",
+        "text",
+        "image x.png does not hold an image in a known format",
+    ]
+    assert (found[0].image, found[1].image) == (jpeg(1), jpeg(0))
+    assert "images= names no folder" in read("parquet", folder)[1].reason
+
+
+def test_canonical_rows_survive_a_round_trip_through_parquet(folder):
+    row = SampleRow("x/1", "own", "refer", (Turn("", ("a", "b")),), jpeg(2), 48, 32, ((1.5, 2.0, 3.0, 4.0),))
+    pq.write_table(pa.Table.from_batches([record_batch([row])]), folder / "0.parquet")
+    found = read("parquet", folder, name="own")[0]
+    assert (found.task, found.turns, found.image, found.boxes) == (row.task, row.turns, row.image, row.boxes)
+
+
+def test_damaged_tables(folder):
+    (folder / "0.parquet").write_bytes(b"PAR1 nothing PAR1")
+    with pytest.raises(SettingsError, match="no readable Parquet"):
+        read("parquet", folder)
+    (folder / "set").mkdir()
+    with pytest.raises(SettingsError, match=r"neither .arrow nor .parquet"):
+        read("hf", folder / "set")
+    (folder / "set/data.arrow").write_bytes(b"junk")
+    assert "cannot be read after row 0" in read("hf", folder / "set")[0].reason
+
+
+def test_images_are_named_when_they_are_encoded_otherwise(folder):
+    (folder / "b.png").write_bytes(encode(picture(1), "PNG"))
+    (folder / "c.jpg").write_bytes(encode(picture(1), "PNG"))
+    path = write_lines(folder / "own.jsonl", [{"image": name, "caption": "x"} for name in ("b.png", "c.jpg")])
+    found = read("jsonl", path)
+    assert found[0].image.startswith(b"\x89PNG")
+    assert "wrong extension" in found[1].reason
