@@ -41,10 +41,10 @@ def make_pictures(count: int) -> list[np.ndarray]:
     pictures = []
     for seed in range(count):
         rng = np.random.default_rng(seed)
-        layers = [
-            np.asarray(Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC), dtype=float)
-            for h, w in ((4, 5), (24, 32), (94, 125))
-        ]  # fmt: skip
+        layers = []
+        for height, width in ((4, 5), (24, 32), (94, 125)):
+            coarse = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+            layers.append(np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), dtype=float))
         grain = rng.normal(0, 9, (375, 500, 1))
         pictures.append(np.clip(0.55 * layers[0] + 0.3 * layers[1] + 0.15 * layers[2] + grain, 0, 255).astype(np.uint8))
     return pictures
@@ -92,11 +92,11 @@ def compare_ingest(tars: Path, scratch: Path, rounds: int, img2dataset: str) -> 
     names = [name for name in CONTENDERS if "img2dataset" not in name or img2dataset]
     runs: dict[str, list[dict]] = {name: [] for name in [*names, "ours, 1 CPU"]}
     for _ in range(rounds):
-        for name in runs:
+        for name, done in runs.items():
             python = img2dataset if "img2dataset" in name else sys.executable
             key, workers = ("ours", 1) if name == "ours, 1 CPU" else (name, 2)
-            runs[name].append(run_contender(key, tars, scratch / "out", workers, python))
-            print(f"{name}: {runs[name][-1]}", file=sys.stderr, flush=True)
+            done.append(run_contender(key, tars, scratch / "out", workers, python))
+            print(f"{name}: {done[-1]}", file=sys.stderr, flush=True)
     best = {name: min(done, key=lambda run: run["wall"]) for name, done in runs.items()}
     ours = best["ours"]
     lines = [
@@ -129,7 +129,9 @@ def measure_floor(tars: Path) -> list[str]:
     size = (299, 224)
     pixels = [cv2.resize(simplejpeg.decode_jpeg(d, "RGB"), size, interpolation=cv2.INTER_AREA) for d in data]
     steps = {
-        "decode to the smallest sufficient scale": lambda i: simplejpeg.decode_jpeg(data[i], "RGB", min_width=299, min_height=224),
+        "decode to the smallest sufficient scale": lambda i: simplejpeg.decode_jpeg(
+            data[i], "RGB", min_width=size[0], min_height=size[1]
+        ),
         "encode, quality 90": lambda i: simplejpeg.encode_jpeg(pixels[i], QUALITY, "RGB", "420"),
         "decode, shrink, encode (the floor)": lambda i: shrink_fast(data[i]),
         "our check_image: the same with all checks and the perceptual hash": lambda i: check_image(data[i], settings),
@@ -267,9 +269,9 @@ class LoadWatch(threading.Thread):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="passes over all contenders; the best counts")
+    parser.add_argument("--rounds", type=int, default=1, help="times that every contender is started; the best counts")
     parser.add_argument("--tars", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=250, help="rows of a tar")
+    parser.add_argument("--rows", type=int, default=100, help="rows of a tar")
     parser.add_argument("--img2dataset-python", default="", help="Python of an environment with img2dataset")
     parser.add_argument("--only", default="ingest,floor,memory,readers")
     arguments = parser.parse_args()
@@ -303,7 +305,7 @@ def main() -> None:
         [*(f"- {line}" for line in head), *(f"\n## {name}\n\n" + "\n".join(body) for name, body in parts.items())]
     )
     print(text)
-    RESULT.with_suffix(".raw.md").write_text(text + "\n")
+    RESULT.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@
 * ``engine``: this project's continuous batching.
 
 Every client asks its next question when it has its answer; every question has a picture of its own, encoded anew, so
-nothing is reused. Answer lengths are forced, so that random weights do for all of them. Questions are the same.
+nothing is reused. Answer lengths are forced, so that random weights do for all of them. Questions are the same. CPU
+time per answer is what stays comparable on a machine where others work too.
 """
 
 from __future__ import annotations
@@ -159,34 +160,34 @@ class EngineServer:
         self.assistant.close()
 
 
-def run(server, clients: int, questions: list[Question]) -> tuple[float, list[Timing], list[list[int]]]:
-    """All questions by so many clients; returns seconds, timings and answers, in the questions' order."""
+def run(server, clients: int, questions: list[Question]) -> tuple[float, float, list[Timing], list[list[int]]]:
+    """All questions by so many clients; seconds, CPU seconds, timings and answers, in the questions' order."""
 
     def ask(question: Question) -> tuple[Timing, list[int]]:
         started = time.perf_counter()
         first, ids = server.ask(question)
         return Timing(first - started, time.perf_counter() - started, len(ids)), ids
 
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(clients) as pool:
         results = list(pool.map(ask, questions))
-    return time.perf_counter() - started, [timing for timing, _ in results], [ids for _, ids in results]
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
+    return seconds, cpu_seconds, [timing for timing, _ in results], [ids for _, ids in results]
 
 
-def report(name: str, clients: int, seconds: float, timings: list[Timing], baseline: float | None) -> str:
+def report(name: str, clients: int, seconds: float, cpu_s: float, timings: list[Timing], baseline: float) -> str:
     rate = len(timings) / seconds
     tokens = sum(timing.num_tokens for timing in timings) / seconds
     first = [timing.first_token * 1e3 for timing in timings]
     whole = [timing.finished * 1e3 for timing in timings]
-    ratio = f"{rate / baseline:.1f} x" if baseline else "1.0 x"
-    return (
-        f"| {name} | {clients} | {rate:.1f} | {tokens:.0f} | {ratio} | {percentile(first, 0.5):.0f} | "
-        f"{percentile(first, 0.95):.0f} | {percentile(whole, 0.5):.0f} | {percentile(whole, 0.95):.0f} |"
-    )
+    cpu = f"{cpu_s / len(timings) * 1e3:.0f}" if cpu_s else "-"
+    delays = [f"{percentile(values, share):.0f}" for values in (first, whole) for share in (0.5, 0.95)]
+    cells = [name, clients, f"{rate:.1f}", f"{tokens:.0f}", f"{rate / baseline:.1f} x", cpu, *delays]
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
-HEAD = """| server | clients | answers/s | tokens/s | to the first | first token ms p50 | p95 | answer ms p50 | p95 |
-|---|---|---|---|---|---|---|---|---|"""
+HEAD = """| server | clients | answers/s | tokens/s | gain | CPU ms each | 1st token ms p50 | p95 | answer p50 | p95 |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 async def run_http(address: str, clients: int, questions: list[Question]) -> tuple[float, list[Timing]]:
@@ -225,7 +226,8 @@ def main() -> None:
     parser.add_argument("--size", choices=("mini", "width"), default="mini")
     parser.add_argument("--artifact", help="a checkpoint folder instead of random weights")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 32])
-    parser.add_argument("--rounds", type=int, default=4, help="questions per client, at least 24 in all")
+    parser.add_argument("--rounds", type=int, default=3, help="questions per client")
+    parser.add_argument("--at-least", type=int, default=24, help="questions in all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--http", action="store_true")
     options = parser.parse_args()
@@ -237,14 +239,14 @@ def main() -> None:
         baselines = {}
         for kind in (OneAtATime, StaticBatches, EngineServer):
             server = kind(model, processor)
-            run(server, 2, make_questions(2, 2, seed=99))
+            run(server, 2, make_questions(4, 4, seed=99))
             for clients in options.clients:
-                count = max(24, options.rounds * clients)
-                seconds, timings, answers = run(server, clients, make_questions(count, count))
+                count = max(options.at_least, options.rounds * clients)
+                seconds, cpu_s, timings, answers = run(server, clients, make_questions(count, count))
                 if kind is OneAtATime:
                     baselines[clients] = (count / seconds, answers)
                 same = sum(a == b for a, b in zip(answers, baselines[clients][1], strict=True))
-                line = report(server.name, clients, seconds, timings, baselines[clients][0])
+                line = report(server.name, clients, seconds, cpu_s, timings, baselines[clients][0])
                 print(line + (f" {same} of {count} answers equal |" if kind is not OneAtATime else ""), flush=True)
             server.close()
         if options.http:
@@ -260,9 +262,9 @@ def bench_http(checkpoint, options, baselines) -> None:
     with serving(settings) as address:
         asyncio.run(run_http(address, 2, make_questions(8, 8, seed=99)))
         for clients in options.clients:
-            count = max(24, options.rounds * clients)
+            count = max(options.at_least, options.rounds * clients)
             seconds, timings = asyncio.run(run_http(address, clients, make_questions(count, count)))
-            print(report("engine over HTTP", clients, seconds, timings, baselines[clients]), flush=True)
+            print(report("engine over HTTP", clients, seconds, 0, timings, baselines[clients]), flush=True)
 
 
 if __name__ == "__main__":

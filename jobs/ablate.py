@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """The ablation matrix: which norm, and whether LoRA, in which stage (the shape of the paper's Table 3).
 
-    python jobs/ablate.py --config configs/mini.yaml data=data/miniature/shards init_from=outputs/miniature/backbones \
-        output=outputs/mini/ablation
+    python jobs/ablate.py --config configs/mini.yaml output=outputs/ablation
+    python jobs/ablate.py --config configs/mini.yaml variants='[full, no_qk_norm, "stage.lora_rank=4"]' \
+        stages='[1, 2]' data=data/shards init_from=outputs/backbones benchmark_data=data/world output=outputs/ablation
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from pipelines.ablate import ablate
 
         result = ablate(settings)
-        print(result["table"])
+        print(result["text"])
+        print(f"report: {result['report']}\npage: {result['page']}")
         print(result["result"])
 
     return run_main(work)

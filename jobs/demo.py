@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The whole way on the miniature: draw, prepare, train four stages, score, quantize, serve, ask.
 
-    python jobs/demo.py --config configs/mini.yaml output=outputs/demo
+python jobs/demo.py --config configs/mini.yaml output=outputs/demo
 """
 
 from __future__ import annotations

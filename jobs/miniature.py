@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The miniature: draw its world as data sets, or pretrain its backbones.
 
-    python jobs/miniature.py --config configs/mini.yaml task=draw output=data/miniature
-    python jobs/miniature.py --config configs/mini.yaml task=pretrain output=outputs/miniature
+python jobs/miniature.py --config configs/mini.yaml task=draw output=data/miniature
+python jobs/miniature.py --config configs/mini.yaml task=pretrain output=outputs/miniature
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Will it fit? Memory per stage and for inference, counted from the configuration; no GPU is touched.
 
-    python jobs/plan_memory.py --config configs/paper.yaml gpu=24GB
+python jobs/plan_memory.py --config configs/paper.yaml gpu=24GB
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def start_ray(settings: Settings) -> Iterator[None]:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import ray  # noqa: PLC0415  (reads the environment that was just set)
+    import ray
 
     if ray.is_initialized():
         yield

@@ -58,7 +58,10 @@ class Demo:
 
     def load(self, kind: type, **fields: Any) -> Any:
         """Settings of a hop: its section of the configuration, and what the demo decides."""
-        common = {"quiet": self.settings.quiet, "tracking_uri": self.settings.tracking_uri or f"sqlite:///{self.root}/mlflow.db"}
+        common = {
+            "quiet": self.settings.quiet,
+            "tracking_uri": self.settings.tracking_uri or f"sqlite:///{self.root}/mlflow.db",
+        }
         loaded = kind.load(self.config)
         return kind.parse({**loaded.model_dump(), **common, **fields}, "the demo")
 
@@ -194,7 +197,11 @@ def _ask(demo: Demo, artifact: Path, world: Path) -> None:
         with serving(settings) as address:
             for question in asked[:1]:
                 answer = ask(address, picture, f"[vqa] {question['question']}")
-                demo.facts["question"] = {"question": question["question"], "answer": answer, "truth": question["answer"]}
+                demo.facts["question"] = {
+                    "question": question["question"],
+                    "answer": answer,
+                    "truth": question["answer"],
+                }
             located = ask(address, picture, f"[refer] give me the location of {entry['sents']}")
         demo.facts["refer"] = {"phrase": entry["sents"], "answer": located}
     demo.facts["picture"] = str(_draw_answer(picture, entry["sents"], located, demo.root / "answer.png"))
@@ -247,5 +254,3 @@ def summary(result: dict[str, Any]) -> str:
         result["result"],
     ]
     return "\n".join(lines)
-
-

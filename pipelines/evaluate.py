@@ -127,7 +127,7 @@ def _units(settings: ScoreSettings, options: AnswerOptions, benchmarks: Sequence
     data = Path(settings.data).expanduser().absolute()
     size = 4 * settings.batch_size
     for benchmark in benchmarks:
-        questions = list(benchmark.read(data))
+        questions = _read(benchmark, data)
         questions = questions[: settings.limit] if settings.limit else questions
         _check_pictures(benchmark.name, questions)
         for number, start in enumerate(range(0, len(questions), size)):
@@ -136,6 +136,16 @@ def _units(settings: ScoreSettings, options: AnswerOptions, benchmarks: Sequence
             digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
             file = f"{benchmark.name}-{number:05d}-{digest}.jsonl"
             yield Unit(benchmark.name, number, part, benchmark.max_new_tokens, benchmark.generates, file)
+
+
+def _read(benchmark: Benchmark, data: Path) -> list[Question]:
+    try:
+        return list(benchmark.read(data))
+    except (KeyError, TypeError, IndexError) as error:
+        raise SettingsError(
+            f"benchmark={benchmark.name}: an entry of its files is not as officially distributed: "
+            f"{type(error).__name__} {error}."
+        ) from error
 
 
 def _check_pictures(name: str, questions: Sequence[Question]) -> None:
@@ -186,7 +196,7 @@ def _answer_inline(settings: ScoreSettings, options: AnswerOptions, units: Seque
 
 
 def _answer_on_ray(settings: ScoreSettings, options: AnswerOptions, units: Sequence[Unit]) -> Iterator[int]:
-    import ray.data  # noqa: PLC0415  (seconds, and not needed inline)
+    import ray.data
 
     threads = settings.threads_per_worker or max(1, (os.cpu_count() or 1) // settings.num_workers)
     with start_ray(settings):

@@ -88,7 +88,9 @@ class FeatureSet:
         known = {part["shard_sha256"]: part for part in manifest["parts"]}
         missing = [shard.file for shard in shards if shard.sha256 not in known]
         if missing:
-            raise FeatureError(f"the features in {folder} lack {missing[0]}: the data changed; run jobs/cache_features.py again.")
+            raise FeatureError(
+                f"the features in {folder} lack {missing[0]}: the data changed; run jobs/cache_features.py again."
+            )
         return cls(folder, key, [known[shard.sha256] for shard in shards])
 
     def row(self, index: int) -> np.ndarray:
@@ -118,7 +120,9 @@ def cache_features(settings: CacheFeaturesSettings) -> dict[str, Any]:
     """
     started = time.perf_counter()
     if not settings.checkpoint or not settings.data:
-        raise SettingsError("give data=DIR (prepared shard sets) and checkpoint=DIR (whose encoder computes the features).")
+        raise SettingsError(
+            "give data=DIR (prepared shard sets) and checkpoint=DIR (whose encoder computes the features)."
+        )
     checkpoint = str(Path(settings.checkpoint).expanduser().absolute())
     verify_folder(checkpoint, hashes=False)
     image_size = settings.image_size or _image_size(checkpoint)
@@ -269,7 +273,9 @@ def _run_on_ray(settings: CacheFeaturesSettings, checkpoint: str, image_size: in
         ray.data.DataContext.get_current().enable_progress_bars = False
         gpus = settings.gpus_per_worker
         threads = max(1, (os.cpu_count() or 1) // settings.num_workers)
-        done = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units)).map_batches(
+        done = ray.data.from_items(
+            [{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units)
+        ).map_batches(
             FeatureWriter,
             fn_constructor_args=(checkpoint, image_size, settings.batch_size, threads),
             batch_size=1,

@@ -131,7 +131,9 @@ def _finished_before(output: str, mark: str) -> dict[str, Any] | None:
 
 
 def _prepare(settings: PrepareDataSettings, name: str, units: Sequence[Unit], output: str, mark: str) -> dict[str, Any]:
+    """Do what is missing; the folder is complete when it has a manifest, and known when it has ``INPUTS``."""
     staging = storage.join(output, STAGING)
+    storage.remove_file(storage.join(output, INPUTS))
     storage.remove_file(storage.join(output, MANIFEST))  # from here on the folder is not complete
     storage.make_folder(staging)
     with start_ray(settings):
@@ -182,12 +184,13 @@ def _map_on_cluster(work: Work, items: list[dict[str, Any]]) -> Iterator[dict[st
     Raises:
         DiskFullError, UnreadableError: a task met one; it travels as a value, so that it arrives without Ray's trace.
     """
-    import ray.data  # noqa: PLC0415  (takes seconds, and a finished set needs none of it)
+    import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts rows
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that they are off
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(_carry_errors(work), num_cpus=1)
     for done in dataset.iter_rows():
         if done["error"]:
@@ -214,7 +217,7 @@ def _alone(output: str) -> Iterator[None]:
     if not storage.is_local(output):
         yield
         return
-    with Path(output, ".lock").open("w") as lock:
+    with Path(storage.resolve(output)[1], ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -12,7 +12,7 @@ from pipelines.progress import Bar
 from pipelines.settings import MiniatureSettings, SettingsError
 from pipelines.tracking import open_tracker
 
-VISION_STEPS, LANGUAGE_STEPS = 3_500, 6_000
+VISION_STEPS, LANGUAGE_STEPS = 3_500, 4_000
 VISION_SCENES, HELD_OUT_SCENES = 24_000, 1_024
 SIDES = (64, 128)
 
@@ -95,7 +95,9 @@ def pretrain_backbones(settings: MiniatureSettings) -> dict[str, Any]:
         modules["vision"] = task.module
     if settings.parts != "vision":
         torch.manual_seed(settings.seed + 1)
-        tokenizer = _tokenizer(output / "tokenizer", settings.seed, config.text_config.vocab_size - 1, train_tokenizer, load_tokenizer)
+        tokenizer = _tokenizer(
+            output / "tokenizer", settings.seed, config.text_config.vocab_size - 1, train_tokenizer, load_tokenizer
+        )
         language = LanguageTask(config, tokenizer, world_seed=settings.seed, seed=settings.seed)
         scores |= pretrain(
             language,
@@ -106,10 +108,16 @@ def pretrain_backbones(settings: MiniatureSettings) -> dict[str, Any]:
             evaluate_every=1000,
         )
         modules["language"] = language.module
-    result: dict[str, Any] = {"folder": str(output), "scores": scores, "seconds": round(time.perf_counter() - started, 1)}
+    result: dict[str, Any] = {
+        "folder": str(output),
+        "scores": scores,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
     if len(modules) == 2:
         facts = {"title": "pretrained backbones of the miniature", "seed": settings.seed, **result}
-        folder = assemble_backbones(output / "backbones", config, modules["vision"], modules["language"], tokenizer, facts)
+        folder = assemble_backbones(
+            output / "backbones", config, modules["vision"], modules["language"], tokenizer, facts
+        )
         result["checkpoint"] = str(folder)
     tracker.close()
     return result

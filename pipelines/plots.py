@@ -30,10 +30,10 @@ def loss_curve(metrics: Path, picture: Path, stage: Stage, recipe: str) -> Path:
 
     entries = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps, losses = [e["step"] for e in entries], [e["loss"] for e in entries]
-    smooth = _smooth(losses, max(1, len(losses) // 40))
+    means = smooth(losses, max(1, len(losses) // 40))
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     axis.plot(steps, losses, color="#9bb8d3", linewidth=0.8, label="loss per step")
-    axis.plot(steps, smooth, color="#1f5a91", linewidth=1.8, label="running mean")
+    axis.plot(steps, means, color="#1f5a91", linewidth=1.8, label="running mean")
     if recipe in ("paper", "released"):
         start, end = PAPER_LOSSES[stage.number]
         axis.axhline(start, color="#b04a3a", linestyle=":", label=f"paper, start {start}")
@@ -49,7 +49,8 @@ def loss_curve(metrics: Path, picture: Path, stage: Stage, recipe: str) -> Path:
     return picture
 
 
-def _smooth(values: list[float], width: int) -> list[float]:
+def smooth(values: list[float], width: int) -> list[float]:
+    """Mean of the last ``width`` values at each place."""
     total, out = 0.0, []
     for i, value in enumerate(values):
         total += value - (values[i - width] if i >= width else 0.0)

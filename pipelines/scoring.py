@@ -31,7 +31,7 @@ Answered = Sequence[tuple[Question, Row]]
 def outcomes_of(answered: Answered, view: str) -> list[Outcome]:
     """The outcomes of one view; empty where it was not asked for."""
     return [
-        Outcome(question, row[view] or "", tuple(row.get(f"{view}_losses") or ()), row["problem"])
+        Outcome(question, row.get(view) or "", tuple(row.get(f"{view}_losses") or ()), row["problem"])
         for question, row in answered
         if row["problem"] or row.get(view) is not None
     ]
@@ -59,15 +59,16 @@ def score_benchmark(benchmark: Benchmark, answered: Answered, *, released: bool 
         ``scoring``, ``also`` (other statistics), ``parts`` (per split and kind), ``unanswered`` and ``problems``.
     """
     released = released and benchmark.released is not None
-    values = {view: _values(benchmark, outcomes_of(answered, view), released) for view in VIEWS}
-    own = values["answer"]
+    own = _values(benchmark, outcomes_of(answered, "answer"), released)
+    baselines = {}
+    for view in VIEWS[1:]:
+        asked = any(row.get(view) is not None for _, row in answered)
+        baselines[view] = _values(benchmark, outcomes_of(answered, view), released).main.value if asked else None
     problems = [f"{question.id}: {row['problem']}" for question, row in answered if row["problem"]]
-    asked = {view: any(row.get(view) is not None for _, row in answered) for view in VIEWS}
     return {
         "metric": "as released" if released else benchmark.metric,
         **asdict(own.main),
-        "blind": values["blind"].main.value if asked["blind"] else None,
-        "shuffled": values["shuffled"].main.value if asked["shuffled"] else None,
+        **baselines,
         "scoring": "released" if released else "official",
         "also": own.also,
         "parts": own.parts,
@@ -134,6 +135,7 @@ def write_predictions(
             lines.append(
                 {
                     "benchmark": benchmark.name,
+                    **dict.fromkeys(VIEWS),
                     **row,
                     "score": scores["answer"][place],
                     "blind_score": scores["blind"][place],

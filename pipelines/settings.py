@@ -167,7 +167,9 @@ class TrainSettings(Settings):
     micro_batch_size: int = Field(
         64, ge=1, description="samples of one forward; a step is cut into as many as it takes"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="fp32, bf16 or fp16 (with a GradScaler)")
+    precision: Literal["fp32", "bf16", "fp16", "fp16_range"] = Field(
+        "fp32", description="fp32, bf16, fp16 (with a GradScaler), or fp16_range, which emulates fp16 on a CPU"
+    )
     features: Literal["inline", "cached"] = Field(
         "inline", description="inline encodes images in every step; cached reads cache_features' files"
     )
@@ -216,13 +218,31 @@ class AblateSettings(Settings):
     section = "ablate"
 
     variants: list[str] = Field(
-        default_factory=lambda: ["full", "no_lora", "no_input_norm", "no_rms_norm", "no_qk_norm"],
-        description="rows of the table",
+        default_factory=lambda: ["full", "no_lora", "frozen_input_norm", "no_input_norm", "no_rms_norm", "no_qk_norm"],
+        description="rows of the table: names of pipelines.ablation_variants, or changes like stage.lora_rank=4",
     )
     stages: list[int] = Field(default_factory=lambda: [1, 2, 3, 4], description="columns of the table")
-    data: str = Field("", description="folder that holds one shard set per source")
-    init_from: str = Field("", description="backbones to start every variant from")
-    max_steps: int = Field(0, ge=0, description="steps per stage; 0 takes the stage's own")
+    precisions: list[str] = Field(
+        default_factory=lambda: ["fp32", "fp16_range"], description="one table each: fp32, bf16, fp16 (GPU), fp16_range"
+    )
+    data: str = Field("", description="folder that holds one shard set per source; empty draws a miniature world")
+    init_from: str = Field("", description="backbones to start every variant from; empty takes the shipped ones")
+    max_steps: int = Field(100, ge=0, description="steps per stage; 0 takes the stage's own")
+    benchmark: str | list[str] = Field(
+        "miniature_vqa", description="scored at the end of each variant; empty scores none"
+    )
+    benchmark_data: str = Field("", description="folder of the benchmark's files; empty is the drawn world")
+    score_limit: int = Field(200, ge=0, description="questions per benchmark; 0 takes all")
+    world_scenes: int = Field(1000, ge=1, description="training scenes of the world that is drawn where data is empty")
+    features: Literal["cached", "inline"] = Field("cached", description="cached computes query features once for all")
+    num_workers: int = Field(2, ge=0, description="variants trained at a time; 0 trains in the driver's process")
+    cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs of a variant's task")
+    threads_per_worker: int = Field(1, ge=1, description="torch threads of a variant's task")
+    use_gpu: bool = Field(False, description="one GPU per variant")
+    train: dict[str, Any] = Field(
+        default_factory=dict, description="further keys of the train section, for all variants"
+    )
+    stage: dict[str, Any] = Field(default_factory=dict, description="fields of every stage to change, for all variants")
 
 
 class QuantizeSettings(Settings):
@@ -231,12 +251,16 @@ class QuantizeSettings(Settings):
     section = "quantize"
 
     checkpoint: str = Field("", description="checkpoint folder")
-    method: str = Field("cpu", description="nf4, int8 (bitsandbytes) or cpu")
-    data: str = Field("", description="held-out shard sets for the drift check")
-    max_drift: float = Field(
-        0.5, gt=0, description="largest rise of held-out loss, in nats per token, that is exported"
+    method: str = Field("cpu", description="nf4 or int8 (bitsandbytes), cpu (8 bits) or cpu4 (4 bits)")
+    encoder: Literal["", "half", "int8"] = Field(
+        "", description="image encoder in half precision or int8; empty: int8 for CPUs, half for GPUs"
     )
+    keep_lora: bool = Field(False, description="store LoRA adapters beside the low-bit weights instead of merging them")
+    data: str = Field("", description="held-out shard sets for the drift check; empty takes drawn scenes")
+    drift_samples: int = Field(64, ge=1, description="samples of the drift check")
+    max_drift: float = Field(0.5, gt=0, description="largest rise of held-out loss that passes, in nats per token")
     register_as: str = Field("", description="name in MLflow's model registry; empty does not register")
+    alias: str = Field("champion", description="alias that the registered version gets")
 
 
 class ServeSettings(Settings):

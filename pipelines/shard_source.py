@@ -16,7 +16,7 @@ from pipelines.shards import MANIFEST, Manifest
 class ArrowFileDatasource(FileBasedDatasource):
     """Arrow IPC files, one record batch after the other; Ray Data has no reader of its own for them."""
 
-    _FILE_EXTENSIONS = ["arrow"]  # noqa: RUF012  (the type that Ray declares)
+    _FILE_EXTENSIONS = ["arrow"]
 
     def _open_input_source(self, filesystem: pa.fs.FileSystem, path: str, **_: object) -> pa.NativeFile:
         return filesystem.open_input_file(path)  # random access: the index of an IPC file is at its end

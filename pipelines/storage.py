@@ -66,7 +66,7 @@ def resolve(place: str) -> tuple[pafs.FileSystem, str]:
     except (ValueError, OSError):
         pass  # not one of pyarrow's own; fsspec knows more
     try:
-        import fsspec  # noqa: PLC0415  (needed for rare protocols only)
+        import fsspec
 
         filesystem, path = fsspec.core.url_to_fs(place)
     except (ImportError, ValueError) as error:

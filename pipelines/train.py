@@ -218,5 +218,3 @@ def print_result(result: dict[str, Any]) -> None:
         f"loss {result['first_loss']:.3f} -> {result['last_loss']:.3f} in {result['steps']} steps, "
         f"{result['seconds']:.0f} s\ncheckpoint: {result['checkpoint']}\n{result['result']}"
     )
-
-

@@ -166,18 +166,21 @@ class Reporter:
             "samples_per_second": samples / seconds,
             "data_wait_share": min(1.0, wait / seconds),
         }
-        for (batch, result, learning_rate), loss in zip(self.pending, losses, strict=True):
-            self._write(batch, result, learning_rate, loss)
+        part_norms = train_step.part_norms() if train_step else {}
         last = self.pending[-1][0].step
-        norms = {f"grad_norm/{part}": norm for part, norm in (train_step.part_norms() if train_step else {}).items()}
-        self.tracker.metrics({**rates, **norms}, last)
+        for (batch, result, learning_rate), loss in zip(self.pending, losses, strict=True):
+            self._write(batch, result, learning_rate, loss, part_norms if batch.step == last else {})
+        self.tracker.metrics({**rates, **{f"grad_norm/{part}": norm for part, norm in part_norms.items()}}, last)
         line = self.progress.line(
             last + 1, losses[-1], self.pending[-1][2], rates["samples_per_second"], rates["data_wait_share"]
         )
         self.progress_file.write_text(line)  # the driver shows it: workers' own output is not for people
         self.pending.clear()
 
-    def _write(self, batch: StepBatch, result: StepResult, learning_rate: float, loss: float) -> None:
+    def _write(
+        self, batch: StepBatch, result: StepResult, learning_rate: float, loss: float, part_norms: dict[str, float]
+    ) -> None:
+        """Record a step; ``part_norms`` are known at the last of ``log_every`` steps only."""
         names = [source.name for source in self.job.stage.sources]
         sums, counts = result.source_loss_sums.tolist(), result.source_tokens.tolist()
         per_source = {f"loss/{n}": s / c for n, s, c in zip(names, sums, counts, strict=True) if c}
@@ -190,6 +193,7 @@ class Reporter:
                 "lr": learning_rate,
                 "grad_norm": grad_norm if math.isfinite(grad_norm) else str(grad_norm),
                 "skipped": skipped,
+                **({"part_norms": part_norms} if part_norms else {}),
                 "sample_ids": batch.sample_ids,
             }
         )

@@ -1,9 +1,9 @@
 """Where a stage stands: the checkpoints taken while it runs, the per-step record, and the run's identity.
 
-    <output>/states/step-00000500/   training state: what trains, optimizer, position (tinygptv.checkpoint)
-    <output>/metrics.jsonl           one line per step; cut back to the state's step when a run goes on
-    <output>/run.json                MLflow run id, so that a resumed run continues the same one
-    <output>/checkpoint/             the whole model, at the end of the stage
+<output>/states/step-00000500/   training state: what trains, optimizer, position (tinygptv.checkpoint)
+<output>/metrics.jsonl           one line per step; cut back to the state's step when a run goes on
+<output>/run.json                MLflow run id, so that a resumed run continues the same one
+<output>/checkpoint/             the whole model, at the end of the stage
 """
 
 from __future__ import annotations

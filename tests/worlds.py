@@ -65,7 +65,9 @@ def make_world(folder: Path) -> dict[str, str]:
     torch.manual_seed(0)
     model = TinyGPTVForConditionalGeneration(tiny_config(lora_rank=0))
     start = folder / "start"
-    save_checkpoint(start, model, TinyGPTVProcessor.from_config(model.config, tiny_tokenizer()), {"title": "test start"})
+    save_checkpoint(
+        start, model, TinyGPTVProcessor.from_config(model.config, tiny_tokenizer()), {"title": "test start"}
+    )
     return {"data": str(folder / "shards"), "init_from": str(start)}
 
 

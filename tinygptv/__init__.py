@@ -1,7 +1,7 @@
 """TinyGPT-V as a model library: configuration, model, processing, training maths, quantization, decoding.
 
 Nothing in this package imports ray, mlflow or pyarrow, reads the network, or does work when it is imported.
-Importing it registers the model with the Auto classes of transformers, so that
+Importing it has the model registered with the Auto classes of transformers once those are imported, so that
 ``AutoModelForImageTextToText.from_pretrained(checkpoint_dir)`` works without remote code.
 """
 

@@ -157,7 +157,7 @@ def save_checkpoint(
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
         (staging / STAGE_FILE).write_text(json.dumps(stage, indent=1))
-        from tinygptv.model_card import model_card  # noqa: PLC0415
+        from tinygptv.model_card import model_card
 
         (staging / "README.md").write_text(model_card(model, stage))
 
@@ -181,8 +181,8 @@ def load_checkpoint(
     Raises:
         CheckpointError: the folder is no complete checkpoint.
     """
-    from tinygptv.model import TinyGPTVForConditionalGeneration  # noqa: PLC0415
-    from tinygptv.processing import TinyGPTVProcessor  # noqa: PLC0415
+    from tinygptv.model import TinyGPTVForConditionalGeneration
+    from tinygptv.processing import TinyGPTVProcessor
 
     folder = Path(folder)
     verify_folder(folder, hashes=verify)
@@ -208,7 +208,7 @@ def save_training_state(folder: str | Path, tensors: dict[str, torch.Tensor], ex
         tensors: trainable parameters and optimizer moments, by name.
         extra: JSON-able rest (step, learning-rate position, scaler, random state).
     """
-    from safetensors.torch import save_file  # noqa: PLC0415
+    from safetensors.torch import save_file
 
     def fill(staging: Path) -> None:
         save_file(
@@ -226,7 +226,7 @@ def load_training_state(folder: str | Path) -> tuple[dict[str, torch.Tensor], di
     Raises:
         CheckpointError: the folder is incomplete or corrupted.
     """
-    from safetensors.torch import load_file  # noqa: PLC0415
+    from safetensors.torch import load_file
 
     folder = Path(folder)
     verify_folder(folder)

@@ -468,7 +468,7 @@ _WHO_HOLDS = {
 
 
 def _part(name: str) -> str:
-    return name.split(".")[0]
+    return name.split(".", maxsplit=1)[0]
 
 
 def _decorator(config: TinyGPTVConfig) -> Callable[[str], str]:

@@ -82,7 +82,7 @@ def convert_release(
         template: key of ``prompts.TEMPLATES`` that the weights were trained with.
         facts: more entries for ``stage.json``.
     """
-    from tinygptv.model import TinyGPTVForConditionalGeneration  # noqa: PLC0415
+    from tinygptv.model import TinyGPTVForConditionalGeneration
 
     config = release.config
     config.template = template

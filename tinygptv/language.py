@@ -42,7 +42,8 @@ class Float32LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise the last dimension of ``input``."""
-        return nn.functional.layer_norm(input.float(), self.normalized_shape, self.weight, self.bias, self.eps)
+        weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
+        return nn.functional.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
 
 
 class Float32RMSNorm(nn.Module):
@@ -56,7 +57,7 @@ class Float32RMSNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Divide the last dimension of ``input`` by its root mean square, then scale by the weight."""
         x = input.float()
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+        return self.weight.float() * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
 
 
 def matrix_input(x: Tensor, linear: nn.Module) -> Tensor:

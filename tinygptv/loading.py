@@ -17,7 +17,7 @@ SHIPPED_MODEL = Path(__file__).parent / "miniature" / "data" / "model"
 def load_for_inference(
     path: str | Path, device: str = "cpu"
 ) -> tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor]:
-    """Load a folder that ``save_pretrained`` wrote; LoRA adapters are merged.
+    """Load an artifact, or a folder that ``save_pretrained`` wrote; the LoRA adapters of the latter are merged.
 
     Args:
         path: checkpoint or artifact folder.
@@ -34,6 +34,7 @@ def load_for_inference(
 
     from tinygptv.model import TinyGPTVForConditionalGeneration
     from tinygptv.processing import TinyGPTVProcessor
+    from tinygptv.quantize import is_artifact, load_artifact
 
     folder = Path(path)
     config = folder / "config.json"
@@ -43,6 +44,8 @@ def load_for_inference(
         )
     if not config.is_file() or json.loads(config.read_text()).get("model_type") != "tinygptv":
         raise ValueError(f"{path} is no TinyGPT-V checkpoint: it needs a config.json whose model_type is 'tinygptv'.")
+    if is_artifact(folder):
+        return load_artifact(folder, device)[:2]
     try:
         model = TinyGPTVForConditionalGeneration.from_pretrained(str(folder), local_files_only=True)
         processor = TinyGPTVProcessor.from_pretrained(str(folder), local_files_only=True)

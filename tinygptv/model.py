@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from tinygptv.config import TinyGPTVConfig
+from tinygptv.generation import ImageGenerationMixin
 from tinygptv.language import LanguageModel, matrix_input
 from tinygptv.lora import add_lora, merge_lora, reset_lora
 from tinygptv.projector import Projector
@@ -53,7 +53,7 @@ class TinyGPTVOutput(ModelOutput):
     image_embeds: Tensor | None = None
 
 
-class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
     """Vision encoder, Q-Former, projector and language model with its head.
 
     The vision encoder and the Q-Former run in evaluation mode whatever ``train()`` says, and without gradients while
@@ -223,6 +223,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         query_features: Tensor | None = None,
         image_embeds: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> TinyGPTVOutput:
         """Predict the next token at every position.
@@ -239,6 +240,9 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values: [N, 3, R, R] images for the placeholders, in batch order.
             query_features: [N, Q, F] cached in place of ``pixel_values``.
             image_embeds: [N, Q, D] in place of either.
+            num_items_in_batch: supervised tokens of all accumulated batches, as transformers' ``Trainer`` gives it; the
+                loss is then the sum divided by it, so that accumulation changes nothing.
+            kwargs: what else transformers hands through to the layers.
 
         Returns:
             ``TinyGPTVOutput``.
@@ -262,8 +266,12 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if labels is not None:
             targets = labels[:, 1:].to(logits.device)
             loss = nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX
+                logits[:, :-1].flatten(0, 1),
+                targets.flatten(),
+                ignore_index=IGNORE_INDEX,
+                reduction="mean" if num_items_in_batch is None else "sum",
             )
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return TinyGPTVOutput(
             loss=loss,
             logits=logits,
@@ -305,38 +313,6 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         hidden_states_MD = outputs.last_hidden_state.flatten(0, 1)[supervised_positions]
         return nn.functional.cross_entropy(self.compute_logits(hidden_states_MD), supervised_ids, reduction="none")
 
-    # ------------------------------------------------------------------ generation
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *args: Any,
-        pixel_values: Tensor | None = None,
-        query_features: Tensor | None = None,
-        image_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' ``generate`` (greedy, sampling, beams, streamers), with images.
-
-        Args:
-            inputs: [B, S] ids (also as ``input_ids=``); batches of unequal prompts are padded on the left.
-            args: passed on.
-            pixel_values: [N, 3, R, R] images for the placeholders, in batch order.
-            query_features: [N, Q, F] in place of ``pixel_values``.
-            image_embeds: [N, Q, D] in place of either.
-            kwargs: passed on.
-
-        Returns:
-            Ids [B, S + new], as transformers does for a decoder that is given ids.
-        """
-        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        images = (pixel_values, query_features, image_embeds)
-        if input_ids is not None and any(x is not None for x in images):
-            # Images are merged once, here: beams and cached steps then never see pixels again.
-            kwargs["inputs_embeds"] = self.embed(input_ids, *images)
-        return super().generate(*args, input_ids=input_ids, **kwargs)
-
     # ------------------------------------------------------------------ LoRA
 
     def merge_lora(self) -> int:
@@ -353,6 +329,6 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.config.lora_rank, self.config.lora_alpha, self.config.lora_dropout = rank, alpha, dropout
 
 
-AutoModel.register(TinyGPTVConfig, TinyGPTVForConditionalGeneration)
-AutoModelForCausalLM.register(TinyGPTVConfig, TinyGPTVForConditionalGeneration)
-AutoModelForImageTextToText.register(TinyGPTVConfig, TinyGPTVForConditionalGeneration)
+for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    # In place of the stand-in that tinygptv.auto_classes may have put there.
+    _auto_class.register(TinyGPTVConfig, TinyGPTVForConditionalGeneration, exist_ok=True)

@@ -47,7 +47,7 @@ def model_card(model: TinyGPTVForConditionalGeneration, stage: dict[str, Any]) -
         model: the model that is saved.
         stage: the content of ``stage.json``.
     """
-    from tinygptv.prompts import TEMPLATES  # noqa: PLC0415
+    from tinygptv.prompts import TEMPLATES
 
     total = sum(p.numel() for p in model.parameters())
     vision, text = model.config.vision_config, model.config.text_config

@@ -88,6 +88,7 @@ class TinyGPTVProcessor(ProcessorMixin):
         self.image_token = IMAGE_PLACEHOLDER
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "left"  # for those who pad by the tokenizer's word, as transformers' pipelines do
         super().__init__(image_processor, tokenizer, chat_template=chat_template or TEMPLATES[template].chat_template)
 
     @classmethod

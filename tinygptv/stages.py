@@ -32,6 +32,11 @@ TRAINABLE_PARTS: dict[str, tuple[str, ...]] = {
         "attention_rmsnorm.weight",
         "final_layernorm.weight",
     ),
+    # The same norms one by one, for stages that train some of them.
+    "qk_norms": ("q_layernorm.weight", "k_layernorm.weight"),
+    "input_norms": ("input_layernorm.weight",),
+    "attention_norms": ("attention_rmsnorm.weight",),
+    "final_norm": ("final_layernorm.weight",),
     "qformer": ("qformer.",),
     "vision_encoder": ("vision_encoder.",),
     "language_model": ("language_model.", "lm_head."),

@@ -15,11 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tinygptv.collate import MicroBatch
+from tinygptv.half_range import emulate_half_range
 from tinygptv.images import IMAGE_MEAN, IMAGE_STD
 from tinygptv.model import TinyGPTVForConditionalGeneration
 from tinygptv.stages import TRAINABLE_PARTS
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16_range": torch.float32}
+"""Precision -> dtype of the matrices; ``fp16_range`` computes in float32 and rounds to fp16 (``half_range``)."""
 
 
 @dataclass
@@ -59,7 +61,8 @@ class TrainStep:
             model: with the stage's trainable parts set.
             optimizer: over its trainable parameters.
             num_sources: data sets of the stage, for the loss per source.
-            precision: ``fp32``, ``bf16`` (autocast) or ``fp16`` (autocast and a GradScaler).
+            precision: ``fp32``, ``bf16`` (autocast), ``fp16`` (autocast and a GradScaler), or ``fp16_range``, which
+                emulates the latter where no GPU is.
             max_grad_norm: clip to this norm; None does not.
 
         Raises:
@@ -73,10 +76,13 @@ class TrainStep:
         self.max_grad_norm = max_grad_norm
         self.device = model.device
         self.autocast_dtype = PRECISIONS[precision]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.startswith("fp16"))
+        if precision == "fp16_range":
+            emulate_half_range(model)
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.gradient = torch.zeros(sum(p.numel() for _, p in self.named), device=self.device)
         self._sums = torch.zeros(2, num_sources, dtype=torch.float64, device=self.device)
+        self._clipped_by = torch.ones((), device=self.device)
         self._attach_gradients()
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
         self._mean, self._std = mean, std
@@ -134,7 +140,8 @@ class TrainStep:
         grad_norm = torch.linalg.vector_norm(self.gradient)
         skipped = (~torch.isfinite(grad_norm)).float()
         if self.max_grad_norm is not None:
-            self.gradient.mul_((self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+            self._clipped_by = (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+            self.gradient.mul_(self._clipped_by)
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -155,7 +162,7 @@ class TrainStep:
         )
 
     def part_norms(self) -> dict[str, float]:
-        """Gradient norm of each trainable part, and of LoRA per language layer; reads the device."""
+        """Gradient norm of each trainable part, and per language layer, before clipping; reads the device."""
         squares: dict[str, Tensor] = {}
         for name, parameter in self.named:
             part = next(p for p, marks in TRAINABLE_PARTS.items() if any(mark in name for mark in marks))
@@ -165,7 +172,7 @@ class TrainStep:
             square = parameter.grad.square().sum() if parameter.grad is not None else torch.zeros(())
             for key in keys:
                 squares[key] = squares.get(key, 0.0) + square
-        return {key: float(value.sqrt()) for key, value in squares.items()}
+        return {key: float(value.sqrt() / self._clipped_by) for key, value in squares.items()}
 
     def _global_count(self, local: int) -> Tensor:
         """Supervised tokens of the step over all workers, at least 1; stays on the device."""

@@ -58,7 +58,11 @@ class VisionEncoder(nn.Module):
                 f"pixel_values has shape {tuple(pixel_values.shape)} but this vision encoder takes "
                 f"[N, 3, {side}, {side}]: process images at size {side}, or call model.set_image_size()."
             )
-        patch_features_BPV = self.vit.forward_features(pixel_values.to(self.vit.patch_embed.proj.weight.dtype))
+        for block in self.vit.blocks:
+            # timm reads this weight past the layer; where it is offloaded, only the layer itself can fetch it.
+            if getattr(block.attn.qkv.weight, "is_meta", False):
+                block.attn.qkv_bias_separate = True
+        patch_features_BPV = self.vit(pixel_values.to(self.vit.patch_embed.proj.weight.dtype))
         return self.ln_vision(patch_features_BPV.to(self.ln_vision.weight.dtype))
 
     def set_image_size(self, image_size: int) -> None:

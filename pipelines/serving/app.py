@@ -14,43 +14,50 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.config import AutoscalingConfig
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.exceptions import RayActorError, WorkerCrashedError
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from pipelines.serving.api import build_api
 from pipelines.serving.backend import ChatJob, ModelBackend, ModelInfo
+from pipelines.serving.metrics import Metrics
 from pipelines.serving.protocol import ProtocolError
 from pipelines.settings import ServeSettings
 
 log = logging.getLogger(__name__)
 
 APP_NAME = "tinygptv"
-RETRIES = 3
-"""Replicas that a request is tried on."""
+TRIES = 2
+"""Replicas that a request is tried on: one that dies may have been unlucky, two have been killed by the request."""
+
+REPLICA_DIED = (RayActorError, WorkerCrashedError, ReplicaUnavailableError)
+
+AFFINITY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+"""Sends the turns of a conversation to the replica that has its picture and history; the next if that is full."""
 
 
 class HandleBackend:
     """``Backend`` over Ray Serve."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, metrics: Metrics) -> None:
         self.handle = handle
-        self.streaming = handle.options(stream=True)
+        self.metrics = metrics
 
     async def describe(self) -> ModelInfo:
         """What the model is."""
-        return await self._call("describe")
+        return await self._call(self.handle.describe)
 
     async def complete(self, job: ChatJob) -> list[dict[str, Any]]:
         """The whole answer."""
-        return await self._call("complete", job)
+        return await self._call(self.handle.options(session_id=job.conversation).complete, job)
 
     async def stream(self, job: ChatJob) -> AsyncIterator[dict[str, Any]]:
         """The answer as it grows; until the first text has come, another replica may take over."""
-        for attempt in range(RETRIES):
-            items = self.streaming.stream.remote(job)
+        handle = self.handle.options(session_id=job.conversation, stream=True)
+        for attempt in range(TRIES):
+            items = handle.stream.remote(job)
             started = False
             try:
                 async for item in items:
@@ -59,12 +66,14 @@ class HandleBackend:
                         continue
                     yield item
                 return
-            except (RayError, RayServeException) as error:
-                _refuse_if_full(error)
-                log.warning("a replica failed while it streamed: %s", type(error).__name__)
+            except BackPressureError:
+                raise _full() from None
+            except REPLICA_DIED as error:
+                log.warning("a replica died while it streamed: %s", type(error).__name__)
                 if started:
                     yield {"error": "the model's replica stopped in the middle of the answer.", "status": 503}
                     return
+                self.metrics.retries.inc()
             finally:
                 items.cancel()
         raise _unavailable()
@@ -74,29 +83,30 @@ class HandleBackend:
         per_replica = await self.handle.broadcast("stats").results_async(return_exceptions=True)
         return [stats for result in per_replica if isinstance(result, list) for stats in result]
 
-    async def _call(self, method: str, *args: Any) -> Any:
-        for _ in range(RETRIES):
-            response = getattr(self.handle, method).remote(*args)
+    async def _call(self, method: DeploymentHandle, *args: Any) -> Any:
+        for _ in range(TRIES):
+            response = method.remote(*args)
             try:
                 return await response
             except asyncio.CancelledError:
                 response.cancel()
                 raise
-            except (RayError, RayServeException) as error:
-                _refuse_if_full(error)
-                log.warning("a replica failed, trying another one: %s", type(error).__name__)
+            except BackPressureError:
+                raise _full() from None
+            except REPLICA_DIED as error:
+                log.warning("a replica died, trying another one: %s", type(error).__name__)
+                self.metrics.retries.inc()
         raise _unavailable()
 
 
-def _refuse_if_full(error: Exception) -> None:
-    if isinstance(error, BackPressureError):
-        raise ProtocolError(
-            429,
-            "every replica is busy and the queue is full; try again soon.",
-            kind="rate_limit_error",
-            code="rate_limit_exceeded",
-            retry_after_s=2,
-        )
+def _full() -> ProtocolError:
+    return ProtocolError(
+        429,
+        "every replica is busy and the queue is full; try again soon.",
+        kind="rate_limit_error",
+        code="rate_limit_exceeded",
+        retry_after_s=2,
+    )
 
 
 def _unavailable() -> ProtocolError:
@@ -117,7 +127,8 @@ class Ingress:
         self.settings, self.model = settings, model
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self.settings, HandleBackend(self.model))
+        metrics = Metrics()
+        return build_api(self.settings, HandleBackend(self.model, metrics), metrics)
 
 
 def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:
@@ -137,6 +148,8 @@ def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:
                 target_ongoing_requests=settings.max_batch_size,
             )
         }
+    if settings.num_replicas > 1 or settings.max_replicas > 1:
+        replicas["request_router_config"] = RequestRouterConfig(request_router_class=AFFINITY)  # type: ignore[arg-type]
     quiet = LoggingConfig(enable_access_log=False)
     model = serve.deployment(
         ModelReplica,

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipelines.settings import ServeSettings
-from tinygptv.conversation import ChatMessage
+from tinygptv.conversation import ChatMessage, image_number
 
 if TYPE_CHECKING:
     from tinygptv.engine import Delta, Request
@@ -37,6 +37,12 @@ class ChatJob:
     sampling: dict[str, Any]
     interval_s: float = 0.0
 
+    @property
+    def conversation(self) -> str:
+        """What the turns of one conversation have in common: its first picture, or its first words."""
+        numbers = [image.number for message in self.messages for image in message.images]
+        return str(numbers[0] if numbers else image_number(self.messages[0].text.encode()))
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -51,7 +57,8 @@ class Backend(Protocol):
     """A model, near or far.
 
     Items of an answer are dicts: first ``{"prompt_tokens"}``, then ``{"text", "num_tokens", "cached_tokens",
-    "logprobs", "finish_reason"}``; or, at any point and last, ``{"error", "status"}``.
+    "logprobs", "finish_reason"}``; or, at any point and last, ``{"error", "status"}``, with ``"stale_info"`` where the
+    pictures were resized for another model than the one that is there now.
     """
 
     async def describe(self) -> ModelInfo:
@@ -145,6 +152,9 @@ class ModelBackend:
     async def _prepare(self, job: ChatJob) -> Request | dict[str, Any]:
         from tinygptv.sampling import SamplingParams
 
+        side = self.assistant.images.image_size
+        if any(image.pixels.shape[1] != side for message in job.messages for image in message.images):
+            return {"error": f"the model now takes images of {side} pixels.", "status": 503, "stale_info": True}
         try:
             params = SamplingParams(**job.sampling)
             request = await self.assistant.prepare(job.messages, params)

@@ -77,7 +77,7 @@ def deploy(settings: ServeSettings) -> str:
         port = _claim_port(settings.host, settings.port)
         serve.start(http_options={"host": settings.host, "port": port})
         address = _url(settings.host, port)
-    elif address != _url(settings.host, settings.port):
+    elif settings.port and address != _url(settings.host, settings.port):
         log.warning("Ray Serve listens at %s already, so the model is served there.", address)
     try:
         serve.run(build_app(settings), name=APP_NAME, route_prefix="/")

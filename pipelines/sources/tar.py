@@ -118,13 +118,11 @@ class TarReader:
         kind = next((kind for kind in self.captions if kind in group.members), None)
         if kind is None:
             raise Malformed(f"no .{self.captions[0]} member with a caption")
-        data = _read_member(tar, group, kind)
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise Malformed(f"the .{kind} member is not UTF-8 text (byte {error.start})") from error
+        text = _read_text(tar, group, kind)
         if kind == "txt":
             return text
+        if "txt" in group.members:
+            _read_text(tar, group, "txt")  # the same caption again; damage to it is damage to the sample
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -225,6 +223,13 @@ def _read_member(tar: BinaryIO, group: Group, extension: str) -> bytes:
     start, size = group.members[extension]
     tar.seek(start)
     return tar.read(size)
+
+
+def _read_text(tar: BinaryIO, group: Group, extension: str) -> str:
+    try:
+        return _read_member(tar, group, extension).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Malformed(f"the .{extension} member is not UTF-8 text (byte {error.start})") from error
 
 
 def _damaged(tar: BinaryIO, start: int, stop: int) -> bool:

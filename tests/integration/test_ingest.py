@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -62,15 +63,16 @@ def test_cluster_gives_the_same_bytes_whatever_the_parallelism(tars, monkeypatch
 def test_a_killed_worker_process_does_not_show(tars):
     ingest(settings(tars, "calm"))
     stop = threading.Event()
+    killed = []
 
     def kill_a_busy_worker():
         while not stop.is_set():
             for process in psutil.Process().children(recursive=True):
-                with_name = " ".join(process.cmdline()) if process.is_running() else ""
-                if "ray::Map(" in with_name or "ray::MapBatches(" in with_name:
-                    process.send_signal(signal.SIGKILL)
-                    return
-            time.sleep(0.002)
+                with contextlib.suppress(psutil.Error):
+                    if "ray::Map" in " ".join(process.cmdline()):
+                        process.send_signal(signal.SIGKILL)
+                        killed.append(process.pid)
+                        return
 
     killer = threading.Thread(target=kill_a_busy_worker)
     killer.start()
@@ -79,7 +81,8 @@ def test_a_killed_worker_process_does_not_show(tars):
     finally:
         stop.set()
         killer.join()
-    assert result["rows_out"] == 255 - 1 or result["rows_out"] > 200
+    assert killed
+    assert result["rows_out"] > 200
     assert content(tars / "killed") == content(tars / "calm")
 
 

@@ -71,7 +71,9 @@ def stage_state(plain, style="peft 0.2"):
 def language_state(plain, layout):
     """Phi-2's own tensors in one of the four layouts."""
     base = {k: v for k, v in plain.items() if k.startswith(("language_model.", "lm_head.")) and ".lora_" not in k}
-    base = {k: v for k, v in base.items() if not any(n in k for n in ("q_layernorm", "k_layernorm", "attention_rmsnorm"))}
+    base = {
+        k: v for k, v in base.items() if not any(n in k for n in ("q_layernorm", "k_layernorm", "attention_rmsnorm"))
+    }
     state = {}
     for name, tensor in base.items():
         if layout == "split":
@@ -96,7 +98,9 @@ def language_state(plain, layout):
             key = key.replace("model.final_layernorm", f"layers.{last + 1}.ln")
         state[key] = tensor
     if layout in ("msft", "sequential"):
-        state["transformer.h.0.mixer.rotary_emb.inv_freq" if layout == "msft" else "layers.1.mixer.rotary_emb.inv_freq"] = torch.zeros(4)
+        state[
+            "transformer.h.0.mixer.rotary_emb.inv_freq" if layout == "msft" else "layers.1.mixer.rotary_emb.inv_freq"
+        ] = torch.zeros(4)
     return state
 
 
@@ -238,7 +242,10 @@ def test_wrong_part_given(files):
 
 def test_13b_projection(tmp_path, files, plain):
     width = plain["projector.linear_1.weight"].shape[1]
-    torch.save({"model": {"llama_proj.weight": torch.zeros(5120, width), "llama_proj.bias": torch.zeros(5120)}}, tmp_path / "13b.pth")
+    torch.save(
+        {"model": {"llama_proj.weight": torch.zeros(5120, width), "llama_proj.bias": torch.zeros(5120)}},
+        tmp_path / "13b.pth",
+    )
     bad({**files, "checkpoint": None}, "MiniGPT-4 13B", projection=tmp_path / "13b.pth")
 
 
@@ -311,7 +318,16 @@ def test_round_trips_are_bit_exact(tmp_path, files, capsys):
 
 def test_phi2_round_trip(tmp_path, files, plain, capsys):
     arguments = [f"--{role}={path}" for role, path in files.items() if role != "checkpoint"]
-    main(["release", *arguments, "--vision-heads=4", "--qformer-heads=4", "--dtype=float32", f"--output={tmp_path / 'ours'}"])
+    main(
+        [
+            "release",
+            *arguments,
+            "--vision-heads=4",
+            "--qformer-heads=4",
+            "--dtype=float32",
+            f"--output={tmp_path / 'ours'}",
+        ]
+    )
     assert main(["to-phi2", str(tmp_path / "ours"), f"--output={tmp_path / 'phi'}"]) == 0
     written = {key: lazy.load() for key, lazy in open_weights(tmp_path / "phi").items()}
     wanted = language_state(plain, "split")

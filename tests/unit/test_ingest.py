@@ -232,6 +232,21 @@ def test_a_crash_at_any_change_of_the_disk_does_not_show_in_the_result(tmp_path)
     assert reused == {0, 1, 2, 3}
 
 
+def test_a_crash_never_lets_a_set_pass_for_one_of_other_settings(tmp_path):
+    write_messy_tars(tmp_path)
+    ingest(settings(tmp_path, "whole"))
+    for number in range(40):
+        output = f"mixed-{number}"
+        ingest(settings(tmp_path, output))
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Crash):
+            crash_at(patch, number)
+            ingest(settings(tmp_path, output, min_words=2))
+            break
+        ingest(settings(tmp_path, output))
+        assert content(tmp_path / output) == content(tmp_path / "whole"), number
+    assert number > 15
+
+
 KILLED = """
 import contextlib, sys
 from pipelines import ingest as module

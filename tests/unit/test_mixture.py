@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tinygptv.mixture import Mixture, MixtureSource
 
 shard_rows = st.lists(st.integers(0, 7), min_size=1, max_size=12).filter(lambda rows: sum(rows) > 0)
-sources = st.lists(
-    st.tuples(st.floats(0.1, 100), st.integers(1, 4), shard_rows), min_size=1, max_size=4
-).map(lambda items: tuple(MixtureSource(f"s{i}", w, b, tuple(rows)) for i, (w, b, rows) in enumerate(items)))
+sources = st.lists(st.tuples(st.floats(0.1, 100), st.integers(1, 4), shard_rows), min_size=1, max_size=4).map(
+    lambda items: tuple(MixtureSource(f"s{i}", w, b, tuple(rows)) for i, (w, b, rows) in enumerate(items))
+)
 mixtures = st.builds(
     Mixture, sources, seed=st.integers(0, 2**31), draws_per_step=st.integers(1, 5), window_shards=st.integers(1, 4)
 )

@@ -111,7 +111,10 @@ def test_prompts_have_the_layout_of_training():
     full = encoder().encode(turns, 1).input_ids
     prompt = encoder().encode_prompt(turns[:1], "two? ", 1)
     assert full[: len(prompt)] == prompt and text_of(full[len(prompt) :]) == "B###"
-    assert encoder().encode_prompt([], wrap_image("one?"), 1) == full[: len(encoder().encode_prompt([], wrap_image("one?"), 1))]
+    assert (
+        encoder().encode_prompt([], wrap_image("one?"), 1)
+        == full[: len(encoder().encode_prompt([], wrap_image("one?"), 1))]
+    )
 
 
 def test_caption_cleaner():

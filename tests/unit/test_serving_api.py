@@ -11,10 +11,11 @@ import openai
 import pytest
 
 from pipelines.serving.api import build_api
-from pipelines.serving.backend import ModelBackend, ModelInfo
+from pipelines.serving.backend import ChatJob, ModelBackend, ModelInfo
 from pipelines.serving.protocol import ProtocolError, found_boxes
 from pipelines.settings import ServeSettings
 from tests.serving_model import data_url, make_image, save_checkpoint
+from tinygptv.conversation import ChatImage, ChatMessage
 
 PICTURE = {"type": "image_url", "image_url": {"url": data_url(make_image())}}
 
@@ -354,6 +355,33 @@ def test_a_refusal_before_the_first_word_has_a_status():
     assert client.chat(ask(words("hi"), stream=True)).status_code == 400
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_new_model_with_another_image_size_is_noticed(stream):
+    class Replaced(FakeBackend):
+        side = 16
+
+        async def describe(self):
+            return ModelInfo(self.side, 100, 1)
+
+        async def stream(self, job):
+            self.side = 32  # from now on
+            if job.messages[-1].images[0].pixels.shape != (3, 32, 32):
+                yield {"error": "the model now takes images of 32 pixels.", "status": 503, "stale_info": True}
+                return
+            async for item in super().stream(job):
+                yield item
+
+    client = Client(Replaced({"prompt_tokens": 1}, said("fine", "stop")))
+    response = client.chat(ask(words("hi"), PICTURE, stream=stream))
+    assert response.status_code == 200 and "fine" in response.text
+
+
+def test_a_replica_says_that_an_image_does_not_fit(backend):
+    job = ChatJob((ChatMessage("user", "hi", (ChatImage.from_bytes(make_image(), 16),)),), {})
+    (item,) = asyncio.run(backend.complete(job))
+    assert item["stale_info"] and item["status"] == 503
+
+
 def test_a_client_that_leaves_frees_everything():
     fake = FakeBackend({"prompt_tokens": 1}, *[said("x")] * 1000, wait=0.01)
     client = Client(fake, max_batch_size=1, max_queue=0)
@@ -438,7 +466,7 @@ def test_a_missing_artifact_is_named():
 def test_keys_are_compared_whole(backend, monkeypatch):
     compared = []
     real = __import__("hmac").compare_digest
-    monkeypatch.setattr("pipelines.serving.api.hmac.compare_digest", lambda a, b: compared.append(1) or real(a, b))
+    monkeypatch.setattr("pipelines.serving.service.hmac.compare_digest", lambda a, b: compared.append(1) or real(a, b))
     service_client = Client(backend, api_keys=["one", "two", "three"])
     service_client.request("GET", "/v1/models", headers={"Authorization": "Bearer one"})
     assert len(compared) == 3, "the first match must not end the comparison"

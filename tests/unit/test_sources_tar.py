@@ -69,6 +69,7 @@ def test_members_of_a_sample_may_lie_apart(tmp_path):
         ([("a.jpg", jpeg(0)), ("a.json", b'{"caption": null}')], "no text but NoneType"),
         ([("a.jpg", jpeg(0)), ("a.json", b"{")], "no valid JSON"),
         ([("a.jpg", jpeg(0)), ("a.json", b'{"caption": "caf\xe9"}')], "not UTF-8"),
+        ([("a.jpg", jpeg(0)), ("a.json", b'{"caption": "x"}'), ("a.txt", b"caf\xe9")], "not UTF-8"),
         ([("a.jpg", b""), ("a.json", b'{"caption": "x"}')], "empty (0 bytes)"),
         ([("a.jpg", b"hello"), ("a.json", b'{"caption": "x"}')], "known format"),
         ([("a.jpg", encode(picture(0), "PNG")), ("a.json", b'{"caption": "x"}')], "wrong extension: it holds a PNG"),

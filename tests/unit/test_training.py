@@ -180,7 +180,7 @@ def test_features_of_other_weights_are_refused(world, tmp_path, straight):
         ({"data": "/nowhere"}, FileNotFoundError, "/nowhere/pairs, /nowhere/questions: run jobs/prepare_data"),
         ({"stage": {"nonsense": 1}}, SettingsError, r"stage\.nonsense is no field"),
         ({"stage": {"template": "x"}}, SettingsError, "template 'x'"),
-        ({"precision": "fp8"}, ValueError, "'fp32', 'bf16' or 'fp16'"),
+        ({"precision": "fp8"}, ValueError, "'fp32', 'bf16', 'fp16'"),
         ({"features": "magic"}, ValueError, "'inline' or 'cached'"),
     ],
 )

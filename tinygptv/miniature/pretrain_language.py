@@ -122,7 +122,9 @@ class PackedText:
         return packed + PACKED_NOISE * scale * noise
 
 
-def _float32_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+def _float32_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Any:
     """SDPA in float32 under bfloat16 autocast: its bfloat16 backward pass is several times slower on a CPU."""
     with torch.autocast("cpu", enabled=False):
         return sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **kwargs)
@@ -208,9 +210,7 @@ class LanguageTask:
         positions = torch.from_numpy(batch.supervised_positions)
         logits = self.module.lm_head(hidden.flatten(0, 1)[positions])
         wanted = torch.from_numpy(batch.supervised_ids)
-        wrong = torch.zeros(len(made)).index_add(
-            0, positions // ids.shape[1], (logits.argmax(-1) != wanted).float()
-        )
+        wrong = torch.zeros(len(made)).index_add(0, positions // ids.shape[1], (logits.argmax(-1) != wanted).float())
         return nn.functional.cross_entropy(logits, wanted, reduction="none"), (wrong == 0).float().mean()
 
     def _collate(self, made: Sequence[Document]) -> tuple[MicroBatch, list[int]]:

@@ -157,7 +157,9 @@ class VisionTask:
             array[flip] = array[flip][:, mirrored]
         flipped = boxes[flip]
         full = flipped[..., :1] != _IGNORE
-        boxes[flip] = np.where(full, np.stack([99 - flipped[..., 2], flipped[..., 1], 99 - flipped[..., 0], flipped[..., 3]], -1), _IGNORE)
+        boxes[flip] = np.where(
+            full, np.stack([99 - flipped[..., 2], flipped[..., 1], 99 - flipped[..., 0], flipped[..., 3]], -1), _IGNORE
+        )
         tensors = {name: torch.from_numpy(array) for name, array in values.items()}
         return torch.from_numpy(normalise_pixels(pixels)), tensors, torch.from_numpy(boxes.clip(min=_IGNORE))
 
@@ -195,7 +197,8 @@ class VisionTask:
         inside = (x1 != _IGNORE) & (x > x1) & (x < x2 + 1) & (y > y1) & (y < y2 + 1)  # [B, P, Q]
         owner, covered = inside.float().argmax(-1), inside.any(-1)
         return {
-            name: torch.where(covered, torch.gather(values[name], 1, owner) + 1, 0).clamp(min=0) for name in PATCH_VALUES
+            name: torch.where(covered, torch.gather(values[name], 1, owner) + 1, 0).clamp(min=0)
+            for name in PATCH_VALUES
         }
 
     def evaluate(self) -> dict[str, float]:

@@ -1,0 +1,171 @@
+"""What a training record shows: its loss, and whether and when gradients were lost. Pure functions of its steps.
+
+A part's gradient **vanishes at step k** where its norm, before clipping, stays below ``VANISHED`` times the reference
+in the ``WINDOW`` steps from k on. The parts are the projector and each language layer; the reference is the median norm
+of the same part over the first ``WINDOW`` steps of the full model, in the same stage and precision.
+
+Training **turns NaN at step k** where the loss of step k is not finite, or where the gradients of the ``WINDOW`` steps
+from k on are not: single overflows are how a loss scale finds its size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WINDOW = 10
+VANISHED = 1e-3
+
+Record = dict[str, Any]
+
+
+def read_record(path: Path) -> list[Record]:
+    """The steps of a ``metrics.jsonl``, in order; empty where there is none."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def depth_norms(record: Record) -> dict[str, float]:
+    """Gradient norm of the projector and of each language layer (``layer_00``, ...) at one step, input end first."""
+    squares: dict[str, float] = {}
+    for part, norm in record.get("part_norms", {}).items():
+        name = part.partition("/")[2] or part
+        if name == "projector" or name.startswith("layer_"):
+            squares[name] = squares.get(name, 0.0) + norm**2
+    return {name: math.sqrt(square) for name, square in sorted(squares.items(), key=_input_end_first)}
+
+
+def _input_end_first(item: tuple[str, float]) -> tuple[bool, str]:
+    return (item[0] != "projector", item[0])
+
+
+def typical_norms(records: Sequence[Record]) -> dict[str, float]:
+    """Median norm per part over the first ``WINDOW`` steps: the reference of ``find_event``."""
+    return {name: float(np.median(values[:WINDOW])) for name, values in norms_over_time(records).items()}
+
+
+def norms_over_time(records: Sequence[Record]) -> dict[str, list[float]]:
+    """Per part its finite norms, in the order of the steps."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for name, norm in depth_norms(record).items():
+            if math.isfinite(norm):
+                found.setdefault(name, []).append(norm)
+    return found
+
+
+@dataclass(frozen=True)
+class Event:
+    """How gradients were lost.
+
+    Attributes:
+        kind: ``vanishing`` or ``nan``.
+        step: the first step of it.
+        part: where the gradient vanished first (``projector``, ``layer_03``); empty for NaN.
+    """
+
+    kind: str
+    step: int
+    part: str = ""
+
+    def __str__(self) -> str:
+        if self.kind == "nan":
+            return f"NaN at step {self.step}"
+        return f"gradient vanishing at step {self.step} ({self.part})"
+
+
+def find_event(records: Sequence[Record], reference: dict[str, float]) -> Event | None:
+    """The first loss of gradients; None where there is none.
+
+    Args:
+        records: every step of a stage, with ``part_norms``.
+        reference: typical norm per part (``typical_norms`` of the full model).
+    """
+    events = [event for event in (_find_nan(records), _find_vanishing(records, reference)) if event]
+    return min(events, key=lambda event: event.step, default=None)
+
+
+def _find_nan(records: Sequence[Record]) -> Event | None:
+    lost_loss = next((r["step"] for r in records if not math.isfinite(r["loss"])), None)
+    lost_gradient = _first_run(records, [not math.isfinite(float(r["grad_norm"])) for r in records])
+    steps = [step for step in (lost_loss, lost_gradient) if step is not None]
+    return Event("nan", min(steps)) if steps else None
+
+
+def _find_vanishing(records: Sequence[Record], reference: dict[str, float]) -> Event | None:
+    found: list[Event] = []
+    for part, typical in reference.items():
+        small = [depth_norms(record).get(part, math.inf) < VANISHED * typical for record in records]
+        step = _first_run(records, small)
+        if step is not None:
+            found.append(Event("vanishing", step, part))
+    return min(found, key=lambda event: event.step, default=None)
+
+
+def _first_run(records: Sequence[Record], flags: Sequence[bool]) -> int | None:
+    """Step at which the first ``WINDOW`` flags in a row begin; fewer are enough where all steps to the end have them
+    and there are no more than ``WINDOW`` steps."""
+    needed = min(WINDOW, len(records))
+    length = 0
+    for place, flag in enumerate(flags):
+        length = length + 1 if flag else 0
+        if length == needed:
+            return records[place - needed + 1]["step"]
+    return None
+
+
+@dataclass
+class StageOutcome:
+    """One cell of the table.
+
+    Attributes:
+        stage: its number.
+        status: ``trained``, ``not run`` or ``failed``.
+        steps: optimizer steps done.
+        first_loss: mean loss of the first steps (at most ``WINDOW``), in nats per token; NaN where unknown.
+        last_loss: the same of the last steps.
+        event: how gradients were lost; None where they were not.
+        depth: median gradient norm per part over the stage.
+        note: why it was not run, or what failed.
+    """
+
+    stage: int
+    status: str = "trained"
+    steps: int = 0
+    first_loss: float = math.nan
+    last_loss: float = math.nan
+    event: Event | None = None
+    depth: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def cell(self) -> str:
+        """What the table shows: an event, or else the loss."""
+        if self.status != "trained":
+            return self.status
+        return str(self.event) if self.event else f"{self.last_loss:.3f}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; numbers that are not finite become None."""
+        facts = asdict(self) | {"cell": self.cell}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
+
+
+def outcome_of(stage: int, records: Sequence[Record], reference: dict[str, float], note: str = "") -> StageOutcome:
+    """Judge a finished stage by its record."""
+    losses = [record["loss"] for record in records]
+    width = min(WINDOW, len(losses))
+    return StageOutcome(
+        stage=stage,
+        steps=len(records),
+        first_loss=float(np.mean(losses[:width])) if losses else math.nan,
+        last_loss=float(np.mean(losses[-width:])) if losses else math.nan,
+        event=find_event(records, reference),
+        depth={name: float(np.median(norms)) for name, norms in norms_over_time(records).items()},
+        note=note,
+    )

@@ -1,0 +1,145 @@
+"""Variants of an ablation: what is switched off or changed, and the checkpoint that a variant starts from."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.settings import SettingsError
+from tinygptv.checkpoint import CheckpointError, read_stage, save_checkpoint, verify_folder
+from tinygptv.config import TinyGPTVConfig
+from tinygptv.stages import Stage
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of an ablation.
+
+    Attributes:
+        name: as in ``variants=[NAME]``; also a folder name.
+        title: what the report calls it.
+        config: fields of the model's configuration to change, dotted; weights that a change leaves over are dropped.
+        stage: fields of every stage to change.
+        train: keys of the train section to change.
+        without: trainable parts that no stage trains.
+        instead: trainable parts in place of others.
+    """
+
+    name: str
+    title: str
+    config: dict[str, Any] = field(default_factory=dict)
+    stage: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    instead: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def stage_changes(self, stage: Stage) -> dict[str, Any]:
+        """``stage.*`` settings of this variant in one stage."""
+        parts: list[str] = []
+        for part in stage.trainable:
+            if part not in self.without:
+                parts += self.instead.get(part, (part,))
+        changed = {"trainable": parts} if tuple(parts) != stage.trainable else {}
+        return {**changed, **self.stage}
+
+
+_OTHER_NORMS = ("qk_norms", "attention_norms", "final_norm")
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant("full", "full"),
+        Variant("no_lora", "without LoRA", stage={"lora_rank": 0}, without=("lora",)),
+        Variant(
+            "frozen_input_norm",
+            "input norm kept, not trained",
+            instead={"language_norms": _OTHER_NORMS},
+        ),
+        Variant("no_input_norm", "without input norm", config={"text_config.input_layernorm": False}),
+        Variant("no_rms_norm", "without RMSNorm", config={"text_config.attention_rmsnorm": False}),
+        Variant("no_qk_norm", "without QK norm", config={"text_config.qk_layernorm": False}),
+    )
+}
+"""The rows of the paper's Table 3; its missing input norm is read in both ways (docs/evaluation.md)."""
+
+
+def find_variant(text: str) -> Variant:
+    """A variant by name, or made of changes: ``key=value[,key=value]``, keys ``config.*``, ``stage.*`` or ``train.*``.
+
+    Raises:
+        SettingsError: there is no such variant, or a change cannot be read.
+    """
+    if text in VARIANTS:
+        return VARIANTS[text]
+    if "=" not in text:
+        near = difflib.get_close_matches(text, VARIANTS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(VARIANTS)}."
+        raise SettingsError(f"variant {text!r} is unknown; {hint} A change is written like stage.lora_rank=4.")
+    changes: dict[str, dict[str, Any]] = {"config": {}, "stage": {}, "train": {}}
+    for change in text.split(","):
+        key, _, value = change.partition("=")
+        group, _, name = key.strip().partition(".")
+        if group not in changes or not name:
+            raise SettingsError(f"variant {text!r}: {key.strip()!r} must begin with config., stage. or train.")
+        changes[group][name] = yaml.safe_load(value)
+    safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in text)
+    return Variant(safe, text, config=changes["config"], stage=changes["stage"], train=changes["train"])
+
+
+def write_start(variant: Variant, init_from: str, folder: Path) -> Path:
+    """The checkpoint that a variant starts from: the given one with the variant's changes of the configuration.
+
+    Args:
+        variant: what to change.
+        init_from: checkpoint folder.
+        folder: where to write; a start that is there already, made from the same, is kept.
+
+    Returns:
+        ``init_from`` itself where nothing changes.
+
+    Raises:
+        SettingsError: the configuration has no such field.
+    """
+    if not variant.config:
+        return Path(init_from)
+    facts = {"title": f"start of the ablation {variant.title}", "init_from": init_from, "changes": variant.config}
+    try:
+        verify_folder(folder, hashes=False)
+        if read_stage(folder) == json.loads(json.dumps(facts)):
+            return folder
+    except CheckpointError:
+        pass  # not written yet
+    from tinygptv.model import TinyGPTVForConditionalGeneration
+    from tinygptv.processing import TinyGPTVProcessor
+
+    config = change_config(TinyGPTVConfig.from_pretrained(init_from), variant.config)
+    model = TinyGPTVForConditionalGeneration.from_pretrained(init_from, config=config, local_files_only=True)
+    return save_checkpoint(folder, model, TinyGPTVProcessor.from_pretrained(init_from, local_files_only=True), facts)
+
+
+def change_config(config: TinyGPTVConfig, changes: dict[str, Any]) -> TinyGPTVConfig:
+    """Set dotted fields of a configuration, in place.
+
+    Raises:
+        SettingsError: there is no such field.
+    """
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        place: Any = config
+        for name in parents:
+            place = getattr(place, name, None)
+        if place is None or not hasattr(place, last):
+            raise SettingsError(f"config.{key} is no field of the model's configuration.")
+        setattr(place, last, value)
+    return config
+
+
+def with_precision(variant: Variant, precision: str) -> Variant:
+    """The variant at another precision, under a name of its own."""
+    name = variant.name if precision == "fp32" else f"{variant.name}-{precision}"
+    return replace(variant, name=name, train={**variant.train, "precision": precision})

@@ -1,0 +1,203 @@
+"""Export: checkpoint -> low-bit weights -> drift check -> artifact folder -> MLflow's model registry.
+
+The drift is measured on the artifact as it will be served: written, loaded again, and compared with the full model on
+the same held-out samples. An artifact that drifts too far never appears.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipelines import storage
+from pipelines.loader import data_path
+from pipelines.settings import QuantizeSettings, SettingsError
+from pipelines.shards import MANIFEST, ShardSet
+from pipelines.tracking import NullTracker, open_tracker, register_model
+
+if TYPE_CHECKING:
+    import torch
+
+    from tinygptv.drift import Drift, HeldOut
+    from tinygptv.sample import SampleRow
+
+logger = logging.getLogger(__name__)
+
+
+class ExportError(ValueError):
+    """The artifact is not good enough to be served; says by how much."""
+
+
+def export(settings: QuantizeSettings) -> dict[str, Any]:
+    """Quantize a checkpoint.
+
+    Returns:
+        ``bytes`` of the stored weights, ``drift`` (rise of the held-out loss in nats per token), ``answer_agreement``,
+        ``checkpoint``, ``artifact``, ``method``, ``version`` (in the registry, else None), ``seconds``, ``result``.
+
+    Raises:
+        SettingsError: a setting cannot be used.
+        CheckpointError: the checkpoint is incomplete.
+        ExportError: the drift is above ``settings.max_drift``; no artifact is left.
+    """
+    if not settings.checkpoint:
+        raise SettingsError("give checkpoint=DIR, the checkpoint folder to quantize.")
+    if settings.register_as and settings.tracking_uri == "none":
+        raise SettingsError("register_as needs MLflow, but tracking_uri=none switches it off: drop one of the two.")
+    started = time.perf_counter()
+    checkpoint = str(Path(settings.checkpoint).expanduser().absolute())
+    folder = _free_folder(settings)
+    rows, data = held_out_rows(settings)
+    facts = _write(settings, checkpoint, folder, rows, data)
+    tracker = open_tracker(settings, "quantize")
+    tracker.params({**settings.model_dump(), "checkpoint": checkpoint})
+    tracker.metrics({"bytes": facts["bytes"], **_numbers(facts["drift"])}, 0)
+    tracker.artifact(folder / "quantization.json")
+    version = None
+    if settings.register_as:
+        if isinstance(tracker, NullTracker):
+            raise ExportError(f"{folder} is written but not registered: MLflow cannot be used (see the warning above).")
+        version = register_model(settings, tracker.run_id, folder, settings.register_as, settings.alias)
+    tracker.close()
+    result = {
+        "bytes": facts["bytes"],
+        "drift": facts["drift"]["loss"],
+        "answer_agreement": facts["drift"]["answer_agreement"],
+        "checkpoint": checkpoint,
+        "artifact": str(folder),
+        "method": settings.method,
+        "version": version,
+        "seconds": round(time.perf_counter() - started, 1),
+        "result": str(folder / "result.json"),
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=1))
+    return result
+
+
+def _free_folder(settings: QuantizeSettings) -> Path:
+    """The artifact's folder: missing, empty, or an earlier artifact that may be replaced."""
+    from tinygptv.quantize import is_artifact
+
+    folder = Path(settings.output or f"outputs/{settings.recipe}/artifact").expanduser().absolute()
+    if folder.exists() and not (folder.is_dir() and (is_artifact(folder) or not any(folder.iterdir()))):
+        raise SettingsError(f"output={folder} holds something that is no artifact: give an empty or a new folder.")
+    return folder
+
+
+def _write(
+    settings: QuantizeSettings, checkpoint: str, folder: Path, rows: Sequence[SampleRow], data: str
+) -> dict[str, Any]:
+    """Measure the full model, write the artifact, measure that, accept or refuse it; returns ``quantization.json``."""
+    from tinygptv.checkpoint import load_checkpoint, write_folder
+    from tinygptv.drift import compare, measure
+    from tinygptv.quantize import METHODS, bits_per_weight, load_artifact, write_artifact, write_facts
+
+    if settings.method not in METHODS:
+        raise SettingsError(f"method={settings.method!r} is unknown; there are: {', '.join(METHODS)}.")
+    device = _device(settings)
+    model, processor, stage = load_checkpoint(checkpoint)
+    model.requires_grad_(False)
+    if model.config.lora_rank and not settings.keep_lora:
+        model.merge_lora()
+    full = _measured("full", measure, model.to(device), processor, rows, settings.seed)
+    model.cpu()
+    facts: dict[str, Any] = {}
+
+    def fill(staging: Path) -> None:
+        nonlocal model
+        facts.update(write_artifact(staging, model, processor, settings.method, device, encoder=settings.encoder))
+        model = None  # both at once would need the memory of both
+        quantized, _, _ = load_artifact(staging, device, verify=False)
+        drift = compare(full, _measured(settings.method, measure, quantized, processor, rows, settings.seed))
+        _accept(drift, settings)
+        facts.update(
+            bits_per_weight=round(bits_per_weight(facts), 3),
+            drift={**drift.to_dict(), "max_loss": settings.max_drift, "data": data, "seed": settings.seed},
+            stage={key: stage[key] for key in ("recipe", "stage", "step") if key in stage},
+        )
+        write_facts(staging, facts)
+
+    write_folder(folder, fill)
+    return facts
+
+
+def _device(settings: QuantizeSettings) -> torch.device:
+    """bitsandbytes' formats are rounded and measured on the GPU where there is one."""
+    import torch
+
+    from tinygptv.quantize import CPU_FORMATS, METHODS
+
+    for_cpu = any(name in CPU_FORMATS for name in vars(METHODS[settings.method]).values())
+    return torch.device("cpu" if for_cpu or not torch.cuda.is_available() else "cuda")
+
+
+def _measured(name: str, measure: Any, *arguments: Any) -> HeldOut:
+    started = time.perf_counter()
+    held_out = measure(*arguments)
+    logger.info(
+        "%s model: held-out loss %.4f nats per token over %d tokens (%.1f s)",
+        name,
+        held_out.losses.mean(),
+        len(held_out.losses),
+        time.perf_counter() - started,
+    )
+    return held_out
+
+
+def _accept(drift: Drift, settings: QuantizeSettings) -> None:
+    if not drift.loss <= settings.max_drift:  # also refuses NaN
+        raise ExportError(
+            f"method={settings.method} raises the held-out loss by {drift.loss:.4f} nats per token "
+            f"({drift.full_loss:.4f} to {drift.quantized_loss:.4f}), more than max_drift={settings.max_drift}: "
+            "no artifact was written; take a method with more bits, or raise max_drift."
+        )
+
+
+def _numbers(drift: dict[str, Any]) -> dict[str, float]:
+    return {f"drift/{key}": value for key, value in drift.items() if isinstance(value, int | float) and key != "seed"}
+
+
+# ---------------------------------------------------------------------- held-out samples
+
+
+def held_out_rows(settings: QuantizeSettings) -> tuple[list[SampleRow], str]:
+    """Samples for the drift check, and in words what they are.
+
+    Raises:
+        FileNotFoundError: ``settings.data`` holds no shard set.
+        ShardError: a shard set is damaged.
+    """
+    if not settings.data:
+        from tinygptv.drift import drawn_rows
+
+        return drawn_rows(settings.drift_samples, settings.seed), "drawn scenes of the miniature, split test"
+    sets = [shards for place in _shard_sets(settings.data) if len(shards := ShardSet.open(place))]
+    if not sets:
+        raise FileNotFoundError(
+            f"the shard sets in data={settings.data} have no rows: leave data empty, or prepare them."
+        )
+    generator = np.random.default_rng(settings.seed)
+    share = -(-settings.drift_samples // len(sets))
+    drawn = [shards.rows(generator.permutation(len(shards))[:share].tolist()) for shards in sets]
+    mixed = [row for rows in zip_longest(*drawn) for row in rows if row is not None]
+    return mixed[: settings.drift_samples], settings.data
+
+
+def _shard_sets(data: str) -> list[str]:
+    """The folder itself where it is a shard set, else the shard sets in it."""
+    data = data_path(data)
+    if storage.exists(storage.join(data, MANIFEST)):
+        return [data]
+    found = [storage.parent(file.place) for file in storage.find_files(storage.join(data, "*", MANIFEST))]
+    if not found:
+        raise FileNotFoundError(
+            f"data={data} holds no shard set: make one with jobs/prepare_data.py, or leave data empty."
+        )
+    return found

@@ -1,0 +1,92 @@
+"""The ablation matrix, small: tasks on the cluster, nested MLflow runs, a report, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipelines.ablate import ablate
+from pipelines.settings import AblateSettings
+from tests.worlds import STAGE, make_world
+from tinygptv.miniature.writers import write_world
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder / "drawn", 1, 8, sources=())
+    return {**make_world(folder), "benchmark_data": str(folder / "drawn")}
+
+
+def settings(world, output, **changes):
+    fields = {
+        **world,
+        "output": str(output),
+        "variants": ["full", "no_qk_norm"],
+        "stages": [1, 2],
+        "precisions": ["fp32", "fp16_range"],
+        "max_steps": 4,
+        "score_limit": 4,
+        "features": "inline",
+        "tracking_uri": "none",
+        "quiet": True,
+        "train": {"micro_batch_size": 4},
+        "stage": STAGE,
+    }
+    return AblateSettings(**{**fields, **changes})
+
+
+def test_matrix_on_the_cluster(ray_cluster, world, tmp_path):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    result = ablate(settings(world, tmp_path / "out", tracking_uri=uri))
+    assert [(row["variant"], row["precision"]) for row in result["rows"]] == [
+        ("full", "fp32"),
+        ("no_qk_norm", "fp32"),
+        ("full-fp16_range", "fp16_range"),
+        ("no_qk_norm-fp16_range", "fp16_range"),
+    ]
+    for row in result["rows"]:
+        assert [row["stages"][n]["status"] for n in ("1", "2")] == ["trained", "trained"], row
+        assert row["stages"]["2"]["steps"] == 4 and row["stages"]["2"]["depth"]["projector"] > 0
+        assert row["scores"]["miniature_vqa"]["n"] == 4
+    losses = [row["stages"]["1"]["first_loss"] for row in result["rows"]]
+    assert losses[0] != losses[1], "the norm makes a difference"
+    assert 0 < abs(losses[0] - losses[2]) < 0.01, "and rounding a small one"
+    assert json.loads((tmp_path / "out/result.json").read_text())["table"] == result["table"]
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("tinygptv-mini")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if run.info.run_name == "ablation"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert {run.info.run_name for run in children} == {row["variant"] for row in result["rows"]}
+    for child in children:
+        assert len(client.get_metric_history(child.info.run_id, "stage2/loss")) == 4
+        assert "stage2/grad_norm/projector" in child.data.metrics and "score/miniature_vqa" in child.data.metrics
+    names = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert {"report.md", "report.html", "losses_fp32.png", "ablation.json"} <= names
+
+
+def test_finished_stages_are_kept_and_a_lost_one_is_trained_again(world, tmp_path):
+    first = ablate(settings(world, tmp_path, num_workers=0, precisions=["fp32"]))
+    kept = tmp_path / "full/stage1/result.json"
+    before = kept.stat().st_mtime_ns
+    (tmp_path / "no_qk_norm/stage2/result.json").unlink()
+    second = ablate(settings(world, tmp_path, num_workers=0, precisions=["fp32"]))
+    assert kept.stat().st_mtime_ns == before
+    assert second["rows"] == first["rows"]
+
+
+def test_one_variant_that_fails_does_not_take_the_others_with_it(world, tmp_path):
+    bad = "config.text_config.hidden_act=nonsense"
+    result = ablate(settings(world, tmp_path, num_workers=0, precisions=["fp32"], variants=[bad, "full"], benchmark=""))
+    failed, fine = result["rows"]
+    assert failed["stages"]["1"]["status"] == "failed" and "nonsense" in failed["stages"]["1"]["note"]
+    assert failed["stages"]["2"]["status"] == "not run"
+    assert fine["stages"]["2"]["status"] == "trained"
+    assert "failed" in (tmp_path / "report.md").read_text()

@@ -1,0 +1,63 @@
+"""Scoring on a cluster: the same answers as in one process, and a kill loses no finished unit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipelines.evaluate import evaluate
+from tests.paths import ROOT
+from tests.serving_model import save_checkpoint
+from tests.unit.test_evaluate import predictions, settings
+from tinygptv.miniature.writers import write_world
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, 1, 16, sources=())
+    return folder
+
+
+def test_actors_answer_as_one_process_does(ray_cluster, checkpoint, world, tmp_path):
+    names = ["miniature_vqa", "miniature_refer"]
+    evaluate(settings(checkpoint, world, tmp_path / "inline", benchmark=names))
+    evaluate(settings(checkpoint, world, tmp_path / "ray", benchmark=names, num_workers=2))
+    assert predictions(tmp_path / "ray") == predictions(tmp_path / "inline")
+    ours, theirs = (json.loads((tmp_path / n / "result.json").read_text())["benchmarks"] for n in ("ray", "inline"))
+    assert ours == theirs
+
+
+def test_a_kill_loses_no_finished_unit(checkpoint, world, tmp_path):
+    output = tmp_path / "score"
+    keys = f"checkpoint={checkpoint} data={world} output={output} benchmark=miniature_grounding num_workers=0"
+    keys += " threads_per_worker=1 batch_size=2 tracking_uri=none"
+    command = [sys.executable, "jobs/score.py", *keys.split()]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 200
+    while not (finished := sorted((output / "answers").glob("*.jsonl")) if output.is_dir() else []):
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    times = {path: path.stat().st_mtime_ns for path in finished}
+    assert not (output / "result.json").exists(), "it was killed before its end"
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=True)
+    assert done.stdout.strip().splitlines()[-1] == str(output / "result.json")
+    assert all(path.stat().st_mtime_ns == before for path, before in times.items())
+    evaluate(settings(checkpoint, world, tmp_path / "straight", benchmark="miniature_grounding"))
+    assert predictions(output) == predictions(tmp_path / "straight")

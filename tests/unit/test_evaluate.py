@@ -1,0 +1,222 @@
+"""A whole score run in this process: faults are counted and named, finished units are kept, pages and numbers agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipelines.answer_units import UnitAnswerer, _other_images
+from pipelines.benchmarks.base import Benchmark, Question
+from pipelines.evaluate import evaluate
+from pipelines.settings import ScoreSettings, SettingsError
+from tests import benchmark_files
+from tests.serving_model import make_image, save_checkpoint
+from tinygptv.metrics import exact_match
+from tinygptv.miniature.writers import write_world
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, 1, 6, sources=())
+    return folder
+
+
+def settings(checkpoint, data, output, **changes):
+    fields = {
+        "checkpoint": str(checkpoint),
+        "data": str(data),
+        "output": str(output),
+        "num_workers": 0,
+        "threads_per_worker": 1,
+        "batch_size": 2,
+        "tracking_uri": "none",
+        "quiet": True,
+        "benchmark": "miniature_vqa",
+    }
+    return ScoreSettings(**{**fields, **changes})
+
+
+def predictions(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint, world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("score")
+    return evaluate(settings(checkpoint, world, output, benchmark=["miniature_vqa", "miniature_refer"])), output
+
+
+def test_result(run):
+    result, output = run
+    assert json.loads((output / "result.json").read_text())["benchmarks"] == result["benchmarks"]
+    for facts in result["benchmarks"].values():
+        assert {"metric", "value", "low", "high", "n", "blind", "shuffled"} <= set(facts)
+        assert facts["unanswered"] == 0 and facts["low"] <= facts["value"] <= facts["high"]
+    assert result["benchmarks"]["miniature_vqa"]["n"] == 12
+    assert set(result["benchmarks"]["miniature_refer"]["also"]) == {"IoU > 0.3", "mean IoU"}
+
+
+def test_predictions_hold_every_question_with_every_view(run, world):
+    result, output = run
+    lines = predictions(output)
+    asked = json.loads((world / "benchmarks/vqa.json").read_text())
+    own = [line for line in lines if line["benchmark"] == "miniature_vqa"]
+    assert [line["truth"]["answer"] for line in own] == [entry["answer"] for entry in asked]
+    assert all(isinstance(line[view], str) for line in lines for view in ("answer", "blind", "shuffled"))
+    main = [line["score"] for line in own if line["split"] == "test"]
+    assert result["benchmarks"]["miniature_vqa"]["value"] == pytest.approx(100 * sum(main) / len(main), abs=1e-3)
+    assert any(line["answer"] != line["blind"] for line in lines), "the picture must reach the model"
+    assert any(line["answer"] != line["shuffled"] for line in lines)
+
+
+def test_page_shows_pictures_worst_first(run):
+    page = (run[1] / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64") == 24 + 14, "24 of the questions, and all 14 phrases"
+    assert page.index('class="wrong"') < page.index("<h3>Best</h3>")
+    assert "http://" not in page and "https://" not in page
+
+
+def test_the_same_settings_give_the_same_answers(run, checkpoint, world, tmp_path):
+    evaluate(settings(checkpoint, world, tmp_path, benchmark=["miniature_vqa", "miniature_refer"]))
+    assert predictions(tmp_path) == predictions(run[1])
+
+
+def test_finished_units_are_not_answered_again(run, checkpoint, world, monkeypatch, tmp_path):
+    answered = []
+    original = UnitAnswerer.rows
+    monkeypatch.setattr(UnitAnswerer, "rows", lambda self, unit: answered.append(unit.file) or original(self, unit))
+    evaluate(settings(checkpoint, world, tmp_path))
+    units = sorted((tmp_path / "answers").iterdir())
+    assert len(units) == len(answered) == 4  # 12 + 4 x 4 questions by 8
+    before = predictions(tmp_path)
+    units[1].unlink()
+    (tmp_path / "answers" / "miniature_vqa-00002-0.tmp").write_text("half a file of a kill")
+    answered.clear()
+    evaluate(settings(checkpoint, world, tmp_path))
+    assert answered == [units[1].name]
+    assert predictions(tmp_path) == before
+    assert sorted((tmp_path / "answers").iterdir()) == units
+
+
+def test_another_checkpoint_or_other_settings_answer_anew(checkpoint, world, tmp_path):
+    evaluate(settings(checkpoint, world, tmp_path, limit=4))
+    first = {path.name for path in (tmp_path / "answers").iterdir()}
+    evaluate(settings(checkpoint, world, tmp_path, limit=4, baselines=False))
+    second = {path.name for path in (tmp_path / "answers").iterdir()}
+    other = save_checkpoint(tmp_path / "other", seed=1)
+    evaluate(settings(other, world, tmp_path, limit=4, baselines=False))
+    third = {path.name for path in (tmp_path / "answers").iterdir()}
+    assert first and not first & second and not second & third
+
+
+def own_benchmark(folder, names):
+    """A benchmark without files, about pictures that may be missing or broken."""
+
+    def read(data):
+        for number, name in enumerate(names):
+            image = None if name is None else folder / name
+            yield Question(f"q{number}", "what?", image, {"answer": "x"})
+
+    return Benchmark("own", "exact match", read, lambda answer, truth: exact_match(answer, truth["answer"]), 4)
+
+
+def test_missing_and_broken_pictures_are_counted_and_named(checkpoint, tmp_path):
+    (tmp_path / "good.png").write_bytes(make_image(1))
+    (tmp_path / "other.png").write_bytes(make_image(2))
+    (tmp_path / "broken.png").write_bytes(make_image(1)[:60])
+    names = ["good.png", "gone.png", "broken.png", None, "other.png", "gone.png"]
+    result = evaluate(settings(checkpoint, tmp_path, tmp_path / "out"), [own_benchmark(tmp_path, names)])
+    facts = result["benchmarks"]["own"]
+    assert facts["n"] == 6 and facts["unanswered"] == 3
+    assert [problem.split(":")[0] for problem in facts["problems"]] == ["q1", "q2", "q5"]
+    assert "gone.png cannot be opened" in facts["problems"][0] and "broken.png" in facts["problems"][1]
+    lines = predictions(tmp_path / "out")
+    assert [bool(line["problem"]) for line in lines] == [False, True, True, False, False, True]
+    assert lines[3]["answer"] == lines[3]["blind"] == lines[3]["shuffled"], (
+        "a question without a picture stays as it is"
+    )
+    assert "3 without an answer" in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_prompt_that_is_too_long_is_counted_too(checkpoint, tmp_path):
+    def read(data):
+        yield Question("long", "word " * 400, None, {"answer": "x"})
+        yield Question("short", "what?", None, {"answer": "x"})
+
+    benchmark = Benchmark("own", "m", read, lambda answer, truth: 1.0, 4)
+    facts = evaluate(settings(checkpoint, tmp_path, tmp_path), [benchmark])["benchmarks"]["own"]
+    assert (
+        facts["unanswered"] == 1 and facts["problems"][0].startswith("long: the prompt has") and facts["value"] == 50.0
+    )
+
+
+def test_choices_are_ranked_and_hateful_memes_has_both(checkpoint, tmp_path):
+    benchmark_files.aokvqa(tmp_path)
+    benchmark_files.hateful_memes(tmp_path)
+    result = evaluate(settings(checkpoint, tmp_path, tmp_path / "out", benchmark=["aokvqa", "hateful_memes"]))
+    lines = {(line["benchmark"], line["id"]): line for line in predictions(tmp_path / "out")}
+    chosen = lines["aokvqa_choice", "easy"]
+    assert chosen["answer"] == chosen["choices"][chosen["answer_losses"].index(min(chosen["answer_losses"]))]
+    assert lines["aokvqa_direct", "easy"].get("answer_losses") is None
+    memes = lines["hateful_memes", "8291"]
+    assert len(memes["answer_losses"]) == 2 and memes["answer"] not in ("yes", "no"), "it is generated, and ranked"
+    assert result["benchmarks"]["hateful_memes"]["metric"] == "AUROC"
+
+
+def test_released_scoring_prompts_and_stops_as_the_release_does(checkpoint, tmp_path):
+    benchmark_files.vsr(tmp_path)
+    official = evaluate(settings(checkpoint, tmp_path, tmp_path / "a", benchmark="vsr"))["benchmarks"]["vsr"]
+    released = evaluate(settings(checkpoint, tmp_path, tmp_path / "b", benchmark="vsr", metric="released"))
+    assert (official["metric"], released["benchmarks"]["vsr"]["metric"]) == ("exact match", "as released")
+    pairs = zip(predictions(tmp_path / "a"), predictions(tmp_path / "b"), strict=True)
+    assert any(a["answer"] != b["answer"] for a, b in pairs), "another prompt"
+
+
+def test_two_runs_are_compared(run, world, tmp_path):
+    other = save_checkpoint(tmp_path / "other", seed=1)
+    result = evaluate(settings(other, world, tmp_path / "out", compare_with=str(run[1])))
+    found = result["comparison"]["miniature_vqa"]
+    assert found["n"] == 12 and found["difference"] == pytest.approx(found["ours"] - found["theirs"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint": ""}, "give checkpoint=DIR"),
+        ({"checkpoint": "/nowhere"}, "checkpoint=/nowhere is no checkpoint or artifact"),
+        ({"benchmark": "nonsense"}, "benchmark 'nonsense' is unknown"),
+        ({"data": "/nowhere"}, "task=draw"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(checkpoint, world, tmp_path, changes, message):
+    with pytest.raises((SettingsError, FileNotFoundError), match=message):
+        evaluate(settings(**{"checkpoint": checkpoint, "data": world, "output": tmp_path, **changes}))
+
+
+def test_a_missing_picture_folder_is_a_mistake_not_500_problems(checkpoint, tmp_path):
+    benchmark_files.vsr(tmp_path)
+    for path in (tmp_path / "train2017", tmp_path / "val2017"):
+        for picture in path.iterdir():
+            picture.unlink()
+    with pytest.raises(SettingsError, match="none of the first 2 pictures is there"):
+        evaluate(settings(checkpoint, tmp_path, tmp_path / "out", benchmark="vsr"))
+
+
+def test_files_that_are_not_official_are_named(checkpoint, tmp_path):
+    benchmark_files.put(tmp_path / "test.jsonl", '{"image": "a.jpg"}\n')
+    with pytest.raises(SettingsError, match=r"benchmark=vsr: an entry .* KeyError 'label'"):
+        evaluate(settings(checkpoint, tmp_path, tmp_path / "out", benchmark="vsr"))
+
+
+def test_shuffled_pictures_are_never_ones_own():
+    for count in range(2, 30):
+        others = _other_images(count, seed=count)
+        assert sorted(others) == list(range(count)) and all(other != own for own, other in enumerate(others))

@@ -1,0 +1,65 @@
+"""Training as if in fp16: what overflows, what underflows, and that nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.tiny import tiny_config
+from tinygptv.half_range import emulate_half_range, half_range_attention, round_to_half
+from tinygptv.model import TinyGPTVForConditionalGeneration
+
+
+def test_rounding_of_values_and_gradients():
+    x = torch.tensor([1.0, 1 / 3, 7e4, 1e-9, -7e4], requires_grad=True)
+    y = round_to_half(x)
+    assert y.tolist() == [1.0, float(torch.tensor(1 / 3).half()), float("inf"), 0.0, float("-inf")]
+    y.backward(torch.tensor([1e-9, 1 / 3, 1.0, 1e5, 1.0]))
+    assert x.grad.tolist() == [0.0, float(torch.tensor(1 / 3).half()), 1.0, float("inf"), 1.0]
+
+
+def test_attention_equals_the_usual_one_where_nothing_overflows():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 5, 4).half().float() for _ in range(3))
+    mask = torch.full((5, 5), float("-inf")).triu(1)[None, None]
+    ours, weights = half_range_attention(torch.nn.Module().eval(), query, key, value, mask, scaling=0.5)
+    theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5)
+    torch.testing.assert_close(ours, theirs.transpose(1, 2), atol=3e-3, rtol=3e-3)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 5), atol=1e-3, rtol=1e-3)
+
+
+def test_scores_that_fp16_cannot_hold_end_in_nan():
+    big = torch.full((1, 1, 2, 4), 200.0)
+    output, _ = half_range_attention(torch.nn.Module().eval(), big, big, big, None, scaling=0.5)
+    assert torch.isnan(output).all(), "4 * 200 * 200 is more than fp16 holds, and inf - inf is not a number"
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(1)
+    return {"input_ids": torch.randint(1, 250, (2, 12)), "labels": torch.randint(1, 250, (2, 12))}
+
+
+def test_a_model_of_usual_size_trains_almost_as_in_float32(batch):
+    torch.manual_seed(0)
+    model = TinyGPTVForConditionalGeneration(tiny_config()).train()
+    exact = model(**batch).loss
+    exact.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    emulate_half_range(model)
+    rounded = model(**batch).loss
+    (1024 * rounded).backward()  # as the GradScaler does
+    assert rounded.item() != exact.item() and rounded.item() == pytest.approx(exact.item(), rel=1e-3)
+    for name, gradient in expected.items():
+        found = dict(model.named_parameters())[name].grad / 1024
+        assert (found - gradient).norm() <= 0.05 * gradient.norm() + 1e-7, name
+
+
+def test_a_layer_that_overflows_gives_a_loss_that_is_not_finite(batch):
+    model = TinyGPTVForConditionalGeneration(tiny_config()).train()
+    with torch.no_grad():
+        model.language_model.layers[1].mlp.fc2.bias.fill_(7e4)  # float32 does not mind
+    assert torch.isfinite(model(**batch).loss)
+    emulate_half_range(model)
+    assert not torch.isfinite(model(**batch).loss)

@@ -1,0 +1,47 @@
+"""The drawn world is written in the real sets' formats, so the real readers must take every sample of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipelines.checks import check_image, check_row
+from pipelines.settings import PrepareDataSettings
+from pipelines.sources import SOURCES, locate
+from pipelines.sources.base import Rejected
+from tinygptv.miniature.formats import FORMATS, INVERSE
+from tinygptv.miniature.writers import write_world
+from tinygptv.sample import render_sample
+
+NAMES = (*FORMATS, *INVERSE)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, 16, 2, 0, sources=NAMES, workers=1)
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_drawn_sample_is_read_and_rendered(world, name):
+    line = json.loads((world / "sources.json").read_text())[name]
+    images = str(world / line["images"]) if line["images"] else ""
+    settings = PrepareDataSettings(source=name, input=str(world / line["input"]), images=images)
+    source, location = locate(settings)
+    found = [found for unit in source.reader.plan(location) for found in source.reader.read(unit)]
+    assert found
+    for row in found:
+        assert not isinstance(row, Rejected), row
+        checked = check_row(row, web=source.web, settings=settings)
+        size = {}
+        if checked.image is not None:
+            image = check_image(checked.image, settings)
+            size = {"width": image.width, "height": image.height}
+        exchanges = render_sample(type(row)(**{**vars(checked), **size}), lambda options: options[0])
+        assert all(exchange.answer for exchange in exchanges)
+
+
+def test_nothing_of_the_release_is_left_out_of_the_world():
+    assert set(NAMES) == set(SOURCES) - {"webdataset", "jsonl", "hf", "parquet"}

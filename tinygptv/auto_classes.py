@@ -1,0 +1,89 @@
+"""Registers the model with transformers' Auto classes, as soon as those are imported and not before.
+
+``import tinygptv`` stays free of torch and transformers, which take seconds to import: loaders, schedules and templates
+do without them. When somebody imports an Auto class, our class is registered with it; the model's own module (timm, peft)
+is imported when a model is built.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_AUTO = "transformers.models.auto."
+
+
+class _OnFirstUse(type):
+    """Metaclass of a stand-in for a class: whatever is asked of it is asked of the real class."""
+
+    def __getattr__(cls, name: str) -> Any:
+        module = importlib.import_module("tinygptv.model")
+        return getattr(module.TinyGPTVForConditionalGeneration, name)
+
+
+def _register_config() -> None:
+    importlib.import_module("tinygptv.config")
+
+
+def _register_model() -> None:
+    if "tinygptv.model" in sys.modules:
+        return  # it registers itself
+    auto = sys.modules[_AUTO + "modeling_auto"]
+    config = importlib.import_module("tinygptv.config").TinyGPTVConfig
+    stand_in = _OnFirstUse("TinyGPTVForConditionalGeneration", (), {"config_class": config, "__module__": __name__})
+    for auto_class in (auto.AutoModel, auto.AutoModelForCausalLM, auto.AutoModelForImageTextToText):
+        auto_class.register(config, stand_in)
+
+
+def _register_processors() -> None:
+    importlib.import_module("tinygptv.processing")
+
+
+def _register_image_processor() -> None:
+    # While AutoProcessor's module is half imported, ours cannot be; then its end, a moment later, registers both.
+    if _AUTO + "processing_auto" not in sys.modules:
+        _register_processors()
+
+
+_REGISTER: dict[str, Callable[[], None]] = {
+    _AUTO + "configuration_auto": _register_config,
+    _AUTO + "modeling_auto": _register_model,
+    _AUTO + "image_processing_auto": _register_image_processor,
+    _AUTO + "processing_auto": _register_processors,
+}
+
+
+class _AfterImport(MetaPathFinder):
+    """Finds nothing itself; has a function called once one of transformers' Auto modules has been executed."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _REGISTER:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _REGISTER[fullname]()
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def register_when_imported() -> None:
+    """Register with the Auto classes that are imported already, and with the others when they are."""
+    for name, register in _REGISTER.items():
+        if name in sys.modules:
+            register()
+    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
