@@ -23,7 +23,8 @@ from tinygptv.boxes import parse_boxes, to_pixels
 from tinygptv.conversation import TASKS, ChatImage, ChatMessage, task_instruction
 from tinygptv.drawing import draw_boxes
 from tinygptv.images import open_image
-from tinygptv.loading import SHIPPED_MODEL, load_for_inference
+from tinygptv.loading import load_for_inference
+from tinygptv.miniature.backbones import shipped_model
 from tinygptv.sampling import SamplingParams
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
         )
         questions = _read_questions(options)
-        model, processor = load_for_inference(options.model, options.device)
+        model, processor = load_for_inference(options.model or shipped_model(), options.device)
         assistant = Assistant(model, processor, max_batch_size=options.batch_size)
         if questions is not None:
             return _answer_batch(assistant, questions, params, options.output)
@@ -63,7 +64,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("image", type=Path, help="a picture, a folder of pictures, or a .jsonl file of questions")
     parser.add_argument("question", nargs="?", help="without it, questions are read from the terminal")
-    parser.add_argument("--model", default=str(SHIPPED_MODEL), help="checkpoint or artifact folder")
+    parser.add_argument("--model", help="checkpoint or artifact folder; without it, the shipped miniature")
     parser.add_argument("--task", choices=TASKS, help="word the question as this task")
     parser.add_argument("--box", help="x1,y1,x2,y2 in pixels, for --task identify")
     parser.add_argument("--draw", type=Path, help="where the picture with boxes goes [<picture>.boxes.png, here]")

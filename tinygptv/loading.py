@@ -10,9 +10,6 @@ if TYPE_CHECKING:
     from tinygptv.model import TinyGPTVForConditionalGeneration
     from tinygptv.processing import TinyGPTVProcessor
 
-SHIPPED_MODEL = Path(__file__).parent / "miniature" / "data" / "model"
-"""The model that comes with the package."""
-
 
 def load_for_inference(
     path: str | Path, device: str = "cpu"
@@ -29,7 +26,6 @@ def load_for_inference(
     Raises:
         ValueError: the folder is missing, is no TinyGPT-V checkpoint, or does not load.
     """
-    # Imported here, so that whoever only wants to know where the shipped model lies does not wait for torch.
     from torch import nn
 
     from tinygptv.model import TinyGPTVForConditionalGeneration

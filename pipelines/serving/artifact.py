@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.settings import ServeSettings
-from tinygptv.loading import SHIPPED_MODEL
 
 
 def resolve_artifact(settings: ServeSettings) -> Path:
@@ -20,8 +19,13 @@ def resolve_artifact(settings: ServeSettings) -> Path:
         from pipelines.tracking import download_registered_model
 
         return Path(download_registered_model(name, settings.tracking_uri))
-    folder = Path(name).expanduser() if name else SHIPPED_MODEL
+    if not name:
+        from tinygptv.miniature.backbones import shipped_model
+
+        return shipped_model()
+    folder = Path(name).expanduser()
     if not (folder / "config.json").is_file():
-        what = f"artifact {name!r} is" if name else "no model ships with this installation: artifact= is empty and"
-        raise ValueError(f"{what} no checkpoint folder (config.json is missing): give artifact=DIR of a trained stage.")
+        raise ValueError(
+            f"artifact {name!r} is no checkpoint folder (config.json is missing): give artifact=DIR of a trained stage."
+        )
     return folder.absolute()

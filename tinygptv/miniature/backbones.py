@@ -9,6 +9,7 @@ A shipped stage becomes an ordinary checkpoint folder with ``write_checkpoint``.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tinygptv.checkpoint import load_checkpoint, read_stage, save_checkpoint, verify_folder
+from tinygptv.checkpoint import hash_file, load_checkpoint, read_stage, save_checkpoint, verify_folder
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.model import TinyGPTVForConditionalGeneration
 from tinygptv.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
@@ -97,6 +98,20 @@ def write_checkpoint(folder: Path, stage: int = 0) -> Path:
             template=spec.template,
         )
     return save_checkpoint(folder, model, processor, facts)
+
+
+def shipped_model() -> Path:
+    """The shipped model after its last stage, as an ordinary checkpoint folder in the user's cache folder.
+
+    Raises:
+        ValueError: no stage is shipped with this installation.
+    """
+    stages = shipped_stages()
+    if not stages:
+        raise ValueError("no trained stage ships with this installation: name a checkpoint or artifact folder instead.")
+    version = hash_file(DATA / f"stage{stages[-1]}" / _TRAINED)[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return write_checkpoint(cache / "tinygptv" / f"miniature-{version}", stages[-1])
 
 
 def ship_stage(checkpoint: Path, stage: int) -> Path:
