@@ -3,8 +3,8 @@
     python benchmarks/ingest_contenders.py NAME TARS_FOLDER OUTPUT_FOLDER WORKERS
 
 The same work for all: read every sample, decode, shrink so that the shorter side is 224, encode as JPEG, quality 90,
-write images and captions. Prints one JSON line: rows of a pass, wall seconds of the best pass, CPU seconds of the median
-pass, and wall seconds of a first pass that does not count: it starts workers and imports libraries.
+write images and captions. Prints one JSON line: rows of a pass, wall seconds of the best pass, CPU seconds of the
+median pass, and wall seconds of a first pass that does not count: it starts workers and imports libraries.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 _SPACE = re.compile(r"[ \t\r\n]*")
+_NUMBER_REST = re.compile(r"[-+.eE0-9]*\Z")
 _DECODER = json.JSONDecoder(strict=False)  # an entry with a raw line break in it must not hide those after it
 _CHUNK_BYTES = 4 << 20
 
@@ -107,7 +108,8 @@ class _Scanner:
         while True:
             try:
                 value, stop = _DECODER.raw_decode(self.text, self.place)
-                if stop < len(self.text) or not self._more():  # a number may go on behind the window
+                # "1.5e" at the end of the window reads as 1.5, but the number may go on behind it
+                if not _NUMBER_REST.match(self.text, stop) or not self._more():
                     break
             except (ValueError, RecursionError) as error:
                 if isinstance(error, RecursionError) or not self._more():

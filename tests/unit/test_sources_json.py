@@ -62,6 +62,14 @@ def test_member_list_is_found_behind_other_members():
     assert list(iterate_items(Dripping(data), "images")) == []
 
 
+def test_number_across_two_chunks_is_one_number():
+    values = [1.3510798882109894e16, -2.5e-300, 0, 12345678901234567890]
+    data = json.dumps(values).encode()
+    for padding in range(8):
+        found = iterate_items(Dripping(b" " * padding + data))
+        assert [item.value for item in found] == values
+
+
 def test_byte_order_mark_is_skipped():
     assert [item.value for item in iterate_items(io.BytesIO(b'\xef\xbb\xbf[{"a": 1}]'))] == [{"a": 1}]
 
