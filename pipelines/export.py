@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from tinygptv.drift import Drift, HeldOut
+    from tinygptv.model import TinyGPTVForConditionalGeneration
     from tinygptv.sample import SampleRow
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,8 @@ def _write(
     settings: QuantizeSettings, checkpoint: str, folder: Path, rows: Sequence[SampleRow], data: str
 ) -> dict[str, Any]:
     """Measure the full model, write the artifact, measure that, accept or refuse it; returns ``quantization.json``."""
+    from torch import nn
+
     from tinygptv.checkpoint import load_checkpoint, write_folder
     from tinygptv.drift import compare, measure
     from tinygptv.quantize import METHODS, bits_per_weight, load_artifact, write_artifact, write_facts
@@ -102,16 +105,19 @@ def _write(
     if settings.method not in METHODS:
         raise SettingsError(f"method={settings.method!r} is unknown; there are: {', '.join(METHODS)}.")
     device = _device(settings)
+    model: TinyGPTVForConditionalGeneration | None
     model, processor, stage = load_checkpoint(checkpoint)
     model.requires_grad_(False)
     if model.config.lora_rank and not settings.keep_lora:
         model.merge_lora()
-    full = _measured("full", measure, model.to(device), processor, rows, settings.seed)
-    model.cpu()
+    nn.Module.to(model, device)
+    full = _measured("full", measure, model, processor, rows, settings.seed)
+    nn.Module.to(model, "cpu")
     facts: dict[str, Any] = {}
 
     def fill(staging: Path) -> None:
         nonlocal model
+        assert model is not None
         facts.update(write_artifact(staging, model, processor, settings.method, device, encoder=settings.encoder))
         model = None  # both at once would need the memory of both
         quantized, _, _ = load_artifact(staging, device, verify=False)

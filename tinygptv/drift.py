@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -130,7 +130,7 @@ def _losses(
 ) -> Tensor:
     """Cross-entropy of every supervised token, in nats."""
     encoder = processor.encoder(TextLimits(MAX_TEXT_TOKENS))
-    device = model.get_input_embeddings().weight.device
+    device = cast(Tensor, model.get_input_embeddings().weight).device
     losses = []
     for start in range(0, len(rendered), _BATCH):
         part = slice(start, start + _BATCH)

@@ -28,7 +28,7 @@ class NF4Linear(bnb.nn.Linear4bit):
             device="meta",
         )
         self.output_dtype = dtype
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         if out_features % 32 or in_features % 64:
             self.support_avx512bf16_for_cpu = False  # bitsandbytes' fast kernel takes whole blocks only
 
@@ -71,7 +71,7 @@ class LLMInt8Linear(bnb.nn.Linear8bitLt):
             device="meta",
         )
         self.output_dtype = dtype
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @classmethod
     def quantize(cls, linear: nn.Linear, device: str | torch.device, dtype: torch.dtype) -> LLMInt8Linear:

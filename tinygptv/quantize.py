@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import safe_open
@@ -312,7 +312,7 @@ def _fill(
             model.set_submodule(name, _format_class(formats[name.partition(".")[0]]).restore(stored, device, dtype))
             continue
         is_embedding = name == EMBEDDING and device.type == "cpu"
-        owner = _halve_embedding(model, module) if is_embedding else module
+        owner = _halve_embedding(model, cast(nn.Embedding, module)) if is_embedding else module
         for leaf, tensor in tensors.take(name).items():
             is_full = tensor.dtype == torch.float32
             target = torch.float32 if is_full else torch.float16 if is_embedding else dtype
@@ -327,7 +327,7 @@ def _fill(
         raise CheckpointError(f"{tensors.folder} lacks {missing[0]}: export the artifact again.")
 
 
-def _halve_embedding(model: TinyGPTVForConditionalGeneration, embedding: nn.Module) -> nn.Module:
+def _halve_embedding(model: TinyGPTVForConditionalGeneration, embedding: nn.Embedding) -> nn.Module:
     """Put an embedding into the model that keeps 16 bits per number: its rows are only looked up."""
     halved = HalfEmbedding(embedding.num_embeddings, embedding.embedding_dim, device="meta")
     model.set_input_embeddings(halved)
@@ -339,7 +339,7 @@ def _fill_buffers(model: TinyGPTVForConditionalGeneration, device: torch.device)
     model.language_model.rotary_emb = PhiRotaryEmbedding(model.config.text_config).to(device)
     for block in model.vision_encoder.vit.blocks:
         attention = block.attn
-        attention.k_bias = torch.zeros_like(attention.v_bias)
+        attention.k_bias = torch.zeros_like(cast(Tensor, attention.v_bias))
         attention.qkv_bias_separate = type(attention.qkv) is not nn.Linear
 
 
