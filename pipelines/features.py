@@ -1,10 +1,10 @@
 """Feature cache: the frozen vision encoder's and Q-Former's outputs, computed once and kept beside the shards.
 
     <shard set>/features/<key>/part-00000.npy     [rows, Q, F], row k belongs to row k of part-00000.arrow
-    <shard set>/features/<key>/manifest.json      encoder, image size, dtype, and for each part the shard's and its own hash
+    <shard set>/features/<key>/manifest.json      encoder, image size, dtype; for each part its hash and its shard's
 
-The key names encoder weights and image size: another encoder makes another key, so a cache can never be mistaken for one
-of other weights. Rows without an image are zero.
+The key names encoder weights and image size: another encoder makes another key, so a cache can never be mistaken for
+one of other weights. Rows without an image are zero.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class FeatureSet:
         place = storage.join(folder, "manifest.json")
         if not storage.exists(place):
             raise FeatureError(
-                f"{shard_uri} has no cached features of this encoder and image size ({key}): run jobs/cache_features.py with "
-                "the checkpoint that training starts from, or set features=inline."
+                f"{shard_uri} has no cached features of this encoder and image size ({key}): "
+                "run jobs/cache_features.py with the checkpoint that training starts from, or set features=inline."
             )
         manifest = json.loads(storage.read_bytes(place))
         shards = ShardSet.open(shard_uri).manifest.shards

@@ -104,7 +104,8 @@ def open_shards(data: str, stage: Stage) -> dict[str, ShardSet]:
             missing.append(place)
     if missing:
         raise FileNotFoundError(
-            f"stage {stage.number} needs prepared data in {', '.join(missing)}: run jobs/prepare_data.py for each source."
+            f"stage {stage.number} needs prepared data in {', '.join(missing)}: "
+            "run jobs/prepare_data.py for each source."
         )
     return opened
 

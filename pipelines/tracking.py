@@ -96,7 +96,7 @@ class MLflowTracker:
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=uri)
-        self._queue: list[Callable[[], None]] = []
+        self._queue: list[Callable[[], Any]] = []
         self._metrics: list[tuple[str, float, int, int]] = []
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -139,7 +139,7 @@ class MLflowTracker:
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Upload a file or a folder."""
-        send = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+        send: Callable[..., Any] = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
         self._put(lambda: send(self.run_id, str(path), folder or None))
 
     def image(self, image: Image, key: str, step: int) -> None:
@@ -163,7 +163,7 @@ class MLflowTracker:
         except Exception as error:  # tracking never stops the job
             logger.warning("MLflow run %s could not be ended: %s", self.run_id, error)
 
-    def _put(self, send: Callable[[], None]) -> None:
+    def _put(self, send: Callable[[], Any]) -> None:
         with self._lock:
             self._queue.append(send)
         self._wake.set()

@@ -169,7 +169,7 @@ def _run_on_ray(job: Any, output: Path) -> dict[str, Any]:
 
     settings = job.settings
     with start_ray(settings):
-        workers = (settings.min_workers, settings.num_workers) if settings.min_workers else settings.num_workers
+        workers: Any = (settings.min_workers, settings.num_workers) if settings.min_workers else settings.num_workers
         trainer = TorchTrainer(
             _ray_worker,
             train_loop_config={"job": job},

@@ -110,7 +110,7 @@ def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
     if stage.lora_rank and not model.config.lora_rank:
         model.add_lora(stage.lora_rank, stage.lora_alpha, stage.lora_dropout)
     set_trainable(model, stage.trainable)
-    model.to(device).train()
+    torch.nn.Module.to(model, device).train()
     if settings.gradient_checkpointing:
         # transformers 5.20 renamed it and warns about the old name
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -73,7 +73,7 @@ class StateStore:
 def collect_state(step: TrainStep) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """What must be saved: trainable parameters, AdamW's moments, the scaler."""
     names = {id(parameter): name for name, parameter in step.named}
-    tensors = {f"parameter/{name}": parameter for name, parameter in step.named}
+    tensors: dict[str, torch.Tensor] = {f"parameter/{name}": parameter for name, parameter in step.named}
     for parameter, moments in step.optimizer.state.items():
         for key, value in moments.items():
             tensors[f"optimizer/{key}/{names[id(parameter)]}"] = value

@@ -1,7 +1,7 @@
 """Encoded samples -> one micro-batch of arrays, padded or packed. numpy only: it runs in loader processes.
 
-Padded, a row is one sample and padding stands at its end. Packed, a row holds several samples; their positions start at 0
-again, and transformers' causal mask keeps samples apart wherever positions restart.
+Padded, a row is one sample and padding stands at its end. Packed, a row holds several samples; their positions start at
+0 again, and transformers' causal mask keeps samples apart wherever positions restart.
 
 Notation: B rows, S sequence, N images, R image side, Q query tokens, F Q-Former width, M supervised positions.
 """
