@@ -1,8 +1,8 @@
 """Registers the model with transformers' Auto classes, as soon as those are imported and not before.
 
 ``import tinygptv`` stays free of torch and transformers, which take seconds to import: loaders, schedules and templates
-do without them. When somebody imports an Auto class, our class is registered with it; the model's own module (timm, peft)
-is imported when a model is built.
+do without them. When somebody imports an Auto class, our class is registered with it; the model's own module (timm,
+peft) is imported when a model is built.
 """
 
 from __future__ import annotations

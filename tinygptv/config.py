@@ -15,6 +15,10 @@ LORA_TARGETS = ("qkv_proj", "dense")
 """Linear layers of each language layer that carry a LoRA adapter: the fused q/k/v projection and the output one."""
 
 
+_FROM_MAPPING: Any = None
+"""Default of a part's configuration, which may also be given as a mapping; ``__post_init__`` fills in the object."""
+
+
 class EvaVisionConfig(PretrainedConfig):
     """EVA ViT-g as BLIP-2 uses it: no final norm inside the ViT, one LayerNorm (``ln_vision``) after it.
 
@@ -70,7 +74,8 @@ class TinyGPTVConfig(PretrainedConfig):
         num_query_tokens: vectors that stand for one image in the language model's input (Q).
         projector_hidden_size: width between the projector's two linear layers; 4096 lets a MiniGPT-4 projection load.
         image_token_id: id that marks one of the Q image positions in ``input_ids``; never embedded.
-        template: key of ``prompts.TEMPLATES`` that the weights were last trained with; chat, evaluation and serving use it.
+        template: key of ``prompts.TEMPLATES`` that the weights were last trained with; chat, evaluation and serving use
+            it.
         lora_rank: rank of the LoRA adapters; 0 builds a model without them.
         lora_alpha: LoRA scale numerator; the adapter's output is multiplied by ``lora_alpha / lora_rank``.
         lora_dropout: dropout on the adapter's input, active in training only.
@@ -83,9 +88,9 @@ class TinyGPTVConfig(PretrainedConfig):
         "text_config": TinyGPTVTextConfig,
     }
 
-    vision_config: dict | PretrainedConfig | None = None
-    qformer_config: dict | PretrainedConfig | None = None
-    text_config: dict | PretrainedConfig | None = None
+    vision_config: EvaVisionConfig = _FROM_MAPPING
+    qformer_config: Blip2QFormerConfig = _FROM_MAPPING
+    text_config: TinyGPTVTextConfig = _FROM_MAPPING
     num_query_tokens: int = 32
     projector_hidden_size: int = 4096
     image_token_id: int = 50295
@@ -118,7 +123,7 @@ class TinyGPTVConfig(PretrainedConfig):
             image_size: 224 for stages 1 to 3, 448 for stage 4.
             overrides: other fields of ``TinyGPTVConfig``.
         """
-        return cls(vision_config={"image_size": image_size}, **overrides)
+        return cls(vision_config=EvaVisionConfig(image_size=image_size), **overrides)
 
     @classmethod
     def mini(cls, image_size: int = 64, vocab_size: int = 640, **overrides: Any) -> TinyGPTVConfig:

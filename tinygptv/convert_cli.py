@@ -14,10 +14,11 @@ from torch import Tensor
 
 from tinygptv.checkpoint import STAGE_FILE, CheckpointError, verify_folder, write_folder
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.convert import Release, build_fresh, match_release
+from tinygptv.convert import build_fresh
 from tinygptv.model_card import model_card
 from tinygptv.processing import TinyGPTVProcessor, load_tokenizer
 from tinygptv.release_layouts import interleave_heads, plain_key, release_key, split_phi_tensors
+from tinygptv.release_match import Release, match_release
 from tinygptv.stages import TRAINABLE_PARTS
 from tinygptv.weight_files import WeightFileError, open_weights
 
@@ -109,7 +110,7 @@ def _all_tensors(release: Release, dtype: torch.dtype) -> Iterator[tuple[str, Te
 
 
 def write_release_stage(checkpoint: Path, output: Path) -> Path:
-    """Write what a stage trains as the release's stage ``.pth``: ``{"model": {...}}`` under its names and row orders."""
+    """Write what a stage trains as the release's stage ``.pth``: ``{"model": {...}}`` in its names and row orders."""
     config = TinyGPTVConfig.from_pretrained(checkpoint)
     heads, lora = config.text_config.num_attention_heads, bool(config.lora_rank)
     marks = [mark for part in ("projector", "lora", "language_norms") for mark in TRAINABLE_PARTS[part]]

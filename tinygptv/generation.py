@@ -1,19 +1,21 @@
 """What transformers' ``generate`` must know about images and about the end of an answer.
 
-Images are encoded once, before the first step, and merged into the prompt's embeddings in that step alone: beams, cached
-steps and candidate decoding (assistant model, prompt lookup) never see pixels again.
+Images are encoded once, before the first step, and merged into the prompt's embeddings in that step alone: beams,
+cached steps and candidate decoding (assistant model, prompt lookup) never see pixels again.
 
 An answer ends at its template's end symbol (``###``, a newline), which a model may write as one token or as several.
-Single tokens that hold the symbol are ``generation_config.eos_token_id``; the pieces of which it can also be put together
-are ``generation_config.end_pieces``. ``TinyGPTVProcessor.set_end_symbol`` fills in both when a checkpoint is saved.
+Single tokens that hold the symbol are ``generation_config.eos_token_id``; the pieces of which it can also be put
+together are ``generation_config.end_pieces``. ``TinyGPTVProcessor.set_end_symbol`` fills in both when a checkpoint is
+saved.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
 IMAGE_INPUTS = ("pixel_values", "query_features", "image_embeds")
@@ -87,6 +89,9 @@ class ImageGenerationMixin(GenerationMixin):
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -95,12 +100,21 @@ class ImageGenerationMixin(GenerationMixin):
         Args:
             input_ids: [B, S] all ids so far.
             next_sequence_length: ids of the end that this pass computes; None for all.
+            past_key_values: cache that holds the ids before those.
+            attention_mask: [B, S], 1 for real positions.
+            inputs_embeds: [B, S, D] an assembled prompt, read in the first pass in place of ids.
             is_first_iteration: the pass that reads the prompt.
             kwargs: the other arguments of ``forward``.
         """
         images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
+            cast(LongTensor, input_ids),
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=cast(LongTensor | None, attention_mask),
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
         ids = model_inputs.get("input_ids")
         if ids is None:
@@ -148,9 +162,9 @@ class ImageGenerationMixin(GenerationMixin):
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
+        input_ids: LongTensor | None = None,
         **model_kwargs: Any,
-    ) -> tuple[Tensor | None, dict[str, Any]]:
+    ) -> tuple[LongTensor, dict[str, Any]]:
         """Repeat each row for its beams or samples, and with it the images of that row."""
         images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if name in model_kwargs}
         if expand_size > 1 and input_ids is not None:

@@ -1,7 +1,8 @@
 """The one image path: bytes -> RGB -> R x R pixels -> normalised tensor. Training, evaluation and serving share it.
 
 The release resizes straight to the square (aspect ratio not kept, no crop, no flip) with PIL's bicubic filter, then
-normalises with CLIP's statistics. Pixels travel as uint8 and are normalised where the model runs: a quarter of the bytes.
+normalises with CLIP's statistics. Pixels travel as uint8, a quarter of the bytes, and are normalised where the model
+runs.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ Notation: B batch, S sequence, D width, N heads, H head width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class Float32RMSNorm(nn.Module):
 
 def matrix_input(x: Tensor, linear: nn.Module) -> Tensor:
     """Cast x to the dtype of a linear layer's weight; packed low-bit weights cast their input themselves."""
-    weight = linear.weight
+    weight = cast(Tensor, linear.weight)
     return x.to(weight.dtype) if weight.is_floating_point() else x
 
 
@@ -76,7 +76,7 @@ class PhiAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
-        self.rotary_dim = int(self.head_dim * config.rope_parameters["partial_rotary_factor"])
+        self.rotary_dim = int(self.head_dim * cast(dict, config.rope_parameters)["partial_rotary_factor"])
         # What transformers' attention functions read from the module:
         self.num_key_value_groups = 1
         self.is_causal = True
@@ -222,7 +222,7 @@ class LanguageModel(PreTrainedModel):
 
         mask = create_causal_mask(
             config=self.config,
-            inputs_embeds=matrix_input(inputs_embeds, self.layers[0].self_attn.dense),
+            inputs_embeds=matrix_input(inputs_embeds, cast(PhiDecoderLayer, self.layers[0]).self_attn.dense),
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,

@@ -12,9 +12,10 @@ D language width, S sequence, K vocabulary, M supervised positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from timm.models.eva import Eva, EvaAttention
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.cache_utils import Cache
@@ -58,12 +59,17 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
 
     The vision encoder and the Q-Former run in evaluation mode whatever ``train()`` says, and without gradients while
     all their parameters are frozen.
+
+    Attributes:
+        load_report: the ``LoadReport`` of a model that ``load_release`` built, else None.
     """
+
+    load_report: Any = None
 
     config_class = TinyGPTVConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["PhiDecoderLayer", "EvaBlock", "Blip2QFormerLayer"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -101,7 +107,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding."""
-        self.language_model.embed_tokens = value
+        self.language_model.embed_tokens = cast(nn.Embedding, value)
 
     def get_output_embeddings(self) -> nn.Module:
         """Language head."""
@@ -116,13 +122,13 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         """Initialise what no checkpoint supplied: normal(0, 0.02) matrices, unit norms, zero LoRA B."""
         if isinstance(module, QFormer):
             nn.init.normal_(module.query_tokens, std=self.config.initializer_range)
-        elif type(module).__name__ == "Eva":
-            nn.init.trunc_normal_(module.pos_embed, std=0.02)
-            nn.init.trunc_normal_(module.cls_token, std=0.02)
-        elif type(module).__name__ == "EvaAttention":
+        elif isinstance(module, Eva):
+            nn.init.trunc_normal_(cast(Tensor, module.pos_embed), std=0.02)
+            nn.init.trunc_normal_(cast(Tensor, module.cls_token), std=0.02)
+        elif isinstance(module, EvaAttention):
             # k_bias is a buffer of zeros that no checkpoint holds; built on the meta device it would stay unset.
             for bias in (module.q_bias, module.k_bias, module.v_bias):
-                nn.init.zeros_(bias)
+                nn.init.zeros_(cast(Tensor, bias))
         elif hasattr(module, "reset_lora_parameters"):
             reset_lora(module)
         else:

@@ -1,4 +1,4 @@
-"""The README.md that a checkpoint folder carries: what it is, how it was made, how to use it, whose weights are in it."""
+"""The README.md of a checkpoint folder: what it is, how it was made, how to use it, whose weights are in it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ from transformers import pipeline
 chat = pipeline("image-text-to-text", model="path/of/this/folder")
 ```
 
-Answers end with `{end_symbol!r}`. Task tags in the instruction choose the kind of answer: `[vqa]`, `[caption]`, `[refer]`,
-`[identify]`, `[grounding]`, `[detection]`.
+Answers end with `{end_symbol!r}`. Task tags in the instruction choose the kind of answer: `[vqa]`, `[caption]`,
+`[refer]`, `[identify]`, `[grounding]`, `[detection]`.
 
 ## Licences
 
 The folder contains weights derived from the parts it was started from. At the paper's scale these are EVA ViT-g and
-BLIP-2's Q-Former (BSD-3-Clause), Phi-2 (MIT) and MiniGPT-4's projection (BSD-3-Clause); the data sets of the stages have
-licences of their own (LLaVA-Instruct is CC BY-NC 4.0). The miniature's weights come with this project under BSD-3-Clause.
+BLIP-2's Q-Former (BSD-3-Clause), Phi-2 (MIT) and MiniGPT-4's projection (BSD-3-Clause); the data sets of the stages
+have licences of their own (LLaVA-Instruct is CC BY-NC 4.0). The miniature's weights come with this project under
+BSD-3-Clause.
 """
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class TinyGPTVImageProcessor(BaseImageProcessor):
         """
         flat = [images] if isinstance(images, bytes) else images
         if not (isinstance(flat, list) and flat and isinstance(flat[0], bytes)):
-            flat = make_flat_list_of_images(flat)
+            flat = make_flat_list_of_images(cast(Any, flat))
         pixels = stack_pixels([_as_pil(image) for image in flat], self.image_size)
         return BatchFeature({"pixel_values": normalise_pixels(pixels)}, tensor_type=kwargs.get("return_tensors"))
 

@@ -1,6 +1,7 @@
 """Projector: two linear layers without a nonlinearity between them, 768 -> 4096 -> 2560 at the paper's size.
 
-The first has the shape of MiniGPT-4's projection to Vicuna-7B, so that one can be loaded as a start (paper section 3.1).
+The first has the shape of MiniGPT-4's projection to Vicuna-7B, so that one can be loaded as a start (paper section
+3.1).
 """
 
 from __future__ import annotations

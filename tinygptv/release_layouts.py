@@ -64,7 +64,7 @@ _STRIP_PREFIXES = ("module.", "model.module.", "_orig_mod.")
 
 
 def plain_key(key: str) -> str:
-    """Undo what wrappers add to names: DDP and compile prefixes, peft's ``base_model.model``, ``.default``, ``.base_layer``."""
+    """Undo what wrappers add to names: those of DDP, ``torch.compile`` and peft."""
     for prefix in _STRIP_PREFIXES:
         key = key.removeprefix(prefix)
     key = (
@@ -247,7 +247,7 @@ def release_key(name: str, lora: bool) -> tuple[str, bool] | None:
 
 
 def split_phi_tensors(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Our language tensor under the names of layout 4 (current transformers); empty for tensors that Phi-2 does not have.
+    """Our language tensor under the names of layout 4 (current transformers); empty for what Phi-2 does not have.
 
     Raises:
         ValueError: the tensor is a LoRA adapter: merge the adapters first.

@@ -8,7 +8,7 @@ Layout of one training sequence (Q image positions per image; ``-`` is IGNORE_IN
     input_ids  bos ### Human : <Img> # # # </Img> what ? ### Assistant :  a  dog ###   bos ### Human ...  ###
     labels      -   -    -   -   -   - - -   -     -   -  -     -      -  a  dog ###    -   -    -   ...  ###
 
-Labels are unshifted: the model scores its output at s on the label at s + 1. Source: upstream release, section A.7 / A.8.
+Labels are unshifted: the model scores its output at s on the label at s + 1. Source: the release's training forward.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ Three recipes hold four stages each:
 * ``released``  what the published code and configurations do, for people who hold its checkpoints;
 * ``mini``      the paper's stages at the size of the miniature, minutes on two CPU cores.
 
-They differ in data only: no code asks which stage it is in. Sources: arXiv 2312.16862 section 4, the release's YAML files.
+They differ in data only: no code asks which stage it is in. Sources: arXiv 2312.16862 section 4, the release's YAML
+files.
 """
 
 from __future__ import annotations
@@ -228,7 +229,7 @@ _PAPER = (
     replace(_RELEASED[1], limits=TextLimits(32)),
     replace(
         _RELEASED[2],
-        # The paper's stage 3 learns from MiniGPT-4's and LLaVA's pairs; the release's configuration names the first only.
+        # The paper's stage 3 learns from MiniGPT-4's and LLaVA's pairs; the release's configuration names one set.
         sources=_sources(cc_sbu_align=(1, 6), llava_detail=(1, 6)),
         limits=TextLimits(160),
     ),

@@ -1,15 +1,17 @@
 """Reading foreign weight files, lazily: .pth, .bin, .safetensors, sharded folders. Knows files, not models.
 
-Nothing here loads more than one tensor at a time: safetensors are sliced, zipped torch files are memory-mapped. Pickles
-are read with ``weights_only``, so a file cannot run code.
+Nothing here holds more than one tensor at a time: each read maps the file anew, so that the pages of earlier reads are
+given back. Pickles are read with ``weights_only``, so a file cannot run code.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,25 +116,29 @@ def _open_safetensors(file: Path) -> Iterator[LazyTensor]:
 
 
 def _open_torch(file: Path) -> Iterator[LazyTensor]:
-    content = _load_torch(file)
-    for key, value in _unwrap(content, file).items():
-        if isinstance(value, Tensor):
-            yield LazyTensor(file, str(key), tuple(value.shape), lambda value=value: value)
+    mapped = zipfile.is_zipfile(file)  # the format before torch 1.6 is no zip file, and cannot be mapped
+    content = _unwrap(_load_torch(file, mapped), file)
+
+    def load(key: Any) -> Tensor:
+        return _unwrap(_load_torch(file, mapped), file)[key].clone() if mapped else content[key]
+
+    tensors = {key: tuple(value.shape) for key, value in content.items() if isinstance(value, Tensor)}
+    if mapped:
+        del content
+    for key, shape in tensors.items():
+        yield LazyTensor(file, str(key), shape, partial(load, key))
 
 
-def _load_torch(file: Path) -> Any:
+def _load_torch(file: Path, mapped: bool) -> Any:
     size = file.stat().st_size
     if size == 0:
         raise WeightFileError(f"{file} is empty.")
     try:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6 cannot be mapped
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise WeightFileError(
-            f"{file} is no file of tensors alone, or is damaged ({_first_line(error)}); it was not opened further, because "
-            "a pickle can run code."
+            f"{file} is no file of tensors alone, or is damaged ({_first_line(error)}); it was not opened further, "
+            "because a pickle can run code."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise WeightFileError(f"{file} ({size} bytes) is truncated or no torch file: {_first_line(error)}") from error

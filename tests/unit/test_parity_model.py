@@ -1,4 +1,4 @@
-"""Parity with the original release at reduced sizes (fp32, CPU): every intermediate from pixels to loss, and gradients."""
+"""Parity with the original release at reduced sizes (fp32, CPU): from pixels to loss, gradients, training."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_text_and_image_pieces_as_ids_equal_embeddings(variant):
 
 
 def test_loss_on_supervised_positions_equals_full_logits(variant):
-    name, config, model = variant
+    name, _, model = variant
     golden = load_file(FULL / name / "sample_instruction.safetensors")
     targets = golden["targets"][:, 1:]
     positions = (targets != IGNORE_INDEX).nonzero()

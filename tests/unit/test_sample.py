@@ -49,7 +49,11 @@ PICTURE = {"image": b"x", "width": 200, "height": 100}
             "<Img><ImageHere></Img> [identify] {<10><10><50><99>} ",
             "the dog",
         ),
-        (row("detection", [("a dog", ["<p>a dog</p> {<1><2><3><4>}"])], **PICTURE), "<Img><ImageHere></Img> [detection] a dog ", "<p>a dog</p> {<1><2><3><4>}"),
+        (
+            row("detection", [("a dog", ["<p>a dog</p> {<1><2><3><4>}"])], **PICTURE),
+            "<Img><ImageHere></Img> [detection] a dog ",
+            "<p>a dog</p> {<1><2><3><4>}",
+        ),
         (row("text", [("say hi", ["hi"])]), "say hi", "hi"),
         (row("vqa", [("is {} a set?", ["no"])], **PICTURE), "<Img><ImageHere></Img> [vqa] is {} a set? ", "no"),
     ],
