@@ -1,0 +1,203 @@
+"""Artifacts: written from a full model, read without building one, refused where they are damaged or drift too far."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipelines.export import ExportError, export
+from pipelines.settings import QuantizeSettings, SettingsError
+from tests.serving_model import make_image, make_model, make_processor
+from tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.assistant import Assistant
+from tinygptv.checkpoint import CheckpointError, save_checkpoint, write_folder, write_manifest
+from tinygptv.conversation import ChatMessage
+from tinygptv.drift import HeldOut, compare
+from tinygptv.loading import load_for_inference
+from tinygptv.quantize import METHODS, is_packed, load_artifact, read_facts, write_artifact
+from tinygptv.sampling import SamplingParams
+
+# Largest relative error of the logits that each method may make on random weights, which round worst.
+LOGIT_ERROR = {"cpu": 0.03, "cpu4": 0.35, "int8": 0.03, "nf4": 0.35}
+
+
+def make_artifact(folder, method, lora=False, encoder=""):
+    write_folder(folder, lambda staging: write_artifact(staging, make_model(lora=lora), make_processor(), method,
+                                                        encoder=encoder))  # fmt: skip
+    return folder
+
+
+def logits_of(model):
+    ids = torch.arange(1, 41).reshape(2, 20)
+    with torch.inference_mode():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def relative_error(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("artifacts")
+    return {method: make_artifact(folder / method, method) for method in METHODS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_artifact_is_close_to_the_full_model_and_answers(artifacts, method):
+    model, processor = load_for_inference(artifacts[method])
+    assert relative_error(logits_of(model), logits_of(make_model())) < LOGIT_ERROR[method]
+    pixels = torch.randn(2, 3, 32, 32)
+    assert relative_error(model.encode_images(pixels), make_model().encode_images(pixels)) < LOGIT_ERROR[method]
+    assistant = Assistant(model, processor, max_batch_size=2)
+    message = ChatMessage("user", "what is it?", (assistant.open(make_image()),))
+    assert assistant.answer([message], SamplingParams(max_tokens=8))
+    assistant.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_full_model_is_never_built(artifacts, method, monkeypatch):
+    devices = []
+    build = TinyGPTVForConditionalGeneration.__init__
+
+    def watched(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        devices.extend({parameter.device.type for parameter in self.parameters()})
+
+    monkeypatch.setattr(TinyGPTVForConditionalGeneration, "__init__", watched)
+    model, _, facts = load_artifact(artifacts[method])
+    assert devices == ["meta"]
+    formats = {part: entry["format"] for part, entry in facts["parts"].items()}
+    full = [name for name, module in model.named_modules() if is_packed(name, module, formats)]
+    assert full == [], "a layer of a low-bit part is still a full one"
+    stored = sum(
+        tensor.nbytes for path in artifacts[method].glob("*.safetensors") for tensor in load_file(path).values()
+    )
+    assert stored == facts["bytes"] < 0.7 * sum(4 * p.numel() for p in make_model().parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_read_computes_what_was_written(artifacts, method, tmp_path):
+    first, processor, _ = load_artifact(artifacts[method])
+    again = make_artifact(tmp_path / "again", method)
+    for path in artifacts[method].glob("*.safetensors"):
+        assert path.read_bytes() == (again / path.name).read_bytes(), "writing is not deterministic"
+    assert torch.equal(logits_of(first), logits_of(load_artifact(again)[0]))
+
+
+@pytest.mark.parametrize("method", ["cpu", "nf4"])
+def test_adapters_can_be_kept(tmp_path, method):
+    folder = make_artifact(tmp_path / "kept", method, lora=True)
+    model, _, facts = load_artifact(folder)
+    assert facts["lora"] == "kept"
+    assert relative_error(logits_of(model), logits_of(make_model(lora=True))) < LOGIT_ERROR[method]
+
+
+def test_the_image_encoder_can_stay_in_half_precision(tmp_path):
+    facts = read_facts(make_artifact(tmp_path / "half", "cpu", encoder="half"))
+    assert [facts["parts"][part]["format"] for part in ("vision_encoder", "language_model")] == ["half", "int8"]
+
+
+def test_an_unknown_method_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"method 'gguf' is unknown; there are: nf4, int8, cpu, cpu4\."):
+        make_artifact(tmp_path / "a", "gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_artifacts_are_refused(tmp_path):
+    folder = make_artifact(tmp_path / "a", "cpu")
+    weights = folder / "model-00000.safetensors"
+    whole, tensors = weights.read_bytes(), load_file(weights)
+
+    weights.write_bytes(whole[:-10])
+    with pytest.raises(CheckpointError, match=r"model-00000\.safetensors"):
+        load_artifact(folder)
+    with pytest.raises(CheckpointError, match="no complete safetensors file"):
+        load_artifact(folder, verify=False)
+
+    first = "language_model.layers.1.mlp.fc1.weight"
+    save_file({name: tensor for name, tensor in tensors.items() if not name.startswith(first[:-7])}, weights)
+    with pytest.raises(CheckpointError, match=r"lacks the weights of language_model\.layers\.1\.mlp\.fc1"):
+        load_artifact(folder, verify=False)
+
+    save_file({**tensors, "language_model.layers.9.mlp.fc1.weight": tensors[first].clone()}, weights)
+    with pytest.raises(CheckpointError, match=r"holds weights of language_model\.layers\.9\.mlp\.fc1"):
+        load_artifact(folder, verify=False)
+
+    weights.write_bytes(whole)
+    facts = read_facts(folder)
+    (folder / "quantization.json").write_text(json.dumps({**facts, "format_version": 99}))
+    write_manifest(folder)
+    with pytest.raises(CheckpointError, match="is of version 99; this code reads"):
+        load_artifact(folder)
+
+
+def test_an_artifact_for_cpus_is_refused_by_a_gpu(artifacts):
+    with pytest.raises(CheckpointError, match=r"made for CPUs \(method=cpu\)"):
+        load_artifact(artifacts["cpu"], "cuda")
+
+
+def test_drift_is_a_difference_of_means():
+    full = HeldOut(torch.tensor([1.0, 2.0]), ("red", "blue", "two", "a cat"))
+    drift = compare(full, HeldOut(torch.tensor([1.5, 2.5]), ("red", "blue", "two", "a dog")))
+    assert (drift.loss, drift.answer_agreement, drift.num_tokens, drift.num_answers) == (0.5, 0.75, 2, 4)
+    assert drift.quantized_perplexity / drift.full_perplexity == pytest.approx(torch.e**0.5)
+
+
+# ---------------------------------------------------------------------------------------------------- the export
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "stage4"
+    save_checkpoint(folder, make_model(lora=True), make_processor(), {"recipe": "mini", "stage": "stage4", "step": 7})
+    return folder
+
+
+def settings(checkpoint, folder, **changes):
+    values = {"method": "cpu", "drift_samples": 4, "tracking_uri": "none", "max_drift": 50.0, **changes}
+    return QuantizeSettings(checkpoint=str(checkpoint), output=str(folder), **values)
+
+
+def test_an_export_measures_its_own_drift(checkpoint, tmp_path):
+    result = export(settings(checkpoint, tmp_path / "artifact"))
+    facts = read_facts(tmp_path / "artifact")
+    drift = facts["drift"]
+    assert result["drift"] == drift["loss"] == pytest.approx(drift["quantized_loss"] - drift["full_loss"], abs=1e-5)
+    assert result["bytes"] == facts["bytes"] and facts["stage"] == {"recipe": "mini", "stage": "stage4", "step": 7}
+    assert facts["lora"] == "merged" and drift["num_answers"] == 4 and 8 < facts["bits_per_weight"] < 32
+    assert json.loads((tmp_path / "artifact" / "result.json").read_text()) == result
+    load_for_inference(tmp_path / "artifact")
+
+
+def test_a_drift_above_the_bound_leaves_no_artifact(checkpoint, tmp_path, monkeypatch):
+    import tinygptv.drift
+
+    monkeypatch.setattr(tinygptv.drift, "measure", measured_as(1.0, 1.6))
+    with pytest.raises(ExportError, match=r"method=cpu raises the held-out loss by 0\.6000 .*max_drift=0\.5"):
+        export(settings(checkpoint, tmp_path / "artifact", max_drift=0.5))
+    monkeypatch.setattr(tinygptv.drift, "measure", measured_as(1.0, float("nan")))
+    with pytest.raises(ExportError, match="nan"):
+        export(settings(checkpoint, tmp_path / "artifact", max_drift=0.5))
+    assert not list(tmp_path.iterdir())
+
+
+def measured_as(*losses):
+    values = iter(losses)
+    return lambda *args: HeldOut(torch.tensor([next(values)]), ("a",))
+
+
+def test_settings_that_cannot_be_used_are_refused_before_work(checkpoint, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(SettingsError, match="holds something that is no artifact"):
+        export(settings(checkpoint, tmp_path / "mine"))
+    with pytest.raises(SettingsError, match="method='gguf' is unknown"):
+        export(settings(checkpoint, tmp_path / "a", method="gguf"))
+    with pytest.raises(SettingsError, match="register_as needs MLflow"):
+        export(settings(checkpoint, tmp_path / "a", register_as="tinygptv"))
+    with pytest.raises(SettingsError, match="give checkpoint=DIR"):
+        export(QuantizeSettings(output=str(tmp_path / "a")))
