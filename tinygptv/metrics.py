@@ -43,9 +43,8 @@ def vizwiz_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def direct_answer_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """A-OKVQA's direct answers: min(1, m / 3) for m annotators with the same answer; case is ignored."""
-    prediction = prediction.strip().lower()
-    return min(1.0, sum(answer.lower() == prediction for answer in answers) / 3)
+    """A-OKVQA's direct answers: min(1, m / 3) for m annotators with the very same answer, as its published code counts."""
+    return min(1.0, sum(answer == prediction.strip() for answer in answers) / 3)
 
 
 def exact_match(prediction: str, answer: str) -> float:

@@ -60,7 +60,8 @@ def _read_pope(kind: str) -> Any:
     return read
 
 
-def _score_pope(answer: str, truth: dict[str, Any]) -> float:
+def score_pope(answer: str, truth: dict[str, Any]) -> float:
+    """1 where the answer, read as POPE reads it, is the true one."""
     return float(pope_answer(answer) == truth["answer"])
 
 
@@ -71,7 +72,7 @@ def _pope_columns(outcome: Outcome) -> tuple[float, float]:
     return float(predicted), float(truth)
 
 
-_POPE_STATISTICS = Statistics(
+POPE_STATISTICS = Statistics(
     _pope_columns,
     {
         "F1": lambda rows: f1(rows[:, 0], rows[:, 1]),
@@ -81,6 +82,7 @@ _POPE_STATISTICS = Statistics(
         "yes ratio": lambda rows: float(rows[:, 0].mean()),
     },
 )
+"""F1 with yes as the positive class, and POPE's other numbers."""
 
 
 def _read_hateful(data: Path) -> Iterator[Question]:
@@ -134,7 +136,7 @@ CHOICES = (
         released=each(lambda answer, truth: contains_answer(answer, truth["answer"])),
     ),
     *(
-        Benchmark(f"pope_{kind}", "F1", _read_pope(kind), _score_pope, statistics=_POPE_STATISTICS)
+        Benchmark(f"pope_{kind}", "F1", _read_pope(kind), score_pope, statistics=POPE_STATISTICS)
         for kind in ("random", "popular", "adversarial")
     ),
     Benchmark(

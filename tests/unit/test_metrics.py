@@ -97,7 +97,8 @@ def test_vizwiz_normalises_the_prediction_alone_and_always():
 
 
 def test_direct_answers_count_to_three_without_leaving_anybody_out():
-    assert direct_answer_accuracy("Candle", ["candle", "cake", "candle"]) == pytest.approx(2 / 3)
+    assert direct_answer_accuracy("candle ", ["candle", "cake", "candle"]) == pytest.approx(2 / 3)
+    assert direct_answer_accuracy("Candle", ["candle"] * 10) == 0.0, "the published code compares letter for letter"
     assert direct_answer_accuracy("candle", ["candle"] * 10) == 1.0
 
 
