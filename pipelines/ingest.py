@@ -73,6 +73,7 @@ def ingest(settings: PrepareDataSettings, *, parent_run_id: str = "") -> dict[st
     output = _output_place(settings, location.name)
     storage.make_folder(output)
     with _alone(output):
+        storage.remove_drafts(output)
         counts = None if settings.overwrite else _finished_before(output, mark)
         if counts is None:
             counts = _prepare(settings, location.name, units, output, mark)

@@ -303,9 +303,7 @@ def _write_lists(source: str, output: str, staging: Staging, repeated: Iterator[
 
 
 def _remove_strangers(output: str, wanted: set[str]) -> None:
-    """Remove shards and drafts that an earlier or interrupted run left in the folder."""
+    """Remove shards that an earlier or interrupted run left in the folder."""
     for name in storage.list_names(output):
-        is_shard = name.startswith("part-") and name.endswith(".arrow") and name not in wanted
-        is_draft = name.startswith(".part-") and name.endswith(".tmp")
-        if is_shard or is_draft:
+        if name.startswith("part-") and name.endswith(".arrow") and name not in wanted:
             storage.remove_file(storage.join(output, name))

@@ -207,7 +207,7 @@ class _HashingSink:
         self.num_bytes = 0
         self.closed = False
         self._target = Path(path) if storage.is_local(place) else None
-        self._draft = self._target.with_name(f".{self._target.name}.tmp") if self._target else None
+        self._draft = storage.draft_of(self._target) if self._target else None
         self._file: IO[bytes] | pa.NativeFile = (
             self._draft.open("wb") if self._draft else filesystem.open_output_stream(path)
         )

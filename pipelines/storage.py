@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,6 +24,7 @@ import pyarrow.fs as pafs
 from pipelines.settings import SettingsError
 
 COPY_BYTES = 8 << 20
+DRAFT_ENDING = ".tmp"
 _UNPACK_BYTES = 4 << 10
 
 
@@ -162,6 +164,21 @@ def read_bytes(place: str) -> bytes:
         return stream.read()
 
 
+def draft_of(target: Path) -> Path:
+    """A new name beside a local file, to write it under before it is renamed.
+
+    No two drafts share a name: a worker that a dead run left behind must not write into the file of its successor.
+    """
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}{DRAFT_ENDING}")
+
+
+def remove_drafts(folder: str) -> None:
+    """Remove what interrupted runs left unfinished in a folder."""
+    for name in list_names(folder):
+        if name.startswith(".") and name.endswith(DRAFT_ENDING):
+            remove_file(join(folder, name))
+
+
 def write_atomically(place: str, data: bytes) -> None:
     """Write a file so that it is either absent or whole, also after a kill.
 
@@ -175,7 +192,7 @@ def write_atomically(place: str, data: bytes) -> None:
                 stream.write(data)
             return
         target = Path(path)
-        draft = target.with_name(f".{target.name}.tmp")
+        draft = draft_of(target)
         draft.write_bytes(data)
         draft.replace(target)
 
@@ -183,7 +200,7 @@ def write_atomically(place: str, data: bytes) -> None:
 def write_lines(place: str, lines: Iterable[dict[str, Any]]) -> int:
     """Write JSON lines so that the file is either absent or whole; returns how many."""
     filesystem, path = resolve(place)
-    draft = f"{path}.tmp" if is_local(place) else path
+    draft = str(draft_of(Path(path))) if is_local(place) else path
     count = 0
     with disk_full_as_error(place):
         with filesystem.open_output_stream(draft) as stream:
@@ -242,8 +259,7 @@ def link_or_copy(source: str, target: str) -> None:
         if not is_local(source):
             filesystem.copy_file(path, target_path)
             return
-        draft = Path(target_path).with_name(f".{Path(target_path).name}.tmp")
-        draft.unlink(missing_ok=True)
+        draft = draft_of(Path(target_path))
         try:
             draft.hardlink_to(path)
         except OSError as error:

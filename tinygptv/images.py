@@ -41,7 +41,15 @@ def open_image(data: bytes) -> Image.Image:
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot decode image of {len(data)} bytes: {error}") from error
-    return to_rgb(ImageOps.exif_transpose(image))
+    return to_rgb(_turn_upright(image))
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """Apply EXIF rotation; a picture with damaged EXIF data stays as it is."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # PIL's EXIF parser raises many kinds of errors, SyntaxError among them
+        return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

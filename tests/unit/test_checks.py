@@ -81,6 +81,21 @@ def test_large_image_is_shrunk_to_the_shorter_side(size, mode):
     assert likeness(checked.data, original) < 4
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_sound_picture_with_damaged_exif_is_kept(kind):
+    data = with_orientation(picture(0, (60, 40)), 6, kind)
+    start = data.index(b"MM\0*") if b"MM\0*" in data else data.index(b"II*\0")
+    damaged = data[:start] + b"M\xff" + data[start + 2 :]
+    if kind == "PNG":  # its chunks have checksums
+        chunk = damaged.index(b"eXIf")
+        length = int.from_bytes(damaged[chunk - 4 : chunk], "big")
+        checksum = zlib.crc32(damaged[chunk : chunk + 4 + length]).to_bytes(4, "big")
+        damaged = damaged[: chunk + 4 + length] + checksum + damaged[chunk + 8 + length :]
+    checked = check_image(damaged, SETTINGS)
+    assert (checked.width, checked.height) == (60, 40)
+    assert likeness(checked.data, picture(0, (60, 40))) < 10
+
+
 ODD = {
     "palette": lambda: encode(picture(2).convert("P"), "PNG"),
     "one bit": lambda: encode(picture(2).convert("1"), "PNG"),

@@ -72,12 +72,23 @@ def test_full_disk_becomes_one_sentence_and_other_errors_pass():
         raise PermissionError
 
 
-def test_device_that_is_really_full(tmp_path):
-    full = tmp_path / ".a.tmp"
+def test_device_that_is_really_full(tmp_path, monkeypatch):
+    full = tmp_path / "draft"
     full.symlink_to("/dev/full")
+    monkeypatch.setattr(storage, "draft_of", lambda target: full)
     with pytest.raises(storage.DiskFullError, match="run the same command again"):
         storage.write_atomically(str(tmp_path / "a"), b"x" * 100_000)
     assert not (tmp_path / "a").exists()
+
+
+def test_two_writers_of_one_file_do_not_write_into_each_other(tmp_path):
+    names = {storage.draft_of(tmp_path / "a") for _ in range(20)}
+    assert len(names) == 20
+    for name in names:
+        name.write_bytes(b"unfinished")
+    storage.write_atomically(str(tmp_path / "a"), b"x")
+    storage.remove_drafts(str(tmp_path))
+    assert storage.list_names(str(tmp_path)) == {"a": 1}
 
 
 def test_second_name_costs_no_copy(tmp_path):
