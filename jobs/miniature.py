@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""The miniature: draw its world as data sets, or pretrain its backbones.
+"""The miniature: draw its world as data sets, pretrain its backbones, or keep trained weights as package data.
 
-python jobs/miniature.py --config configs/mini.yaml task=draw output=data/miniature
-python jobs/miniature.py --config configs/mini.yaml task=pretrain output=outputs/miniature
+    python jobs/miniature.py --config configs/mini.yaml task=draw output=data/miniature
+    python jobs/miniature.py --config configs/mini.yaml task=pretrain output=outputs/miniature
+    python jobs/miniature.py task=ship backbones=outputs/miniature/backbones stages=outputs/demo
+
+Interrupted, pretraining goes on from its last training state, at most a minute back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The whole way in one command, on the miniature: draw, prepare, train four stages, score, shrink, serve, ask.
 
-Every hop is the one that its own job runs; this file only walks from one to the next. Finished hops are recognised and not
-done again, so a second run goes straight to the answers.
+Every hop is the one that its own job runs; this file only walks from one to the next. Finished hops are recognised and
+not done again, so a second run goes straight to the answers.
 """
 
 from __future__ import annotations
@@ -220,14 +220,12 @@ def ask(address: str, picture: Path, text: str) -> str:
 def _draw_answer(picture: Path, phrase: str, answer: str, target: Path) -> Path:
     from PIL import Image
 
-    from tinygptv.boxes import parse_boxes, to_pixels
     from tinygptv.drawing import draw_boxes
 
     image = Image.open(picture).convert("RGB")
     scale = max(1, 512 // max(image.size))
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
-    boxes = [(phrase, to_pixels(found.box, *image.size)) for found in parse_boxes(answer)]
-    draw_boxes(image, boxes).save(target)
+    draw_boxes(image, f"<p>{phrase}</p> {answer}").save(target)
     return target
 
 

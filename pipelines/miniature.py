@@ -1,29 +1,46 @@
-"""The miniature's jobs: draw the world's data sets, pretrain the backbones."""
+"""The miniature's jobs: draw the world's data sets, pretrain the backbones, keep trained weights as package data."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.progress import Bar
 from pipelines.settings import MiniatureSettings, SettingsError
-from pipelines.tracking import open_tracker
+from pipelines.tracking import Tracker, open_tracker
 
-VISION_STEPS, LANGUAGE_STEPS = 3_500, 4_000
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from tinygptv.config import TinyGPTVConfig
+    from tinygptv.miniature.pretraining import PretrainingTask
+
+VISION_STEPS, LANGUAGE_STEPS = 3_000, 2_000
+VISION_RATE, LANGUAGE_RATE = 1e-3, 1.5e-3
 VISION_SCENES, HELD_OUT_SCENES = 24_000, 1_024
 SIDES = (64, 128)
 
 
 def run_miniature(settings: MiniatureSettings) -> dict[str, Any]:
-    """Draw or pretrain, as ``settings.task`` says; returns the result."""
-    tasks = {"draw": draw_world, "pretrain": pretrain_backbones}
+    """Do ``settings.task``; returns the result.
+
+    Raises:
+        SettingsError: there is no such task, or it lacks its input.
+    """
+    tasks: dict[str, Callable[[MiniatureSettings], dict[str, Any]]] = {
+        "draw": draw_world,
+        "pretrain": pretrain_backbones,
+        "ship": ship,
+    }
     if settings.task not in tasks:
         raise SettingsError(f"task={settings.task!r}: choose one of {sorted(tasks)}.")
     result = tasks[settings.task](settings)
-    path = settings.output_dir(result["folder"]) / "result.json"
+    path = Path(result["folder"]) / "result.json"
     path.write_text(json.dumps(result, indent=1))
     return {**result, "result": str(path)}
 
@@ -47,74 +64,37 @@ def draw_world(settings: MiniatureSettings) -> dict[str, Any]:
 
 
 def pretrain_backbones(settings: MiniatureSettings) -> dict[str, Any]:
-    """Pretrain vision encoder with Q-Former, and language model; resumable; writes a checkpoint folder."""
-    import torch
+    """Pretrain the vision encoder with the Q-Former, and the language model; resumable; writes a checkpoint folder.
 
+    ``settings.parts`` names one of the two alone; the checkpoint is written by the run that finds both.
+    """
     from tinygptv.config import TinyGPTVConfig
     from tinygptv.miniature.backbones import assemble_backbones
-    from tinygptv.miniature.pretrain_language import LanguageTask, train_tokenizer
-    from tinygptv.miniature.pretrain_vision import ScenePool, VisionTask
-    from tinygptv.miniature.pretraining import pretrain
-    from tinygptv.processing import load_tokenizer
 
     output = settings.output_dir("outputs/miniature")
     started = time.perf_counter()
     config = TinyGPTVConfig.mini(lora_rank=0)
     tracker = open_tracker(settings, "pretrain the miniature")
     tracker.params(settings.model_dump())
-
-    def reporter(part: str) -> Any:
-        def report(step: int, numbers: dict[str, float]) -> None:
-            tracker.metrics({f"{part}/{name}": value for name, value in numbers.items()}, step)
-            if not settings.quiet:
-                text = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
-                print(f"{part} step {step}: {text}", flush=True)
-
-        return report
-
+    tokenizer = _tokenizer(output / "tokenizer", settings.seed, config.text_config.vocab_size - 1)
+    makers = {
+        "vision": (lambda: _vision_task(settings, config), VISION_STEPS, VISION_RATE),
+        "language": (lambda: _language_task(settings, config, tokenizer), LANGUAGE_STEPS, LANGUAGE_RATE),
+    }
     scores: dict[str, float] = {}
-    modules = {}
-    if settings.parts != "language":
-        torch.manual_seed(settings.seed)
-        scenes = min(VISION_SCENES, 64 * (settings.max_steps or VISION_SCENES))
-        held_out = min(HELD_OUT_SCENES, scenes)
-        task = VisionTask(
-            config,
-            ScenePool.draw(settings.seed, "train", scenes, SIDES),
-            ScenePool.draw(settings.seed, "validation", held_out, SIDES),
-            seed=settings.seed,
-        )
-        scores |= pretrain(
-            task,
-            num_steps=settings.max_steps or VISION_STEPS,
-            peak_learning_rate=1e-3,
-            state_dir=output / "vision",
-            report=reporter("vision"),
-            evaluate_every=1000,
-        )
-        modules["vision"] = task.module
-    if settings.parts != "vision":
-        torch.manual_seed(settings.seed + 1)
-        tokenizer = _tokenizer(
-            output / "tokenizer", settings.seed, config.text_config.vocab_size - 1, train_tokenizer, load_tokenizer
-        )
-        language = LanguageTask(config, tokenizer, world_seed=settings.seed, seed=settings.seed)
-        scores |= pretrain(
-            language,
-            num_steps=settings.max_steps or LANGUAGE_STEPS,
-            peak_learning_rate=1.5e-3,
-            state_dir=output / "language",
-            report=reporter("language"),
-            evaluate_every=1000,
-        )
-        modules["language"] = language.module
+    modules: dict[str, nn.Module] = {}
+    for part, (make_task, num_steps, rate) in makers.items():
+        if settings.parts in ("all", part):
+            task = make_task()
+            scores |= _pretrain(task, part, settings.max_steps or num_steps, rate, settings, tracker)
+            modules[part] = task.module
     result: dict[str, Any] = {
         "folder": str(output),
         "scores": scores,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    if len(modules) == 2:
-        facts = {"title": "pretrained backbones of the miniature", "seed": settings.seed, **result}
+    if len(modules) == len(makers):
+        facts = {"title": "pretrained backbones of the miniature", "seed": settings.seed, "scores": scores}
         folder = assemble_backbones(
             output / "backbones", config, modules["vision"], modules["language"], tokenizer, facts
         )
@@ -123,7 +103,83 @@ def pretrain_backbones(settings: MiniatureSettings) -> dict[str, Any]:
     return result
 
 
-def _tokenizer(folder: Path, seed: int, vocab_size: int, train: Any, load: Any) -> Any:
+def ship(settings: MiniatureSettings) -> dict[str, Any]:
+    """Keep backbones and trained stages as package data, so that they come with an installation.
+
+    ``settings.backbones`` is the checkpoint that ``pretrain_backbones`` wrote, ``settings.stages`` the folder that
+    holds ``stage1/checkpoint`` to ``stage4/checkpoint``, e.g. the demo's output; either may be empty.
+    """
+    from tinygptv.miniature.backbones import DATA, ship_backbones, ship_stage
+
+    if not (settings.backbones or settings.stages):
+        raise SettingsError(
+            "give backbones=DIR (a pretrained checkpoint), stages=DIR (with stage1 .. stage4), or both."
+        )
+    if settings.backbones:
+        ship_backbones(Path(settings.backbones))
+    if settings.stages:
+        for number in (1, 2, 3, 4):
+            ship_stage(Path(settings.stages) / f"stage{number}" / "checkpoint", number)
+    num_bytes = sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file())
+    return {"folder": str(settings.output_dir("outputs/miniature")), "package_data": str(DATA), "bytes": num_bytes}
+
+
+def _vision_task(settings: MiniatureSettings, config: TinyGPTVConfig) -> PretrainingTask:
+    import torch
+
+    from tinygptv.miniature.pretrain_vision import ScenePool, VisionTask
+
+    torch.manual_seed(settings.seed)
+    num_scenes = min(VISION_SCENES, 64 * (settings.max_steps or VISION_SCENES))
+    return VisionTask(
+        config,
+        ScenePool.draw(settings.seed, "train", num_scenes, SIDES),
+        ScenePool.draw(settings.seed, "validation", min(HELD_OUT_SCENES, num_scenes), SIDES),
+        seed=settings.seed,
+    )
+
+
+def _language_task(
+    settings: MiniatureSettings, config: TinyGPTVConfig, tokenizer: PreTrainedTokenizerBase
+) -> PretrainingTask:
+    import torch
+
+    from tinygptv.miniature.pretrain_language import LanguageTask
+
+    torch.manual_seed(settings.seed + 1)
+    return LanguageTask(config, tokenizer, world_seed=settings.seed, seed=settings.seed)
+
+
+def _pretrain(
+    task: PretrainingTask,
+    part: str,
+    num_steps: int,
+    peak_learning_rate: float,
+    settings: MiniatureSettings,
+    tracker: Tracker,
+) -> dict[str, float]:
+    from tinygptv.miniature.pretraining import pretrain
+
+    def report(step: int, numbers: dict[str, float]) -> None:
+        tracker.metrics({f"{part}/{name}": value for name, value in numbers.items()}, step)
+        if not settings.quiet:
+            text = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+            print(f"{part} step {step}/{num_steps}: {text}", flush=True)
+
+    return pretrain(
+        task,
+        num_steps=num_steps,
+        peak_learning_rate=peak_learning_rate,
+        state_dir=settings.output_dir("outputs/miniature") / part,
+        report=report,
+        evaluate_every=1000,
+    )
+
+
+def _tokenizer(folder: Path, seed: int, vocab_size: int) -> PreTrainedTokenizerBase:
+    from tinygptv.miniature.pretrain_language import train_tokenizer
+    from tinygptv.processing import load_tokenizer
+
     if not (folder / "tokenizer.json").is_file():
-        train(seed, vocab_size).save_pretrained(folder)
-    return load(folder)
+        train_tokenizer(seed, vocab_size).save_pretrained(folder)
+    return load_tokenizer(folder)

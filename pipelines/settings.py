@@ -313,15 +313,19 @@ class PlanMemorySettings(Settings):
 
 
 class MiniatureSettings(Settings):
-    """``jobs/miniature.py``: draw the miniature world, or pretrain its backbones."""
+    """``jobs/miniature.py``: draw the miniature world, pretrain its backbones, or ship trained weights."""
 
     section = "miniature"
 
-    task: str = Field("draw", description="draw (write the data sets) or pretrain (make the backbones)")
+    task: str = Field("draw", description="draw (write the data sets), pretrain (make the backbones) or ship")
     train_scenes: int = Field(4000, ge=1, description="scenes of the training split")
     test_scenes: int = Field(2000, ge=1, description="held-out scenes")
     max_steps: int = Field(0, ge=0, description="pretraining steps per part; 0 takes the documented number")
-    parts: str = Field("all", description="all, or vision or language alone (to pretrain them on two machines)")
+    parts: Literal["all", "vision", "language"] = Field(
+        "all", description="vision or language alone pretrains that part: two processes side by side"
+    )
+    backbones: str = Field("", description="ship: checkpoint of the backbones to keep as package data")
+    stages: str = Field("", description="ship: folder with stage1/checkpoint .. stage4/checkpoint to keep")
 
 
 class DemoSettings(Settings):

@@ -114,6 +114,21 @@ def shipped_model() -> Path:
     return write_checkpoint(cache / "tinygptv" / f"miniature-{version}", stages[-1])
 
 
+def ship_backbones(checkpoint: Path) -> Path:
+    """Keep a checkpoint of pretrained backbones as package data.
+
+    Returns:
+        The folder in the package.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete or damaged.
+    """
+    verify_folder(checkpoint)
+    shutil.rmtree(BACKBONES, ignore_errors=True)
+    shutil.copytree(checkpoint, BACKBONES)
+    return BACKBONES
+
+
 def ship_stage(checkpoint: Path, stage: int) -> Path:
     """Keep what a stage trained as package data.
 

@@ -1,13 +1,10 @@
 """Pretrains the miniature's language model and its tokenizer: the world's language, as text.
 
-A document speaks of a scene whose description stands between the image marks, in one of two forms of text:
-
-* *listed*: the words of all objects, one after the other;
-* *packed*: one position per grid cell, whose embedding is the sum of the words of the object in it (box numbers turned by a
-  fixed rotation per corner, so that their order is not lost) plus a little noise.
-
-The packed form needs no picture and no projector, but teaches the model to read several facts from one vector, which is
-what image embeddings will be. That much a large language model brings along; one of two million parameters must be taught.
+A document speaks of a scene whose description stands between the image marks as *packed text*: one position per grid
+cell, whose embedding is the sum of the words of the object in it (box numbers turned by a fixed rotation per corner, so
+that their order is not lost) plus a little noise. That needs no picture and no projector, but teaches the model to read
+several facts from one vector, which is what image embeddings will be. That much a large language model brings along;
+one of two million parameters must be taught.
 
 Notation: B documents, S sequence, Q cells, D width.
 """
@@ -38,7 +35,6 @@ from tinygptv.prompts import TEMPLATES
 from tinygptv.sample import SampleEncoder, TextLimits
 
 BOS = "<|endoftext|>"
-PACKED_SHARE = 0.75
 PACKED_NOISE = 0.15
 BUCKETS = 8
 EVALUATED_KINDS = ("vqa", "refer", "identify", "caption", "grounding", "conversation")
@@ -71,7 +67,7 @@ def train_tokenizer(seed: int, vocab_size: int, num_documents: int = 20_000) -> 
 
 
 def _pieces(seed: int, num_documents: int) -> Iterator[str]:
-    """Texts as they are tokenised: questions and answers apart; and end symbols apart, so that no merge swallows them."""
+    """Texts as they are tokenised: questions, answers and end symbols apart, so that no merge swallows the last."""
     for index in range(num_documents):
         scene = make_scene(seed, "train", index)
         document = make_document(scene, generator(scene.key, "tokenizer"))
@@ -135,6 +131,10 @@ ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _float32_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
+_Batch = tuple[Sequence[Scene], Sequence[Document]]
+"""Scenes, and a document about each."""
+
+
 class LanguageModule(nn.Module):
     """Language model and head."""
 
@@ -145,7 +145,7 @@ class LanguageModule(nn.Module):
 
 
 class LanguageTask:
-    """Answers in documents about scenes, listed or packed."""
+    """Answers in documents about scenes."""
 
     def __init__(
         self,
@@ -163,36 +163,34 @@ class LanguageTask:
         self.packed = PackedText(tokenizer, config.text_config.hidden_size)
         self.world_seed, self.batch_size, self.seed = world_seed, batch_size, seed
         self.held_out = held_out
-        self._group: tuple[int, list[tuple[list[Scene], list[Document], bool]]] = (-1, [])
+        self._group: tuple[int, list[_Batch]] = (-1, [])
 
     def losses(self, step: int) -> dict[str, Tensor]:
-        """One batch of documents of like length, all packed or all listed; matrix products run in bfloat16."""
+        """One batch of documents of like length; matrix products run in bfloat16."""
         group, place = divmod(step, BUCKETS)
         if self._group[0] != group:
             self._group = (group, self._draw_group(group))
-        scenes, made, packed = self._group[1][place]
+        scenes, made = self._group[1][place]
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 2, step))))
         with torch.autocast("cpu", torch.bfloat16):
-            losses, _ = self._token_losses(scenes, made, packed, rng)
-        return {"packed" if packed else "listed": losses.mean()}
+            losses, _ = self._token_losses(scenes, made, rng)
+        return {"loss": losses.mean()}
 
-    def _draw_group(self, group: int) -> list[tuple[list[Scene], list[Document], bool]]:
+    def _draw_group(self, group: int) -> list[_Batch]:
         """``BUCKETS`` batches at once, sorted by length so that little is padding, in random order."""
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 1, group))))
-        num_packed = round(BUCKETS * PACKED_SHARE)
-        batches = []
-        for packed, share in ((True, num_packed), (False, BUCKETS - num_packed)):
-            numbers = rng.integers(2**31, size=share * self.batch_size)
-            scenes = [make_scene(self.world_seed, "train", int(i)) for i in numbers]
-            made = [(scene, make_document(scene, rng, as_image=packed)) for scene in scenes]
-            made.sort(key=lambda pair: sum(len(e.instruction or "") + len(e.answer) for e in pair[1].exchanges))
-            for start in range(0, len(made), self.batch_size):
-                chunk = made[start : start + self.batch_size]
-                batches.append(([scene for scene, _ in chunk], [document for _, document in chunk], packed))
+        numbers = rng.integers(2**31, size=BUCKETS * self.batch_size)
+        scenes = [make_scene(self.world_seed, "train", int(i)) for i in numbers]
+        made = [(scene, make_document(scene, rng, as_image=True)) for scene in scenes]
+        made.sort(key=lambda pair: sum(len(e.instruction or "") + len(e.answer) for e in pair[1].exchanges))
+        batches: list[_Batch] = []
+        for start in range(0, len(made), self.batch_size):
+            scenes_of, documents = zip(*made[start : start + self.batch_size], strict=True)
+            batches.append((scenes_of, documents))
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _token_losses(
-        self, scenes: Sequence[Scene], made: Sequence[Document], packed: bool, rng: np.random.Generator
+        self, scenes: Sequence[Scene], made: Sequence[Document], rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
         """Loss of every supervised token, and the share of documents whose answers are all right."""
         batch, with_image = self._collate(made)
@@ -200,7 +198,7 @@ class LanguageTask:
         embedding = self.module.language_model.embed_tokens
         is_image = ids == self.config.image_token_id
         inputs_embeds = embedding(ids.masked_fill(is_image, 0))
-        if packed and with_image:
+        if with_image:
             word_ids, number_ids = zip(*(self.packed.ids(scenes[i]) for i in with_image), strict=True)
             words, numbers = torch.from_numpy(np.stack(word_ids)), torch.from_numpy(np.stack(number_ids))
             noise = torch.from_numpy(rng.standard_normal((*words.shape[:2], inputs_embeds.shape[-1]), dtype=np.float32))
@@ -229,12 +227,12 @@ class LanguageTask:
         return collate(samples, self.tokenizer.pad_token_id, pad_to_multiple=32), with_image
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out loss per document kind (packed form), and the share of documents whose answers are all right."""
+        """Held-out loss per document kind, and the share of documents whose answers are all right."""
         scores: dict[str, float] = {}
         for kind in EVALUATED_KINDS:
             scenes = [make_scene(self.world_seed, "validation", i) for i in range(self.held_out)]
             made = [make_document(s, generator(s.key, f"evaluate {kind}"), kind, as_image=True) for s in scenes]
             rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 3))))
-            losses, right = self._token_losses(scenes, made, True, rng)
+            losses, right = self._token_losses(scenes, made, rng)
             scores[f"{kind}/loss"], scores[f"{kind}/exact"] = float(losses.mean()), float(right)
         return scores

@@ -1,8 +1,8 @@
 """Pretrains the miniature's vision encoder and Q-Former: what is where, cell by cell.
 
-The image is a grid of 4 x 4 cells, and query token i is responsible for cell i: from its feature alone, linear heads must
-read whether an object has its centre there, and its shape, colour, size, texture and box. Patches get their own heads for
-shape, colour and texture. All heads are thrown away: what stays is that the facts are linearly readable.
+The image is a grid of 4 x 4 cells, and query token i is responsible for cell i: from its feature alone, linear heads
+must read whether an object has its centre there, and its shape, colour, size, texture and box. Patches get their own
+heads for shape, colour and texture. All heads are thrown away: what stays is that the facts are linearly readable.
 
 Notation: B images, P patches, Q query tokens (= cells), F Q-Former width, V vision width.
 """
@@ -92,8 +92,8 @@ class VisionModule(nn.Module):
 
     @torch.no_grad()
     def _start_by_position(self) -> None:
-        """Patches begin with waves of their place, queries with those of their cell, and the first cross-attention compares
-        the two: each query looks at its own cell from the first step, which random starts take thousands of steps to find."""
+        """Patches begin with waves of their place, queries with those of their cell, and cross-attention compares the
+        two: each query looks at its own cell from the first step, which random starts take thousands of steps to do."""
         grid = self.vision_encoder.vit.patch_embed.grid_size[0]
         width, query_width = self.vision_encoder.config.hidden_size, self.qformer.query_tokens.shape[-1]
         self.vision_encoder.vit.pos_embed[0, 1:] = 0.5 * _waves(grid, width)
