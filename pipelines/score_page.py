@@ -150,7 +150,7 @@ def _case(line: Row) -> str:
     )
 
 
-def _truth(truth: dict[str, Any]) -> str:
+def truth_text(truth: dict[str, Any]) -> str:
     """What a person compares the answer with."""
     if "answers" in truth:
         return ", ".join(dict.fromkeys(truth["answers"]))

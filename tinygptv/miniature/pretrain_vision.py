@@ -211,7 +211,7 @@ class VisionTask:
                 batch = self._batch(self.held_out, chosen, side, flip=np.zeros(len(chosen), dtype=bool))
                 for name, value in self._hits(*batch).items():
                     hits.setdefault(name, []).append(value)
-            scores |= {f"{name}@{side}": float(np.mean(values)) for name, values in hits.items()}
+            scores |= {f"{name}/{side}px": float(np.mean(values)) for name, values in hits.items()}
         return scores
 
     def _hits(self, pixel_values: Tensor, values: dict[str, Tensor], boxes: Tensor) -> dict[str, float]:
