@@ -145,7 +145,7 @@ def _case(line: Row) -> str:
     problem = f"<dt>problem</dt><dd>{html.escape(line['problem'])}</dd>" if line["problem"] else ""
     return (
         f'<figure class="{wrong}">{image}<figcaption><p>{html.escape(line["instruction"])}</p><dl>'
-        f"<dt>truth</dt><dd>{html.escape(_truth(line['truth']))}</dd>{answers}{problem}"
+        f"<dt>truth</dt><dd>{html.escape(truth_text(line['truth']))}</dd>{answers}{problem}"
         f"<dt>score</dt><dd>{line['score']:.2f}</dd></dl></figcaption></figure>"
     )
 
