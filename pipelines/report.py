@@ -185,14 +185,16 @@ def _table(head: tuple[str, str], rows: Iterable[tuple[str, Any]]) -> str:
 
 
 def _histogram(title: str, borders: Sequence[float], counts: Sequence[int]) -> str:
-    """Bars as SVG, each with its range and count as a tooltip."""
-    width, height, room = 420, 120, 420 / len(borders)
-    most = max(counts) or 1
+    """Bars as SVG, each with its range and count as a tooltip; empty bins at both ends are left out."""
+    filled = [number for number, count in enumerate(counts) if count]
+    shown = range(filled[0], filled[-1] + 1)
+    width, height, room = 420, 120, 420 / max(6, len(shown))
     bars = []
-    for number, (low, count) in enumerate(zip(borders, counts, strict=True)):
+    for number in shown:
+        low, count = borders[number], counts[number]
         high = f"{borders[number + 1]:g}" if number + 1 < len(borders) else "more"
-        tall = height * count / most
-        x = number * room
+        tall = height * count / max(counts)
+        x = (number - shown[0]) * room
         bars.append(
             f"<g><title>{low:g} to {high}: {count:,}</title>"
             f'<rect x="{x + 1:.1f}" y="{height - tall:.1f}" width="{room - 2:.1f}" height="{tall:.1f}" rx="2"/>'
@@ -239,7 +241,7 @@ figcaption { font-size: .85rem; margin-bottom: .4rem; overflow-wrap: anywhere; }
 .sample figcaption { margin: .4rem 0 0; } .sample i { display: block; color: var(--soft); font-size: .75rem; }
 .sample img { width: 100%; border-radius: 6px; display: block; }
 .noimage { color: var(--soft); padding: 2rem 0; text-align: center; }
-svg { width: 100%; } rect { fill: var(--bar); } text { font-size: 9px; fill: var(--soft); text-anchor: middle; }
+svg { width: 100%; } rect { fill: var(--bar); } text { font-size: 11px; fill: var(--soft); text-anchor: middle; }
 table { border-collapse: collapse; }
 td, th { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid var(--line); }
 </style></head><body>

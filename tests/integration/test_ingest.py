@@ -86,14 +86,22 @@ def test_a_killed_worker_process_does_not_show(tars):
     assert content(tars / "killed") == content(tars / "calm")
 
 
-def test_many_small_sources_in_one_session_cost_little(tmp_path):
-    for number in range(6):
-        write_web_tar(tmp_path / f"{number}" / "0.tar", number, 3)
-    ingest(settings(tmp_path / "0", "warm"))
-    started = time.perf_counter()
-    for number in range(1, 6):
-        ingest(settings(tmp_path / f"{number}"))
-    assert (time.perf_counter() - started) / 5 < 3, "seconds per small source, on a busy machine"
+def test_kill_9_of_the_job_and_the_same_command_again(tars, tmp_path):
+    import ray
+
+    ingest(settings(tars, "calm"))
+    output = tmp_path / "out"
+    command = [sys.executable, "jobs/prepare_data.py", "source=laion", f"input={tars}/*.tar", f"output={output}"]
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    with subprocess.Popen([*command, "tracking_uri=none", "quiet=true"], cwd=ROOT, env=environment) as job:
+        while job.poll() is None and not list(output.glob("_staging/*.json")):
+            time.sleep(0.005)
+        job.kill()
+    assert job.returncode == -signal.SIGKILL
+    assert not (output / "manifest.json").exists()
+    result = ingest(settings(tars, str(output)))
+    assert result["reused_units"] >= 1
+    assert content(output) == content(tars / "calm")
 
 
 def test_duplicates_across_many_units_are_copied_on_the_cluster(tmp_path):

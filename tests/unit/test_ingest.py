@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pipelines import storage
 from pipelines.ingest import ingest
 from pipelines.settings import PrepareDataSettings, SettingsError
 from pipelines.shards import ShardSet
+from pipelines.tracking import NullTracker
 from tests.paths import ROOT
 from tests.source_files import encode, jpeg, picture, sample, write_tar, write_web_tar
 
@@ -101,6 +103,27 @@ def test_report_tells_the_same(tmp_path):
     page = Path(result["report_html"]).read_text()
     assert page.count("<img") == result["rows_out"]
     assert "http" not in page.replace("http-equiv", ""), "the page must need no network"
+
+
+def test_tracker_gets_settings_counts_and_report(tmp_path, monkeypatch):
+    told = {}
+
+    class Recording(NullTracker):
+        def params(self, values):
+            told.update(values)
+
+        def metrics(self, values, step):
+            told.update(values)
+
+        def artifact(self, path, folder=""):
+            told[path.name] = path.read_bytes()
+
+    monkeypatch.setattr(ingest_module, "open_tracker", lambda *arguments, **more: Recording())
+    write_messy_tars(tmp_path)
+    ingest(settings(tmp_path))
+    assert (told["source"], told["image_size"], told["rows_in"], told["quarantined"]) == ("laion", 448, 10, 1)
+    assert told["report.html"] == (tmp_path / "out/report.html").read_bytes()
+    assert len(told["quarantine.jsonl"].splitlines()) == 1
 
 
 def test_duplicates_can_be_kept(tmp_path):
@@ -237,7 +260,7 @@ def test_a_crash_never_lets_a_set_pass_for_one_of_other_settings(tmp_path):
     ingest(settings(tmp_path, "whole"))
     for number in range(40):
         output = f"mixed-{number}"
-        ingest(settings(tmp_path, output))
+        shutil.copytree(tmp_path / "whole", tmp_path / output)
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Crash):
             crash_at(patch, number)
             ingest(settings(tmp_path, output, min_words=2))
@@ -263,7 +286,7 @@ def test_kill_9_while_working(tmp_path):
     for number in range(8):
         write_web_tar(tmp_path / f"{number:05d}.tar", number * 40, 40, (200, 150))
     ingest(settings(tmp_path, "whole"))
-    for delay in (0.02, 0.08, 0.15):
+    for delay in (0.03, 0.12):
         output = tmp_path / f"killed-{delay}"
         command = [sys.executable, "-c", KILLED, str(tmp_path / "*.tar"), str(output)]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:

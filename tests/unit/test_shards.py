@@ -222,6 +222,23 @@ def test_hugging_face_datasets_reads_the_files(uri, tmp_path):
     assert SampleRow.from_dict(loaded[130]) == make_row(130)
 
 
+def test_polars_reads_the_files(uri):
+    polars = pytest.importorskip("polars")
+    counts = polars.scan_ipc(f"{uri}/part-*.arrow").group_by("task").len().collect()
+    assert dict(counts.iter_rows()) == {"refer": 167, "text": 28}
+    assert polars.read_ipc(f"{uri}/part-00000.arrow")["boxes"].to_list()[1] == [list(make_row(1).boxes[0])]
+
+
+def test_duckdb_reads_the_files(uri):
+    duckdb = pytest.importorskip("duckdb")
+    import pyarrow.dataset
+
+    shards = pyarrow.dataset.dataset([f"{uri}/part-0000{n}.arrow" for n in range(3)], format="ipc")
+    query = "select task, count(*), sum(octet_length(image)) from shards group by task order by task"
+    size = sum(len(make_row(n).image or b"") for n in range(195))
+    assert duckdb.from_arrow(shards).query("shards", query).fetchall() == [("refer", 167, size), ("text", 28, None)]
+
+
 def test_manifest_says_what_the_columns_are(uri):
     content = json.loads(storage.read_bytes(f"{uri}/manifest.json"))
     assert list(content["schema"]) == sorted(SCHEMA.names)

@@ -165,6 +165,18 @@ def test_canonical_rows_survive_a_round_trip_through_parquet(folder):
     assert (found.task, found.turns, found.image, found.boxes) == (row.task, row.turns, row.image, row.boxes)
 
 
+def test_own_data_in_object_storage(folder):
+    import fsspec
+
+    write_lines(folder / "own.jsonl", [{"image": "a.jpg", "caption": "x"}, {"question": "q", "answer": "a"}])
+    pq.write_table(pa.table({"image": ["a.jpg"], "caption": ["x"]}), folder / "own.parquet")
+    fsspec.filesystem("memory").put(f"{folder}/", "/own-data/", recursive=True)
+    for source, name in (("jsonl", "own.jsonl"), ("parquet", "own.parquet")):
+        rows = read(source, f"memory://own-data/{name}", images="memory://own-data")
+        assert rows == read(source, folder / name, images=str(folder))
+        assert rows[0].image == jpeg(0)
+
+
 def test_damaged_tables(folder):
     (folder / "0.parquet").write_bytes(b"PAR1 nothing PAR1")
     with pytest.raises(SettingsError, match="no readable Parquet"):

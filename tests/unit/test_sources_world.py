@@ -24,6 +24,15 @@ def world(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def remote_world(world):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{world}/", "/drawn-world/", recursive=True)
+    return "memory://drawn-world"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_drawn_sample_is_read_and_rendered(world, name):
     line = json.loads((world / "sources.json").read_text())[name]
@@ -41,6 +50,20 @@ def test_every_drawn_sample_is_read_and_rendered(world, name):
             size = {"width": image.width, "height": image.height}
         exchanges = render_sample(type(row)(**{**vars(checked), **size}), lambda options: options[0])
         assert all(exchange.answer for exchange in exchanges)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_object_storage_gives_the_same_rows_as_a_disk(world, remote_world, name):
+    line = json.loads((world / "sources.json").read_text())[name]
+    found = []
+    for root in (str(world), remote_world):
+        images = f"{root}/{line['images']}" if line["images"] else ""
+        source, location = locate(
+            PrepareDataSettings(source=name, input=f"{root}/{line['input']}".rstrip("/."), images=images)
+        )
+        found.append([row for unit in source.reader.plan(location) for row in source.reader.read(unit)])
+    assert found[0]
+    assert found[1] == found[0]
 
 
 def test_nothing_of_the_release_is_left_out_of_the_world():
