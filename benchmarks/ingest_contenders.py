@@ -24,7 +24,7 @@ import psutil
 import pyarrow as pa
 
 SIDE, QUALITY = 224, 90
-PASSES = 4
+PASSES = 3
 SCHEMA = pa.schema([("key", pa.string()), ("image", pa.binary()), ("caption", pa.string())])
 
 
@@ -189,6 +189,16 @@ CONTENDERS: dict[str, Callable[[int], Callable[[list[Path], Path], int]]] = {
     "datasets map, the same decoder": lambda workers: HuggingFace(shrink_fast, workers),
     "ours": Ours,
 }
+
+
+NEEDS = {
+    "pool, img2dataset's Resizer": "img2dataset",
+    "webdataset, PIL": "webdataset",
+    "webdataset, the same decoder": "webdataset",
+    "datasets map, PIL": "datasets",
+    "datasets map, the same decoder": "datasets",
+}
+"""Package that a contender needs besides this project's own."""
 
 
 def family() -> list[psutil.Process]:
