@@ -33,16 +33,16 @@ class NF4Linear(bnb.nn.Linear4bit):
             self.support_avx512bf16_for_cpu = False  # bitsandbytes' fast kernel takes whole blocks only
 
     @classmethod
-    def quantize(cls, linear: nn.Linear, device: str | torch.device, dtype: torch.dtype) -> NF4Linear:
-        """Round a layer's weights; output is ``dtype``."""
-        layer = cls(linear.in_features, linear.out_features, _moved(linear.bias, device), dtype)
+    def pack(cls, linear: nn.Linear, device: str | torch.device) -> dict[str, Tensor]:
+        """Round a layer's weights."""
+        layer = cls(linear.in_features, linear.out_features, _moved(linear.bias, device), torch.float32)
         weight = linear.weight.detach().to(device, torch.float32).contiguous()
         layer.weight = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=True, module=layer).to(device)
-        return layer.eval()
+        return layer.state_dict()
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype) -> NF4Linear:
-        """Build from what ``state_dict`` holds."""
+        """Build from what ``pack`` returned; output is ``dtype``."""
         tensors = dict(tensors)
         weight, bias = tensors.pop("weight"), tensors.pop("bias", None)
         statistics = {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
@@ -74,16 +74,16 @@ class LLMInt8Linear(bnb.nn.Linear8bitLt):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @classmethod
-    def quantize(cls, linear: nn.Linear, device: str | torch.device, dtype: torch.dtype) -> LLMInt8Linear:
-        """Round a layer's weights; output is ``dtype``."""
-        layer = cls(linear.in_features, linear.out_features, _moved(linear.bias, device), dtype)
+    def pack(cls, linear: nn.Linear, device: str | torch.device) -> dict[str, Tensor]:
+        """Round a layer's weights."""
+        layer = cls(linear.in_features, linear.out_features, _moved(linear.bias, device), torch.float32)
         rounded, scale, _ = bnb.functional.int8_vectorwise_quant(linear.weight.detach().to(device, torch.float16))
         layer.weight = bnb.nn.Int8Params(rounded, requires_grad=False, CB=rounded, SCB=scale)
-        return layer.eval()
+        return layer.state_dict()
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype) -> LLMInt8Linear:
-        """Build from what ``state_dict`` holds."""
+        """Build from what ``pack`` returned; output is ``dtype``."""
         weight, scale = tensors["weight"].to(device), tensors["SCB"].to(device)
         out_features, in_features = weight.shape
         layer = cls(in_features, out_features, _moved(tensors.get("bias"), device), dtype)
@@ -97,7 +97,7 @@ class LLMInt8Linear(bnb.nn.Linear8bitLt):
 
 
 def _moved(bias: Tensor | None, device: str | torch.device) -> Tensor | None:
-    return None if bias is None else bias.detach().to(device, copy=True)
+    return None if bias is None else bias.detach().to(device, torch.float32, copy=True)
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -42,25 +42,26 @@ EMBEDDING = "language_model.embed_tokens"
 
 
 class LowBitLinear(Protocol):
-    """What a format's class can do; its ``state_dict`` holds all that ``restore`` needs."""
+    """What a format's class can do."""
 
     @classmethod
-    def quantize(cls, linear: nn.Linear, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-        """Round a layer's weights."""
+    def pack(cls, linear: nn.Linear, device: str | torch.device) -> dict[str, Tensor]:
+        """Round a layer's weights: what a file holds of it."""
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-        """Build a layer from stored tensors."""
+        """Build a layer from what ``pack`` returned."""
 
 
 FORMATS = {
     "int8": "tinygptv.lowbit_cpu.Int8Linear",
+    "int4": "tinygptv.lowbit_cpu.Int4Linear",
     "nf4": "tinygptv.lowbit_bnb.NF4Linear",
     "llm_int8": "tinygptv.lowbit_bnb.LLMInt8Linear",
 }
 """Format of a part's linear layers -> the class that computes with it. Other formats: ``half`` and ``full``."""
 
-CPU_FORMATS = ("int8",)
+CPU_FORMATS = ("int8", "int4")
 """Formats whose kernels exist for CPUs alone."""
 
 
@@ -79,6 +80,7 @@ METHODS = {
     "nf4": Method("nf4", "half", "half", "half"),
     "int8": Method("llm_int8", "half", "half", "half"),
     "cpu": Method("int8", "int8", "int8", "int8"),
+    "cpu4": Method("int4", "int8", "int8", "int8"),
 }
 
 
@@ -154,14 +156,13 @@ def _packed_modules(
 ) -> Iterator[dict[str, Tensor]]:
     """Stored tensors of one module after another, by full name, on the CPU."""
     for prefix, module in model.named_modules():
-        part = prefix.partition(".")[0]
-        own = dict(module.named_parameters(prefix, recurse=False))
         if is_packed(prefix, module, formats):
             with torch.inference_mode():
-                own = (
-                    _format_class(formats[part]).quantize(module, device, torch.float32).state_dict(prefix=f"{prefix}.")
-                )
-        stored = {name: _stored(name, tensor, formats) for name, tensor in own.items()}
+                packed = _format_class(formats[prefix.partition(".")[0]]).pack(cast(nn.Linear, module), device)
+            stored = {f"{prefix}.{name}": _in_memory(tensor) for name, tensor in packed.items()}
+        else:
+            own = module.named_parameters(prefix, recurse=False)
+            stored = {name: _in_memory(_rounded(name, parameter, formats)) for name, parameter in own}
         if stored:
             yield stored
 
@@ -171,16 +172,20 @@ def is_packed(name: str, module: nn.Module, formats: dict[str, str]) -> bool:
     return type(module) is nn.Linear and "lora_" not in name and formats.get(name.partition(".")[0]) in FORMATS
 
 
-def _stored(name: str, tensor: Tensor, formats: dict[str, str]) -> Tensor:
-    """A tensor as it goes into the file."""
-    tensor = tensor.detach().cpu()
-    if tensor.is_floating_point() and not name.startswith(EMBEDDING) and formats[name.partition(".")[0]] != "half":
-        tensor = tensor.float()
-    elif tensor.is_floating_point():
-        tensor = tensor.half()
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} has values beyond float16's range: it cannot be stored in half precision.")
-    return tensor.contiguous().clone() if tensor._base is not None else tensor.contiguous()
+def _rounded(name: str, tensor: Tensor, formats: dict[str, str]) -> Tensor:
+    """A parameter of a module that is not packed: float16 in a part of format ``half``, else float32."""
+    if not name.startswith(EMBEDDING) and formats[name.partition(".")[0]] != "half":
+        return tensor.float()
+    tensor = tensor.half()
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} has values beyond float16's range: it cannot be stored in half precision.")
+    return tensor
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """A tensor with memory of its own on the CPU, as safetensors wants it."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.clone() if tensor._base is not None else tensor
 
 
 def _shards(modules: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

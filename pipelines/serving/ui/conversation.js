@@ -79,7 +79,7 @@ class Answer {
     this.render(true, boxes);
     const seconds = (performance.now() - this.started) / 1000;
     const facts = [];
-    if (usage) facts.push(`${usage.completion_tokens} tokens in ${seconds.toFixed(1)} s`);
+    if (usage) facts.push(`${usage.completion_tokens} ${usage.completion_tokens === 1 ? "token" : "tokens"} in ${seconds.toFixed(1)} s`);
     if (reason === "length") facts.push("cut at the longest length");
     if (reason === "stopped") facts.push("stopped");
     const footer = document.createElement("footer");
