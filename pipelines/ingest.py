@@ -17,6 +17,7 @@ import json
 import logging
 import pickle
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -89,10 +90,12 @@ def _track(settings: PrepareDataSettings, name: str, counts: dict[str, Any], out
     tracker = open_tracker(settings, f"prepare {name}", parent_run_id=parent_run_id)
     tracker.params({"source": settings.source, "input": settings.input, **content_settings(settings)})
     tracker.metrics({key: value for key, value in counts.items() if isinstance(value, int)}, step=0)
-    if storage.is_local(output):
+    with tempfile.TemporaryDirectory(prefix="report-") as folder:
         for report in (REPORT_HTML, REPORT_JSON, QUARANTINE):
-            tracker.artifact(Path(storage.resolve(output)[1], report), "prepare_data")
-    tracker.close()
+            copy = Path(folder, report)
+            storage.download(storage.join(output, report), copy)
+            tracker.artifact(copy, "prepare_data")
+        tracker.close()
 
 
 def _output_place(settings: PrepareDataSettings, name: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ NEAR_DUPLICATES = "near_duplicates.jsonl"
 
 _SMALL_SHARE = 16
 """Staged files below this fraction of a shard's bounds are gathered; larger ones become shards as they are."""
+
+_OPEN_UNITS = 128
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def finish(settings: PrepareDataSettings, source: str, output: str, staging: Sta
         ({"id": names.row_id(n.row), "near": names.row_id(n.earlier), "bits": n.bits} for n in near),
     )
     dropped = np.flatnonzero(~stays)
-    lost = _write_lists(source, output, staging, _repeated(staging, rows.starts, dropped, first))
+    lost = _write_lists(source, output, staging, _repeated(names, dropped, first))
     counts = {"rows_out": int(stays.sum()), "duplicates": len(dropped), **lost, "near_duplicates": len(near)}
     counts["rows_in"] = counts["rows_out"] + len(dropped) + lost["filtered"] + lost["quarantined"]
     manifest = Manifest(source, shards, counts, content_settings(settings))
@@ -255,32 +258,30 @@ def _fits(pieces: list[Piece], piece: Piece, settings: PrepareDataSettings) -> b
 
 
 class _Names:
-    """Names of rows, looked up in the units' files; the last unit stays open."""
+    """Names of rows, looked up in the units' files; the units used last stay open."""
 
     def __init__(self, staging: Staging, starts: np.ndarray) -> None:
-        self.staging = staging
         self.starts = starts
-        self._open: tuple[int, pa.ChunkedArray, UnitRecord] | None = None
+        self._ids = lru_cache(_OPEN_UNITS)(lambda number: staging.index(number, ["id"])["id"])
+        self._record = lru_cache(_OPEN_UNITS)(staging.record)
 
     def row_id(self, row: int) -> str:
-        number = int(np.searchsorted(self.starts, row, side="right")) - 1
-        if self._open is None or self._open[0] != number:
-            self._open = (number, self.staging.index(number, ["id"])["id"], self.staging.record(number))
-        return self._open[1][row - int(self.starts[number])].as_py()
+        number = self._unit(row)
+        return self._ids(number)[row - int(self.starts[number])].as_py()
 
     def shard_and_key(self, row: int) -> tuple[str, str]:
-        row_id = self.row_id(row)
-        assert self._open is not None
-        record = self._open[2]
-        return record.shard, row_id.removeprefix(record.id_prefix)
+        record = self._record(self._unit(row))
+        return record.shard, self.row_id(row).removeprefix(record.id_prefix)
+
+    def _unit(self, row: int) -> int:
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
 
 
-def _repeated(staging: Staging, starts: np.ndarray, dropped: np.ndarray, first: np.ndarray) -> Iterator[Rejected]:
+def _repeated(names: _Names, dropped: np.ndarray, first: np.ndarray) -> Iterator[Rejected]:
     """The duplicates that were dropped, each with the row that stays."""
-    names, earlier = _Names(staging, starts), _Names(staging, starts)
     for row in dropped:
         shard, key = names.shard_and_key(int(row))
-        yield Rejected(key, shard, f"same as {earlier.row_id(int(first[row]))}", "duplicate")
+        yield Rejected(key, shard, f"same as {names.row_id(int(first[row]))}", "duplicate")
 
 
 def _write_lists(source: str, output: str, staging: Staging, repeated: Iterator[Rejected]) -> dict[str, Any]:

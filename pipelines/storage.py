@@ -6,9 +6,11 @@ A *place* is a local path or a URI (``s3://``, ``gs://``, ``hdfs://``, ``file://
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import itertools
 import json
+import logging
 import re
 import shutil
 import uuid
@@ -22,6 +24,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipelines.settings import SettingsError
+
+logger = logging.getLogger(__name__)
 
 COPY_BYTES = 8 << 20
 DRAFT_ENDING = ".tmp"
@@ -63,6 +67,15 @@ def resolve(place: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), str(Path(place).expanduser().absolute())
     if protocol == "file":
         return pafs.LocalFileSystem(), rest
+    if "/" not in rest.strip("/") or "::" in place:
+        return _connect(place)
+    filesystem, folder = _connect(parent(place))
+    return filesystem, f"{folder.rstrip('/')}/{file_name(place)}"
+
+
+@functools.lru_cache(maxsize=256)
+def _connect(place: str) -> tuple[pafs.FileSystem, str]:
+    """The same for a folder that is not on this disk; kept, because each connection costs many round trips."""
     try:
         return pafs.FileSystem.from_uri(place)
     except (ValueError, OSError):
@@ -108,15 +121,20 @@ def find_files(pattern: str) -> list[FoundFile]:
         pattern: place with ``*``, ``?``, ``[..]``, ``{a,b}`` and ``{00000..00012}``; a plain file is found as itself.
 
     Returns:
-        Files, sorted by place; empty where nothing matches.
+        Files, sorted by place; empty where nothing matches. A warning tells what was named one by one and is missing.
     """
     found: dict[str, pafs.FileInfo] = {}
-    for place in expand_braces(pattern):
-        filesystem, path = resolve(place)
-        for info in _matching(filesystem, path):
-            found[_place_of(place, path, info.path)] = info
+    missing: list[str] = []
+    places = expand_braces(pattern)
+    for place, infos in zip(places, _matching(places), strict=True):
+        _, path = resolve(place)
+        found |= {_place_of(place, path, info.path): info for info in infos}
+        if not infos:
+            missing.append(place)
     if not found:
         return []
+    if missing:
+        logger.warning("%d of %d are missing: %s ..", len(missing), len(places), ", ".join(missing[:3]))
     common = _common_folder(list(found))
     return [
         FoundFile(place, place[len(common) :].lstrip("/"), info.size or 0, info.mtime_ns or 0)
@@ -320,16 +338,19 @@ def safe_path(folder: str, name: str) -> str | None:
     return join(folder, *parts)
 
 
-def _matching(filesystem: pafs.FileSystem, path: str) -> Iterator[pafs.FileInfo]:
-    info = filesystem.get_file_info(path)
-    if info.type == pafs.FileType.File:
-        yield info
-        return
-    first = next((i for i, part in enumerate(path.split("/")) if re.search(r"[*?\[]", part)), None)
-    if first is None:
-        return
-    parts = path.split("/")
-    yield from _walk(filesystem, "/".join(parts[:first]) or "/", parts[first:])
+def _matching(places: list[str]) -> Iterator[list[pafs.FileInfo]]:
+    """Files that each place names: itself, or those that match its wildcards. Asks once for all plain places."""
+    resolved = [resolve(place) for place in places]
+    plain = resolved[0][0].get_file_info([path for _, path in resolved])  # they differ in what their braces held
+    for (filesystem, path), info in zip(resolved, plain, strict=True):
+        parts = path.split("/")
+        first = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
+        if info.type == pafs.FileType.File:
+            yield [info]
+        elif first is None:
+            yield []
+        else:
+            yield list(_walk(filesystem, "/".join(parts[:first]) or "/", parts[first:]))
 
 
 def _walk(filesystem: pafs.FileSystem, folder: str, parts: list[str]) -> Iterator[pafs.FileInfo]:

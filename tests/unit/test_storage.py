@@ -40,6 +40,27 @@ def test_patterns_find_files_in_order(tmp_path, root):
     assert storage.list_names(storage.join(place, "a")) == {"1.tar": 3, "1.txt": 3}
 
 
+def test_files_that_are_named_and_missing_are_told(tmp_path, caplog):
+    for number in (0, 2):
+        (tmp_path / f"{number:05d}.tar").write_bytes(b"x")
+    found = storage.find_files(str(tmp_path / "{00000..00003}.tar"))
+    assert [file.name for file in found] == ["00000.tar", "00002.tar"]
+    assert "2 of 4 are missing" in caplog.text
+    assert "00001.tar" in caplog.text
+
+
+def test_one_connection_serves_a_remote_folder(monkeypatch):
+    import fsspec
+
+    opened = []
+    connect = fsspec.core.url_to_fs
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda place: (opened.append(place), connect(place))[1])
+    for number in range(5):
+        storage.write_atomically(f"memory://connected/folder/{number}", b"x")
+        assert storage.read_bytes(f"memory://connected/folder/{number}") == b"x"
+    assert opened == ["memory://connected/folder"]
+
+
 @pytest.mark.parametrize("name", ["../a", "a/../../b", "/etc/passwd", "..", "", "a\\..\\..\\b"])
 def test_paths_that_climb_out(name):
     assert storage.safe_path("/data", name) is None
