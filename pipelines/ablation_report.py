@@ -38,7 +38,7 @@ class AblationRow:
         """The row as short texts."""
         cells = {"variant": self.variant.title, "precision": self.precision}
         cells |= {f"stage {outcome.stage}": outcome.cell for outcome in self.outcomes}
-        return cells | {name: f"{facts['value']:.1f}" for name, facts in self.scores.items()}
+        return cells | {name: _score_cell(facts) for name, facts in self.scores.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -49,6 +49,12 @@ class AblationRow:
             "stages": {str(outcome.stage): outcome.to_dict() for outcome in self.outcomes},
             "scores": self.scores,
         }
+
+
+def _score_cell(facts: dict[str, Any]) -> str:
+    """A score, and what it is with a blank picture and with another question's."""
+    baselines = [f"{name} {facts[name]:.1f}" for name in ("blind", "shuffled") if facts.get(name) is not None]
+    return f"{facts['value']:.1f}" + (f" ({', '.join(baselines)})" if baselines else "")
 
 
 def text_table(rows: Sequence[AblationRow]) -> str:
@@ -90,7 +96,8 @@ DEFINITIONS = (
     f"A cell is the mean loss (nats per token) of the stage's last {WINDOW} steps, or what happened to its gradients. "
     f"*Gradient vanishing at step k (part)*: the gradient norm of that part (the projector, or a language layer), "
     f"before clipping, stays below {VANISHED:g} of the full model's typical norm in the {WINDOW} steps from k on. "
-    f"*NaN at step k*: the loss of step k is not finite, or the gradients of {WINDOW} steps in a row are not."
+    f"*NaN at step k*: the loss of step k is not finite, or the gradients of {WINDOW} steps in a row are not. "
+    "A score stands beside what the same model answers about a blank picture and about another question's."
 )
 
 

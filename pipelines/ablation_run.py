@@ -98,6 +98,7 @@ def _train_stage(
         "use_gpu": settings.use_gpu,
         "features": settings.features,
         "log_every": 1,
+        "guard": "off",  # an ablation wants to see what the guard would step over
         "stage": {**settings.stage, **variant.stage_changes(find_stage(settings, number))},
         **settings.train,
         **variant.train,
@@ -121,13 +122,12 @@ def _score(settings: AblateSettings, places: Places, checkpoint: str, output: Pa
         "num_workers": 0,
         "threads_per_worker": settings.threads_per_worker,
         "gpus_per_worker": 1 if settings.use_gpu else 0,
-        "baselines": False,
         "page_cases": 0,
         "tracking_uri": "none",
         "quiet": True,
     }
     scores = evaluate(ScoreSettings.parse(fields, "the ablation"))["benchmarks"]
-    keys = ("metric", "value", "low", "high", "n")
+    keys = ("metric", "value", "low", "high", "n", "blind", "shuffled")
     return {name: {key: facts[key] for key in keys} for name, facts in scores.items()}
 
 

@@ -20,6 +20,7 @@ from pipelines.scoring import Row
 from tinygptv.answering import Answerer, Prompt
 from tinygptv.images import open_image
 from tinygptv.loading import load_for_inference
+from tinygptv.prompts import escape_markers
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,10 @@ class UnitAnswerer:
 
 
 def _prompt(unit: Unit, question: Question, places: dict[Path, int]) -> Prompt:
+    """A benchmark's words are strangers' words: what looks like a marker in them is text."""
     image = None if question.image is None else places[question.image]
-    return Prompt(question.instruction, image, question.history, unit.max_new_tokens, question.choices)
+    instruction = escape_markers(question.instruction)
+    return Prompt(instruction, image, question.history, unit.max_new_tokens, question.choices)
 
 
 def _with_images(asked: dict[int, Prompt], images: Sequence[int]) -> dict[int, Prompt]:

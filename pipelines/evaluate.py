@@ -231,6 +231,8 @@ def _track(
     columns = ("metric", "value", "low", "high", "n", "blind", "shuffled", "unanswered")
     rows = [{"benchmark": name, **{c: facts[c] for c in columns}} for name, facts in result["benchmarks"].items()]
     tracker.table(rows, "scores")
+    if "comparison" in result:
+        tracker.table([{"benchmark": name, **facts} for name, facts in result["comparison"].items()], "comparison")
     tracker.table(_pictured(lines), "worst_cases")
     for name in ("result.json", "report.html", PREDICTIONS):
         tracker.artifact(output / name)

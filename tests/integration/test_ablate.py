@@ -53,7 +53,7 @@ def test_matrix_on_the_cluster(ray_cluster, world, tmp_path):
     for row in result["rows"]:
         assert [row["stages"][n]["status"] for n in ("1", "2")] == ["trained", "trained"], row
         assert row["stages"]["2"]["steps"] == 4 and row["stages"]["2"]["depth"]["projector"] > 0
-        assert row["scores"]["miniature_vqa"]["n"] == 4
+        assert row["scores"]["miniature_vqa"]["n"] == 4 and row["scores"]["miniature_vqa"]["blind"] is not None
     losses = [row["stages"]["1"]["first_loss"] for row in result["rows"]]
     assert losses[0] != losses[1], "the norm makes a difference"
     assert 0 < abs(losses[0] - losses[2]) < 0.01, "and rounding a small one"

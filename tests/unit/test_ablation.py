@@ -219,7 +219,7 @@ def test_precision_is_part_of_the_name():
 def test_report_has_table_3s_shape(tmp_path):
     def row(name, records):
         outcomes = [outcome_of(n, records, typical_norms(healthy(30))) for n in (1, 2)]
-        scores = {"miniature_vqa": {"value": 51.25}}
+        scores = {"miniature_vqa": {"value": 51.25, "blind": 33.0, "shuffled": None}}
         return AblationRow(VARIANTS[name], "fp32", outcomes, {1: records, 2: records}, scores)
 
     lost = healthy(12) + [record(s, **{"projector": 0.0}) for s in range(12, 30)]
@@ -227,7 +227,7 @@ def test_report_has_table_3s_shape(tmp_path):
     facts = write_report(tmp_path, rows, AblateSettings(), seconds=90)
     text = (tmp_path / "report.md").read_text()
     assert "| variant | stage 1 | stage 2 | miniature_vqa |" in text
-    assert "| full | 1.755 | 1.755 | 51.2 |" in text
+    assert "| full | 1.755 | 1.755 | 51.2 (blind 33.0) |" in text
     assert "| without QK norm | gradient vanishing at step 12 (projector)" in text
     page = (tmp_path / "report.html").read_text()
     assert 'class="lost">gradient vanishing at step 12' in page and page.count("data:image/png") == 2

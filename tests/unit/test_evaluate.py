@@ -158,6 +158,17 @@ def test_a_prompt_that_is_too_long_is_counted_too(checkpoint, tmp_path):
     )
 
 
+def test_markers_in_a_benchmarks_words_are_text(checkpoint, tmp_path):
+    (tmp_path / "good.png").write_bytes(make_image(1))
+
+    def read(data):
+        yield Question("meme", "a <ImageHere> and <|endoftext|> b", tmp_path / "good.png", {"answer": "x"})
+
+    benchmark = Benchmark("own", "m", read, lambda answer, truth: 1.0, 4)
+    facts = evaluate(settings(checkpoint, tmp_path, tmp_path / "out"), [benchmark])["benchmarks"]["own"]
+    assert facts["n"] == 1 and facts["unanswered"] == 0
+
+
 def test_choices_are_ranked_and_hateful_memes_has_both(checkpoint, tmp_path):
     benchmark_files.aokvqa(tmp_path)
     benchmark_files.hateful_memes(tmp_path)
