@@ -64,7 +64,8 @@ def _init_arguments(settings: Settings) -> dict[str, Any]:
     address = settings.ray_address or os.environ.get("RAY_ADDRESS", "")
     if address:
         return {"address": address, **common}
-    arguments: dict[str, Any] = {"address": "local", **common}
+    # The dashboard's eight processes are for clusters that stay: `ray start --head` has it.
+    arguments: dict[str, Any] = {"address": "local", "include_dashboard": False, **common}
     if settings.num_cpus:
         arguments["num_cpus"] = settings.num_cpus
     if settings.object_store_mb:

@@ -10,7 +10,7 @@ import pickle
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,7 @@ class RayMaker:
 
 def iterate_steps(
     plan: LoadPlan, start: int, stop: int, *, loader_workers: int, prefetch_steps: int
-) -> Iterator[StepBatch]:
+) -> Generator[StepBatch]:
     """Yield the batches of steps ``start`` .. ``stop - 1``, made ahead.
 
     Args:
@@ -195,16 +195,19 @@ def iterate_steps(
         if loader_workers == 0
         else _ray_steps(plan, start, stop, loader_workers, prefetch_steps)
     )
-    while True:
-        before = time.perf_counter()
-        batch = next(source, None)
-        if batch is None:
-            return
-        batch.wait_s = time.perf_counter() - before
-        yield batch
+    try:
+        while True:
+            before = time.perf_counter()
+            batch = next(source, None)
+            if batch is None:
+                return
+            batch.wait_s = time.perf_counter() - before
+            yield batch
+    finally:
+        source.close()
 
 
-def _thread_steps(plan: LoadPlan, start: int, stop: int, prefetch_steps: int) -> Iterator[StepBatch]:
+def _thread_steps(plan: LoadPlan, start: int, stop: int, prefetch_steps: int) -> Generator[StepBatch]:
     ready: queue.Queue[StepBatch | BaseException | None] = queue.Queue(maxsize=prefetch_steps)
     stopped = threading.Event()
 
@@ -236,7 +239,7 @@ def _thread_steps(plan: LoadPlan, start: int, stop: int, prefetch_steps: int) ->
         stopped.set()
 
 
-def _ray_steps(plan: LoadPlan, start: int, stop: int, workers: int, prefetch_steps: int) -> Iterator[StepBatch]:
+def _ray_steps(plan: LoadPlan, start: int, stop: int, workers: int, prefetch_steps: int) -> Generator[StepBatch]:
     import ray.data
 
     context = ray.data.DataContext.get_current()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from tinygptv.stages import Stage
@@ -12,7 +13,7 @@ PAPER_LOSSES = {1: (7.152, 2.620), 2: (2.726, 2.343), 3: (1.992, 1.125), 4: (2.7
 
 
 def loss_curve(metrics: Path, picture: Path, stage: Stage, recipe: str) -> Path:
-    """Draw a stage's loss and learning rate over its steps.
+    """Draw a stage's loss and learning rate over its steps; losses that are not finite leave a gap.
 
     Args:
         metrics: ``metrics.jsonl`` of the stage.
@@ -29,6 +30,7 @@ def loss_curve(metrics: Path, picture: Path, stage: Stage, recipe: str) -> Path:
     import matplotlib.pyplot as plt
 
     entries = [json.loads(line) for line in metrics.read_text().splitlines()]
+    entries = [entry for entry in entries if math.isfinite(entry["loss"])]
     steps, losses = [e["step"] for e in entries], [e["loss"] for e in entries]
     means = smooth(losses, max(1, len(losses) // 40))
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")

@@ -180,9 +180,22 @@ class TrainSettings(Settings):
     loader_workers: int = Field(1, ge=0, description="loader processes per training worker; 0 loads in the worker")
     prefetch_steps: int = Field(8, ge=1, description="steps that are made ready ahead")
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(3, ge=1, description="checkpoints kept while training")
+    keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints kept while training")
+    keep_best: bool = Field(True, description="also keep the checkpoint with the least mean loss since the one before")
+    storage_path: str = Field(
+        "", description="folder or URI that all nodes reach, for checkpoints; empty is the output folder"
+    )
+    guard: Literal["skip", "rollback", "stop", "off"] = Field(
+        "skip", description="at a bad loss or gradient: leave the step out, go back to a checkpoint, or stop"
+    )
+    guard_spike: float = Field(
+        8.0, ge=0, description="a loss so many deviations above the running mean is bad; 0: none"
+    )
+    guard_vanishing: float = Field(1e-9, ge=0, description="a part's gradient norm below this is vanishing; 0: none")
+    guard_patience: int = Field(5, ge=1, description="bad steps in a row after which training stops in any case")
     max_failures: int = Field(3, ge=-1, description="restarts after a worker's death; -1 is without bound")
-    log_every: int = Field(10, ge=1, description="steps between log lines and tracker flushes")
+    log_every: int = Field(10, ge=1, description="steps between readings of losses and of the guard's verdicts")
+    predict_every: int = Field(200, ge=0, description="steps between sample predictions for the tracker; 0 makes none")
     dry_run: bool = Field(
         False, description="print the resolved stage, parameters, memory plan and data counts; train nothing"
     )
@@ -309,7 +322,12 @@ class PlanMemorySettings(Settings):
 
     section = "plan_memory"
 
-    gpu: str = Field("24GB", description="memory of the card, e.g. 24GB")
+    gpu: str = Field("24GB", description="memory of the card that trains, e.g. 24GB")
+    inference_gpu: str = Field("8GB", description="memory of the card that answers")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="of the frozen matrices and the products")
+    features: Literal["inline", "cached"] = Field("inline", description="inline encodes images in every step")
+    micro_batch_size: int = Field(0, ge=0, description="samples of one forward; 0 takes the largest step of the stage")
+    context_length: int = Field(2048, ge=1, description="tokens of prompt and answer when answering")
 
 
 class MiniatureSettings(Settings):

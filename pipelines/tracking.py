@@ -1,19 +1,22 @@
 """Experiment tracking behind one small protocol. MLflow is imported in this file alone.
 
-Tracking never stops training: entries wait in a queue, a background thread sends them in batches, and what cannot be
-sent is kept and tried again; at the end, what is still unsent is written beside the results.
+Tracking never stops training: entries wait in an outbox, which sends them in order, and keeps and tries again what
+cannot be sent. With a journal folder, what waits while MLflow is away is also kept on disk, and sent by whoever opens
+the same run next. A number that a run has already for a step is not sent again, so a resumed training
+leaves neither gaps nor doubles.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
-import threading
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from pipelines.outbox import MOST_NUMBERS, Entry, Outbox
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,8 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_KEY_TAG = "tinygptv.run"
 _PARAM_LIMIT = 6000
-_BATCH_LIMIT = 900
 
 
 class Tracker(Protocol):
@@ -48,6 +51,9 @@ class Tracker(Protocol):
 
     def table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Log a table (JSON); PIL images are allowed as cells."""
+
+    def model(self, name: str, place: str) -> None:
+        """Log a checkpoint as a model that this run made; its files stay where they are."""
 
     def close(self, status: str = "FINISHED") -> None:
         """Send what waits and end the run."""
@@ -76,6 +82,9 @@ class NullTracker:
     def table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Do nothing."""
 
+    def model(self, name: str, place: str) -> None:
+        """Do nothing."""
+
     def close(self, status: str = "FINISHED") -> None:
         """Do nothing."""
 
@@ -83,140 +92,183 @@ class NullTracker:
 class MLflowTracker:
     """Sends a run to MLflow from a background thread."""
 
-    def __init__(self, uri: str, experiment: str, run_name: str, *, run_id: str = "", parent_run_id: str = "") -> None:
-        """Start or continue a run.
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        *,
+        run_id: str = "",
+        key: str = "",
+        parent_run_id: str = "",
+        journal: Path | None = None,
+    ) -> None:
+        """Start or continue a run; where MLflow does not answer, later.
 
         Args:
             uri: tracking URI.
             experiment: experiment name; made where it is missing.
             run_name: name that people see.
-            run_id: continue this run; empty starts one.
+            run_id: continue this run; empty looks for ``key``.
+            key: continue the run that was begun under this key, or begin one; empty begins one.
             parent_run_id: nest under this run.
+            journal: folder that keeps what could not be sent.
         """
-        from mlflow import MlflowClient
+        # One quick try per call: waiting and trying again is the sender's work.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        self.run_id = run_id
+        self._place = (uri, experiment, run_name, key, parent_run_id)
+        self._client: Any = None
+        self._known = bool(run_id)
+        self._last_step: dict[str, int] = {}
+        try:
+            self._connect()
+        except Exception as error:  # tracking never stops the job
+            logger.warning("MLflow at %s does not answer, what it should know waits: %s", uri, str(error)[:200])
+        self._outbox = Outbox(self._send, journal)
 
-        self._client = MlflowClient(tracking_uri=uri)
-        self._queue: list[Callable[[], Any]] = []
-        self._metrics: list[tuple[str, float, int, int]] = []
-        self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self._closing = False
-        self.run_id = run_id or self._start(experiment, run_name, parent_run_id)
-        if run_id:
-            self._client.update_run(run_id, status="RUNNING")
-        self._thread = threading.Thread(target=self._send_loop, name="mlflow-sender", daemon=True)
-        self._thread.start()
-
-    def _start(self, experiment: str, run_name: str, parent_run_id: str) -> str:
-        found = self._client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
-        tags = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
-        return self._client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id
+    # ------------------------------------------------------------------ what callers say
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log settings once; a resumed run keeps those it has."""
-        from mlflow.entities import Param
-
-        flat = [Param(key[:250], str(value)[:_PARAM_LIMIT]) for key, value in flatten(values).items()]
-
-        def send() -> None:
-            for start in range(0, len(flat), 100):
-                self._client.log_batch(self.run_id, params=flat[start : start + 100])
-
-        self._put(send)
+        flat = {key[:250]: str(value)[:_PARAM_LIMIT] for key, value in flatten(values).items()}
+        self._outbox.put("params", values=flat)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Queue numbers; not-a-number values are sent too, they are news."""
-        now = int(time.time() * 1000)
-        with self._lock:
-            self._metrics += [(key, float(value), now, step) for key, value in values.items()]
-        self._wake.set()
+        """Log numbers; not-a-number values are sent too, they are news."""
+        self._outbox.put(
+            "metrics", values={k: float(v) for k, v in values.items()}, step=step, at=int(time.time() * 1000)
+        )
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags."""
-        for key, value in values.items():
-            self._put(lambda key=key, value=value: self._client.set_tag(self.run_id, key, value))
+        self._outbox.put("tags", values=dict(values))
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Upload a file or a folder."""
-        send: Callable[..., Any] = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-        self._put(lambda: send(self.run_id, str(path), folder or None))
+        self._outbox.put("artifact", path=str(path), folder=folder)
 
     def image(self, image: Image, key: str, step: int) -> None:
         """Log a picture."""
-        self._put(lambda: self._client.log_image(self.run_id, image, key=key, step=step))
+        self._outbox.put("image", image=image, key=key, step=step)
 
     def table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Log a table; images become MLflow images."""
-        import mlflow
+        self._outbox.put("table", rows=rows, name=name)
 
-        columns = {key: [_cell(row.get(key), mlflow.Image) for row in rows] for key in rows[0]} if rows else {}
-        self._put(lambda: self._client.log_table(self.run_id, columns, f"{name}.json"))
+    def model(self, name: str, place: str) -> None:
+        """Log a checkpoint as a model of this run; MLflow keeps its place, not its files."""
+        self._outbox.put("model", name=name, place=place)
 
     def close(self, status: str = "FINISHED") -> None:
-        """Send what waits (for up to a minute) and end the run."""
-        self._closing = True
-        self._wake.set()
-        self._thread.join(timeout=60)
+        """Send what waits (for up to a minute) and end the run; the rest stays in the journal."""
+        self._outbox.put("end", status=status)
+        self._outbox.close()
+
+    # ------------------------------------------------------------------ what the outbox calls
+
+    def _connect(self) -> None:
+        """Find the run, or begin it."""
+        from mlflow import MlflowClient
+
+        uri, experiment, run_name, key, parent_run_id = self._place
+        client = MlflowClient(tracking_uri=uri)
+        if not self.run_id:
+            found = client.get_experiment_by_name(experiment)
+            experiment_id = found.experiment_id if found else client.create_experiment(experiment)
+            runs = client.search_runs([experiment_id], f"tags.`{_KEY_TAG}` = '{key}'") if key else []
+            self._known = bool(runs)
+            tags = {_KEY_TAG: key} if key else {}
+            if parent_run_id:
+                tags["mlflow.parentRunId"] = parent_run_id
+            run = runs[0] if runs else client.create_run(experiment_id, run_name=run_name, tags=tags)
+            self.run_id = run.info.run_id
+        if self._known:
+            client.update_run(self.run_id, status="RUNNING")
+        self._client = client
+
+    def _send(self, entries: list[Entry]) -> None:
+        """Deliver entries; what MLflow refuses for good, such as a parameter with another value, is let go."""
+        from mlflow.exceptions import MlflowException
+
+        if self._client is None:
+            self._connect()
         try:
-            self._client.set_terminated(self.run_id, status)
-        except Exception as error:  # tracking never stops the job
-            logger.warning("MLflow run %s could not be ended: %s", self.run_id, error)
+            self._deliver(entries)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            logger.debug("MLflow refused an entry: %s", error)
 
-    def _put(self, send: Callable[[], Any]) -> None:
-        with self._lock:
-            self._queue.append(send)
-        self._wake.set()
+    def _deliver(self, entries: list[Entry]) -> None:
+        from mlflow.entities import Metric, Param
 
-    def _send_loop(self) -> None:
-        pause = 1.0
-        while True:
-            self._wake.wait(timeout=pause)
-            self._wake.clear()
-            sent = self._send_metrics() and self._send_queue()
-            empty = not self._queue and not self._metrics
-            if self._closing and (empty or not sent):
-                return
-            pause = 1.0 if sent else min(pause * 2, 60.0)
-            if not self._closing:
-                time.sleep(0.5)  # batch
+        client, run_id, entry = self._client, self.run_id, entries[0]
+        match entry["kind"]:
+            case "metrics":
+                news = [Metric(k, v, e["at"], e["step"]) for e in entries for k, v in self._news(e).items()]
+                for start in range(0, len(news), MOST_NUMBERS):
+                    client.log_batch(run_id, metrics=news[start : start + MOST_NUMBERS])
+            case "params":
+                flat = [Param(key, value) for key, value in entry["values"].items()]
+                for start in range(0, len(flat), 100):
+                    client.log_batch(run_id, params=flat[start : start + 100])
+            case "tags":
+                for key, value in entry["values"].items():
+                    client.set_tag(run_id, key, value)
+            case "artifact":
+                path = Path(entry["path"])
+                send: Callable[..., Any] = client.log_artifacts if path.is_dir() else client.log_artifact
+                send(run_id, str(path), entry["folder"] or None)
+            case "image":
+                client.log_image(run_id, _as_image(entry["image"]), key=entry["key"], step=entry["step"])
+            case "table":
+                client.log_table(run_id, _columns(entry["rows"]), f"{entry['name']}.json")
+            case "model":
+                self._log_model(entry["name"], entry["place"])
+            case "end":
+                client.set_terminated(run_id, entry["status"])
 
-    def _send_metrics(self) -> bool:
-        from mlflow.entities import Metric
+    def _news(self, entry: Entry) -> dict[str, float]:
+        """The numbers of a step that the run has not got yet."""
+        news = {}
+        for key, value in entry["values"].items():
+            if key not in self._last_step:
+                history = self._client.get_metric_history(self.run_id, key) if self._known else []
+                self._last_step[key] = max((metric.step for metric in history), default=-1)
+            if entry["step"] > self._last_step[key]:
+                news[key] = value
+                self._last_step[key] = entry["step"]
+        return news
 
-        while True:
-            with self._lock:
-                batch = self._metrics[:_BATCH_LIMIT]
-            if not batch:
-                return True
-            entities = [Metric(key, value, at, step) for key, value, at, step in batch]
-            if not self._try(lambda entities=entities: self._client.log_batch(self.run_id, metrics=entities)):
-                return False
-            with self._lock:
-                del self._metrics[: len(batch)]
-
-    def _send_queue(self) -> bool:
-        while self._queue:
-            if not self._try(self._queue[0]):
-                return False
-            with self._lock:
-                self._queue.pop(0)
-        return True
-
-    def _try(self, send: Callable[[], Any]) -> bool:
-        try:
-            send()
-        except Exception as error:  # a tracking server that is down must not stop training
-            if "INVALID_PARAMETER_VALUE" in str(error):  # would fail for ever, e.g. a parameter logged twice
-                logger.debug("MLflow refused an entry: %s", error)
-                return True
-            logger.warning("MLflow is not reachable, %d entries wait: %s", len(self._queue) + len(self._metrics), error)
-            return False
-        return True
+    def _log_model(self, name: str, place: str) -> None:
+        experiment_id = self._client.get_run(self.run_id).info.experiment_id
+        found = self._client.search_logged_models(
+            [experiment_id], f"name = '{name}' AND source_run_id = '{self.run_id}'"
+        )
+        if not found:
+            model = self._client.create_logged_model(
+                experiment_id, name, source_run_id=self.run_id, tags={"place": place}, model_type="checkpoint"
+            )
+            self._client.finalize_logged_model(model.model_id, "READY")
 
 
-def _cell(value: Any, image_class: Any) -> Any:
-    return image_class(value) if hasattr(value, "save") and hasattr(value, "resize") else value
+def _as_image(value: Any) -> Any:
+    from PIL import Image
+
+    return Image.open(value["png"]) if isinstance(value, dict) else value
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Rows as MLflow's table wants them."""
+    import mlflow
+
+    def cell(value: Any) -> Any:
+        is_image = hasattr(value, "save") or (isinstance(value, dict) and "png" in value)
+        return mlflow.Image(_as_image(value)) if is_image else value
+
+    return {key: [cell(row.get(key)) for row in rows] for key in rows[0]} if rows else {}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -235,7 +287,15 @@ def default_uri(root: Path) -> str:
     return f"sqlite:///{root / 'mlflow.db'}"
 
 
-def open_tracker(settings: Settings, run_name: str, *, run_id: str = "", parent_run_id: str = "") -> Tracker:
+def open_tracker(
+    settings: Settings,
+    run_name: str,
+    *,
+    run_id: str = "",
+    key: str = "",
+    parent_run_id: str = "",
+    journal: Path | None = None,
+) -> Tracker:
     """The tracker that the settings ask for.
 
     Args:
@@ -243,19 +303,23 @@ def open_tracker(settings: Settings, run_name: str, *, run_id: str = "", parent_
             ``experiment``.
         run_name: name of the run.
         run_id: continue this run.
+        key: continue the run that was begun under this key, or begin it.
         parent_run_id: nest under this run.
+        journal: folder that keeps what could not be sent.
 
     Returns:
-        An MLflow tracker, or a null one where tracking is off or cannot be started (with a warning).
+        An MLflow tracker, or a null one where tracking is off or MLflow is not installed (with a warning).
     """
     if settings.tracking_uri == "none":
         return NullTracker()
     uri = settings.tracking_uri or default_uri(Path.cwd())
     experiment = settings.experiment or f"tinygptv-{settings.recipe}"
     try:
-        return MLflowTracker(uri, experiment, run_name, run_id=run_id, parent_run_id=parent_run_id)
-    except Exception as error:  # tracking never stops the job
-        logger.warning("MLflow at %s cannot be used, this run is not tracked: %s", uri, error)
+        return MLflowTracker(
+            uri, experiment, run_name, run_id=run_id, key=key, parent_run_id=parent_run_id, journal=journal
+        )
+    except ImportError as error:
+        logger.warning("this run is not tracked: %s", error)
         return NullTracker()
 
 
@@ -316,8 +380,3 @@ def download_registered_model(uri: str, tracking_uri: str = "") -> Path:
         return Path(download_artifacts(artifact_uri=source, tracking_uri=place))
     except MlflowException as error:
         raise ValueError(f"MLflow at {place} has no {uri}: {error.message}") from error
-
-
-def finite(values: Mapping[str, float]) -> dict[str, float]:
-    """Only the finite numbers, for summaries."""
-    return {key: value for key, value in values.items() if math.isfinite(value)}

@@ -5,27 +5,33 @@ Every worker runs it; rank 0 writes. Nothing here knows which stage it is in: th
 
 from __future__ import annotations
 
-import math
+import json
+import logging
 import os
-import time
-from collections import deque
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipelines.loader import LoadPlan, StepBatch, iterate_steps
-from pipelines.progress import PROGRESS_FILE, StepProgress
+from pipelines import storage
+from pipelines.guard import Diagnosis, Fault, Guard, TrainingStopped, describe, diagnose
+from pipelines.loader import BatchMaker, LoadPlan, StepBatch, iterate_steps
 from pipelines.settings import TrainSettings
-from pipelines.tracking import NullTracker, Tracker, open_tracker
-from pipelines.train_state import StateStore, StepRecord, collect_state, restore_state
+from pipelines.train_report import Reporter
+from pipelines.train_state import RECORD_FILE, StateStore, collect_state, restore_state, upload_folder
 from tinygptv.checkpoint import load_checkpoint, save_checkpoint
 from tinygptv.optim import build_optimizer
 from tinygptv.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
 from tinygptv.stages import Stage, set_trainable
 from tinygptv.train_step import PRECISIONS, StepResult, TrainStep
+
+logger = logging.getLogger(__name__)
+
+GUARD_FILE = "guard.jsonl"
+"""Faults that the guard found, in the result folder: one line each."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class TrainJob:
         plan: how batches are made.
         num_steps: optimizer steps to reach.
         output: result folder, absolute.
-        run_id: MLflow run to log into; empty for none.
+        run: identity of the tracker's run to log into; empty for none.
     """
 
     settings: TrainSettings
@@ -46,7 +52,12 @@ class TrainJob:
     plan: LoadPlan
     num_steps: int
     output: str
-    run_id: str
+    run: dict[str, str]
+
+    @property
+    def storage(self) -> str:
+        """Folder or URI of what every node must reach: training states and the final checkpoint."""
+        return self.settings.storage_path or self.output
 
 
 def train_loop(job: TrainJob) -> dict[str, Any]:
@@ -54,49 +65,226 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
 
     Returns:
         ``first_loss``, ``last_loss``, ``steps``, ``checkpoint`` (rank 0; others return an empty dict).
+
+    Raises:
+        TrainingStopped: the guard found a fault that its settings do not let pass.
     """
-    rank, world_size = _rank(), _world_size()
-    output = Path(job.output)
-    torch.set_num_threads(job.settings.threads_per_worker or max(1, (os.cpu_count() or 1) // max(world_size, 1)))
-    torch.manual_seed(job.settings.seed)  # fresh LoRA adapters must be the same on every worker
+    worker = TrainWorker(job)
+    next_step = worker.resume()
+    try:
+        while next_step < job.num_steps:
+            next_step = worker.train(next_step)  # to the end, or back to a state where the guard rolls back
+    except BaseException:
+        worker.abandon()
+        raise
+    return worker.finish()
 
-    model, processor = build_model(job)
-    optimizer = build_optimizer(model, job.stage.schedule, job.stage.weight_decay, job.stage.beta2)
-    step = TrainStep(
-        model,
-        optimizer,
-        num_sources=len(job.stage.sources),
-        precision=job.settings.precision,
-        max_grad_norm=job.stage.max_grad_norm,
-    )
-    store = StateStore(output / "states", job.settings.keep_checkpoints)
-    next_step = _resume(store, step)
 
-    reporter = Reporter(job, next_step) if rank == 0 else None
-    plan = job.plan.for_worker(rank, world_size)
-    batches = iterate_steps(
-        plan,
-        next_step,
-        job.num_steps,
-        loader_workers=job.settings.loader_workers,
-        prefetch_steps=job.settings.prefetch_steps,
-    )
-    for batch in batches:
-        torch.manual_seed(_dropout_seed(job.settings.seed, batch.step, rank))
-        learning_rate = job.stage.schedule.learning_rate(batch.step)
-        result = step.run(batch.micro_batches, learning_rate)
-        if reporter:
-            reporter.step(batch, result, learning_rate, step)
-        if (batch.step + 1) % job.settings.checkpoint_every == 0 and batch.step + 1 < job.num_steps and rank == 0:
-            assert reporter is not None
-            reporter.flush()
-            store.save(batch.step + 1, *collect_state(step))
-    if rank != 0:
-        return {}
-    assert reporter is not None
-    store.wait()
-    checkpoint = save_checkpoint(output / "checkpoint", model, processor, _stage_facts(job))
-    return reporter.finish(str(checkpoint))
+class TrainWorker:
+    """One worker's model, optimizer, data and guard."""
+
+    def __init__(self, job: TrainJob) -> None:
+        self.job = job
+        self.rank, self.world_size = _rank(), _world_size()
+        settings = job.settings
+        torch.set_num_threads(settings.threads_per_worker or max(1, (os.cpu_count() or 1) // self.world_size))
+        torch.manual_seed(settings.seed)  # fresh LoRA adapters must be the same on every worker
+        self.model, self.processor = build_model(job)
+        self.guard = Guard(
+            spike=settings.guard_spike,
+            vanishing=settings.guard_vanishing,
+            patience=settings.guard_patience,
+            device=self.model.device,
+        )
+        self.step = TrainStep(
+            self.model,
+            build_optimizer(self.model, job.stage.schedule, job.stage.weight_decay, job.stage.beta2),
+            num_sources=len(job.stage.sources),
+            precision=settings.precision,
+            max_grad_norm=job.stage.max_grad_norm,
+            reject=None if settings.guard == "off" else self.guard.reject,
+        )
+        self.plan = job.plan.for_worker(self.rank, self.world_size)
+        self.store = StateStore(
+            storage.join(job.storage, "states"), settings.keep_checkpoints, keep_best=settings.keep_best
+        )
+        self.reporter: Reporter | None = None
+        self.stepped_over: set[int] = set()
+        self.rollbacks: Counter[int] = Counter()
+
+    def resume(self) -> int:
+        """Restore the newest state; returns the step to go on with."""
+        next_step = self._restore()
+        if self.rank == 0:
+            self._fetch_record()
+            self.reporter = Reporter(self.job, next_step, self.world_size)
+            if next_step == 0 and self.job.settings.guard == "rollback":
+                self.save(0)  # something to roll back to
+        return next_step
+
+    def train(self, start: int) -> int:
+        """Train from ``start`` on; returns ``num_steps``, or the step that the guard rolled back to."""
+        settings, stage = self.job.settings, self.job.stage
+        batches = iterate_steps(
+            self.plan,
+            start,
+            self.job.num_steps,
+            loader_workers=settings.loader_workers,
+            prefetch_steps=settings.prefetch_steps,
+        )
+        for batch in batches:
+            learning_rate = stage.schedule.learning_rate(batch.step)
+            if batch.step in self.stepped_over:
+                if self.reporter:
+                    self.reporter.stepped_over(batch, learning_rate)
+            else:
+                torch.manual_seed(_dropout_seed(settings.seed, batch.step, self.rank))
+                result = self.step.run(batch.micro_batches, learning_rate)
+                self._report(batch, result, learning_rate)
+            last = batch.step + 1 == self.job.num_steps
+            saves = (batch.step + 1) % settings.checkpoint_every == 0 and not last
+            if saves or last or (batch.step + 1) % settings.log_every == 0:
+                back_to = self._read()
+                if back_to is not None:
+                    batches.close()
+                    return back_to
+            if saves and self.rank == 0:
+                self.save(batch.step + 1)
+            if self.reporter and _due(batch.step, settings.predict_every, last):
+                self.reporter.predictions(self.model, batch.step)
+        return self.job.num_steps
+
+    def _report(self, batch: StepBatch, result: StepResult, learning_rate: float) -> None:
+        if self.job.settings.guard != "off":
+            self.guard.watch(batch.step, result)
+        if self.reporter:
+            self.reporter.step(batch, result, learning_rate)
+
+    def _read(self) -> int | None:
+        """Read what the last steps left on the device; returns where to go back to, if the guard wants it."""
+        part_norms = self.step.part_norms()
+        if self.reporter:
+            self.reporter.read(part_norms)
+        faults = self.guard.check(self.step, part_norms)
+        if not faults:
+            return None
+        return self._answer(faults)
+
+    def _answer(self, faults: list[Fault]) -> int | None:
+        """Log faults and do what the settings say."""
+        settings = self.job.settings
+        worn_out = self.guard.faults_in_a_row >= settings.guard_patience
+        sentences = []
+        for fault in faults[: settings.guard_patience]:
+            diagnosis = self._diagnose(fault)
+            sentences.append(describe(fault, diagnosis))
+            if self.rank == 0:
+                logger.warning("guard (%s): %s", settings.guard, sentences[-1])
+                line = json.dumps({**asdict(fault), **asdict(diagnosis), "action": settings.guard}) + "\n"
+                with (Path(self.job.output) / GUARD_FILE).open("a") as stream:
+                    stream.write(line)
+        if settings.guard == "stop" or worn_out:
+            more = f"; {self.guard.faults_in_a_row} steps in a row failed" if worn_out else ""
+            raise TrainingStopped(
+                f"the guard stopped training at {sentences[0]}{more}. The same command goes on from the last training "
+                "state; guard=skip leaves such steps out, guard=rollback goes back before them."
+            )
+        bad_steps = {fault.step for fault in faults if fault.kind != "vanishing_gradient"}
+        if settings.guard != "rollback" or not bad_steps:
+            return None
+        return self._roll_back(bad_steps)
+
+    def _roll_back(self, bad_steps: set[int]) -> int:
+        self.stepped_over |= bad_steps
+        self.store.wait()
+        if self.world_size > 1:
+            dist.barrier()
+        next_step = self._restore()
+        self.rollbacks[next_step] += 1
+        if self.rollbacks[next_step] > self.job.settings.guard_patience:
+            raise TrainingStopped(f"the guard rolled back to step {next_step} {self.rollbacks[next_step]} times.")
+        if self.reporter:
+            logger.warning("guard: back to step %d, over the data of steps %s", next_step, sorted(bad_steps))
+            self.reporter.rewind(next_step)
+        return next_step
+
+    def _diagnose(self, fault: Fault) -> Diagnosis:
+        """Which samples of a step cause a fault, over all workers, and in which layer; made anew one by one."""
+        if fault.kind == "vanishing_gradient":
+            return Diagnosis(layer=fault.part, where="backward")
+        maker = BatchMaker(replace(self.plan, micro_batch_size=1, pack_length=0))
+        ids = maker.sample_ids(fault.step)[self.rank :: self.world_size]
+        torch.manual_seed(_dropout_seed(self.job.settings.seed, fault.step, self.rank))
+        batches = maker.make(fault.step).micro_batches
+        found = diagnose(self.step, list(zip(ids, batches, strict=True)), spike=fault.kind == "spike")
+        return Diagnosis.merge(_gather(found))
+
+    def save(self, next_step: int) -> None:
+        """Save a training state in the background; rank 0 does it."""
+        assert self.reporter is not None
+        mean_loss = self.reporter.flush()
+        self._mirror_record()  # first: a record may be ahead of the state, never behind it
+        tensors, extra = collect_state(self.step)
+        tensors |= {f"guard/{name}": tensor for name, tensor in self.guard.state().items()}
+        self.store.save(next_step, tensors, {**extra, "mean_loss": mean_loss})
+
+    def _restore(self) -> int:
+        found = self.store.newest()
+        if found is None:
+            return 0
+        next_step, tensors, extra = found
+        restore_state(self.step, tensors, extra)
+        prefix = "guard/"
+        self.guard.load_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        return next_step
+
+    def _mirror_record(self) -> None:
+        """Keep the record beside the states where these lie elsewhere: another node may go on."""
+        if self.job.settings.storage_path:
+            storage.make_folder(self.job.storage)
+            data = (Path(self.job.output) / RECORD_FILE).read_bytes()
+            storage.write_atomically(storage.join(self.job.storage, RECORD_FILE), data)
+
+    def _fetch_record(self) -> None:
+        """Take the record that another node began."""
+        mirrored, local = storage.join(self.job.storage, RECORD_FILE), Path(self.job.output) / RECORD_FILE
+        if self.job.settings.storage_path and not local.is_file() and storage.exists(mirrored):
+            local.parent.mkdir(parents=True, exist_ok=True)
+            storage.download(mirrored, local)
+
+    def abandon(self) -> None:
+        """Leave things so that another run can go on."""
+        if self.reporter:
+            self.store.wait()
+            self.reporter.abandon()
+
+    def finish(self) -> dict[str, Any]:
+        """Write the whole checkpoint; rank 0 does it."""
+        if self.reporter is None:
+            return {}
+        self.store.wait()
+        self.reporter.flush()
+        self._mirror_record()
+        checkpoint = str(
+            save_checkpoint(Path(self.job.output) / "checkpoint", self.model, self.processor, self._facts())
+        )
+        if self.job.settings.storage_path:
+            remote = storage.join(self.job.storage, "checkpoint")
+            upload_folder(Path(checkpoint), remote)
+            checkpoint = remote
+        return self.reporter.finish(checkpoint)
+
+    def _facts(self) -> dict[str, Any]:
+        job = self.job
+        return {
+            "recipe": job.settings.recipe,
+            "stage": job.stage.number,
+            "title": job.stage.title,
+            "steps": job.num_steps,
+            "seed": job.settings.seed,
+            "init_from": job.settings.init_from,
+            **({"tracking_parent": job.run["parent"]} if job.run.get("parent") else {}),
+        }
 
 
 def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
@@ -109,6 +297,12 @@ def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
     model.set_image_size(stage.image_size)
     if stage.lora_rank and not model.config.lora_rank:
         model.add_lora(stage.lora_rank, stage.lora_alpha, stage.lora_dropout)
+    elif stage.lora_rank and stage.lora_rank != model.config.lora_rank:
+        logger.warning(
+            "the start has LoRA adapters of rank %d, which train on: stage.lora_rank=%d does not count.",
+            model.config.lora_rank,
+            stage.lora_rank,
+        )
     set_trainable(model, stage.trainable)
     torch.nn.Module.to(model, device).train()
     if settings.gradient_checkpointing:
@@ -127,118 +321,8 @@ def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
     return model, processor
 
 
-class Reporter:
-    """Rank 0's pen: the per-step record, the tracker and the progress line.
-
-    Losses stay on the device until ``log_every`` steps are gathered, so that a GPU is not made to wait in between.
-    """
-
-    def __init__(self, job: TrainJob, next_step: int) -> None:
-        self.job = job
-        self.record = StepRecord(Path(job.output) / "metrics.jsonl", next_step)
-        self.tracker: Tracker = (
-            open_tracker(job.settings, job.stage.title, run_id=job.run_id) if job.run_id else NullTracker()
-        )
-        self.progress = StepProgress(f"stage {job.stage.number} ({job.stage.title})", next_step, job.num_steps)
-        self.progress_file = Path(job.output) / PROGRESS_FILE
-        self.pending: list[tuple[StepBatch, StepResult, float]] = []
-        self.clock = time.perf_counter()
-        self.waits: deque[float] = deque(maxlen=100)
-
-    def step(self, batch: StepBatch, result: StepResult, learning_rate: float, train_step: TrainStep) -> None:
-        """Take a finished step."""
-        self.pending.append((batch, result, learning_rate))
-        if len(self.pending) >= self.job.settings.log_every or batch.step + 1 == self.job.num_steps:
-            self._drain(train_step)
-
-    def _drain(self, train_step: TrainStep | None = None) -> None:
-        if not self.pending:
-            return
-        losses = [float(result.loss) for _, result, _ in self.pending]  # waits for the device, once
-        now = time.perf_counter()
-        seconds = max(now - self.clock, 1e-9)
-        self.clock = now
-        tokens = sum(m.num_real for batch, _, _ in self.pending for m in batch.micro_batches)
-        samples = sum(len(batch.sample_ids) for batch, _, _ in self.pending)
-        wait = sum(batch.wait_s for batch, _, _ in self.pending)
-        rates = {
-            "tokens_per_second": tokens / seconds,
-            "samples_per_second": samples / seconds,
-            "data_wait_share": min(1.0, wait / seconds),
-        }
-        part_norms = train_step.part_norms() if train_step else {}
-        last = self.pending[-1][0].step
-        for (batch, result, learning_rate), loss in zip(self.pending, losses, strict=True):
-            self._write(batch, result, learning_rate, loss, part_norms if batch.step == last else {})
-        self.tracker.metrics({**rates, **{f"grad_norm/{part}": norm for part, norm in part_norms.items()}}, last)
-        line = self.progress.line(
-            last + 1, losses[-1], self.pending[-1][2], rates["samples_per_second"], rates["data_wait_share"]
-        )
-        self.progress_file.write_text(line)  # the driver shows it: workers' own output is not for people
-        self.pending.clear()
-
-    def _write(
-        self, batch: StepBatch, result: StepResult, learning_rate: float, loss: float, part_norms: dict[str, float]
-    ) -> None:
-        """Record a step; ``part_norms`` are known at the last of ``log_every`` steps only."""
-        names = [source.name for source in self.job.stage.sources]
-        sums, counts = result.source_loss_sums.tolist(), result.source_tokens.tolist()
-        per_source = {f"loss/{n}": s / c for n, s, c in zip(names, sums, counts, strict=True) if c}
-        grad_norm, skipped = float(result.grad_norm), bool(result.skipped)
-        self.record.write(
-            {
-                "step": batch.step,
-                "loss": loss,
-                "loss_hex": loss.hex(),
-                "lr": learning_rate,
-                "grad_norm": grad_norm if math.isfinite(grad_norm) else str(grad_norm),
-                "skipped": skipped,
-                **({"part_norms": part_norms} if part_norms else {}),
-                "sample_ids": batch.sample_ids,
-            }
-        )
-        values = {"loss": loss, "lr": learning_rate, "grad_norm": grad_norm, **per_source}
-        if skipped:
-            values["skipped"] = 1.0
-        self.tracker.metrics(values, batch.step)
-
-    def flush(self) -> None:
-        """Write everything that is known; called before a training state is saved, so that the two agree."""
-        self._drain()
-        self.record.flush()
-
-    def finish(self, checkpoint: str) -> dict[str, Any]:
-        """Close all; returns the stage's result."""
-        self.flush()
-        self.record.close()
-        self.tracker.close()
-        return {
-            "checkpoint": checkpoint,
-            "first_loss": self.record.first_loss,
-            "last_loss": self.record.last_loss,
-            "steps": self.job.num_steps,
-        }
-
-
-def _resume(store: StateStore, step: TrainStep) -> int:
-    """Restore the newest state on every worker; returns the next step."""
-    found = store.newest()
-    if found is None:
-        return 0
-    next_step, tensors, extra = found
-    restore_state(step, tensors, extra)
-    return next_step
-
-
-def _stage_facts(job: TrainJob) -> dict[str, Any]:
-    return {
-        "recipe": job.settings.recipe,
-        "stage": job.stage.number,
-        "title": job.stage.title,
-        "steps": job.num_steps,
-        "seed": job.settings.seed,
-        "init_from": job.settings.init_from,
-    }
+def _due(step: int, every: int, last: bool) -> bool:
+    return every > 0 and (last or (step + 1) % every == 0)
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -252,3 +336,12 @@ def _rank() -> int:
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _gather(found: Diagnosis) -> list[Diagnosis]:
+    """What every worker found, by rank."""
+    if _world_size() == 1:
+        return [found]
+    everyone: list[Any] = [None] * _world_size()
+    dist.all_gather_object(everyone, found)
+    return everyone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -87,3 +88,20 @@ def train_settings(world: dict[str, str], output: Path, **changes) -> TrainSetti
         **changes,
     }
     return TrainSettings(output=str(output), stage=stage, **fields)
+
+
+def command_changes(epochs: int = 1) -> dict:
+    """Changes of a stage that any number of jobs can train: one source, so many epochs of 6 steps."""
+    stage = {"sources": {"pairs": {"weight": 1, "batch_size": 4}}, "draws_per_step": 1}
+    return {"stage": {**stage, "schedule": {**STAGE["schedule"], "epochs": epochs}}}
+
+
+def command_line(world: dict[str, str], output: Path, epochs: int = 1, **changes) -> list[str]:
+    """The same settings as words for a job's command line."""
+    return as_words(train_settings(world, output, quiet=False, **command_changes(epochs), **changes))
+
+
+def as_words(settings: TrainSettings) -> list[str]:
+    """Settings as ``key=value`` words of a command line."""
+    fields = settings.model_dump(exclude_defaults=True)
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in fields.items()]

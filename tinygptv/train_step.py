@@ -7,7 +7,8 @@ All gradients live in one flat buffer, so a step has one all-reduce, one norm an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,8 @@ class StepResult:
         source_loss_sums: [sources] sums of token losses, over all workers.
         source_tokens: [sources] supervised tokens, over all workers.
         grad_norm: norm of the whole gradient before clipping.
-        skipped: 1 where the update was left out because the gradient was not finite.
+        skipped: 1 where the update was left out: the gradient was not finite, or the loss was rejected.
+        reduce_s: seconds the host spent in the all-reduce; on a GPU, in launching it.
     """
 
     loss: Tensor
@@ -41,6 +43,7 @@ class StepResult:
     source_tokens: Tensor
     grad_norm: Tensor
     skipped: Tensor
+    reduce_s: float
 
 
 class TrainStep:
@@ -54,6 +57,7 @@ class TrainStep:
         num_sources: int,
         precision: str = "fp32",
         max_grad_norm: float | None = None,
+        reject: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Prepare the gradient buffer.
 
@@ -64,6 +68,8 @@ class TrainStep:
             precision: ``fp32``, ``bf16`` (autocast), ``fp16`` (autocast and a GradScaler), or ``fp16_range``, which
                 emulates the latter where no GPU is.
             max_grad_norm: clip to this norm; None does not.
+            reject: says on the device whether the step of a loss must be left out (loss -> bool scalar); all workers
+                see the same loss, so all say the same.
 
         Raises:
             ValueError: the precision is unknown.
@@ -74,6 +80,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.num_sources = num_sources
         self.max_grad_norm = max_grad_norm
+        self.reject = reject
         self.device = model.device
         self.autocast_dtype = PRECISIONS[precision]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.startswith("fp16"))
@@ -107,17 +114,18 @@ class TrainStep:
         num_tokens = self._global_count(sum(len(batch.supervised_ids) for batch in batches))
         for batch in batches:
             self._accumulate(batch, num_tokens)
+        started = time.perf_counter()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self.gradient)
             dist.all_reduce(self._sums)
-        return self._update(num_tokens)
+        return self._update(num_tokens, time.perf_counter() - started)
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Token losses [M] of a micro-batch."""
         with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype != torch.float32):
             inputs_embeds = self.model.embed(
                 self._to_device(batch.input_ids),
-                pixel_values=self._pixel_values(batch),
+                pixel_values=None if batch.pixels is None else self.pixel_values(batch.pixels),
                 query_features=None if batch.query_features is None else self._to_device(batch.query_features),
             )
             return self.model.token_losses(
@@ -135,10 +143,14 @@ class TrainStep:
         self._sums[0].index_add_(0, sources, losses.detach().double())
         self._sums[1].index_add_(0, sources, torch.ones_like(losses, dtype=torch.float64))
 
-    def _update(self, num_tokens: Tensor) -> StepResult:
+    def _update(self, num_tokens: Tensor, reduce_s: float) -> StepResult:
+        loss = self._sums[0].sum() / num_tokens
+        rejected = self.reject(loss) if self.reject else torch.zeros((), dtype=torch.bool, device=self.device)
+        if self.scaler.is_enabled():  # it looks at the gradient alone
+            self.gradient.add_(torch.where(rejected, torch.inf, 0.0))
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.linalg.vector_norm(self.gradient)
-        skipped = (~torch.isfinite(grad_norm)).float()
+        skipped = (~torch.isfinite(grad_norm) | rejected).float()
         if self.max_grad_norm is not None:
             self._clipped_by = (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
             self.gradient.mul_(self._clipped_by)
@@ -154,11 +166,12 @@ class TrainStep:
             self.optimizer.grad_scale = None
             self.optimizer.step()
         return StepResult(
-            loss=self._sums[0].sum() / num_tokens,
+            loss=loss,
             source_loss_sums=self._sums[0].clone(),
             source_tokens=self._sums[1].clone(),
             grad_norm=grad_norm,
             skipped=skipped,
+            reduce_s=reduce_s,
         )
 
     def part_norms(self) -> dict[str, float]:
@@ -169,10 +182,12 @@ class TrainStep:
             keys = [part]
             if ".layers." in name:
                 keys.append(f"{part}/layer_{int(name.split('.layers.')[1].split('.')[0]):02d}")
-            square = parameter.grad.square().sum() if parameter.grad is not None else torch.zeros(())
+            assert parameter.grad is not None, "it is a view of the gradient buffer"
+            square = parameter.grad.square().sum()
             for key in keys:
-                squares[key] = squares.get(key, 0.0) + square
-        return {key: float(value.sqrt() / self._clipped_by) for key, value in squares.items()}
+                squares[key] = squares[key] + square if key in squares else square
+        norms = (torch.stack(list(squares.values())).sqrt() / self._clipped_by).tolist()
+        return dict(zip(squares, norms, strict=True))
 
     def _global_count(self, local: int) -> Tensor:
         """Supervised tokens of the step over all workers, at least 1; stays on the device."""
@@ -181,10 +196,9 @@ class TrainStep:
             dist.all_reduce(count)
         return count.clamp(min=1.0)
 
-    def _pixel_values(self, batch: MicroBatch) -> Tensor | None:
-        if batch.pixels is None:
-            return None
-        return (self._to_device(batch.pixels).float() / 255.0 - self._mean) / self._std
+    def pixel_values(self, pixels: object) -> Tensor:
+        """Normalised float images on the device, from uint8 [N, 3, R, R]."""
+        return (self._to_device(pixels).float() / 255.0 - self._mean) / self._std
 
     def _to_device(self, array: object) -> Tensor:
         tensor = torch.as_tensor(array)

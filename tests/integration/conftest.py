@@ -16,6 +16,6 @@ def ray_cluster():
         os.environ.setdefault(name, value)
     import ray
 
-    ray.init(address="local", num_cpus=4, object_store_memory=300 * 2**20, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, object_store_memory=300 * 2**20, log_to_driver=False, include_dashboard=False)
     yield
     ray.shutdown()

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 
+import psutil
 import pytest
+import torch
 
+from pipelines.outbox import JOURNAL_FILE
 from pipelines.train import run_stage
-from tests.worlds import make_world, train_settings
+from tests.paths import ROOT
+from tests.worlds import as_words, make_world, train_settings
 from tinygptv.checkpoint import load_checkpoint
+from tinygptv.train_step import TrainStep
 
 pytestmark = pytest.mark.integration
 
@@ -34,6 +46,18 @@ def losses(output):
     return [entry["loss_hex"] for entry in record(output)]
 
 
+def assert_same_weights(one, two):
+    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def assert_same_run(one, two):
+    """Two finished runs agree to the last bit."""
+    assert losses(one) == losses(two)
+    assert [e["sample_ids"] for e in record(one)] == [e["sample_ids"] for e in record(two)]
+    assert_same_weights(*(load_checkpoint(output / "checkpoint")[0] for output in (one, two)))
+
+
 def test_a_worker_trains_as_this_process_does(ray_cluster, world, straight, tmp_path):
     result = run_stage(train_settings(world, tmp_path, num_workers=1), 4)
     assert losses(tmp_path) == losses(straight)
@@ -41,7 +65,7 @@ def test_a_worker_trains_as_this_process_does(ray_cluster, world, straight, tmp_
     model, _, facts = load_checkpoint(result["checkpoint"])
     expected, _, _ = load_checkpoint(straight / "checkpoint")
     assert facts["stage"] == 4
-    assert all((a == b).all() for a, b in zip(model.state_dict().values(), expected.state_dict().values(), strict=True))
+    assert_same_weights(model, expected)
 
 
 def test_two_workers_and_the_next_stage(ray_cluster, world, straight, tmp_path):
@@ -59,3 +83,158 @@ def test_two_workers_and_the_next_stage(ray_cluster, world, straight, tmp_path):
 
 
 PAIRS = {"pairs": {"weight": 1, "batch_size": 4}}
+
+
+# ---------------------------------------------------------------------- kills
+
+LONG = {"schedule": {"steps_per_epoch": 40, "epochs": 2, "peak": 1e-2, "minimum": 1e-3, "warmup_start": 1e-3}}
+
+
+@pytest.fixture(scope="module")
+def long_run(world, tmp_path_factory):
+    """80 undisturbed steps."""
+    output = tmp_path_factory.mktemp("long")
+    run_stage(train_settings(world, output, stage=LONG), 4)
+    return output
+
+
+def steps_done(output):
+    try:
+        match = re.search(r"step (\d+)/", (output / "progress.txt").read_text())
+    except OSError:
+        return 0
+    return int(match[1]) if match else 0
+
+
+def kill_worker(output, at):
+    """SIGKILL a training worker of this process's cluster once the run has come so far."""
+    deadline = time.monotonic() + 200
+    while steps_done(output) < at and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for process in psutil.Process().children(recursive=True):
+        if "RayTrainWorker" in " ".join(process.cmdline()):
+            process.send_signal(signal.SIGKILL)
+            (output / "killed").touch()
+            return
+
+
+def test_a_killed_worker_changes_nothing(ray_cluster, world, long_run, tmp_path):
+    killer = threading.Thread(target=kill_worker, args=(tmp_path, 20))
+    killer.start()
+    run_stage(train_settings(world, tmp_path, num_workers=1, max_failures=2, stage=LONG), 4)
+    killer.join()
+    assert (tmp_path / "killed").is_file()
+    assert_same_run(tmp_path, long_run)
+
+
+def test_a_killed_driver_goes_on_by_the_same_command(world, long_run, tmp_path):
+    command = [sys.executable, "jobs/stage4.py", *as_words(train_settings(world, tmp_path, stage=LONG))]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while steps_done(tmp_path) < 20:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "result.json").exists(), "it was killed before its end"
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=True)
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "result.json")
+    assert_same_run(tmp_path, long_run)
+
+
+class Stop(Exception):
+    pass
+
+
+def run_until(monkeypatch, at, settings, number=4):
+    """Train until the step after ``at`` steps fails."""
+    original, calls = TrainStep.run, []
+
+    def failing(self, *arguments):
+        calls.append(1)
+        if len(calls) > at:
+            raise Stop
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(TrainStep, "run", failing)
+        run_stage(settings, number)
+
+
+def test_going_on_with_more_workers_keeps_the_order(ray_cluster, world, straight, tmp_path, monkeypatch):
+    run_until(monkeypatch, 7, train_settings(world, tmp_path))
+    run_stage(train_settings(world, tmp_path, num_workers=2), 4)
+    for a, b in zip(record(tmp_path), record(straight), strict=True):
+        assert a["sample_ids"] == b["sample_ids"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
+    assert losses(tmp_path)[:6] == losses(straight)[:6]
+
+
+def test_states_and_checkpoint_in_object_storage(world, straight, tmp_path, monkeypatch):
+    """fsspec's memory file system stands for a bucket; another node with an empty disk goes on from it."""
+    place = f"memory://bucket/{tmp_path.name}"
+    run_until(monkeypatch, 7, train_settings(world, tmp_path / "a", storage_path=place))
+    result = run_stage(train_settings(world, tmp_path / "b", storage_path=place), 4)
+    assert result["checkpoint"] == f"{place}/checkpoint"
+    assert losses(tmp_path / "b") == losses(straight)
+    again = run_stage(train_settings({**world, "init_from": result["checkpoint"]}, tmp_path / "c", max_steps=1), 4)
+    assert again["steps"] == 1
+
+
+# ---------------------------------------------------------------------- MLflow
+
+
+def client_of(uri):
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def runs_of(client):
+    experiment = client.get_experiment_by_name("tinygptv-mini")
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def steps_of(client, run, key="loss"):
+    return [metric.step for metric in client.get_metric_history(run.info.run_id, key)]
+
+
+def test_a_resumed_run_continues_its_curve_and_stages_share_a_parent(world, tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    first = train_settings(world, tmp_path / "1", tracking_uri=uri, predict_every=6)
+    run_until(monkeypatch, 8, first)  # two steps beyond the last state are on record, and will be done again
+    result = run_stage(first, 4)
+    second = {**world, "init_from": result["checkpoint"]}
+    run_stage(train_settings(second, tmp_path / "2", tracking_uri=uri, stage={"sources": PAIRS}, max_steps=3), 2)
+
+    client = client_of(uri)
+    runs = runs_of(client)
+    assert set(runs) == {"training", "multi-task learning", "pre-training"}
+    run = runs["multi-task learning"]
+    assert {runs[name].data.tags["mlflow.parentRunId"] for name in ("multi-task learning", "pre-training")} == {
+        runs["training"].info.run_id
+    }
+    for key in ("loss", "lr", "grad_norm"):
+        assert steps_of(client, run, key) == list(range(12)), key
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [metric.value for metric in history] == [entry["loss"] for entry in record(tmp_path / "1")]
+    assert {"tokens_per_second", "data_wait_share", "grad_norm/lora/layer_01", "loss/pairs"} <= set(run.data.metrics)
+    assert run.info.status == "FINISHED" and run.data.params["stage.lora_rank"] == "2"
+    names = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "metrics.jsonl", "loss.png", "predictions"} <= names
+    tables = {file.path for file in client.list_artifacts(run.info.run_id, "predictions")}
+    assert {"predictions/step_000006.json", "predictions/step_000012.json"} <= tables
+    (model,) = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    assert model.tags["place"] == result["checkpoint"]
+
+
+def test_mlflow_away_stops_nothing_and_is_told_later(world, straight, tmp_path):
+    output = tmp_path / "run"
+    run_stage(train_settings(world, output, tracking_uri="http://127.0.0.1:9"), 4)
+    assert losses(output) == losses(straight)
+    assert (output / JOURNAL_FILE).is_file()
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run_stage(train_settings(world, output, tracking_uri=uri), 4)  # finished: nothing is trained, what waited is sent
+    assert not (output / JOURNAL_FILE).exists()
+    client = client_of(uri)
+    assert steps_of(client, runs_of(client)["multi-task learning"]) == list(range(12))

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pipelines.serving.metrics import Metrics
-from pipelines.settings import ServeSettings
+from pipelines.settings import ServeSettings, TrainSettings
 from tests.paths import ROOT
 
 CONFIG = ROOT / "deploy/serve_config.yaml"
@@ -66,3 +66,63 @@ def test_what_the_image_copies_is_there():
     text = (ROOT / "deploy/Dockerfile").read_text()
     assert "jobs/serve_http.py" in text and (ROOT / "jobs/serve_http.py").is_file()
     assert "USER ray" in text
+
+
+RAYJOBS = sorted((ROOT / "deploy/kuberay").glob("rayjob-stage*.yaml"))
+
+
+def test_ray_accepts_the_cluster_file():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    text = (ROOT / "ray_cluster.yaml").read_text()
+    config = yaml.safe_load(text)
+    validate_config(prepare_config(yaml.safe_load(text)))
+    with pytest.raises(Exception, match="nonsense"):
+        validate_config(prepare_config({**yaml.safe_load(text), "nonsense": 1}))
+    kinds = config["available_node_types"]
+    assert kinds["head"]["resources"] == {"CPU": 0}, "the head runs no tasks"
+    assert kinds["gpu_24gb"]["resources"]["GPU"] == 1 and "GPU" not in kinds["data"]["resources"]
+    assert all(kinds[name]["node_config"]["InstanceMarketOptions"] for name in ("gpu_24gb", "data"))
+    assert sum(kind["max_workers"] for kind in kinds.values()) <= config["max_workers"]
+
+
+def test_the_cluster_file_names_the_installed_ray():
+    import ray
+
+    config = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+    assert f":{ray.__version__}-" in config["docker"]["image"]
+    commands = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
+    assert all("RAY_AUTH_MODE" in command for command in commands if "ray start" in command)
+
+
+@pytest.mark.parametrize("path", RAYJOBS, ids=[path.stem for path in RAYJOBS])
+def test_a_rayjob_runs_a_script_with_settings_that_it_takes(path):
+    import ray
+
+    manifest = yaml.safe_load(path.read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
+    spec = manifest["spec"]
+    python, script, flag, config, *overrides = spec["entrypoint"].split()
+    assert (python, flag) == ("python", "--config") and script == f"jobs/{path.stem.removeprefix('rayjob-')}.py"
+    assert (ROOT / script).is_file()
+    settings = TrainSettings.load(ROOT / config, overrides)
+    assert settings.data and settings.init_from and settings.output
+    cluster = spec["rayClusterSpec"]
+    assert cluster["rayVersion"] == ray.__version__
+    assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_AUTH_MODE"]
+    groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    limits = groups["gpu-24gb"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == 1
+    assert groups["gpu-24gb"]["maxReplicas"] >= settings.num_workers
+
+
+def test_every_stage_has_a_rayjob_that_starts_where_the_one_before_ends():
+    assert [path.stem for path in RAYJOBS] == [f"rayjob-stage{n}" for n in (1, 2, 3, 4)]
+    entrypoints = [yaml.safe_load(path.read_text())["spec"]["entrypoint"] for path in RAYJOBS]
+    for n, entrypoint in enumerate(entrypoints[1:], start=1):
+        assert f"init_from=/data/stage{n}/checkpoint" in entrypoint
+
+
+def test_jobs_ship_neither_data_nor_environments():
+    ignored = (ROOT / ".rayignore").read_text().split()
+    assert {".venv/", "outputs/", "data/", ".git/"} <= set(ignored)

@@ -1,0 +1,126 @@
+"""Entries on their way to a service that may be away: sent in order by a background thread, kept while it is.
+
+Knows nothing of the service: ``send`` gets the oldest entry, or a run of neighbouring ``metrics`` entries, and raises
+where they did not arrive.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+JOURNAL_FILE = "unsent.jsonl"
+"""What waits, in the journal folder."""
+
+MOST_NUMBERS = 900
+"""Numbers of one ``send``, unless one step alone has more."""
+
+_LONGEST_PAUSE_S = 60.0
+
+Entry = dict[str, Any]
+
+
+class Outbox:
+    """A queue with a thread that empties it."""
+
+    def __init__(self, send: Callable[[list[Entry]], None], journal: Path | None = None) -> None:
+        """Begin.
+
+        Args:
+            send: delivers entries.
+            journal: folder that keeps on disk what waits; what an earlier process left there is sent first.
+        """
+        self._send = send
+        self._journal = journal / JOURNAL_FILE if journal else None
+        self._queue: list[Entry] = self._read_journal()
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._send_loop, name="outbox", daemon=True)
+        self._thread.start()
+
+    def put(self, kind: str, **data: Any) -> None:
+        """Take an entry; returns at once."""
+        with self._lock:
+            self._queue.append({"kind": kind, **data})
+        if kind != "metrics":
+            self._wake.set()  # numbers come often and travel together
+
+    def close(self) -> None:
+        """Try to send what waits (for up to a minute); the rest stays in the journal."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join(timeout=60)
+        self._write_journal()
+
+    def _send_loop(self) -> None:
+        pause = 1.0
+        while True:
+            self._wake.wait(timeout=pause)
+            self._wake.clear()
+            closing = self._closing
+            sent = self._send_all()
+            if closing:
+                return
+            pause = 1.0 if sent else min(pause * 2, _LONGEST_PAUSE_S)
+
+    def _send_all(self) -> bool:
+        """Send the queue, oldest first; False where an entry did not arrive."""
+        while self._queue:
+            entries = self._next_entries()
+            try:
+                self._send(entries)
+            except Exception as error:  # a service that is down must not stop the work
+                logger.warning("%d entries wait for the tracking service: %s", len(self._queue), str(error)[:200])
+                self._write_journal()
+                return False
+            with self._lock:
+                del self._queue[: len(entries)]
+        return True
+
+    def _next_entries(self) -> list[Entry]:
+        """The oldest entry, or as many neighbouring metrics as fit one call; a step's numbers stay together."""
+        with self._lock:
+            entries, size = self._queue[:1], len(self._queue[0].get("values", ()))
+            for entry in self._queue[1:]:
+                size += len(entry.get("values", ()))
+                if entry["kind"] != "metrics" or entries[0]["kind"] != "metrics" or size > MOST_NUMBERS:
+                    break
+                entries.append(entry)
+        return entries
+
+    # ------------------------------------------------------------------ the journal
+
+    def _read_journal(self) -> list[Entry]:
+        if self._journal is None or not self._journal.is_file():
+            return []
+        entries = [json.loads(line) for line in self._journal.read_text().splitlines()]
+        return [entry for entry in entries if entry["kind"] != "end"]
+
+    def _write_journal(self) -> None:
+        """Keep what waits; where nothing waits, nothing is kept."""
+        if self._journal is None:
+            return
+        with self._lock:
+            waiting = list(self._queue)
+        if not waiting:
+            self._journal.unlink(missing_ok=True)
+            return
+        draft = self._journal.with_suffix(".tmp")
+        draft.write_text("".join(json.dumps(entry, default=self._keep_picture) + "\n" for entry in waiting))
+        draft.replace(self._journal)
+
+    def _keep_picture(self, value: Any) -> dict[str, str]:
+        """A picture that waits becomes a file."""
+        assert self._journal is not None and hasattr(value, "save"), value
+        folder = self._journal.with_name("unsent_pictures")
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{id(value)}.png"
+        value.save(path)
+        return {"png": str(path)}

@@ -1,0 +1,278 @@
+"""The guard: each fault is planted, found, named and answered as the settings say."""
+
+from __future__ import annotations
+
+import json
+import math
+from copy import deepcopy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.guard import Diagnosis, Guard, TrainingStopped, diagnose
+from pipelines.loader import BatchMaker
+from pipelines.train import resolve_job, run_stage
+from pipelines.train_loop import TrainWorker
+from tests.worlds import make_world, train_settings
+from tinygptv.checkpoint import load_checkpoint
+from tinygptv.train_step import StepResult
+
+BAD_STEP = 7
+
+
+def make_guard(**changes):
+    return Guard(**{"spike": 8.0, "vanishing": 1e-9, "patience": 3, "device": torch.device("cpu"), **changes})
+
+
+def judge(guard, losses):
+    return [bool(guard.reject(torch.tensor(loss, dtype=torch.float64))) for loss in losses]
+
+
+def calm(count, mean=2.0):
+    return list(mean + 0.05 * np.random.default_rng(0).standard_normal(count))
+
+
+class Scaler:
+    """As much of a GradScaler as the guard asks for."""
+
+    def __init__(self, scale=None):
+        self.scale = scale
+
+    def is_enabled(self):
+        return self.scale is not None
+
+    def get_scale(self):
+        return self.scale
+
+
+class Step:
+    def __init__(self, scale=None):
+        self.scaler = Scaler(scale)
+
+
+def faults_of(guard, losses, grad_norms, train_step=None, part_norms=None):
+    for i, (loss, norm) in enumerate(zip(losses, grad_norms, strict=True)):
+        value = torch.tensor(loss, dtype=torch.float64)
+        guard.reject(value)
+        zeros = torch.zeros(1)
+        guard.watch(i, StepResult(value, zeros, zeros, torch.tensor(norm), torch.zeros(()), 0.0))
+    return guard.check(train_step or Step(), part_norms)
+
+
+# ---------------------------------------------------------------------- verdicts
+
+
+def test_spikes_and_bad_values_are_rejected_and_nothing_else():
+    guard = make_guard()
+    assert not any(judge(guard, calm(60)))
+    assert judge(guard, [9.0, 2.1, math.nan, math.inf, 1.9]) == [True, False, True, True, False]
+
+
+def test_first_losses_may_fall_as_they_like():
+    assert not any(judge(make_guard(), [10 * 0.7**i for i in range(15)] + [4.0]))
+
+
+def test_a_lasting_change_is_accepted_in_the_end():
+    verdicts = judge(make_guard(), calm(60) + calm(60, mean=4.0))
+    assert verdicts[60] and not any(verdicts[-20:])
+
+
+def test_no_spike_is_looked_for_where_it_is_switched_off():
+    assert not any(judge(make_guard(spike=0.0), [*calm(60), 99.0]))
+
+
+def test_a_restored_guard_judges_alike():
+    guard, losses = make_guard(), [*calm(60), 9.0, *calm(5), 2.4]
+    judge(guard, losses[:30])
+    other = make_guard()
+    other.load_state({name: tensor.clone() for name, tensor in guard.state().items()})
+    assert judge(other, losses[30:]) == judge(guard, losses[30:])
+    assert torch.equal(other.statistics, guard.statistics)
+
+
+def test_kinds():
+    losses, norms = [*calm(30), 9.0, 2.0, math.nan], [1.0] * 31 + [math.inf, math.nan]
+    found = [(fault.step, fault.kind) for fault in faults_of(make_guard(), losses, norms)]
+    assert found == [(30, "spike"), (31, "nonfinite_gradient"), (32, "nonfinite_loss")]
+
+
+def test_a_scaler_that_looks_for_its_scale_is_no_fault():
+    assert not faults_of(make_guard(), [2.0], [math.inf], Step(65536.0))
+    assert faults_of(make_guard(), [2.0], [math.inf], Step(0.5)), "below 1 it has found nothing"
+
+
+def test_bad_steps_in_a_row_are_counted_over_readings():
+    guard = make_guard()
+    faults_of(guard, [math.nan, math.nan], [1.0, 1.0])
+    faults_of(guard, [math.nan], [1.0])
+    assert guard.faults_in_a_row == 3
+    faults_of(guard, [2.0], [1.0])
+    assert guard.faults_in_a_row == 0
+
+
+def test_vanishing_gradients_are_told_once_by_the_layer_next_to_the_loss():
+    guard = make_guard()
+    norms = {"lora": 1e-12, "lora/layer_00": 0.0, "lora/layer_01": 1e-12, "lora/layer_02": 1e-3, "projector": 0.5}
+    found = [faults_of(guard, [2.0], [0.5], part_norms=norms) for _ in range(5)]
+    assert [[(fault.kind, fault.part) for fault in faults] for faults in found] == [
+        [],
+        [],
+        [("vanishing_gradient", "lora/layer_01")],
+        [],
+        [],
+    ]
+
+
+def test_diagnoses_of_several_workers_become_one():
+    merged = Diagnosis.merge([Diagnosis(), Diagnosis("layer", "forward", ["a/1"]), Diagnosis("other", "", ["b/2"])])
+    assert merged == Diagnosis("layer", "forward", ["a/1", "b/2"])
+
+
+# ---------------------------------------------------------------------- training with planted faults
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def settings(world, output, **changes):
+    return train_settings(world, output, **{"micro_batch_size": 1, "guard_patience": 2, **changes})
+
+
+@pytest.fixture(scope="module")
+def worker(world, tmp_path_factory):
+    job, _ = resolve_job(settings(world, tmp_path_factory.mktemp("worker")), 4)
+    return TrainWorker(job)
+
+
+def samples(worker):
+    maker = BatchMaker(worker.plan)
+    return list(zip(maker.sample_ids(0), maker.make(0).micro_batches, strict=True))
+
+
+def with_image(worker):
+    return next(i for i, (_, batch) in enumerate(samples(worker)) if batch.pixels is not None)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_sample_is_named(worker, value):
+    batches = samples(worker)
+    bad = with_image(worker)
+    name, batch = batches[bad]
+    batches[bad] = (name, replace(batch, pixels=None, query_features=np.full((1, 4, 24), value, np.float32)))
+    found = diagnose(worker.step, batches, spike=False)
+    assert found.samples == [name] and found.where == "forward" and found.layer.startswith("projector.")
+    assert not worker.step.gradient.any()
+
+
+def test_a_bad_weight_is_named_by_its_layer(worker):
+    weight = worker.model.language_model.layers[1].mlp.fc2.weight
+    kept = weight[0, 0].item()
+    with torch.no_grad():
+        weight[0, 0] = math.nan
+        found = diagnose(worker.step, samples(worker), spike=False)
+        weight[0, 0] = kept
+    assert found.layer == "language_model.layers.1.mlp.fc2"
+    assert len(found.samples) == len(samples(worker)), "every sample meets it"
+
+
+def test_a_gradient_that_breaks_on_its_way_is_named_by_its_layer(worker):
+    layer = worker.model.language_model.layers[0]
+    hook = layer.mlp.fc2.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * math.inf,))
+    found = diagnose(worker.step, samples(worker), spike=False)
+    hook.remove()
+    assert found.where == "backward" and found.layer.startswith("language_model.layers.0.mlp")
+
+
+def test_a_sound_step_is_found_sound(worker):
+    assert diagnose(worker.step, samples(worker), spike=False) == Diagnosis()
+
+
+def plant(monkeypatch, step, change):
+    """Change the first sample with a picture of one step, and of no other; returns where its id will be."""
+    original, planted = BatchMaker.load, []
+
+    def load(self, ref):
+        sample = original(self, ref)
+        refs = self.mixture.step(step)
+        if sample.pixels is None or next(r for r in refs if self.shards[self.names[r.source]].row(r.row).image) != ref:
+            return sample
+        planted[:] = [self.sample_ids(step)[refs.index(ref)]]
+        return change(sample)
+
+    monkeypatch.setattr(BatchMaker, "load", load)
+    return planted
+
+
+def nan_features(sample):
+    return replace(sample, pixels=None, query_features=np.full((4, 24), math.nan, np.float32))
+
+
+def record(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def faults(output):
+    return [json.loads(line) for line in (output / "guard.jsonl").read_text().splitlines()]
+
+
+def test_skipping_and_rolling_back_end_alike(world, tmp_path, monkeypatch):
+    planted = plant(monkeypatch, BAD_STEP, nan_features)
+    weights = []
+    for action in ("skip", "rollback"):
+        result = run_stage(settings(world, tmp_path / action, guard=action), 4)
+        (fault,) = faults(tmp_path / action)
+        assert (fault["step"], fault["kind"], fault["action"]) == (BAD_STEP, "nonfinite_loss", action)
+        assert fault["samples"] == planted and fault["layer"].startswith("projector.")
+        assert [e["step"] for e in record(tmp_path / action) if e["skipped"]] == [BAD_STEP]
+        weights.append(load_checkpoint(result["checkpoint"])[0].state_dict())
+    skipped, rolled_back = ([e["loss_hex"] for e in record(tmp_path / a)] for a in ("skip", "rollback"))
+    assert skipped == rolled_back and len(skipped) == 12 and skipped[BAD_STEP] == "nan"
+    assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
+
+
+def test_stopping_says_where_and_by_what(world, tmp_path, monkeypatch):
+    planted = plant(monkeypatch, BAD_STEP, nan_features)
+    with pytest.raises(TrainingStopped, match=rf"step {BAD_STEP}: the loss is not finite .* projector\.") as stopped:
+        run_stage(settings(world, tmp_path, guard="stop"), 4)
+    assert planted[0] in str(stopped.value)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_bad_weights_stop_training_whatever_the_action(world, tmp_path):
+    model, processor, _ = load_checkpoint(world["init_from"])
+    with torch.no_grad():
+        model.language_model.layers[0].self_attn.dense.bias[3] = math.inf
+    from tinygptv.checkpoint import save_checkpoint
+
+    start = save_checkpoint(tmp_path / "start", model, processor, {})
+    with pytest.raises(TrainingStopped, match=r"layers\.0\.self_attn\.dense.* 2 steps in a row"):
+        run_stage(settings({**world, "init_from": str(start)}, tmp_path / "run", guard="skip"), 4)
+
+
+def test_a_spike_leaves_its_step_out_and_names_the_sample(world, tmp_path, monkeypatch):
+    def garbage(sample):
+        """A long answer of a token that no other text has."""
+        encoded = deepcopy(sample.encoded)
+        encoded.add([250] * 60, learn=True)
+        return replace(sample, encoded=encoded)
+
+    planted = plant(monkeypatch, 25, garbage)
+    schedule = {"steps_per_epoch": 7, "epochs": 4, "peak": 3e-2, "minimum": 1e-2, "warmup_start": 1e-3}
+    stage = {"schedule": schedule, "sources": {"pairs": {"weight": 1, "batch_size": 4}}}
+    run_stage(settings(world, tmp_path, stage=stage, guard_spike=6.0), 4)
+    (fault,) = faults(tmp_path)
+    assert (fault["step"], fault["kind"]) == (25, "spike") and fault["samples"][0] == planted[0]
+    entries = record(tmp_path)
+    assert entries[25]["loss"] > entries[24]["loss"] * 1.3 and entries[25]["skipped"]
+
+
+def test_fp16_trains_with_a_scaler_and_recovers_from_overflow(world, tmp_path):
+    """fp16_range emulates the precision on a CPU; the scaler starts too high and finds its scale by itself."""
+    run_stage(settings(world, tmp_path, precision="fp16_range", micro_batch_size=4), 4)
+    entries = record(tmp_path)
+    assert not (tmp_path / "guard.jsonl").exists()
+    assert entries[-1]["loss"] < entries[0]["loss"] and not entries[-1]["skipped"]
