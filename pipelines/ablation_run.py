@@ -98,7 +98,6 @@ def _train_stage(
         "use_gpu": settings.use_gpu,
         "features": settings.features,
         "log_every": 1,
-        "guard": "off",  # a variant that fails is a finding: it is trained on to its end
         "guard": "off",  # an ablation wants to see what the guard would step over
         "stage": {**settings.stage, **variant.stage_changes(find_stage(settings, number))},
         **settings.train,
