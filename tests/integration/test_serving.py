@@ -15,9 +15,10 @@ import httpx
 import openai
 import pytest
 
-from pipelines.settings import ServeSettings, SettingsError
+from pipelines.settings import QuantizeSettings, ServeSettings, SettingsError
 from tests.paths import ROOT
-from tests.serving_model import data_url, make_image, save_checkpoint
+from tests.serving_model import data_url, make_image, make_model, make_processor, save_checkpoint
+from tinygptv.checkpoint import save_checkpoint as save_verified
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -37,15 +38,9 @@ BODY = {
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return [save_checkpoint(folder / str(seed), seed) for seed in range(2)]
-
-
-@pytest.fixture(scope="module")
-def settings(checkpoints):
+def settings(tmp_path_factory):
     return ServeSettings(
-        artifact=str(checkpoints[0]),
+        artifact=str(save_checkpoint(tmp_path_factory.mktemp("checkpoint"))),
         port=0,
         max_batch_size=2,
         max_queue=6,
@@ -168,7 +163,21 @@ def test_a_killed_replica_ends_streams_cleanly_and_comes_back(address):
     assert replica_pids(address) != {pid}
 
 
-def test_a_new_artifact_replaces_the_old_one_without_a_lost_request(address, settings, checkpoints):
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    """An MLflow registry whose champion is another model in low bits."""
+    from pipelines.export import export
+
+    monkeypatch.chdir(tmp_path)  # MLflow keeps its files in the working directory
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    checkpoint = save_verified(tmp_path / "checkpoint", make_model(seed=1), make_processor(), {"stage": "stage4"})
+    options = {"drift_samples": 2, "max_drift": 50.0, "tracking_uri": uri, "register_as": "tinygptv"}
+    result = export(QuantizeSettings(checkpoint=str(checkpoint), output=str(tmp_path / "artifact"), **options))
+    assert result["version"] == 1
+    return uri
+
+
+def test_the_registrys_champion_replaces_the_old_model_without_a_lost_request(address, settings, registry):
     from pipelines.serving.run import deploy
 
     old = text_of(post(address))
@@ -184,7 +193,8 @@ def test_a_new_artifact_replaces_the_old_one_without_a_lost_request(address, set
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         askers = [pool.submit(keep_asking) for _ in range(2)]
         try:
-            assert deploy(settings.model_copy(update={"artifact": str(checkpoints[1])})) == address
+            champion = {"artifact": "models:/tinygptv@champion", "tracking_uri": registry}
+            assert deploy(settings.model_copy(update=champion)) == address
             wait_for(lambda: texts and texts[-1] != old)
         finally:
             stop.append(True)

@@ -11,7 +11,7 @@ const TASKS = [
   { id: "vqa", name: "Short answer", hint: "A question with a short answer" },
   { id: "caption", name: "Caption", hint: "Press send for a caption", optional: true },
   { id: "refer", name: "Find", hint: "What should be found? e.g. the red star" },
-  { id: "identify", name: "What is this?", hint: "Draw a box on the picture, then press send", optional: true, box: true },
+  { id: "identify", name: "What is this?", hint: "Draw a box, then press send", optional: true, box: true },
   { id: "grounding", name: "Describe with boxes", hint: "Press send for a description", optional: true },
   { id: "detection", name: "Mark phrases", hint: "Phrases to mark in the picture" },
 ];
@@ -71,6 +71,9 @@ function chooseTask(id) {
 
 function showTask() {
   const task = chosenTask();
+  const chip = document.querySelector("input[name=task]:checked").parentElement;
+  // On a phone the tasks are one row that scrolls.
+  $("tasks").scrollTo({ left: chip.offsetLeft - ($("tasks").clientWidth - chip.offsetWidth) / 2 });
   $("question").placeholder = picture.isLoaded ? task.hint : "Ask anything";
   picture.isDrawing = Boolean(task.box) && picture.isLoaded;
   $("box-fields").hidden = !task.box || !picture.isLoaded;
