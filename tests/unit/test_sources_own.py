@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,8 +13,9 @@ import pytest
 from pipelines.checks import check_row
 from pipelines.settings import PrepareDataSettings, SettingsError
 from pipelines.shards import record_batch
-from pipelines.sources import locate
+from pipelines.sources import entries, locate
 from pipelines.sources.base import Rejected
+from tests.paths import ROOT
 from tests.source_files import encode, jpeg, picture
 from tinygptv.sample import SampleRow, Turn
 
@@ -163,6 +166,20 @@ def test_canonical_rows_survive_a_round_trip_through_parquet(folder):
     pq.write_table(pa.Table.from_batches([record_batch([row])]), folder / "0.parquet")
     found = read("parquet", folder, name="own")[0]
     assert (found.task, found.turns, found.image, found.boxes) == (row.task, row.turns, row.image, row.boxes)
+
+
+def test_examples_of_the_guide_are_read(folder):
+    (folder / "cat.jpg").write_bytes(jpeg(1))
+    guide = (ROOT / "docs/how-to-add-a-dataset.md").read_text()
+    lines = re.search(r"```json\n(.*?)```", guide, re.DOTALL)[1]
+    (folder / "own.jsonl").write_text(lines)
+    found = read("jsonl", folder / "own.jsonl", name="own")
+    assert [row.task for row in found] == ["vqa", "instruct", "instruct", "caption", "refer", "text"]
+    code = re.search(r"```python\n(.*?def vizwiz.*?)```", guide, re.DOTALL)[1]
+    names = dict(vars(entries))
+    exec(textwrap.dedent(code), names)
+    draft = next(names["vizwiz"]({"image": "a.jpg", "question": "What?", "answers": [{"answer": "A Cat."}]}, "0"))
+    assert (draft.turns, draft.image) == ((Turn("what?", ("a cat",)),), "a.jpg")
 
 
 def test_own_data_in_object_storage(folder):
