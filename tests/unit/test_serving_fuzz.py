@@ -119,7 +119,7 @@ def test_fields_hold_anything_likely_or_not(client):
     statuses = []
     some = {name: st.one_of(strategy, VALUES) for name, strategy in LIKELY.items()}
 
-    @settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(likely=st.fixed_dictionaries({}, optional=LIKELY), other=st.fixed_dictionaries({}, optional=some))
     def send(likely, other):
         statuses.append(is_clean(post(client, {**VALID, **likely})))
