@@ -200,6 +200,8 @@ class MLflowTracker:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             logger.debug("MLflow refused an entry: %s", error)
+        except (ValueError, TypeError, FileNotFoundError) as error:  # would fail for ever, and hold up all others
+            logger.warning("a %s entry cannot be sent to MLflow: %s", entries[0]["kind"], error)
 
     def _deliver(self, entries: list[Entry]) -> None:
         from mlflow.entities import Metric, Param
@@ -257,18 +259,21 @@ class MLflowTracker:
 def _as_image(value: Any) -> Any:
     from PIL import Image
 
-    return Image.open(value["png"]) if isinstance(value, dict) else value
+    return Image.open(value["png"]) if isinstance(value, dict) and "png" in value else value
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Rows as MLflow's table wants them."""
+    """Rows as MLflow's table wants them: a column of pictures has one in every row."""
     import mlflow
+    from PIL import Image
 
-    def cell(value: Any) -> Any:
-        is_image = hasattr(value, "save") or (isinstance(value, dict) and "png" in value)
-        return mlflow.Image(_as_image(value)) if is_image else value
-
-    return {key: [cell(row.get(key)) for row in rows] for key in rows[0]} if rows else {}
+    columns: dict[str, list[Any]] = {}
+    for key in rows[0] if rows else ():
+        cells = [_as_image(row.get(key)) for row in rows]
+        if any(hasattr(cell, "resize") for cell in cells):
+            cells = [mlflow.Image(Image.new("RGB", (1, 1)) if cell is None else cell) for cell in cells]
+        columns[key] = cells
+    return columns
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
