@@ -176,7 +176,9 @@ class MLflowTracker:
         client = MlflowClient(tracking_uri=uri)
         if not self.run_id:
             found = client.get_experiment_by_name(experiment)
-            experiment_id = found.experiment_id if found else client.create_experiment(experiment)
+            experiment_id = (
+                found.experiment_id if found else client.create_experiment(experiment, _artifact_place(uri, experiment))
+            )
             runs = client.search_runs([experiment_id], f"tags.`{_KEY_TAG}` = '{key}'") if key else []
             self._known = bool(runs)
             tags = {_KEY_TAG: key} if key else {}
@@ -290,6 +292,20 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def default_uri(root: Path) -> str:
     """SQLite file beside the results."""
     return f"sqlite:///{root / 'mlflow.db'}"
+
+
+def absolute_uri(uri: str) -> str:
+    """The same place for processes in other working directories; empty is the default, ``none`` stays."""
+    if not uri:
+        return default_uri(Path.cwd())
+    path = uri.removeprefix("sqlite:///")
+    return uri if path == uri or path.startswith("/") else f"sqlite:///{Path.cwd() / path}"
+
+
+def _artifact_place(uri: str, experiment: str) -> str | None:
+    """Artifacts lie beside an SQLite file; a server decides for itself."""
+    path = uri.removeprefix("sqlite:///")
+    return None if path == uri else str(Path(path).absolute().with_name("mlartifacts") / experiment)
 
 
 def open_tracker(

@@ -21,7 +21,7 @@ from pipelines.outbox import JOURNAL_FILE
 from pipelines.progress import PROGRESS_FILE, follow
 from pipelines.settings import SettingsError, TrainSettings
 from pipelines.stage_plan import describe_stage
-from pipelines.tracking import Tracker, open_tracker
+from pipelines.tracking import Tracker, absolute_uri, open_tracker
 from pipelines.train_loop import TrainJob, train_loop
 from pipelines.train_state import RECORD_FILE, download_folder
 from tinygptv.checkpoint import MANIFEST, CheckpointError, read_stage, verify_folder
@@ -124,6 +124,7 @@ def resolve_places(settings: TrainSettings, number: int, output: Path) -> TrainS
         "data": data_path(settings.data),
         "output": str(output),
         "storage_path": storage_path,
+        "tracking_uri": absolute_uri(settings.tracking_uri),
     }
     return settings.model_copy(update=changes)
 
