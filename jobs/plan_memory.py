@@ -19,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         from pipelines.plan import plan_memory
 
-        print(plan_memory(settings)["result"])
+        plan = plan_memory(settings)
+        print(plan["table"], plan["result"], sep="\n")
 
     return run_main(work)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from tinygptv.auto_classes import register_when_imported
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -38,3 +40,6 @@ def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'tinygptv' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+register_when_imported()

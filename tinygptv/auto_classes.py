@@ -31,10 +31,10 @@ def _register_config() -> None:
 
 
 def _register_model() -> None:
-    if "tinygptv.model" in sys.modules:
-        return  # it registers itself
     auto = sys.modules[_AUTO + "modeling_auto"]
-    config = importlib.import_module("tinygptv.config").TinyGPTVConfig
+    config = getattr(importlib.import_module("tinygptv.config"), "TinyGPTVConfig", None)
+    if config is None or config in auto.AutoModelForImageTextToText._model_mapping:
+        return  # half imported, it comes back here at its end; or registered already
     stand_in = _OnFirstUse("TinyGPTVForConditionalGeneration", (), {"config_class": config, "__module__": __name__})
     for auto_class in (auto.AutoModel, auto.AutoModelForCausalLM, auto.AutoModelForImageTextToText):
         auto_class.register(config, stand_in)
@@ -44,22 +44,19 @@ def _register_processors() -> None:
     importlib.import_module("tinygptv.processing")
 
 
-def _register_image_processor() -> None:
-    # While AutoProcessor's module is half imported, ours cannot be; then its end, a moment later, registers both.
-    if _AUTO + "processing_auto" not in sys.modules:
-        _register_processors()
-
-
 _REGISTER: dict[str, Callable[[], None]] = {
     _AUTO + "configuration_auto": _register_config,
     _AUTO + "modeling_auto": _register_model,
-    _AUTO + "image_processing_auto": _register_image_processor,
+    _AUTO + "image_processing_auto": _register_processors,
     _AUTO + "processing_auto": _register_processors,
 }
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds nothing itself; has a function called once one of transformers' Auto modules has been executed."""
+    """Finds nothing itself; registers once transformers' Auto modules have been executed, all that were under way."""
+
+    def __init__(self) -> None:
+        self.under_way = 0
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -73,17 +70,27 @@ class _AfterImport(MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
-            execute(module)
-            _REGISTER[fullname]()
+            self.under_way += 1
+            try:
+                execute(module)
+            finally:
+                self.under_way -= 1
+            if not self.under_way:
+                register_with_imported()
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
-def register_when_imported() -> None:
-    """Register with the Auto classes that are imported already, and with the others when they are."""
+def register_with_imported() -> None:
+    """Register with the Auto classes that are imported already; what is registered stays as it is."""
     for name, register in _REGISTER.items():
         if name in sys.modules:
             register()
+
+
+def register_when_imported() -> None:
+    """Register with the Auto classes that are imported already, and with the others when they are."""
     if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
+    register_with_imported()

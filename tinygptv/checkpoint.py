@@ -154,6 +154,7 @@ def save_checkpoint(
 
     def fill(staging: Path) -> None:
         model.config.template = processor.template
+        processor.set_end_symbol(model.generation_config)
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
         (staging / STAGE_FILE).write_text(json.dumps(stage, indent=1))

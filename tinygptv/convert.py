@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.model import TinyGPTVForConditionalGeneration
-from tinygptv.release_match import FLOAT32_NAMES, Release, decorator, match_release
+from tinygptv.model import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
+from tinygptv.release_match import Release, decorator, match_release
 
 
 def load_release(
@@ -75,7 +75,7 @@ def build_from_tensors(
     """
     model.load_state_dict(dict(tensors), strict=False, assign=True)
     for module in model.modules():
-        _rebuild_buffers(module)
+        rebuild_buffers(module)
     return model
 
 
@@ -100,7 +100,7 @@ def _fresh(name: str, shape: tuple[int, ...], config: TinyGPTVConfig) -> Tensor:
     return torch.nn.init.normal_(torch.empty(shape), std=config.initializer_range)
 
 
-def _rebuild_buffers(module: torch.nn.Module) -> None:
+def rebuild_buffers(module: torch.nn.Module) -> None:
     """Buffers that no file holds (rotary frequencies, EVA's zero key bias) are on meta after a meta build."""
     if type(module).__name__ == "PhiRotaryEmbedding":
         inv_freq, _ = module.compute_default_rope_parameters(module.config)

@@ -93,11 +93,13 @@ def convert_release(
     def fill(staging: Path) -> None:
         write_shards(staging, _all_tensors(release, dtype))
         config.save_pretrained(staging)
-        TinyGPTVProcessor.from_config(config, load_tokenizer(tokenizer)).save_pretrained(staging)
+        processor = TinyGPTVProcessor.from_config(config, load_tokenizer(tokenizer))
+        processor.save_pretrained(staging)
         stage = {"title": "converted from release files", **(facts or {})}
         (staging / STAGE_FILE).write_text(json.dumps(stage, indent=1))
         with torch.device("meta"):
             model = TinyGPTVForConditionalGeneration(config)
+        processor.set_end_symbol(model.generation_config)
         model.generation_config.save_pretrained(staging)
         (staging / "README.md").write_text(model_card(model, stage))
 
@@ -129,14 +131,22 @@ def write_release_stage(checkpoint: Path, output: Path) -> Path:
     return output
 
 
-def write_split_phi(checkpoint: Path, output: Path) -> Path:
-    """Write the language model as plain Phi-2 in the split layout of current transformers."""
+def write_split_phi(checkpoint: Path, output: Path) -> list[str]:
+    """Write the language model as plain Phi-2 in the split layout of current transformers.
+
+    Returns:
+        Names of the norms that TinyGPT-V adds, for which plain Phi-2 has no place.
+    """
     config = TinyGPTVConfig.from_pretrained(checkpoint)
+    left_out: list[str] = []
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, lazy in open_weights(checkpoint).items():
             if name.startswith(("language_model.", "lm_head.")):
-                yield from split_phi_tensors(plain_key(name), lazy.load()).items()
+                theirs = split_phi_tensors(plain_key(name), lazy.load())
+                yield from theirs.items()
+                if not theirs:
+                    left_out.append(name)
 
     def fill(staging: Path) -> None:
         write_shards(staging, tensors())
@@ -146,7 +156,8 @@ def write_split_phi(checkpoint: Path, output: Path) -> Path:
         plain |= {"model_type": "phi", "architectures": ["PhiForCausalLM"], "hidden_act": "gelu_new"}
         (staging / "config.json").write_text(json.dumps(plain, indent=1, default=str))
 
-    return write_folder(output, fill)
+    write_folder(output, fill)
+    return left_out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -184,8 +195,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.command != "release":
         verify_folder(arguments.source, hashes=False)
-        write = write_release_stage if arguments.command == "to-release" else write_split_phi
-        write(arguments.source, arguments.output)
+        if arguments.command == "to-release":
+            write_release_stage(arguments.source, arguments.output)
+        else:
+            left_out = write_split_phi(arguments.source, arguments.output)
+            print(f"left out {len(left_out)} tensors of added norms, for which plain Phi-2 has no place")
         return
     release = match_release(
         arguments.vision,

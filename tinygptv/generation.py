@@ -79,11 +79,11 @@ class ImageGenerationMixin(GenerationMixin):
         return super().generate(*args, **kwargs)
 
     def _end_criteria(self, generation_config: Any) -> EndSymbolCriteria | None:
-        settings = generation_config or self.generation_config
-        pieces = getattr(settings, "end_pieces", None)
-        if not pieces:
-            return None
-        return EndSymbolCriteria(settings.end_symbol, {int(token): text for token, text in pieces.items()})
+        for settings in (generation_config, self.generation_config):
+            pieces = getattr(settings, "end_pieces", None)
+            if pieces:
+                return EndSymbolCriteria(settings.end_symbol, {int(token): text for token, text in pieces.items()})
+        return None
 
     def prepare_inputs_for_generation(
         self,

@@ -11,6 +11,7 @@ D language width, S sequence, K vocabulary, M supervised positions.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,6 +32,9 @@ from tinygptv.projector import Projector
 from tinygptv.qformer import QFormer
 from tinygptv.sample import IGNORE_INDEX
 from tinygptv.vision import VisionEncoder
+
+FLOAT32_NAMES = re.compile(r"^(projector\.|language_model\..*(_layernorm|attention_rmsnorm|lora_[AB])\.)")
+"""Parameters that stay float32 whatever the dtype of the frozen matrices: what stages train, and the norms' biases."""
 
 
 @dataclass
@@ -77,7 +81,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # What a stage trains stays float32 whatever the dtype of the frozen matrices.
+    # FLOAT32_NAMES in transformers' terms.
     _keep_in_fp32_modules_strict = [
         "[a-z]_layernorm",
         "input_layernorm",

@@ -13,7 +13,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
@@ -107,6 +113,22 @@ class TinyGPTVProcessor(ProcessorMixin):
         """Text at which an answer ends."""
         return TEMPLATES[self.template].end_symbol
 
+    def set_end_symbol(self, generation_config: GenerationConfig) -> None:
+        """Let ``generate`` stop at the template's end symbol, whether it comes as one token or in pieces, in place.
+
+        Args:
+            generation_config: the model's; gets ``eos_token_id``, ``pad_token_id``, ``end_symbol`` and ``end_pieces``.
+        """
+        symbol = self.end_symbol
+        texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
+        whole = [token for token, text in enumerate(texts) if symbol in text]
+        generation_config.eos_token_id = sorted({self.tokenizer.eos_token_id, *whole})
+        generation_config.pad_token_id = self.tokenizer.pad_token_id
+        generation_config.end_symbol = symbol
+        generation_config.end_pieces = {
+            token: text for token, text in enumerate(texts) if symbol not in text and _can_be_piece(text, symbol)
+        }
+
     def encoder(self, limits: TextLimits | None = None) -> SampleEncoder:
         """The sequence layout of this checkpoint's template."""
         return SampleEncoder(
@@ -167,6 +189,16 @@ class TinyGPTVProcessor(ProcessorMixin):
         """Text of generated ids, cut at the end symbol."""
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         return text.split(self.end_symbol)[0].strip()
+
+
+def _can_be_piece(text: str, symbol: str) -> bool:
+    """Whether a symbol can be put together with this text: inside of it, at its start or at its end."""
+    cuts = range(1, len(symbol))
+    return text != "" and (
+        text in symbol
+        or any(text.endswith(symbol[:cut]) for cut in cuts)
+        or any(text.startswith(symbol[cut:]) for cut in cuts)
+    )
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

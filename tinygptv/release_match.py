@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.model import TinyGPTVForConditionalGeneration
+from tinygptv.model import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
 from tinygptv.release_layouts import (
     SPLIT_PARTS,
     Ignored,
@@ -36,8 +36,6 @@ from tinygptv.weight_files import LazyTensor, WeightFileError, open_weights
 RELEASE_VISION_DEPTH = 39
 """Blocks of EVA ViT-g that the release builds; the public file may hold a fortieth."""
 MINIGPT4_13B_ROWS = 5120
-FLOAT32_NAMES = re.compile(r"^(projector\.|language_model\..*(_layernorm|attention_rmsnorm|lora_[AB])\.)")
-"""What a stage trains: float32 whatever the dtype of the frozen matrices."""
 
 
 @dataclass

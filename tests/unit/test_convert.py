@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 
 import pytest
@@ -10,12 +9,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import PhiConfig, PhiForCausalLM
 
-from tests.tiny import tiny_config, tiny_tokenizer
+from tests.release_files import language_state, stage_state, write_language, write_release
+from tests.tiny import tiny_config
 from tinygptv.checkpoint import load_checkpoint
 from tinygptv.convert import load_release
 from tinygptv.convert_cli import main
 from tinygptv.model import TinyGPTVForConditionalGeneration
-from tinygptv.release_layouts import interleave_heads, plain_key, release_key, separate_heads, split_phi_tensors
+from tinygptv.release_layouts import interleave_heads, plain_key, release_key, separate_heads
 from tinygptv.weight_files import WeightFileError, open_weights
 
 HEADS = 4
@@ -37,89 +37,7 @@ def plain(model):
 
 @pytest.fixture
 def files(tmp_path, plain):
-    """The release's files, made from our random model."""
-    vision = {k.removeprefix("vision_encoder.vit."): v for k, v in plain.items() if k.startswith("vision_encoder.vit.")}
-    torch.save(vision, tmp_path / "eva_vit_g.pth")
-    qformer = {}
-    for name, tensor in plain.items():
-        if name.startswith(("qformer.", "vision_encoder.ln_vision")):
-            qformer[release_key(name, lora=False)[0]] = tensor
-    qformer |= {"t5_proj.weight": torch.zeros(3, 3), "Qformer.bert.embeddings.position_ids": torch.arange(5)}
-    torch.save({"model": qformer}, tmp_path / "blip2.pth")
-    write_language(tmp_path / "phi-2", plain, "fused")
-    torch.save({"model": stage_state(plain)}, tmp_path / "stage.pth")
-    return {
-        "vision": tmp_path / "eva_vit_g.pth",
-        "qformer": tmp_path / "blip2.pth",
-        "language": tmp_path / "phi-2",
-        "checkpoint": tmp_path / "stage.pth",
-    }
-
-
-def stage_state(plain, style="peft 0.2"):
-    state = {}
-    for name, tensor in plain.items():
-        trained = name.startswith("projector.") or ".lora_" in name or ("norm." in name and name.endswith("weight"))
-        if trained and name.startswith(("projector.", "language_model.")):
-            key, per_head = release_key(name, lora=True)
-            if style == "peft new":
-                key = key.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
-            state[key] = interleave_heads(tensor, HEADS) if per_head else tensor
-    return state
-
-
-def language_state(plain, layout):
-    """Phi-2's own tensors in one of the four layouts."""
-    base = {k: v for k, v in plain.items() if k.startswith(("language_model.", "lm_head.")) and ".lora_" not in k}
-    base = {
-        k: v for k, v in base.items() if not any(n in k for n in ("q_layernorm", "k_layernorm", "attention_rmsnorm"))
-    }
-    state = {}
-    for name, tensor in base.items():
-        if layout == "split":
-            state |= split_phi_tensors(name, tensor)
-            continue
-        key, per_head = release_key(name, lora=False)
-        key = key.removeprefix("llama_model.")
-        if layout == "fused":
-            state[key] = interleave_heads(tensor, HEADS) if per_head else tensor
-            continue
-        key = key.replace("self_attn.query_key_value", "mixer.Wqkv").replace("self_attn.dense", "mixer.out_proj")
-        key = key.replace("input_layernorm", "ln")
-        if layout == "msft":
-            key = key.replace("model.embed_tokens", "transformer.embd.wte").replace("model.layers", "transformer.h")
-            key = key.replace("lm_head", "lm_head.linear").replace("model.final_layernorm", "lm_head.ln")
-        else:
-            last = 1 + max(int(k.split(".")[2]) for k in base if ".layers." in k)
-            if key.startswith("model.layers."):
-                _, _, index, rest = key.split(".", 3)
-                key = f"layers.{int(index) + 1}.{rest}"
-            key = key.replace("model.embed_tokens", "layers.0.wte").replace("lm_head", f"layers.{last + 1}.linear")
-            key = key.replace("model.final_layernorm", f"layers.{last + 1}.ln")
-        state[key] = tensor
-    if layout in ("msft", "sequential"):
-        state[
-            "transformer.h.0.mixer.rotary_emb.inv_freq" if layout == "msft" else "layers.1.mixer.rotary_emb.inv_freq"
-        ] = torch.zeros(4)
-    return state
-
-
-def write_language(folder, plain, layout, dtype=torch.float32, form="safetensors"):
-    folder.mkdir(exist_ok=True)
-    state = {k: v.to(dtype).contiguous() for k, v in language_state(plain, layout).items()}
-    (folder / "config.json").write_text(json.dumps({"num_attention_heads": HEADS, "partial_rotary_factor": 0.5}))
-    if form == "safetensors":
-        save_file(state, folder / "model.safetensors")
-    elif form == "bin":
-        torch.save(state, folder / "pytorch_model.bin")
-    else:
-        names = sorted(state)
-        halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-        for file, keys in halves.items():
-            save_file({k: state[k] for k in keys}, folder / file)
-        weight_map = {k: file for file, keys in halves.items() for k in keys}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    tiny_tokenizer().save_pretrained(folder)
+    return write_release(tmp_path, plain, HEADS)
 
 
 def load(files, **changes):

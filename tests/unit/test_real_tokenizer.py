@@ -1,0 +1,70 @@
+"""Phi-2's own tokenizer gives the release's ids, and answers of every template end where they should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from tests.paths import REALDATA
+from tinygptv.config import TinyGPTVConfig
+from tinygptv.generation import EndSymbolCriteria
+from tinygptv.processing import TinyGPTVProcessor, load_tokenizer
+from tinygptv.prompts import TEMPLATES
+from tinygptv.sample import Exchange
+
+FOLDER = REALDATA / "phi2_tokenizer"
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="Phi-2's tokenizer is not here")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(FOLDER)
+
+
+def ids(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_end_symbols_and_special_tokens(tokenizer):
+    assert len(tokenizer) == 50295
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id == 50256
+    assert ids(tokenizer, "###") == [21017] and ids(tokenizer, " ###") == [44386] and ids(tokenizer, "\n") == [198]
+    for before in ("dog", ".", "?", "!", '"', ")", "}"):
+        assert ids(tokenizer, f"a {before}###")[-1] == 21017, before
+    assert len(ids(tokenizer, "100")) == 1
+
+
+def test_boxes_take_twelve_tokens(tokenizer):
+    pieces = [tokenizer.decode([i]) for i in ids(tokenizer, "{<12><34><56><78>}###")]
+    assert pieces == ["{", "<", "12", "><", "34", "><", "56", "><", "78", ">", "}", "###"]
+
+
+def test_no_hidden_bos(tokenizer):
+    """BOS is put in by the sequence layout alone, in training and in generation."""
+    processor = TinyGPTVProcessor.from_config(TinyGPTVConfig.phi2(), tokenizer)
+    encoder = processor.encoder()
+    prompt = encoder.encode_prompt([], "hello")
+    assert prompt.count(50256) == 1 and prompt[0] == 50256
+    assert encoder.encode([Exchange("hello", "hi")], 0).input_ids[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_generation_stops_at_the_end_symbol_however_it_is_tokenised(tokenizer, name):
+    config = TinyGPTVConfig.phi2()
+    config.template = name
+    processor = TinyGPTVProcessor.from_config(config, tokenizer)
+    settings = GenerationConfig()
+    processor.set_end_symbol(settings)
+    ends = settings.eos_token_id
+    assert 50256 in ends
+    if name == "caption":
+        assert 198 in ends and settings.end_pieces == {}
+        return
+    assert {21017, 44386} <= set(ends)
+    one, two = ids(tokenizer, "#")[0], ids(tokenizer, "##")[0]
+    criteria = EndSymbolCriteria("###", settings.end_pieces)
+    rows = torch.tensor([[1, one, two], [1, two, two], [one, 1, two], [one, one, one]])
+    criteria(rows[:, :1], None)
+    criteria(rows[:, :2], None)
+    assert criteria(rows, None).tolist() == [True, True, False, True]

@@ -1,0 +1,128 @@
+"""The release's parameter table (paper scale, counted on the meta device), and what each stage trains."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from tests.tiny import tiny_config
+from tinygptv.config import TinyGPTVConfig
+from tinygptv.memory import build_on_meta
+from tinygptv.model import TinyGPTVForConditionalGeneration
+from tinygptv.optim import parameter_groups
+from tinygptv.release_layouts import plain_key, release_key
+from tinygptv.stages import RECIPES, get_stage, set_trainable
+
+PARAMETERS = {
+    "vision_encoder.vit": {224: 985_894_528, 448: 986_975_872},
+    "vision_encoder.vit.blocks.0": 25_248_768,
+    "vision_encoder.vit.patch_embed": 829_312,
+    "vision_encoder.vit.cls_token": 1_408,
+    "vision_encoder.vit.pos_embed": {224: 361_856, 448: 1_443_200},
+    "vision_encoder.ln_vision": 2_816,
+    "qformer.encoder": 105_137_664,
+    "qformer.encoder.encoder.layer.0.attention": 2_363_904,
+    "qformer.encoder.encoder.layer.0.crossattention": 3_346_944,
+    "qformer.encoder.layernorm": 1_536,
+    "qformer.query_tokens": 24_576,
+    "projector.linear_1": 3_149_824,
+    "projector.linear_2": 10_488_320,
+    "projector": 13_638_144,
+    "language_model.embed_tokens": 131_072_000,
+    "lm_head": 131_123_200,
+    "language_model.final_layernorm": 5_120,
+}
+"""Our name of a part -> the release's count, per image side where that matters."""
+
+ADDED_NORMS = re.compile(r"(q_layernorm|k_layernorm|attention_rmsnorm)\.")
+TOTALS = {(224, 0): 3_884_473_728, (448, 0): 3_885_555_072, (224, 64): 3_915_931_008, (448, 64): 3_917_012_352}
+"""(image side, LoRA rank) -> parameters of the whole model."""
+
+PROJECTOR, NORMS, LORA = 13_638_144, 171_520, 31_457_280
+TRAINED = {
+    "paper": {1: PROJECTOR + NORMS, 2: 45_266_944, 3: 45_266_944, 4: 45_266_944},
+    "released": dict.fromkeys((1, 2, 3, 4), 45_266_944),
+}
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {(side, rank): build_on_meta(TinyGPTVConfig.phi2(image_size=side, lora_rank=rank)) for side, rank in TOTALS}
+
+
+def sizes(model):
+    return {plain_key(name): p.numel() for name, p in model.named_parameters()}
+
+
+def test_every_line_of_the_parameter_table(models):
+    for (side, rank), model in models.items():
+        counts = sizes(model)
+        assert sum(counts.values()) == TOTALS[side, rank]
+        for part, count in PARAMETERS.items():
+            wanted = count[side] if isinstance(count, dict) else count
+            found = sum(n for name, n in counts.items() if name == part or name.startswith(f"{part}."))
+            assert found == wanted, part
+        phi = {n: c for n, c in counts.items() if n.startswith(("language_model.", "lm_head.")) and ".lora_" not in n}
+        added = {name: count for name, count in phi.items() if ADDED_NORMS.search(name)}
+        assert sum(added.values()) == 92_160 and sum(phi.values()) - 92_160 == 2_779_683_840
+        assert sum(count for name, count in added.items() if name.endswith("weight")) == 87_040
+        layer = sum(c for n, c in phi.items() if n.startswith("language_model.layers.7.") and n not in added)
+        assert layer == 78_671_360
+        crossing = {n.split(".")[4] for n in counts if "crossattention" in n}
+        assert crossing == {"0", "2", "4", "6", "8", "10"}
+        lora = {name: count for name, count in counts.items() if ".lora_" in name}
+        assert sum(lora.values()) == (LORA if rank else 0)
+        of_layer = {n: c for n, c in lora.items() if ".layers.0." in n}
+        assert sum(c for n, c in of_layer.items() if "qkv_proj" in n) == (655_360 if rank else 0)
+        assert sum(c for n, c in of_layer.items() if ".dense." in n) == (327_680 if rank else 0)
+
+
+def expected_names(lora):
+    """Names of the release's trained tensors, written out."""
+    prefix = "llama_model.base_model.model.model" if lora else "llama_model.model"
+    names = {f"{p}.{leaf}" for p in ("llama_proj", "llama_proj2") for leaf in ("weight", "bias")}
+    names.add(f"{prefix}.final_layernorm.weight")
+    for i in range(32):
+        layer = f"{prefix}.layers.{i}"
+        names |= {f"{layer}.input_layernorm.weight", f"{layer}.post_layernorm.weight"}
+        names |= {f"{layer}.self_attn.{n}_layernorm.weight" for n in "qk"}
+        if lora:
+            names |= {f"{layer}.self_attn.{m}.lora_{x}.weight" for m in ("query_key_value", "dense") for x in "AB"}
+    return names
+
+
+@pytest.mark.parametrize("recipe", sorted(TRAINED))
+def test_each_stage_trains_what_the_release_trains(models, recipe):
+    for number, count in TRAINED[recipe].items():
+        stage = get_stage(recipe, number)
+        model = models[stage.image_size, stage.lora_rank]
+        counts = set_trainable(model, stage.trainable)
+        assert sum(counts.values()) == count, number
+        assert counts["projector"] == PROJECTOR and counts["language_norms"] == NORMS
+        trained = {plain_key(name) for name, p in model.named_parameters() if p.requires_grad}
+        lora = bool(stage.lora_rank)
+        assert {release_key(name, lora)[0] for name in trained} == expected_names(lora), number
+
+
+def test_optimizer_groups_of_the_release(models):
+    model = models[448, 64]
+    set_trainable(model, get_stage("released", 4).trainable)
+    decayed, undecayed = parameter_groups(model.named_parameters(), 0.05)
+    assert sum(p.numel() for p in decayed["params"]) == 45_088_768 and decayed["weight_decay"] == 0.05
+    assert sum(p.numel() for p in undecayed["params"]) == 178_176 and undecayed["weight_decay"] == 0.0
+
+
+def test_a_stage_that_trains_what_is_not_there_says_so():
+    with torch.device("meta"):
+        model = TinyGPTVForConditionalGeneration(tiny_config(lora_rank=0))
+    with pytest.raises(ValueError, match=r"\['lora'\] have no parameters"):
+        set_trainable(model, ("projector", "lora"))
+
+
+def test_recipes_have_four_stages():
+    for recipe, stages in RECIPES.items():
+        assert [stage.number for stage in stages] == [1, 2, 3, 4], recipe
+    with pytest.raises(ValueError, match="recipe is 'none'"):
+        get_stage("none", 1)
