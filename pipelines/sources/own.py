@@ -165,18 +165,10 @@ class TableReader:
             if not file.place.endswith(".parquet"):
                 yield unit
                 continue
-            filesystem, path = storage.resolve(file.place)
             try:
-                with filesystem.open_input_file(path) as stream:
-                    metadata = pq.ParquetFile(stream).metadata
-            except pa.ArrowInvalid as error:
-                raise SettingsError(f"{file.place} is no readable Parquet file: {error}.") from error
-            start = first = rows = 0
-            for group in range(metadata.num_row_groups):
-                rows += metadata.row_group(group).num_rows
-                if rows - first >= ENTRIES_PER_UNIT or group == metadata.num_row_groups - 1:
-                    yield replace(unit, start=start, stop=group + 1, first=first)
-                    start, first = group + 1, rows
+                yield from _row_groups(unit)
+            except _ARROW_ERRORS as error:
+                yield replace(unit, details={"damage": f"no readable Parquet file: {_damage(error, unit)}"})
 
     def _files(self, location: Location) -> list[storage.FoundFile]:
         folder = location.input
@@ -198,15 +190,20 @@ class TableReader:
 
     def read(self, unit: Unit) -> Iterator[Found]:
         """Rows of a slice."""
+        if "damage" in unit.details:
+            yield Rejected("", unit.shard, unit.details["damage"])
+            return
         images = ImageFolder(unit.location.images)
         number = unit.first
         try:
             for batch in _batches(unit):
+                batch.validate(full=True)  # offsets that point out of a damaged file would crash the process
                 for fields in batch.to_pylist():
                     yield self._row(unit, number, fields, images)
                     number += 1
-        except (pa.ArrowInvalid, pa.ArrowSerializationError, UnicodeDecodeError) as error:
-            yield Rejected("", unit.shard, f"the table cannot be read after row {number}: {error}")
+        except _ARROW_ERRORS as error:
+            reason = f"the table cannot be read after row {number}: {_damage(error, unit)}"
+            yield Rejected("", unit.shard, reason)
 
     def _row(self, unit: Unit, number: int, fields: dict[str, Any], images: ImageFolder) -> Found:
         key = f"row {number}"
@@ -221,6 +218,33 @@ class TableReader:
             image = image or name or None
         row = _own_row(unit, key, {**fields, "image": image}, images)
         return replace(row, image=image) if isinstance(image, bytes) and isinstance(row, SampleRow) else row
+
+
+_ARROW_ERRORS = (pa.ArrowException, UnicodeDecodeError, OSError)
+
+
+def _damage(error: Exception, unit: Unit) -> str:
+    """What is wrong with a table. Arrow raises ``OSError`` for damaged pages, too.
+
+    Raises:
+        OSError: it is the disk, or may be the network of a remote file: that must not cost rows.
+    """
+    if isinstance(error, OSError) and (error.errno is not None or not storage.is_local(unit.place)):
+        raise error
+    return str(error)
+
+
+def _row_groups(unit: Unit) -> Iterator[Unit]:
+    """Parts of a Parquet file of ``ENTRIES_PER_UNIT`` rows and more."""
+    filesystem, path = storage.resolve(unit.place)
+    with filesystem.open_input_file(path) as stream:
+        metadata = pq.ParquetFile(stream).metadata
+    start = first = rows = 0
+    for group in range(metadata.num_row_groups):
+        rows += metadata.row_group(group).num_rows
+        if rows - first >= ENTRIES_PER_UNIT or group == metadata.num_row_groups - 1:
+            yield replace(unit, start=start, stop=group + 1, first=first)
+            start, first = group + 1, rows
 
 
 def _batches(unit: Unit) -> Iterator[pa.RecordBatch]:

@@ -196,13 +196,26 @@ def test_own_data_in_object_storage(folder):
 
 def test_damaged_tables(folder):
     (folder / "0.parquet").write_bytes(b"PAR1 nothing PAR1")
-    with pytest.raises(SettingsError, match="no readable Parquet"):
-        read("parquet", folder)
+    pq.write_table(pa.table({"question": ["q"], "answer": ["a"]}), folder / "1.parquet")
+    broken, sound = read("parquet", folder)
+    assert (broken.key, "no readable Parquet" in broken.reason) == ("", True)
+    assert sound.task == "text"
     (folder / "set").mkdir()
     with pytest.raises(SettingsError, match=r"neither .arrow nor .parquet"):
         read("hf", folder / "set")
     (folder / "set/data.arrow").write_bytes(b"junk")
     assert "cannot be read after row 0" in read("hf", folder / "set")[0].reason
+
+
+def test_damaged_pages_cost_their_row_group_alone(folder):
+    table = pa.table({"question": [f"q{n}" for n in range(2000)], "answer": ["a"] * 2000})
+    pq.write_table(table, folder / "0.parquet", row_group_size=1000, use_dictionary=False)
+    data = bytearray((folder / "0.parquet").read_bytes())
+    data[100:900] = b"\xff" * 800
+    (folder / "0.parquet").write_bytes(data)
+    found = read("parquet", folder)
+    assert isinstance(found[0], Rejected)
+    assert [row.turns[0].question for row in found[1:]] == [f"q{n}" for n in range(1000, 2000)]
 
 
 def test_images_are_named_when_they_are_encoded_otherwise(folder):
