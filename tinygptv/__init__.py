@@ -8,11 +8,15 @@ Importing it has the model registered with the Auto classes of transformers once
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 from tinygptv.auto_classes import register_when_imported
 
 __version__ = "0.1.0"
+
+# peft imports bitsandbytes, which on some CPUs recommends a download with every start of every process.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from tinygptv.config import TinyGPTVConfig
