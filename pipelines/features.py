@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.fs as pafs
 
 from pipelines import storage
 from pipelines.cluster import start_ray
 from pipelines.progress import Bar
 from pipelines.settings import CacheFeaturesSettings, SettingsError
+from pipelines.shards import MANIFEST as SHARD_MANIFEST
 from pipelines.shards import ShardSet
 from tinygptv.checkpoint import verify_folder
 
@@ -153,7 +155,7 @@ def _image_size(checkpoint: str) -> int:
 
 def _units(data: str, key: str, dtype: str, sources: list[str]) -> Iterator[dict[str, Any]]:
     """One work unit per shard of every shard set."""
-    names = sources or sorted(p.parent.name for p in Path(data).glob("*/manifest.json"))
+    names = sources or _shard_sets(data)
     if not names:
         raise SettingsError(f"{data} holds no shard sets: run jobs/prepare_data.py first.")
     for name in names:
@@ -168,6 +170,13 @@ def _units(data: str, key: str, dtype: str, sources: list[str]) -> Iterator[dict
                 "shard_sha256": shard.sha256,
                 "dtype": dtype,
             }
+
+
+def _shard_sets(data: str) -> list[str]:
+    """Names of the shard sets in a folder or URI."""
+    filesystem, path = storage.resolve(data)
+    found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(f.base_name for f in found if storage.exists(storage.join(data, f.base_name, SHARD_MANIFEST)))
 
 
 def _is_done(unit: dict[str, Any]) -> bool:

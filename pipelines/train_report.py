@@ -129,18 +129,9 @@ class Reporter:
         self.tracker.metrics(values, batch.step)
 
     def stepped_over(self, batch: StepBatch, learning_rate: float) -> None:
-        """Record a step whose data the guard leaves out."""
-        self.record.write(
-            {
-                "step": batch.step,
-                "loss": math.nan,
-                "loss_hex": math.nan.hex(),
-                "lr": learning_rate,
-                "grad_norm": "nan",
-                "skipped": True,
-                "sample_ids": batch.sample_ids,
-            }
-        )
+        """Take a step whose data the guard leaves out."""
+        none, nan = torch.zeros(len(self.job.stage.sources)), torch.tensor(math.nan, dtype=torch.float64)
+        self.step(batch, StepResult(nan, none, none, nan, torch.ones(()), 0.0), learning_rate)
 
     def predictions(self, model: TinyGPTVForConditionalGeneration, step: int) -> None:
         """Write down what the model answers to the same few samples; a step that is done again is not asked again."""

@@ -15,7 +15,9 @@ import psutil
 import pytest
 import torch
 
+from pipelines.features import cache_features
 from pipelines.outbox import JOURNAL_FILE
+from pipelines.settings import CacheFeaturesSettings
 from pipelines.train import run_stage
 from tests.paths import ROOT
 from tests.worlds import as_words, make_world, train_settings
@@ -80,6 +82,18 @@ def test_two_workers_and_the_next_stage(ray_cluster, world, straight, tmp_path):
         assert a["sample_ids"] == b["sample_ids"]
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
     assert second["last_loss"] == pytest.approx(inline["last_loss"], rel=2e-4)
+
+
+def test_features_by_actors_train_to_the_same_losses(ray_cluster, tmp_path):
+    own = make_world(tmp_path / "world")
+    reference = tmp_path / "inline"
+    run_stage(train_settings(own, reference, max_steps=4), 4)
+    cache = {"data": own["data"], "checkpoint": own["init_from"], "output": str(tmp_path / "cache")}
+    found = cache_features(CacheFeaturesSettings(num_workers=2, quiet=True, **cache))
+    assert found["rows"] == 52 and found["parts"] == 7
+    run_stage(train_settings(own, tmp_path / "cached", max_steps=4, features="cached"), 4)
+    for a, b in zip(record(tmp_path / "cached"), record(reference), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
 
 
 PAIRS = {"pairs": {"weight": 1, "batch_size": 4}}

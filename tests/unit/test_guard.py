@@ -257,13 +257,13 @@ def test_a_spike_leaves_its_step_out_and_names_the_sample(world, tmp_path, monke
     def garbage(sample):
         """A long answer of a token that no other text has."""
         encoded = deepcopy(sample.encoded)
-        encoded.add([250] * 60, learn=True)
+        encoded.add([250] * 200, learn=True)
         return replace(sample, encoded=encoded)
 
     planted = plant(monkeypatch, 25, garbage)
     schedule = {"steps_per_epoch": 7, "epochs": 4, "peak": 3e-2, "minimum": 1e-2, "warmup_start": 1e-3}
     stage = {"schedule": schedule, "sources": {"pairs": {"weight": 1, "batch_size": 4}}}
-    run_stage(settings(world, tmp_path, stage=stage, guard_spike=6.0), 4)
+    run_stage(settings(world, tmp_path, stage=stage, guard_spike=4.0), 4)
     (fault,) = faults(tmp_path)
     assert (fault["step"], fault["kind"]) == (25, "spike") and fault["samples"][0] == planted[0]
     entries = record(tmp_path)

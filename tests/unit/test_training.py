@@ -116,7 +116,7 @@ def test_damaged_states_are_passed_over(straight, world, tmp_path, caplog):
     damaged.write_bytes(damaged.read_bytes()[:-7] + b"garbage")
     shutil.rmtree(tmp_path / "checkpoint")
     (tmp_path / "states/step-99999999").mkdir()  # half-written: no manifest
-    store = StateStore(tmp_path / "states", 9)
+    store = StateStore(str(tmp_path / "states"), 9)
     next_step, _, _ = store.newest()
     assert next_step == int(sorted((tmp_path / "states").glob("step-0*"))[-2].name.removeprefix("step-"))
     assert "corrupted" in caplog.text and "never finished" in caplog.text
