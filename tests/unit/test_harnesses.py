@@ -44,7 +44,7 @@ def test_answers_over_several_chunks_equal_ours(checkpoint, pictures, answerer):
     questions.append(HarnessQuestion("no picture", None, 5))
     expected = [ours(answerer, f"[vqa] what {i}?", i % 3) for i in range(6)] + [ours(answerer, "[vqa] no picture")]
     assert model.answer(questions) == expected
-    assert len(set(expected)) > 3
+    assert len(set(expected)) > 2, "answers that do not depend on the question test nothing"
 
 
 def test_stop_texts_cut_and_too_long_a_question_is_empty_with_a_warning(checkpoint, pictures, answerer, caplog):
