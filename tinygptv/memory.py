@@ -211,11 +211,7 @@ def layer_activation_bytes(text: TinyGPTVTextConfig, lora_rank: int, half: bool,
     if text.resid_pdrop:
         total += 2 * width  # a byte per element and branch
     if lora_rank:
-        total += 2 * lora_rank * element
-        if half or lora_dropout:
-            total += 2 * width * element  # the adapters' inputs
-        else:
-            total += width * element  # the output projection's is kept by the attention already
+        total += 2 * lora_rank * element + 2 * width * element  # the inputs of both matrices of both adapters
         if lora_dropout:
             total += 2 * width
     return total

@@ -120,13 +120,17 @@ class TinyGPTVProcessor(ProcessorMixin):
             generation_config: the model's; gets ``eos_token_id``, ``pad_token_id``, ``end_symbol`` and ``end_pieces``.
         """
         symbol = self.end_symbol
-        texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
-        whole = [token for token, text in enumerate(texts) if symbol in text]
+        letters = set("".join(self.tokenizer.tokenize(symbol)))
+        written = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
+        tokens = [token for token, text in enumerate(written) if letters & set(text or "")]
+        texts = {token: self.tokenizer.decode([token]) for token in tokens}
+        whole = [token for token, text in texts.items() if symbol in text]
+        generation_config._from_model_config = False  # else transformers forgets what it does not know itself
         generation_config.eos_token_id = sorted({self.tokenizer.eos_token_id, *whole})
         generation_config.pad_token_id = self.tokenizer.pad_token_id
         generation_config.end_symbol = symbol
         generation_config.end_pieces = {
-            token: text for token, text in enumerate(texts) if symbol not in text and _can_be_piece(text, symbol)
+            token: text for token, text in texts.items() if symbol not in text and _can_be_piece(text, symbol)
         }
 
     def encoder(self, limits: TextLimits | None = None) -> SampleEncoder:

@@ -40,6 +40,17 @@ def files(tmp_path, plain):
     return write_release(tmp_path, plain, HEADS)
 
 
+@pytest.fixture(scope="module")
+def whole(plain, tmp_path_factory):
+    """The model that the release's own files give."""
+    return load(write_release(tmp_path_factory.mktemp("whole"), plain, HEADS))
+
+
+def assert_equal(one, two):
+    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def load(files, **changes):
     return load_release(**{**files, **changes}, vision_heads=HEADS, qformer_heads=HEADS)
 
@@ -67,12 +78,10 @@ def test_whole_release_loads_exactly(files, model):
 
 @pytest.mark.parametrize("layout", ["fused", "split", "msft", "sequential"])
 @pytest.mark.parametrize("form", ["safetensors", "bin", "sharded"])
-def test_four_phi2_layouts_give_the_same_model(tmp_path, files, plain, layout, form):
+def test_four_phi2_layouts_give_the_same_model(tmp_path, files, plain, whole, layout, form):
     folder = tmp_path / "other"
     write_language(folder, plain, layout, form=form)
-    one, two = load(files), load({**files, "language": folder})
-    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    assert_equal(load(files, language=folder), whole)
 
 
 def test_split_layout_equals_transformers_own_phi(tmp_path, files, plain):
@@ -97,10 +106,15 @@ def test_split_layout_equals_transformers_own_phi(tmp_path, files, plain):
 
 @pytest.mark.parametrize("style", ["peft 0.2", "peft new"])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_peft_names_and_prefixes(tmp_path, files, plain, style, prefix):
+def test_peft_names_and_prefixes(tmp_path, files, plain, whole, style, prefix):
     torch.save({"model": {prefix + k: v for k, v in stage_state(plain, style).items()}}, tmp_path / "other.pth")
-    one, two = load(files), load(files, checkpoint=tmp_path / "other.pth")
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert_equal(load(files, checkpoint=tmp_path / "other.pth"), whole)
+
+
+def test_files_of_old_torch_and_what_else_a_runner_saves(tmp_path, files, plain, whole):
+    content = {"model": stage_state(plain), "optimizer": {"state": {}}, "config": {"run": {}}, "scaler": None}
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert_equal(load(files, checkpoint=tmp_path / "old.pth"), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -145,11 +159,15 @@ def bad(files, match, **changes):
 
 
 def test_truncated_files(tmp_path, files):
-    for role, suffix in (("vision", ".pth"), ("language", ".safetensors")):
-        source = files[role] / "model.safetensors" if files[role].is_dir() else files[role]
-        cut = tmp_path / f"cut{suffix}"
+    torch.save(torch.load(files["qformer"]), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for role, source in (
+        ("vision", files["vision"]),
+        ("language", files["language"] / "model.safetensors"),
+        ("qformer", tmp_path / "old.pth"),
+    ):
+        cut = tmp_path / f"cut{source.suffix}"
         cut.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
-        bad(files, "truncated|no complete safetensors", **{role: cut})
+        bad(files, f"cut{source.suffix}.*(truncated|damaged|no complete safetensors)", **{role: cut})
 
 
 def test_wrong_part_given(files):
@@ -247,10 +265,14 @@ def test_phi2_round_trip(tmp_path, files, plain, capsys):
         ]
     )
     assert main(["to-phi2", str(tmp_path / "ours"), f"--output={tmp_path / 'phi'}"]) == 0
+    assert "left out 10 tensors of added norms" in capsys.readouterr().out
     written = {key: lazy.load() for key, lazy in open_weights(tmp_path / "phi").items()}
     wanted = language_state(plain, "split")
     assert set(written) == set(wanted) and all(torch.equal(written[k], wanted[k]) for k in wanted)
     assert PhiForCausalLM.from_pretrained(tmp_path / "phi").config.num_attention_heads == HEADS
+    direct, again = (load({**files, "checkpoint": None, "language": f}) for f in (files["language"], tmp_path / "phi"))
+    supplied = direct.state_dict().keys() - set(direct.load_report.fresh)
+    assert all(torch.equal(direct.state_dict()[name], again.state_dict()[name]) for name in supplied)
 
 
 def test_row_orders_are_inverse():
