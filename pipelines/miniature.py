@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tinygptv.config import TinyGPTVConfig
     from tinygptv.miniature.pretraining import PretrainingTask
 
-VISION_STEPS, LANGUAGE_STEPS = 3_000, 2_000
+VISION_STEPS, LANGUAGE_STEPS = 3_000, 3_500
 VISION_RATE, LANGUAGE_RATE = 1e-3, 1.5e-3
 VISION_SCENES, HELD_OUT_SCENES = 24_000, 1_024
 SIDES = (64, 128)

@@ -138,6 +138,12 @@ def _instruct(scene: Scene, rng: np.random.Generator) -> SampleRow:
     return _row(scene, "instruct", (turn.question, turn.answer))
 
 
+def _listing(scene: Scene, rng: np.random.Generator) -> SampleRow:
+    """Every object with all attributes and its box, cell by cell: the densest thing that can be said of a scene."""
+    order = sorted(range(len(scene.objects)), key=lambda i: scene.cell_of(scene.objects[i]))
+    return _row(scene, "instruct", ("scene", list_scene(scene, order).removeprefix("scene : ")))
+
+
 def _text(scene: Scene, rng: np.random.Generator) -> SampleRow:
     drawn = text_instruction(rng)
     question = f"{drawn.instruction} {drawn.constraint}" if drawn.constraint else drawn.instruction
@@ -154,6 +160,7 @@ KINDS: dict[str, tuple[float, Callable[[Scene, np.random.Generator], SampleRow]]
     "identify": (8, _box("identify")),
     "grounding": (6, lambda scene, rng: _row(scene, "grounding", ("", captions.grounded_caption(scene, rng)))),
     "detection": (4, _detection),
+    "listing": (20, _listing),
     "conversation": (8, _conversation),
     "instruct": (3, _instruct),
     "text": (3, _text),

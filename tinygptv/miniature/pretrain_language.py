@@ -1,12 +1,12 @@
 """Pretrains the miniature's language model and its tokenizer: the world's language, as text.
 
-A document speaks of a scene, and the scene stands between the image marks as one vector per grid cell: a linear
-function of what is in the cell (words as one-hot values, box corners as numbers). That needs no picture, no Q-Former
-and no projector, but teaches the model to read several facts from one vector, which is what image embeddings will be.
-That much a large language model brings along; one of two million parameters must be taught. The linear layer is thrown
-away.
+A document speaks of a scene whose description stands between the image marks as *packed text*: one position per grid
+cell, whose embedding is the sum of the words of the object in it (box numbers turned by a fixed rotation per corner, so
+that their order is not lost) plus a little noise. That needs no picture and no projector, but teaches the model to read
+several facts from one vector, which is what image embeddings will be. That much a large language model brings along;
+one of two million parameters must be taught.
 
-Notation: B documents, S sequence, Q cells, C code, D width.
+Notation: B documents, S sequence, Q cells, D width.
 """
 
 from __future__ import annotations
@@ -28,18 +28,16 @@ from tinygptv.collate import LoadedSample, MicroBatch, collate
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.language import LanguageModel
 from tinygptv.miniature.documents import Document, make_document
-from tinygptv.miniature.language import VALUES
+from tinygptv.miniature.language import box_text
 from tinygptv.miniature.pretrain_vision import cell_index
 from tinygptv.miniature.scenes import CELLS, Scene, generator, make_scene
 from tinygptv.prompts import TEMPLATES
 from tinygptv.sample import SampleEncoder, TextLimits
 
 BOS = "<|endoftext|>"
-CODE_SIZE = 1 + sum(map(len, VALUES.values())) + 4
-CODE_NOISE = 0.1
-"""Noise on a scene's vectors, as a share of their root mean square: image embeddings will not be exact either."""
+PACKED_NOISE = 0.15
 BUCKETS = 8
-EVALUATED_KINDS = ("vqa", "refer", "identify", "caption", "grounding", "conversation")
+EVALUATED_KINDS = ("listing", "vqa", "refer", "identify", "caption", "grounding", "conversation")
 _LIMITS = TextLimits(max_text_tokens=256)
 
 
@@ -79,18 +77,45 @@ def _pieces(seed: int, num_documents: int) -> Iterator[str]:
             yield "###"
 
 
-def encode_scene(scene: Scene) -> np.ndarray:
-    """What is in each cell: float32 [Q, C].
+class PackedText:
+    """Sums of word embeddings: one vector per grid cell."""
 
-    The columns are 1 for a full cell, one-hot attribute values, and the box's corners, -1..1 across the image; empty
-    cells are all zero.
-    """
-    code = np.zeros((CELLS * CELLS, CODE_SIZE), dtype=np.float32)
-    for item in scene.objects:
-        values = [getattr(item, name) == option for name, options in VALUES.items() for option in options]
-        corners = [2 * side - 1 for side in item.box]
-        code[cell_index(scene, item)] = [1, *values, *corners]
-    return code
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, width: int) -> None:
+        self.tokenizer = tokenizer
+        generator_ = torch.Generator().manual_seed(0)
+        turns = [torch.linalg.qr(torch.randn(width, width, generator=generator_))[0] for _ in range(4)]
+        self.rotations = torch.stack(turns)  # [4, D, D]
+
+    def word_id(self, word: str) -> int:
+        """The one token of a word inside a sentence.
+
+        Raises:
+            ValueError: the tokenizer cuts the word into pieces.
+        """
+        ids = self.tokenizer.encode(word, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(f"the miniature's tokenizer cuts {word!r} into {len(ids)} tokens; it must be one.")
+        return ids[0]
+
+    def ids(self, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+        """Word ids [Q, 4] and box-number ids [Q, 4] of a scene; -1 in empty cells."""
+        words = np.full((CELLS * CELLS, 4), -1, dtype=np.int64)
+        numbers = np.full((CELLS * CELLS, 4), -1, dtype=np.int64)
+        for item in scene.objects:
+            cell = cell_index(scene, item)
+            words[cell] = [self.word_id(f" {word}") for word in item.attributes]
+            corners = box_text(scene, item).strip("{<>}").split("><")
+            numbers[cell] = [self.word_id(corner) for corner in corners]
+        return words, numbers
+
+    def embed(self, embedding: nn.Embedding, words: Tensor, numbers: Tensor, noise: Tensor) -> Tensor:
+        """Packed vectors [B, Q, D] from ids [B, Q, 4] each and noise [B, Q, D] of unit size."""
+        full = (words[..., :1] >= 0).float()
+        summed = embedding(words.clamp(min=0)).sum(-2)
+        turned = torch.einsum("bqrd,rde->bqe", embedding(numbers.clamp(min=0)), self.rotations)
+        packed = (summed + turned) * full
+        scale = embedding.weight.detach().square().mean().sqrt() * 8**0.5
+        return packed + PACKED_NOISE * scale * noise
 
 
 def _float32_attention(
@@ -111,18 +136,12 @@ _Batch = tuple[Sequence[Scene], Sequence[Document]]
 
 
 class LanguageModule(nn.Module):
-    """Language model, its head, and the layer that lays a scene's code into its input."""
+    """Language model and head."""
 
     def __init__(self, config: TinyGPTVConfig) -> None:
         super().__init__()
         self.language_model = LanguageModel(config.text_config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size)
-        self.scene_layer = nn.Linear(CODE_SIZE, config.text_config.hidden_size)
-
-    def scene_vectors(self, code: Tensor, noise: Tensor) -> Tensor:
-        """Vectors [B, Q, D] of codes [B, Q, C] and noise [B, Q, D] of unit size."""
-        vectors = self.scene_layer(code)
-        return vectors + CODE_NOISE * vectors.detach().square().mean().sqrt() * noise
 
 
 class LanguageTask:
@@ -141,6 +160,7 @@ class LanguageTask:
         self.module = LanguageModule(config)
         self.module.language_model.set_attn_implementation(_ATTENTION)
         self.config, self.tokenizer = config, tokenizer
+        self.packed = PackedText(tokenizer, config.text_config.hidden_size)
         self.world_seed, self.batch_size, self.seed = world_seed, batch_size, seed
         self.held_out = held_out
         self._group: tuple[int, list[_Batch]] = (-1, [])
@@ -179,9 +199,10 @@ class LanguageTask:
         is_image = ids == self.config.image_token_id
         inputs_embeds = embedding(ids.masked_fill(is_image, 0))
         if with_image:
-            code = torch.from_numpy(np.stack([encode_scene(scenes[i]) for i in with_image]))
-            noise = rng.standard_normal((*code.shape[:2], inputs_embeds.shape[-1]), dtype=np.float32)
-            vectors = self.module.scene_vectors(code, torch.from_numpy(noise)).to(inputs_embeds.dtype)
+            word_ids, number_ids = zip(*(self.packed.ids(scenes[i]) for i in with_image), strict=True)
+            words, numbers = torch.from_numpy(np.stack(word_ids)), torch.from_numpy(np.stack(number_ids))
+            noise = torch.from_numpy(rng.standard_normal((*words.shape[:2], inputs_embeds.shape[-1]), dtype=np.float32))
+            vectors = self.packed.embed(embedding, words, numbers, noise)
             inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), vectors)
         hidden = self.module.language_model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         positions = torch.from_numpy(batch.supervised_positions)
