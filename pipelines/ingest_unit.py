@@ -27,7 +27,7 @@ from pipelines.sources import SOURCES
 from pipelines.sources.base import LeftOut, Malformed, Rejected, Unit
 from tinygptv.sample import SampleRow
 
-STAGING_VERSION = 1
+STAGING_VERSION = 2
 """Part of every fingerprint: raise it when what a unit writes changes."""
 
 CONTENT_SETTINGS = (
@@ -211,7 +211,7 @@ def _finish_row(row: SampleRow, images: _ImageChecker) -> tuple[SampleRow, dict[
     }
     digest = b""
     if row.image is not None:
-        digest = hashlib.blake2b(row.image, digest_size=16).digest()
+        digest = hashlib.sha256(row.image).digest()[:16]  # a processor has instructions for this one
         image = images.check(row.image, digest)
         row = replace(row, image=image.data, width=image.width, height=image.height)
         facts |= {
