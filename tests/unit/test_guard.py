@@ -263,11 +263,11 @@ def test_a_spike_leaves_its_step_out_and_names_the_sample(world, tmp_path, monke
     planted = plant(monkeypatch, 25, garbage)
     schedule = {"steps_per_epoch": 7, "epochs": 4, "peak": 3e-2, "minimum": 1e-2, "warmup_start": 1e-3}
     stage = {"schedule": schedule, "sources": {"pairs": {"weight": 1, "batch_size": 4}}}
-    run_stage(settings(world, tmp_path, stage=stage, guard_spike=4.0), 4)
+    run_stage(settings(world, tmp_path, stage=stage, guard_spike=2.0), 4)
     (fault,) = faults(tmp_path)
     assert (fault["step"], fault["kind"]) == (25, "spike") and fault["samples"][0] == planted[0]
     entries = record(tmp_path)
-    assert entries[25]["loss"] > entries[24]["loss"] * 1.3 and entries[25]["skipped"]
+    assert entries[25]["loss"] > entries[24]["loss"] + 0.2 and entries[25]["skipped"]
 
 
 def test_fp16_trains_with_a_scaler_and_recovers_from_overflow(world, tmp_path):
