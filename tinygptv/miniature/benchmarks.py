@@ -23,8 +23,6 @@ from tinygptv.miniature.scenes import HELD_OUT, Scene
 BENCHMARK_SPLITS = ("test", "combination", "crowded", "wording", "large")
 """Splits in the benchmark files; all but ``test`` with a quarter of the scenes."""
 
-_QUESTIONS = 2
-
 
 def _common(scene: Scene) -> dict[str, Any]:
     return {"image": coco_name(scene), "split": scene.split, "width": scene.width, "height": scene.height}
@@ -48,7 +46,7 @@ def _meant(scene: Scene, rng: np.random.Generator) -> int:
 def _vqa(scene: Scene, rng: np.random.Generator) -> list[Entry]:
     return [
         {**_common(scene), "question": found.question, "answer": found.answer, "kind": found.kind}
-        for found in questions(scene, rng, _QUESTIONS, style=_style(scene))
+        for found in questions(scene, rng, 1, style=_style(scene))
     ]
 
 
