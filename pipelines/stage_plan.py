@@ -10,7 +10,6 @@ from dataclasses import asdict
 import torch
 
 from pipelines.loader import open_shards
-from pipelines.plan import recipe_config
 from pipelines.settings import TrainSettings
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.memory import GIB, PARTS, TrainingMemory, build_on_meta

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import time
 import uuid
 from pathlib import Path
@@ -172,13 +173,22 @@ def apply_stage_settings(stage: Stage, changes: dict[str, Any]) -> Stage:
             known = ", ".join(field.name for field in dataclasses.fields(Stage))
             raise SettingsError(f"stage.{key} is no field of a stage; known: {known}.")
         try:
-            values[key] = _stage_value(stage, key, value)
+            values[key] = _stage_value(stage, key, _numbers(value))
         except (TypeError, ValueError) as error:
             raise SettingsError(f"stage.{key}={value!r} is not usable: {error}.") from error
     try:
         return dataclasses.replace(stage, **values)
     except ValueError as error:
         raise SettingsError(str(error)) from error
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads ``5e-4`` as text, for want of a dot; people mean the number."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
 
 
 def _stage_value(stage: Stage, key: str, value: Any) -> Any:

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from pipelines.features import FeatureError, cache_features
-from pipelines.settings import CacheFeaturesSettings, SettingsError
-from pipelines.train import run_stage
+from pipelines.settings import CacheFeaturesSettings, SettingsError, TrainSettings
+from pipelines.train import apply_stage_settings, dry_run, run_stage
 from pipelines.train_state import StateStore
 from tests.worlds import make_world, train_settings
 from tinygptv.checkpoint import CheckpointError, load_checkpoint
+from tinygptv.stages import get_stage
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +188,25 @@ def test_features_of_other_weights_are_refused(world, tmp_path, straight):
 def test_mistakes_are_told_in_a_sentence(world, tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
         run_stage(train_settings(world, tmp_path, **changes), 4)
+
+
+def test_fields_of_a_stage_are_changed_as_people_write_them():
+    stage = get_stage("mini", 4)
+    changes = {"schedule": {"peak": "5e-4", "epochs": 2}, "sources": {"gqa": {"weight": 7}}, "lora_rank": 4}
+    changed = apply_stage_settings(stage, changes)
+    assert (changed.schedule.peak, changed.schedule.epochs, changed.lora_rank) == (5e-4, 2, 4)
+    assert len(changed.sources) == len(stage.sources)
+    assert {source.name: source.weight for source in changed.sources}["gqa"] == 7
+    own = {"name": "own", "weight": 1, "batch_size": 2}
+    assert [source.name for source in apply_stage_settings(stage, {"sources": [own]}).sources] == ["own"]
+    with pytest.raises(SettingsError, match="a new one needs weight and batch_size"):
+        apply_stage_settings(stage, {"sources": {"own": {"weight": 1}}})
+
+
+@pytest.mark.parametrize("recipe", ["paper", "mini"])
+def test_a_dry_run_tells_everything_and_needs_nothing(recipe):
+    text = dry_run(TrainSettings(recipe=recipe, dry_run=True), 1)
+    for words in ("warm-up", "laion", "projector", "trainable", "optimizer", "peak", "sawtooth", "data is not given"):
+        assert words in text, words
+    if recipe == "paper":
+        assert "13,809,664" in text, "what stage 1 of the paper trains"
