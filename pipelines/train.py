@@ -62,6 +62,7 @@ def run_stage(settings: TrainSettings, number: int, *, parent_run_id: str = "") 
         return finished
     job = dataclasses.replace(job, run=_tracking_run(job, output, parent_run_id))
     logger.info("\n%s", describe_stage(job.settings, job.stage))
+    job.stage.schedule.warn_if_rising()
     with follow(output / PROGRESS_FILE, quiet=settings.quiet):
         result = _run_inline(job) if settings.num_workers == 0 else _run_on_ray(job, output)
     result = {**result, "seconds": round(time.perf_counter() - started, 1), "result": str(output / "result.json")}

@@ -49,16 +49,15 @@ class Schedule:
         """Learning rate of a 0-based step."""
         return SCHEDULES[self.kind](self, step)
 
-    def warn_if_rising(self) -> str | None:
-        """Say so where a rise stands in place of a decay; returns the warning's text."""
+    def warn_if_rising(self) -> None:
+        """Say so where a rise stands in place of a decay."""
         if self.kind == "sawtooth" or self.minimum <= self.peak:
-            return None
-        message = (
+            return
+        warnings.warn(
             f"the schedule ends at {self.minimum:g}, above its peak {self.peak:g}: after the warm-up the learning rate "
-            "rises instead of decaying. This is what the published configuration does, and it is kept."
+            "rises instead of decaying. This is what the published configuration does, and it is kept.",
+            stacklevel=2,
         )
-        warnings.warn(message, stacklevel=2)
-        return message
 
 
 def warmup_cosine(schedule: Schedule, step: int) -> float:

@@ -121,6 +121,13 @@ def test_a_stage_that_trains_what_is_not_there_says_so():
         set_trainable(model, ("projector", "lora"))
 
 
+def test_a_rate_that_rises_at_the_end_is_kept_and_told():
+    schedule = get_stage("paper", 4).schedule
+    assert schedule.learning_rate(schedule.num_steps - 1) > 7 * schedule.peak
+    with pytest.warns(UserWarning, match="rises instead of decaying"):
+        schedule.warn_if_rising()
+
+
 def test_recipes_have_four_stages():
     for recipe, stages in RECIPES.items():
         assert [stage.number for stage in stages] == [1, 2, 3, 4], recipe
