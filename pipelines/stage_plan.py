@@ -36,6 +36,8 @@ def describe_stage(settings: TrainSettings, stage: Stage) -> str:
 def model_config(settings: TrainSettings, stage: Stage) -> TinyGPTVConfig:
     """Configuration of the model that the stage trains: of its start, or of the recipe's own size."""
     if not settings.init_from:
+        from pipelines.plan import recipe_config
+
         return recipe_config(settings.recipe, stage)
     config = TinyGPTVConfig.from_pretrained(settings.init_from)
     config.vision_config.image_size = stage.image_size
