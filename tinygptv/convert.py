@@ -109,7 +109,8 @@ def rebuild_buffers(module: torch.nn.Module) -> None:
         return
     for name, buffer in list(module.named_buffers(recurse=False)):
         if buffer.device.type == "meta":
-            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+            dtype = next((p.dtype for p in module.parameters(recurse=False)), buffer.dtype)
+            setattr(module, name, torch.zeros(buffer.shape, dtype=dtype))
 
 
 if __name__ == "__main__":

@@ -126,6 +126,17 @@ def test_half_precision_files(tmp_path, files, plain, dtype):
     assert torch.equal(loaded.state_dict()[name], plain[name].to(dtype).float())
 
 
+def test_a_model_in_half_precision_works_like_the_full_one(files, whole):
+    half = load_release(**files, vision_heads=HEADS, qformer_heads=HEADS, dtype=torch.bfloat16)
+    assert half.vision_encoder.vit.blocks[0].attn.qkv.weight.dtype == half.lm_head.weight.dtype == torch.bfloat16
+    assert half.language_model.final_layernorm.weight.dtype == half.projector.linear_1.weight.dtype == torch.float32
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[1, *[half.config.image_token_id] * half.config.num_query_tokens, 2, 3]])
+    with torch.no_grad():
+        ours, wanted = (m(input_ids=ids, pixel_values=pixels).logits for m in (half, whole))
+    assert (ours - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
 def test_fresh_start_without_stage_file(files):
     loaded = load({**files, "checkpoint": None})
     assert loaded.config.lora_rank == 0
