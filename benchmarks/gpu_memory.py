@@ -157,7 +157,8 @@ def low_bit(model: TinyGPTVForConditionalGeneration, form: str, device: str) -> 
     for name, module in list(model.language_model.named_modules()):
         if isinstance(module, nn.Linear):
             owner, _, leaf = name.rpartition(".")
-            setattr(model.language_model.get_submodule(owner), leaf, kind.quantize(module, device, torch.bfloat16))
+            packed = kind.restore(kind.pack(module, device), device, torch.bfloat16)
+            setattr(model.language_model.get_submodule(owner), leaf, packed)
 
 
 def random_batch(config: TinyGPTVConfig, stage: Stage, num_tokens: int, size: int) -> MicroBatch:
