@@ -11,7 +11,7 @@ from pipelines.loader import BatchMaker
 from tinygptv.images import normalise_pixels, open_image, resize_pixels
 from tinygptv.mixture import SampleRef
 from tinygptv.model import TinyGPTVForConditionalGeneration
-from tinygptv.sample import chooser, render_sample
+from tinygptv.sample import IGNORE_INDEX, chooser, render_sample
 
 MOST_SAMPLES = 4
 _NEW_TOKENS = 48
@@ -44,9 +44,11 @@ class SamplePredictor:
         maker = self.maker
         name = maker.names[ref.source]
         row = maker.shards[name].row(ref.row)
-        exchange = render_sample(row, chooser(maker.mixture.generator(ref)))[0]
+        exchanges = render_sample(row, chooser(maker.mixture.generator(ref)))
         image = None if row.image is None else open_image(row.image)
-        ids = maker.encoder.encode_prompt([], exchange.instruction or "", int(image is not None))
+        encoded = maker.encoder.encode(exchanges, int(image is not None))
+        first_learned = next(i for i, label in enumerate(encoded.labels) if label != IGNORE_INDEX)
+        ids = list(encoded.input_ids[:first_learned])
         input_ids = torch.tensor([ids], device=model.device)
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if image is not None:
@@ -59,7 +61,7 @@ class SamplePredictor:
         return {
             "sample": f"{name}/{row.id}",
             "image": image,
-            "question": exchange.instruction or "",
+            "question": exchanges[0].instruction or "",
             "answer": text.split(maker.encoder.template.end_symbol)[0].strip(),
-            "expected": exchange.answer,
+            "expected": exchanges[0].answer,
         }

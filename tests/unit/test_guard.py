@@ -17,7 +17,7 @@ from pipelines.train import resolve_job, run_stage
 from pipelines.train_loop import TrainWorker
 from tests.worlds import make_world, train_settings
 from tinygptv.checkpoint import load_checkpoint
-from tinygptv.train_step import StepResult
+from tinygptv.train_step import StepResult, TrainStep
 
 BAD_STEP = 7
 
@@ -255,15 +255,22 @@ def test_bad_weights_stop_training_whatever_the_action(world, tmp_path):
 
 def test_a_spike_leaves_its_step_out_and_names_the_sample(world, tmp_path, monkeypatch):
     def garbage(sample):
-        """A long answer of a token that no other text has."""
+        """An answer of a token that no other text has; its losses are made ten times as large below."""
         encoded = deepcopy(sample.encoded)
-        encoded.add([250] * 200, learn=True)
+        encoded.add([250] * 3, learn=True)
         return replace(sample, encoded=encoded)
+
+    forward = TrainStep.forward
+
+    def exaggerating(self, batch):
+        return forward(self, batch) * (10 if (batch.supervised_ids == 250).any() else 1)
+
+    monkeypatch.setattr(TrainStep, "forward", exaggerating)
 
     planted = plant(monkeypatch, 25, garbage)
     schedule = {"steps_per_epoch": 7, "epochs": 4, "peak": 3e-2, "minimum": 1e-2, "warmup_start": 1e-3}
     stage = {"schedule": schedule, "sources": {"pairs": {"weight": 1, "batch_size": 4}}}
-    run_stage(settings(world, tmp_path, stage=stage, guard_spike=2.0), 4)
+    run_stage(settings(world, tmp_path, stage=stage), 4)
     (fault,) = faults(tmp_path)
     assert (fault["step"], fault["kind"]) == (25, "spike") and fault["samples"][0] == planted[0]
     entries = record(tmp_path)
