@@ -43,7 +43,7 @@ def vizwiz_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def direct_answer_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """A-OKVQA's direct answers: min(1, m / 3) for m annotators with the very same answer, as its published code counts."""
+    """A-OKVQA's direct answers: min(1, m / 3) for m annotators with the very same answer, as its own code counts."""
     return min(1.0, sum(answer == prediction.strip() for answer in answers) / 3)
 
 

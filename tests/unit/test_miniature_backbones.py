@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -25,12 +27,12 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def pool() -> ScenePool:
-    return ScenePool.draw(0, "train", 16, (64, 128))
+    return ScenePool.draw(0, "train", 8, (64, 128))
 
 
 def _vision_task(pool: ScenePool) -> VisionTask:
     torch.manual_seed(0)
-    return VisionTask(TinyGPTVConfig.mini(lora_rank=0), pool, pool, batch_size=4)
+    return VisionTask(TinyGPTVConfig.mini(lora_rank=0), pool, pool, batch_size=2)
 
 
 def test_interrupted_pretraining_goes_on_to_the_same_weights(pool, tmp_path):
@@ -87,6 +89,8 @@ def test_job_runs_a_few_steps_and_ships_what_it_made(tmp_path, monkeypatch):
     monkeypatch.setattr(backbones, "BACKBONES", tmp_path / "data/backbones")
     monkeypatch.setattr(miniature, "HELD_OUT_SCENES", 8)
     monkeypatch.setattr(pretrain_language, "EVALUATED_KINDS", ())
+    quick = functools.partial(pretrain_language.train_tokenizer, num_documents=400)
+    monkeypatch.setattr(pretrain_language, "train_tokenizer", quick)
     common = {"tracking_uri": "none", "quiet": True, "output": str(tmp_path / "out")}
     result = miniature.run_miniature(MiniatureSettings(task="pretrain", max_steps=1, **common))
     model, processor, facts = load_checkpoint(result["checkpoint"])

@@ -10,6 +10,7 @@ Notation: B images, P patches, Q query tokens (= cells), F Q-Former width, V vis
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ class VisionModule(nn.Module):
         two: each query looks at its own cell from the first step, which random starts take thousands of steps to do."""
         grid = self.vision_encoder.vit.patch_embed.grid_size[0]
         width, query_width = self.vision_encoder.config.hidden_size, self.qformer.query_tokens.shape[-1]
-        self.vision_encoder.vit.pos_embed[0, 1:] = 0.5 * _waves(grid, width)
+        cast(Tensor, self.vision_encoder.vit.pos_embed)[0, 1:] = 0.5 * _waves(grid, width)
         self.qformer.query_tokens[0] = _waves(CELLS, query_width)
         for layer in self.qformer.encoder.encoder.layer:
             if layer.has_cross_attention:
@@ -110,7 +111,7 @@ class VisionModule(nn.Module):
         grid = pixel_values.shape[-1] // vit.patch_embed.patch_size[0]
         x = vit.patch_embed.proj(pixel_values).flatten(2).transpose(1, 2)
         x = torch.cat([vit.cls_token.expand(len(x), -1, -1), x], dim=1)
-        x = x + interpolate_position_embedding(vit.pos_embed, grid)
+        x = x + interpolate_position_embedding(cast(Tensor, vit.pos_embed), grid)
         for block in vit.blocks:
             x = block(x)
         patch_features = self.vision_encoder.ln_vision(x)

@@ -22,8 +22,9 @@ Report = Callable[[int, dict[str, float]], None]
 class PretrainingTask(Protocol):
     """What the loop needs of a task."""
 
-    module: nn.Module
-    """Everything that trains, throw-away heads included."""
+    @property
+    def module(self) -> nn.Module:
+        """Everything that trains, throw-away heads included."""
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """Losses of one batch, drawn from the step's own generator; their sum is minimised."""
@@ -79,7 +80,7 @@ def pretrain(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if report and (step % report_every == 0 or step + 1 == num_steps):
-            report(step, {name: float(loss) for name, loss in losses.items()})
+            report(step, {name: float(loss.detach()) for name, loss in losses.items()})
         if (step + 1) % evaluate_every == 0 or step + 1 == num_steps:
             scores = _evaluate(task)
             if report:
