@@ -6,6 +6,7 @@ Losses stay on the device until the loop reads them, so that a GPU is not made t
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from pathlib import Path
@@ -24,6 +25,8 @@ from tinygptv.train_step import StepResult
 
 if TYPE_CHECKING:
     from pipelines.train_loop import TrainJob
+
+logger = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -140,7 +143,11 @@ class Reporter:
             return
         if self._predictor is None:
             self._predictor = SamplePredictor(BatchMaker(self.job.plan))
-        rows = self._predictor.predict(model)
+        try:
+            rows = self._predictor.predict(model)
+        except Exception:  # a look at the answers must not stop training
+            logger.exception("no sample predictions at step %d", step + 1)
+            return
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps([{**row, "image": None} for row in rows], indent=1))
         self.tracker.table(rows, f"predictions/{path.stem}")
