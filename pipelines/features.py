@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 ENCODER_PARTS = ("vision_encoder.", "qformer.")
 _OPEN_PARTS = 64
 _CPU_BATCH = 32
+_KNOWN_BYTES = 256 * 2**20
+"""Features that a process remembers, to encode a picture of several data sets once."""
 
 
 class FeatureError(ValueError):
@@ -200,6 +202,7 @@ class FeatureWriter:
         model.set_image_size(image_size)
         self.model = model.eval().to(device)
         self.image_size = image_size
+        self.known: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self.batch_size = batch_size or (_largest_batch(self.model, image_size) if device == "cuda" else _CPU_BATCH)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -216,14 +219,23 @@ class FeatureWriter:
         features = np.zeros(
             (unit["rows"], config.num_query_tokens, config.qformer_config.hidden_size), dtype=unit["dtype"]
         )
-        waiting: list[tuple[int, np.ndarray]] = []
+        waiting: dict[bytes, list[int]] = {}
+        pixels: list[np.ndarray] = []
         for place in range(unit["rows"]):
-            pixels = self._pixels(shards.row(start + place).image)
-            if pixels is not None:
-                waiting.append((place, pixels))
-            if len(waiting) == self.batch_size or (waiting and place + 1 == unit["rows"]):
-                features[[p for p, _ in waiting]] = self._encode(np.stack([x for _, x in waiting]))
-                waiting = []
+            image = shards.row(start + place).image
+            digest = hashlib.sha256(image).digest() if image is not None else b""
+            if digest in self.known:
+                features[place] = self.known[digest]
+            elif digest in waiting:
+                waiting[digest].append(place)
+            elif image is not None:
+                waiting[digest] = [place]
+                pixels.append(self._pixels(image))
+            if len(pixels) == self.batch_size:
+                self._fill(features, waiting, pixels)
+                waiting, pixels = {}, []
+        if pixels:
+            self._fill(features, waiting, pixels)
         stream = io.BytesIO()
         np.save(stream, features)
         data = stream.getvalue()
@@ -232,10 +244,18 @@ class FeatureWriter:
         record = {**unit, "sha256": hashlib.sha256(data).hexdigest()}
         storage.write_atomically(storage.join(unit["folder"], f"{unit['name']}.json"), json.dumps(record).encode())
 
-    def _pixels(self, image: bytes | None) -> np.ndarray | None:
+    def _fill(self, features: np.ndarray, waiting: dict[bytes, list[int]], pixels: list[np.ndarray]) -> None:
+        """Encode pictures into all the rows that show them, and remember them: data sets share pictures."""
+        for (digest, places), encoded in zip(waiting.items(), self._encode(np.stack(pixels)), strict=True):
+            features[places] = encoded
+            self.known[digest] = encoded
+        while len(self.known) * features[0].nbytes > _KNOWN_BYTES:
+            self.known.popitem(last=False)
+
+    def _pixels(self, image: bytes) -> np.ndarray:
         from tinygptv.images import open_image, resize_pixels
 
-        return None if image is None else resize_pixels(open_image(image), self.image_size)
+        return resize_pixels(open_image(image), self.image_size)
 
     def _encode(self, pixels: np.ndarray) -> np.ndarray:
         import torch
