@@ -6,7 +6,7 @@ CONFIG ?= configs/mini.yaml
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup demo serve mlflow test test-unit test-integration lint format lock clean
+.PHONY: help setup demo serve mlflow test test-unit test-integration test-slow lint format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -42,6 +42,9 @@ test-unit: setup ## unit tests: offline, no cluster
 
 test-integration: setup ## tests that start Ray, Serve and MLflow on loopback
 	@$(BIN)/python -m pytest tests/integration
+
+test-slow: setup ## the tests that take minutes each: kills, several workers, the whole way
+	@$(BIN)/python -m pytest -m slow tests/integration
 
 lint: setup ## ruff, formatting, types
 	@$(BIN)/ruff check .

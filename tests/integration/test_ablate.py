@@ -39,6 +39,7 @@ def settings(world, output, **changes):
     return AblateSettings(**{**fields, **changes})
 
 
+@pytest.mark.slow
 def test_matrix_on_the_cluster(ray_cluster, world, tmp_path):
     from mlflow import MlflowClient
 

@@ -31,6 +31,7 @@ def _run(config, output, timeout=500):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
 
 
+@pytest.mark.slow
 def test_the_whole_way_twice(tmp_path):
     values = yaml.safe_load((ROOT / "configs/mini.yaml").read_text())
     for section, changes in SMALL.items():

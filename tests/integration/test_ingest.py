@@ -86,6 +86,7 @@ def test_a_killed_worker_process_does_not_show(tars):
     assert content(tars / "killed") == content(tars / "calm")
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_job_and_the_same_command_again(tars, tmp_path):
     import ray
 

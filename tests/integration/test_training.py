@@ -70,6 +70,7 @@ def test_a_worker_trains_as_this_process_does(ray_cluster, world, straight, tmp_
     assert_same_weights(model, expected)
 
 
+@pytest.mark.slow
 def test_two_workers_and_the_next_stage(ray_cluster, world, straight, tmp_path):
     """The samples of a step are the same whatever the number of workers; the losses are, to rounding."""
     first = run_stage(train_settings(world, tmp_path / "1", num_workers=2, stage={"sources": PAIRS}), 1)
@@ -132,6 +133,7 @@ def kill_worker(output, at):
             return
 
 
+@pytest.mark.slow
 def test_a_killed_worker_changes_nothing(ray_cluster, world, long_run, tmp_path):
     killer = threading.Thread(target=kill_worker, args=(tmp_path, 20))
     killer.start()
@@ -175,6 +177,7 @@ def run_until(monkeypatch, at, settings, number=4):
         run_stage(settings, number)
 
 
+@pytest.mark.slow
 def test_going_on_with_more_workers_keeps_the_order(ray_cluster, world, straight, tmp_path, monkeypatch):
     run_until(monkeypatch, 7, train_settings(world, tmp_path))
     run_stage(train_settings(world, tmp_path, num_workers=2), 4)
