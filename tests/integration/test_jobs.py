@@ -127,6 +127,7 @@ def test_a_mistake_is_one_sentence_and_fails_the_job(head, world, tmp_path):
     assert "error: stage 1 needs prepared data in /nowhere/pairs" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_node_dies_in_the_middle(head, world, tmp_path):
     """Two nodes with a worker each; one is killed, another takes its place, the run goes on from its last state."""
     log = tmp_path / "nodes.log"
