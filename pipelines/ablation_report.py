@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -109,6 +109,15 @@ def _how(settings: AblateSettings, seconds: float) -> str:
     )
 
 
+def _tables(
+    rows: Sequence[AblationRow], precisions: Sequence[str]
+) -> Iterator[tuple[str, list[AblationRow], list[str]]]:
+    """One table per precision: its name, its rows, its columns."""
+    for precision in precisions:
+        own = [row for row in rows if row.precision == precision]
+        yield precision, own, _columns(own)
+
+
 def _columns(rows: Sequence[AblationRow]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.cells() if name != "precision"))
 
@@ -121,9 +130,7 @@ def _markdown(
     seconds: float,
 ) -> str:
     lines = ["# Ablation", "", _how(settings, seconds), "", DEFINITIONS]
-    for precision in precisions:
-        own = [row for row in rows if row.precision == precision]
-        columns = _columns(own)
+    for precision, own, columns in _tables(rows, precisions):
         lines += ["", f"## {precision}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         lines += ["| " + " | ".join(row.cells().get(name, "") for name in columns) + " |" for row in own]
         lines += ["", *(f"![{plot.stem}]({plot.name})" for plot in plots if plot.stem.endswith(precision))]
@@ -146,9 +153,7 @@ def _page(
     seconds: float,
 ) -> str:
     parts = []
-    for precision in precisions:
-        own = [row for row in rows if row.precision == precision]
-        columns = _columns(own)
+    for precision, own, columns in _tables(rows, precisions):
         head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
         body = "".join("<tr>" + "".join(_cell(row.cells().get(name, "")) for name in columns) + "</tr>" for row in own)
         pictures = "".join(

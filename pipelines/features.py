@@ -249,7 +249,7 @@ class FeatureWriter:
         for (digest, places), encoded in zip(waiting.items(), self._encode(np.stack(pixels)), strict=True):
             features[places] = encoded
             self.known[digest] = encoded
-        while len(self.known) * features[0].nbytes > _KNOWN_BYTES:
+        while len(self.known) * encoded.nbytes > _KNOWN_BYTES:
             self.known.popitem(last=False)
 
     def _pixels(self, image: bytes) -> np.ndarray:
