@@ -10,9 +10,12 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    import ray.data
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
@@ -21,6 +24,18 @@ ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 """Set before Ray starts, unless the user's environment says otherwise."""
+
+
+def quiet_ray_data() -> ray.data.DataContext:
+    """Ray Data's context, its own bars and execution plans switched off: ours count rows, its file keeps the rest."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that they are off
+    return context
 
 
 @contextmanager

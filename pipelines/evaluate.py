@@ -21,7 +21,7 @@ from typing import Any
 
 from pipelines.answer_units import AnswerOptions, Unit, UnitAnswerer
 from pipelines.benchmarks import Benchmark, Question, find_benchmarks
-from pipelines.cluster import start_ray
+from pipelines.cluster import quiet_ray_data, start_ray
 from pipelines.progress import Bar
 from pipelines.score_page import drawn_case, score_page, worst_first
 from pipelines.scoring import PREDICTIONS, Row, compare, score_benchmark, score_table, write_predictions
@@ -200,7 +200,7 @@ def _answer_on_ray(settings: ScoreSettings, options: AnswerOptions, units: Seque
 
     threads = settings.threads_per_worker or max(1, (os.cpu_count() or 1) // settings.num_workers)
     with start_ray(settings):
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        quiet_ray_data()
         answered = ray.data.from_items(
             [{"unit": pickle.dumps(unit)} for unit in units], override_num_blocks=len(units)
         ).map_batches(

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow.fs as pafs
 
 from pipelines import storage
-from pipelines.cluster import start_ray
+from pipelines.cluster import quiet_ray_data, start_ray
 from pipelines.progress import Bar
 from pipelines.settings import CacheFeaturesSettings, SettingsError
 from pipelines.shards import MANIFEST as SHARD_MANIFEST
@@ -299,7 +299,7 @@ def _run_on_ray(settings: CacheFeaturesSettings, checkpoint: str, image_size: in
     import ray.data
 
     with start_ray(settings), Bar("computing features", quiet=settings.quiet) as bar:
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        quiet_ray_data()
         gpus = settings.gpus_per_worker
         threads = max(1, (os.cpu_count() or 1) // settings.num_workers)
         done = ray.data.from_items(

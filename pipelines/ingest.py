@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import storage
-from pipelines.cluster import start_ray
+from pipelines.cluster import quiet_ray_data, start_ray
 from pipelines.ingest_finish import NEAR_DUPLICATES, QUARANTINE, REMOVED, ShardPlan, Staging, finish, write_shard
 from pipelines.ingest_unit import content_settings, fingerprint, process_unit
 from pipelines.progress import format_seconds
@@ -190,11 +190,7 @@ def _map_on_cluster(work: Work, items: list[dict[str, Any]]) -> Iterator[dict[st
     """
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # ours counts rows
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that they are off
+    quiet_ray_data()
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(_carry_errors(work), num_cpus=1)
     for done in dataset.iter_rows():
         if done["error"]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.cluster import quiet_ray_data
 from pipelines.shards import ShardSet
 from tinygptv.collate import LoadedSample, MicroBatch, collate
 from tinygptv.images import open_image, resize_pixels
@@ -242,9 +243,7 @@ def _thread_steps(plan: LoadPlan, start: int, stop: int, prefetch_steps: int) ->
 def _ray_steps(plan: LoadPlan, start: int, stop: int, workers: int, prefetch_steps: int) -> Generator[StepBatch]:
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
+    quiet_ray_data().execution_options.preserve_order = True
     num_steps = stop - start
     steps = ray.data.range(num_steps, override_num_blocks=max(1, -(-num_steps // CHUNK_STEPS)))
     if start:

@@ -40,5 +40,5 @@ def quiet_libraries() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    for name in ("httpx", "alembic", "mlflow", "bitsandbytes", "ray.data", "matplotlib"):
+    for name in ("httpx", "alembic", "mlflow", "bitsandbytes", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)

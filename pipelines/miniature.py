@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from tinygptv.config import TinyGPTVConfig
     from tinygptv.miniature.pretraining import PretrainingTask
 
-VISION_STEPS, LANGUAGE_STEPS = 3_000, 3_500
-VISION_RATE, LANGUAGE_RATE = 1e-3, 1.5e-3
+VISION_STEPS, LANGUAGE_STEPS = 3_000, 2_600
+VISION_RATE, LANGUAGE_RATE = 1e-3, 2e-3
 VISION_SCENES, HELD_OUT_SCENES = 24_000, 1_024
 SIDES = (64, 128)
 
@@ -78,15 +78,15 @@ def pretrain_backbones(settings: MiniatureSettings) -> dict[str, Any]:
     tracker.params(settings.model_dump())
     tokenizer = _tokenizer(output / "tokenizer", settings.seed, config.text_config.vocab_size - 1)
     makers = {
-        "vision": (lambda: _vision_task(settings, config), VISION_STEPS, VISION_RATE),
-        "language": (lambda: _language_task(settings, config, tokenizer), LANGUAGE_STEPS, LANGUAGE_RATE),
+        "vision": (lambda: _vision_task(settings, config), VISION_STEPS, VISION_RATE, ""),
+        "language": (lambda: _language_task(settings, config, tokenizer), LANGUAGE_STEPS, LANGUAGE_RATE, "layers."),
     }
     scores: dict[str, float] = {}
     modules: dict[str, nn.Module] = {}
-    for part, (make_task, num_steps, rate) in makers.items():
+    for part, (make_task, num_steps, rate, orthogonalized) in makers.items():
         if settings.parts in ("all", part):
             task = make_task()
-            scores |= _pretrain(task, part, settings.max_steps or num_steps, rate, settings, tracker)
+            scores |= _pretrain(task, part, settings.max_steps or num_steps, rate, orthogonalized, settings, tracker)
             modules[part] = task.module
     result: dict[str, Any] = {
         "folder": str(output),
@@ -155,6 +155,7 @@ def _pretrain(
     part: str,
     num_steps: int,
     peak_learning_rate: float,
+    orthogonalized: str,
     settings: MiniatureSettings,
     tracker: Tracker,
 ) -> dict[str, float]:
@@ -170,6 +171,7 @@ def _pretrain(
         task,
         num_steps=num_steps,
         peak_learning_rate=peak_learning_rate,
+        orthogonalized=orthogonalized,
         state_dir=settings.output_dir("outputs/miniature") / part,
         report=report,
         evaluate_every=1000,

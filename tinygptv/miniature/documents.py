@@ -18,7 +18,7 @@ import numpy as np
 from tinygptv.miniature import captions
 from tinygptv.miniature.conversations import DETAIL_QUESTIONS, conversation, multitask_conversation, reasoning
 from tinygptv.miniature.instructions import text_instruction
-from tinygptv.miniature.language import list_scene
+from tinygptv.miniature.language import box_text, list_scene
 from tinygptv.miniature.questions import questions
 from tinygptv.miniature.referring import refer_to
 from tinygptv.miniature.scenes import Scene, generator, make_scene, pick
@@ -144,6 +144,21 @@ def _listing(scene: Scene, rng: np.random.Generator) -> SampleRow:
     return _row(scene, "instruct", ("scene", list_scene(scene, order).removeprefix("scene : ")))
 
 
+def _facts(scene: Scene, rng: np.random.Generator) -> SampleRow:
+    """Questions with their answers, names with their boxes and boxes with their names, as one text without templates.
+
+    Every word is supervised, so a batch tells several times as much of its scenes as instructions and answers do.
+    """
+    lines = [f"{found.question} {found.answer}" for found in questions(scene, rng, 4)]
+    for number in range(4):
+        index = int(rng.integers(len(scene.objects)))
+        name, box = refer_to(scene.objects, index, rng), box_text(scene, scene.objects[index])
+        if name is not None:
+            lines.append(f"{name} {box}" if number % 2 else f"{box} {name}")
+    shuffled = [lines[int(i)] for i in rng.permutation(len(lines))]
+    return _row(scene, "pair", ("", " ; ".join(shuffled[:6])))
+
+
 def _text(scene: Scene, rng: np.random.Generator) -> SampleRow:
     drawn = text_instruction(rng)
     question = f"{drawn.instruction} {drawn.constraint}" if drawn.constraint else drawn.instruction
@@ -155,12 +170,13 @@ KINDS: dict[str, tuple[float, Callable[[Scene, np.random.Generator], SampleRow]]
     "caption": (6, lambda scene, rng: _row(scene, "caption", ("", captions.short_caption(scene, rng)))),
     "align": (4, lambda scene, rng: _row(scene, "align", ("", captions.detailed_caption(scene, rng)))),
     "vqa": (12, _vqa),
-    "questions": (28, _several_questions),
+    "facts": (60, _facts),
+    "questions": (10, _several_questions),
     "refer": (12, _box("refer")),
     "identify": (8, _box("identify")),
     "grounding": (6, lambda scene, rng: _row(scene, "grounding", ("", captions.grounded_caption(scene, rng)))),
     "detection": (4, _detection),
-    "listing": (20, _listing),
+    "listing": (5, _listing),
     "conversation": (8, _conversation),
     "instruct": (3, _instruct),
     "text": (3, _text),

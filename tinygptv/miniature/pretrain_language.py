@@ -11,6 +11,7 @@ Notation: B documents, S sequence, Q cells, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -59,7 +60,7 @@ def train_tokenizer(seed: int, vocab_size: int, num_documents: int = 20_000) -> 
         min_frequency=20,
         show_progress=False,
     )
-    numbers = (f"{{<{n}><{n}><{n}><{n}>}}" for n in range(101) for _ in range(num_documents // 100))
+    numbers = (f"{{<{n}><{n}><{n}><{n}>}}" for n in range(101) for _ in range(max(20, num_documents // 100)))
     tokenizer.train_from_iterator(chain(numbers, _pieces(seed, num_documents)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, pad_token=BOS, model_max_length=512
@@ -118,6 +119,18 @@ class PackedText:
         return packed + PACKED_NOISE * scale * noise
 
 
+def number_waves(width: int) -> Tensor:
+    """One row of unit size per box number 0 .. 100: sines and cosines of its value, a quarter of a turn to 16 turns.
+
+    Returns:
+        [101, D].
+    """
+    value = torch.arange(101).unsqueeze(1) / 100
+    turns = torch.exp(torch.linspace(math.log(0.25), math.log(16), width // 2))
+    angle = 2 * math.pi * (value * turns + torch.rand(width // 2, generator=torch.Generator().manual_seed(7)))
+    return torch.cat([angle.sin(), angle.cos()], 1) * 2**0.5
+
+
 def _float32_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> Any:
@@ -161,9 +174,18 @@ class LanguageTask:
         self.module.language_model.set_attn_implementation(_ATTENTION)
         self.config, self.tokenizer = config, tokenizer
         self.packed = PackedText(tokenizer, config.text_config.hidden_size)
+        self._start_numbers_as_waves()
         self.world_seed, self.batch_size, self.seed = world_seed, batch_size, seed
         self.held_out = held_out
         self._group: tuple[int, list[_Batch]] = (-1, [])
+
+    def _start_numbers_as_waves(self) -> None:
+        """Box numbers begin, in the embedding and in the head, as waves of their value: neighbours are alike."""
+        ids = [self.packed.word_id(str(number)) for number in range(101)]
+        waves = number_waves(self.config.text_config.hidden_size)
+        for table in (self.module.language_model.embed_tokens.weight, self.module.lm_head.weight):
+            with torch.no_grad():
+                table[ids] = waves * table.std()
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """One batch of documents of like length; matrix products run in bfloat16."""
