@@ -32,7 +32,7 @@ serve: setup ## serve the model that the demo trained, or else the shipped one, 
 
 mlflow: setup ## open the MLflow page of the demo's runs
 	@db=outputs/demo/mlflow.db; test -f $$db || db=mlflow.db; \
-		echo "MLflow: http://127.0.0.1:5000 (Ctrl-C stops it)"; \
+		echo "MLflow (Ctrl-C stops it): http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"; \
 		$(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$$db
 
 test: test-unit test-integration ## all tests

@@ -159,12 +159,23 @@ def _train(demo: Demo, shards: Path, backbones: Path) -> Path:
             output = demo.root / f"stage{stage.number}"
             fields = {"data": str(shards), "init_from": str(start), "output": str(output)}
             result = run_stage(demo.load(TrainSettings, **fields), stage.number, parent_run_id=parent.run_id)
-        losses[stage.number] = (result["first_loss"], result["last_loss"])
+        losses[stage.number] = {
+            "first": result["first_loss"],
+            "last": result["last_loss"],
+            **mean_losses(output / "metrics.jsonl"),
+        }
         start = Path(result["checkpoint"])
     parent.close()
     demo.facts["losses"] = losses
     demo.facts["checkpoint"] = str(start)
     return start
+
+
+def mean_losses(metrics: Path) -> dict[str, float]:
+    """Mean loss of a stage's first and last tenth: single steps differ by their samples as much as by learning."""
+    losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
+    tenth = max(1, len(losses) // 10)
+    return {"first_tenth": sum(losses[:tenth]) / tenth, "last_tenth": sum(losses[-tenth:]) / tenth}
 
 
 def _score(demo: Demo, checkpoint: Path, world: Path) -> None:
@@ -243,8 +254,11 @@ def summary(result: dict[str, Any]) -> str:
     """The closing summary."""
     from pipelines.evaluate import score_table
 
-    lines = ["", "Losses, first -> last step of each stage:"]
-    lines += [f"  stage {n}: {first:.3f} -> {last:.3f}" for n, (first, last) in result["losses"].items()]
+    lines = ["", "Losses, first -> last step of each stage (means of its first and last tenth):"]
+    lines += [
+        f"  stage {n}: {loss['first']:.3f} -> {loss['last']:.3f}  ({loss['first_tenth']:.3f} -> {loss['last_tenth']:.3f})"
+        for n, loss in result["losses"].items()
+    ]
     lines += ["", "Scores on held-out scenes (blind: the same model with the picture blanked):"]
     lines += [f"  {line}" for line in score_table(result["scores"]).splitlines()]
     if "question" in result:

@@ -24,6 +24,7 @@ STAGE = {
     "draws_per_step": 2,
     "image_size": 28,
     "lora_rank": 2,
+    "lora_dropout": 0.0,
     "schedule": {"steps_per_epoch": 6, "epochs": 2, "peak": 1e-2, "minimum": 1e-3, "warmup_start": 1e-3},
     "max_grad_norm": 1.0,
 }
