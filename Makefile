@@ -38,7 +38,7 @@ mlflow: setup ## open the MLflow page of the demo's runs
 test: test-unit test-integration ## all tests
 
 test-unit: setup ## unit tests: offline, no cluster
-	@$(BIN)/python -m pytest tests/unit
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/unit
 
 test-integration: setup ## tests that start Ray, Serve and MLflow on loopback
 	@$(BIN)/python -m pytest tests/integration
