@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from note import peak_memory
 from serving_common import make_questions, make_tokenizer
 from torch import Tensor, nn
 
@@ -266,7 +266,7 @@ def ask(options: argparse.Namespace) -> None:
     )
     assistant.engine.decoder.cache.fill_(0)  # touches every page: the memory of full contexts
     full = process.memory_info().rss
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     print(
         f"resident with {options.batch} full contexts of {options.context} tokens: {full / 1e9:.2f} GB; "
         f"peak since the start, loading included: {peak / 1e9:.2f} GB"

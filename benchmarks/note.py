@@ -36,6 +36,15 @@ class LoadWatch(threading.Thread):
         return f"Load average while it ran: median {statistics.median(self.samples):.1f}, most {max(self.samples):.1f}."
 
 
+def peak_memory() -> int:
+    """Most resident bytes of this process so far.
+
+    ``resource.getrusage`` would not do: a child keeps the size that its parent had when it was started.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) * 1024
+
+
 def machine() -> str:
     """CPU model, cores and memory."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []

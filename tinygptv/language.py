@@ -76,7 +76,13 @@ class PhiAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
-        self.rotary_dim = int(self.head_dim * cast(dict, config.rope_parameters)["partial_rotary_factor"])
+        factor = cast(dict, config.rope_parameters)["partial_rotary_factor"]
+        self.rotary_dim = int(self.head_dim * factor)
+        if self.rotary_dim % 2:
+            raise ValueError(
+                f"partial_rotary_factor={factor} of heads of {self.head_dim} is {self.rotary_dim} numbers, which must "
+                "be even: choose another factor, width or number of heads."
+            )
         # What transformers' attention functions read from the module:
         self.num_key_value_groups = 1
         self.is_causal = True

@@ -238,3 +238,16 @@ def test_another_image_size(world, tmp_path):
         ours = model.encode_query_features(pixels)
     for i in range(2):
         assert error(ours[i], reference.encode_image(vision, world.qformer, pixels[i].double(), HEADS)) < 1e-5
+
+
+def test_an_odd_share_of_rotated_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"partial_rotary_factor=0.4 of heads of 8 is 3 numbers, which must be even"):
+        TinyGPTVForConditionalGeneration(
+            tiny_config(
+                text_config={
+                    **tiny_config().text_config.to_dict(),
+                    "partial_rotary_factor": 0.4,
+                    "rope_parameters": None,
+                }
+            )
+        )
