@@ -255,10 +255,9 @@ def summary(result: dict[str, Any]) -> str:
     from pipelines.evaluate import score_table
 
     lines = ["", "Losses, first -> last step of each stage (means of its first and last tenth):"]
-    lines += [
-        f"  stage {n}: {loss['first']:.3f} -> {loss['last']:.3f}  ({loss['first_tenth']:.3f} -> {loss['last_tenth']:.3f})"
-        for n, loss in result["losses"].items()
-    ]
+    for number, loss in result["losses"].items():
+        first, last, *means = (f"{loss[name]:.3f}" for name in ("first", "last", "first_tenth", "last_tenth"))
+        lines.append(f"  stage {number}: {first} -> {last}  ({' -> '.join(means)})")
     lines += ["", "Scores on held-out scenes (blind: the same model with the picture blanked):"]
     lines += [f"  {line}" for line in score_table(result["scores"]).splitlines()]
     if "question" in result:

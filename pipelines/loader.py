@@ -137,9 +137,9 @@ class BatchMaker:
         return {name: FeatureSet.open(self.shards[name].uri, self.plan.feature_key) for name in self.names}
 
     def make(self, step: int) -> StepBatch:
-        """The worker's batches of one step."""
+        """The worker's batches of one step; samples of like length share a micro-batch, so that little is padding."""
         refs = self.mixture.rank_step(step, self.plan.rank, self.plan.world_size)
-        samples = [self.load(ref) for ref in refs]
+        samples = sorted((self.load(ref) for ref in refs), key=lambda sample: len(sample.encoded.input_ids))
         size = self.plan.micro_batch_size
         micro_batches = [
             collate(samples[i : i + size], self.tokenizer.pad_token_id, pack_length=self.plan.pack_length)

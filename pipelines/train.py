@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import pickle
 import re
 import time
 import uuid
@@ -23,6 +24,7 @@ from pipelines.progress import PROGRESS_FILE, follow
 from pipelines.settings import SettingsError, TrainSettings
 from pipelines.stage_plan import describe_stage
 from pipelines.tracking import Tracker, absolute_uri, open_tracker
+from pipelines.train_entry import WORKER_RESULT, train_worker
 from pipelines.train_loop import TrainJob, train_loop
 from pipelines.train_state import RECORD_FILE, download_folder
 from tinygptv.checkpoint import MANIFEST, CheckpointError, read_stage, verify_folder
@@ -30,9 +32,6 @@ from tinygptv.config import TinyGPTVConfig
 from tinygptv.stages import Stage, StageSource, get_stage
 
 logger = logging.getLogger(__name__)
-
-WORKER_RESULT = "worker_result.json"
-"""What rank 0 hands to the driver, beside the training states."""
 
 
 def run_stage(settings: TrainSettings, number: int, *, parent_run_id: str = "") -> dict[str, Any]:
@@ -278,8 +277,8 @@ def _run_on_ray(job: TrainJob, output: Path) -> dict[str, Any]:
     with start_ray(settings):
         workers: Any = (settings.min_workers, settings.num_workers) if settings.min_workers else settings.num_workers
         trainer = TorchTrainer(
-            _ray_worker,
-            train_loop_config={"job": job},
+            train_worker,
+            train_loop_config={"job": pickle.dumps(job)},
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=settings.use_gpu,
@@ -296,20 +295,6 @@ def _run_on_ray(job: TrainJob, output: Path) -> dict[str, Any]:
     if "stopped" in result:
         raise TrainingStopped(result["stopped"])
     return result
-
-
-def _ray_worker(config: dict[str, Any]) -> None:
-    import ray.train
-
-    job: TrainJob = config["job"]
-    try:
-        result = train_loop(job)
-    except TrainingStopped as stopped:  # trying again would end there again
-        result = {"stopped": str(stopped)} if ray.train.get_context().get_world_rank() == 0 else {}
-    if result:
-        storage.make_folder(job.storage)
-        storage.write_atomically(storage.join(job.storage, WORKER_RESULT), json.dumps(result).encode())
-    ray.train.report({"steps": result.get("steps", 0)})
 
 
 def _log_outcome(job: TrainJob, output: Path, result: dict[str, Any]) -> None:
