@@ -274,7 +274,7 @@ _MINI = (
         sources=_sources(cc_sbu_align=(1, 32), llava_detail=(1, 32)),
         image_size=64,
         limits=TextLimits(96),
-        schedule=Schedule("warmup_decay", 1e-3, 5e-4, 1e-4, 10, steps_per_epoch=20, epochs=2),
+        schedule=Schedule("warmup_decay", 3e-4, 1e-5, 3e-5, 10, steps_per_epoch=20, epochs=3),
         lora_rank=16,
         lora_dropout=0.0,
         max_grad_norm=1.0,

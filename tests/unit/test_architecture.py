@@ -62,6 +62,12 @@ def test_importing_the_library_does_no_work():
     assert not {"ray", "mlflow", "pipelines"} & set(ast.literal_eval(loaded.stdout.strip().splitlines()[-1]))
 
 
+def test_the_controller_of_a_run_loads_no_model_library():
+    code = "import sys, pipelines.train_entry; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert loaded.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_job_reads_every_configuration(config):
     for settings in SECTIONS.values():
