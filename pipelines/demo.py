@@ -146,7 +146,8 @@ def _train(demo: Demo, shards: Path, backbones: Path) -> Path:
     for stage in RECIPES[settings.recipe]:
         with demo.hop(f"stage {stage.number}: {stage.title}"):
             if settings.features == "cached":
-                names = [source.name for source in stage.sources]
+                alike = [other for other in RECIPES[settings.recipe] if other.image_size == stage.image_size]
+                names = sorted({source.name for other in alike for source in other.sources})  # one start of an actor
                 features = demo.load(
                     CacheFeaturesSettings,
                     data=str(shards),

@@ -63,7 +63,9 @@ def test_importing_the_library_does_no_work():
 
 
 def test_the_controller_of_a_run_loads_no_model_library():
-    code = "import sys, pipelines.train_entry; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    code = (
+        "import sys, pipelines.train_entry; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert loaded.stdout.strip() == "[]"
 
