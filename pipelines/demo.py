@@ -137,6 +137,7 @@ def _train(demo: Demo, shards: Path, backbones: Path) -> Path:
     from pipelines.features import cache_features
     from pipelines.tracking import open_tracker
     from pipelines.train import run_stage
+    from pipelines.train_state import RECORD_FILE
 
     settings = demo.load(TrainSettings)
     parent_file = demo.root / "training_run.txt"
@@ -163,7 +164,7 @@ def _train(demo: Demo, shards: Path, backbones: Path) -> Path:
         losses[stage.number] = {
             "first": result["first_loss"],
             "last": result["last_loss"],
-            **mean_losses(output / "metrics.jsonl"),
+            **mean_losses(output / RECORD_FILE),
         }
         start = Path(result["checkpoint"])
     parent.close()
@@ -172,9 +173,9 @@ def _train(demo: Demo, shards: Path, backbones: Path) -> Path:
     return start
 
 
-def mean_losses(metrics: Path) -> dict[str, float]:
+def mean_losses(record: Path) -> dict[str, float]:
     """Mean loss of a stage's first and last tenth: single steps differ by their samples as much as by learning."""
-    losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
+    losses = [json.loads(line)["loss"] for line in record.read_text().splitlines()]
     tenth = max(1, len(losses) // 10)
     return {"first_tenth": sum(losses[:tenth]) / tenth, "last_tenth": sum(losses[-tenth:]) / tenth}
 
