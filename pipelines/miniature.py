@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tinygptv.config import TinyGPTVConfig
     from tinygptv.miniature.pretraining import PretrainingTask
 
-VISION_STEPS, LANGUAGE_STEPS = 3_000, 2_600
+VISION_CYCLES, LANGUAGE_CYCLES = (3_000,), (2_600, 2_400)
 VISION_RATE, LANGUAGE_RATE = 1e-3, 2e-3
 VISION_SCENES, HELD_OUT_SCENES = 24_000, 1_024
 SIDES = (64, 128)
@@ -78,15 +78,16 @@ def pretrain_backbones(settings: MiniatureSettings) -> dict[str, Any]:
     tracker.params(settings.model_dump())
     tokenizer = _tokenizer(output / "tokenizer", settings.seed, config.text_config.vocab_size - 1)
     makers = {
-        "vision": (lambda: _vision_task(settings, config), VISION_STEPS, VISION_RATE, ""),
-        "language": (lambda: _language_task(settings, config, tokenizer), LANGUAGE_STEPS, LANGUAGE_RATE, "layers."),
+        "vision": (lambda: _vision_task(settings, config), VISION_CYCLES, VISION_RATE, ""),
+        "language": (lambda: _language_task(settings, config, tokenizer), LANGUAGE_CYCLES, LANGUAGE_RATE, "layers."),
     }
     scores: dict[str, float] = {}
     modules: dict[str, nn.Module] = {}
-    for part, (make_task, num_steps, rate, orthogonalized) in makers.items():
+    for part, (make_task, cycles, rate, orthogonalized) in makers.items():
         if settings.parts in ("all", part):
             task = make_task()
-            scores |= _pretrain(task, part, settings.max_steps or num_steps, rate, orthogonalized, settings, tracker)
+            wanted = (settings.max_steps,) if settings.max_steps else cycles
+            scores |= _pretrain(task, part, wanted, rate, orthogonalized, settings, tracker)
             modules[part] = task.module
     result: dict[str, Any] = {
         "folder": str(output),
@@ -147,13 +148,14 @@ def _language_task(
     from tinygptv.miniature.pretrain_language import LanguageTask
 
     torch.manual_seed(settings.seed + 1)
-    return LanguageTask(config, tokenizer, world_seed=settings.seed, seed=settings.seed)
+    lookups_from = LANGUAGE_CYCLES[0]
+    return LanguageTask(config, tokenizer, world_seed=settings.seed, seed=settings.seed, lookups_from=lookups_from)
 
 
 def _pretrain(
     task: PretrainingTask,
     part: str,
-    num_steps: int,
+    cycles: tuple[int, ...],
     peak_learning_rate: float,
     orthogonalized: str,
     settings: MiniatureSettings,
@@ -165,11 +167,11 @@ def _pretrain(
         tracker.metrics({f"{part}/{name}": value for name, value in numbers.items()}, step)
         if not settings.quiet:
             text = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
-            print(f"{part} step {step}/{num_steps}: {text}", flush=True)
+            print(f"{part} step {step}/{sum(cycles)}: {text}", flush=True)
 
     return pretrain(
         task,
-        num_steps=num_steps,
+        cycles=cycles,
         peak_learning_rate=peak_learning_rate,
         orthogonalized=orthogonalized,
         state_dir=settings.output_dir("outputs/miniature") / part,

@@ -163,6 +163,6 @@ def drawn_rows(count: int, seed: int = 0) -> list[SampleRow]:
     rows = []
     for i in range(count):
         scene = make_scene(seed, "test", i)
-        row = KINDS[kinds[i % len(kinds)]][1](scene, generator(scene.key, "drift"))
+        row = KINDS[kinds[i % len(kinds)]](scene, generator(scene.key, "drift"))
         rows.append(replace(row, id=f"drawn-{i}", image=encode_jpeg(scene) if row.width else None))
     return rows

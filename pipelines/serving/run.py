@@ -20,6 +20,7 @@ from pipelines.settings import ServeSettings, SettingsError
 log = logging.getLogger(__name__)
 
 HEALTHY_WITHIN_S = 60
+logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the address is told by whoever deploys
 
 
 class ServingError(ValueError):

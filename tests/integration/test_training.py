@@ -144,7 +144,6 @@ def test_a_killed_worker_changes_nothing(ray_cluster, world, long_run, tmp_path)
     assert_same_run(tmp_path, long_run)
 
 
-@pytest.mark.slow
 def test_a_killed_driver_goes_on_by_the_same_command(world, long_run, tmp_path):
     command = [sys.executable, "jobs/stage4.py", *as_words(train_settings(world, tmp_path, stage=LONG))]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -189,7 +188,6 @@ def test_going_on_with_more_workers_keeps_the_order(ray_cluster, world, straight
     assert losses(tmp_path)[:6] == losses(straight)[:6]
 
 
-@pytest.mark.slow
 def test_states_and_checkpoint_in_object_storage(world, straight, tmp_path, monkeypatch):
     """fsspec's memory file system stands for a bucket; another node with an empty disk goes on from it."""
     place = f"memory://bucket/{tmp_path.name}"
@@ -219,7 +217,6 @@ def steps_of(client, run, key="loss"):
     return [metric.step for metric in client.get_metric_history(run.info.run_id, key)]
 
 
-@pytest.mark.slow
 def test_a_resumed_run_continues_its_curve_and_stages_share_a_parent(world, tmp_path, monkeypatch):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     first = train_settings(world, tmp_path / "1", tracking_uri=uri, predict_every=6)
@@ -249,7 +246,6 @@ def test_a_resumed_run_continues_its_curve_and_stages_share_a_parent(world, tmp_
     assert model.tags["place"] == result["checkpoint"]
 
 
-@pytest.mark.slow
 def test_mlflow_away_stops_nothing_and_is_told_later(world, straight, tmp_path):
     output = tmp_path / "run"
     run_stage(train_settings(world, output, tracking_uri="http://127.0.0.1:9"), 4)

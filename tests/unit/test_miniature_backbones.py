@@ -37,7 +37,7 @@ def _vision_task(pool: ScenePool) -> VisionTask:
 
 def test_interrupted_pretraining_goes_on_to_the_same_weights(pool, tmp_path):
     straight, halves = _vision_task(pool), _vision_task(pool)
-    pretrain(straight, num_steps=4, peak_learning_rate=1e-3, state_dir=tmp_path / "a")
+    pretrain(straight, cycles=(4,), peak_learning_rate=1e-3, state_dir=tmp_path / "a")
 
     class Killed(Exception):
         pass

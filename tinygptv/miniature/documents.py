@@ -9,7 +9,7 @@ So a language model learns here to read a scene from between the image marks, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 
@@ -50,7 +50,12 @@ class Document:
 
 
 def make_document(
-    scene: Scene, rng: np.random.Generator, kind: str | None = None, *, as_image: bool = False
+    scene: Scene,
+    rng: np.random.Generator,
+    kind: str | None = None,
+    *,
+    as_image: bool = False,
+    weights: Mapping[str, float] | None = None,
 ) -> Document:
     """A document about a scene.
 
@@ -59,11 +64,13 @@ def make_document(
         rng: source of all choices.
         kind: key of ``KINDS``; None draws one by its weight.
         as_image: keep the image placeholder where the listing would stand.
+        weights: of the kinds to draw from; ``LANGUAGE_MIX`` by default.
     """
     if kind is None:
-        weights = np.array([weight for weight, _ in KINDS.values()])
-        kind = tuple(KINDS)[int(rng.choice(len(KINDS), p=weights / weights.sum()))]
-    row = KINDS[kind][1](scene, rng)
+        weights = weights or LANGUAGE_MIX
+        shares = np.array(list(weights.values()))
+        kind = tuple(weights)[int(rng.choice(len(shares), p=shares / shares.sum()))]
+    row = KINDS[kind](scene, rng)
     listing = list_scene(scene, [int(i) for i in rng.permutation(len(scene.objects))])
     if row.task == "pair":
         return Document(
@@ -144,19 +151,23 @@ def _listing(scene: Scene, rng: np.random.Generator) -> SampleRow:
     return _row(scene, "instruct", ("scene", list_scene(scene, order).removeprefix("scene : ")))
 
 
-def _facts(scene: Scene, rng: np.random.Generator) -> SampleRow:
+def _facts(num_questions: int, num_boxes: int, num_lines: int) -> Callable[[Scene, np.random.Generator], SampleRow]:
     """Questions with their answers, names with their boxes and boxes with their names, as one text without templates.
 
     Every word is supervised, so a batch tells several times as much of its scenes as instructions and answers do.
     """
-    lines = [f"{found.question} {found.answer}" for found in questions(scene, rng, 4)]
-    for number in range(4):
-        index = int(rng.integers(len(scene.objects)))
-        name, box = refer_to(scene.objects, index, rng), box_text(scene, scene.objects[index])
-        if name is not None:
-            lines.append(f"{name} {box}" if number % 2 else f"{box} {name}")
-    shuffled = [lines[int(i)] for i in rng.permutation(len(lines))]
-    return _row(scene, "pair", ("", " ; ".join(shuffled[:6])))
+
+    def build(scene: Scene, rng: np.random.Generator) -> SampleRow:
+        lines = [f"{found.question} {found.answer}" for found in questions(scene, rng, num_questions)]
+        for number in range(num_boxes):
+            index = int(rng.integers(len(scene.objects)))
+            name, box = refer_to(scene.objects, index, rng), box_text(scene, scene.objects[index])
+            if name is not None:
+                lines.append(f"{name} {box}" if number % 2 else f"{box} {name}")
+        shuffled = [lines[int(i)] for i in rng.permutation(len(lines))]
+        return _row(scene, "pair", ("", " ; ".join(shuffled[:num_lines])))
+
+    return build
 
 
 def _text(scene: Scene, rng: np.random.Generator) -> SampleRow:
@@ -165,20 +176,42 @@ def _text(scene: Scene, rng: np.random.Generator) -> SampleRow:
     return SampleRow("", "document", "text", (Turn(question, (drawn.output,)),))
 
 
-KINDS: dict[str, tuple[float, Callable[[Scene, np.random.Generator], SampleRow]]] = {
-    "pair": (8, lambda scene, rng: _row(scene, "pair", ("", captions.web_caption(scene, rng)))),
-    "caption": (6, lambda scene, rng: _row(scene, "caption", ("", captions.short_caption(scene, rng)))),
-    "align": (4, lambda scene, rng: _row(scene, "align", ("", captions.detailed_caption(scene, rng)))),
-    "vqa": (12, _vqa),
-    "facts": (60, _facts),
-    "questions": (10, _several_questions),
-    "refer": (12, _box("refer")),
-    "identify": (8, _box("identify")),
-    "grounding": (6, lambda scene, rng: _row(scene, "grounding", ("", captions.grounded_caption(scene, rng)))),
-    "detection": (4, _detection),
-    "listing": (5, _listing),
-    "conversation": (8, _conversation),
-    "instruct": (3, _instruct),
-    "text": (3, _text),
+KINDS: dict[str, Callable[[Scene, np.random.Generator], SampleRow]] = {
+    "pair": lambda scene, rng: _row(scene, "pair", ("", captions.web_caption(scene, rng))),
+    "caption": lambda scene, rng: _row(scene, "caption", ("", captions.short_caption(scene, rng))),
+    "align": lambda scene, rng: _row(scene, "align", ("", captions.detailed_caption(scene, rng))),
+    "vqa": _vqa,
+    "facts": _facts(num_questions=4, num_boxes=4, num_lines=6),
+    "lookups": _facts(num_questions=10, num_boxes=3, num_lines=13),
+    "questions": _several_questions,
+    "refer": _box("refer"),
+    "identify": _box("identify"),
+    "grounding": lambda scene, rng: _row(scene, "grounding", ("", captions.grounded_caption(scene, rng))),
+    "detection": _detection,
+    "listing": _listing,
+    "conversation": _conversation,
+    "instruct": _instruct,
+    "text": _text,
 }
-"""Kind of document -> (weight, how to make it)."""
+"""Kind of document -> how to make it."""
+
+LANGUAGE_MIX: dict[str, float] = {
+    "pair": 8,
+    "caption": 6,
+    "align": 4,
+    "vqa": 12,
+    "facts": 60,
+    "questions": 10,
+    "refer": 12,
+    "identify": 8,
+    "grounding": 6,
+    "detection": 4,
+    "listing": 5,
+    "conversation": 8,
+    "instruct": 3,
+    "text": 3,
+}
+"""Kind of document -> its share where the world's language is learned."""
+
+LOOKUP_MIX: dict[str, float] = LANGUAGE_MIX | {"facts": 0, "lookups": 60, "identify": 14, "caption": 10}
+"""Kind of document -> its share where looking things up by name is practised: more questions per scene."""

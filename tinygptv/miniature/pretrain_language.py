@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tinygptv.collate import LoadedSample, MicroBatch, collate
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.language import LanguageModel
-from tinygptv.miniature.documents import Document, make_document
+from tinygptv.miniature.documents import LANGUAGE_MIX, LOOKUP_MIX, Document, make_document
 from tinygptv.miniature.language import box_text
 from tinygptv.miniature.pretrain_vision import cell_index
 from tinygptv.miniature.scenes import CELLS, Scene, generator, make_scene
@@ -38,6 +38,8 @@ from tinygptv.sample import SampleEncoder, TextLimits
 BOS = "<|endoftext|>"
 PACKED_NOISE = 0.15
 BUCKETS = 8
+LOOKUP_WEIGHT = 4.0
+POSITIONS_MULTIPLE = 256
 EVALUATED_KINDS = ("listing", "vqa", "refer", "identify", "caption", "grounding", "conversation")
 _LIMITS = TextLimits(max_text_tokens=256)
 
@@ -158,7 +160,11 @@ class LanguageModule(nn.Module):
 
 
 class LanguageTask:
-    """Answers in documents about scenes."""
+    """Answers in documents about scenes.
+
+    From step ``lookups_from`` on, documents follow ``LOOKUP_MIX``, and the word after a question mark, the one that has
+    to be looked up, counts ``LOOKUP_WEIGHT`` times.
+    """
 
     def __init__(
         self,
@@ -169,14 +175,16 @@ class LanguageTask:
         batch_size: int = 64,
         seed: int = 0,
         held_out: int = 192,
+        lookups_from: int | None = None,
     ) -> None:
         self.module = LanguageModule(config)
         self.module.language_model.set_attn_implementation(_ATTENTION)
         self.config, self.tokenizer = config, tokenizer
         self.packed = PackedText(tokenizer, config.text_config.hidden_size)
+        self.question_mark = self.packed.word_id("?")
         self._start_numbers_as_waves()
         self.world_seed, self.batch_size, self.seed = world_seed, batch_size, seed
-        self.held_out = held_out
+        self.held_out, self.lookups_from = held_out, lookups_from
         self._group: tuple[int, list[_Batch]] = (-1, [])
 
     def _start_numbers_as_waves(self) -> None:
@@ -195,15 +203,20 @@ class LanguageTask:
         scenes, made = self._group[1][place]
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 2, step))))
         with torch.autocast("cpu", torch.bfloat16):
-            losses, _ = self._token_losses(scenes, made, rng)
-        return {"loss": losses.mean()}
+            losses, is_lookup, _ = self._token_losses(scenes, made, rng)
+        weight = 1 + is_lookup * (LOOKUP_WEIGHT - 1) * self._practises_lookups(step)
+        return {"loss": (losses * weight).sum() / weight.sum()}
+
+    def _practises_lookups(self, step: int) -> bool:
+        return self.lookups_from is not None and step >= self.lookups_from
 
     def _draw_group(self, group: int) -> list[_Batch]:
         """``BUCKETS`` batches at once, sorted by length so that little is padding, in random order."""
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 1, group))))
         numbers = rng.integers(2**31, size=BUCKETS * self.batch_size)
         scenes = [make_scene(self.world_seed, "train", int(i)) for i in numbers]
-        made = [(scene, make_document(scene, rng, as_image=True)) for scene in scenes]
+        weights = LOOKUP_MIX if self._practises_lookups(group * BUCKETS) else LANGUAGE_MIX
+        made = [(scene, make_document(scene, rng, as_image=True, weights=weights)) for scene in scenes]
         made.sort(key=lambda pair: sum(len(e.instruction or "") + len(e.answer) for e in pair[1].exchanges))
         batches: list[_Batch] = []
         for start in range(0, len(made), self.batch_size):
@@ -213,8 +226,8 @@ class LanguageTask:
 
     def _token_losses(
         self, scenes: Sequence[Scene], made: Sequence[Document], rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Loss of every supervised token, and the share of documents whose answers are all right."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of every supervised token, whether it follows a question mark, and the share of documents all right."""
         batch, with_image = self._collate(made)
         ids = torch.from_numpy(batch.input_ids)
         embedding = self.module.language_model.embed_tokens
@@ -228,10 +241,14 @@ class LanguageTask:
             inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), vectors)
         hidden = self.module.language_model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
         positions = torch.from_numpy(batch.supervised_positions)
-        logits = self.module.lm_head(hidden.flatten(0, 1)[positions])
+        # Few shapes: the matrix library keeps code and buffers for each that it has seen.
+        padded = nn.functional.pad(positions, (0, -len(positions) % POSITIONS_MULTIPLE))
+        logits = self.module.lm_head(hidden.flatten(0, 1)[padded])[: len(positions)]
         wanted = torch.from_numpy(batch.supervised_ids)
         wrong = torch.zeros(len(made)).index_add(0, positions // ids.shape[1], (logits.argmax(-1) != wanted).float())
-        return nn.functional.cross_entropy(logits, wanted, reduction="none"), (wrong == 0).float().mean()
+        is_lookup = ids.flatten()[positions] == self.question_mark
+        losses = nn.functional.cross_entropy(logits, wanted, reduction="none")
+        return losses, is_lookup.float(), (wrong == 0).float().mean()
 
     def _collate(self, made: Sequence[Document]) -> tuple[MicroBatch, list[int]]:
         """Arrays, and which documents have an image."""
@@ -255,6 +272,6 @@ class LanguageTask:
             scenes = [make_scene(self.world_seed, "validation", i) for i in range(self.held_out)]
             made = [make_document(s, generator(s.key, f"evaluate {kind}"), kind, as_image=True) for s in scenes]
             rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 3))))
-            losses, right = self._token_losses(scenes, made, rng)
+            losses, _, right = self._token_losses(scenes, made, rng)
             scores[f"{kind}/loss"], scores[f"{kind}/exact"] = float(losses.mean()), float(right)
         return scores

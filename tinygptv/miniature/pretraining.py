@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -36,7 +36,7 @@ class PretrainingTask(Protocol):
 def pretrain(
     task: PretrainingTask,
     *,
-    num_steps: int,
+    cycles: Sequence[int],
     peak_learning_rate: float,
     state_dir: Path,
     weight_decay: float = 0.01,
@@ -50,12 +50,12 @@ def pretrain(
 
     Args:
         task: what is learned.
-        num_steps: steps of the whole training; the learning rate ends at a fiftieth of its peak.
+        cycles: steps of each cycle of the schedule; in each the learning rate ends at a fiftieth of its peak.
         peak_learning_rate: after the warm-up.
         state_dir: where the state is kept.
         weight_decay: decay of matrices.
         orthogonalized: matrices with this in their names are trained by Muon, at twice the rate; all else by AdamW.
-        warmup_steps: linear warm-up.
+        warmup_steps: linear warm-up of each cycle.
         report: receives losses and scores.
         report_every: steps between reports.
         evaluate_every: steps between evaluations.
@@ -67,11 +67,12 @@ def pretrain(
     optimizers = _optimizers(parameters, orthogonalized, peak_learning_rate, weight_decay)
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     start = _restore(state_dir, parameters, optimizers)
+    num_steps = sum(cycles)
     saved_at = time.monotonic()
     scores: dict[str, float] = {}
     task.module.train()
     for step in range(start, num_steps):
-        share = _share_of_peak(step, num_steps, warmup_steps)
+        share = _share_of_peak(step, cycles, warmup_steps)
         for group, peak in groups:
             group["lr"] = peak * share
         losses = task.losses(step)
@@ -120,7 +121,13 @@ def _optimizers(
     return optimizers
 
 
-def _share_of_peak(step: int, num_steps: int, warmup_steps: int) -> float:
+def _share_of_peak(step: int, cycles: Sequence[int], warmup_steps: int) -> float:
+    *earlier, num_steps = cycles
+    for cycle in earlier:
+        if step < cycle:
+            num_steps = cycle
+            break
+        step -= cycle
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
