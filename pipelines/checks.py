@@ -63,17 +63,16 @@ def check_image(data: bytes, settings: PrepareDataSettings) -> CheckedImage:
         Malformed: it cannot be decoded, or is a decompression bomb.
         LeftOut: a filter on its size or shape removes it.
     """
-    header = _open_header(data, settings)
-    upright, plain = _orientation(header) == 1, header.format == "JPEG" and header.mode in ("RGB", "L")
-    width, height = header.size if _orientation(header) < 5 else header.size[::-1]
+    header = _read_plain_header(data) or _read_header(data)
+    width, height = header.width, header.height
+    _check_area(width, height, settings)
     _filter_size(width, height, settings)
-    small = min(width, height) <= settings.image_size
-    if plain and upright:
+    if header.colours:
         try:
-            if small:
+            if min(width, height) <= settings.image_size:
                 grey = simplejpeg.decode_jpeg(data, "GRAY", min_height=HASH_SIDE, min_width=HASH_SIDE)[..., 0]
                 return CheckedImage(data, width, height, perceptual_hash(grey), kept=True)
-            return _encode(_decode_shrunk(data, width, height, header.mode, settings), width, height, settings)
+            return _encode(_decode_shrunk(data, header, settings), width, height, settings)
         except ValueError:
             pass  # libjpeg warns; PIL decides below whether the picture can be used, and it is then encoded anew
     try:
@@ -83,7 +82,34 @@ def check_image(data: bytes, settings: PrepareDataSettings) -> CheckedImage:
         raise Malformed(str(error).replace("\n", " ")) from error
 
 
-def _open_header(data: bytes, settings: PrepareDataSettings) -> Image.Image:
+@dataclass(frozen=True)
+class _Header:
+    """What an image says of itself: its upright size, and how simplejpeg shall decode it (``RGB`` or ``GRAY``).
+
+    ``colours`` is empty for all but an upright JPEG; PIL decodes those.
+    """
+
+    width: int
+    height: int
+    colours: str = ""
+
+
+def _read_plain_header(data: bytes) -> _Header | None:
+    """The header of a JPEG that is certainly upright and of one picture, several times faster than PIL; else None."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":  # up to the pixels
+        if data[place + 4 : place + 8] in (b"Exif", b"MPF\0"):  # may be turned, or hold several pictures
+            return None
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    colours = {"YCbCr": "RGB", "Gray": "GRAY"}.get(space)
+    return _Header(width, height, colours) if colours else None
+
+
+def _read_header(data: bytes) -> _Header:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -92,14 +118,19 @@ def _open_header(data: bytes, settings: PrepareDataSettings) -> Image.Image:
         raise Malformed(f"decompression bomb: {error}") from error
     except Exception as error:  # PIL's parsers raise many kinds of errors on damaged bytes
         raise Malformed(f"cannot decode image: {error}".replace("\n", " ")) from error
-    width, height = header.size
+    orientation = _orientation(header)
+    width, height = header.size if orientation < 5 else header.size[::-1]
+    plain = orientation == 1 and header.format == "JPEG"
+    return _Header(width, height, {"RGB": "RGB", "L": "GRAY"}.get(header.mode, "") if plain else "")
+
+
+def _check_area(width: int, height: int, settings: PrepareDataSettings) -> None:
     if width * height > settings.max_megapixels * 1e6:
         raise Malformed(
             f"decompression bomb: {width} x {height} pixels are more than max_megapixels={settings.max_megapixels:g}"
         )
     if width < 1 or height < 1:
         raise Malformed(f"the image has {width} x {height} pixels")
-    return header
 
 
 def _orientation(header: Image.Image) -> int:
@@ -123,12 +154,10 @@ def _filter_size(width: int, height: int, settings: PrepareDataSettings) -> None
         )
 
 
-def _decode_shrunk(data: bytes, width: int, height: int, mode: str, settings: PrepareDataSettings) -> np.ndarray:
+def _decode_shrunk(data: bytes, header: _Header, settings: PrepareDataSettings) -> np.ndarray:
     """Decode at the smallest of JPEG's own scales that is large enough, then shrink the rest of the way."""
-    side = settings.image_size
-    target = _target_size(width, height, side)
-    colours = "GRAY" if mode == "L" else "RGB"
-    pixels = simplejpeg.decode_jpeg(data, colours, min_width=target[0], min_height=target[1])
+    target = _target_size(header.width, header.height, settings.image_size)
+    pixels = simplejpeg.decode_jpeg(data, header.colours, min_width=target[0], min_height=target[1])
     return _resize(pixels, target)
 
 
@@ -157,9 +186,10 @@ def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _encode(pixels: np.ndarray, width: int, height: int, settings: PrepareDataSettings) -> CheckedImage:
     pixels = np.ascontiguousarray(pixels if pixels.ndim == 3 else pixels[..., None])
     colours, sampling = ("GRAY", "Gray") if pixels.shape[2] == 1 else ("RGB", "420")
-    data = simplejpeg.encode_jpeg(pixels, settings.jpeg_quality, colours, sampling)
     grey = pixels[..., 0] if pixels.shape[2] == 1 else cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    return CheckedImage(data, width, height, perceptual_hash(grey), kept=False)
+    hashed = perceptual_hash(grey)  # before the encoder has pushed the pixels out of the cache
+    data = simplejpeg.encode_jpeg(pixels, settings.jpeg_quality, colours, sampling)
+    return CheckedImage(data, width, height, hashed, kept=False)
 
 
 def _resize_for_hash(grey: np.ndarray) -> np.ndarray:
@@ -181,7 +211,8 @@ def perceptual_hash(grey: np.ndarray) -> int:
     """
     small = _resize_for_hash(grey).astype(np.float32)
     lowest = cv2.dct(small)[:8, :8].ravel()
-    bits = lowest > np.median(lowest[1:])  # the first one is the mean brightness
+    middle = len(lowest) // 2 - 1
+    bits = lowest > np.partition(lowest[1:], middle)[middle]  # their median; the first one is the mean brightness
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from pipelines.ablate import ablate
 from pipelines.settings import AblateSettings
+from pipelines.train_state import RECORD_FILE
 from tests.worlds import STAGE, make_world
 from tinygptv.miniature.writers import write_world
 
@@ -39,6 +40,10 @@ def settings(world, output, **changes):
     return AblateSettings(**{**fields, **changes})
 
 
+def _first_loss(run):
+    return json.loads((run / "stage1" / RECORD_FILE).read_text().splitlines()[0])["loss"]
+
+
 @pytest.mark.slow
 def test_matrix_on_the_cluster(ray_cluster, world, tmp_path):
     from mlflow import MlflowClient
@@ -55,9 +60,10 @@ def test_matrix_on_the_cluster(ray_cluster, world, tmp_path):
         assert [row["stages"][n]["status"] for n in ("1", "2")] == ["trained", "trained"], row
         assert row["stages"]["2"]["steps"] == 4 and row["stages"]["2"]["depth"]["projector"] > 0
         assert row["scores"]["miniature_vqa"]["n"] == 4 and row["scores"]["miniature_vqa"]["blind"] is not None
-    losses = [row["stages"]["1"]["first_loss"] for row in result["rows"]]
-    assert losses[0] != losses[1], "the norm makes a difference"
-    assert 0 < abs(losses[0] - losses[2]) < 0.01, "and rounding a small one"
+    # Step 0 only: the gradient scaler may then skip the first steps of the rounded run until its scale fits.
+    losses = [_first_loss(tmp_path / "out" / row["variant"]) for row in result["rows"]]
+    assert abs(losses[0] - losses[1]) > 1e-3, "the norm makes a difference"
+    assert 0 < abs(losses[0] - losses[2]) < 1e-4, "and rounding a small one"
     assert json.loads((tmp_path / "out/result.json").read_text())["table"] == result["table"]
 
     client = MlflowClient(tracking_uri=uri)
