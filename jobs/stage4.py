@@ -11,25 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.main import run_main
-from pipelines.settings import TrainSettings
-
-STAGE = 4
+from pipelines.main import run_stage_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the stage that the settings describe."""
-    settings = TrainSettings.from_command_line(argv, __doc__)
-
-    def work() -> None:
-        from pipelines.train import dry_run, print_result, run_stage
-
-        if settings.dry_run:
-            print(dry_run(settings, STAGE))
-        else:
-            print_result(run_stage(settings, STAGE))
-
-    return run_main(work)
+    return run_stage_main(4, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 """What a wrong setting, a missing folder or a damaged file raises; anything else is a defect and shows its trace."""
@@ -29,6 +29,29 @@ def run_main(work: Callable[[], object]) -> int:
         print("interrupted; the same command goes on from the last finished part.", file=sys.stderr)
         return 130
     return 0
+
+
+def run_stage_main(number: int, argv: Sequence[str] | None, description: str) -> int:
+    """Train a stage as its settings say; ``dry_run=true`` or ``--dry-run`` only prints what would be trained.
+
+    Args:
+        number: of the stage, 1 to 4.
+        argv: words of the command line; None takes the process's own.
+        description: what ``--help`` says.
+    """
+    from pipelines.settings import TrainSettings
+
+    settings = TrainSettings.from_command_line(argv, description)
+
+    def work() -> None:
+        from pipelines.train import dry_run, print_result, run_stage
+
+        if settings.dry_run:
+            print(dry_run(settings, number))
+        else:
+            print_result(run_stage(settings, number))
+
+    return run_main(work)
 
 
 def quiet_libraries() -> None:

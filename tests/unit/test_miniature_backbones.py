@@ -13,8 +13,9 @@ from tests.tiny import tiny_config, tiny_tokenizer
 from tinygptv.checkpoint import load_checkpoint, save_checkpoint
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.miniature import backbones, pretrain_language
+from tinygptv.miniature.documents import LANGUAGE_MIX, LOOKUP_MIX, make_document
 from tinygptv.miniature.pretrain_vision import ScenePool, VisionTask
-from tinygptv.miniature.pretraining import pretrain
+from tinygptv.miniature.pretraining import _share_of_peak, pretrain
 from tinygptv.model import TinyGPTVForConditionalGeneration
 from tinygptv.processing import TinyGPTVProcessor
 from tinygptv.stages import RECIPES
@@ -48,7 +49,7 @@ def test_interrupted_pretraining_goes_on_to_the_same_weights(pool, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tinygptv.miniature.pretraining.SAVE_EVERY_S", 0.0)
-        arguments = {"num_steps": 4, "peak_learning_rate": 1e-3, "state_dir": tmp_path / "b"}
+        arguments = {"cycles": (4,), "peak_learning_rate": 1e-3, "state_dir": tmp_path / "b"}
         with pytest.raises(Killed):
             pretrain(halves, **arguments, report=kill, report_every=1)
         scores = pretrain(_vision_task(pool), **arguments)
@@ -82,6 +83,36 @@ def test_language_task_learns_to_repeat_a_batch(tokenizer):
         optimizer.zero_grad()
         losses.append(float(loss))
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_look_ups_are_practised_from_their_step_on(tokenizer, monkeypatch):
+    drawn = []
+
+    def spy(scene, rng, kind=None, *, weights, **options):
+        drawn.append(weights)
+        return make_document(scene, rng, kind, weights=weights, **options)
+
+    monkeypatch.setattr(pretrain_language, "make_document", spy)
+    task = pretrain_language.LanguageTask(
+        TinyGPTVConfig.mini(lora_rank=0), tokenizer, world_seed=0, batch_size=8, lookups_from=pretrain_language.BUCKETS
+    )
+    task.losses(pretrain_language.BUCKETS - 1)
+    assert all(weights is LANGUAGE_MIX for weights in drawn)
+    drawn.clear()
+    with torch.no_grad():
+        weighted = task.losses(pretrain_language.BUCKETS)["loss"]
+        monkeypatch.setattr(pretrain_language, "LOOKUP_WEIGHT", 1.0)
+        plain = task.losses(pretrain_language.BUCKETS)["loss"]
+    assert all(weights is LOOKUP_MIX for weights in drawn)
+    assert weighted != plain
+
+
+def test_every_cycle_of_the_schedule_starts_and_ends_alike():
+    shares = [_share_of_peak(step, (6, 9), warmup_steps=2) for step in range(15)]
+    assert shares[:2] == shares[6:8] == [0.5, 1.0]
+    assert max(shares) == shares[1] == shares[2]
+    assert shares[5] > shares[14] > 0.02
+    assert shares[:6] == [_share_of_peak(step, (6,), warmup_steps=2) for step in range(6)]
 
 
 def test_job_runs_a_few_steps_and_ships_what_it_made(tmp_path, monkeypatch):
