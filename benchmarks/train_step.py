@@ -6,7 +6,8 @@
 
 * ``plain``: eager attention, fp32 logits at every position, the encoder in every step, rows padded to the longest.
 * ``ours``: SDPA, logits at supervised positions only, one flat gradient, encoder in every step.
-* ``ours, cached``: the same with the encoder's query features computed before.
+* ``ours, encoder bf16``: the same, the frozen encoder in bfloat16 (the release has it in float16).
+* ``ours, cached``: ours with the encoder's query features computed before.
 * ``mixed``: the same on lengths from 20 to 300 tokens, as in stage 4; ours also packed.
 
 All take the same samples and the same AdamW, and share one model. They take turns, so that a busy machine is busy for
@@ -16,6 +17,7 @@ all of them; CPU seconds per step are what stays comparable there. Needs no Ray.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import subprocess
 import sys
@@ -40,7 +42,15 @@ from tinygptv.stages import set_trainable
 from tinygptv.train_step import TrainStep
 
 PROMPT_TOKENS = 3
-VARIANTS = ("plain", "ours", "ours, cached", "plain, mixed", "ours, mixed", "ours, mixed, cached and packed")
+VARIANTS = (
+    "plain",
+    "ours",
+    "ours, encoder bf16",
+    "ours, cached",
+    "plain, mixed",
+    "ours, mixed",
+    "ours, mixed, cached and packed",
+)
 
 
 def reduced_config(image_size: int, depth: int) -> TinyGPTVConfig:
@@ -96,8 +106,9 @@ class Bench:
     step: TrainStep
     precision: torch.dtype
 
-    def ours(self, batch: MicroBatch) -> None:
+    def ours(self, batch: MicroBatch, encoder_dtype: torch.dtype) -> None:
         self.model.set_attn_implementation("sdpa")
+        self.step.encoder_dtype = encoder_dtype
         self.step.run([batch], 1e-5)
 
     def plain(self, batch: dict[str, torch.Tensor]) -> None:
@@ -166,16 +177,21 @@ def make_steps(bench: Bench, arguments: argparse.Namespace) -> dict[str, Callabl
     makers: dict[str, Callable[[], Any]] = {
         "plain": lambda: plain_batch(short, pad),
         "ours": lambda: collate(short, pad),
+        "ours, encoder bf16": lambda: collate(short, pad),
         "ours, cached": lambda: collate(cached(bench, short), pad),
         "plain, mixed": lambda: plain_batch(mixed, pad),
         "ours, mixed": lambda: collate(mixed, pad),
         "ours, mixed, cached and packed": lambda: collate(cached(bench, mixed), pad, pack_length=pack),
     }
     batches = {name: makers[name]() for name in arguments.variants or VARIANTS}
-    return {
-        name: lambda name=name, batch=batch: (bench.plain if name.startswith("plain") else bench.ours)(batch)
-        for name, batch in batches.items()
-    }
+
+    def run(name: str) -> None:
+        if name.startswith("plain"):
+            bench.plain(batches[name])
+        else:
+            bench.ours(batches[name], torch.bfloat16 if "bf16" in name else bench.precision)
+
+    return {name: functools.partial(run, name) for name in batches}
 
 
 def measure(bench: Bench, steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[tuple[float, float]]]:

@@ -170,6 +170,9 @@ class TrainSettings(Settings):
     precision: Literal["fp32", "bf16", "fp16", "fp16_range"] = Field(
         "fp32", description="fp32, bf16, fp16 (with a GradScaler), or fp16_range, which emulates fp16 on a CPU"
     )
+    encoder_precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="of the frozen encoder where features=inline; empty: as precision"
+    )
     features: Literal["inline", "cached"] = Field(
         "inline", description="inline encodes images in every step; cached reads cache_features' files"
     )

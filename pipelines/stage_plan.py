@@ -63,7 +63,8 @@ def _stage_lines(settings: TrainSettings, stage: Stage) -> list[str]:
         "learning rate": f"{schedule.kind}: {rates}, warm-up {schedule.warmup_steps} steps",
         "optimizer": f"AdamW, weight decay {stage.weight_decay}, beta2 {stage.beta2}, clip {stage.max_grad_norm}",
         "LoRA": lora if stage.lora_rank else "none",
-        "precision": f"{settings.precision}, attention {settings.attention}, features {settings.features}, "
+        "precision": f"{settings.precision}, encoder {settings.encoder_precision or settings.precision}, "
+        f"attention {settings.attention}, features {settings.features}, "
         f"packing {settings.packing}, gradient checkpointing {settings.gradient_checkpointing}",
         "checkpoints": f"every {settings.checkpoint_every} steps in {settings.storage_path or settings.output}",
         "guard": settings.guard,

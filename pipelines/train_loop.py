@@ -101,6 +101,7 @@ class TrainWorker:
             build_optimizer(self.model, job.stage.schedule, job.stage.weight_decay, job.stage.beta2),
             num_sources=len(job.stage.sources),
             precision=settings.precision,
+            encoder_precision=settings.encoder_precision,
             max_grad_norm=job.stage.max_grad_norm,
             reject=None if settings.guard == "off" else self.guard.reject,
         )

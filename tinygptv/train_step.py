@@ -56,6 +56,7 @@ class TrainStep:
         *,
         num_sources: int,
         precision: str = "fp32",
+        encoder_precision: str | None = None,
         max_grad_norm: float | None = None,
         reject: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -67,6 +68,7 @@ class TrainStep:
             num_sources: data sets of the stage, for the loss per source.
             precision: ``fp32``, ``bf16`` (autocast), ``fp16`` (autocast and a GradScaler), or ``fp16_range``, which
                 emulates the latter where no GPU is.
+            encoder_precision: ``fp32``, ``bf16`` or ``fp16`` for images that are encoded in the step; None: as above.
             max_grad_norm: clip to this norm; None does not.
             reject: says on the device whether the step of a loss must be left out (loss -> bool scalar); all workers
                 see the same loss, so all say the same.
@@ -74,8 +76,9 @@ class TrainStep:
         Raises:
             ValueError: the precision is unknown.
         """
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision!r}; choose one of {sorted(PRECISIONS)}.")
+        for name in (precision, encoder_precision or precision):
+            if name not in PRECISIONS:
+                raise ValueError(f"precision is {name!r}; choose one of {sorted(PRECISIONS)}.")
         self.model = model
         self.optimizer = optimizer
         self.num_sources = num_sources
@@ -83,6 +86,7 @@ class TrainStep:
         self.reject = reject
         self.device = model.device
         self.autocast_dtype = PRECISIONS[precision]
+        self.encoder_dtype = PRECISIONS[encoder_precision or precision]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.startswith("fp16"))
         if precision == "fp16_range":
             emulate_half_range(model)
@@ -122,12 +126,9 @@ class TrainStep:
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Token losses [M] of a micro-batch."""
-        with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype != torch.float32):
-            inputs_embeds = self.model.embed(
-                self._to_device(batch.input_ids),
-                pixel_values=None if batch.pixels is None else self.pixel_values(batch.pixels),
-                query_features=None if batch.query_features is None else self._to_device(batch.query_features),
-            )
+        query_features = self._query_features(batch)
+        with self._autocast(self.autocast_dtype):
+            inputs_embeds = self.model.embed(self._to_device(batch.input_ids), query_features=query_features)
             return self.model.token_losses(
                 inputs_embeds,
                 self._to_device(batch.supervised_positions),
@@ -135,6 +136,18 @@ class TrainStep:
                 attention_mask=None if batch.attention_mask is None else self._to_device(batch.attention_mask),
                 position_ids=None if batch.position_ids is None else self._to_device(batch.position_ids),
             )
+
+    def _query_features(self, batch: MicroBatch) -> Tensor | None:
+        """Cached query features, or those of the batch's images, encoded now."""
+        if batch.query_features is not None:
+            return self._to_device(batch.query_features)
+        if batch.pixels is None:
+            return None
+        with self._autocast(self.encoder_dtype):
+            return self.model.encode_query_features(self.pixel_values(batch.pixels))
+
+    def _autocast(self, dtype: torch.dtype) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def _accumulate(self, batch: MicroBatch, num_tokens: Tensor) -> None:
         losses = self.forward(batch)

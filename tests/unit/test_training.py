@@ -148,6 +148,16 @@ def test_gradient_checkpointing_changes_nothing(straight, world, tmp_path):
     assert losses(tmp_path) == losses(straight[1])
 
 
+def test_an_encoder_in_half_precision_rounds_features_and_no_weight(straight, world, tmp_path):
+    run_stage(train_settings(world, tmp_path, encoder_precision="bf16"), 4)
+    assert losses(tmp_path) != losses(straight[1])
+    assert record(tmp_path)[0]["loss"] == pytest.approx(record(straight[1])[0]["loss"], rel=5e-3)
+    ours, theirs = weights(tmp_path), weights(straight[1])
+    frozen = [name for name in theirs if name.startswith(("vision_encoder.", "qformer."))]
+    assert frozen
+    assert all(torch.equal(ours[name], theirs[name]) for name in frozen)
+
+
 def test_cached_features_train_to_the_same_losses(straight, world, tmp_path):
     with pytest.raises(FeatureError, match=r"run jobs/cache_features\.py"):
         run_stage(train_settings(world, tmp_path / "a", features="cached"), 4)
