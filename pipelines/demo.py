@@ -187,7 +187,7 @@ def _score(demo: Demo, checkpoint: Path, world: Path) -> None:
 
     few = demo.load(ScoreSettings).limit
     limits = {
-        "vqa": (["miniature_vqa"], 4 * few),
+        "vqa": (["miniature_vqa"], 5 * few),
         "tasks": ([n for n in GROUPS["miniature"] if n != "miniature_vqa"], few),
     }
     demo.facts["scores"] = {}

@@ -46,7 +46,7 @@ def test_the_whole_way_twice(tmp_path):
     result = json.loads((output / "result.json").read_text())
     assert path == str(output / "result.json")
     assert set(result["losses"]) == {"1", "2", "3", "4"}
-    assert result["scores"]["miniature_vqa"]["n"] == 8
+    assert result["scores"]["miniature_vqa"]["n"] == 8  # test_scenes: fewer than five times the limit
     assert result["scores"]["miniature_vqa"]["blind"] is not None
     assert isinstance(result["question"]["answer"], str)
     assert (output / "answer.png").stat().st_size > 1000
