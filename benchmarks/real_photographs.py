@@ -77,12 +77,17 @@ def caption(entry: Entry) -> dict[str, Any]:
 
 
 def read_single_boxes(data: Path) -> Iterator[Question]:
-    """Boxes whose category is in the picture once: for others 'where is the dog?' has no one answer."""
-    entries = list(read_lines(data / "boxes.jsonl"))
-    count = Counter((entry["image"], entry["category"]) for entry in entries)
-    single = {key for key, number in count.items() if number == 1}
-    reader = read_questions("boxes.jsonl", lambda e: (e["image"], e["category"]) in single, location("category"))
-    yield from reader(data)
+    """Boxes whose category is named, and in the picture once: for others 'where is the dog?' has no one answer."""
+    count = Counter(_what(entry) for entry in read_lines(data / "boxes.jsonl"))
+
+    def is_single(entry: Entry) -> bool:
+        return "category" in entry and count[_what(entry)] == 1
+
+    yield from read_questions("boxes.jsonl", is_single, location("category"))(data)
+
+
+def _what(entry: Entry) -> tuple[str, str]:
+    return entry["image"], entry.get("category", "")
 
 
 def has_task(*beginnings: str) -> Callable[[Entry], bool]:
