@@ -113,7 +113,7 @@ def write_start(variant: Variant, init_from: str, folder: Path) -> Path:
         if read_stage(folder) == json.loads(json.dumps(facts)):
             return folder
     except CheckpointError:
-        pass  # not written yet
+        pass  # missing or incomplete: it is written below
     from tinygptv.model import TinyGPTVForConditionalGeneration
     from tinygptv.processing import TinyGPTVProcessor
 

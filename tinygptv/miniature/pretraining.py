@@ -122,12 +122,10 @@ def _optimizers(
 
 
 def _share_of_peak(step: int, cycles: Sequence[int], warmup_steps: int) -> float:
-    *earlier, num_steps = cycles
-    for cycle in earlier:
-        if step < cycle:
-            num_steps = cycle
+    for num_steps in cycles:
+        if step < num_steps:
             break
-        step -= cycle
+        step -= num_steps
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
