@@ -19,7 +19,8 @@ setup: .venv/.installed ## make .venv and install the pinned requirements
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing the pinned requirements into .venv ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(UV)"
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	@# Compiled here once: Ray starts many processes, and where Python writes no bytecode each would compile for itself.
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 
