@@ -253,6 +253,13 @@ def ask(options: argparse.Namespace) -> None:
     reuse = time.perf_counter() - reuse
     facts = json.loads((Path(options.folder) / "quantization.json").read_text())["parts"]
     read = facts["language_model"]["bytes"] + facts["lm_head"]["bytes"] - 2 * VOCABULARY * WIDTH  # not the embedding
+    assistant.engine.decoder.cache.fill_(0)  # touches every page: the memory of full contexts
+    full = process.memory_info().rss
+    peak = peak_memory()
+    print(
+        f"resident with {options.batch} full contexts of {options.context} tokens: {full / 1e9:.2f} GB; "
+        f"peak since the start, loading included: {peak / 1e9:.2f} GB"
+    )
     bandwidth = read_bandwidth()
     token = float(np.median(gaps))
     print(
@@ -263,13 +270,6 @@ def ask(options: argparse.Namespace) -> None:
         f"decoding: {1 / token:.2f} tokens/s ({token * 1e3:.0f} ms each), {read / 1e9:.2f} GB of weights per token: "
         f"{read / token / 1e9:.1f} of {bandwidth / 1e9:.1f} GB/s, {read / bandwidth / token:.0%} of the limit",
         flush=True,
-    )
-    assistant.engine.decoder.cache.fill_(0)  # touches every page: the memory of full contexts
-    full = process.memory_info().rss
-    peak = peak_memory()
-    print(
-        f"resident with {options.batch} full contexts of {options.context} tokens: {full / 1e9:.2f} GB; "
-        f"peak since the start, loading included: {peak / 1e9:.2f} GB"
     )
     assistant.close()
 

@@ -1,4 +1,4 @@
-"""How a training step divides over workers: tokens per second, the share of the all-reduce, and more workers than cores.
+"""How a training step divides over workers: tokens per second, the all-reduce's share, more workers than cores.
 
     python benchmarks/scaling.py                     reduced size, CPU, cached features, 64 samples per step
     python benchmarks/scaling.py --workers 1 2 4
@@ -108,7 +108,7 @@ class Reduce:
 
 
 def by_run(arguments: argparse.Namespace, workers: int) -> Timing:
-    """Measured with all workers at work at once; the least waiting is the all-reduce, the rest waits for the slowest."""
+    """All workers at once; the shortest wait in the all-reduce is its own, longer ones are for the slowest worker."""
     ranks = together(workers, RunStep(arguments, workers))
     return Timing(max(step for step, _ in ranks), min(reduce for _, reduce in ranks) if workers > 1 else 0.0)
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -30,13 +32,15 @@ from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 from tinygptv.checkpoint import CheckpointError, verify_folder
 from tinygptv.config import TinyGPTVConfig
+from tinygptv.host_memory import returning_memory
 from tinygptv.lowbit_cpu import HalfEmbedding
 from tinygptv.model import TinyGPTVForConditionalGeneration
 from tinygptv.processing import TinyGPTVProcessor
 
 QUANTIZATION_FILE = "quantization.json"
 FORMAT_VERSION = 1
-SHARD_BYTES = 2**30
+SHARD_BYTES = 2**28
+"""Size of a file: loading has few of them mapped at a time, and their pages count as used memory."""
 
 EMBEDDING = "language_model.embed_tokens"
 
@@ -185,7 +189,7 @@ def _rounded(name: str, tensor: Tensor, formats: dict[str, str]) -> Tensor:
 def _in_memory(tensor: Tensor) -> Tensor:
     """A tensor with memory of its own on the CPU, as safetensors wants it."""
     tensor = tensor.detach().cpu().contiguous()
-    return tensor.clone() if tensor._base is not None else tensor
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
 
 def _shards(modules: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -262,9 +266,8 @@ def load_artifact(
     config = TinyGPTVConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = TinyGPTVForConditionalGeneration(config)
-    with ExitStack() as files:
-        tensors = _StoredTensors(folder, files)
-        _fill(model, tensors, formats, device)
+    with returning_memory() if device.type == "cpu" else nullcontext():
+        _fill(model, _StoredTensors(folder), formats, device)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     processor = TinyGPTVProcessor.from_pretrained(folder, local_files_only=True)
@@ -272,14 +275,17 @@ def load_artifact(
 
 
 class _StoredTensors:
-    """The tensors of an artifact's files, by module; read when they are asked for."""
+    """The tensors of an artifact's files, by module; read when they are asked for.
 
-    def __init__(self, folder: Path, files: ExitStack) -> None:
+    A file stays mapped until its last tensor is taken.
+    """
+
+    def __init__(self, folder: Path) -> None:
         self._modules: dict[str, dict[str, Any]] = {}
         self.folder = folder
         for path in sorted(folder.glob("model-*.safetensors")):
             try:
-                opened = files.enter_context(safe_open(path, framework="pt"))
+                opened = safe_open(path, framework="pt")
             except Exception as error:  # safetensors has an error type of its own for each kind of damage
                 raise CheckpointError(f"{path} is no complete safetensors file: {error}.") from error
             for name in opened.keys():  # noqa: SIM118
@@ -309,19 +315,27 @@ def _fill(
 ) -> None:
     """Give every module of a model on the meta device its weights, in place."""
     dtype = compute_dtype(device)
-    for name, module in list(model.named_modules()):
-        if is_packed(name, module, formats):
-            stored = tensors.take(name)
-            if not stored:
-                raise CheckpointError(f"{tensors.folder} lacks the weights of {name}: export the artifact again.")
-            model.set_submodule(name, _format_class(formats[name.partition(".")[0]]).restore(stored, device, dtype))
-            continue
-        is_embedding = name == EMBEDDING and device.type == "cpu"
-        owner = _halve_embedding(model, cast(nn.Embedding, module)) if is_embedding else module
-        for leaf, tensor in tensors.take(name).items():
-            is_full = tensor.dtype == torch.float32
-            target = torch.float32 if is_full else torch.float16 if is_embedding else dtype
-            setattr(owner, leaf, nn.Parameter(tensor.to(device, target), requires_grad=False))
+    modules = list(model.named_modules())
+
+    def restored(name: str) -> nn.Module:
+        stored = tensors.take(name)
+        if not stored:
+            raise CheckpointError(f"{tensors.folder} lacks the weights of {name}: export the artifact again.")
+        return _format_class(formats[name.partition(".")[0]]).restore(stored, device, dtype)
+
+    # Kernels for CPUs want weights in an order of their own, which one thread makes slowly.
+    with ThreadPoolExecutor(os.cpu_count() if device.type == "cpu" else 1) as pool:
+        layers = {name: pool.submit(restored, name) for name, module in modules if is_packed(name, module, formats)}
+        for name, module in modules:
+            if name in layers:
+                model.set_submodule(name, layers[name].result())
+                continue
+            is_embedding = name == EMBEDDING and device.type == "cpu"
+            owner = _halve_embedding(model, cast(nn.Embedding, module)) if is_embedding else module
+            for leaf, tensor in tensors.take(name).items():
+                is_full = tensor.dtype == torch.float32
+                target = torch.float32 if is_full else torch.float16 if is_embedding else dtype
+                setattr(owner, leaf, nn.Parameter(tensor.to(device, target), requires_grad=False))
     if tensors.left:
         raise CheckpointError(
             f"{tensors.folder} holds weights of {tensors.left[0]}, which its config.json does not have."

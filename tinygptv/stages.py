@@ -285,7 +285,7 @@ _MINI = (
         image_size=128,
         limits=TextLimits(128),
         draws_per_step=32,
-        schedule=Schedule("warmup_decay", 2e-3, 1e-4, 1e-4, 30, steps_per_epoch=100, epochs=6),
+        schedule=Schedule("warmup_decay", 2e-3, 1e-4, 1e-4, 30, steps_per_epoch=100, epochs=8),
         lora_rank=16,
         lora_dropout=0.0,
         max_grad_norm=1.0,
