@@ -213,7 +213,7 @@ def bench_system(options: argparse.Namespace) -> None:
 
         print(f"written in {_seconds(lambda: write_folder(folder, fill)):.0f} s", flush=True)
         child = [sys.executable, __file__, "ask", "--folder", str(folder)]
-        for name in ("threads", "batch", "image_size", "context"):
+        for name in ("threads", "batch", "image_size", "context", "kv_cache_dtype"):
             child += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
         subprocess.run(child, check=True)
 
@@ -234,7 +234,7 @@ def ask(options: argparse.Namespace) -> None:
     print(
         f"loaded in {seconds:.1f} s; resident {loaded / 1e9:.2f} GB, {before / 1e9:.2f} of them libraries", flush=True
     )
-    assistant = Assistant(model, processor, max_batch_size=options.batch, context_length=options.context)
+    assistant = Assistant(model, processor, max_batch_size=options.batch, context_length=options.context, kv_cache_dtype=options.kv_cache_dtype)
 
     def stream(seed: int, num_tokens: int) -> Iterator[tuple[float, int]]:
         """Seconds since the question, and tokens so far."""
@@ -283,6 +283,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=1, help="system: cache slots")
     parser.add_argument("--context", type=int, default=1024, help="system: tokens of each slot")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="system: of keys and values")
     parser.add_argument("--folder", help="ask: an artifact")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -299,6 +299,9 @@ class ServeSettings(Settings):
     max_queue: int = Field(64, ge=0, description="requests that may wait; more are refused with 429")
     context_length: int = Field(0, ge=0, description="tokens of prompt and answer; 0 is the model's, at most 2048")
     prefill_tokens: int = Field(128, ge=1, description="prompt tokens read per step while answers are being written")
+    kv_cache_dtype: Literal["auto", "bfloat16"] = Field(
+        "auto", description="keys and values; bfloat16 halves their memory on a CPU, and is slower in long contexts"
+    )
     max_tokens: int = Field(256, ge=1, description="answer length where a request names none")
     temperature: float = Field(0.0, ge=0, le=2, description="temperature where a request names none; 0 is greedy")
     stream_interval_ms: float = Field(25, ge=0, description="shortest time between two events of a stream")

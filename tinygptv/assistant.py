@@ -41,6 +41,7 @@ class Assistant:
         max_batch_size: int = 16,
         context_length: int = 0,
         prefill_tokens: int = 128,
+        kv_cache_dtype: str = "auto",
         kept_images: int = 256,
     ) -> None:
         """Start the engine and the image encoder.
@@ -51,6 +52,7 @@ class Assistant:
             max_batch_size: answers generated together.
             context_length: most tokens of prompt and answer; 0 takes the model's, at most 2,048.
             prefill_tokens: most prompt tokens read in a step while answers are being written.
+            kv_cache_dtype: ``auto``, or ``bfloat16`` for half the memory on a CPU.
             kept_images: images whose embeddings are kept for later turns.
         """
         self.model, self.processor = model, processor
@@ -61,6 +63,7 @@ class Assistant:
             max_batch_size=max_batch_size,
             context_length=context_length,
             prefill_tokens=prefill_tokens,
+            kv_cache_dtype=kv_cache_dtype,
             stop=(processor.end_symbol,),
         )
         self.loop = EngineLoop(self.engine)
@@ -68,7 +71,7 @@ class Assistant:
         self._special_tokens = tuple(processor.tokenizer.all_special_tokens)
 
     @classmethod
-    def load(cls, path: str | Path, **options: int) -> Assistant:
+    def load(cls, path: str | Path, **options: Any) -> Assistant:
         """Load a checkpoint or artifact folder; ``options`` are those of the constructor."""
         model, processor = load_for_inference(path)
         return cls(model, processor, **options)

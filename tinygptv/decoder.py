@@ -30,6 +30,9 @@ from tinygptv.model import TinyGPTVForConditionalGeneration
 
 attend = nn.functional.scaled_dot_product_attention
 
+CACHE_DTYPES = {"auto": None, "bfloat16": torch.bfloat16}
+"""How keys and values are kept: as the matrix products give them (float32 on a CPU), or in half of that."""
+
 
 @dataclass
 class Segment:
@@ -72,13 +75,20 @@ class StepPlan:
 class FlatDecoder:
     """The language model with its head, reading and writing a preallocated cache of keys and values."""
 
-    def __init__(self, model: TinyGPTVForConditionalGeneration, num_slots: int, cache_length: int) -> None:
+    def __init__(
+        self,
+        model: TinyGPTVForConditionalGeneration,
+        num_slots: int,
+        cache_length: int,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
         """Allocate the cache.
 
         Args:
             model: in evaluation mode.
             num_slots: sequences that the cache holds (G).
             cache_length: positions of each (L).
+            cache_dtype: of keys and values; None is that of the matrix products.
         """
         self.model = model
         self.num_slots, self.cache_length = num_slots, cache_length
@@ -87,7 +97,7 @@ class FlatDecoder:
         first = cast(PhiAttention, language.layers[0].self_attn)
         self.num_heads, self.head_dim = first.num_heads, first.head_dim
         self.device: torch.device = cast(Tensor, model.get_input_embeddings().weight).device
-        self.dtype = _matrix_dtype(model)
+        self.dtype = cache_dtype or _matrix_dtype(model)
         shape = (text.num_hidden_layers, 2, num_slots, self.num_heads, cache_length, self.head_dim)
         self.cache = _zeros(shape, self.dtype, self.device)
         self.flat_cache = self.cache.view(text.num_hidden_layers, 2, -1, self.head_dim)
@@ -164,13 +174,12 @@ class _Layer:
         qkv = attention.qkv_proj(matrix_input(normed, attention.qkv_proj)).view(self.shape)
         query = attention.q_layernorm(qkv[:, 0])
         key = attention.k_layernorm(qkv[:, 1])
-        dtype = qkv.dtype
-        query = torch.addcmul(query * cos, query.index_select(-1, self.swap), sin).to(dtype)
-        key = torch.addcmul(key * cos, key.index_select(-1, self.swap), sin).to(dtype)
+        query = torch.addcmul(query * cos, query.index_select(-1, self.swap), sin).to(self.keys.dtype)
+        key = torch.addcmul(key * cos, key.index_select(-1, self.swap), sin).to(self.keys.dtype)
         self.flat_keys.index_copy_(0, plan.cache_rows, key.flatten(0, 1))
-        self.flat_values.index_copy_(0, plan.cache_rows, qkv[:, 2].flatten(0, 1))
+        self.flat_values.index_copy_(0, plan.cache_rows, qkv[:, 2].flatten(0, 1).to(self.keys.dtype))
 
-        output = torch.cat([self._attend(query, segment, plan) for segment in plan.segments])
+        output = torch.cat([self._attend(query, segment, plan) for segment in plan.segments]).to(qkv.dtype)
         output = layer.attention_rmsnorm(attention.dense(matrix_input(output, attention.dense)))
         activated = self.activation(mlp.fc1(matrix_input(normed, mlp.fc1)))
         return output + mlp.fc2(activated) + hidden_states

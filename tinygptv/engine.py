@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tinygptv.decoder import FlatDecoder, Segment, StepPlan
+from tinygptv.decoder import CACHE_DTYPES, FlatDecoder, Segment, StepPlan
 from tinygptv.kv_slots import KVSlots
 from tinygptv.model import TinyGPTVForConditionalGeneration
 from tinygptv.sampling import Sampler, SamplingParams, TokenLogprobs
@@ -120,6 +120,7 @@ class Engine:
         max_batch_size: int = 16,
         context_length: int = 0,
         prefill_tokens: int = 128,
+        kv_cache_dtype: str = "auto",
         stop: tuple[str, ...] = (),
     ) -> None:
         """Allocate the cache.
@@ -130,20 +131,23 @@ class Engine:
             max_batch_size: answers generated together; also the number of cache slots.
             context_length: most tokens of prompt and answer; 0 takes the model's, at most 2,048.
             prefill_tokens: most prompt tokens of a step in which answers are waiting for their next token.
+            kv_cache_dtype: key of ``CACHE_DTYPES``.
             stop: strings that end every answer (the template's end symbol).
 
         Raises:
-            ValueError: ``context_length`` is more than the model's positions.
+            ValueError: ``context_length`` is more than the model's positions, or ``kv_cache_dtype`` is unknown.
         """
         positions = model.config.text_config.max_position_embeddings
         if context_length > positions:
             raise ValueError(f"context_length is {context_length}, but the model was built for {positions} positions.")
+        if kv_cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; choose one of {', '.join(CACHE_DTYPES)}.")
         self.context_length = context_length or min(positions, 2048)
         self.prefill_tokens = prefill_tokens
         self.stop = stop
         self.token_bytes = TokenBytes(tokenizer)
         self.end_ids = frozenset({tokenizer.eos_token_id, model.config.text_config.eos_token_id} - {None})
-        self.decoder = FlatDecoder(model, max_batch_size, self.context_length)
+        self.decoder = FlatDecoder(model, max_batch_size, self.context_length, CACHE_DTYPES[kv_cache_dtype])
         self.slots = KVSlots(max_batch_size, self.context_length)
         self.stats = EngineStats()
         self._waiting: deque[_Sequence] = deque()

@@ -99,6 +99,7 @@ class ModelBackend:
             max_batch_size=settings.max_batch_size,
             context_length=settings.context_length,
             prefill_tokens=settings.prefill_tokens,
+            kv_cache_dtype=settings.kv_cache_dtype,
             kept_images=settings.kept_images,
         )
         self.token_bytes = self.assistant.engine.token_bytes

@@ -91,6 +91,22 @@ def test_half_precision_runs_and_agrees_with_its_own_generate():
     assert run(engine)[0][key] == generate(model, [5, 9, 200], 4)
 
 
+def test_a_cache_of_half_the_memory_changes_logits_by_rounding_only():
+    model, prompt = make_model(), np.random.default_rng(0).integers(1, 390, 40)
+    logprobs = {}
+    for dtype in ("auto", "bfloat16"):
+        engine = Engine(model, make_tokenizer(), max_batch_size=2, prefill_tokens=16, kv_cache_dtype=dtype)
+        engine.add(request(model, prompt, max_tokens=2, logprobs=1))
+        logprobs[dtype] = []
+        while engine.has_work:
+            logprobs[dtype] += [entry.logprob for _, delta in engine.step() for entry in delta.logprobs]
+        assert engine.decoder.cache.dtype == {"auto": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    assert logprobs["auto"] != logprobs["bfloat16"]
+    assert logprobs["bfloat16"] == pytest.approx(logprobs["auto"], abs=0.1)
+    with pytest.raises(ValueError, match="kv_cache_dtype is 'int3'; choose one of auto, bfloat16"):
+        Engine(model, make_tokenizer(), kv_cache_dtype="int3")
+
+
 def test_a_long_prompt_does_not_stop_answers():
     model = make_model()
     engine = Engine(model, make_tokenizer(), max_batch_size=2, prefill_tokens=8)
