@@ -24,7 +24,7 @@ setup: .venv/.installed ## make .venv and install the pinned requirements
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 
-demo: setup ## draw, prepare, train four stages, score, quantize, serve, ask: the whole way, about twelve minutes
+demo: setup ## draw, prepare, train four stages, score, quantize, serve, ask: the whole way, about ten minutes
 	@$(BIN)/python jobs/demo.py --config $(CONFIG) output=outputs/demo
 
 serve: setup ## serve the model that the demo trained, or else the shipped one, until Ctrl-C
