@@ -234,7 +234,13 @@ def ask(options: argparse.Namespace) -> None:
     print(
         f"loaded in {seconds:.1f} s; resident {loaded / 1e9:.2f} GB, {before / 1e9:.2f} of them libraries", flush=True
     )
-    assistant = Assistant(model, processor, max_batch_size=options.batch, context_length=options.context, kv_cache_dtype=options.kv_cache_dtype)
+    assistant = Assistant(
+        model,
+        processor,
+        max_batch_size=options.batch,
+        context_length=options.context,
+        kv_cache_dtype=options.kv_cache_dtype,
+    )
 
     def stream(seed: int, num_tokens: int) -> Iterator[tuple[float, int]]:
         """Seconds since the question, and tokens so far."""
