@@ -58,7 +58,7 @@ format: setup ## rewrite files in the project's format
 
 lock: setup ## resolve requirements.lock anew from pyproject.toml
 	@$(BIN)/uv pip compile pyproject.toml --extra pipelines --extra dev --universal --python-version 3.11 \
-		--no-emit-index-url --no-header --quiet -o requirements.lock
+		--no-header --quiet -o requirements.lock
 
 clean: ## remove results and caches, not .venv
 	@rm -rf outputs .pytest_cache .ruff_cache .mypy_cache

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from cpu_decode import ALL_WEIGHTS, LAYERS, VOCABULARY, WIDTH, read_bandwidth
+from cpu_decode import ALL_WEIGHTS, LAYERS, SHAPES, VOCABULARY, WIDTH, read_bandwidth
 
 HEADS, ROTARY, CONTEXT = 32, 32, 2048
 BLOCK = 32
@@ -32,10 +32,8 @@ def layer_shapes() -> Iterator[tuple[str, int, int]]:
     yield "token_embd", VOCABULARY, WIDTH
     yield "output", VOCABULARY, WIDTH
     for layer in range(LAYERS):
-        yield f"blk.{layer}.attn_qkv", 3 * WIDTH, WIDTH
-        yield f"blk.{layer}.attn_output", WIDTH, WIDTH
-        yield f"blk.{layer}.ffn_up", 4 * WIDTH, WIDTH
-        yield f"blk.{layer}.ffn_down", WIDTH, 4 * WIDTH
+        for name, (rows, columns) in zip(("attn_qkv", "attn_output", "ffn_up", "ffn_down"), SHAPES, strict=True):
+            yield f"blk.{layer}.{name}", rows, columns
 
 
 def write_model(path: Path, kind: str) -> None:

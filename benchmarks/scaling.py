@@ -42,10 +42,9 @@ class Timing:
     reduce_s: float
 
 
-def shares(bench: Bench, arguments: argparse.Namespace, workers: int) -> list[list[LoadedSample]]:
-    """Samples of each worker: every ``workers``-th of the step, as training divides them."""
-    samples = cached(bench, make_samples(bench.model.config, arguments.batch, (20, 101), seed=1))
-    return [samples[rank::workers] for rank in range(workers)]
+def step_samples(bench: Bench, arguments: argparse.Namespace) -> list[LoadedSample]:
+    """The samples of a step; worker ``rank`` has every ``workers``-th of them, as training divides them."""
+    return make_samples(bench.model.config, arguments.batch, (20, 101), seed=1)
 
 
 def time_share(bench: Bench, share: list[LoadedSample], rounds: int) -> Timing:
@@ -85,7 +84,8 @@ class RunStep:
 
     def __call__(self, rank: int) -> list[float]:
         bench = build(self.arguments)
-        timing = time_share(bench, shares(bench, self.arguments, self.workers)[rank], self.arguments.rounds)
+        share = cached(bench, step_samples(bench, self.arguments)[rank :: self.workers])
+        timing = time_share(bench, share, self.arguments.rounds)
         return [timing.step_s, timing.reduce_s]
 
 
@@ -113,9 +113,9 @@ def by_run(arguments: argparse.Namespace, workers: int) -> Timing:
     return Timing(max(step for step, _ in ranks), min(reduce for _, reduce in ranks) if workers > 1 else 0.0)
 
 
-def by_parts(bench: Bench, arguments: argparse.Namespace, workers: int) -> Timing:
+def by_parts(bench: Bench, samples: list[LoadedSample], workers: int, rounds: int) -> Timing:
     """Put together from the slowest share, computed alone, and the all-reduce, timed alone."""
-    slowest = max(time_share(bench, share, arguments.rounds).step_s for share in shares(bench, arguments, workers))
+    slowest = max(time_share(bench, samples[rank::workers], rounds).step_s for rank in range(workers))
     reduce_s = 0.0
     if workers > 1:
         reduce_s = max(seconds for (seconds,) in together(workers, Reduce(bench.step.gradient.numel(), 9)))
@@ -128,21 +128,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="samples of a step, over all workers")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gradient-mb", type=float, default=180, help="a gradient to reduce besides: the paper's")
+    parser.set_defaults(device="cpu", size="reduced", image_size=224, encoder_layers=4, checkpointing=False)
     arguments = parser.parse_args()
-    for name, value in (("device", "cpu"), ("size", "reduced"), ("image_size", 224), ("encoder_layers", 4)):
-        setattr(arguments, name, value)
-    arguments.checkpointing = False
     torch.set_num_threads(1)
     watch = LoadWatch()
     bench = build(arguments)
-    tokens = sum(len(sample.encoded.input_ids) for sample in shares(bench, arguments, 1)[0])
+    samples = cached(bench, step_samples(bench, arguments))
+    tokens = sum(len(sample.encoded.input_ids) for sample in samples)
     lines = [
         "| workers | way | ms per step | samples/s | tokens/s | all-reduce | of ideal |",
         "|---|---|---|---|---|---|---|",
     ]
     ideal: dict[str, float] = {}
     for workers in arguments.workers:
-        timings = {"parts": by_parts(bench, arguments, workers)}
+        timings = {"parts": by_parts(bench, samples, workers, arguments.rounds)}
         if workers <= (os.cpu_count() or 1):
             timings = {"run": by_run(arguments, workers), **timings}
         for way, timing in timings.items():
