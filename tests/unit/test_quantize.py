@@ -88,6 +88,18 @@ def test_what_is_read_computes_what_was_written(artifacts, method, tmp_path):
     assert torch.equal(logits_of(first), logits_of(load_artifact(again)[0]))
 
 
+def test_weights_that_are_windows_on_one_buffer_are_written_apart(tmp_path):
+    model, numbers = make_model(), torch.randn(2**20)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            window = numbers[: parameter.numel()].view(parameter.shape)
+            setattr(module, name, torch.nn.Parameter(window, requires_grad=False))
+    write_folder(tmp_path / "artifact", lambda staging: write_artifact(staging, model, make_processor(), "cpu"))
+    loaded, _, _ = load_artifact(tmp_path / "artifact")
+    position = loaded.vision_encoder.vit.pos_embed
+    assert torch.equal(position, numbers[: position.numel()].view_as(position))
+
+
 @pytest.mark.parametrize("method", ["cpu", "nf4"])
 def test_adapters_can_be_kept(tmp_path, method):
     folder = make_artifact(tmp_path / "kept", method, lora=True)
