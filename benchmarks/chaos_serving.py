@@ -168,9 +168,9 @@ def right_answers(checkpoint: Path, questions: list[Question]) -> list[str]:
     """What the model says to each question, computed in this process."""
     import torch
 
-    from tinygptv.assistant import Assistant
-    from tinygptv.conversation import ChatMessage
-    from tinygptv.sampling import SamplingParams
+    from tinygptv.data.conversation import ChatMessage
+    from tinygptv.inference.assistant import Assistant
+    from tinygptv.inference.sampling import SamplingParams
 
     torch.set_num_threads(1)
     assistant = Assistant.load(checkpoint, max_batch_size=1, context_length=256)

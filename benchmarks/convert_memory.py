@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from tinygptv.config import EvaVisionConfig, TinyGPTVConfig
-from tinygptv.memory import build_on_meta
-from tinygptv.release_layouts import plain_key, release_key
+from tinygptv.convert.layouts import plain_key, release_key
+from tinygptv.training.memory_plan import build_on_meta
 
 ROLES = {
     "vision": ("vision_encoder.vit.", "eva_vit_g.pth"),

@@ -75,7 +75,7 @@ def _dense(dtype: torch.dtype) -> Callable[[Tensor], Product]:
 
 def _ours(name: str) -> Callable[[Tensor], Product]:
     def build(weight: Tensor) -> Product:
-        from tinygptv.quantize import _format_class
+        from tinygptv.quantization.artifact import _format_class
 
         kind = _format_class(name)
         return kind.restore(kind.pack(_linear(weight), "cpu"), "cpu", torch.float32)
@@ -89,7 +89,7 @@ def _dynamic(weight: Tensor) -> Product:
 
 
 def _int8pack(weight: Tensor) -> Product:
-    from tinygptv.lowbit_cpu import round_rows
+    from tinygptv.quantization.linear_cpu import round_rows
 
     numbers, scale = round_rows(weight)
     scale = scale.bfloat16()
@@ -199,8 +199,8 @@ def random_model(image_size: int) -> TinyGPTVForConditionalGeneration:
 
 
 def bench_system(options: argparse.Namespace) -> None:
-    from tinygptv.checkpoint import write_folder
-    from tinygptv.quantize import write_artifact
+    from tinygptv.checkpoint.checkpoint import write_folder
+    from tinygptv.quantization.artifact import write_artifact
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "artifact"
@@ -220,10 +220,10 @@ def bench_system(options: argparse.Namespace) -> None:
 
 def ask(options: argparse.Namespace) -> None:
     """Load an artifact and measure it; runs in a process of its own, whose memory is counted."""
-    from tinygptv.assistant import Assistant
-    from tinygptv.conversation import ChatMessage
-    from tinygptv.loading import load_for_inference
-    from tinygptv.sampling import SamplingParams
+    from tinygptv.data.conversation import ChatMessage
+    from tinygptv.inference.assistant import Assistant
+    from tinygptv.inference.loading import load_for_inference
+    from tinygptv.inference.sampling import SamplingParams
 
     process = psutil.Process()
     before = process.memory_info().rss

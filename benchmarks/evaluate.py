@@ -28,7 +28,7 @@ from serving_common import make_checkpoint
 
 from pipelines.answer_units import AnswerOptions, Unit, UnitAnswerer
 from pipelines.benchmarks import BENCHMARKS, Question
-from tinygptv.loading import load_for_inference
+from tinygptv.inference.loading import load_for_inference
 from tinygptv.miniature.backbones import shipped_model
 from tinygptv.miniature.writers import write_world
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipelines.score_page import drawn_case, truth_text
 from pipelines.scoring import PREDICTIONS
-from tinygptv.prompts import IMAGE_PLACEHOLDER
+from tinygptv.data.prompts import IMAGE_PLACEHOLDER
 
 SIDE = 220
 """Longer side of a picture in pixels."""

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from tinygptv.collate import MicroBatch
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.convert import rebuild_buffers
-from tinygptv.memory import (
+from tinygptv.convert.load import rebuild_buffers
+from tinygptv.data.collate import MicroBatch
+from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
+from tinygptv.training.memory_plan import (
     CUDA_CONTEXT_BYTES,
     GIB,
     MemoryPlan,
@@ -34,10 +35,9 @@ from tinygptv.memory import (
     inference_memory,
     parse_bytes,
 )
-from tinygptv.model import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
-from tinygptv.optim import build_optimizer
-from tinygptv.stages import RECIPES, Stage, set_trainable
-from tinygptv.train_step import TrainStep
+from tinygptv.training.optim import build_optimizer
+from tinygptv.training.stages import RECIPES, Stage, set_trainable
+from tinygptv.training.train_step import TrainStep
 
 FORMATS = {
     "bf16": {"language_model": "bf16"},
@@ -151,7 +151,7 @@ def low_bit(model: TinyGPTVForConditionalGeneration, form: str, device: str) -> 
     """Round the language model's linear layers, one at a time."""
     if form == "bf16":
         return
-    from tinygptv.lowbit_bnb import LLMInt8Linear, NF4Linear
+    from tinygptv.quantization.linear_bnb import LLMInt8Linear, NF4Linear
 
     kind = NF4Linear if form == "nf4" else LLMInt8Linear
     for name, module in list(model.language_model.named_modules()):

@@ -26,8 +26,8 @@ from photo_tars import SIZE, make_pictures
 from PIL import Image
 
 from pipelines.shards import MANIFEST, Manifest, ShardSet, ShardWriter, record_batch
-from tinygptv.images import open_image, resize_pixels
-from tinygptv.sample import SampleRow, Turn
+from tinygptv.data.images import open_image, resize_pixels
+from tinygptv.data.sample import SampleRow, Turn
 
 SIDE, BATCH = 224, 64
 Images = Callable[[int], Iterator[bytes]]

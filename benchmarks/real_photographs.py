@@ -27,7 +27,7 @@ from pipelines.evaluate import evaluate
 from pipelines.ingest import ingest
 from pipelines.scoring import score_table
 from pipelines.settings import PrepareDataSettings, ScoreSettings
-from tinygptv.metrics import exact_match, rouge_l, vqa_accuracy
+from tinygptv.metrics.metrics import exact_match, rouge_l, vqa_accuracy
 from tinygptv.miniature.backbones import shipped_model
 
 Entry = dict[str, Any]

@@ -31,7 +31,7 @@ import torch.multiprocessing as mp
 from note import LoadWatch, versions, write_note
 from train_step import Bench, build, cached, make_samples
 
-from tinygptv.collate import LoadedSample, collate
+from tinygptv.data.collate import LoadedSample, collate
 
 
 @dataclass(frozen=True)

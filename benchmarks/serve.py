@@ -31,11 +31,11 @@ import torch
 from serving_common import Question, make_checkpoint, make_questions, percentile
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from tinygptv.assistant import Assistant
-from tinygptv.conversation import ChatImage, ChatMessage, encode_conversation
-from tinygptv.images import normalise_pixels
-from tinygptv.loading import load_for_inference
-from tinygptv.sampling import SamplingParams
+from tinygptv.data.conversation import ChatImage, ChatMessage, encode_conversation
+from tinygptv.data.images import normalise_pixels
+from tinygptv.inference.assistant import Assistant
+from tinygptv.inference.loading import load_for_inference
+from tinygptv.inference.sampling import SamplingParams
 
 MAX_BATCH = 16
 

@@ -33,13 +33,13 @@ from note import LoadWatch, peak_memory, versions, write_note
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tinygptv.collate import LoadedSample, MicroBatch, collate
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.images import IMAGE_MEAN, IMAGE_STD
-from tinygptv.model import TinyGPTVForConditionalGeneration
-from tinygptv.sample import IGNORE_INDEX, EncodedSample
-from tinygptv.stages import set_trainable
-from tinygptv.train_step import TrainStep
+from tinygptv.data.collate import LoadedSample, MicroBatch, collate
+from tinygptv.data.images import IMAGE_MEAN, IMAGE_STD
+from tinygptv.data.sample import IGNORE_INDEX, EncodedSample
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.training.stages import set_trainable
+from tinygptv.training.train_step import TrainStep
 
 PROMPT_TOKENS = 3
 VARIANTS = (

@@ -15,7 +15,7 @@ from pipelines.evaluate import evaluate
 from pipelines.settings import AblateSettings, ScoreSettings, TrainSettings
 from pipelines.tracking import Tracker, open_tracker
 from pipelines.train import apply_stage_settings, run_stage
-from tinygptv.stages import Stage, get_stage
+from tinygptv.training.stages import Stage, get_stage
 
 logger = logging.getLogger(__name__)
 

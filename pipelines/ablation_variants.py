@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from pipelines.settings import SettingsError
-from tinygptv.checkpoint import CheckpointError, read_stage, save_checkpoint, verify_folder
+from tinygptv.checkpoint.checkpoint import CheckpointError, read_stage, save_checkpoint, verify_folder
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.stages import Stage
+from tinygptv.training.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ def write_start(variant: Variant, init_from: str, folder: Path) -> Path:
             return folder
     except CheckpointError:
         pass  # missing or incomplete: it is written below
-    from tinygptv.model import TinyGPTVForConditionalGeneration
-    from tinygptv.processing import TinyGPTVProcessor
+    from tinygptv.data.processing import TinyGPTVProcessor
+    from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
     config = change_config(TinyGPTVConfig.from_pretrained(init_from), variant.config)
     model = TinyGPTVForConditionalGeneration.from_pretrained(init_from, config=config, local_files_only=True)

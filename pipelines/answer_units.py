@@ -17,10 +17,10 @@ from torch import Tensor
 
 from pipelines.benchmarks.base import Question
 from pipelines.scoring import Row
-from tinygptv.answering import Answerer, Prompt
-from tinygptv.images import open_image
-from tinygptv.loading import load_for_inference
-from tinygptv.prompts import escape_markers
+from tinygptv.data.images import open_image
+from tinygptv.data.prompts import escape_markers
+from tinygptv.inference.batch import Answerer, Prompt
+from tinygptv.inference.loading import load_for_inference
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from PIL import ExifTags, Image
 
 from pipelines.settings import PrepareDataSettings
 from pipelines.sources.base import LeftOut, Malformed
-from tinygptv.images import FORMATS, open_image
-from tinygptv.prompts import INSTRUCTIONS, escape_markers
-from tinygptv.sample import SampleRow, Turn
+from tinygptv.data.images import FORMATS, open_image
+from tinygptv.data.prompts import INSTRUCTIONS, escape_markers
+from tinygptv.data.sample import SampleRow, Turn
 
 HASH_SIDE = 32
 """Side in pixels of the grey picture that the perceptual hash looks at."""
@@ -56,7 +56,7 @@ def check_image(data: bytes, settings: PrepareDataSettings) -> CheckedImage:
     """Check, turn upright, convert and shrink an image.
 
     Args:
-        data: an encoded image of any format that ``tinygptv.images`` knows.
+        data: an encoded image of any format that ``tinygptv.data.images`` knows.
         settings: size bounds and JPEG quality.
 
     Raises:

@@ -27,7 +27,7 @@ from pipelines.settings import (
     ServeSettings,
     TrainSettings,
 )
-from tinygptv.stages import RECIPES
+from tinygptv.training.stages import RECIPES
 
 
 @dataclass
@@ -243,7 +243,7 @@ def ask(address: str, picture: Path, text: str) -> str:
 def _draw_answer(picture: Path, phrase: str, answer: str, target: Path) -> Path:
     from PIL import Image
 
-    from tinygptv.drawing import draw_boxes
+    from tinygptv.data.drawing import draw_boxes
 
     image = Image.open(picture).convert("RGB")
     scale = max(1, 512 // max(image.size))

@@ -25,9 +25,9 @@ from pipelines.tracking import NullTracker, open_tracker, register_model
 if TYPE_CHECKING:
     import torch
 
-    from tinygptv.drift import Drift, HeldOut
-    from tinygptv.model import TinyGPTVForConditionalGeneration
-    from tinygptv.sample import SampleRow
+    from tinygptv.data.sample import SampleRow
+    from tinygptv.inference.drift import Drift, HeldOut
+    from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def export(settings: QuantizeSettings) -> dict[str, Any]:
 
 def _free_folder(settings: QuantizeSettings) -> Path:
     """The artifact's folder: missing, empty, or an earlier artifact that may be replaced."""
-    from tinygptv.quantize import is_artifact
+    from tinygptv.quantization.artifact import is_artifact
 
     folder = Path(settings.output or f"outputs/{settings.recipe}/artifact").expanduser().absolute()
     if folder.exists() and not (folder.is_dir() and (is_artifact(folder) or not any(folder.iterdir()))):
@@ -98,9 +98,9 @@ def _write(
     """Measure the full model, write the artifact, measure that, accept or refuse it; returns ``quantization.json``."""
     from torch import nn
 
-    from tinygptv.checkpoint import load_checkpoint, write_folder
-    from tinygptv.drift import compare, measure
-    from tinygptv.quantize import METHODS, bits_per_weight, load_artifact, write_artifact, write_facts
+    from tinygptv.checkpoint.checkpoint import load_checkpoint, write_folder
+    from tinygptv.inference.drift import compare, measure
+    from tinygptv.quantization.artifact import METHODS, bits_per_weight, load_artifact, write_artifact, write_facts
 
     if settings.method not in METHODS:
         raise SettingsError(f"method={settings.method!r} is unknown; there are: {', '.join(METHODS)}.")
@@ -138,7 +138,7 @@ def _device(settings: QuantizeSettings) -> torch.device:
     """bitsandbytes' formats are rounded and measured on the GPU where there is one."""
     import torch
 
-    from tinygptv.quantize import CPU_FORMATS, METHODS
+    from tinygptv.quantization.artifact import CPU_FORMATS, METHODS
 
     for_cpu = any(name in CPU_FORMATS for name in vars(METHODS[settings.method]).values())
     return torch.device("cpu" if for_cpu or not torch.cuda.is_available() else "cuda")
@@ -181,7 +181,7 @@ def held_out_rows(settings: QuantizeSettings) -> tuple[list[SampleRow], str]:
         ShardError: a shard set is damaged.
     """
     if not settings.data:
-        from tinygptv.drift import drawn_rows
+        from tinygptv.inference.drift import drawn_rows
 
         return drawn_rows(settings.drift_samples, settings.seed), "drawn scenes of the miniature, split test"
     sets = [shards for place in _shard_sets(settings.data) if len(shards := ShardSet.open(place))]

@@ -29,7 +29,7 @@ from pipelines.progress import Bar
 from pipelines.settings import CacheFeaturesSettings, SettingsError
 from pipelines.shards import MANIFEST as SHARD_MANIFEST
 from pipelines.shards import ShardSet
-from tinygptv.checkpoint import verify_folder
+from tinygptv.checkpoint.checkpoint import verify_folder
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class FeatureError(ValueError):
 
 def encoder_hash(checkpoint: str | Path) -> str:
     """Hash of a checkpoint's frozen encoder, the same for every dtype that holds the values exactly."""
-    from tinygptv.weight_files import open_weights
+    from tinygptv.checkpoint.weight_files import open_weights
 
     digest = hashlib.sha256()
     tensors = open_weights(checkpoint)
@@ -193,7 +193,7 @@ class FeatureWriter:
     def __init__(self, checkpoint: str, image_size: int, batch_size: int, threads: int = 0) -> None:
         import torch
 
-        from tinygptv.checkpoint import load_checkpoint
+        from tinygptv.checkpoint.checkpoint import load_checkpoint
 
         if threads:
             torch.set_num_threads(threads)
@@ -253,14 +253,14 @@ class FeatureWriter:
             self.known.popitem(last=False)
 
     def _pixels(self, image: bytes) -> np.ndarray:
-        from tinygptv.images import open_image, resize_pixels
+        from tinygptv.data.images import open_image, resize_pixels
 
         return resize_pixels(open_image(image), self.image_size)
 
     def _encode(self, pixels: np.ndarray) -> np.ndarray:
         import torch
 
-        from tinygptv.images import normalise_pixels
+        from tinygptv.data.images import normalise_pixels
 
         with torch.inference_mode():
             pixel_values = torch.from_numpy(normalise_pixels(pixels)).to(self.model.device)

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinygptv.collate import MicroBatch
-from tinygptv.train_step import StepResult, TrainStep
+from tinygptv.data.collate import MicroBatch
+from tinygptv.training.train_step import StepResult, TrainStep
 
 _MEMORY = 0.05
 """Weight of the newest loss in the running mean and deviation: about the last 20 steps count."""

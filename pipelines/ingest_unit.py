@@ -25,7 +25,7 @@ from pipelines.settings import PrepareDataSettings
 from pipelines.shards import BATCH_ROWS, ShardInfo, ShardWriter, record_batch
 from pipelines.sources import SOURCES
 from pipelines.sources.base import LeftOut, Malformed, Rejected, Unit
-from tinygptv.sample import SampleRow
+from tinygptv.data.sample import SampleRow
 
 STAGING_VERSION = 2
 """Part of every fingerprint: raise it when what a unit writes changes."""

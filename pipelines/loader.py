@@ -1,7 +1,7 @@
 """Loader: mixture plan -> ready batches for one training worker, made ahead by Ray Data, in an order that never varies.
 
-The order is the mixture's (``tinygptv.mixture``): a pure function of the seed and the step. Ray Data only spreads the
-work; a loader process that dies is replaced by Ray and makes the same batches again.
+The order is the mixture's (``tinygptv.data.mixture``): a pure function of the seed and the step. Ray Data only spreads
+the work; a loader process that dies is replaced by Ray and makes the same batches again.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 
 from pipelines.cluster import quiet_ray_data
 from pipelines.shards import ShardSet
-from tinygptv.collate import LoadedSample, MicroBatch, collate
-from tinygptv.images import open_image, resize_pixels
-from tinygptv.mixture import Mixture, MixtureSource, SampleRef
-from tinygptv.sample import SampleEncoder, chooser, render_sample
-from tinygptv.stages import Stage
+from tinygptv.data.collate import LoadedSample, MicroBatch, collate
+from tinygptv.data.images import open_image, resize_pixels
+from tinygptv.data.mixture import Mixture, MixtureSource, SampleRef
+from tinygptv.data.sample import SampleEncoder, chooser, render_sample
+from tinygptv.training.stages import Stage
 
 CHUNK_STEPS = 4
 """Steps that one loader task makes: fewer tasks, less scheduling."""
@@ -115,7 +115,7 @@ class BatchMaker:
     """Makes the batches of a plan, any step in any order; holds open shards and a tokenizer."""
 
     def __init__(self, plan: LoadPlan) -> None:
-        from tinygptv.processing import load_tokenizer
+        from tinygptv.data.processing import load_tokenizer
 
         self.plan = plan
         self.shards = open_shards(plan.data, plan.stage)

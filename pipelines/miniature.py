@@ -181,8 +181,8 @@ def _pretrain(
 
 
 def _tokenizer(folder: Path, seed: int, vocab_size: int) -> PreTrainedTokenizerBase:
+    from tinygptv.data.processing import load_tokenizer
     from tinygptv.miniature.pretrain_language import train_tokenizer
-    from tinygptv.processing import load_tokenizer
 
     if not (folder / "tokenizer.json").is_file():
         train_tokenizer(seed, vocab_size).save_pretrained(folder)

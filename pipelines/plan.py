@@ -7,9 +7,9 @@ from typing import Any
 
 from pipelines.settings import PlanMemorySettings
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.memory import GIB, MemoryPlan, TrainingMemory, inference_memory, parse_bytes
-from tinygptv.quantize import METHODS
-from tinygptv.stages import RECIPES, Stage, get_stage
+from tinygptv.quantization.artifact import METHODS
+from tinygptv.training.memory_plan import GIB, MemoryPlan, TrainingMemory, inference_memory, parse_bytes
+from tinygptv.training.stages import RECIPES, Stage, get_stage
 
 INFERENCE_FORMATS: dict[str, dict[str, str]] = {
     "bf16": dict.fromkeys(("vision_encoder", "qformer", "language_model", "lm_head"), "bf16") | {"projector": "full"},

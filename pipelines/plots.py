@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from tinygptv.stages import Stage
+from tinygptv.training.stages import Stage
 
 PAPER_LOSSES = {1: (7.152, 2.620), 2: (2.726, 2.343), 3: (1.992, 1.125), 4: (2.720, 1.399)}
 """Start and end loss of each stage as the paper reports them (section 4.2)."""

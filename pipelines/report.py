@@ -22,8 +22,8 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.shards import Manifest, ShardSet
 from pipelines.sources.base import Rejected
-from tinygptv.images import open_image
-from tinygptv.sample import SampleRow
+from tinygptv.data.images import open_image
+from tinygptv.data.sample import SampleRow
 
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"

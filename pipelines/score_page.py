@@ -17,9 +17,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from tinygptv.boxes import parse_answer_box, parse_boxes, to_pixels
-from tinygptv.drawing import draw_boxes
-from tinygptv.images import open_image
+from tinygptv.data.boxes import parse_answer_box, parse_boxes, to_pixels
+from tinygptv.data.drawing import draw_boxes
+from tinygptv.data.images import open_image
 
 TRUE_COLOUR, PREDICTED_COLOUR = (38, 166, 91), (230, 57, 70)
 _SIDE = 320

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipelines.benchmarks.base import MAIN_SPLIT, Benchmark, Outcome, Question
 from pipelines.settings import SettingsError
-from tinygptv.intervals import Interval, bootstrap, paired_difference
+from tinygptv.metrics.intervals import Interval, bootstrap, paired_difference
 
 PREDICTIONS = "predictions.jsonl"
 VIEWS = ("answer", "blind", "shuffled")

@@ -1,4 +1,4 @@
-"""Settings of a job: where and how large. The science of the stages is in ``tinygptv.stages``.
+"""Settings of a job: where and how large. The science of the stages is in ``tinygptv.training.stages``.
 
 A configuration file has common keys at the top and one section per job; command-line ``key=value`` pairs override both.
 Unknown keys are errors. Every field is documented by its description, and ``--help`` prints them.
@@ -34,7 +34,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
     section: ClassVar[str] = ""
 
-    recipe: str = Field("mini", description="paper, released or mini: which stages (tinygptv.stages)")
+    recipe: str = Field("mini", description="paper, released or mini: which stages (tinygptv.training.stages)")
     seed: int = Field(0, ge=0, description="everything random follows from it")
     output: str = Field("", description="folder (or URI, where the job says so) for the results")
     tracking_uri: str = Field("", description="MLflow tracking URI; empty is sqlite:///<root>/mlflow.db; 'none' is off")
@@ -116,7 +116,7 @@ class PrepareDataSettings(Settings):
     input: str = Field("", description="tar glob, annotation file or folder, local or any pyarrow / fsspec URI")
     images: str = Field("", description="image folder, for sources whose annotations lie elsewhere")
     name: str = Field("", description="name of own data in the rows; empty is the source's")
-    task: str = Field("", description="task of own data that names none (key of tinygptv.prompts.INSTRUCTIONS)")
+    task: str = Field("", description="task of own data that names none (key of tinygptv.data.prompts.INSTRUCTIONS)")
     image_size: int = Field(448, ge=14, description="shrink images whose shorter side is larger than this, in pixels")
     jpeg_quality: int = Field(90, ge=1, le=100, description="quality of images that had to be encoded anew")
     shard_rows: int = Field(10_000, ge=1, description="most rows of an Arrow shard")

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.shard_cache import ShardCache
-from tinygptv.sample import SampleRow
+from tinygptv.data.sample import SampleRow
 
 FORMAT = "tinygptv-shards"
 VERSION = 1
@@ -49,7 +49,7 @@ SCHEMA = pa.schema(
     ],
     metadata={"format": FORMAT, "version": str(VERSION)},
 )
-"""Columns of every shard; their meaning stands at ``tinygptv.sample.SampleRow``."""
+"""Columns of every shard; their meaning stands at ``tinygptv.data.sample.SampleRow``."""
 
 _OPEN_SHARDS = 128
 
@@ -280,7 +280,7 @@ class ShardSet:
 
     @property
     def shard_rows(self) -> tuple[int, ...]:
-        """Rows of each shard, in row order; what ``tinygptv.mixture.MixtureSource`` asks for."""
+        """Rows of each shard, in row order; what ``tinygptv.data.mixture.MixtureSource`` asks for."""
         return tuple(shard.rows for shard in self.manifest.shards)
 
     def row(self, index: int) -> SampleRow:

@@ -12,8 +12,8 @@ import torch
 from pipelines.loader import open_shards
 from pipelines.settings import TrainSettings
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.memory import GIB, PARTS, TrainingMemory, build_on_meta
-from tinygptv.stages import Stage, set_trainable
+from tinygptv.training.memory_plan import GIB, PARTS, TrainingMemory, build_on_meta
+from tinygptv.training.stages import Stage, set_trainable
 
 
 def describe_stage(settings: TrainSettings, stage: Stage) -> str:

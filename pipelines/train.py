@@ -27,9 +27,9 @@ from pipelines.tracking import Tracker, absolute_uri, open_tracker
 from pipelines.train_entry import WORKER_RESULT, train_worker
 from pipelines.train_loop import TrainJob, train_loop
 from pipelines.train_state import RECORD_FILE, download_folder
-from tinygptv.checkpoint import MANIFEST, CheckpointError, read_stage, verify_folder
+from tinygptv.checkpoint.checkpoint import MANIFEST, CheckpointError, read_stage, verify_folder
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.stages import Stage, StageSource, get_stage
+from tinygptv.training.stages import Stage, StageSource, get_stage
 
 logger = logging.getLogger(__name__)
 

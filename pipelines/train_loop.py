@@ -22,11 +22,11 @@ from pipelines.loader import BatchMaker, LoadPlan, StepBatch, iterate_steps
 from pipelines.settings import TrainSettings
 from pipelines.train_report import Reporter
 from pipelines.train_state import RECORD_FILE, StateStore, collect_state, restore_state, upload_folder
-from tinygptv.checkpoint import load_checkpoint, save_checkpoint
-from tinygptv.optim import build_optimizer
-from tinygptv.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
-from tinygptv.stages import Stage, set_trainable
-from tinygptv.train_step import PRECISIONS, StepResult, TrainStep
+from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from tinygptv.data.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
+from tinygptv.training.optim import build_optimizer
+from tinygptv.training.stages import Stage, set_trainable
+from tinygptv.training.train_step import PRECISIONS, StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from pipelines.progress import PROGRESS_FILE, StepProgress
 from pipelines.tracking import NullTracker, Tracker, open_tracker
 from pipelines.train_samples import SamplePredictor
 from pipelines.train_state import RECORD_FILE, StepRecord
-from tinygptv.model import TinyGPTVForConditionalGeneration
-from tinygptv.train_step import StepResult
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.training.train_step import StepResult
 
 if TYPE_CHECKING:
     from pipelines.train_loop import TrainJob

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from pipelines.loader import BatchMaker
-from tinygptv.images import normalise_pixels, open_image, resize_pixels
-from tinygptv.mixture import SampleRef
-from tinygptv.model import TinyGPTVForConditionalGeneration
-from tinygptv.sample import IGNORE_INDEX, chooser, render_sample
+from tinygptv.data.images import normalise_pixels, open_image, resize_pixels
+from tinygptv.data.mixture import SampleRef
+from tinygptv.data.sample import IGNORE_INDEX, chooser, render_sample
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
 MOST_SAMPLES = 4
 _NEW_TOKENS = 48

@@ -1,6 +1,6 @@
 """Where a stage stands: the checkpoints taken while it runs, the per-step record, and the run's identity.
 
-<storage>/states/step-00000500/   training state: what trains, optimizer, position (tinygptv.checkpoint)
+<storage>/states/step-00000500/   training state: what trains, optimizer, position (tinygptv.checkpoint.checkpoint)
 <storage>/checkpoint/             the whole model, at the end of the stage
 <output>/metrics.jsonl            one line per step; cut back to the state's step when a run goes on
 <output>/run.json                 the tracker's run, so that a resumed stage continues the same one
@@ -23,8 +23,8 @@ import pyarrow.fs as pafs
 import torch
 
 from pipelines import storage
-from tinygptv.checkpoint import MANIFEST, CheckpointError, load_training_state, save_training_state
-from tinygptv.train_step import TrainStep
+from tinygptv.checkpoint.checkpoint import MANIFEST, CheckpointError, load_training_state, save_training_state
+from tinygptv.training.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 

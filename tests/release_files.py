@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.tiny import tiny_tokenizer
-from tinygptv.release_layouts import interleave_heads, release_key, split_phi_tensors
+from tinygptv.convert.layouts import interleave_heads, release_key, split_phi_tensors
 
 
 def write_release(folder, plain, heads=4):

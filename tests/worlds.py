@@ -12,12 +12,12 @@ from pipelines import storage
 from pipelines.settings import TrainSettings
 from pipelines.shards import MANIFEST, Manifest, ShardWriter, record_batch
 from tests.tiny import tiny_config, tiny_tokenizer
-from tinygptv.checkpoint import save_checkpoint
+from tinygptv.checkpoint.checkpoint import save_checkpoint
+from tinygptv.data.processing import TinyGPTVProcessor
+from tinygptv.data.sample import SampleRow, Turn
 from tinygptv.miniature.draw import encode_jpeg
 from tinygptv.miniature.scenes import make_scene
-from tinygptv.model import TinyGPTVForConditionalGeneration
-from tinygptv.processing import TinyGPTVProcessor
-from tinygptv.sample import SampleRow, Turn
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
 STAGE = {
     "sources": {"pairs": {"weight": 2, "batch_size": 4}, "questions": {"weight": 1, "batch_size": 3}},

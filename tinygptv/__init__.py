@@ -20,8 +20,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from tinygptv.config import TinyGPTVConfig
-    from tinygptv.model import TinyGPTVForConditionalGeneration
-    from tinygptv.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
+    from tinygptv.data.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
+    from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
 __all__ = [
     "TinyGPTVConfig",
@@ -34,9 +34,9 @@ __all__ = [
 # must stay importable without them, so the heavy names load on first use.
 _HOME = {
     "TinyGPTVConfig": "tinygptv.config",
-    "TinyGPTVForConditionalGeneration": "tinygptv.model",
-    "TinyGPTVImageProcessor": "tinygptv.processing",
-    "TinyGPTVProcessor": "tinygptv.processing",
+    "TinyGPTVForConditionalGeneration": "tinygptv.model.tinygptv",
+    "TinyGPTVImageProcessor": "tinygptv.data.processing",
+    "TinyGPTVProcessor": "tinygptv.data.processing",
 }
 
 

@@ -16,32 +16,33 @@ from types import ModuleType
 from typing import Any
 
 _AUTO = "transformers.models.auto."
+_CONFIG = "tinygptv.config"
 
 
 class _OnFirstUse(type):
     """Metaclass of a stand-in for a class: whatever is asked of it is asked of the real class."""
 
     def __getattr__(cls, name: str) -> Any:
-        module = importlib.import_module("tinygptv.model")
+        module = importlib.import_module("tinygptv.model.tinygptv")
         return getattr(module.TinyGPTVForConditionalGeneration, name)
 
 
 def _register_config() -> None:
-    importlib.import_module("tinygptv.config")
+    importlib.import_module(_CONFIG)
 
 
 def _register_model() -> None:
     auto = sys.modules[_AUTO + "modeling_auto"]
-    config = getattr(importlib.import_module("tinygptv.config"), "TinyGPTVConfig", None)
-    if config is None or config in auto.AutoModelForImageTextToText._model_mapping:
-        return  # half imported, it comes back here at its end; or registered already
+    config = importlib.import_module(_CONFIG).TinyGPTVConfig
+    if config in auto.AutoModelForImageTextToText._model_mapping:
+        return
     stand_in = _OnFirstUse("TinyGPTVForConditionalGeneration", (), {"config_class": config, "__module__": __name__})
     for auto_class in (auto.AutoModel, auto.AutoModelForCausalLM, auto.AutoModelForImageTextToText):
         auto_class.register(config, stand_in)
 
 
 def _register_processors() -> None:
-    importlib.import_module("tinygptv.processing")
+    importlib.import_module("tinygptv.data.processing")
 
 
 _REGISTER: dict[str, Callable[[], None]] = {
@@ -53,7 +54,8 @@ _REGISTER: dict[str, Callable[[], None]] = {
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds nothing itself; registers once transformers' Auto modules have been executed, all that were under way."""
+    """Finds nothing itself; registers once transformers' Auto modules, and our configuration, which imports some of
+    them, have been executed: all that were under way."""
 
     def __init__(self) -> None:
         self.under_way = 0
@@ -61,7 +63,7 @@ class _AfterImport(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _REGISTER:
+        if fullname != _CONFIG and fullname not in _REGISTER:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)

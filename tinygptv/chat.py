@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinygptv.assistant import Assistant
-from tinygptv.boxes import parse_boxes, to_pixels
-from tinygptv.conversation import TASKS, ChatImage, ChatMessage, task_instruction
-from tinygptv.drawing import draw_boxes
-from tinygptv.images import open_image
-from tinygptv.loading import load_for_inference
+from tinygptv.data.boxes import parse_boxes, to_pixels
+from tinygptv.data.conversation import TASKS, ChatImage, ChatMessage, task_instruction
+from tinygptv.data.drawing import draw_boxes
+from tinygptv.data.images import open_image
+from tinygptv.inference.assistant import Assistant
+from tinygptv.inference.loading import load_for_inference
+from tinygptv.inference.sampling import SamplingParams
 from tinygptv.miniature.backbones import shipped_model
-from tinygptv.sampling import SamplingParams
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 

@@ -11,8 +11,6 @@ from typing import Any
 from transformers import AutoConfig, Blip2QFormerConfig, PhiConfig
 from transformers.configuration_utils import PretrainedConfig
 
-from tinygptv.auto_classes import register_with_imported
-
 LORA_TARGETS = ("qkv_proj", "dense")
 """Linear layers of each language layer that carry a LoRA adapter: the fused q/k/v projection and the output one."""
 
@@ -195,4 +193,3 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 AutoConfig.register("tinygptv", TinyGPTVConfig)
 AutoConfig.register("tinygptv_vision", EvaVisionConfig)
 AutoConfig.register("tinygptv_text", TinyGPTVTextConfig)
-register_with_imported()

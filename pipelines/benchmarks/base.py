@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygptv.sample import Exchange
+from tinygptv.data.sample import Exchange
 
 MAIN_SPLIT = "test"
 """The split whose questions make a benchmark's value; a benchmark's other splits are parts beside it."""

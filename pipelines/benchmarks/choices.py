@@ -11,8 +11,8 @@ import numpy as np
 from pipelines.benchmarks.base import Benchmark, Outcome, Question, Statistics, each
 from pipelines.benchmarks.files import Images, find_file, read_json, read_lines, try_file
 from pipelines.benchmarks.vqa import ask, read_aokvqa
-from tinygptv.metrics import auroc, exact_match, f1, pope_answer, precision, recall, yes_no
-from tinygptv.released_metrics import contains_answer, released_hateful
+from tinygptv.metrics.metrics import auroc, exact_match, f1, pope_answer, precision, recall, yes_no
+from tinygptv.metrics.released import contains_answer, released_hateful
 
 
 def _read_aokvqa_choice(data: Path) -> Iterator[Question]:

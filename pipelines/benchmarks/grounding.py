@@ -10,8 +10,8 @@ from pipelines.benchmarks.base import Benchmark, Outcome, Question, Statistics
 from pipelines.benchmarks.files import Images, coco_names, find_file, read_json, try_file
 from pipelines.benchmarks.vqa import ask
 from pipelines.sources.referring import corners, load_plain_pickle
-from tinygptv.metrics import grounding_overlap, rec_hit
-from tinygptv.released_metrics import released_rec
+from tinygptv.metrics.metrics import grounding_overlap, rec_hit
+from tinygptv.metrics.released import released_rec
 
 DATA_SETS = {
     "refcoco": ("refcoco", "unc", ("val", "testA", "testB")),

@@ -11,10 +11,10 @@ from pipelines.benchmarks.files import read_json
 from pipelines.benchmarks.grounding import OVERLAPS, score_refer
 from pipelines.benchmarks.vqa import ask
 from pipelines.sources.referring import corners
-from tinygptv.metrics import exact_match, grounded_f1
+from tinygptv.data.sample import Exchange
+from tinygptv.metrics.metrics import exact_match, grounded_f1
 from tinygptv.miniature.meaning import NotUnderstood, check_caption, find
 from tinygptv.miniature.scenes import SceneObject
-from tinygptv.sample import Exchange
 
 Entry = dict[str, Any]
 

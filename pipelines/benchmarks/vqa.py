@@ -8,9 +8,9 @@ from typing import Any
 
 from pipelines.benchmarks.base import Benchmark, Question, each
 from pipelines.benchmarks.files import Images, coco_names, find_file, read_json
-from tinygptv.metrics import direct_answer_accuracy, exact_match, vizwiz_accuracy, vqa_accuracy
-from tinygptv.prompts import EVALUATION_INSTRUCTIONS
-from tinygptv.released_metrics import contains_answer, released_okvqa, released_vizwiz
+from tinygptv.data.prompts import EVALUATION_INSTRUCTIONS
+from tinygptv.metrics.metrics import direct_answer_accuracy, exact_match, vizwiz_accuracy, vqa_accuracy
+from tinygptv.metrics.released import contains_answer, released_okvqa, released_vizwiz
 
 
 def ask(task: str, text: str = "") -> str:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from tinygptv.answering import Answerer, Prompt
-from tinygptv.images import to_rgb
-from tinygptv.loading import load_for_inference
-from tinygptv.prompts import escape_markers
+from tinygptv.data.images import to_rgb
+from tinygptv.data.prompts import escape_markers
+from tinygptv.inference.batch import Answerer, Prompt
+from tinygptv.inference.loading import load_for_inference
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipelines.settings import ServeSettings
-from tinygptv.conversation import ChatMessage, image_number
+from tinygptv.data.conversation import ChatMessage, image_number
 
 if TYPE_CHECKING:
-    from tinygptv.engine import Delta, Request
-    from tinygptv.sampling import TokenLogprobs
+    from tinygptv.inference.engine import Delta, Request
+    from tinygptv.inference.sampling import TokenLogprobs
 
 SMALL_MODEL_PARAMETERS = 100_000_000
 """Below this, matrices are too small to be worth two threads, and threads that wait for each other cost more."""
@@ -86,8 +86,8 @@ class ModelBackend:
         import torch
 
         from pipelines.serving.artifact import resolve_artifact
-        from tinygptv.assistant import Assistant
-        from tinygptv.loading import load_for_inference
+        from tinygptv.inference.assistant import Assistant
+        from tinygptv.inference.loading import load_for_inference
 
         device = "cuda" if settings.num_gpus and torch.cuda.is_available() else "cpu"
         model, processor = load_for_inference(resolve_artifact(settings), device)
@@ -151,7 +151,7 @@ class ModelBackend:
             raise RuntimeError("the engine's thread has ended.")
 
     async def _prepare(self, job: ChatJob) -> Request | dict[str, Any]:
-        from tinygptv.sampling import SamplingParams
+        from tinygptv.inference.sampling import SamplingParams
 
         side = self.assistant.images.image_size
         if any(image.pixels.shape[1] != side for message in job.messages for image in message.images):

@@ -19,7 +19,7 @@ from PIL import Image
 from pipelines.serving.fetch import FetchError, fetch
 from pipelines.serving.protocol import ProtocolError
 from pipelines.settings import ServeSettings
-from tinygptv.conversation import ChatImage
+from tinygptv.data.conversation import ChatImage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What a picture may be; SVG, TIFF, PDF and the rest never reach a decoder."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from tinygptv.boxes import COLOURS, Box, parse_boxes, to_pixels
+from tinygptv.data.boxes import COLOURS, Box, parse_boxes, to_pixels
 
 
 class ProtocolError(Exception):
@@ -159,7 +159,8 @@ class ChatRequest(BaseModel):
         return value
 
     def sampling(self, max_tokens: int, temperature: float) -> dict[str, Any]:
-        """Fields of ``tinygptv.sampling.SamplingParams``; the arguments stand in where the request names none."""
+        """Fields of ``tinygptv.inference.sampling.SamplingParams``; the arguments stand in where the request names
+        none."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return {
             "max_tokens": self.max_completion_tokens or self.max_tokens or max_tokens,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipelines.serving.protocol import ChatRequest, ImagePart, ProtocolError, SystemMessage, UserMessage
-from tinygptv.conversation import ChatImage, ChatMessage, task_instruction
+from tinygptv.data.conversation import ChatImage, ChatMessage, task_instruction
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pipelines.sources.base import Location, Source
 from pipelines.sources.own import JsonLinesReader, TableReader
 from pipelines.sources.referring import RefCocoReader, VisualGenomeReader
 from pipelines.sources.tar import TarReader
-from tinygptv.prompts import INSTRUCTIONS
+from tinygptv.data.prompts import INSTRUCTIONS
 
 _REFCOCO = RefCocoReader("refcoco", "unc")
 _REFCOCO_PLUS = RefCocoReader("refcoco+", "unc")

@@ -26,7 +26,7 @@ from pipelines.sources.base import (
     image_folder,
 )
 from pipelines.sources.json_items import Item, JsonDamage, iterate_items, split_items
-from tinygptv.sample import SampleRow, Turn
+from tinygptv.data.sample import SampleRow, Turn
 
 Box = tuple[float, float, float, float]
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from pipelines import storage
 from pipelines.settings import SettingsError
-from tinygptv.sample import SampleRow
+from tinygptv.data.sample import SampleRow
 
 ENTRIES_PER_UNIT = 1000
 """Annotation entries of one unit; small enough to share out, large enough that starting a task does not matter."""
@@ -112,7 +112,7 @@ class Source:
     """A data set: how its files are read and what its samples are for.
 
     Attributes:
-        task: key of ``tinygptv.prompts.INSTRUCTIONS``; empty where each row names its own.
+        task: key of ``tinygptv.data.prompts.INSTRUCTIONS``; empty where each row names its own.
         reader: family of its files.
         web: captions are from the open web, so the filters for captions apply.
     """

@@ -11,8 +11,8 @@ from typing import Any
 
 from pipelines.sources.annotations import Draft
 from pipelines.sources.base import LeftOut, Malformed
-from tinygptv.prompts import clean_caption
-from tinygptv.sample import Turn
+from tinygptv.data.prompts import clean_caption
+from tinygptv.data.sample import Turn
 
 
 def basename(path: str) -> str:

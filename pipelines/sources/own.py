@@ -35,7 +35,7 @@ from pipelines.sources.base import (
     find_input,
 )
 from pipelines.sources.entries import conversation_turns, text_of
-from tinygptv.sample import SampleRow, Turn
+from tinygptv.data.sample import SampleRow, Turn
 
 _BATCH_ROWS = 64
 

@@ -25,8 +25,8 @@ from pipelines.sources.base import (
     image_folder,
 )
 from pipelines.sources.json_items import Item, JsonDamage, iterate_items
-from tinygptv.prompts import clean_caption
-from tinygptv.sample import Turn
+from tinygptv.data.prompts import clean_caption
+from tinygptv.data.sample import Turn
 
 LARGEST_REGION = 16384
 """Regions of Visual Genome of this many square pixels and more are left out, as in the release."""

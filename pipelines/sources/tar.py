@@ -27,8 +27,8 @@ from pipelines.sources.base import (
     check_image_name,
     find_input,
 )
-from tinygptv.prompts import clean_caption
-from tinygptv.sample import SampleRow, Turn
+from tinygptv.data.prompts import clean_caption
+from tinygptv.data.sample import SampleRow, Turn
 
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 """Key and extension: the file name is cut at its first dot, as webdataset does."""

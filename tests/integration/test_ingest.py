@@ -20,7 +20,7 @@ from pipelines.settings import PrepareDataSettings
 from pipelines.shards import ShardSet
 from tests.paths import REALDATA, ROOT
 from tests.source_files import jpeg, sample, write_tar, write_web_tar
-from tinygptv.sample import SampleRow
+from tinygptv.data.sample import SampleRow
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 

@@ -367,7 +367,7 @@ def test_the_api_page_shows_the_schema(browser, server):
 
 
 def test_page_and_library_use_the_same_colours():
-    from tinygptv.boxes import COLOURS
+    from tinygptv.data.boxes import COLOURS
 
     source = (ROOT / "pipelines/serving/ui/markup.js").read_text()
     assert "[" + ", ".join('"#{:02x}{:02x}{:02x}"'.format(*colour) for colour in COLOURS) + "]" in source

@@ -18,7 +18,7 @@ import pytest
 from pipelines.settings import QuantizeSettings, ServeSettings, SettingsError
 from tests.paths import ROOT
 from tests.serving_model import data_url, make_image, make_model, make_processor, save_checkpoint
-from tinygptv.checkpoint import save_checkpoint as save_verified
+from tinygptv.checkpoint.checkpoint import save_checkpoint as save_verified
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 

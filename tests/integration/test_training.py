@@ -21,8 +21,8 @@ from pipelines.settings import CacheFeaturesSettings
 from pipelines.train import run_stage
 from tests.paths import ROOT
 from tests.worlds import as_words, make_world, train_settings
-from tinygptv.checkpoint import load_checkpoint
-from tinygptv.train_step import TrainStep
+from tinygptv.checkpoint.checkpoint import load_checkpoint
+from tinygptv.training.train_step import TrainStep
 
 pytestmark = pytest.mark.integration
 

@@ -22,10 +22,10 @@ from pipelines.ablation_variants import VARIANTS, change_config, find_variant, w
 from pipelines.settings import AblateSettings, SettingsError
 from pipelines.train import apply_stage_settings
 from tests.tiny import tiny_config, tiny_tokenizer
-from tinygptv.checkpoint import load_checkpoint, save_checkpoint
-from tinygptv.model import TinyGPTVForConditionalGeneration
-from tinygptv.processing import TinyGPTVProcessor
-from tinygptv.stages import RECIPES, get_stage, set_trainable
+from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from tinygptv.data.processing import TinyGPTVProcessor
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.training.stages import RECIPES, get_stage, set_trainable
 
 # ---------------------------------------------------------------------- events
 

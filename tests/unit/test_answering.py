@@ -11,10 +11,10 @@ import torch
 
 from tests.paths import GOLDEN
 from tests.serving_model import make_image, make_model, make_processor
-from tinygptv.answering import Answerer, Prompt
-from tinygptv.images import open_image
-from tinygptv.sample import Exchange
-from tinygptv.stages import get_stage
+from tinygptv.data.images import open_image
+from tinygptv.data.sample import Exchange
+from tinygptv.inference.batch import Answerer, Prompt
+from tinygptv.training.stages import get_stage
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from tests.serving_model import IMAGE_SIZE, make_image, make_model, make_processor, save_checkpoint
-from tinygptv.assistant import Assistant
-from tinygptv.conversation import ChatImage, ChatMessage
-from tinygptv.engine import PromptTooLong
-from tinygptv.image_encoder import ImageEncoder
-from tinygptv.images import normalise_pixels
-from tinygptv.loading import load_for_inference
-from tinygptv.sampling import SamplingParams
+from tinygptv.data.conversation import ChatImage, ChatMessage
+from tinygptv.data.images import normalise_pixels
+from tinygptv.inference.assistant import Assistant
+from tinygptv.inference.engine import PromptTooLong
+from tinygptv.inference.image_encoder import ImageEncoder
+from tinygptv.inference.loading import load_for_inference
+from tinygptv.inference.sampling import SamplingParams
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from pipelines.scoring import (
 from pipelines.settings import SettingsError
 from tests import benchmark_files
 from tests.benchmark_files import lines
-from tinygptv.metrics import exact_match
+from tinygptv.metrics.metrics import exact_match
 from tinygptv.miniature.writers import write_world
 
 

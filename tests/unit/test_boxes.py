@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.paths import GOLDEN
-from tinygptv.boxes import format_box, iou, parse_answer_box, parse_boxes, strip_boxes, to_pixels
+from tinygptv.data.boxes import format_box, iou, parse_answer_box, parse_boxes, strip_boxes, to_pixels
 
 
 def test_coordinates_are_truncated():

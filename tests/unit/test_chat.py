@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.serving_model import make_image, save_checkpoint
 from tinygptv import chat
-from tinygptv.drawing import draw_boxes
+from tinygptv.data.drawing import draw_boxes
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from pipelines.checks import check_image, check_row, perceptual_hash
 from pipelines.settings import PrepareDataSettings
 from pipelines.sources.base import LeftOut, Malformed
 from tests.source_files import encode, jpeg, picture
-from tinygptv.images import open_image
-from tinygptv.sample import SampleRow, Turn
+from tinygptv.data.images import open_image
+from tinygptv.data.sample import SampleRow, Turn
 
 SETTINGS = PrepareDataSettings(image_size=64)
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from tests.serving_model import IMAGE_SIZE, VOCAB_SIZE, make_image, make_processor, make_tokenizer
-from tinygptv.conversation import ChatImage, ChatMessage, encode_conversation, image_number, task_instruction
-from tinygptv.prompts import TEMPLATES, wrap_image
-from tinygptv.sample import Exchange, SampleEncoder, TextLimits
+from tinygptv.data.conversation import ChatImage, ChatMessage, encode_conversation, image_number, task_instruction
+from tinygptv.data.prompts import TEMPLATES, wrap_image
+from tinygptv.data.sample import Exchange, SampleEncoder, TextLimits
 
 
 def encoder(template="human"):

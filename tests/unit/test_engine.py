@@ -8,8 +8,8 @@ import torch
 
 from tests.serving_model import make_config, make_model, make_tokenizer
 from tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv.engine import Engine, PromptTooLong, Request
-from tinygptv.sampling import SamplingParams
+from tinygptv.inference.engine import Engine, PromptTooLong, Request
+from tinygptv.inference.sampling import SamplingParams
 
 
 def generate(model, ids, max_tokens):

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tests.serving_model import make_model, make_tokenizer
-from tinygptv.engine import Engine, PromptTooLong, Request
-from tinygptv.engine_loop import EngineLoop
-from tinygptv.sampling import SamplingParams
+from tinygptv.inference.engine import Engine, PromptTooLong, Request
+from tinygptv.inference.engine_thread import EngineLoop
+from tinygptv.inference.sampling import SamplingParams
 
 
 def request(ids, **params):

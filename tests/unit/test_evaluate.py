@@ -13,7 +13,7 @@ from pipelines.evaluate import evaluate
 from pipelines.settings import ScoreSettings, SettingsError
 from tests import benchmark_files
 from tests.serving_model import make_image, save_checkpoint
-from tinygptv.metrics import exact_match
+from tinygptv.metrics.metrics import exact_match
 from tinygptv.miniature.writers import write_world
 
 

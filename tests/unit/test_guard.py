@@ -16,8 +16,8 @@ from pipelines.loader import BatchMaker
 from pipelines.train import resolve_job, run_stage
 from pipelines.train_loop import TrainWorker
 from tests.worlds import make_world, train_settings
-from tinygptv.checkpoint import load_checkpoint
-from tinygptv.train_step import StepResult, TrainStep
+from tinygptv.checkpoint.checkpoint import load_checkpoint
+from tinygptv.training.train_step import StepResult, TrainStep
 
 BAD_STEP = 7
 
@@ -246,7 +246,7 @@ def test_bad_weights_stop_training_whatever_the_action(world, tmp_path):
     model, processor, _ = load_checkpoint(world["init_from"])
     with torch.no_grad():
         model.language_model.layers[0].self_attn.dense.bias[3] = math.inf
-    from tinygptv.checkpoint import save_checkpoint
+    from tinygptv.checkpoint.checkpoint import save_checkpoint
 
     start = save_checkpoint(tmp_path / "start", model, processor, {})
     with pytest.raises(TrainingStopped, match=r"layers\.0\.self_attn\.dense.* 2 steps in a row"):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.tiny import tiny_config
-from tinygptv.half_range import emulate_half_range, half_range_attention, round_to_half
-from tinygptv.model import TinyGPTVForConditionalGeneration
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.training.fp16_emulation import emulate_half_range, half_range_attention, round_to_half
 
 
 def test_rounding_of_values_and_gradients():

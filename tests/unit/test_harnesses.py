@@ -13,8 +13,8 @@ from PIL import Image
 
 from pipelines.harnesses.in_process import HarnessQuestion, InProcessModel
 from tests.serving_model import make_image, make_model, make_processor, save_checkpoint
-from tinygptv.answering import Answerer, Prompt
-from tinygptv.images import open_image
+from tinygptv.data.images import open_image
+from tinygptv.inference.batch import Answerer, Prompt
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,10 @@ from transformers import (
 import tinygptv
 from tests.paths import ROOT
 from tests.tiny import tiny_config, tiny_tokenizer
-from tinygptv.checkpoint import save_checkpoint
-from tinygptv.generation import EndSymbolCriteria
-from tinygptv.model import TinyGPTVForConditionalGeneration
-from tinygptv.processing import TinyGPTVProcessor, load_tokenizer
+from tinygptv.checkpoint.checkpoint import save_checkpoint
+from tinygptv.data.processing import TinyGPTVProcessor, load_tokenizer
+from tinygptv.model.generation import EndSymbolCriteria
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
 PROMPTS = ["<Img><ImageHere></Img> what is it?", "hello", "<ImageHere> and <ImageHere>: which is red?"]
 NEW = 7
@@ -306,8 +306,8 @@ def test_gradient_checkpointing_changes_no_number(model):
 
 def test_chat_template_is_the_layout_of_training(processor):
     """What a pipeline renders is, token for token, what training sees before the answer."""
-    from tinygptv.prompts import wrap_image
-    from tinygptv.sample import Exchange
+    from tinygptv.data.prompts import wrap_image
+    from tinygptv.data.sample import Exchange
 
     turns = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tinygptv.kv_slots import KVSlots
+from tinygptv.inference.prefix_cache import KVSlots
 
 
 def prompt(*ids):

@@ -12,16 +12,10 @@ import torch
 from pipelines.plan import plan_memory
 from pipelines.settings import PlanMemorySettings
 from tests.tiny import tiny_config
-from tinygptv.memory import (
-    GIB,
-    TrainingMemory,
-    inference_memory,
-    layer_activation_bytes,
-    parse_bytes,
-)
-from tinygptv.model import TinyGPTVForConditionalGeneration
-from tinygptv.sample import TextLimits
-from tinygptv.stages import get_stage, set_trainable
+from tinygptv.data.sample import TextLimits
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.training.memory_plan import GIB, TrainingMemory, inference_memory, layer_activation_bytes, parse_bytes
+from tinygptv.training.stages import get_stage, set_trainable
 
 TOKENS = 48
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_score
 
 from tests.paths import GOLDEN
-from tinygptv.boxes import iou
-from tinygptv.intervals import bootstrap, paired_difference
-from tinygptv.metrics import (
+from tinygptv.data.boxes import iou
+from tinygptv.metrics.intervals import bootstrap, paired_difference
+from tinygptv.metrics.metrics import (
     auroc,
     direct_answer_accuracy,
     exact_match,
@@ -28,7 +28,7 @@ from tinygptv.metrics import (
     vqa_accuracy,
     yes_no,
 )
-from tinygptv.released_metrics import (
+from tinygptv.metrics.released import (
     contains_answer,
     released_hateful,
     released_okvqa,
@@ -36,7 +36,7 @@ from tinygptv.released_metrics import (
     released_text,
     released_vizwiz,
 )
-from tinygptv.vqa_text import CONTRACTIONS, normalise_answer
+from tinygptv.metrics.vqa_text import CONTRACTIONS, normalise_answer
 
 # ---------------------------------------------------------------------- VQA
 

@@ -9,7 +9,8 @@ from itertools import islice
 
 import pytest
 
-from tinygptv.boxes import iou, parse_answer_box, parse_boxes
+from tinygptv.data.boxes import iou, parse_answer_box, parse_boxes
+from tinygptv.data.prompts import clean_caption
 from tinygptv.miniature import captions, meaning, questions, referring
 from tinygptv.miniature.conversations import (
     DETAIL_QUESTIONS,
@@ -22,9 +23,8 @@ from tinygptv.miniature.conversations import KINDS as CONVERSATION_KINDS
 from tinygptv.miniature.documents import KINDS as DOCUMENT_KINDS
 from tinygptv.miniature.documents import documents, make_document
 from tinygptv.miniature.instructions import text_instruction
-from tinygptv.miniature.language import VALUES, VOCABULARY, box_text, list_scene, plural
 from tinygptv.miniature.scenes import HELD_OUT, Scene, generator, make_scene, make_scenes
-from tinygptv.prompts import clean_caption
+from tinygptv.miniature.words import VALUES, VOCABULARY, box_text, list_scene, plural
 
 WORLDS = (("train", "usual"), ("crowded", "usual"), ("combination", "usual"), ("wording", "unseen"))
 

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tinygptv.boxes import parse_boxes
+from tinygptv.data.boxes import parse_boxes
+from tinygptv.data.prompts import clean_caption
 from tinygptv.miniature import meaning
-from tinygptv.miniature.benchmarks import BENCHMARK_SPLITS, BENCHMARKS
 from tinygptv.miniature.entries import DESCRIBE
 from tinygptv.miniature.formats import FORMATS, INVERSE
+from tinygptv.miniature.question_files import BENCHMARK_SPLITS, BENCHMARKS
 from tinygptv.miniature.scenes import HELD_OUT, SHAPES, SceneObject, make_scene, make_scenes
 from tinygptv.miniature.writers import mini_sources, write_source, write_world
-from tinygptv.prompts import clean_caption
-from tinygptv.stages import RECIPES
+from tinygptv.training.stages import RECIPES
 
 SCENES = 24
 

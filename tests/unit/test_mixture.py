@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygptv.mixture import Mixture, MixtureSource
+from tinygptv.data.mixture import Mixture, MixtureSource
 
 shard_rows = st.lists(st.integers(0, 7), min_size=1, max_size=12).filter(lambda rows: sum(rows) > 0)
 sources = st.lists(st.tuples(st.floats(0.1, 100), st.integers(1, 4), shard_rows), min_size=1, max_size=4).map(

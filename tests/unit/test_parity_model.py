@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 
 from tests.paths import GOLDEN
 from tinygptv.convert import load_release
-from tinygptv.images import normalise_pixels
-from tinygptv.optim import build_optimizer
-from tinygptv.processing import load_tokenizer
-from tinygptv.prompts import Template
-from tinygptv.sample import IGNORE_INDEX, Exchange, SampleEncoder, TextLimits
-from tinygptv.schedule import Schedule
-from tinygptv.stages import set_trainable
+from tinygptv.data.images import normalise_pixels
+from tinygptv.data.processing import load_tokenizer
+from tinygptv.data.prompts import Template
+from tinygptv.data.sample import IGNORE_INDEX, Exchange, SampleEncoder, TextLimits
+from tinygptv.training.optim import build_optimizer
+from tinygptv.training.schedule import Schedule
+from tinygptv.training.stages import set_trainable
 
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="golden numbers of the original are not here")
 
@@ -173,7 +173,7 @@ GRADIENTS = {"minigpt4_lora0": "instruction", "minigptv2_lora4": "conversation"}
 
 
 def release_names(model) -> dict[str, str]:
-    from tinygptv.release_layouts import plain_key, release_key
+    from tinygptv.convert.layouts import plain_key, release_key
 
     names = {}
     for name, parameter in model.named_parameters():
@@ -201,7 +201,7 @@ def batch_loss(model, config, name, sample):
 
 
 def test_gradients_of_every_trainable_parameter(variant):
-    from tinygptv.release_layouts import interleave_heads
+    from tinygptv.convert.layouts import interleave_heads
 
     name, config, model = variant
     facts = json.loads((GOLDEN / "5_gradients" / f"{name}__{GRADIENTS[name]}.json").read_text())

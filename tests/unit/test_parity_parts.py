@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from tests.paths import GOLDEN
 from tinygptv.convert import load_release
-from tinygptv.schedule import Schedule
-from tinygptv.vision import interpolate_position_embedding
+from tinygptv.model.vision_encoder import interpolate_position_embedding
+from tinygptv.training.schedule import Schedule
 
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="golden numbers of the original are not here")
 SOURCES = GOLDEN / "4_full/sources"

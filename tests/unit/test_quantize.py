@@ -12,13 +12,13 @@ from pipelines.export import ExportError, export
 from pipelines.settings import QuantizeSettings, SettingsError
 from tests.serving_model import make_image, make_model, make_processor
 from tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv.assistant import Assistant
-from tinygptv.checkpoint import CheckpointError, save_checkpoint, write_folder, write_manifest
-from tinygptv.conversation import ChatMessage
-from tinygptv.drift import HeldOut, compare
-from tinygptv.loading import load_for_inference
-from tinygptv.quantize import METHODS, is_packed, load_artifact, read_facts, write_artifact
-from tinygptv.sampling import SamplingParams
+from tinygptv.checkpoint.checkpoint import CheckpointError, save_checkpoint, write_folder, write_manifest
+from tinygptv.data.conversation import ChatMessage
+from tinygptv.inference.assistant import Assistant
+from tinygptv.inference.drift import HeldOut, compare
+from tinygptv.inference.loading import load_for_inference
+from tinygptv.inference.sampling import SamplingParams
+from tinygptv.quantization.artifact import METHODS, is_packed, load_artifact, read_facts, write_artifact
 
 # Largest relative error of the logits that each method may make on random weights, which round worst.
 LOGIT_ERROR = {"cpu": 0.03, "cpu4": 0.35, "int8": 0.03, "nf4": 0.35}
@@ -186,12 +186,12 @@ def test_an_export_measures_its_own_drift(checkpoint, tmp_path):
 
 
 def test_a_drift_above_the_bound_leaves_no_artifact(checkpoint, tmp_path, monkeypatch):
-    import tinygptv.drift
+    import tinygptv.inference.drift
 
-    monkeypatch.setattr(tinygptv.drift, "measure", measured_as(1.0, 1.6))
+    monkeypatch.setattr(tinygptv.inference.drift, "measure", measured_as(1.0, 1.6))
     with pytest.raises(ExportError, match=r"method=cpu raises the held-out loss by 0\.6000 .*max_drift=0\.5"):
         export(settings(checkpoint, tmp_path / "artifact", max_drift=0.5))
-    monkeypatch.setattr(tinygptv.drift, "measure", measured_as(1.0, float("nan")))
+    monkeypatch.setattr(tinygptv.inference.drift, "measure", measured_as(1.0, float("nan")))
     with pytest.raises(ExportError, match="nan"):
         export(settings(checkpoint, tmp_path / "artifact", max_drift=0.5))
     assert not list(tmp_path.iterdir())

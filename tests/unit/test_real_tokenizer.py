@@ -8,9 +8,9 @@ from transformers import GenerationConfig
 
 from tests.paths import REALDATA
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.generation import EndSymbolCriteria
-from tinygptv.processing import TinyGPTVProcessor, load_tokenizer
-from tinygptv.sample import Exchange
+from tinygptv.data.processing import TinyGPTVProcessor, load_tokenizer
+from tinygptv.data.sample import Exchange
+from tinygptv.model.generation import EndSymbolCriteria
 
 FOLDER = REALDATA / "phi2_tokenizer"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="Phi-2's tokenizer is not here")

@@ -16,11 +16,11 @@ from tests.release_files import language_state as phi_state
 from tests.release_files import qformer_state, stage_state, vision_state, write_release
 from tests.tiny import tiny_config, tiny_tokenizer
 from tinygptv.convert import load_release
-from tinygptv.model import TinyGPTVForConditionalGeneration
-from tinygptv.prompts import Template
-from tinygptv.release_layouts import interleave_heads, plain_key, release_key
-from tinygptv.sample import IGNORE_INDEX, Exchange, SampleEncoder, TextLimits
-from tinygptv.stages import set_trainable
+from tinygptv.convert.layouts import interleave_heads, plain_key, release_key
+from tinygptv.data.prompts import Template
+from tinygptv.data.sample import IGNORE_INDEX, Exchange, SampleEncoder, TextLimits
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.training.stages import set_trainable
 
 HEADS, RANK, ALPHA, ROTARY, PAD = 4, 4, 16, 4, 0
 
@@ -223,7 +223,7 @@ def test_accumulation_of_sums_is_the_whole_batch(world):
 def test_another_image_size(world, tmp_path):
     """Stage 4's side: the position embedding is resampled, the rest is the same."""
     side, case = 56, CASES["instruction"]
-    from tinygptv.vision import interpolate_position_embedding
+    from tinygptv.model.vision_encoder import interpolate_position_embedding
 
     model = TinyGPTVForConditionalGeneration(tiny_config(lora_rank=0)).eval()
     model.load_state_dict(

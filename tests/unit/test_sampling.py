@@ -13,8 +13,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tinygptv import sampling
-from tinygptv.sampling import Sampler, SamplingParams
+from tinygptv.inference import sampling
+from tinygptv.inference.sampling import Sampler, SamplingParams
 
 
 def frequencies(params, logits, prompt=(), draws=4000):

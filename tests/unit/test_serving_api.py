@@ -15,7 +15,7 @@ from pipelines.serving.backend import ChatJob, ModelBackend, ModelInfo
 from pipelines.serving.protocol import ProtocolError, found_boxes
 from pipelines.settings import ServeSettings
 from tests.serving_model import data_url, make_image, save_checkpoint
-from tinygptv.conversation import ChatImage, ChatMessage
+from tinygptv.data.conversation import ChatImage, ChatMessage
 
 PICTURE = {"type": "image_url", "image_url": {"url": data_url(make_image())}}
 

@@ -14,7 +14,7 @@ import pytest
 from pipelines import storage
 from pipelines.shard_cache import ShardCache
 from pipelines.shards import BATCH_ROWS, SCHEMA, Manifest, ShardError, ShardSet, ShardWriter, record_batch
-from tinygptv.sample import SampleRow, Turn
+from tinygptv.data.sample import SampleRow, Turn
 
 
 def make_row(number: int) -> SampleRow:

@@ -13,8 +13,8 @@ from pipelines.settings import PrepareDataSettings
 from pipelines.sources import SOURCES, locate
 from pipelines.sources.base import Rejected
 from tests.paths import GOLDEN
-from tinygptv.images import normalise_pixels, open_image, resize_pixels
-from tinygptv.sample import SampleRow, render_sample
+from tinygptv.data.images import normalise_pixels, open_image, resize_pixels
+from tinygptv.data.sample import SampleRow, render_sample
 
 FOLDER = GOLDEN / "9_datasets"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="no golden data sets here")

@@ -17,7 +17,7 @@ from pipelines.sources import entries, locate
 from pipelines.sources.base import Rejected
 from tests.paths import ROOT
 from tests.source_files import encode, jpeg, picture
-from tinygptv.sample import SampleRow, Turn
+from tinygptv.data.sample import SampleRow, Turn
 
 
 def read(source, given, **more):

@@ -10,9 +10,9 @@ from pipelines.checks import check_image, check_row
 from pipelines.settings import PrepareDataSettings
 from pipelines.sources import SOURCES, locate
 from pipelines.sources.base import Rejected
+from tinygptv.data.sample import render_sample
 from tinygptv.miniature.formats import FORMATS, INVERSE
 from tinygptv.miniature.writers import write_world
-from tinygptv.sample import render_sample
 
 NAMES = (*FORMATS, *INVERSE)
 

@@ -9,11 +9,11 @@ import torch
 
 from tests.tiny import tiny_config
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.memory import build_on_meta
-from tinygptv.model import TinyGPTVForConditionalGeneration
-from tinygptv.optim import parameter_groups
-from tinygptv.release_layouts import plain_key, release_key
-from tinygptv.stages import RECIPES, get_stage, set_trainable
+from tinygptv.convert.layouts import plain_key, release_key
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.training.memory_plan import build_on_meta
+from tinygptv.training.optim import parameter_groups
+from tinygptv.training.stages import RECIPES, get_stage, set_trainable
 
 PARAMETERS = {
     "vision_encoder.vit": {224: 985_894_528, 448: 986_975_872},

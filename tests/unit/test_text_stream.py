@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from tests.serving_model import make_tokenizer
-from tinygptv.text_stream import TextStream, TokenBytes
+from tinygptv.inference.text_stream import TextStream, TokenBytes
 
 TOKENS = TokenBytes(make_tokenizer())
 

@@ -13,8 +13,8 @@ from pipelines.settings import CacheFeaturesSettings, SettingsError, TrainSettin
 from pipelines.train import apply_stage_settings, dry_run, run_stage
 from pipelines.train_state import StateStore
 from tests.worlds import make_world, train_settings
-from tinygptv.checkpoint import CheckpointError, load_checkpoint
-from tinygptv.stages import get_stage
+from tinygptv.checkpoint.checkpoint import CheckpointError, load_checkpoint
+from tinygptv.training.stages import get_stage
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("at", [1, 4, 8])
 def test_interrupted_runs_go_on_bit_for_bit(straight, world, tmp_path, monkeypatch, at):
     """Stopped in the middle of a step, then run again by the same command."""
-    from tinygptv.train_step import TrainStep
+    from tinygptv.training.train_step import TrainStep
 
     original, calls = TrainStep.run, []
 
@@ -176,7 +176,7 @@ def test_features_of_other_weights_are_refused(world, tmp_path, straight):
     """A checkpoint with another encoder finds no features under its own key."""
     model, processor, _ = load_checkpoint(world["init_from"])
     model.qformer.query_tokens.data.add_(1e-3)
-    from tinygptv.checkpoint import save_checkpoint
+    from tinygptv.checkpoint.checkpoint import save_checkpoint
 
     other = save_checkpoint(tmp_path / "other", model, processor, {})
     with pytest.raises(FeatureError, match="no cached features"):

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tinygptv.checkpoint import hash_file, load_checkpoint, read_stage, save_checkpoint, verify_folder
+from tinygptv.checkpoint.checkpoint import hash_file, load_checkpoint, read_stage, save_checkpoint, verify_folder
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.model import TinyGPTVForConditionalGeneration
-from tinygptv.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
-from tinygptv.stages import RECIPES, set_trainable
+from tinygptv.data.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.training.stages import RECIPES, set_trainable
 
 DATA = Path(__file__).parent / "data"
 BACKBONES = DATA / "backbones"

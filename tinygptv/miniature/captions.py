@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tinygptv.miniature.language import (
+from tinygptv.miniature.scenes import Scene, SceneObject, pick
+from tinygptv.miniature.words import (
     ATTRIBUTES,
     NUMBERS,
     RELATION_WORDS,
@@ -23,7 +24,6 @@ from tinygptv.miniature.language import (
     plural,
     relation_between,
 )
-from tinygptv.miniature.scenes import Scene, SceneObject, pick
 
 _BEFORE = ("", "", "", "picture of ", "photo of ", "a picture of ", "the image shows ")
 _AFTER = ("", "", "", "", " on a light background")

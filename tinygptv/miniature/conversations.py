@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinygptv.miniature.captions import short_caption
-from tinygptv.miniature.language import (
+from tinygptv.miniature.questions import ATTRIBUTE_WORDINGS, EXISTENCE_WORDINGS, questions
+from tinygptv.miniature.referring import refer_to
+from tinygptv.miniature.scenes import Scene, pick
+from tinygptv.miniature.words import (
     ATTRIBUTES,
     DIRECTIONS,
     RELATION_WORDS,
@@ -24,9 +27,6 @@ from tinygptv.miniature.language import (
     only_one,
     plural,
 )
-from tinygptv.miniature.questions import ATTRIBUTE_WORDINGS, EXISTENCE_WORDINGS, questions
-from tinygptv.miniature.referring import refer_to
-from tinygptv.miniature.scenes import Scene, pick
 
 KINDS = ("attribute", "relation", "existence", "count")
 DETAIL_QUESTIONS = (

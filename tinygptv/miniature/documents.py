@@ -15,15 +15,15 @@ from itertools import count
 
 import numpy as np
 
+from tinygptv.data.prompts import IMAGE_PLACEHOLDER, TEMPLATES
+from tinygptv.data.sample import Exchange, SampleRow, Turn, chooser, render_sample
 from tinygptv.miniature import captions
 from tinygptv.miniature.conversations import DETAIL_QUESTIONS, conversation, multitask_conversation, reasoning
 from tinygptv.miniature.instructions import text_instruction
-from tinygptv.miniature.language import box_text, list_scene
 from tinygptv.miniature.questions import questions
 from tinygptv.miniature.referring import refer_to
 from tinygptv.miniature.scenes import Scene, generator, make_scene, pick
-from tinygptv.prompts import IMAGE_PLACEHOLDER, TEMPLATES
-from tinygptv.sample import Exchange, SampleRow, Turn, chooser, render_sample
+from tinygptv.miniature.words import box_text, list_scene
 
 
 @dataclass(frozen=True)

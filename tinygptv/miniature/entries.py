@@ -14,12 +14,12 @@ import numpy as np
 from tinygptv.miniature import captions
 from tinygptv.miniature.conversations import DETAIL_QUESTIONS, Turn, conversation, multitask_conversation, reasoning
 from tinygptv.miniature.instructions import text_instruction
-from tinygptv.miniature.language import VALUES, article, count_of, full_name, plural
 from tinygptv.miniature.questions import KINDS, questions
 from tinygptv.miniature.referring import KINDS as REFERRING_KINDS
 from tinygptv.miniature.referring import expressions, refer_to
 from tinygptv.miniature.scenes import SHAPES, SIZES, Scene, pick
 from tinygptv.miniature.shapes import outline
+from tinygptv.miniature.words import VALUES, article, count_of, full_name, plural
 
 Entry = dict[str, Any]
 Describe = Callable[[Scene, np.random.Generator], list[Entry]]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinygptv.miniature.language import (
+from tinygptv.miniature.scenes import make_scene, pick
+from tinygptv.miniature.words import (
     NUMBERS,
     RELATION_WORDS,
     VALUES,
@@ -17,7 +18,6 @@ from tinygptv.miniature.language import (
     name_from,
     relation_between,
 )
-from tinygptv.miniature.scenes import make_scene, pick
 
 _OPPOSITES = (("left", "right"), ("above", "below"), ("small", "large"), ("first", "last"), ("more", "fewer"))
 _ORDINALS = ("first", "second", "third", "last")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tinygptv.boxes import strip_boxes
+from tinygptv.data.boxes import strip_boxes
 from tinygptv.miniature.scenes import COLOURS, SHAPES, SIZES, TEXTURES, SceneObject
 
 Objects = Sequence[SceneObject]

@@ -25,15 +25,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tinygptv.collate import LoadedSample, MicroBatch, collate
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.language import LanguageModel
+from tinygptv.data.collate import LoadedSample, MicroBatch, collate
+from tinygptv.data.prompts import TEMPLATES
+from tinygptv.data.sample import SampleEncoder, TextLimits
 from tinygptv.miniature.documents import LANGUAGE_MIX, LOOKUP_MIX, Document, make_document
-from tinygptv.miniature.language import box_text
 from tinygptv.miniature.pretrain_vision import cell_index
 from tinygptv.miniature.scenes import CELLS, Scene, generator, make_scene
-from tinygptv.prompts import TEMPLATES
-from tinygptv.sample import SampleEncoder, TextLimits
+from tinygptv.miniature.words import box_text
+from tinygptv.model.language_model import LanguageModel
 
 BOS = "<|endoftext|>"
 PACKED_NOISE = 0.15

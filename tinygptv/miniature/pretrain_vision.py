@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.images import normalise_pixels, resize_pixels
+from tinygptv.data.images import normalise_pixels, resize_pixels
 from tinygptv.miniature.draw import render
 from tinygptv.miniature.scenes import CELLS, COLOURS, SHAPES, SIZES, TEXTURES, Scene, SceneObject, make_scene
-from tinygptv.qformer import QFormer
-from tinygptv.vision import VisionEncoder, interpolate_position_embedding
+from tinygptv.model.qformer import QFormer
+from tinygptv.model.vision_encoder import VisionEncoder, interpolate_position_embedding
 
 NUM_BINS = 101
 VALUES: dict[str, tuple[str, ...]] = {

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinygptv.miniature.language import (
+from tinygptv.miniature.referring import refer_to
+from tinygptv.miniature.scenes import Scene, SceneObject, pick
+from tinygptv.miniature.words import (
     ATTRIBUTES,
     DIRECTIONS,
     RELATION_WORDS,
@@ -28,8 +30,6 @@ from tinygptv.miniature.language import (
     only_one,
     plural,
 )
-from tinygptv.miniature.referring import refer_to
-from tinygptv.miniature.scenes import Scene, SceneObject, pick
 
 KINDS = ("colour", "shape", "size", "texture", "count", "existence", "relation", "comparison")
 

@@ -13,7 +13,8 @@ from itertools import combinations
 
 import numpy as np
 
-from tinygptv.miniature.language import (
+from tinygptv.miniature.scenes import SceneObject, pick
+from tinygptv.miniature.words import (
     ATTRIBUTES,
     DIRECTIONS,
     RELATION_WORDS,
@@ -25,7 +26,6 @@ from tinygptv.miniature.language import (
     on_side,
     plural,
 )
-from tinygptv.miniature.scenes import SceneObject, pick
 
 KINDS = ("attribute", "side", "pair", "extreme", "relation")
 _KIND_WEIGHTS = {"attribute": 8.0, "side": 1.5, "pair": 3.0, "extreme": 1.5, "relation": 2.5}

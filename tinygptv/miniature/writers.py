@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tinygptv.miniature.benchmarks import BENCHMARK_SPLITS, BENCHMARKS, benchmarks_of
 from tinygptv.miniature.draw import encode_jpeg
 from tinygptv.miniature.entries import Entry, coco_name
 from tinygptv.miniature.formats import FORMATS, IMAGE_PATHS, INVERSE, add_web_sample, write_json
+from tinygptv.miniature.question_files import BENCHMARK_SPLITS, BENCHMARKS, benchmarks_of
 from tinygptv.miniature.scenes import Scene, SceneKey, generator, make_scene
-from tinygptv.stages import RECIPES
+from tinygptv.training.stages import RECIPES
 
 CHUNK = 500
 """Scenes of a unit of work, and of a tar shard."""

@@ -1,4 +1,4 @@
-// An answer's text -> words, coloured phrases and boxes. The rules are those of tinygptv/boxes.py.
+// An answer's text -> words, coloured phrases and boxes. The rules are those of tinygptv/data/boxes.py.
 
 export const COLOURS = ["#e63946", "#2a9d8f", "#457be6", "#f4a22a", "#9b59d0", "#2ec4de", "#78aa28", "#e254a0"];
 

@@ -1,0 +1,1 @@
+"""Checkpoint folders: manifests and hashes, weight files of any kind, model cards."""

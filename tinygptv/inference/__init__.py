@@ -1,0 +1,1 @@
+"""Answers: engine, decoder, sampling, text streams, assistant, batches, drift."""

@@ -1,0 +1,144 @@
+"""A model that answers conversations with pictures: tokenizer, image encoder and engine put together.
+
+assistant = Assistant.load("outputs/stage4")
+message = ChatMessage("user", "[vqa] what colour is the ball?", (assistant.open(image_bytes),))
+for delta in assistant.iterate([message]):
+    print(delta.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinygptv.data.conversation import ChatImage, ChatMessage, encode_conversation
+from tinygptv.data.processing import TinyGPTVProcessor
+from tinygptv.inference.engine import Delta, Engine, PromptTooLong, Request
+from tinygptv.inference.engine_thread import EngineLoop
+from tinygptv.inference.image_encoder import ImageEncoder
+from tinygptv.inference.loading import load_for_inference
+from tinygptv.inference.sampling import SamplingParams
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+
+MAX_CHARACTERS_PER_TOKEN = 128
+"""No text is longer than this times its tokens (the length of Phi-2's longest token); a bound before tokenising."""
+
+
+class Assistant:
+    """Answers many conversations at once."""
+
+    def __init__(
+        self,
+        model: TinyGPTVForConditionalGeneration,
+        processor: TinyGPTVProcessor,
+        *,
+        max_batch_size: int = 16,
+        context_length: int = 0,
+        prefill_tokens: int = 128,
+        kv_cache_dtype: str = "auto",
+        kept_images: int = 256,
+    ) -> None:
+        """Start the engine and the image encoder.
+
+        Args:
+            model: in evaluation mode.
+            processor: its processor.
+            max_batch_size: answers generated together.
+            context_length: most tokens of prompt and answer; 0 takes the model's, at most 2,048.
+            prefill_tokens: most prompt tokens read in a step while answers are being written.
+            kv_cache_dtype: ``auto``, or ``bfloat16`` for half the memory on a CPU.
+            kept_images: images whose embeddings are kept for later turns.
+        """
+        self.model, self.processor = model, processor
+        self.images = ImageEncoder(model, kept_images)
+        self.engine = Engine(
+            model,
+            processor.tokenizer,
+            max_batch_size=max_batch_size,
+            context_length=context_length,
+            prefill_tokens=prefill_tokens,
+            kv_cache_dtype=kv_cache_dtype,
+            stop=(processor.end_symbol,),
+        )
+        self.loop = EngineLoop(self.engine)
+        self._encoder = processor.encoder()
+        self._special_tokens = tuple(processor.tokenizer.all_special_tokens)
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> Assistant:
+        """Load a checkpoint or artifact folder; ``options`` are those of the constructor."""
+        model, processor = load_for_inference(path)
+        return cls(model, processor, **options)
+
+    def close(self) -> None:
+        """Stop both threads."""
+        self.loop.close()
+        self.images.close()
+
+    def open(self, data: bytes) -> ChatImage:
+        """Decode an image for this model.
+
+        Raises:
+            ValueError: the bytes are no image in a known format.
+        """
+        return ChatImage.from_bytes(data, self.images.image_size)
+
+    # ------------------------------------------------------------------ answers
+
+    async def prepare(self, messages: Sequence[ChatMessage], params: SamplingParams) -> Request:
+        """Encode a conversation without blocking the event loop; see ``encode_conversation`` for errors."""
+        ids, images, pending = self._encode(messages)
+        embeds = await asyncio.gather(*(asyncio.wrap_future(future) for future in pending))
+        return self._build(ids, images, embeds, params)
+
+    async def stream(self, request: Request, interval_s: float = 0.0) -> AsyncIterator[Delta]:
+        """Answer a prepared request (``EngineLoop.stream``)."""
+        async for delta in self.loop.stream(request, interval_s):
+            yield delta
+
+    def iterate(self, messages: Sequence[ChatMessage], params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Answer a conversation, for code without asyncio."""
+        ids, images, pending = self._encode(messages)
+        embeds = [future.result() for future in pending]
+        return self.loop.iterate(self._build(ids, images, embeds, params or SamplingParams()))
+
+    def answer(self, messages: Sequence[ChatMessage], params: SamplingParams | None = None) -> str:
+        """The whole answer to a conversation.
+
+        Raises:
+            RuntimeError: the model could not compute it.
+        """
+        text = ""
+        for delta in self.iterate(messages, params):
+            text += delta.text
+            if delta.finish_reason == "error":
+                raise RuntimeError(delta.error)
+        return text
+
+    def _encode(self, messages: Sequence[ChatMessage]) -> tuple[np.ndarray, list[ChatImage], list[Future[Tensor]]]:
+        num_characters = sum(len(message.text) for message in messages)
+        if num_characters > MAX_CHARACTERS_PER_TOKEN * self.engine.context_length:
+            raise PromptTooLong(f"the conversation has {num_characters} characters: far more than the model can read.")
+        ids, images = encode_conversation(messages, self._encoder, self._special_tokens)
+        self.engine.check_length(len(ids))  # before an image is encoded in vain
+        return ids, images, [self.images.encode(image) for image in images]
+
+    @torch.inference_mode()
+    def _build(
+        self, ids: np.ndarray, images: Sequence[ChatImage], embeds: Sequence[Tensor], params: SamplingParams
+    ) -> Request:
+        device = self.engine.decoder.device
+        inputs_embeds = self.model.embed(
+            torch.from_numpy(ids).to(device).unsqueeze(0), image_embeds=torch.stack(list(embeds)) if embeds else None
+        )
+        named = ids.copy()
+        is_image = ids == self.processor.image_token_id
+        named[is_image] = np.repeat([image.number for image in images], self.processor.num_query_tokens)
+        return Request(named, inputs_embeds[0], params)

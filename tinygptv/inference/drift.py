@@ -1,0 +1,168 @@
+"""How far a quantized model is from the full one: loss on held-out answers, and whether greedy answers stay the same.
+
+Both models see the same samples: canonical rows of any data set, or drawn scenes where none is given. The wording of
+each sample is drawn once, from the seed.
+
+Notation: N images, Q query tokens, D language width, M supervised tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinygptv.data.collate import LoadedSample, collate
+from tinygptv.data.images import open_image
+from tinygptv.data.processing import TinyGPTVProcessor
+from tinygptv.data.prompts import IMAGE_TURN
+from tinygptv.data.sample import Exchange, SampleRow, TextLimits, chooser, render_sample
+from tinygptv.inference.batch import Answerer, Prompt
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+
+MAX_TEXT_TOKENS = 160
+MAX_NEW_TOKENS = 24
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What one model makes of the samples.
+
+    Attributes:
+        losses: [M] cross-entropy of each supervised token, in nats.
+        answers: the greedy answer to each sample's first instruction.
+    """
+
+    losses: Tensor
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Quantized against full.
+
+    Attributes:
+        loss: rise of the held-out loss, in nats per token; negative where the quantized model is better.
+        full_loss: held-out loss of the full model.
+        quantized_loss: the same of the quantized one.
+        full_perplexity: exp of ``full_loss``.
+        quantized_perplexity: exp of ``quantized_loss``.
+        answer_agreement: share of greedy answers that are equal, character by character.
+        num_tokens: supervised tokens behind the losses.
+        num_answers: answers compared.
+    """
+
+    loss: float
+    full_loss: float
+    quantized_loss: float
+    full_perplexity: float
+    quantized_perplexity: float
+    answer_agreement: float
+    num_tokens: int
+    num_answers: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Rounded, for ``quantization.json``."""
+        return {key: round(value, 6) for key, value in asdict(self).items()}
+
+
+def compare(full: HeldOut, quantized: HeldOut) -> Drift:
+    """The drift between two measurements of the same samples."""
+    before, after = full.losses.double().mean().item(), quantized.losses.double().mean().item()
+    same = [a == b for a, b in zip(full.answers, quantized.answers, strict=True)]
+    return Drift(
+        loss=after - before,
+        full_loss=before,
+        quantized_loss=after,
+        full_perplexity=float(np.exp(before)),
+        quantized_perplexity=float(np.exp(after)),
+        answer_agreement=sum(same) / len(same),
+        num_tokens=len(full.losses),
+        num_answers=len(same),
+    )
+
+
+@torch.inference_mode()
+def measure(
+    model: TinyGPTVForConditionalGeneration,
+    processor: TinyGPTVProcessor,
+    rows: Sequence[SampleRow],
+    seed: int = 0,
+) -> HeldOut:
+    """Losses and answers of one model.
+
+    Args:
+        model: in evaluation mode.
+        processor: goes with it.
+        rows: samples; at least one.
+        seed: wordings follow from it.
+
+    Raises:
+        ValueError: a row's image cannot be decoded, or its task is unknown.
+    """
+    choose = chooser(np.random.default_rng(seed))
+    rendered = [render_sample(row, choose) for row in rows]
+    images = [None if row.image is None else open_image(row.image) for row in rows]
+    answerer = Answerer(model, processor, batch_size=_BATCH)
+    encoded = answerer.encode([image for image in images if image is not None])
+    waiting = iter(encoded)
+    embeds = [None if image is None else next(waiting) for image in images]
+    losses = _losses(model, processor, rendered, embeds)
+    places = [i for i, image in enumerate(images) if image is not None]
+    prompts = [
+        Prompt(_bare(exchanges[0]), places.index(i) if i in places else None, max_new_tokens=MAX_NEW_TOKENS)
+        for i, exchanges in enumerate(rendered)
+    ]
+    replies = answerer.answer(prompts, encoded)
+    return HeldOut(losses, tuple(reply.text + reply.error for reply in replies))
+
+
+def _losses(
+    model: TinyGPTVForConditionalGeneration,
+    processor: TinyGPTVProcessor,
+    rendered: Sequence[list[Exchange]],
+    embeds: Sequence[Tensor | None],
+) -> Tensor:
+    """Cross-entropy of every supervised token, in nats."""
+    encoder = processor.encoder(TextLimits(MAX_TEXT_TOKENS))
+    device = cast(Tensor, model.get_input_embeddings().weight).device
+    losses = []
+    for start in range(0, len(rendered), _BATCH):
+        part = slice(start, start + _BATCH)
+        samples = [
+            LoadedSample(encoder.encode(exchanges, num_images=int(image_embeds is not None)), source=0)
+            for exchanges, image_embeds in zip(rendered[part], embeds[part], strict=True)
+        ]
+        batch = collate(samples, processor.tokenizer.pad_token_id)
+        shown = [image_embeds for image_embeds in embeds[part] if image_embeds is not None]
+        inputs_embeds = model.embed(
+            torch.from_numpy(batch.input_ids).to(device), image_embeds=torch.stack(shown) if shown else None
+        )
+        positions, ids = (torch.from_numpy(a).to(device) for a in (batch.supervised_positions, batch.supervised_ids))
+        losses.append(model.token_losses(inputs_embeds, positions, ids).float().cpu())
+    return torch.cat(losses)
+
+
+def _bare(exchange: Exchange) -> str:
+    """An instruction without its image marks; a picture without words gets none."""
+    return (exchange.instruction or "").removeprefix(IMAGE_TURN).strip()
+
+
+def drawn_rows(count: int, seed: int = 0) -> list[SampleRow]:
+    """Held-out samples of the drawn world, pictures included: what there is where no data is given."""
+    from tinygptv.miniature.documents import KINDS
+    from tinygptv.miniature.draw import encode_jpeg
+    from tinygptv.miniature.scenes import generator, make_scene
+
+    kinds = [kind for kind in KINDS if kind != "pair"]
+    rows = []
+    for i in range(count):
+        scene = make_scene(seed, "test", i)
+        row = KINDS[kinds[i % len(kinds)]](scene, generator(scene.key, "drift"))
+        rows.append(replace(row, id=f"drawn-{i}", image=encode_jpeg(scene) if row.width else None))
+    return rows

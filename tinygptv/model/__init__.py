@@ -1,0 +1,1 @@
+"""The model: vision encoder, Q-Former, projector, language model, LoRA, generation."""

@@ -1,0 +1,344 @@
+"""TinyGPTVForConditionalGeneration: images and text in, text out, as a citizen of transformers.
+
+How an image enters the language model's input (Q query tokens per image, here Q = 3):
+
+    input_ids      BOS  #   #   #   what  is  it  ?
+    embedded as    bos  i1  i2  i3  what  is  it  ?        # = image_token_id, i1..i3 = image embeddings
+
+Notation: B batch, N images, R image side, P patch tokens, V vision width, Q query tokens, F Q-Former width,
+D language width, S sequence, K vocabulary, M supervised positions.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from timm.models.eva import Eva, EvaAttention
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from tinygptv.config import TinyGPTVConfig
+from tinygptv.data.sample import IGNORE_INDEX
+from tinygptv.model.generation import ImageGenerationMixin
+from tinygptv.model.language_model import LanguageModel, matrix_input
+from tinygptv.model.lora import add_lora, merge_lora, reset_lora
+from tinygptv.model.projector import Projector
+from tinygptv.model.qformer import QFormer
+from tinygptv.model.vision_encoder import VisionEncoder
+
+FLOAT32_NAMES = re.compile(r"^(projector\.|language_model\..*(_layernorm|attention_rmsnorm|lora_[AB])\.)")
+"""Parameters that stay float32 whatever the dtype of the frozen matrices: what stages train, and the norms' biases."""
+
+
+@dataclass
+class TinyGPTVOutput(ModelOutput):
+    """Output of ``TinyGPTVForConditionalGeneration.forward``.
+
+    Attributes:
+        loss: mean cross-entropy over supervised positions of the whole batch, where labels were given.
+        logits: [B, S, K] float32 (or the last ``logits_to_keep`` positions).
+        past_key_values: the cache after this call.
+        hidden_states: residual stream before each layer and after the final norm, where asked for.
+        attentions: attention weights of each layer, where asked for (eager attention only).
+        image_embeds: [N, Q, D], where images were given.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_embeds: Tensor | None = None
+
+
+class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
+    """Vision encoder, Q-Former, projector and language model with its head.
+
+    The vision encoder and the Q-Former run in evaluation mode whatever ``train()`` says, and without gradients while
+    all their parameters are frozen.
+
+    Attributes:
+        load_report: the ``LoadReport`` of a model that ``load_release`` built, else None.
+    """
+
+    load_report: Any = None
+
+    config_class = TinyGPTVConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PhiDecoderLayer", "EvaBlock", "Blip2QFormerLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # FLOAT32_NAMES in transformers' terms.
+    _keep_in_fp32_modules_strict = [
+        "[a-z]_layernorm",
+        "input_layernorm",
+        "final_layernorm",
+        "attention_rmsnorm",
+        "projector",
+        "lora_",
+    ]
+
+    def __init__(self, config: TinyGPTVConfig) -> None:
+        super().__init__(config)
+        text, qformer = config.text_config, config.qformer_config
+        self.vision_encoder = VisionEncoder(config.vision_config)
+        self.qformer = QFormer(qformer, config.num_query_tokens)
+        self.projector = Projector(qformer.hidden_size, config.projector_hidden_size, text.hidden_size)
+        self.language_model = LanguageModel(text)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size)
+        if config.lora_rank:
+            add_lora(self.language_model, config.lora_rank, config.lora_alpha, config.lora_dropout)
+        self.post_init()
+
+    # ------------------------------------------------------------------ what transformers asks of a model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Token embedding of the language model."""
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.language_model.embed_tokens = cast(nn.Embedding, value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Language head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the language head."""
+        self.lm_head = new_embeddings
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise what no checkpoint supplied: normal(0, 0.02) matrices, unit norms, zero LoRA B."""
+        if isinstance(module, QFormer):
+            nn.init.normal_(module.query_tokens, std=self.config.initializer_range)
+        elif isinstance(module, Eva):
+            nn.init.trunc_normal_(cast(Tensor, module.pos_embed), std=0.02)
+            nn.init.trunc_normal_(cast(Tensor, module.cls_token), std=0.02)
+        elif isinstance(module, EvaAttention):
+            # k_bias is a buffer of zeros that no checkpoint holds; built on the meta device it would stay unset.
+            for bias in (module.q_bias, module.k_bias, module.v_bias):
+                nn.init.zeros_(cast(Tensor, bias))
+        elif hasattr(module, "reset_lora_parameters"):
+            reset_lora(module)
+        else:
+            super()._init_weights(module)
+
+    def train(self, mode: bool = True) -> TinyGPTVForConditionalGeneration:
+        """Set training mode; the frozen encoder and Q-Former stay in evaluation mode."""
+        super().train(mode)
+        self.vision_encoder.eval()
+        self.qformer.eval()
+        return self
+
+    # ------------------------------------------------------------------ images
+
+    def encode_query_features(self, pixel_values: Tensor) -> Tensor:
+        """Run the vision encoder and the Q-Former.
+
+        Args:
+            pixel_values: [N, 3, R, R].
+
+        Returns:
+            Query features [N, Q, F]; they carry no gradient while both parts are frozen.
+        """
+        trainable = any(p.requires_grad for part in (self.vision_encoder, self.qformer) for p in part.parameters())
+        with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
+            return self.qformer(self.vision_encoder(pixel_values))
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Turn images into embeddings for the language model.
+
+        Args:
+            pixel_values: [N, 3, R, R].
+
+        Returns:
+            Image embeddings [N, Q, D].
+        """
+        return self.projector(self.encode_query_features(pixel_values))
+
+    def set_image_size(self, image_size: int) -> None:
+        """Change the image side R in place, e.g. from 224 to 448 before stage 4."""
+        self.vision_encoder.set_image_size(image_size)
+        self.config.vision_config.image_size = image_size
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        query_features: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Embed tokens and put image embeddings where ``input_ids`` holds ``image_token_id``.
+
+        Args:
+            input_ids: [B, S]; each image takes Q positions, images in batch order.
+            pixel_values: [N, 3, R, R] images, or
+            query_features: [N, Q, F] cached Q-Former outputs, or
+            image_embeds: [N, Q, D] ready embeddings; at most one of the three.
+
+        Returns:
+            [B, S, D].
+
+        Raises:
+            ValueError: the number of image positions is not N * Q.
+        """
+        if image_embeds is None and query_features is None and pixel_values is not None:
+            query_features = self.encode_query_features(pixel_values)
+        if image_embeds is None and query_features is not None:
+            image_embeds = self.projector(query_features)
+
+        is_image = input_ids == self.config.image_token_id
+        inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        if image_embeds is None:
+            if not torch.compiler.is_compiling() and is_image.any():
+                raise ValueError(
+                    f"input_ids marks {int(is_image.sum())} image positions but no image was given: pass pixel_values."
+                )
+            return inputs_embeds
+        if input_ids.device.type == "cpu" and int(is_image.sum()) != image_embeds.shape[0] * image_embeds.shape[1]:
+            raise ValueError(
+                f"input_ids marks {int(is_image.sum())} image positions but {image_embeds.shape[0]} images of "
+                f"{image_embeds.shape[1]} query tokens were given: each <ImageHere> needs exactly one image."
+            )
+        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds.to(inputs_embeds.dtype))
+
+    # ------------------------------------------------------------------ forward
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        pixel_values: Tensor | None = None,
+        query_features: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> TinyGPTVOutput:
+        """Predict the next token at every position.
+
+        Args:
+            input_ids: [B, S] with ``image_token_id`` at image positions; or give ``inputs_embeds``.
+            attention_mask: [B, S], 1 for real positions.
+            position_ids: [B, S]; None counts 0..S-1, as in training.
+            past_key_values: cache to extend.
+            inputs_embeds: [B, S, D] assembled embeddings instead of ``input_ids``.
+            labels: [B, S] unshifted ids, -100 where the loss does not look; logits at s are scored on labels at s + 1.
+            use_cache: return a cache.
+            logits_to_keep: compute logits for the last so many positions only; 0 computes all.
+            pixel_values: [N, 3, R, R] images for the placeholders, in batch order.
+            query_features: [N, Q, F] cached in place of ``pixel_values``.
+            image_embeds: [N, Q, D] in place of either.
+            num_items_in_batch: supervised tokens of all accumulated batches, as transformers' ``Trainer`` gives it; the
+                loss is then the sum divided by it, so that accumulation changes nothing.
+            kwargs: what else transformers hands through to the layers.
+
+        Returns:
+            ``TinyGPTVOutput``.
+        """
+        kwargs.pop("return_dict", None)
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("give input_ids or inputs_embeds.")
+            inputs_embeds = self.embed(input_ids, pixel_values, query_features, image_embeds)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.compute_logits(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            targets = labels[:, 1:].to(logits.device)
+            loss = nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1),
+                targets.flatten(),
+                ignore_index=IGNORE_INDEX,
+                reduction="mean" if num_items_in_batch is None else "sum",
+            )
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+        return TinyGPTVOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_embeds=image_embeds,
+        )
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Language head: [..., D] to [..., K] in float32."""
+        return self.lm_head(matrix_input(hidden_states, self.lm_head)).float()
+
+    def token_losses(
+        self,
+        inputs_embeds: Tensor,
+        supervised_positions: Tensor,
+        supervised_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of each supervised token, with the language head run on supervised positions only.
+
+        ``forward``'s loss is their mean. Training divides the sum once, by the tokens of all micro-batches and workers.
+
+        Args:
+            inputs_embeds: [B, S, D] from ``embed``.
+            supervised_positions: [M] indices into the flattened [B * S] positions whose *next* token is scored.
+            supervised_ids: [M] those next tokens.
+            attention_mask: [B, S] or None.
+            position_ids: [B, S] or None; where they start again (packed samples), attention starts again too.
+
+        Returns:
+            [M] float32, in nats.
+        """
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )
+        hidden_states_MD = outputs.last_hidden_state.flatten(0, 1)[supervised_positions]
+        return nn.functional.cross_entropy(self.compute_logits(hidden_states_MD), supervised_ids, reduction="none")
+
+    # ------------------------------------------------------------------ LoRA
+
+    def merge_lora(self) -> int:
+        """Fold the LoRA adapters into the base weights, in place; returns how many there were."""
+        merged = merge_lora(self.language_model)
+        self.config.lora_rank = 0
+        return merged
+
+    def add_lora(self, rank: int, alpha: int, dropout: float) -> None:
+        """Add fresh LoRA adapters to a model that has none, in place; they start as a zero change."""
+        if self.config.lora_rank:
+            raise ValueError(f"the model already has LoRA adapters of rank {self.config.lora_rank}: merge them first.")
+        add_lora(self.language_model, rank, alpha, dropout)
+        self.config.lora_rank, self.config.lora_alpha, self.config.lora_dropout = rank, alpha, dropout
+
+
+for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    # In place of the stand-in that tinygptv.auto_classes may have put there.
+    _auto_class.register(TinyGPTVConfig, TinyGPTVForConditionalGeneration, exist_ok=True)

@@ -1,0 +1,1 @@
+"""Low-bit weights: artifacts and the linear layers that compute with them."""

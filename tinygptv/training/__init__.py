@@ -1,0 +1,1 @@
+"""Training without a cluster: stages, schedule, optimizer, training step, memory plan."""
