@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pipelines.cluster import ENVIRONMENT  # noqa: E402
-from pipelines.features import cache_features  # noqa: E402
+from pipelines.data.features import cache_features  # noqa: E402
 from pipelines.settings import CacheFeaturesSettings  # noqa: E402
 from tests.worlds import as_words, make_world, train_settings  # noqa: E402
 

@@ -6,7 +6,7 @@
 
 * ``one at a time``: read the picture, processor, ``generate``, next question.
 * ``padded batches``: the same with batches in the benchmark's order, padded on the left.
-* ``evaluation``: what ``jobs/score.py`` runs in each of its actors (``pipelines.answer_units``), baselines off.
+* ``evaluation``: what ``jobs/score.py`` runs in each of its actors (``pipelines.evaluation.worker``), baselines off.
 
 All three answer the same questions of a drawn world, one process with the same threads, in turns for a few rounds; each
 starts from files. ``generate`` has its cache and stops at the end symbol. CPU time per question stays comparable where
@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 from serving_common import make_checkpoint
 
-from pipelines.answer_units import AnswerOptions, Unit, UnitAnswerer
-from pipelines.benchmarks import BENCHMARKS, Question
+from pipelines.evaluation.benchmarks import BENCHMARKS, Question
+from pipelines.evaluation.worker import AnswerOptions, Unit, UnitAnswerer
 from tinygptv.inference.loading import load_for_inference
 from tinygptv.miniature.backbones import shipped_model
 from tinygptv.miniature.writers import write_world

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.score_page import drawn_case, truth_text
-from pipelines.scoring import PREDICTIONS
+from pipelines.evaluation.page import drawn_case, truth_text
+from pipelines.evaluation.scoring import PREDICTIONS
 from tinygptv.data.prompts import IMAGE_PLACEHOLDER
 
 SIDE = 220

@@ -99,10 +99,10 @@ def measure_floor(tars: Path) -> list[str]:
     import cv2
     import simplejpeg
 
-    from pipelines.checks import check_image
-    from pipelines.ingest_unit import process_unit
+    from pipelines.data.ingest.checks import check_image
+    from pipelines.data.ingest.unit import process_unit
+    from pipelines.data.sources import locate
     from pipelines.settings import PrepareDataSettings
-    from pipelines.sources import locate
 
     cv2.setNumThreads(1)
     first = min(tars.glob("*.tar"))

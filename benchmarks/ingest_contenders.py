@@ -158,7 +158,7 @@ class HuggingFace:
 
 
 class Ours:
-    """pipelines.ingest on a local Ray cluster of ``workers`` CPUs, with all of its checks."""
+    """pipelines.data.ingest.job on a local Ray cluster of ``workers`` CPUs, with all of its checks."""
 
     def __init__(self, workers: int) -> None:
         from pipelines.cluster import start_ray
@@ -172,7 +172,7 @@ class Ours:
         self.session.__enter__()
 
     def __call__(self, tars: list[Path], output: Path) -> int:
-        from pipelines.ingest import ingest
+        from pipelines.data.ingest.job import ingest
 
         update = {"input": str(tars[0].parent / "*.tar"), "output": str(output)}
         return ingest(self.settings.model_copy(update=update))["rows_out"]

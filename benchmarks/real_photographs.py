@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.benchmarks.base import Benchmark, Question, Statistics
-from pipelines.benchmarks.choices import POPE_STATISTICS, score_choice, score_pope
-from pipelines.benchmarks.files import read_lines
-from pipelines.benchmarks.grounding import OVERLAPS, score_refer
-from pipelines.benchmarks.vqa import ask
-from pipelines.evaluate import evaluate
-from pipelines.ingest import ingest
-from pipelines.scoring import score_table
+from pipelines.data.ingest.job import ingest
+from pipelines.evaluation.benchmarks.base import Benchmark, Question, Statistics
+from pipelines.evaluation.benchmarks.choices import POPE_STATISTICS, score_choice, score_pope
+from pipelines.evaluation.benchmarks.files import read_lines
+from pipelines.evaluation.benchmarks.grounding import OVERLAPS, score_refer
+from pipelines.evaluation.benchmarks.vqa import ask
+from pipelines.evaluation.run import evaluate
+from pipelines.evaluation.scoring import score_table
 from pipelines.settings import PrepareDataSettings, ScoreSettings
 from tinygptv.metrics.metrics import exact_match, rouge_l, vqa_accuracy
 from tinygptv.miniature.backbones import shipped_model

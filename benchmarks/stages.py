@@ -16,12 +16,12 @@ from typing import Any
 
 from note import LoadWatch, write_note
 
-from pipelines.benchmarks import GROUPS
+from pipelines.cli import quiet_libraries
 from pipelines.cluster import start_ray
-from pipelines.evaluate import evaluate
-from pipelines.main import quiet_libraries
+from pipelines.evaluation.benchmarks import GROUPS
+from pipelines.evaluation.run import evaluate
 from pipelines.settings import ROOT, ScoreSettings, Settings, TrainSettings
-from pipelines.train import run_stage
+from pipelines.training.run import run_stage
 
 CONFIG = ROOT / "configs/mini.yaml"
 LAST = 4

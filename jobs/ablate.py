@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.main import run_main
+from pipelines.cli import run_main
 from pipelines.settings import AblateSettings
 
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = AblateSettings.from_command_line(argv, __doc__)
 
     def work() -> None:
-        from pipelines.ablate import ablate
+        from pipelines.ablation.run import ablate
 
         result = ablate(settings)
         print(result["text"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.main import run_main
+from pipelines.cli import run_main
 from pipelines.settings import CacheFeaturesSettings
 
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = CacheFeaturesSettings.from_command_line(argv, __doc__)
 
     def work() -> None:
-        from pipelines.features import cache_features
+        from pipelines.data.features import cache_features
 
         print(cache_features(settings)["result"])
 

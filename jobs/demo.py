@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from pipelines.main import run_main
+from pipelines.cli import run_main
 from pipelines.settings import DemoSettings
 
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parser.parse_known_args(argv)[0].config
 
     def work() -> None:
-        from pipelines.demo import run_demo, summary
+        from pipelines.miniature.demo import run_demo, summary
 
         print(summary(run_demo(settings, config)))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.main import run_main
+from pipelines.cli import run_main
 from pipelines.settings import MiniatureSettings
 
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = MiniatureSettings.from_command_line(argv, __doc__)
 
     def work() -> None:
-        from pipelines.miniature import run_miniature
+        from pipelines.miniature.jobs import run_miniature
 
         print(run_miniature(settings)["result"])
 

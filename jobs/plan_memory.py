@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.main import run_main
+from pipelines.cli import run_main
 from pipelines.settings import PlanMemorySettings
 
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = PlanMemorySettings.from_command_line(argv, __doc__)
 
     def work() -> None:
-        from pipelines.plan import plan_memory
+        from pipelines.training.memory_plan import plan_memory
 
         plan = plan_memory(settings)
         print(plan["table"], plan["result"], sep="\n")

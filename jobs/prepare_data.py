@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.main import run_main
+from pipelines.cli import run_main
 from pipelines.settings import PrepareDataSettings
 
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = PrepareDataSettings.from_command_line(argv, __doc__)
 
     def work() -> None:
-        from pipelines.ingest import ingest
+        from pipelines.data.ingest.job import ingest
 
         print(ingest(settings)["result"])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.main import run_main
+from pipelines.cli import run_main
 from pipelines.settings import ScoreSettings
 
 
@@ -18,8 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = ScoreSettings.from_command_line(argv, __doc__)
 
     def work() -> None:
-        from pipelines.evaluate import evaluate, score_table
-        from pipelines.scoring import comparison_table
+        from pipelines.evaluation.run import evaluate, score_table
+        from pipelines.evaluation.scoring import comparison_table
 
         result = evaluate(settings)
         print(score_table(result["benchmarks"]))

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from pipelines.main import run_main
+from pipelines.cli import run_main
 from pipelines.serving.run import serving
 from pipelines.settings import ServeSettings
 

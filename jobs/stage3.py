@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.main import run_stage_main
+from pipelines.cli import run_stage_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines import storage
-from pipelines.loader import data_path
+from pipelines.data.loader import data_path
+from pipelines.data.shards import MANIFEST, ShardSet
 from pipelines.settings import QuantizeSettings, SettingsError
-from pipelines.shards import MANIFEST, ShardSet
-from pipelines.tracking import NullTracker, open_tracker, register_model
+from pipelines.tracking.mlflow import NullTracker, open_tracker, register_model
 
 if TYPE_CHECKING:
     import torch

@@ -235,7 +235,7 @@ class AblateSettings(Settings):
 
     variants: list[str] = Field(
         default_factory=lambda: ["full", "no_lora", "frozen_input_norm", "no_input_norm", "no_rms_norm", "no_qk_norm"],
-        description="rows of the table: names of pipelines.ablation_variants, or changes like stage.lora_rank=4",
+        description="rows of the table: names of pipelines.ablation.variants, or changes like stage.lora_rank=4",
     )
     stages: list[int] = Field(default_factory=lambda: [1, 2, 3, 4], description="columns of the table")
     precisions: list[str] = Field(

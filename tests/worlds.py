@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from pipelines import storage
+from pipelines.data.shards import MANIFEST, Manifest, ShardWriter, record_batch
 from pipelines.settings import TrainSettings
-from pipelines.shards import MANIFEST, Manifest, ShardWriter, record_batch
 from tests.tiny import tiny_config, tiny_tokenizer
 from tinygptv.checkpoint.checkpoint import save_checkpoint
 from tinygptv.data.processing import TinyGPTVProcessor

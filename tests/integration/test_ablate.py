@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from pipelines.ablate import ablate
+from pipelines.ablation.run import ablate
 from pipelines.settings import AblateSettings
-from pipelines.train_state import RECORD_FILE
+from pipelines.training.states import RECORD_FILE
 from tests.worlds import STAGE, make_world
 from tinygptv.miniature.writers import write_world
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from pipelines.evaluate import evaluate
+from pipelines.evaluation.run import evaluate
 from tests.paths import ROOT
 from tests.serving_model import save_checkpoint
 from tests.unit.test_evaluate import predictions, settings

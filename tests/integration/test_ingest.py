@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.ingest import ingest
+from pipelines.data.ingest.job import ingest
+from pipelines.data.shards import ShardSet
 from pipelines.settings import PrepareDataSettings
-from pipelines.shards import ShardSet
 from tests.paths import REALDATA, ROOT
 from tests.source_files import jpeg, sample, write_tar, write_web_tar
 from tinygptv.data.sample import SampleRow
@@ -50,7 +50,7 @@ def tars(tmp_path_factory):
 
 
 def test_cluster_gives_the_same_bytes_whatever_the_parallelism(tars, monkeypatch):
-    from pipelines import ingest as module
+    from pipelines.data.ingest import job as module
 
     result = ingest(settings(tars, "parallel"))
     assert result["rows_in"] == sum(result[key] for key in ("rows_out", "duplicates", "filtered", "quarantined"))
@@ -129,7 +129,7 @@ def test_real_photographs(tmp_path):
 
 
 def test_ray_data_reads_the_shards(tars):
-    from pipelines.shard_source import read_shards
+    from pipelines.data.ray_datasource import read_shards
 
     result = ingest(settings(tars, "parallel"))
     rows = {row["id"]: row for row in read_shards(result["output"]).take_all()}

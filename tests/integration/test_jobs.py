@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from pipelines.cluster import ENVIRONMENT
-from pipelines.train import run_stage
+from pipelines.training.run import run_stage
 from tests.paths import ROOT
 from tests.worlds import command_changes, command_line, make_world, train_settings
 

@@ -15,10 +15,10 @@ import psutil
 import pytest
 import torch
 
-from pipelines.features import cache_features
-from pipelines.outbox import JOURNAL_FILE
+from pipelines.data.features import cache_features
 from pipelines.settings import CacheFeaturesSettings
-from pipelines.train import run_stage
+from pipelines.tracking.outbox import JOURNAL_FILE
+from pipelines.training.run import run_stage
 from tests.paths import ROOT
 from tests.worlds import as_words, make_world, train_settings
 from tinygptv.checkpoint.checkpoint import load_checkpoint

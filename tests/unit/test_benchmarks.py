@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from pipelines.benchmarks import BENCHMARKS, GROUPS, find_benchmarks
-from pipelines.benchmarks.base import Benchmark, Question, Statistics, each
-from pipelines.scoring import (
+from pipelines.evaluation.benchmarks import BENCHMARKS, GROUPS, find_benchmarks
+from pipelines.evaluation.benchmarks.base import Benchmark, Question, Statistics, each
+from pipelines.evaluation.scoring import (
     PREDICTIONS,
     compare,
     comparison_table,

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from PIL.ExifTags import Base
 
-from pipelines.checks import check_image, check_row, perceptual_hash
+from pipelines.data.ingest.checks import check_image, check_row, perceptual_hash
+from pipelines.data.sources.base import LeftOut, Malformed
 from pipelines.settings import PrepareDataSettings
-from pipelines.sources.base import LeftOut, Malformed
 from tests.source_files import encode, jpeg, picture
 from tinygptv.data.images import open_image
 from tinygptv.data.sample import SampleRow, Turn

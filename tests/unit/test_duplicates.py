@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import duplicates
-from pipelines.duplicates import find_near_duplicates, first_occurrences
+from pipelines.data.ingest import deduplicate
+from pipelines.data.ingest.deduplicate import find_near_duplicates, first_occurrences
 
 
 @settings(max_examples=50, deadline=None)
@@ -61,14 +61,14 @@ def test_nothing_and_one_row():
 
 def test_a_band_that_all_hashes_share_is_compared_in_bounded_parts(monkeypatch):
     sizes = []
-    compare = duplicates._compare_group
+    compare = deduplicate._compare_group
 
     def recording(hashes, group, *rest):
         sizes.append(len(group))
         compare(hashes, group, *rest)
 
-    monkeypatch.setattr(duplicates, "_compare_group", recording)
-    monkeypatch.setattr(duplicates, "_LARGEST_GROUP", 500)
+    monkeypatch.setattr(deduplicate, "_compare_group", recording)
+    monkeypatch.setattr(deduplicate, "_LARGEST_GROUP", 500)
     hashes = np.arange(4000, dtype=np.uint64) << np.uint64(40)  # all share their lower bands
     found = find_near_duplicates(np.arange(1, 4001, dtype=np.uint64), hashes, 1)
     assert max(sizes) == 500

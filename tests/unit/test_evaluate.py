@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.answer_units import UnitAnswerer, _other_images
-from pipelines.benchmarks.base import Benchmark, Question
-from pipelines.evaluate import evaluate
+from pipelines.evaluation.benchmarks.base import Benchmark, Question
+from pipelines.evaluation.run import evaluate
+from pipelines.evaluation.worker import UnitAnswerer, _other_images
 from pipelines.settings import ScoreSettings, SettingsError
 from tests import benchmark_files
 from tests.serving_model import make_image, save_checkpoint

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.guard import Diagnosis, Guard, TrainingStopped, diagnose
-from pipelines.loader import BatchMaker
-from pipelines.train import resolve_job, run_stage
-from pipelines.train_loop import TrainWorker
+from pipelines.data.loader import BatchMaker
+from pipelines.training.guard import Diagnosis, Guard, TrainingStopped, diagnose
+from pipelines.training.run import resolve_job, run_stage
+from pipelines.training.worker import TrainWorker
 from tests.worlds import make_world, train_settings
 from tinygptv.checkpoint.checkpoint import load_checkpoint
 from tinygptv.training.train_step import StepResult, TrainStep

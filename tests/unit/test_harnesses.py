@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from PIL import Image
 
-from pipelines.harnesses.in_process import HarnessQuestion, InProcessModel
+from pipelines.evaluation.harnesses.in_process import HarnessQuestion, InProcessModel
 from tests.serving_model import make_image, make_model, make_processor, save_checkpoint
 from tinygptv.data.images import open_image
 from tinygptv.inference.batch import Answerer, Prompt
@@ -94,11 +94,11 @@ def import_with(monkeypatch, name, modules):
 def lmms(monkeypatch):
     base = type("lmms", (), {"task_dict": {}})
     modules = {"lmms_eval.api.model": {"lmms": base}, "lmms_eval.models.registry_v2": {"ModelManifest": Manifest}}
-    return import_with(monkeypatch, "pipelines.harnesses.lmms", modules)
+    return import_with(monkeypatch, "pipelines.evaluation.harnesses.lmms", modules)
 
 
 def test_lmms_eval_requests(lmms, checkpoint, pictures, answerer):
-    assert Manifest("tinygptv", "pipelines.harnesses.lmms.TinyGPTV") == lmms.MANIFEST
+    assert Manifest("tinygptv", "pipelines.evaluation.harnesses.lmms.TinyGPTV") == lmms.MANIFEST
     model = lmms.TinyGPTV(checkpoint, batch_size="2", device=None)
     model.task_dict = {"t": {"test": [{"picture": picture, "target": " red"} for picture in pictures]}}
 
@@ -123,7 +123,9 @@ def test_vlmevalkit_messages(monkeypatch, checkpoint, tmp_path, answerer):
             paths = [part["value"] for part in message if part["type"] == "image"]
             return "\n".join(p["value"] for p in message if p["type"] == "text"), paths[0] if paths else None
 
-    module = import_with(monkeypatch, "pipelines.harnesses.vlmevalkit", {"vlmeval.vlm.base": {"BaseModel": Base}})
+    module = import_with(
+        monkeypatch, "pipelines.evaluation.harnesses.vlmevalkit", {"vlmeval.vlm.base": {"BaseModel": Base}}
+    )
     (tmp_path / "a.png").write_bytes(make_image(2))
     model = module.TinyGPTV(checkpoint, max_new_tokens=5)
     message = [{"type": "image", "value": str(tmp_path / "a.png")}, {"type": "text", "value": "what?"}]

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import ingest as ingest_module
 from pipelines import storage
-from pipelines.ingest import ingest
+from pipelines.data.ingest import job as ingest_module
+from pipelines.data.ingest.job import ingest
+from pipelines.data.shards import ShardSet
 from pipelines.settings import PrepareDataSettings, SettingsError
-from pipelines.shards import ShardSet
-from pipelines.tracking import NullTracker
+from pipelines.tracking.mlflow import NullTracker
 from tests.paths import ROOT
 from tests.source_files import encode, jpeg, picture, sample, write_tar, write_web_tar
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipelines.plan import plan_memory
 from pipelines.settings import PlanMemorySettings
+from pipelines.training.memory_plan import plan_memory
 from tests.tiny import tiny_config
 from tinygptv.data.sample import TextLimits
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
@@ -84,7 +84,7 @@ def test_weights_gradients_and_optimizer_of_the_paper():
 
 
 def paper(stage):
-    from pipelines.plan import recipe_config
+    from pipelines.training.memory_plan import recipe_config
 
     return recipe_config("paper", stage)
 
@@ -111,7 +111,7 @@ def test_what_saves_memory_saves_it(memory):
 
 
 def bf16():
-    from pipelines.plan import INFERENCE_FORMATS
+    from pipelines.training.memory_plan import INFERENCE_FORMATS
 
     return INFERENCE_FORMATS["bf16"]
 

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from pipelines import miniature
+from pipelines.miniature import jobs
 from pipelines.settings import MiniatureSettings, SettingsError
 from tests.tiny import tiny_config, tiny_tokenizer
 from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
@@ -118,18 +118,18 @@ def test_every_cycle_of_the_schedule_starts_and_ends_alike():
 def test_job_runs_a_few_steps_and_ships_what_it_made(tmp_path, monkeypatch):
     monkeypatch.setattr(backbones, "DATA", tmp_path / "data")
     monkeypatch.setattr(backbones, "BACKBONES", tmp_path / "data/backbones")
-    monkeypatch.setattr(miniature, "HELD_OUT_SCENES", 8)
+    monkeypatch.setattr(jobs, "HELD_OUT_SCENES", 8)
     monkeypatch.setattr(pretrain_language, "EVALUATED_KINDS", ())
     quick = functools.partial(pretrain_language.train_tokenizer, num_documents=400)
     monkeypatch.setattr(pretrain_language, "train_tokenizer", quick)
     common = {"tracking_uri": "none", "quiet": True, "output": str(tmp_path / "out")}
-    result = miniature.run_miniature(MiniatureSettings(task="pretrain", max_steps=1, **common))
+    result = jobs.run_miniature(MiniatureSettings(task="pretrain", max_steps=1, **common))
     model, processor, facts = load_checkpoint(result["checkpoint"])
     assert model.config.lora_rank == 0
     assert facts["seed"] == 0
     assert processor.tokenizer.bos_token_id == 0
 
-    shipped = miniature.run_miniature(MiniatureSettings(task="ship", backbones=result["checkpoint"], **common))
+    shipped = jobs.run_miniature(MiniatureSettings(task="ship", backbones=result["checkpoint"], **common))
     assert shipped["bytes"] < 10e6
     again = backbones.write_checkpoint(tmp_path / "again")
     for ours, theirs in zip(model.parameters(), load_checkpoint(again)[0].parameters(), strict=True):
@@ -178,6 +178,6 @@ def _with_size(stage, model):
 
 def test_unknown_task_is_refused():
     with pytest.raises(SettingsError, match="choose one of"):
-        miniature.run_miniature(MiniatureSettings(task="paint", tracking_uri="none"))
+        jobs.run_miniature(MiniatureSettings(task="paint", tracking_uri="none"))
     with pytest.raises(SettingsError, match="backbones=DIR"):
-        miniature.run_miniature(MiniatureSettings(task="ship", tracking_uri="none"))
+        jobs.run_miniature(MiniatureSettings(task="ship", tracking_uri="none"))

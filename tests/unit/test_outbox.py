@@ -7,8 +7,8 @@ import time
 import pytest
 from PIL import Image
 
-from pipelines import outbox
-from pipelines.outbox import JOURNAL_FILE, Outbox
+from pipelines.tracking import outbox
+from pipelines.tracking.outbox import JOURNAL_FILE, Outbox
 
 
 class Service:

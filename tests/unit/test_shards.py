@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from pipelines import storage
-from pipelines.shard_cache import ShardCache
-from pipelines.shards import BATCH_ROWS, SCHEMA, Manifest, ShardError, ShardSet, ShardWriter, record_batch
+from pipelines.data.shard_cache import ShardCache
+from pipelines.data.shards import BATCH_ROWS, SCHEMA, Manifest, ShardError, ShardSet, ShardWriter, record_batch
 from tinygptv.data.sample import SampleRow, Turn
 
 

@@ -8,10 +8,10 @@ from collections import defaultdict
 import pytest
 from safetensors.numpy import load_file
 
-from pipelines.checks import check_image
+from pipelines.data.ingest.checks import check_image
+from pipelines.data.sources import SOURCES, locate
+from pipelines.data.sources.base import Rejected
 from pipelines.settings import PrepareDataSettings
-from pipelines.sources import SOURCES, locate
-from pipelines.sources.base import Rejected
 from tests.paths import GOLDEN
 from tinygptv.data.images import normalise_pixels, open_image, resize_pixels
 from tinygptv.data.sample import SampleRow, render_sample

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.data.sources import json_items as items_module
+from pipelines.data.sources import locate
+from pipelines.data.sources.base import Rejected
+from pipelines.data.sources.json_items import JsonDamage, iterate_items, split_items
+from pipelines.data.sources.referring import UnsafePickleError, load_plain_pickle
 from pipelines.settings import PrepareDataSettings, SettingsError
-from pipelines.sources import json_items as items_module
-from pipelines.sources import locate
-from pipelines.sources.base import Rejected
-from pipelines.sources.json_items import JsonDamage, iterate_items, split_items
-from pipelines.sources.referring import UnsafePickleError, load_plain_pickle
 from tests.source_files import jpeg
 
 VALUES = st.recursive(
@@ -160,7 +160,7 @@ def test_cut_annotation_file_gives_what_comes_before(tmp_path, images):
 
 
 def test_slices_cover_the_file(tmp_path, images, monkeypatch):
-    monkeypatch.setattr("pipelines.sources.annotations.ENTRIES_PER_UNIT", 3)
+    monkeypatch.setattr("pipelines.data.sources.annotations.ENTRIES_PER_UNIT", 3)
     entries = {f"k{n}": {"imageURL": "x/a.jpg", "questions": [f"q{n}"], "answers": ["a"], "split": 1} for n in range(8)}
     for key in entries:
         (images / f"{key}.jpg").write_bytes(jpeg(0))

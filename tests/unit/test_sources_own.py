@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.checks import check_row
+from pipelines.data.ingest.checks import check_row
+from pipelines.data.shards import record_batch
+from pipelines.data.sources import entries, locate
+from pipelines.data.sources.base import Rejected
 from pipelines.settings import PrepareDataSettings, SettingsError
-from pipelines.shards import record_batch
-from pipelines.sources import entries, locate
-from pipelines.sources.base import Rejected
 from tests.paths import ROOT
 from tests.source_files import encode, jpeg, picture
 from tinygptv.data.sample import SampleRow, Turn
@@ -105,7 +105,7 @@ def test_broken_line_is_set_apart_with_its_number(folder, line, reason):
 
 
 def test_lines_are_cut_into_units_without_loss(folder, monkeypatch):
-    monkeypatch.setattr("pipelines.sources.own.ENTRIES_PER_UNIT", 4)
+    monkeypatch.setattr("pipelines.data.sources.own.ENTRIES_PER_UNIT", 4)
     monkeypatch.setattr("pipelines.storage.COPY_BYTES", 10)
     path = write_lines(folder / "own.jsonl", [{"question": f"q{n}", "answer": "a"} for n in range(10)])
     path.write_text(path.read_text().rstrip("\n"))

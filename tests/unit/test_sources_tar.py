@@ -9,9 +9,9 @@ import tarfile
 
 import pytest
 
+from pipelines.data.sources import locate
+from pipelines.data.sources.base import Rejected
 from pipelines.settings import PrepareDataSettings, SettingsError
-from pipelines.sources import locate
-from pipelines.sources.base import Rejected
 from tests.source_files import encode, jpeg, picture, sample, write_tar, write_web_tar
 
 

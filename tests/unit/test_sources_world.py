@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from pipelines.checks import check_image, check_row
+from pipelines.data.ingest.checks import check_image, check_row
+from pipelines.data.sources import SOURCES, locate
+from pipelines.data.sources.base import Rejected
 from pipelines.settings import PrepareDataSettings
-from pipelines.sources import SOURCES, locate
-from pipelines.sources.base import Rejected
 from tinygptv.data.sample import render_sample
 from tinygptv.miniature.formats import FORMATS, INVERSE
 from tinygptv.miniature.writers import write_world

@@ -8,10 +8,10 @@ import shutil
 import pytest
 import torch
 
-from pipelines.features import FeatureError, cache_features
+from pipelines.data.features import FeatureError, cache_features
 from pipelines.settings import CacheFeaturesSettings, SettingsError, TrainSettings
-from pipelines.train import apply_stage_settings, dry_run, run_stage
-from pipelines.train_state import StateStore
+from pipelines.training.run import apply_stage_settings, dry_run, run_stage
+from pipelines.training.states import StateStore
 from tests.worlds import make_world, train_settings
 from tinygptv.checkpoint.checkpoint import CheckpointError, load_checkpoint
 from tinygptv.training.stages import get_stage

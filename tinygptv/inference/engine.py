@@ -109,7 +109,7 @@ class _Sequence:
 class Engine:
     """Answers many requests at once with one model.
 
-    Not thread-safe: one thread calls ``add``, ``cancel`` and ``step`` (``engine_loop.EngineLoop`` does).
+    Not thread-safe: one thread calls ``add``, ``cancel`` and ``step`` (``engine_thread.EngineLoop`` does).
     """
 
     def __init__(

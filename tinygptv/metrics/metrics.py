@@ -1,6 +1,6 @@
 """Scores of answers: pure functions, one per metric.
 
-Each follows its benchmark's own published evaluation; ``released_metrics`` holds the release's looser versions, and
+Each follows its benchmark's own published evaluation; ``released`` holds the release's looser versions, and
 docs/evaluation.md tells the two apart. A score of one answer is 0..1.
 """
 

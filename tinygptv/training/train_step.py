@@ -22,7 +22,7 @@ from tinygptv.training.fp16_emulation import emulate_half_range
 from tinygptv.training.stages import TRAINABLE_PARTS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16_range": torch.float32}
-"""Precision -> dtype of the matrices; ``fp16_range`` computes in float32 and rounds to fp16 (``half_range``)."""
+"""Precision -> dtype of the matrices; ``fp16_range`` computes in float32 and rounds to fp16 (``fp16_emulation``)."""
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Ablations: variants of the recipe, trained, scored and reported."""

@@ -1,0 +1,258 @@
+"""The report of an ablation: Table 3's shape (variant x stage) per precision, scores, curves; Markdown and a page."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from pipelines.ablation.findings import VANISHED, WINDOW, Record, StageOutcome
+from pipelines.ablation.variants import Variant
+from pipelines.settings import AblateSettings
+from pipelines.training.plots import smooth
+
+
+@dataclass
+class AblationRow:
+    """One variant at one precision.
+
+    Attributes:
+        variant: what was changed.
+        precision: it was trained at.
+        outcomes: one per stage.
+        records: stage number -> its steps.
+        scores: benchmark -> its numbers.
+    """
+
+    variant: Variant
+    precision: str
+    outcomes: list[StageOutcome]
+    records: dict[int, list[Record]]
+    scores: dict[str, dict[str, Any]]
+
+    def cells(self) -> dict[str, str]:
+        """The row as short texts."""
+        cells = {"variant": self.variant.title, "precision": self.precision}
+        cells |= {f"stage {outcome.stage}": outcome.cell for outcome in self.outcomes}
+        return cells | {name: _score_cell(facts) for name, facts in self.scores.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "variant": self.variant.name,
+            "title": self.variant.title,
+            "precision": self.precision,
+            "stages": {str(outcome.stage): outcome.to_dict() for outcome in self.outcomes},
+            "scores": self.scores,
+        }
+
+
+def _score_cell(facts: dict[str, Any]) -> str:
+    """A score, and what it is with a blank picture and with another question's."""
+    baselines = [f"{name} {facts[name]:.1f}" for name in ("blind", "shuffled") if facts.get(name) is not None]
+    return f"{facts['value']:.1f}" + (f" ({', '.join(baselines)})" if baselines else "")
+
+
+def text_table(rows: Sequence[AblationRow]) -> str:
+    """All rows as an aligned text table."""
+    cells = [row.cells() for row in rows]
+    columns = list(dict.fromkeys(name for row in cells for name in row))
+    widths = [max(len(name), *(len(row.get(name, "")) for row in cells)) for name in columns]
+    lines = ["  ".join(name.ljust(width) for name, width in zip(columns, widths, strict=True)).rstrip()]
+    for row in cells:
+        lines.append("  ".join(row.get(n, "").ljust(w) for n, w in zip(columns, widths, strict=True)).rstrip())
+    return "\n".join(lines)
+
+
+def write_report(output: Path, rows: Sequence[AblationRow], settings: AblateSettings, seconds: float) -> dict[str, Any]:
+    """Write ``report.md``, ``report.html`` and the plots.
+
+    Returns:
+        ``report``, ``page`` and ``plots``: their paths.
+    """
+    precisions = list(dict.fromkeys(row.precision for row in rows))
+    plots = []
+    for precision in precisions:
+        own = [row for row in rows if row.precision == precision]
+        plots += [
+            draw_losses(output / f"losses_{precision}.png", own, precision),
+            draw_depths(output / f"gradients_{precision}.png", own, precision),
+        ]
+    text = _markdown(rows, precisions, plots, settings, seconds)
+    (output / "report.md").write_text(text)
+    (output / "report.html").write_text(_page(rows, precisions, plots, settings, seconds))
+    return {
+        "report": str(output / "report.md"),
+        "page": str(output / "report.html"),
+        "plots": [str(plot) for plot in plots],
+    }
+
+
+DEFINITIONS = (
+    f"A cell is the mean loss (nats per token) of the stage's last {WINDOW} steps, or what happened to its gradients. "
+    f"*Gradient vanishing at step k (part)*: the gradient norm of that part (the projector, or a language layer), "
+    f"before clipping, stays below {VANISHED:g} of the full model's typical norm in the {WINDOW} steps from k on. "
+    f"*NaN at step k*: the loss of step k is not finite, or the gradients of {WINDOW} steps in a row are not. "
+    "A score stands beside what the same model answers about a blank picture and about another question's."
+)
+
+
+def _how(settings: AblateSettings, seconds: float) -> str:
+    steps = f"{settings.max_steps} steps per stage" if settings.max_steps else "each stage's own number of steps"
+    return (
+        f"Recipe {settings.recipe}, seed {settings.seed}, {steps}, {settings.features} features, "
+        f"{settings.num_workers or 1} variants at a time, {seconds / 60:.1f} minutes."
+    )
+
+
+def _tables(
+    rows: Sequence[AblationRow], precisions: Sequence[str]
+) -> Iterator[tuple[str, list[AblationRow], list[str]]]:
+    """One table per precision: its name, its rows, its columns."""
+    for precision in precisions:
+        own = [row for row in rows if row.precision == precision]
+        yield precision, own, _columns(own)
+
+
+def _columns(rows: Sequence[AblationRow]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.cells() if name != "precision"))
+
+
+def _markdown(
+    rows: Sequence[AblationRow],
+    precisions: Sequence[str],
+    plots: Sequence[Path],
+    settings: AblateSettings,
+    seconds: float,
+) -> str:
+    lines = ["# Ablation", "", _how(settings, seconds), "", DEFINITIONS]
+    for precision, own, columns in _tables(rows, precisions):
+        lines += ["", f"## {precision}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        lines += ["| " + " | ".join(row.cells().get(name, "") for name in columns) + " |" for row in own]
+        lines += ["", *(f"![{plot.stem}]({plot.name})" for plot in plots if plot.stem.endswith(precision))]
+    notes = [
+        f"- {row.variant.title} ({row.precision}), stage {outcome.stage}: {outcome.note}"
+        for row in rows
+        for outcome in row.outcomes
+        if outcome.note
+    ]
+    if notes:
+        lines += ["", "## Notes", "", *notes]
+    return "\n".join(lines) + "\n"
+
+
+def _page(
+    rows: Sequence[AblationRow],
+    precisions: Sequence[str],
+    plots: Sequence[Path],
+    settings: AblateSettings,
+    seconds: float,
+) -> str:
+    parts = []
+    for precision, own, columns in _tables(rows, precisions):
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+        body = "".join("<tr>" + "".join(_cell(row.cells().get(name, "")) for name in columns) + "</tr>" for row in own)
+        pictures = "".join(
+            f'<img alt="{plot.stem}" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">'
+            for plot in plots
+            if plot.stem.endswith(precision)
+        )
+        parts.append(f"<h2>{precision}</h2><table><tr>{head}</tr>{body}</table>{pictures}")
+    definitions = html.escape(DEFINITIONS).replace("*G", "<i>G").replace("*N", "<i>N").replace("*:", "</i>:")
+    return _PAGE.substitute(how=html.escape(_how(settings, seconds)), definitions=definitions, tables="".join(parts))
+
+
+def _cell(text: str) -> str:
+    lost = any(word in text for word in ("vanishing", "NaN", "failed", "not run"))
+    return f'<td class="lost">{html.escape(text)}</td>' if lost else f"<td>{html.escape(text)}</td>"
+
+
+# ---------------------------------------------------------------------- plots
+
+
+def draw_losses(picture: Path, rows: Sequence[AblationRow], title: str) -> Path:
+    """Loss curves, a panel per stage and a line per variant.
+
+    Returns:
+        The picture's path.
+    """
+    plt, figure, axes = _panels(rows, title, height=3.6)
+    for axis, outcome in zip(axes, rows[0].outcomes, strict=True):
+        for colour, row in zip(_colours(len(rows)), rows, strict=True):
+            records = row.records.get(outcome.stage, [])
+            losses = [record["loss"] for record in records]
+            steps = [record["step"] for record in records]
+            axis.plot(steps, smooth(losses, max(1, len(losses) // 30)), color=colour, label=row.variant.title, lw=1.4)
+        axis.set(title=f"stage {outcome.stage}", xlabel="step")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("loss (nats per token)")
+    axes[-1].legend(fontsize=7)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+    return picture
+
+
+def draw_depths(picture: Path, rows: Sequence[AblationRow], title: str) -> Path:
+    """Median gradient norm per depth, a panel per stage and a line per variant.
+
+    Returns:
+        The picture's path.
+    """
+    plt, figure, axes = _panels(rows, title, height=3.6)
+    for place, axis in enumerate(axes):
+        for colour, row in zip(_colours(len(rows)), rows, strict=True):
+            depth = row.outcomes[place].depth
+            if depth:
+                axis.plot(
+                    list(depth), list(depth.values()), color=colour, marker="o", ms=3, label=row.variant.title, lw=1.2
+                )
+        axis.set(title=f"stage {rows[0].outcomes[place].stage}", yscale="log")
+        axis.tick_params(axis="x", rotation=60, labelsize=7)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("gradient norm, median over the stage")
+    axes[-1].legend(fontsize=7)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+    return picture
+
+
+def _panels(rows: Sequence[AblationRow], title: str, height: float) -> tuple[Any, Any, list[Any]]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    count = len(rows[0].outcomes)
+    figure, axes = plt.subplots(1, count, figsize=(3.1 * count + 1, height), layout="constrained", squeeze=False)
+    figure.suptitle(title)
+    return plt, figure, list(axes[0])
+
+
+def _colours(count: int) -> list[Any]:
+    import matplotlib
+
+    return [matplotlib.colormaps["tab10"](i % 10) for i in range(count)]
+
+
+_PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Ablation</title>
+<style>
+:root { color-scheme: light dark; --ink: #1c2733; --soft: #66758a; --line: #dde3ea; --page: #fbfcfd; --lost: #c2303c; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6ebf1; --soft: #93a1b3; --line: #2c3744; --page: #131a22; --lost: #ff7b86; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
+  max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; } p { color: var(--soft); }
+table { border-collapse: collapse; } td, th { text-align: left; padding: .25rem 1.2rem .25rem 0;
+  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
+td.lost { color: var(--lost); } img { display: block; max-width: 100%; margin-top: 1rem; background: white; }
+</style></head><body>
+<h1>Ablation</h1><p>$how</p><p>$definitions</p>
+$tables
+</body></html>
+""")

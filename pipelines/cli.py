@@ -1,0 +1,68 @@
+"""What every entry script shares: quiet libraries, and a user's mistake as one sentence instead of a trace."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+"""What a wrong setting, a missing folder or a damaged file raises; anything else is a defect and shows its trace."""
+
+
+def run_main(work: Callable[[], object]) -> int:
+    """Run a job's work.
+
+    Returns:
+        The process's exit status: 0, 2 for a user's mistake, 130 for Ctrl-C.
+    """
+    quiet_libraries()
+    try:
+        work()
+    except USER_ERRORS as error:
+        if os.environ.get("TINYGPTV_TRACE"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last finished part.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_stage_main(number: int, argv: Sequence[str] | None, description: str) -> int:
+    """Train a stage as its settings say; ``dry_run=true`` or ``--dry-run`` only prints what would be trained.
+
+    Args:
+        number: of the stage, 1 to 4.
+        argv: words of the command line; None takes the process's own.
+        description: what ``--help`` says.
+    """
+    from pipelines.settings import TrainSettings
+
+    settings = TrainSettings.from_command_line(argv, description)
+
+    def work() -> None:
+        from pipelines.training.run import dry_run, print_result, run_stage
+
+        if settings.dry_run:
+            print(dry_run(settings, number))
+        else:
+            print_result(run_stage(settings, number))
+
+    return run_main(work)
+
+
+def quiet_libraries() -> None:
+    """Our progress lines are the ones to read: others' progress bars and chatter are switched off."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for name in ("httpx", "alembic", "bitsandbytes", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)

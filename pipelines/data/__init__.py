@@ -1,0 +1,1 @@
+"""Training data: Arrow shards, cached query features, batches."""

@@ -1,0 +1,1 @@
+"""Ingest: data sets in their own file formats -> checked, deduplicated Arrow shards."""

@@ -1,0 +1,278 @@
+"""Is this sample fit for training? Checks and repairs of one sample, without Ray and without files.
+
+An image leaves here as a plain upright RGB or grey JPEG. One that is that already, and small enough, keeps its bytes;
+every other one is decoded and encoded once.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import ExifTags, Image
+
+from pipelines.data.sources.base import LeftOut, Malformed
+from pipelines.settings import PrepareDataSettings
+from tinygptv.data.images import FORMATS, open_image
+from tinygptv.data.prompts import INSTRUCTIONS, escape_markers
+from tinygptv.data.sample import SampleRow, Turn
+
+HASH_SIDE = 32
+"""Side in pixels of the grey picture that the perceptual hash looks at."""
+
+_LITTLE_SHRINKING = 1.3
+
+BOX_TASKS = ("refer", "identify")
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class CheckedImage:
+    """An image that is fit for training.
+
+    Attributes:
+        data: JPEG bytes.
+        width: of the original, upright, in pixels.
+        height: the same for the height.
+        perceptual_hash: 64 bits that hardly change when the picture is scaled or encoded anew.
+        kept: the bytes are the original's.
+    """
+
+    data: bytes
+    width: int
+    height: int
+    perceptual_hash: int
+    kept: bool
+
+
+def check_image(data: bytes, settings: PrepareDataSettings) -> CheckedImage:
+    """Check, turn upright, convert and shrink an image.
+
+    Args:
+        data: an encoded image of any format that ``tinygptv.data.images`` knows.
+        settings: size bounds and JPEG quality.
+
+    Raises:
+        Malformed: it cannot be decoded, or is a decompression bomb.
+        LeftOut: a filter on its size or shape removes it.
+    """
+    header = _read_plain_header(data) or _read_header(data)
+    width, height = header.width, header.height
+    _check_area(width, height, settings)
+    _filter_size(width, height, settings)
+    if header.colours:
+        try:
+            if min(width, height) <= settings.image_size:
+                grey = simplejpeg.decode_jpeg(data, "GRAY", min_height=HASH_SIDE, min_width=HASH_SIDE)[..., 0]
+                return CheckedImage(data, width, height, perceptual_hash(grey), kept=True)
+            return _encode(_decode_shrunk(data, header, settings), width, height, settings)
+        except ValueError:
+            pass  # libjpeg warns; PIL decides below whether the picture can be used, and it is then encoded anew
+    try:
+        pixels = np.asarray(open_image(data))
+        return _encode(_shrink(pixels, settings.image_size), width, height, settings)
+    except Exception as error:  # whatever a decoder raises on a stranger's bytes must not stop the other samples
+        raise Malformed(str(error).replace("\n", " ")) from error
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What an image says of itself: its upright size, and how simplejpeg shall decode it (``RGB`` or ``GRAY``).
+
+    ``colours`` is empty for all but an upright JPEG; PIL decodes those.
+    """
+
+    width: int
+    height: int
+    colours: str = ""
+
+
+def _read_plain_header(data: bytes) -> _Header | None:
+    """The header of a JPEG that is certainly upright and of one picture, several times faster than PIL; else None."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":  # up to the pixels
+        if data[place + 4 : place + 8] in (b"Exif", b"MPF\0"):  # may be turned, or hold several pictures
+            return None
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    colours = {"YCbCr": "RGB", "Gray": "GRAY"}.get(space)
+    return _Header(width, height, colours) if colours else None
+
+
+def _read_header(data: bytes) -> _Header:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            header = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise Malformed(f"decompression bomb: {error}") from error
+    except Exception as error:  # PIL's parsers raise many kinds of errors on damaged bytes
+        raise Malformed(f"cannot decode image: {error}".replace("\n", " ")) from error
+    orientation = _orientation(header)
+    width, height = header.size if orientation < 5 else header.size[::-1]
+    plain = orientation == 1 and header.format == "JPEG"
+    return _Header(width, height, {"RGB": "RGB", "L": "GRAY"}.get(header.mode, "") if plain else "")
+
+
+def _check_area(width: int, height: int, settings: PrepareDataSettings) -> None:
+    if width * height > settings.max_megapixels * 1e6:
+        raise Malformed(
+            f"decompression bomb: {width} x {height} pixels are more than max_megapixels={settings.max_megapixels:g}"
+        )
+    if width < 1 or height < 1:
+        raise Malformed(f"the image has {width} x {height} pixels")
+
+
+def _orientation(header: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) to 8; 1 where it is missing or makes no sense."""
+    if "exif" not in header.info and header.format not in ("PNG", "WEBP", "TIFF", "MPO"):
+        return 1
+    try:
+        value = header.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF data; the picture may be sound
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _filter_size(width: int, height: int, settings: PrepareDataSettings) -> None:
+    shorter, longer = sorted((width, height))
+    if shorter < settings.min_side:
+        raise LeftOut("min_side", f"{width} x {height} pixels, shorter side below {settings.min_side}")
+    if longer > shorter * settings.max_aspect_ratio:
+        raise LeftOut(
+            "max_aspect_ratio", f"{width} x {height} pixels, aspect ratio above {settings.max_aspect_ratio:g}"
+        )
+
+
+def _decode_shrunk(data: bytes, header: _Header, settings: PrepareDataSettings) -> np.ndarray:
+    """Decode at the smallest of JPEG's own scales that is large enough, then shrink the rest of the way."""
+    target = _target_size(header.width, header.height, settings.image_size)
+    pixels = simplejpeg.decode_jpeg(data, header.colours, min_width=target[0], min_height=target[1])
+    return _resize(pixels, target)
+
+
+def _shrink(pixels: np.ndarray, side: int) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    if min(width, height) <= side:
+        return pixels
+    return _resize(pixels, _target_size(width, height, side))
+
+
+def _target_size(width: int, height: int, side: int) -> tuple[int, int]:
+    """Size whose shorter side is ``side``, with the same aspect ratio."""
+    scale = side / min(width, height)
+    return max(side, round(width * scale)), max(side, round(height * scale))
+
+
+def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if (pixels.shape[1], pixels.shape[0]) == size:
+        return pixels
+    # Cubic interpolation is closest to a Lanczos filter, and seven times faster, where little is left to shrink; more
+    # would alias, and averaging over areas is then the closest. They meet at about 1.3.
+    little = pixels.shape[1] <= _LITTLE_SHRINKING * size[0]
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC if little else cv2.INTER_AREA)
+
+
+def _encode(pixels: np.ndarray, width: int, height: int, settings: PrepareDataSettings) -> CheckedImage:
+    pixels = np.ascontiguousarray(pixels if pixels.ndim == 3 else pixels[..., None])
+    colours, sampling = ("GRAY", "Gray") if pixels.shape[2] == 1 else ("RGB", "420")
+    grey = pixels[..., 0] if pixels.shape[2] == 1 else cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    hashed = perceptual_hash(grey)  # before the encoder has pushed the pixels out of the cache
+    data = simplejpeg.encode_jpeg(pixels, settings.jpeg_quality, colours, sampling)
+    return CheckedImage(data, width, height, hashed, kept=False)
+
+
+def _resize_for_hash(grey: np.ndarray) -> np.ndarray:
+    """Average down to ``HASH_SIDE``, by halves as long as that goes: five times faster than at once."""
+    while min(grey.shape) >= 2 * HASH_SIDE:
+        height, width = grey.shape[0] // 2, grey.shape[1] // 2
+        grey = cv2.resize(grey[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
+    return cv2.resize(grey, (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA)
+
+
+def perceptual_hash(grey: np.ndarray) -> int:
+    """64 bits of a picture's coarse structure: signs of its lowest frequencies around their median.
+
+    Args:
+        grey: uint8 [height, width].
+
+    Returns:
+        0 .. 2**64 - 1; near-duplicates differ in few bits.
+    """
+    small = _resize_for_hash(grey).astype(np.float32)
+    lowest = cv2.dct(small)[:8, :8].ravel()
+    middle = len(lowest) // 2 - 1
+    bits = lowest > np.partition(lowest[1:], middle)[middle]  # their median; the first one is the mean brightness
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def check_row(row: SampleRow, *, web: bool, settings: PrepareDataSettings) -> SampleRow:
+    """Check the words and boxes of a row.
+
+    Args:
+        row: as its source gives it.
+        web: its captions are from the open web: filters for captions apply.
+        settings: bounds of those filters.
+
+    Returns:
+        The row; marks that would be read as a picture or as the end of the text are made harmless.
+
+    Raises:
+        Malformed: it cannot be trained on.
+        LeftOut: a filter removes it.
+    """
+    if row.task not in INSTRUCTIONS:
+        raise Malformed(f"task {row.task!r} is unknown; known: {', '.join(INSTRUCTIONS)}")
+    if not row.turns or not all(turn.answers for turn in row.turns):
+        raise Malformed("there is a question without an answer" if row.turns else "there are no turns")
+    if row.image is None and row.task != "text":
+        raise Malformed(f"task {row.task} needs an image, and there is none")
+    if row.task in BOX_TASKS and not row.boxes:
+        raise Malformed(f"task {row.task} needs a box, and there is none")
+    if not all(math.isfinite(corner) for box in row.boxes for corner in box):
+        raise Malformed("a box has a corner that is no number")
+    for text in _texts(row):
+        _check_text(text)
+    if web:
+        for turn in row.turns:
+            _filter_caption(turn.answers[0], settings)
+    turns = tuple(
+        Turn(escape_markers(turn.question), tuple(escape_markers(answer) for answer in turn.answers))
+        for turn in row.turns
+    )
+    return replace(row, turns=turns)
+
+
+def _texts(row: SampleRow) -> list[str]:
+    return [row.id, *(text for turn in row.turns for text in (turn.question, *turn.answers))]
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Malformed("text holds half of a surrogate pair, which is no character") from error
+
+
+def _filter_caption(caption: str, settings: PrepareDataSettings) -> None:
+    """Filters that know no language: they count words, letters of any script, and repetitions."""
+    words = caption.split()
+    if len(words) < settings.min_words:
+        raise LeftOut("min_words", f"{len(words)} words")
+    characters = [character for character in caption if not character.isspace()]
+    letters = sum(character.isalnum() for character in characters)
+    if characters and letters < settings.min_letters * len(characters):
+        raise LeftOut("min_letters", f"{letters} letters among {len(characters)} characters")
+    commonest = Counter(_WORD.findall(caption)).most_common(1)
+    if len(words) >= 8 and commonest and commonest[0][1] > settings.max_repetition * len(words):
+        raise LeftOut("max_repetition", f"{commonest[0][0]!r} is {commonest[0][1]} of {len(words)} words")

@@ -1,0 +1,304 @@
+"""One unit of ingest: read, check, write. Pure work on files, without Ray; the same unit always gives the same bytes.
+
+A finished unit leaves three things in the staging folder, the record last, so that a record means that all is there:
+
+    unit-000003-000.arrow     rows (several files where one would exceed the bounds)
+    unit-000003.index.arrow   per row: content hash, image hash, perceptual hash, sizes, words
+    unit-000003.json          the record: counts, hashes of the files, and what was set apart and why
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import cv2
+import pyarrow as pa
+
+from pipelines import storage
+from pipelines.data.ingest.checks import CheckedImage, check_image, check_row
+from pipelines.data.shards import BATCH_ROWS, ShardInfo, ShardWriter, record_batch
+from pipelines.data.sources import SOURCES
+from pipelines.data.sources.base import LeftOut, Malformed, Rejected, Unit
+from pipelines.settings import PrepareDataSettings
+from tinygptv.data.sample import SampleRow
+
+STAGING_VERSION = 2
+"""Part of every fingerprint: raise it when what a unit writes changes."""
+
+CONTENT_SETTINGS = (
+    "image_size",
+    "jpeg_quality",
+    "shard_rows",
+    "shard_mb",
+    "min_side",
+    "max_aspect_ratio",
+    "max_megapixels",
+    "min_words",
+    "min_letters",
+    "max_repetition",
+    "duplicates",
+    "near_duplicate_bits",
+)
+"""Settings that decide what the shards hold; others (paths, CPUs) must not."""
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("content_hash", pa.binary(16)),
+        ("image_hash", pa.uint64()),
+        ("perceptual_hash", pa.uint64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("image_bytes", pa.int64()),
+        ("words", pa.int32()),
+        ("kept", pa.bool_()),
+    ]
+)
+
+_KEPT_IMAGES = 32
+
+_ROW_BYTES = 256
+"""What a row takes besides its image, roughly; only for the bound on a shard's size."""
+
+
+@dataclass
+class UnitRecord:
+    """What became of a unit.
+
+    Attributes:
+        fingerprint: of its input and the settings; another one means that the unit must be done again.
+        shard: input file.
+        id_prefix: what the ids of its rows have before the key.
+        rows_in: input samples.
+        files: shard files in the staging folder, in row order.
+        index_sha256: of the index file.
+        rejected: samples that gave no row.
+    """
+
+    fingerprint: str
+    shard: str
+    id_prefix: str
+    rows_in: int = 0
+    files: list[ShardInfo] = field(default_factory=list)
+    index_sha256: str = ""
+    rejected: list[Rejected] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Rows written."""
+        return sum(file.rows for file in self.files)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> UnitRecord:
+        """Read what ``dataclasses.asdict`` gave."""
+        files = [ShardInfo(**file) for file in content.pop("files")]
+        rejected = [Rejected(**entry) for entry in content.pop("rejected")]
+        return cls(files=files, rejected=rejected, **content)
+
+
+def unit_name(number: int) -> str:
+    """Stem of a unit's files."""
+    return f"unit-{number:06d}"
+
+
+def fingerprint(unit: Unit, settings: PrepareDataSettings) -> str:
+    """Hash of everything that decides what a unit gives. The content of image folders is not looked at."""
+    known = {
+        "version": STAGING_VERSION,
+        "unit": {name: value for name, value in vars(unit).items() if name not in ("details", "location")},
+        "location": asdict(unit.location),
+        "settings": content_settings(settings),
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def content_settings(settings: PrepareDataSettings) -> dict[str, Any]:
+    """The settings that decide what the shards hold."""
+    return {name: getattr(settings, name) for name in CONTENT_SETTINGS}
+
+
+def process_unit(unit: Unit, number: int, settings: PrepareDataSettings, staging: str) -> tuple[UnitRecord, bool]:
+    """Do one unit, or find that it is done.
+
+    Args:
+        unit: what to read.
+        number: its place among all units.
+        settings: checks, filters, sizes.
+        staging: folder for its files.
+
+    Returns:
+        The record, and whether it was there already.
+
+    Raises:
+        DiskFullError: there is no room.
+    """
+    mark = fingerprint(unit, settings)
+    done = read_record(staging, number)
+    if done is not None and done.fingerprint == mark and _files_are_sound(done, staging, number):
+        return done, True
+    cv2.setNumThreads(1)  # a task owns one CPU
+    record = UnitRecord(mark, unit.shard, unit.row_id(""))
+    output = _UnitOutput(storage.join(staging, unit_name(number)), settings)
+    try:
+        for found in _checked_rows(unit, settings):
+            record.rows_in += 1
+            if isinstance(found, Rejected):
+                record.rejected.append(found)
+            else:
+                output.add(*found)
+        record.files = output.close()
+    except BaseException:
+        output.abort()
+        raise
+    record.index_sha256 = _write_index(storage.join(staging, f"{unit_name(number)}.index.arrow"), output.index)
+    content = json.dumps(asdict(record), ensure_ascii=True)
+    storage.write_atomically(storage.join(staging, f"{unit_name(number)}.json"), content.encode())
+    return record, False
+
+
+def read_record(staging: str, number: int) -> UnitRecord | None:
+    """The record of a finished unit; None where it is missing or unreadable."""
+    try:
+        return UnitRecord.from_json(json.loads(storage.read_bytes(storage.join(staging, f"{unit_name(number)}.json"))))
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+
+
+def read_index(staging: str, number: int, columns: list[str] | None = None) -> pa.Table:
+    """Per-row facts of a finished unit."""
+    filesystem, path = storage.resolve(storage.join(staging, f"{unit_name(number)}.index.arrow"))
+    with filesystem.open_input_file(path) as file:
+        table = pa.ipc.open_file(file).read_all()
+    return table.select(columns) if columns else table
+
+
+def _files_are_sound(record: UnitRecord, staging: str, number: int) -> bool:
+    expected = {file.file: file.sha256 for file in record.files}
+    expected[f"{unit_name(number)}.index.arrow"] = record.index_sha256
+    return all(storage.sha256(storage.join(staging, name)) == digest for name, digest in expected.items())
+
+
+def _checked_rows(unit: Unit, settings: PrepareDataSettings) -> Iterator[tuple[SampleRow, dict[str, Any]] | Rejected]:
+    """Rows that passed every check, with their line of the index; everything else as ``Rejected``."""
+    source = SOURCES[unit.location.source]
+    images = _ImageChecker(settings)
+    for found in source.reader.read(unit):
+        if isinstance(found, Rejected):
+            yield found
+            continue
+        try:
+            yield _finish_row(check_row(found, web=source.web, settings=settings), images)
+        except (Malformed, LeftOut) as error:
+            key = found.id.removeprefix(unit.row_id(""))
+            yield Rejected(_printable(key), unit.shard, _printable(str(error)), getattr(error, "filter", ""))
+
+
+def _finish_row(row: SampleRow, images: _ImageChecker) -> tuple[SampleRow, dict[str, Any]]:
+    facts = {
+        "id": row.id,
+        "image_hash": 0,
+        "perceptual_hash": 0,
+        "width": 0,
+        "height": 0,
+        "image_bytes": 0,
+        "words": sum(len(turn.answers[0].split()) for turn in row.turns),
+        "kept": False,
+    }
+    digest = b""
+    if row.image is not None:
+        digest = hashlib.sha256(row.image).digest()[:16]  # a processor has instructions for this one
+        image = images.check(row.image, digest)
+        row = replace(row, image=image.data, width=image.width, height=image.height)
+        facts |= {
+            "image_hash": int.from_bytes(digest[:8], "big"),
+            "perceptual_hash": image.perceptual_hash,
+            "width": image.width,
+            "height": image.height,
+            "image_bytes": len(image.data),
+            "kept": image.kept,
+        }
+    said = json.dumps([row.task, [[turn.question, *turn.answers] for turn in row.turns], row.boxes])
+    facts["content_hash"] = hashlib.blake2b(digest + said.encode(), digest_size=16).digest()
+    return row, facts
+
+
+class _ImageChecker:
+    """Checks images; remembers the last few, because neighbouring rows often share one."""
+
+    def __init__(self, settings: PrepareDataSettings) -> None:
+        self.settings = settings
+        self._kept: OrderedDict[bytes, CheckedImage] = OrderedDict()
+
+    def check(self, data: bytes, digest: bytes) -> CheckedImage:
+        if digest not in self._kept:
+            image = check_image(data, self.settings)
+            while len(self._kept) >= _KEPT_IMAGES:
+                self._kept.popitem(last=False)
+            self._kept[digest] = image
+        return self._kept[digest]
+
+
+class _UnitOutput:
+    """Shard files of one unit, each within the bounds, and the index of their rows."""
+
+    def __init__(self, stem: str, settings: PrepareDataSettings) -> None:
+        self.stem = stem
+        self.max_rows = settings.shard_rows
+        self.max_bytes = settings.shard_mb << 20
+        self.index: list[dict[str, Any]] = []
+        self._rows: list[SampleRow] = []
+        self._num_bytes = 0  # of the file that is being written, waiting rows included
+        self._writer: ShardWriter | None = None
+        self._done: list[ShardInfo] = []
+
+    def add(self, row: SampleRow, facts: dict[str, Any]) -> None:
+        num_bytes = len(row.image or b"") + _ROW_BYTES
+        if self._num_bytes and self._num_bytes + num_bytes > self.max_bytes:
+            self._finish_file()
+        self.index.append(facts)
+        self._rows.append(row)
+        self._num_bytes += num_bytes
+        if len(self._rows) == BATCH_ROWS:
+            self._flush()
+        if len(self._rows) + (self._writer.rows if self._writer else 0) == self.max_rows:
+            self._finish_file()
+
+    def close(self) -> list[ShardInfo]:
+        self._finish_file()
+        return self._done
+
+    def abort(self) -> None:
+        if self._writer:
+            self._writer.abort()
+
+    def _flush(self) -> None:
+        if self._rows:
+            if self._writer is None:
+                self._writer = ShardWriter(f"{self.stem}-{len(self._done):03d}.arrow")
+            self._writer.write(record_batch(self._rows))
+            self._rows = []
+
+    def _finish_file(self) -> None:
+        self._flush()
+        if self._writer:
+            self._done.append(self._writer.close())
+        self._writer, self._num_bytes = None, 0
+
+
+def _write_index(place: str, facts: list[dict[str, Any]]) -> str:
+    """Write the index of a unit; returns its SHA-256."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
+        writer.write_table(pa.Table.from_pylist(facts, INDEX_SCHEMA))
+    data = sink.getvalue().to_pybytes()
+    storage.write_atomically(place, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

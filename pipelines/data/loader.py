@@ -1,0 +1,266 @@
+"""Loader: mixture plan -> ready batches for one training worker, made ahead by Ray Data, in an order that never varies.
+
+The order is the mixture's (``tinygptv.data.mixture``): a pure function of the seed and the step. Ray Data only spreads
+the work; a loader process that dies is replaced by Ray and makes the same batches again.
+"""
+
+from __future__ import annotations
+
+import pickle
+import queue
+import threading
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.cluster import quiet_ray_data
+from pipelines.data.shards import ShardSet
+from tinygptv.data.collate import LoadedSample, MicroBatch, collate
+from tinygptv.data.images import open_image, resize_pixels
+from tinygptv.data.mixture import Mixture, MixtureSource, SampleRef
+from tinygptv.data.sample import SampleEncoder, chooser, render_sample
+from tinygptv.training.stages import Stage
+
+CHUNK_STEPS = 4
+"""Steps that one loader task makes: fewer tasks, less scheduling."""
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """Everything a loader process needs to make the batches of one training worker.
+
+    Attributes:
+        data: folder (or URI) with one shard set per source.
+        tokenizer: checkpoint folder whose tokenizer is used.
+        stage: sources, template, lengths, image size.
+        seed: of the mixture.
+        image_token_id: id of image positions.
+        num_query_tokens: positions per image.
+        micro_batch_size: samples of one forward.
+        pack_length: 0, or tokens of a packed row.
+        feature_key: name of the cached features to read; empty decodes images.
+        rank: this worker.
+        world_size: number of workers.
+    """
+
+    data: str
+    tokenizer: str
+    stage: Stage
+    seed: int
+    image_token_id: int
+    num_query_tokens: int
+    micro_batch_size: int
+    pack_length: int = 0
+    feature_key: str = ""
+    rank: int = 0
+    world_size: int = 1
+
+    def for_worker(self, rank: int, world_size: int) -> LoadPlan:
+        """The same plan for another worker."""
+        return replace(self, rank=rank, world_size=world_size)
+
+
+@dataclass
+class StepBatch:
+    """One worker's share of one optimizer step.
+
+    Attributes:
+        step: its number.
+        micro_batches: ready arrays.
+        sample_ids: ``source/id`` of all samples of the step, over all workers.
+        wait_s: seconds the trainer waited for it.
+    """
+
+    step: int
+    micro_batches: list[MicroBatch]
+    sample_ids: list[str]
+    wait_s: float = 0.0
+
+
+def build_mixture(stage: Stage, shards: dict[str, ShardSet], seed: int) -> Mixture:
+    """The stage's mixture over opened shard sets."""
+    sources = tuple(
+        MixtureSource(source.name, source.weight, source.batch_size, tuple(shards[source.name].shard_rows))
+        for source in stage.sources
+    )
+    return Mixture(sources, seed=seed, draws_per_step=stage.draws_per_step)
+
+
+def open_shards(data: str, stage: Stage) -> dict[str, ShardSet]:
+    """Open the shard set of every source of a stage.
+
+    Raises:
+        FileNotFoundError: a source was not prepared; the message names all that are missing and the command.
+    """
+    opened, missing = {}, []
+    for source in stage.sources:
+        place = f"{data.rstrip('/')}/{source.name}"
+        try:
+            opened[source.name] = ShardSet.open(place)
+        except FileNotFoundError:
+            missing.append(place)
+    if missing:
+        raise FileNotFoundError(
+            f"stage {stage.number} needs prepared data in {', '.join(missing)}: "
+            "run jobs/prepare_data.py for each source."
+        )
+    return opened
+
+
+class BatchMaker:
+    """Makes the batches of a plan, any step in any order; holds open shards and a tokenizer."""
+
+    def __init__(self, plan: LoadPlan) -> None:
+        from tinygptv.data.processing import load_tokenizer
+
+        self.plan = plan
+        self.shards = open_shards(plan.data, plan.stage)
+        self.names = [source.name for source in plan.stage.sources]
+        self.mixture = build_mixture(plan.stage, self.shards, plan.seed)
+        self.tokenizer = load_tokenizer(plan.tokenizer)
+        self.encoder = SampleEncoder(
+            self.tokenizer,
+            plan.stage.prompt_template,
+            plan.stage.limits,
+            image_token_id=plan.image_token_id,
+            num_query_tokens=plan.num_query_tokens,
+        )
+        self.features = self._open_features() if plan.feature_key else {}
+
+    def _open_features(self) -> dict[str, Any]:
+        from pipelines.data.features import FeatureSet
+
+        return {name: FeatureSet.open(self.shards[name].uri, self.plan.feature_key) for name in self.names}
+
+    def make(self, step: int) -> StepBatch:
+        """The worker's batches of one step; samples of like length share a micro-batch, so that little is padding."""
+        refs = self.mixture.rank_step(step, self.plan.rank, self.plan.world_size)
+        samples = sorted((self.load(ref) for ref in refs), key=lambda sample: len(sample.encoded.input_ids))
+        size = self.plan.micro_batch_size
+        micro_batches = [
+            collate(samples[i : i + size], self.tokenizer.pad_token_id, pack_length=self.plan.pack_length)
+            for i in range(0, len(samples), size)
+        ]
+        return StepBatch(step, micro_batches, self.sample_ids(step) if self.plan.rank == 0 else [])
+
+    def load(self, ref: SampleRef) -> LoadedSample:
+        """Read, draw, encode and decode one sample."""
+        name = self.names[ref.source]
+        row = self.shards[name].row(ref.row)
+        exchanges = render_sample(row, chooser(self.mixture.generator(ref)))
+        has_image = row.image is not None
+        encoded = self.encoder.encode(exchanges, int(has_image))
+        if not has_image:
+            return LoadedSample(encoded, ref.source)
+        if self.features:
+            return LoadedSample(encoded, ref.source, query_features=self.features[name].row(ref.row))
+        pixels = resize_pixels(open_image(row.image or b""), self.plan.stage.image_size)
+        return LoadedSample(encoded, ref.source, pixels=pixels)
+
+    def sample_ids(self, step: int) -> list[str]:
+        """``source/id`` of every sample of a step, over all workers, in order."""
+        refs = self.mixture.step(step)
+        return [f"{self.names[ref.source]}/{self.shards[self.names[ref.source]].row_id(ref.row)}" for ref in refs]
+
+
+class RayMaker:
+    """A ``BatchMaker`` as a Ray Data actor: step numbers in, pickled batches out."""
+
+    def __init__(self, plan: LoadPlan) -> None:
+        self.maker = BatchMaker(plan)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Make the batches of a block of steps."""
+        steps = [int(step) for step in batch["id"]]
+        return {"batch": [pickle.dumps(self.maker.make(step), protocol=5) for step in steps]}
+
+
+def iterate_steps(
+    plan: LoadPlan, start: int, stop: int, *, loader_workers: int, prefetch_steps: int
+) -> Generator[StepBatch]:
+    """Yield the batches of steps ``start`` .. ``stop - 1``, made ahead.
+
+    Args:
+        plan: of this worker.
+        start: first step.
+        stop: one past the last step.
+        loader_workers: Ray Data actors that make batches; 0 makes them in a thread of this process.
+        prefetch_steps: steps that may wait ready.
+    """
+    source = (
+        _thread_steps(plan, start, stop, prefetch_steps)
+        if loader_workers == 0
+        else _ray_steps(plan, start, stop, loader_workers, prefetch_steps)
+    )
+    try:
+        while True:
+            before = time.perf_counter()
+            batch = next(source, None)
+            if batch is None:
+                return
+            batch.wait_s = time.perf_counter() - before
+            yield batch
+    finally:
+        source.close()
+
+
+def _thread_steps(plan: LoadPlan, start: int, stop: int, prefetch_steps: int) -> Generator[StepBatch]:
+    ready: queue.Queue[StepBatch | BaseException | None] = queue.Queue(maxsize=prefetch_steps)
+    stopped = threading.Event()
+
+    def put(item: StepBatch | BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            maker = BatchMaker(plan)
+            for step in range(start, stop):
+                if stopped.is_set():
+                    return
+                put(maker.make(step))
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    threading.Thread(target=work, name="loader", daemon=True).start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+
+
+def _ray_steps(plan: LoadPlan, start: int, stop: int, workers: int, prefetch_steps: int) -> Generator[StepBatch]:
+    import ray.data
+
+    quiet_ray_data().execution_options.preserve_order = True
+    num_steps = stop - start
+    steps = ray.data.range(num_steps, override_num_blocks=max(1, -(-num_steps // CHUNK_STEPS)))
+    if start:
+        steps = steps.map_batches(lambda batch: {"id": batch["id"] + start}, batch_size=None)
+    made = steps.map_batches(
+        RayMaker,
+        fn_constructor_args=(plan,),
+        batch_size=None,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
+        num_cpus=0.5,
+    )
+    prefetch_blocks = max(1, prefetch_steps // CHUNK_STEPS)
+    for block in made.iter_batches(batch_size=None, prefetch_batches=prefetch_blocks):
+        for payload in block["batch"]:
+            yield pickle.loads(payload)
+
+
+def data_path(path: str) -> str:
+    """Absolute form of a local folder; URIs stay as they are."""
+    return path if "://" in path else str(Path(path).expanduser().absolute())

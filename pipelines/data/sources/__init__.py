@@ -1,0 +1,88 @@
+"""Data sets as data: which files, read how, for which task.
+
+A new data set is one line here where its files are of a known family; see docs/how-to-add-a-dataset.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from pipelines.data.sources import entries
+from pipelines.data.sources.annotations import AnnotationReader
+from pipelines.data.sources.base import Location, Source
+from pipelines.data.sources.own import JsonLinesReader, TableReader
+from pipelines.data.sources.referring import RefCocoReader, VisualGenomeReader
+from pipelines.data.sources.tar import TarReader
+from pipelines.settings import PrepareDataSettings, SettingsError
+from tinygptv.data.prompts import INSTRUCTIONS
+
+_REFCOCO = RefCocoReader("refcoco", "unc")
+_REFCOCO_PLUS = RefCocoReader("refcoco+", "unc")
+_REFCOCOG = RefCocoReader("refcocog", "umd")
+
+SOURCES: dict[str, Source] = {
+    # stages 1 and 2: image and caption from the web
+    "laion": Source("pair", TarReader(), web=True),
+    "cc_sbu": Source("pair", TarReader(), web=True),
+    # stage 3
+    "cc_sbu_align": Source("align", AnnotationReader(entries.align, "filter_cap.json", "annotations", images="image")),
+    # stage 4: conversations
+    "llava_conversation": Source("conversation", AnnotationReader(entries.llava_conversation, "conversation_58k.json")),
+    "llava_detail": Source("instruct", AnnotationReader(entries.llava_single, "detail_23k.json")),
+    "llava_reason": Source("instruct", AnnotationReader(entries.llava_single, "complex_reasoning_77k.json")),
+    "multitask_conversation": Source(
+        "conversation", AnnotationReader(entries.llava_conversation, "multitask_conversation.json")
+    ),
+    "unnatural_instruction": Source(
+        "text", AnnotationReader(entries.unnatural, "filtered_unnatural_instruction.json", has_images=False)
+    ),
+    # stage 4: boxes
+    "refcoco": Source("refer", _REFCOCO),
+    "refcocop": Source("refer", _REFCOCO_PLUS),
+    "refcocog": Source("refer", _REFCOCOG),
+    "invrefcoco": Source("identify", _REFCOCO),
+    "invrefcocop": Source("identify", _REFCOCO_PLUS),
+    "invrefcocog": Source("identify", _REFCOCOG),
+    "refvg": Source("refer", VisualGenomeReader()),
+    "flickr_grounded_caption": Source("grounding", AnnotationReader(entries.grounded_caption, "groundedcaption.json")),
+    "flickr_CaptionToPhrase": Source("detection", AnnotationReader(entries.caption_to_phrase, "captiontobbox.json")),
+    "flickr_ObjectToPhrase": Source("detection", AnnotationReader(entries.object_to_phrase, "phrasetobbox.json")),
+    # stage 4: captions and questions
+    "coco_caption": Source("caption", AnnotationReader(entries.coco_caption, "coco_karpathy_train.json")),
+    "textcaps_caption": Source("caption", AnnotationReader(entries.textcaps, "TextCaps_0.1_train.json", "data")),
+    "coco_vqa": Source("vqa", AnnotationReader(entries.vqa("answer"), "vqa_{train,val}.json")),
+    "ok_vqa": Source("vqa", AnnotationReader(entries.vqa("answer"), "okvqa_train.json")),
+    "aok_vqa": Source("vqa", AnnotationReader(entries.vqa("direct_answers"), "aokvqa_v1p0_train.json")),
+    "gqa": Source("vqa", AnnotationReader(entries.vqa("answer", whole_path=True), "train_balanced_questions.json")),
+    "ocrvqa": Source("vqa", AnnotationReader(entries.ocrvqa, "dataset.json")),
+    # one's own data
+    "webdataset": Source(
+        "",
+        TarReader(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tiff", "tif"), captions=("json", "txt")),
+        web=True,
+    ),
+    "jsonl": Source("", JsonLinesReader()),
+    "hf": Source("", TableReader()),
+    "parquet": Source("", TableReader()),
+}
+"""Data set name -> how it is read."""
+
+
+def locate(settings: PrepareDataSettings) -> tuple[Source, Location]:
+    """The source that the settings name, and where its files lie.
+
+    Raises:
+        SettingsError: there is no such source, or a key does not fit it.
+    """
+    name = settings.source
+    if name not in SOURCES:
+        near = difflib.get_close_matches(name, SOURCES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(SOURCES)}."
+        raise SettingsError(f"source={name!r} is no known data set; {hint}")
+    source = SOURCES[name]
+    if settings.task and source.task:
+        raise SettingsError(f"task={settings.task!r} is only for own data; source={name} has the task {source.task!r}.")
+    if settings.task and settings.task not in INSTRUCTIONS:
+        raise SettingsError(f"task={settings.task!r} is unknown; known: {', '.join(INSTRUCTIONS)}.")
+    task = settings.task or source.task
+    return source, Location(name, settings.input, settings.images, settings.name or name, task)

@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks answered on Ray and scored."""

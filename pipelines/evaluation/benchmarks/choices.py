@@ -1,0 +1,150 @@
+"""One answer among several: A-OKVQA's choices, IconQA, VSR, POPE, Hateful Memes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question, Statistics, each
+from pipelines.evaluation.benchmarks.files import Images, find_file, read_json, read_lines, try_file
+from pipelines.evaluation.benchmarks.vqa import ask, read_aokvqa
+from tinygptv.metrics.metrics import auroc, exact_match, f1, pope_answer, precision, recall, yes_no
+from tinygptv.metrics.released import contains_answer, released_hateful
+
+
+def _read_aokvqa_choice(data: Path) -> Iterator[Question]:
+    for entry in read_aokvqa(data):
+        choices = tuple(entry["choices"])
+        truth = {"answer": choices[entry["correct_choice_idx"]]}
+        yield Question(entry["question_id"], ask("vqa", entry["question"]), entry["path"], truth, choices=choices)
+
+
+def _read_iconqa(data: Path) -> Iterator[Question]:
+    """``problems.json`` with ``pid_splits.json`` of the official archive, or the release's ``choose_text_val.json``."""
+    listed = try_file(data, "iconqa", "choose_text_val.json")
+    if listed is not None:
+        entries = {str(entry["image_id"]): entry for entry in read_json(listed)}
+        images = Images(listed, "val/choose_txt", "choose_txt")
+    else:
+        problems_path = find_file(data, "iconqa", "problems.json")
+        splits = read_json(find_file(data, "iconqa", "pid_splits.json"))
+        problems = read_json(problems_path)
+        entries = {pid: problems[pid] for pid in splits["choose_txt_val"]}
+        images = Images(problems_path, "iconqa/val/choose_txt", "val/choose_txt")
+    for pid, entry in entries.items():
+        choices = tuple(entry["choices"])
+        truth = {"answer": choices[int(entry["answer"])]}
+        yield Question(pid, ask("vqa", entry["question"]), images.find(f"{pid}/image.png"), truth, choices=choices)
+
+
+def _read_vsr(data: Path) -> Iterator[Question]:
+    path = find_file(data, "vsr", "zeroshot/test.jsonl", "test.jsonl")
+    images = Images(path, "train2017", "val2017")
+    for number, entry in enumerate(read_lines(path)):
+        truth = {"answer": "true" if int(entry["label"]) == 1 else "false"}
+        image = images.find(entry["image"])
+        yield Question(str(number), ask("true_false", entry["caption"]), image, truth, kind=entry.get("relation", ""))
+
+
+def _read_pope(kind: str) -> Any:
+    def read(data: Path) -> Iterator[Question]:
+        path = find_file(data, "pope", f"coco_pope_{kind}.json")
+        images = Images(path, "val2014")
+        for entry in read_lines(path):
+            image = images.find(entry["image"])
+            yield Question(str(entry["question_id"]), ask("vqa", entry["text"]), image, {"answer": entry["label"]})
+
+    return read
+
+
+def score_pope(answer: str, truth: dict[str, Any]) -> float:
+    """1 where the answer, read as POPE reads it, is the true one."""
+    return float(pope_answer(answer) == truth["answer"])
+
+
+def _pope_columns(outcome: Outcome) -> tuple[float, float]:
+    """Predicted yes, true yes; a question without an answer counts as answered wrongly."""
+    truth = outcome.question.truth["answer"] == "yes"
+    predicted = (not truth) if outcome.problem else pope_answer(outcome.answer) == "yes"
+    return float(predicted), float(truth)
+
+
+POPE_STATISTICS = Statistics(
+    _pope_columns,
+    {
+        "F1": lambda rows: f1(rows[:, 0], rows[:, 1]),
+        "accuracy": lambda rows: float((rows[:, 0] == rows[:, 1]).mean()),
+        "precision": lambda rows: precision(rows[:, 0], rows[:, 1]),
+        "recall": lambda rows: recall(rows[:, 0], rows[:, 1]),
+        "yes ratio": lambda rows: float(rows[:, 0].mean()),
+    },
+)
+"""F1 with yes as the positive class, and POPE's other numbers."""
+
+
+def _read_hateful(data: Path) -> Iterator[Question]:
+    path = find_file(data, "hateful_memes", "dev.jsonl", "dev_seen.jsonl")
+    images = Images(path)
+    for entry in read_lines(path):
+        yield Question(
+            str(entry["id"]),
+            ask("hateful", entry["text"]),
+            images.find(entry["img"]),
+            {"label": int(entry["label"])},
+            choices=("yes", "no"),
+        )
+
+
+def _score_hateful(answer: str, truth: dict[str, Any]) -> float:
+    return float(yes_no(answer) == ("yes" if truth["label"] else "no"))
+
+
+def _hateful_columns(outcome: Outcome) -> tuple[float, float, float]:
+    """How much likelier yes is than no, the label, and whether the generated answer is right."""
+    label = outcome.question.truth["label"]
+    if outcome.problem:
+        return (-np.inf if label else np.inf, label, 0.0)
+    yes, no = outcome.losses
+    return (no - yes, label, _score_hateful(outcome.answer, outcome.question.truth))
+
+
+_HATEFUL_STATISTICS = Statistics(
+    _hateful_columns,
+    {
+        "AUROC": lambda rows: auroc(rows[:, 0], rows[:, 1]),
+        "accuracy": lambda rows: float(rows[:, 2].mean()),
+    },
+)
+
+
+def score_choice(answer: str, truth: dict[str, Any]) -> float:
+    """1 where the right choice was taken."""
+    return float(answer == truth["answer"])
+
+
+CHOICES = (
+    Benchmark("aokvqa_choice", "accuracy", _read_aokvqa_choice, score_choice, generates=False),
+    Benchmark("iconqa", "accuracy", _read_iconqa, score_choice, generates=False),
+    Benchmark(
+        "vsr",
+        "exact match",
+        _read_vsr,
+        lambda answer, truth: exact_match(answer, truth["answer"]),
+        released=each(lambda answer, truth: contains_answer(answer, truth["answer"])),
+    ),
+    *(
+        Benchmark(f"pope_{kind}", "F1", _read_pope(kind), score_pope, statistics=POPE_STATISTICS)
+        for kind in ("random", "popular", "adversarial")
+    ),
+    Benchmark(
+        "hateful_memes",
+        "AUROC",
+        _read_hateful,
+        _score_hateful,
+        statistics=_HATEFUL_STATISTICS,
+        released=each(lambda answer, truth: released_hateful(answer, truth["label"])),
+    ),
+)

@@ -1,0 +1,251 @@
+"""Evaluation: a checkpoint or artifact on benchmarks, as a Ray Data batch job with a report.
+
+Questions go through in units that depend on the benchmark and the settings alone; each finished unit is a file, so a
+kill costs the units in work and no more. Every benchmark is answered two more times, with a blank picture and with
+another question's, so that a score shows what the picture is worth.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipelines.cluster import quiet_ray_data, start_ray
+from pipelines.evaluation.benchmarks import Benchmark, Question, find_benchmarks
+from pipelines.evaluation.page import drawn_case, score_page, worst_first
+from pipelines.evaluation.scoring import PREDICTIONS, Row, compare, score_benchmark, score_table, write_predictions
+from pipelines.evaluation.worker import AnswerOptions, Unit, UnitAnswerer
+from pipelines.progress import Bar
+from pipelines.settings import ScoreSettings, SettingsError
+from pipelines.tracking.mlflow import open_tracker
+
+__all__ = ["evaluate", "score_table"]
+
+logger = logging.getLogger(__name__)
+
+_PICTURES_TRIED = 50
+_TABLE_PICTURES = 24
+
+
+def evaluate(
+    settings: ScoreSettings, benchmarks: Sequence[Benchmark] | None = None, *, parent_run_id: str = ""
+) -> dict[str, Any]:
+    """Score a checkpoint.
+
+    Args:
+        settings: what, where, how.
+        benchmarks: benchmarks that have no name; None looks up ``settings.benchmark``.
+        parent_run_id: MLflow run to nest under.
+
+    Returns:
+        ``benchmarks``: name -> ``metric, value, low, high, n, blind, shuffled`` and more (``scoring.score_benchmark``);
+        ``comparison``, where one was asked for; ``predictions``, ``page``, ``result``: what was written.
+
+    Raises:
+        SettingsError: a setting cannot be used.
+        FileNotFoundError: a benchmark's files are missing.
+    """
+    started = time.perf_counter()
+    chosen = list(benchmarks or _find(settings))
+    options = _options(settings)
+    output = settings.output_dir("outputs/score")
+    units = list(_units(settings, options, chosen))
+    num_questions, answering = sum(len(unit.questions) for unit in units), time.perf_counter()
+    answered = _answer_all(settings, options, units)
+    answering_s = time.perf_counter() - answering
+    released = settings.metric == "released"
+    scores = {b.name: score_benchmark(b, answered[b.name], released=released) for b in chosen}
+    lines = write_predictions(output / PREDICTIONS, chosen, answered, released=released)
+    (output / "report.html").write_text(score_page(scores, lines, options.checkpoint, settings.page_cases))
+    result: dict[str, Any] = {
+        "checkpoint": options.checkpoint,
+        "metric": settings.metric,
+        "benchmarks": scores,
+        "questions_per_second": round(num_questions / answering_s, 2),
+        "seconds": round(time.perf_counter() - started, 1),
+        "predictions": str(output / PREDICTIONS),
+        "page": str(output / "report.html"),
+        "result": str(output / "result.json"),
+    }
+    if settings.compare_with:
+        result["comparison"] = compare(output, Path(settings.compare_with).expanduser().absolute())
+    (output / "result.json").write_text(json.dumps(result, indent=1))
+    _track(settings, output, result, lines, parent_run_id)
+    for name, facts in scores.items():
+        for problem in facts["problems"][:3]:
+            logger.warning("%s, no answer to question %s", name, problem)
+    return result
+
+
+def _find(settings: ScoreSettings) -> list[Benchmark]:
+    try:
+        return find_benchmarks(settings.benchmark)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+# ---------------------------------------------------------------------- units of work
+
+
+def _options(settings: ScoreSettings) -> AnswerOptions:
+    if not settings.checkpoint:
+        raise SettingsError("give checkpoint=DIR, the checkpoint or artifact to score.")
+    checkpoint = Path(settings.checkpoint).expanduser().absolute()
+    if not (checkpoint / "config.json").is_file():
+        raise SettingsError(f"checkpoint={settings.checkpoint} is no checkpoint or artifact: it has no config.json.")
+    answers = settings.output_dir("outputs/score") / "answers"
+    answers.mkdir(exist_ok=True)
+    return AnswerOptions(
+        checkpoint=str(checkpoint),
+        fingerprint=_fingerprint(checkpoint),
+        batch_size=settings.batch_size,
+        baselines=settings.baselines,
+        released=settings.metric == "released",
+        answers_dir=str(answers),
+    )
+
+
+def _fingerprint(checkpoint: Path) -> str:
+    """A hash of the checkpoint's files: of its manifest, which lists theirs, or of their names, sizes and times."""
+    manifest = checkpoint / "manifest.json"
+    if manifest.is_file():
+        return hashlib.sha256(manifest.read_bytes()).hexdigest()
+    facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(checkpoint.iterdir()) if p.is_file()]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _units(settings: ScoreSettings, options: AnswerOptions, benchmarks: Sequence[Benchmark]) -> Iterator[Unit]:
+    data = Path(settings.data).expanduser().absolute()
+    size = 4 * settings.batch_size
+    for benchmark in benchmarks:
+        questions = _read(benchmark, data)
+        questions = questions[: settings.limit] if settings.limit else questions
+        _check_pictures(benchmark.name, questions)
+        for number, start in enumerate(range(0, len(questions), size)):
+            part = tuple(questions[start : start + size])
+            facts = (part, benchmark.max_new_tokens, benchmark.generates, asdict(options) | {"answers_dir": ""})
+            digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+            file = f"{benchmark.name}-{number:05d}-{digest}.jsonl"
+            yield Unit(benchmark.name, number, part, benchmark.max_new_tokens, benchmark.generates, file)
+
+
+def _read(benchmark: Benchmark, data: Path) -> list[Question]:
+    try:
+        return list(benchmark.read(data))
+    except (KeyError, TypeError, IndexError) as error:
+        raise SettingsError(
+            f"benchmark={benchmark.name}: an entry of its files is not as officially distributed: "
+            f"{type(error).__name__} {error}."
+        ) from error
+
+
+def _check_pictures(name: str, questions: Sequence[Question]) -> None:
+    """A folder of pictures that is missing is a mistake; single pictures that are missing are counted later."""
+    if not questions:
+        raise SettingsError(f"benchmark={name} has no questions in the given data.")
+    paths = [question.image for question in questions[:_PICTURES_TRIED] if question.image]
+    if paths and not any(path.is_file() for path in paths):
+        raise SettingsError(
+            f"benchmark={name}: none of the first {len(paths)} pictures is there; {paths[0]} would be the first. "
+            "Put the benchmark's picture folder beside its annotations."
+        )
+
+
+# ---------------------------------------------------------------------- answering
+
+
+def _answer_all(
+    settings: ScoreSettings, options: AnswerOptions, units: Sequence[Unit]
+) -> dict[str, list[tuple[Question, Row]]]:
+    folder = Path(options.answers_dir)
+    wanted = {unit.file for unit in units}
+    for path in folder.iterdir():
+        if path.name not in wanted:  # answers of another checkpoint or other questions, or half a file
+            path.unlink()
+    waiting = [unit for unit in units if not (folder / unit.file).is_file()]
+    if len(waiting) < len(units):
+        logger.info("%d of %d units are answered already", len(units) - len(waiting), len(units))
+    if waiting:
+        run = _answer_inline if settings.num_workers == 0 else _answer_on_ray
+        with Bar("score", quiet=settings.quiet) as bar:
+            done, total = 0, sum(len(unit.questions) for unit in waiting)
+            for count in run(settings, options, waiting):
+                done += count
+                bar.update(done, total)
+    answered: dict[str, list[tuple[Question, Row]]] = defaultdict(list)
+    for unit in units:
+        rows = [json.loads(line) for line in (folder / unit.file).read_text().splitlines()]
+        answered[unit.benchmark] += list(zip(unit.questions, rows, strict=True))
+    return answered
+
+
+def _answer_inline(settings: ScoreSettings, options: AnswerOptions, units: Sequence[Unit]) -> Iterator[int]:
+    answerer = UnitAnswerer(options, settings.threads_per_worker, "cuda" if settings.gpus_per_worker else "cpu")
+    for unit in units:
+        answerer.answer(unit)
+        yield len(unit.questions)
+
+
+def _answer_on_ray(settings: ScoreSettings, options: AnswerOptions, units: Sequence[Unit]) -> Iterator[int]:
+    import ray.data
+
+    threads = settings.threads_per_worker or max(1, (os.cpu_count() or 1) // settings.num_workers)
+    with start_ray(settings):
+        quiet_ray_data()
+        answered = ray.data.from_items(
+            [{"unit": pickle.dumps(unit)} for unit in units], override_num_blocks=len(units)
+        ).map_batches(
+            UnitAnswerer,
+            fn_constructor_args=(options, threads, "cuda" if settings.gpus_per_worker else "cpu"),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=settings.num_workers),
+            num_cpus=1,
+            num_gpus=settings.gpus_per_worker or None,
+        )
+        for row in answered.iter_rows():
+            yield int(row["questions"])
+
+
+# ---------------------------------------------------------------------- tracking
+
+
+def _track(
+    settings: ScoreSettings, output: Path, result: dict[str, Any], lines: Sequence[Row], parent_run_id: str
+) -> None:
+    names = ", ".join(result["benchmarks"])
+    tracker = open_tracker(settings, f"score {names}"[:120], parent_run_id=parent_run_id)
+    tracker.params(settings.model_dump())
+    tracker.tags({"checkpoint": result["checkpoint"]})
+    for label in ("value", "blind", "shuffled"):
+        known = {name: facts[label] for name, facts in result["benchmarks"].items() if facts[label] is not None}
+        tracker.metrics({f"{'score' if label == 'value' else label}/{n}": v for n, v in known.items()}, 0)
+    columns = ("metric", "value", "low", "high", "n", "blind", "shuffled", "unanswered")
+    rows = [{"benchmark": name, **{c: facts[c] for c in columns}} for name, facts in result["benchmarks"].items()]
+    tracker.table(rows, "scores")
+    if "comparison" in result:
+        tracker.table([{"benchmark": name, **facts} for name, facts in result["comparison"].items()], "comparison")
+    tracker.table(_pictured(lines), "worst_cases")
+    for name in ("result.json", "report.html", PREDICTIONS):
+        tracker.artifact(output / name)
+    tracker.close()
+
+
+def _pictured(lines: Sequence[Row]) -> list[dict[str, Any]]:
+    """The worst answers with their pictures, for the tracker's table."""
+    columns = ("benchmark", "instruction", "answer", "truth", "score", "blind", "shuffled")
+    rows = []
+    for line in worst_first([line for line in lines if line["image"]])[:_TABLE_PICTURES]:
+        picture = drawn_case(line, 224)
+        if picture is not None:
+            texts = {c: line[c] if isinstance(line[c], str | float) else json.dumps(line[c]) for c in columns}
+            rows.append({"picture": picture, **texts})
+    return rows

@@ -1,0 +1,159 @@
+"""Answering: units of questions in, files of answers out. What a Ray Data actor of the evaluation runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipelines.evaluation.benchmarks.base import Question
+from pipelines.evaluation.scoring import Row
+from tinygptv.data.images import open_image
+from tinygptv.data.prompts import escape_markers
+from tinygptv.inference.batch import Answerer, Prompt
+from tinygptv.inference.loading import load_for_inference
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """What an answering process must know.
+
+    Attributes:
+        checkpoint: folder, absolute.
+        fingerprint: changes with the checkpoint's content.
+        batch_size: answers generated together.
+        baselines: also answer with a blank picture and with another question's.
+        released: prompt and stop as the release does.
+        answers_dir: folder of the units' answers.
+    """
+
+    checkpoint: str
+    fingerprint: str
+    batch_size: int
+    baselines: bool
+    released: bool
+    answers_dir: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Questions that are answered together.
+
+    Attributes:
+        benchmark: its name.
+        number: which of its units.
+        questions: in the benchmark's order.
+        max_new_tokens: longest answer.
+        generates: answers are generated, not only ranked.
+        file: name of its file of answers; changes with everything that the answers depend on.
+    """
+
+    benchmark: str
+    number: int
+    questions: tuple[Question, ...]
+    max_new_tokens: int
+    generates: bool
+    file: str
+
+
+class UnitAnswerer:
+    """Answers units; one of these per Ray Data actor."""
+
+    def __init__(self, options: AnswerOptions, threads: int = 0, device: str = "cpu") -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        model, processor = load_for_inference(options.checkpoint, device)
+        self.options = options
+        self.answerer = Answerer(model, processor, options.batch_size, released=options.released)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Ray Data's form: pickled units in, how many questions were answered out."""
+        units = [pickle.loads(payload) for payload in batch["unit"]]
+        for unit in units:
+            self.answer(unit)
+        return {"questions": np.array([len(unit.questions) for unit in units])}
+
+    def answer(self, unit: Unit) -> None:
+        """Answer a unit and write it, whole or not at all."""
+        path = Path(self.options.answers_dir, unit.file)
+        if path.is_file():
+            return
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows(unit)))
+        temporary.rename(path)
+
+    def rows(self, unit: Unit) -> list[Row]:
+        """What is answered to each question, in order."""
+        images, places, broken = _open_images(unit.questions)
+        rows: list[Row] = [{"id": q.id, "problem": broken.get(q.image, ""), "answer": None} for q in unit.questions]
+        asked = {place: _prompt(unit, q, places) for place, q in enumerate(unit.questions) if q.image not in broken}
+        embeds = self.answerer.encode(images)
+        self._answer(unit, rows, "answer", asked, embeds)
+        if self.options.baselines and images:
+            grey = [self.answerer.blank()]
+            self._answer(unit, rows, "blind", _with_images(asked, [0] * len(images)), grey)
+        if self.options.baselines and len(images) > 1:
+            others = _other_images(len(images), unit.number)
+            self._answer(unit, rows, "shuffled", _with_images(asked, others), embeds)
+        return rows
+
+    def _answer(
+        self, unit: Unit, rows: list[Row], view: str, asked: dict[int, Prompt], embeds: Sequence[Tensor]
+    ) -> None:
+        """Put the answers and losses of one view into the rows."""
+        prompts = list(asked.values())
+        if any(prompt.choices for prompt in prompts):
+            for (place, prompt), losses in zip(
+                asked.items(), self.answerer.choice_losses(prompts, embeds), strict=True
+            ):
+                rows[place][f"{view}_losses"] = losses
+                rows[place][view] = prompt.choices[int(np.argmin(losses))]
+                if not np.isfinite(losses).any():
+                    rows[place]["problem"] = "no choice has a finite loss: too long for the model, or damaged weights"
+        if unit.generates:
+            for place, reply in zip(asked, self.answerer.answer(prompts, embeds), strict=True):
+                rows[place][view] = reply.text
+                rows[place]["problem"] = rows[place]["problem"] or reply.error
+
+
+def _prompt(unit: Unit, question: Question, places: dict[Path, int]) -> Prompt:
+    """A benchmark's words are strangers' words: what looks like a marker in them is text."""
+    image = None if question.image is None else places[question.image]
+    instruction = escape_markers(question.instruction)
+    return Prompt(instruction, image, question.history, unit.max_new_tokens, question.choices)
+
+
+def _with_images(asked: dict[int, Prompt], images: Sequence[int]) -> dict[int, Prompt]:
+    """The same prompts with other pictures; those without a picture stay as they are."""
+    return {k: p if p.image is None else replace(p, image=images[p.image]) for k, p in asked.items()}
+
+
+def _other_images(num_images: int, seed: int) -> list[int]:
+    """For each image another one: neighbours on a random circle."""
+    circle = np.random.default_rng(seed).permutation(num_images)
+    others = np.empty(num_images, dtype=int)
+    others[circle] = np.roll(circle, -1)
+    return others.tolist()
+
+
+def _open_images(questions: Sequence[Question]) -> tuple[list[Image.Image], dict[Path, int], dict[Path | None, str]]:
+    """Decoded pictures, where each path stands among them, and what is wrong with which path."""
+    images: list[Image.Image] = []
+    places: dict[Path, int] = {}
+    broken: dict[Path | None, str] = {}
+    for path in dict.fromkeys(question.image for question in questions if question.image):
+        try:
+            images.append(open_image(path.read_bytes()))
+            places[path] = len(images) - 1
+        except (OSError, ValueError) as error:
+            broken[path] = f"{path} cannot be opened: {error}"
+    return images, places, broken

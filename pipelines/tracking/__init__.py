@@ -1,0 +1,1 @@
+"""Experiment tracking: runs, what waits for the tracker, and the model registry."""

@@ -1,0 +1,1 @@
+"""A training stage as a Ray Train job."""

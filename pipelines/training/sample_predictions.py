@@ -1,0 +1,67 @@
+"""What the model answers while it trains: the first rows of the stage's sources, always the same ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.data.loader import BatchMaker
+from tinygptv.data.images import normalise_pixels, open_image, resize_pixels
+from tinygptv.data.mixture import SampleRef
+from tinygptv.data.sample import IGNORE_INDEX, chooser, render_sample
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+
+MOST_SAMPLES = 4
+_NEW_TOKENS = 48
+
+
+class SamplePredictor:
+    """Answers the same few samples again and again."""
+
+    def __init__(self, maker: BatchMaker) -> None:
+        self.maker = maker
+        refs = [SampleRef(source, row, 0) for row in range(2) for source in range(len(maker.names))]
+        shards = [maker.shards[maker.names[ref.source]] for ref in refs]
+        self.refs = [ref for ref, s in zip(refs, shards, strict=True) if ref.row < sum(s.shard_rows)][:MOST_SAMPLES]
+
+    def predict(self, model: TinyGPTVForConditionalGeneration) -> list[dict[str, Any]]:
+        """Greedy answers; the model is left in training mode.
+
+        Returns:
+            One row per sample: ``sample`` (its id), ``image`` (PIL, where it has one), ``question``, ``answer``,
+            ``expected``.
+        """
+        model.eval()
+        try:
+            with torch.no_grad():
+                return [self._predict(model, ref) for ref in self.refs]
+        finally:
+            model.train()
+
+    def _predict(self, model: TinyGPTVForConditionalGeneration, ref: SampleRef) -> dict[str, Any]:
+        maker = self.maker
+        name = maker.names[ref.source]
+        row = maker.shards[name].row(ref.row)
+        exchanges = render_sample(row, chooser(maker.mixture.generator(ref)))
+        image = None if row.image is None else open_image(row.image)
+        encoded = maker.encoder.encode(exchanges, int(image is not None))
+        first_learned = next(i for i, label in enumerate(encoded.labels) if label != IGNORE_INDEX)
+        ids = list(encoded.input_ids[:first_learned])
+        input_ids = torch.tensor([ids], device=model.device)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        if image is not None:
+            pixels = np.stack([resize_pixels(image, maker.plan.stage.image_size)])
+            inputs["pixel_values"] = torch.from_numpy(normalise_pixels(pixels)).to(model.device)
+        output = model.generate(
+            **inputs, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=maker.tokenizer.pad_token_id
+        )
+        text = maker.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+        return {
+            "sample": f"{name}/{row.id}",
+            "image": image,
+            "question": exchanges[0].instruction or "",
+            "answer": text.split(maker.encoder.template.end_symbol)[0].strip(),
+            "expected": exchanges[0].answer,
+        }

@@ -1,0 +1,348 @@
+"""The loop of one training worker. It reads like the paper's recipe: batch, loss, update, record, save.
+
+Every worker runs it; rank 0 writes. Nothing here knows which stage it is in: the stage is data.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipelines import storage
+from pipelines.data.loader import BatchMaker, LoadPlan, StepBatch, iterate_steps
+from pipelines.settings import TrainSettings
+from pipelines.training.guard import Diagnosis, Fault, Guard, TrainingStopped, describe, diagnose
+from pipelines.training.reporter import Reporter
+from pipelines.training.states import RECORD_FILE, StateStore, collect_state, restore_state, upload_folder
+from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from tinygptv.data.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
+from tinygptv.training.optim import build_optimizer
+from tinygptv.training.stages import Stage, set_trainable
+from tinygptv.training.train_step import PRECISIONS, StepResult, TrainStep
+
+logger = logging.getLogger(__name__)
+
+GUARD_FILE = "guard.jsonl"
+"""Faults that the guard found, in the result folder: one line each."""
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One stage, resolved: what the driver hands to every worker.
+
+    Attributes:
+        settings: where and how large.
+        stage: the stage with its changes applied.
+        plan: how batches are made.
+        num_steps: optimizer steps to reach.
+        output: result folder, absolute.
+        run: identity of the tracker's run to log into; empty for none.
+    """
+
+    settings: TrainSettings
+    stage: Stage
+    plan: LoadPlan
+    num_steps: int
+    output: str
+    run: dict[str, str]
+
+    @property
+    def storage(self) -> str:
+        """Folder or URI of what every node must reach: training states and the final checkpoint."""
+        return self.settings.storage_path or self.output
+
+
+def train_loop(job: TrainJob) -> dict[str, Any]:
+    """Train from wherever the run stands to the end of the stage.
+
+    Returns:
+        ``first_loss``, ``last_loss``, ``steps``, ``checkpoint`` (rank 0; others return an empty dict).
+
+    Raises:
+        TrainingStopped: the guard found a fault that its settings do not let pass.
+    """
+    worker = TrainWorker(job)
+    next_step = worker.resume()
+    try:
+        while next_step < job.num_steps:
+            next_step = worker.train(next_step)  # to the end, or back to a state where the guard rolls back
+    except BaseException:
+        worker.abandon()
+        raise
+    return worker.finish()
+
+
+class TrainWorker:
+    """One worker's model, optimizer, data and guard."""
+
+    def __init__(self, job: TrainJob) -> None:
+        self.job = job
+        self.rank, self.world_size = _rank(), _world_size()
+        settings = job.settings
+        torch.set_num_threads(settings.threads_per_worker or max(1, (os.cpu_count() or 1) // self.world_size))
+        torch.manual_seed(settings.seed)  # fresh LoRA adapters must be the same on every worker
+        self.model, self.processor = build_model(job)
+        self.guard = Guard(
+            spike=settings.guard_spike,
+            vanishing=settings.guard_vanishing,
+            patience=settings.guard_patience,
+            device=self.model.device,
+        )
+        self.step = TrainStep(
+            self.model,
+            build_optimizer(self.model, job.stage.schedule, job.stage.weight_decay, job.stage.beta2),
+            num_sources=len(job.stage.sources),
+            precision=settings.precision,
+            encoder_precision=settings.encoder_precision,
+            max_grad_norm=job.stage.max_grad_norm,
+            reject=None if settings.guard == "off" else self.guard.reject,
+        )
+        self.plan = job.plan.for_worker(self.rank, self.world_size)
+        self.store = StateStore(
+            storage.join(job.storage, "states"), settings.keep_checkpoints, keep_best=settings.keep_best
+        )
+        self.reporter: Reporter | None = None
+        self.stepped_over: set[int] = set()
+        self.rollbacks: Counter[int] = Counter()
+
+    def resume(self) -> int:
+        """Restore the newest state; returns the step to go on with."""
+        next_step = self._restore()
+        if self.rank == 0:
+            self._fetch_record()
+            self.reporter = Reporter(self.job, next_step, self.world_size)
+            if next_step == 0 and self.job.settings.guard == "rollback":
+                self.save(0)  # something to roll back to
+        return next_step
+
+    def train(self, start: int) -> int:
+        """Train from ``start`` on; returns ``num_steps``, or the step that the guard rolled back to."""
+        settings, stage = self.job.settings, self.job.stage
+        batches = iterate_steps(
+            self.plan,
+            start,
+            self.job.num_steps,
+            loader_workers=settings.loader_workers,
+            prefetch_steps=settings.prefetch_steps,
+        )
+        for batch in batches:
+            learning_rate = stage.schedule.learning_rate(batch.step)
+            if batch.step in self.stepped_over:
+                if self.reporter:
+                    self.reporter.stepped_over(batch, learning_rate)
+            else:
+                torch.manual_seed(_dropout_seed(settings.seed, batch.step, self.rank))
+                result = self.step.run(batch.micro_batches, learning_rate)
+                self._report(batch, result, learning_rate)
+            last = batch.step + 1 == self.job.num_steps
+            saves = (batch.step + 1) % settings.checkpoint_every == 0 and not last
+            if saves or last or (batch.step + 1) % settings.log_every == 0:
+                back_to = self._read()
+                if back_to is not None:
+                    batches.close()
+                    return back_to
+            if saves and self.rank == 0:
+                self.save(batch.step + 1)
+            if self.reporter and _due(batch.step, settings.predict_every, last):
+                self.reporter.predictions(self.model, batch.step)
+        return self.job.num_steps
+
+    def _report(self, batch: StepBatch, result: StepResult, learning_rate: float) -> None:
+        if self.job.settings.guard != "off":
+            self.guard.watch(batch.step, result)
+        if self.reporter:
+            self.reporter.step(batch, result, learning_rate)
+
+    def _read(self) -> int | None:
+        """Read what the last steps left on the device; returns where to go back to, if the guard wants it."""
+        part_norms = self.step.part_norms()
+        if self.reporter:
+            self.reporter.read(part_norms)
+        faults = self.guard.check(self.step, part_norms)
+        if not faults:
+            return None
+        return self._answer(faults)
+
+    def _answer(self, faults: list[Fault]) -> int | None:
+        """Log faults and do what the settings say."""
+        settings = self.job.settings
+        worn_out = self.guard.faults_in_a_row >= settings.guard_patience
+        sentences = []
+        for fault in faults[: settings.guard_patience]:
+            diagnosis = self._diagnose(fault)
+            sentences.append(describe(fault, diagnosis))
+            if self.rank == 0:
+                logger.warning("guard (%s): %s", settings.guard, sentences[-1])
+                line = json.dumps({**asdict(fault), **asdict(diagnosis), "action": settings.guard}) + "\n"
+                with (Path(self.job.output) / GUARD_FILE).open("a") as stream:
+                    stream.write(line)
+        if settings.guard == "stop" or worn_out:
+            more = f"; {self.guard.faults_in_a_row} steps in a row failed" if worn_out else ""
+            raise TrainingStopped(
+                f"the guard stopped training at {sentences[0]}{more}. The same command goes on from the last training "
+                "state; guard=skip leaves such steps out, guard=rollback goes back before them."
+            )
+        bad_steps = {fault.step for fault in faults if fault.kind != "vanishing_gradient"}
+        if settings.guard != "rollback" or not bad_steps:
+            return None
+        return self._roll_back(bad_steps)
+
+    def _roll_back(self, bad_steps: set[int]) -> int:
+        self.stepped_over |= bad_steps
+        self.store.wait()
+        if self.world_size > 1:
+            dist.barrier()
+        next_step = self._restore()
+        self.rollbacks[next_step] += 1
+        if self.rollbacks[next_step] > self.job.settings.guard_patience:
+            raise TrainingStopped(f"the guard rolled back to step {next_step} {self.rollbacks[next_step]} times.")
+        if self.reporter:
+            logger.warning("guard: back to step %d, over the data of steps %s", next_step, sorted(bad_steps))
+            self.reporter.rewind(next_step)
+        return next_step
+
+    def _diagnose(self, fault: Fault) -> Diagnosis:
+        """Which samples of a step cause a fault, over all workers, and in which layer; made anew one by one."""
+        if fault.kind == "vanishing_gradient":
+            return Diagnosis(layer=fault.part, where="backward")
+        maker = BatchMaker(replace(self.plan, micro_batch_size=1, pack_length=0))
+        ids = maker.sample_ids(fault.step)[self.rank :: self.world_size]
+        torch.manual_seed(_dropout_seed(self.job.settings.seed, fault.step, self.rank))
+        batches = maker.make(fault.step).micro_batches
+        found = diagnose(self.step, list(zip(ids, batches, strict=True)), spike=fault.kind == "spike")
+        return Diagnosis.merge(_gather(found))
+
+    def save(self, next_step: int) -> None:
+        """Save a training state in the background; rank 0 does it."""
+        assert self.reporter is not None
+        mean_loss = self.reporter.flush()
+        self._mirror_record()  # first: a record may be ahead of the state, never behind it
+        tensors, extra = collect_state(self.step)
+        tensors |= {f"guard/{name}": tensor for name, tensor in self.guard.state().items()}
+        self.store.save(next_step, tensors, {**extra, "mean_loss": mean_loss})
+
+    def _restore(self) -> int:
+        found = self.store.newest()
+        if found is None:
+            return 0
+        next_step, tensors, extra = found
+        restore_state(self.step, tensors, extra)
+        prefix = "guard/"
+        self.guard.load_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        return next_step
+
+    def _mirror_record(self) -> None:
+        """Keep the record beside the states where these lie elsewhere: another node may go on."""
+        if self.job.settings.storage_path:
+            storage.make_folder(self.job.storage)
+            data = (Path(self.job.output) / RECORD_FILE).read_bytes()
+            storage.write_atomically(storage.join(self.job.storage, RECORD_FILE), data)
+
+    def _fetch_record(self) -> None:
+        """Take the record that another node began."""
+        mirrored, local = storage.join(self.job.storage, RECORD_FILE), Path(self.job.output) / RECORD_FILE
+        if self.job.settings.storage_path and not local.is_file() and storage.exists(mirrored):
+            local.parent.mkdir(parents=True, exist_ok=True)
+            storage.download(mirrored, local)
+
+    def abandon(self) -> None:
+        """Leave things so that another run can go on."""
+        if self.reporter:
+            self.store.wait()
+            self.reporter.abandon()
+
+    def finish(self) -> dict[str, Any]:
+        """Write the whole checkpoint; rank 0 does it."""
+        if self.reporter is None:
+            return {}
+        self.store.wait()
+        self.reporter.flush()
+        self._mirror_record()
+        checkpoint = str(
+            save_checkpoint(Path(self.job.output) / "checkpoint", self.model, self.processor, self._facts())
+        )
+        if self.job.settings.storage_path:
+            remote = storage.join(self.job.storage, "checkpoint")
+            upload_folder(Path(checkpoint), remote)
+            checkpoint = remote
+        return self.reporter.finish(checkpoint)
+
+    def _facts(self) -> dict[str, Any]:
+        job = self.job
+        return {
+            "recipe": job.settings.recipe,
+            "stage": job.stage.number,
+            "title": job.stage.title,
+            "steps": job.num_steps,
+            "seed": job.settings.seed,
+            "init_from": job.settings.init_from,
+            **({"tracking_parent": job.run["parent"]} if job.run.get("parent") else {}),
+        }
+
+
+def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
+    """Load the start, bring it to the stage's size, add what trains, freeze the rest."""
+    settings, stage = job.settings, job.stage
+    device = torch.device("cuda", torch.cuda.current_device()) if settings.use_gpu else torch.device("cpu")
+    model, processor, _ = load_checkpoint(
+        settings.init_from, dtype=PRECISIONS[settings.precision], attn_implementation=settings.attention
+    )
+    model.set_image_size(stage.image_size)
+    if stage.lora_rank and not model.config.lora_rank:
+        model.add_lora(stage.lora_rank, stage.lora_alpha, stage.lora_dropout)
+    elif stage.lora_rank and stage.lora_rank != model.config.lora_rank:
+        logger.warning(
+            "the start has LoRA adapters of rank %d, which train on: stage.lora_rank=%d does not count.",
+            model.config.lora_rank,
+            stage.lora_rank,
+        )
+    set_trainable(model, stage.trainable)
+    torch.nn.Module.to(model, device).train()
+    if settings.gradient_checkpointing:
+        # transformers 5.20 renamed it and warns about the old name
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    if settings.compile:
+        model.language_model.compile(dynamic=True)
+    processor = TinyGPTVProcessor(
+        TinyGPTVImageProcessor(stage.image_size),
+        processor.tokenizer,
+        num_query_tokens=model.config.num_query_tokens,
+        image_token_id=model.config.image_token_id,
+        template=stage.template,
+    )
+    return model, processor
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return every > 0 and (last or (step + 1) % every == 0)
+
+
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Dropout depends on the step alone, so a resumed run draws what the straight one would."""
+    return (seed * 1_000_003 + step) * 1009 + rank
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _gather(found: Diagnosis) -> list[Diagnosis]:
+    """What every worker found, by rank."""
+    if _world_size() == 1:
+        return [found]
+    everyone: list[Any] = [None] * _world_size()
+    dist.all_gather_object(everyone, found)
+    return everyone
