@@ -14,7 +14,7 @@ import pytest
 from pipelines.evaluation.run import evaluate
 from tests.paths import ROOT
 from tests.serving_model import save_checkpoint
-from tests.unit.test_evaluate import predictions, settings
+from tests.unit.evaluation.test_run import predictions, settings
 from tinygptv.miniature.writers import write_world
 
 pytestmark = pytest.mark.integration

@@ -1,8 +1,8 @@
 """Memory plan: will this stage, batch and precision fit this GPU? Counted from the configuration; no GPU is touched.
 
 Parameters are counted on the meta device. What autograd keeps for the backward pass is a sum over the operations of
-``language``, in bytes per token; ``tests/unit/test_memory.py`` holds it against the tensors that autograd really saves.
-What lives for a moment only (workspace, CUDA context) is an estimate.
+``language_model``, in bytes per token; ``tests/unit/training/test_memory_plan.py`` holds it against the tensors that
+autograd really saves. What lives for a moment only (workspace, CUDA context) is an estimate.
 
 Notation: D language width, I its MLP width, N heads, K vocabulary, r LoRA rank, Q query tokens, F Q-Former width,
 V vision width, R image side.

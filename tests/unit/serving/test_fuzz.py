@@ -13,7 +13,7 @@ from pipelines.serving.backend import ModelBackend
 from pipelines.serving.protocol import ChatRequest
 from pipelines.settings import ServeSettings
 from tests.serving_model import data_url, make_image, save_checkpoint
-from tests.unit.test_serving_api import Client
+from tests.unit.serving.test_api import Client
 
 VALID = {
     "model": "tinygpt-v",
