@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ from pipelines import storage
 from pipelines.data.loader import data_path
 from pipelines.data.shards import MANIFEST, ShardSet
 from pipelines.settings import QuantizeSettings, SettingsError
-from pipelines.tracking.mlflow import NullTracker, open_tracker, register_model
+from pipelines.tracking.base import NullTracker, open_tracker
+from pipelines.tracking.registry import register_model
 
 if TYPE_CHECKING:
     import torch
@@ -181,8 +183,6 @@ def held_out_rows(settings: QuantizeSettings) -> tuple[list[SampleRow], str]:
         ShardError: a shard set is damaged.
     """
     if not settings.data:
-        from tinygptv.inference.drift import drawn_rows
-
         return drawn_rows(settings.drift_samples, settings.seed), "drawn scenes of the miniature, split test"
     sets = [shards for place in _shard_sets(settings.data) if len(shards := ShardSet.open(place))]
     if not sets:
@@ -207,3 +207,18 @@ def _shard_sets(data: str) -> list[str]:
             f"data={data} holds no shard set: make one with jobs/prepare_data.py, or leave data empty."
         )
     return found
+
+
+def drawn_rows(count: int, seed: int = 0) -> list[SampleRow]:
+    """Held-out samples of the drawn world, pictures included: what there is where no data is given."""
+    from tinygptv.miniature.documents import KINDS
+    from tinygptv.miniature.draw import encode_jpeg
+    from tinygptv.miniature.scenes import generator, make_scene
+
+    kinds = [kind for kind in KINDS if kind != "pair"]
+    rows = []
+    for i in range(count):
+        scene = make_scene(seed, "test", i)
+        row = KINDS[kinds[i % len(kinds)]](scene, generator(scene.key, "drift"))
+        rows.append(replace(row, id=f"drawn-{i}", image=encode_jpeg(scene) if row.width else None))
+    return rows

@@ -10,24 +10,17 @@ from k on are not: single overflows are how a loss scale finds its size.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipelines.training.record import Record
+
 WINDOW = 10
 VANISHED = 1e-3
-
-Record = dict[str, Any]
-
-
-def read_record(path: Path) -> list[Record]:
-    """The steps of a ``metrics.jsonl``, in order; empty where there is none."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def depth_norms(record: Record) -> dict[str, float]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from pipelines.ablation.findings import VANISHED, WINDOW, Record, StageOutcome
+from pipelines.ablation.findings import VANISHED, WINDOW, StageOutcome
 from pipelines.ablation.variants import Variant
 from pipelines.settings import AblateSettings
 from pipelines.training.plots import smooth
+from pipelines.training.record import Record
 
 
 @dataclass

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.ablation.findings import Record, StageOutcome, outcome_of, read_record, typical_norms
+from pipelines.ablation.findings import StageOutcome, outcome_of, typical_norms
 from pipelines.ablation.report import AblationRow, text_table, write_report
 from pipelines.ablation.variant_run import Places, continue_tracker, find_stage, run_variant
 from pipelines.ablation.variants import Variant, find_variant, with_precision
@@ -30,7 +30,8 @@ from pipelines.settings import (
     PrepareDataSettings,
     SettingsError,
 )
-from pipelines.tracking.mlflow import Tracker, default_uri
+from pipelines.tracking.base import Tracker, default_uri
+from pipelines.training.record import Record, read_record
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.ablation.findings import read_record
 from pipelines.ablation.variants import Variant, write_start
 from pipelines.evaluation.run import evaluate
 from pipelines.settings import AblateSettings, ScoreSettings, TrainSettings
-from pipelines.tracking.mlflow import Tracker, open_tracker
-from pipelines.training.run import apply_stage_settings, run_stage
+from pipelines.tracking.base import Tracker, open_tracker
+from pipelines.training.job import apply_stage_settings
+from pipelines.training.record import read_record
+from pipelines.training.run import run_stage
 from tinygptv.training.stages import Stage, get_stage
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from pipelines.evaluation.scoring import PREDICTIONS, Row, compare, score_benchm
 from pipelines.evaluation.worker import AnswerOptions, Unit, UnitAnswerer
 from pipelines.progress import Bar
 from pipelines.settings import ScoreSettings, SettingsError
-from pipelines.tracking.mlflow import open_tracker
+from pipelines.tracking.base import open_tracker
 
 __all__ = ["evaluate", "score_table"]
 

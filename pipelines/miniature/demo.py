@@ -135,9 +135,9 @@ def _prepare(demo: Demo, world: Path) -> Path:
 def _train(demo: Demo, shards: Path, backbones: Path) -> Path:
     """Stages 1 to 4, each from the one before; query features of the frozen encoder computed once per image size."""
     from pipelines.data.features import cache_features
-    from pipelines.tracking.mlflow import open_tracker
+    from pipelines.tracking.base import open_tracker
+    from pipelines.training.record import RECORD_FILE
     from pipelines.training.run import run_stage
-    from pipelines.training.states import RECORD_FILE
 
     settings = demo.load(TrainSettings)
     parent_file = demo.root / "training_run.txt"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.progress import Bar
 from pipelines.settings import MiniatureSettings, SettingsError
-from pipelines.tracking.mlflow import Tracker, open_tracker
+from pipelines.tracking.base import Tracker, open_tracker
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,7 +16,7 @@ def resolve_artifact(settings: ServeSettings) -> Path:
     name = settings.artifact
     if name.startswith("models:/"):
         # mlflow takes seconds to import, and few people serve from a registry.
-        from pipelines.tracking.mlflow import download_registered_model
+        from pipelines.tracking.registry import download_registered_model
 
         return Path(download_registered_model(name, settings.tracking_uri))
     if not name:

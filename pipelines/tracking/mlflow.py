@@ -1,4 +1,4 @@
-"""Experiment tracking behind one small protocol. MLflow is imported in this file alone.
+"""Runs in MLflow. Nothing outside this folder imports MLflow.
 
 Tracking never stops training: entries wait in an outbox, which sends them in order, and keeps and tries again what
 cannot be sent. With a journal folder, what waits while MLflow is away is also kept on disk, and sent by whoever opens
@@ -14,79 +14,17 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pipelines.tracking.outbox import MOST_NUMBERS, Entry, Outbox
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from pipelines.settings import Settings
-
 logger = logging.getLogger(__name__)
 
 _KEY_TAG = "tinygptv.run"
 _PARAM_LIMIT = 6000
-
-
-class Tracker(Protocol):
-    """What a job tells the outside world about a run."""
-
-    run_id: str
-
-    def params(self, values: Mapping[str, Any]) -> None:
-        """Log settings, flattened with dots."""
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers of a step."""
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Set tags."""
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Upload a file or folder."""
-
-    def image(self, image: Image, key: str, step: int) -> None:
-        """Log a picture under a key, at a step."""
-
-    def table(self, rows: list[dict[str, Any]], name: str) -> None:
-        """Log a table (JSON); PIL images are allowed as cells."""
-
-    def model(self, name: str, place: str) -> None:
-        """Log a checkpoint as a model that this run made; its files stay where they are."""
-
-    def close(self, status: str = "FINISHED") -> None:
-        """Send what waits and end the run."""
-
-
-class NullTracker:
-    """Takes everything, keeps nothing."""
-
-    run_id = ""
-
-    def params(self, values: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Do nothing."""
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Do nothing."""
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Do nothing."""
-
-    def image(self, image: Image, key: str, step: int) -> None:
-        """Do nothing."""
-
-    def table(self, rows: list[dict[str, Any]], name: str) -> None:
-        """Do nothing."""
-
-    def model(self, name: str, place: str) -> None:
-        """Do nothing."""
-
-    def close(self, status: str = "FINISHED") -> None:
-        """Do nothing."""
 
 
 class MLflowTracker:
@@ -289,115 +227,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def default_uri(root: Path) -> str:
-    """SQLite file beside the results."""
-    return f"sqlite:///{root / 'mlflow.db'}"
-
-
-def absolute_uri(uri: str) -> str:
-    """The same place for processes in other working directories; empty is the default, ``none`` stays."""
-    if not uri:
-        return default_uri(Path.cwd())
-    path = uri.removeprefix("sqlite:///")
-    return uri if path == uri or path.startswith("/") else f"sqlite:///{Path.cwd() / path}"
-
-
 def _artifact_place(uri: str, experiment: str) -> str | None:
     """Artifacts lie beside an SQLite file; a server decides for itself."""
     path = uri.removeprefix("sqlite:///")
     return None if path == uri else str(Path(path).absolute().with_name("mlartifacts") / experiment)
-
-
-def open_tracker(
-    settings: Settings,
-    run_name: str,
-    *,
-    run_id: str = "",
-    key: str = "",
-    parent_run_id: str = "",
-    journal: Path | None = None,
-) -> Tracker:
-    """The tracker that the settings ask for.
-
-    Args:
-        settings: ``tracking_uri`` (``none`` switches tracking off, empty is SQLite in the working directory) and
-            ``experiment``.
-        run_name: name of the run.
-        run_id: continue this run.
-        key: continue the run that was begun under this key, or begin it.
-        parent_run_id: nest under this run.
-        journal: folder that keeps what could not be sent.
-
-    Returns:
-        An MLflow tracker, or a null one where tracking is off or MLflow is not installed (with a warning).
-    """
-    if settings.tracking_uri == "none":
-        return NullTracker()
-    uri = settings.tracking_uri or default_uri(Path.cwd())
-    experiment = settings.experiment or f"tinygptv-{settings.recipe}"
-    try:
-        return MLflowTracker(
-            uri, experiment, run_name, run_id=run_id, key=key, parent_run_id=parent_run_id, journal=journal
-        )
-    except ImportError as error:
-        logger.warning("this run is not tracked: %s", error)
-        return NullTracker()
-
-
-# ---------------------------------------------------------------------- model registry
-
-
-def register_model(settings: Settings, run_id: str, folder: Path, name: str, alias: str) -> int:
-    """Put an artifact folder into the model registry.
-
-    Args:
-        settings: ``tracking_uri``, as for ``open_tracker``.
-        run_id: the run that made it; the folder is uploaded there.
-        folder: the artifact.
-        name: registered model; made where it is missing.
-        alias: moved to the new version.
-
-    Returns:
-        The version's number; ``models:/<name>@<alias>`` names it from now on.
-    """
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    client = MlflowClient(tracking_uri=settings.tracking_uri or default_uri(Path.cwd()))
-    try:
-        client.get_registered_model(name)
-    except MlflowException:
-        client.create_registered_model(name)
-    client.log_artifacts(run_id, str(folder), "model")
-    source = f"{client.get_run(run_id).info.artifact_uri}/model"
-    version = client.create_model_version(name, source, run_id=run_id).version
-    client.set_registered_model_alias(name, alias, version)
-    return int(version)
-
-
-def download_registered_model(uri: str, tracking_uri: str = "") -> Path:
-    """The folder of a registered artifact; where the registry keeps it on this machine, the very folder.
-
-    Args:
-        uri: ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
-        tracking_uri: MLflow's; empty is SQLite in the working directory.
-
-    Raises:
-        ValueError: the registry cannot be reached, or has no such version.
-    """
-    from mlflow import MlflowClient
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
-
-    place = tracking_uri or default_uri(Path.cwd())
-    client = MlflowClient(tracking_uri=place)
-    name, at, alias = uri.removeprefix("models:/").partition("@")
-    try:
-        if at:
-            version = client.get_model_version_by_alias(name, alias).version
-        else:
-            name, _, version = name.rpartition("/")
-        source = client.get_model_version_download_uri(name, str(version))
-        return Path(download_artifacts(artifact_uri=source, tracking_uri=place))
-    except MlflowException as error:
-        raise ValueError(f"MLflow at {place} has no {uri}: {error.message}") from error

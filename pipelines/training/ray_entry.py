@@ -15,12 +15,13 @@ WORKER_RESULT = "worker_result.json"
 
 
 def train_worker(config: dict[str, bytes]) -> None:
-    """Train this worker's share of ``config["job"]``, a pickled ``worker.TrainJob``."""
+    """Train this worker's share of ``config["job"]``, a pickled ``job.TrainJob``."""
     import ray.train
 
     from pipelines import storage
     from pipelines.training.guard import TrainingStopped
-    from pipelines.training.worker import TrainJob, train_loop
+    from pipelines.training.job import TrainJob
+    from pipelines.training.worker import train_loop
 
     job: TrainJob = pickle.loads(config["job"])
     result: dict[str, Any]

@@ -10,21 +10,19 @@ import logging
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 
 from pipelines.data.loader import BatchMaker, StepBatch
 from pipelines.progress import PROGRESS_FILE, StepProgress
-from pipelines.tracking.mlflow import NullTracker, Tracker, open_tracker
+from pipelines.tracking.base import NullTracker, Tracker, open_tracker
+from pipelines.training.job import TrainJob
+from pipelines.training.record import RECORD_FILE, StepRecord
 from pipelines.training.sample_predictions import SamplePredictor
-from pipelines.training.states import RECORD_FILE, StepRecord
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.training.train_step import StepResult
-
-if TYPE_CHECKING:
-    from pipelines.training.worker import TrainJob
 
 logger = logging.getLogger(__name__)
 

@@ -6,30 +6,25 @@ import dataclasses
 import json
 import logging
 import pickle
-import re
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipelines import storage
 from pipelines.cluster import start_ray
-from pipelines.data.features import FeatureSet, feature_key
-from pipelines.data.loader import LoadPlan, build_mixture, data_path, open_shards
+from pipelines.data.loader import data_path
 from pipelines.progress import PROGRESS_FILE, follow
-from pipelines.settings import SettingsError, TrainSettings
-from pipelines.tracking.mlflow import Tracker, absolute_uri, open_tracker
+from pipelines.settings import TrainSettings
+from pipelines.tracking.base import Tracker, open_tracker
 from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.training.describe import describe_stage
 from pipelines.training.guard import TrainingStopped
+from pipelines.training.job import TrainJob, resolve_job, resolve_stage, resolved_config
 from pipelines.training.ray_entry import WORKER_RESULT, train_worker
-from pipelines.training.states import RECORD_FILE, download_folder
-from pipelines.training.worker import TrainJob, train_loop
+from pipelines.training.record import RECORD_FILE
+from pipelines.training.worker import train_loop
 from tinygptv.checkpoint.checkpoint import MANIFEST, CheckpointError, read_stage, verify_folder
-from tinygptv.config import TinyGPTVConfig
-from tinygptv.training.stages import Stage, StageSource, get_stage
 
 logger = logging.getLogger(__name__)
 
@@ -81,140 +76,6 @@ def dry_run(settings: TrainSettings, number: int) -> str:
         settings = settings.model_copy(update={"init_from": data_path(settings.init_from)})
         verify_folder(settings.init_from, hashes=False)
     return describe_stage(settings, resolve_stage(settings, number))
-
-
-def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, Path]:
-    """Check everything that can be checked before work starts, and fix what every worker must agree on."""
-    output = settings.output_dir(f"outputs/{settings.recipe}/stage{number}")
-    stage = resolve_stage(settings, number)
-    settings = resolve_places(settings, number, output)
-    shards = open_shards(settings.data, stage)
-    build_mixture(stage, shards, settings.seed)
-    plan = _load_plan(settings, stage)
-    if plan.feature_key:
-        for shard_set in shards.values():
-            FeatureSet.open(shard_set.uri, plan.feature_key)
-    num_steps = min(settings.max_steps or stage.schedule.num_steps, stage.schedule.num_steps)
-    (output / "config.yaml").write_text(yaml.safe_dump(resolved_config(settings, stage), sort_keys=False))
-    return TrainJob(settings, stage, plan, num_steps, str(output), {}), output
-
-
-def resolve_stage(settings: TrainSettings, number: int) -> Stage:
-    """The stage of the recipe with the changes of the settings."""
-    return apply_stage_settings(get_stage(settings.recipe, number), settings.stage)
-
-
-def resolve_places(settings: TrainSettings, number: int, output: Path) -> TrainSettings:
-    """The settings with every place absolute; a start in object storage is copied here once.
-
-    Raises:
-        SettingsError: a place is not given.
-        CheckpointError: the start is no checkpoint.
-    """
-    if not settings.init_from:
-        raise SettingsError(f"stage {number} needs a start: give init_from=DIR, the checkpoint of the stage before.")
-    if not settings.data:
-        raise SettingsError(f"stage {number} needs data=DIR, the folder with one prepared shard set per source.")
-    init_from = data_path(settings.init_from)
-    if not storage.is_local(init_from):
-        init_from = str(fetch_start(init_from, output / "start"))
-    verify_folder(init_from, hashes=False)
-    storage_path = data_path(settings.storage_path) if settings.storage_path else ""
-    changes = {
-        "init_from": init_from,
-        "data": data_path(settings.data),
-        "output": str(output),
-        "storage_path": storage_path,
-        "tracking_uri": absolute_uri(settings.tracking_uri),
-    }
-    return settings.model_copy(update=changes)
-
-
-def fetch_start(place: str, folder: Path) -> Path:
-    """A checkpoint of object storage as a local folder; what was copied before is kept if it is whole."""
-    try:
-        verify_folder(folder, hashes=False)
-    except CheckpointError:
-        download_folder(place, folder)
-    return folder
-
-
-def _load_plan(settings: TrainSettings, stage: Stage) -> LoadPlan:
-    config = TinyGPTVConfig.from_pretrained(settings.init_from)
-    return LoadPlan(
-        data=settings.data,
-        tokenizer=settings.init_from,
-        stage=stage,
-        seed=settings.seed,
-        image_token_id=config.image_token_id,
-        num_query_tokens=config.num_query_tokens,
-        micro_batch_size=settings.micro_batch_size,
-        pack_length=stage.limits.max_text_tokens if settings.packing else 0,
-        feature_key=_feature_key(settings, stage),
-    )
-
-
-def _feature_key(settings: TrainSettings, stage: Stage) -> str:
-    return feature_key(settings.init_from, stage.image_size) if settings.features == "cached" else ""
-
-
-def apply_stage_settings(stage: Stage, changes: dict[str, Any]) -> Stage:
-    """Change fields of a stage by ``stage.*`` settings; ``limits`` and ``schedule`` take mappings of what changes.
-
-    ``sources`` as a list of ``{name, weight, batch_size}``, or as a mapping with both facts for each name, takes the
-    place of the stage's; a mapping with fewer facts changes the sources that it names.
-
-    Raises:
-        SettingsError: a field is unknown.
-    """
-    values: dict[str, Any] = {}
-    for key, value in changes.items():
-        if key not in {field.name for field in dataclasses.fields(Stage)}:
-            known = ", ".join(field.name for field in dataclasses.fields(Stage))
-            raise SettingsError(f"stage.{key} is no field of a stage; known: {known}.")
-        try:
-            values[key] = _stage_value(stage, key, _numbers(value))
-        except (TypeError, ValueError) as error:
-            raise SettingsError(f"stage.{key}={value!r} is not usable: {error}.") from error
-    try:
-        return dataclasses.replace(stage, **values)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
-
-
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads ``5e-4`` as text, for want of a dot; people mean the number."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    return value
-
-
-def _stage_value(stage: Stage, key: str, value: Any) -> Any:
-    if key == "sources":
-        return _sources_value(stage, value)
-    if key == "schedule":
-        return dataclasses.replace(stage.schedule, **value)
-    if key == "limits":
-        return dataclasses.replace(stage.limits, **value)
-    return tuple(value) if key == "trainable" else value
-
-
-def _sources_value(stage: Stage, value: Any) -> tuple[StageSource, ...]:
-    if isinstance(value, list):
-        return tuple(StageSource(**facts) for facts in value)
-    if all({"weight", "batch_size"} <= set(facts) for facts in value.values()):
-        return tuple(StageSource(name, **facts) for name, facts in value.items())
-    unknown = sorted(set(value) - {source.name for source in stage.sources})
-    if unknown:
-        raise ValueError(f"source {unknown[0]!r} is not one of the stage's; a new one needs weight and batch_size")
-    return tuple(dataclasses.replace(source, **value.get(source.name, {})) for source in stage.sources)
-
-
-def resolved_config(settings: TrainSettings, stage: Stage) -> dict[str, Any]:
-    """Everything that determines the run, as plain data."""
-    return json.loads(json.dumps({**settings.model_dump(), "stage": dataclasses.asdict(stage)}))
 
 
 def _tracking_run(job: TrainJob, output: Path, parent_run_id: str) -> dict[str, str]:

@@ -28,8 +28,6 @@ from tinygptv.training.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 
-RECORD_FILE = "metrics.jsonl"
-
 _FOLDER = re.compile(r"step-(\d{8})$")
 
 State = tuple[int, dict[str, torch.Tensor], dict[str, Any]]
@@ -176,44 +174,3 @@ def restore_state(step: TrainStep, tensors: dict[str, torch.Tensor], extra: dict
                 device = "cpu" if key == "step" and not parameter.is_cuda else parameter.device
                 step.optimizer.state[parameter][key] = tensor.to(device)
     step.scaler.load_state_dict(extra["scaler"])
-
-
-class StepRecord:
-    """``metrics.jsonl``: one line per step, flushed with every training state."""
-
-    def __init__(self, path: Path, next_step: int) -> None:
-        """Open the record; lines of steps that will be done again are dropped.
-
-        Args:
-            path: the file.
-            next_step: first step that will be written.
-        """
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    break  # half a line from a kill
-                if entry["step"] < next_step:
-                    kept.append(line)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        storage.write_atomically(str(path), "".join(f"{line}\n" for line in kept).encode())
-        self.first_loss = json.loads(kept[0])["loss"] if kept else None
-        self.last_loss = json.loads(kept[-1])["loss"] if kept else None
-        self._stream = path.open("a")
-
-    def write(self, entry: dict[str, Any]) -> None:
-        """Append a step."""
-        if self.first_loss is None:
-            self.first_loss = entry["loss"]
-        self.last_loss = entry["loss"]
-        self._stream.write(json.dumps(entry) + "\n")
-
-    def flush(self) -> None:
-        """Hand lines to the operating system."""
-        self._stream.flush()
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._stream.close()

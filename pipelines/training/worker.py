@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +17,22 @@ import torch
 import torch.distributed as dist
 
 from pipelines import storage
-from pipelines.data.loader import BatchMaker, LoadPlan, StepBatch, iterate_steps
-from pipelines.settings import TrainSettings
+from pipelines.data.loader import BatchMaker, StepBatch, iterate_steps
 from pipelines.training.guard import Diagnosis, Fault, Guard, TrainingStopped, describe, diagnose
+from pipelines.training.job import TrainJob
+from pipelines.training.record import RECORD_FILE
 from pipelines.training.reporter import Reporter
-from pipelines.training.states import RECORD_FILE, StateStore, collect_state, restore_state, upload_folder
+from pipelines.training.states import StateStore, collect_state, restore_state, upload_folder
 from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from tinygptv.data.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
 from tinygptv.training.optim import build_optimizer
-from tinygptv.training.stages import Stage, set_trainable
+from tinygptv.training.stages import set_trainable
 from tinygptv.training.train_step import PRECISIONS, StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
 
 GUARD_FILE = "guard.jsonl"
 """Faults that the guard found, in the result folder: one line each."""
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """One stage, resolved: what the driver hands to every worker.
-
-    Attributes:
-        settings: where and how large.
-        stage: the stage with its changes applied.
-        plan: how batches are made.
-        num_steps: optimizer steps to reach.
-        output: result folder, absolute.
-        run: identity of the tracker's run to log into; empty for none.
-    """
-
-    settings: TrainSettings
-    stage: Stage
-    plan: LoadPlan
-    num_steps: int
-    output: str
-    run: dict[str, str]
-
-    @property
-    def storage(self) -> str:
-        """Folder or URI of what every node must reach: training states and the final checkpoint."""
-        return self.settings.storage_path or self.output
 
 
 def train_loop(job: TrainJob) -> dict[str, Any]:

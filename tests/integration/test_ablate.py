@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.ablation.run import ablate
 from pipelines.settings import AblateSettings
-from pipelines.training.states import RECORD_FILE
+from pipelines.training.record import RECORD_FILE
 from tests.worlds import STAGE, make_world
 from tinygptv.miniature.writers import write_world
 

@@ -124,5 +124,13 @@ def test_every_stage_has_a_rayjob_that_starts_where_the_one_before_ends():
 
 
 def test_jobs_ship_neither_data_nor_environments():
-    ignored = (ROOT / ".rayignore").read_text().split()
-    assert {".venv/", "outputs/", "data/", ".git/"} <= set(ignored)
+    from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+
+    rules = get_excludes_from_ignore_files(ROOT, include_gitignore=True)
+
+    def ignored(path):
+        return any(rule(ROOT / path) for rule in rules)
+
+    assert all(ignored(path) for path in (".venv/bin/python", ".git/HEAD", "outputs/a.json", "data/laion/a.tar"))
+    packages = [path for name in ("tinygptv", "pipelines") for path in (ROOT / name).rglob("*") if path.is_file()]
+    assert not [path for path in packages if "__pycache__" not in path.parts and ignored(path)]

@@ -9,7 +9,7 @@ Notation: N images, Q query tokens, D language width, M supervised tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -151,18 +151,3 @@ def _losses(
 def _bare(exchange: Exchange) -> str:
     """An instruction without its image marks; a picture without words gets none."""
     return (exchange.instruction or "").removeprefix(IMAGE_TURN).strip()
-
-
-def drawn_rows(count: int, seed: int = 0) -> list[SampleRow]:
-    """Held-out samples of the drawn world, pictures included: what there is where no data is given."""
-    from tinygptv.miniature.documents import KINDS
-    from tinygptv.miniature.draw import encode_jpeg
-    from tinygptv.miniature.scenes import generator, make_scene
-
-    kinds = [kind for kind in KINDS if kind != "pair"]
-    rows = []
-    for i in range(count):
-        scene = make_scene(seed, "test", i)
-        row = KINDS[kinds[i % len(kinds)]](scene, generator(scene.key, "drift"))
-        rows.append(replace(row, id=f"drawn-{i}", image=encode_jpeg(scene) if row.width else None))
-    return rows

@@ -34,7 +34,7 @@ from pipelines.data.sources import locate
 from pipelines.data.sources.base import Unit
 from pipelines.progress import format_seconds
 from pipelines.settings import PrepareDataSettings, SettingsError
-from pipelines.tracking.mlflow import open_tracker
+from pipelines.tracking.base import open_tracker
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,12 @@ import math
 import pytest
 import torch
 
-from pipelines.ablation.findings import WINDOW, Event, depth_norms, find_event, outcome_of, read_record, typical_norms
+from pipelines.ablation.findings import WINDOW, Event, depth_norms, find_event, outcome_of, typical_norms
 from pipelines.ablation.report import AblationRow, text_table, write_report
 from pipelines.ablation.variants import VARIANTS, change_config, find_variant, with_precision, write_start
 from pipelines.settings import AblateSettings, SettingsError
-from pipelines.training.run import apply_stage_settings
+from pipelines.training.job import apply_stage_settings
+from pipelines.training.record import read_record
 from tests.tiny import tiny_config, tiny_tokenizer
 from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from tinygptv.data.processing import TinyGPTVProcessor

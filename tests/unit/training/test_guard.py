@@ -13,7 +13,8 @@ import torch
 
 from pipelines.data.loader import BatchMaker
 from pipelines.training.guard import Diagnosis, Guard, TrainingStopped, diagnose
-from pipelines.training.run import resolve_job, run_stage
+from pipelines.training.job import resolve_job
+from pipelines.training.run import run_stage
 from pipelines.training.worker import TrainWorker
 from tests.worlds import make_world, train_settings
 from tinygptv.checkpoint.checkpoint import load_checkpoint

@@ -10,7 +10,8 @@ import torch
 
 from pipelines.data.features import FeatureError, cache_features
 from pipelines.settings import CacheFeaturesSettings, SettingsError, TrainSettings
-from pipelines.training.run import apply_stage_settings, dry_run, run_stage
+from pipelines.training.job import apply_stage_settings
+from pipelines.training.run import dry_run, run_stage
 from pipelines.training.states import StateStore
 from tests.worlds import make_world, train_settings
 from tinygptv.checkpoint.checkpoint import CheckpointError, load_checkpoint

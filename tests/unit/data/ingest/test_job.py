@@ -21,7 +21,7 @@ from pipelines.data.ingest import job as ingest_module
 from pipelines.data.ingest.job import ingest
 from pipelines.data.shards import ShardSet
 from pipelines.settings import PrepareDataSettings, SettingsError
-from pipelines.tracking.mlflow import NullTracker
+from pipelines.tracking.base import NullTracker
 from tests.paths import ROOT
 from tests.source_files import encode, jpeg, picture, sample, write_tar, write_web_tar
 
