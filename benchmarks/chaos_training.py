@@ -31,8 +31,8 @@ sys.path.insert(0, str(ROOT))
 
 from pipelines.cluster import ENVIRONMENT  # noqa: E402
 from pipelines.data.features import cache_features  # noqa: E402
+from pipelines.miniature.tiny_training import as_words, make_world, train_settings  # noqa: E402
 from pipelines.settings import CacheFeaturesSettings  # noqa: E402
-from tests.worlds import as_words, make_world, train_settings  # noqa: E402
 
 MODES = {
     "1 worker": {"num_workers": 1},

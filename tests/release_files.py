@@ -7,8 +7,8 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from tests.tiny import tiny_tokenizer
 from tinygptv.convert.layouts import interleave_heads, release_key, split_phi_tensors
+from tinygptv.miniature.tiny import tiny_tokenizer
 
 
 def write_release(folder, plain, heads=4):

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from pipelines.ablation.run import ablate
+from pipelines.miniature.tiny_training import STAGE, make_world
 from pipelines.settings import AblateSettings
 from pipelines.training.record import RECORD_FILE
-from tests.worlds import STAGE, make_world
 from tinygptv.miniature.writers import write_world
 
 pytestmark = pytest.mark.integration

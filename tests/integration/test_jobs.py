@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from pipelines.cluster import ENVIRONMENT
+from pipelines.miniature.tiny_training import command_changes, command_line, make_world, train_settings
 from pipelines.training.run import run_stage
 from tests.paths import ROOT
-from tests.worlds import command_changes, command_line, make_world, train_settings
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(420)]
 

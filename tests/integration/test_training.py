@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from pipelines.data.features import cache_features
+from pipelines.miniature.tiny_training import as_words, make_world, train_settings
 from pipelines.settings import CacheFeaturesSettings
 from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.training.run import run_stage
 from tests.paths import ROOT
-from tests.worlds import as_words, make_world, train_settings
 from tinygptv.checkpoint.checkpoint import load_checkpoint
 from tinygptv.training.train_step import TrainStep
 

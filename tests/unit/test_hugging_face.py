@@ -22,9 +22,9 @@ from transformers import (
 
 import tinygptv
 from tests.paths import ROOT
-from tests.tiny import tiny_config, tiny_tokenizer
 from tinygptv.checkpoint.checkpoint import save_checkpoint
 from tinygptv.data.processing import TinyGPTVProcessor, load_tokenizer
+from tinygptv.miniature.tiny import tiny_config, tiny_tokenizer
 from tinygptv.model.generation import EndSymbolCriteria
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 

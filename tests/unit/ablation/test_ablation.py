@@ -14,9 +14,9 @@ from pipelines.ablation.variants import VARIANTS, change_config, find_variant, w
 from pipelines.settings import AblateSettings, SettingsError
 from pipelines.training.job import apply_stage_settings
 from pipelines.training.record import read_record
-from tests.tiny import tiny_config, tiny_tokenizer
 from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from tinygptv.data.processing import TinyGPTVProcessor
+from tinygptv.miniature.tiny import tiny_config, tiny_tokenizer
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.training.stages import RECIPES, get_stage, set_trainable
 

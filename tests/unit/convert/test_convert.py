@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from transformers import PhiConfig, PhiForCausalLM
 
 from tests.release_files import language_state, stage_state, write_language, write_release
-from tests.tiny import tiny_config
 from tinygptv.checkpoint.checkpoint import load_checkpoint
 from tinygptv.checkpoint.weight_files import WeightFileError, open_weights
 from tinygptv.convert import load_release
 from tinygptv.convert.__main__ import main
 from tinygptv.convert.layouts import interleave_heads, plain_key, release_key, separate_heads
+from tinygptv.miniature.tiny import tiny_config
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
 HEADS = 4

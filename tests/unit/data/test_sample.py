@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.tiny import tiny_tokenizer
 from tinygptv.data.collate import LoadedSample, collate, pack
 from tinygptv.data.prompts import INSTRUCTIONS, TEMPLATES, clean_caption, escape_markers, wrap_image
 from tinygptv.data.sample import IGNORE_INDEX, Exchange, SampleEncoder, SampleRow, TextLimits, Turn, render_sample
+from tinygptv.miniature.tiny import tiny_tokenizer
 
 IMAGE = 256
 

@@ -9,7 +9,6 @@ import torch
 
 from pipelines.miniature import jobs
 from pipelines.settings import MiniatureSettings, SettingsError
-from tests.tiny import tiny_config, tiny_tokenizer
 from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.processing import TinyGPTVProcessor
@@ -17,6 +16,7 @@ from tinygptv.miniature import backbones, pretrain_language
 from tinygptv.miniature.documents import LANGUAGE_MIX, LOOKUP_MIX, make_document
 from tinygptv.miniature.pretrain_vision import ScenePool, VisionTask
 from tinygptv.miniature.pretraining import _share_of_peak, pretrain
+from tinygptv.miniature.tiny import tiny_config, tiny_tokenizer
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.training.stages import RECIPES
 

@@ -14,11 +14,11 @@ import torch
 from tests import reference_model as reference
 from tests.release_files import language_state as phi_state
 from tests.release_files import qformer_state, stage_state, vision_state, write_release
-from tests.tiny import tiny_config, tiny_tokenizer
 from tinygptv.convert import load_release
 from tinygptv.convert.layouts import interleave_heads, plain_key, release_key
 from tinygptv.data.prompts import Template
 from tinygptv.data.sample import IGNORE_INDEX, Exchange, SampleEncoder, TextLimits
+from tinygptv.miniature.tiny import tiny_config, tiny_tokenizer
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.training.stages import set_trainable
 

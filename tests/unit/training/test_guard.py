@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from pipelines.data.loader import BatchMaker
+from pipelines.miniature.tiny_training import make_world, train_settings
 from pipelines.training.guard import Diagnosis, Guard, TrainingStopped, diagnose
 from pipelines.training.job import resolve_job
 from pipelines.training.run import run_stage
 from pipelines.training.worker import TrainWorker
-from tests.worlds import make_world, train_settings
 from tinygptv.checkpoint.checkpoint import load_checkpoint
 from tinygptv.training.train_step import StepResult, TrainStep
 

@@ -11,8 +11,8 @@ import torch
 
 from pipelines.settings import PlanMemorySettings
 from pipelines.training.memory_plan import plan_memory
-from tests.tiny import tiny_config
 from tinygptv.data.sample import TextLimits
+from tinygptv.miniature.tiny import tiny_config
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.training.memory_plan import GIB, TrainingMemory, inference_memory, layer_activation_bytes, parse_bytes
 from tinygptv.training.stages import get_stage, set_trainable

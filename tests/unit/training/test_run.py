@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from pipelines.data.features import FeatureError, cache_features
+from pipelines.miniature.tiny_training import make_world, train_settings
 from pipelines.settings import CacheFeaturesSettings, SettingsError, TrainSettings
 from pipelines.training.job import apply_stage_settings
 from pipelines.training.run import dry_run, run_stage
 from pipelines.training.states import StateStore
-from tests.worlds import make_world, train_settings
 from tinygptv.checkpoint.checkpoint import CheckpointError, load_checkpoint
 from tinygptv.training.stages import get_stage
 

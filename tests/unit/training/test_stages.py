@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
-from tests.tiny import tiny_config
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.convert.layouts import plain_key, release_key
+from tinygptv.miniature.tiny import tiny_config
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.training.memory_plan import build_on_meta
 from tinygptv.training.optim import parameter_groups

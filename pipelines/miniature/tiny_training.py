@@ -1,9 +1,10 @@
-"""Small shard sets and start checkpoints that training tests share; made in a second, kept for the test session."""
+"""Small shard sets, a start checkpoint and settings of a training that takes seconds, for tests and benchmarks."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,15 +12,15 @@ import torch
 from pipelines import storage
 from pipelines.data.shards import MANIFEST, Manifest, ShardWriter, record_batch
 from pipelines.settings import TrainSettings
-from tests.tiny import tiny_config, tiny_tokenizer
 from tinygptv.checkpoint.checkpoint import save_checkpoint
 from tinygptv.data.processing import TinyGPTVProcessor
 from tinygptv.data.sample import SampleRow, Turn
 from tinygptv.miniature.draw import encode_jpeg
 from tinygptv.miniature.scenes import make_scene
+from tinygptv.miniature.tiny import tiny_config, tiny_tokenizer
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
-STAGE = {
+STAGE: dict[str, Any] = {
     "sources": {"pairs": {"weight": 2, "batch_size": 4}, "questions": {"weight": 1, "batch_size": 3}},
     "draws_per_step": 2,
     "image_size": 28,
@@ -49,7 +50,7 @@ def make_rows(source: str, count: int) -> list[SampleRow]:
     rows = []
     for i in range(count):
         scene = make_scene(3, "train", i)
-        picture = {"image": encode_jpeg(scene), "width": scene.width, "height": scene.height}
+        picture: dict[str, Any] = {"image": encode_jpeg(scene), "width": scene.width, "height": scene.height}
         words = " ".join(rng.choice(["red", "blue", "dog", "cat", "big"], size=int(rng.integers(1, 6))))
         if source == "pairs":
             rows.append(SampleRow(f"p{i}", source, "pair", (Turn("", (words,)),), **picture))
@@ -65,15 +66,14 @@ def make_world(folder: Path) -> dict[str, str]:
     for source, count in (("pairs", 30), ("questions", 22)):
         write_shard_set(folder / "shards" / source, make_rows(source, count))
     torch.manual_seed(0)
-    model = TinyGPTVForConditionalGeneration(tiny_config(lora_rank=0))
+    config = tiny_config(lora_rank=0)
+    model = TinyGPTVForConditionalGeneration(config)
     start = folder / "start"
-    save_checkpoint(
-        start, model, TinyGPTVProcessor.from_config(model.config, tiny_tokenizer()), {"title": "test start"}
-    )
+    save_checkpoint(start, model, TinyGPTVProcessor.from_config(config, tiny_tokenizer()), {"title": "test start"})
     return {"data": str(folder / "shards"), "init_from": str(start)}
 
 
-def train_settings(world: dict[str, str], output: Path, **changes) -> TrainSettings:
+def train_settings(world: dict[str, str], output: Path, **changes: Any) -> TrainSettings:
     """Settings of a run that takes a second or two."""
     stage = {**STAGE, **changes.pop("stage", {})}
     fields = {
@@ -91,13 +91,13 @@ def train_settings(world: dict[str, str], output: Path, **changes) -> TrainSetti
     return TrainSettings(output=str(output), stage=stage, **fields)
 
 
-def command_changes(epochs: int = 1) -> dict:
+def command_changes(epochs: int = 1) -> dict[str, Any]:
     """Changes of a stage that any number of jobs can train: one source, so many epochs of 6 steps."""
     stage = {"sources": {"pairs": {"weight": 1, "batch_size": 4}}, "draws_per_step": 1}
     return {"stage": {**stage, "schedule": {**STAGE["schedule"], "epochs": epochs}}}
 
 
-def command_line(world: dict[str, str], output: Path, epochs: int = 1, **changes) -> list[str]:
+def command_line(world: dict[str, str], output: Path, epochs: int = 1, **changes: Any) -> list[str]:
     """The same settings as words for a job's command line."""
     return as_words(train_settings(world, output, quiet=False, **command_changes(epochs), **changes))
 

@@ -1,8 +1,9 @@
-"""A model and a tokenizer of a few kilobytes, made in memory: unit tests need no files and no network."""
+"""A model and a tokenizer of a few kilobytes, made in memory: tests and benchmarks need no files and no network."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -12,9 +13,9 @@ from tinygptv.config import TinyGPTVConfig
 BOS = "<|endoftext|>"
 
 
-def tiny_config(**changes) -> TinyGPTVConfig:
+def tiny_config(**changes: Any) -> TinyGPTVConfig:
     """Two small layers of everything; the tokenizer is ``tiny_tokenizer``."""
-    fields = {
+    fields: dict[str, Any] = {
         "vision_config": {
             "image_size": 28, "patch_size": 14, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
             "intermediate_size": 48,
