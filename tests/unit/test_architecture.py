@@ -5,32 +5,77 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from pipelines.settings import SECTIONS
+from tests.import_graph import (
+    file_graph,
+    find_cycle,
+    imported_names,
+    modules,
+    num_layers,
+    room_graph,
+    room_of,
+)
 from tests.paths import ROOT
 
-PACKAGES = ("tinygptv", "pipelines", "jobs", "benchmarks", "tests")
-MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 LAYERS = {
     "tinygptv": {"pipelines", "jobs", "benchmarks", "tests", "ray", "mlflow", "pyarrow", "fastapi"},
     "pipelines": {"jobs", "benchmarks", "tests"},
     "jobs": {"benchmarks", "tests"},
+    "benchmarks": {"tests"},
 }
 """Package -> top-level names that nothing in it may import."""
 
+_LIBRARY: dict[str, set[str]] = {
+    "config": set(),
+    "data": {"config"},
+    "metrics": {"data"},
+    "model": {"config", "data"},
+    "training": {"config", "data", "model"},
+    "checkpoint": {"config", "data", "model"},
+    "convert": {"config", "data", "model", "training", "checkpoint"},
+    "quantization": {"config", "data", "model", "checkpoint"},
+    "inference": {"config", "data", "model", "metrics", "checkpoint", "quantization"},
+    "miniature": {"config", "data", "model", "training", "checkpoint"},
+    "auto_classes": {"config", "data", "model"},
+    "chat": {"data", "inference", "miniature"},
+}
+_WIRING = {"settings", "cluster", "storage", "progress"}
+_PIPELINES: dict[str, set[str]] = {
+    "settings": set(),
+    "progress": set(),
+    "cluster": {"settings"},
+    "storage": {"settings"},
+    "tracking": {*_WIRING},
+    "data": {*_WIRING},
+    "data.sources": {*_WIRING},
+    "data.ingest": {*_WIRING, "tracking", "data", "data.sources"},
+    "training": {*_WIRING, "tracking", "data"},
+    "evaluation.benchmarks": {"data.sources"},
+    "evaluation": {*_WIRING, "tracking", "evaluation.benchmarks"},
+    "evaluation.harnesses": set(),
+    "export": {*_WIRING, "tracking", "data"},
+    "serving": {*_WIRING, "tracking"},
+    "miniature": {
+        *_WIRING,
+        "tracking",
+        "data",
+        "data.ingest",
+        "training",
+        "evaluation",
+        "evaluation.benchmarks",
+        "export",
+        "serving",
+    },
+    "ablation": {*_WIRING, "tracking", "data", "data.ingest", "training", "evaluation", "miniature"},
+    "cli": {*_WIRING, "training"},
+}
+ROOMS = {"tinygptv": _LIBRARY, "pipelines": _PIPELINES}
+"""Package -> room (a sub-package, or a file directly in the package) -> rooms of the package that it may import."""
+
 MOST_LINES = 420
-
-
-def _imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            yield node.module
 
 
 @pytest.mark.parametrize("package", LAYERS)
@@ -38,23 +83,57 @@ def test_imports_run_one_way(package):
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in sorted((ROOT / package).rglob("*.py"))
-        for name in _imports(path)
+        for name in imported_names(path)
         if name.split(".")[0] in LAYERS[package]
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_only_what_the_table_lets_them(package):
+    table, found = ROOMS[package], room_graph(package)
+    assert not find_cycle(table)
+    assert {f"{package}.{room}" for room in table} == set(found)
+    wrong = [
+        f"{module} imports {target}"
+        for module, targets in file_graph().items()
+        if module.startswith(f"{package}.")
+        for target in targets
+        if target.startswith(f"{package}.") and room_of(target) != room_of(module)
+        if room_of(target).removeprefix(f"{package}.") not in table[room_of(module).removeprefix(f"{package}.")]
+    ]
+    assert not wrong
+
+
+def test_no_circle_of_files():
+    assert not find_cycle(file_graph())
+
+
+def test_circles_and_layers_are_found():
+    assert set(find_cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
+    assert num_layers({"a": {"b", "c"}, "b": {"c"}, "c": set(), "d": set()}) == 3
+
+
+def test_the_graph_sees_lazy_imports_and_names_in_strings():
+    graph = file_graph()
+    assert "pipelines.training.run" in graph["pipelines.cli"]  # inside a function
+    assert "tinygptv.model.tinygptv" in graph["tinygptv.training.stages"]  # under TYPE_CHECKING
+    assert "tinygptv.quantization.linear_bnb" in graph["tinygptv.quantization.artifact"]  # the name of a class
+    assert "benchmarks.note" in graph["benchmarks.scaling"]  # a script's neighbour
 
 
 def test_mlflow_is_imported_in_one_folder():
     users = [
         p.parent.name
         for p in (ROOT / "pipelines").rglob("*.py")
-        if any(n.split(".")[0] == "mlflow" for n in _imports(p))
+        if any(n.split(".")[0] == "mlflow" for n in imported_names(p))
     ]
     assert set(users) == {"tracking"}
 
 
 def test_files_stay_small():
-    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in MODULES if "tests" not in p.parts}
+    sources = [path for name, path in modules().items() if not name.startswith("tests")]
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in sources}
     assert not {name: length for name, length in lengths.items() if length > MOST_LINES}
 
 
