@@ -48,7 +48,7 @@ def main() -> int:
     convert += [f"--{role}={path.parent if role == 'language' else path}" for role, path in files.items()]
     convert += [f"--tokenizer={arguments.tokenizer}", f"--output={arguments.work / 'checkpoint'}"]
     ours = measure(convert)
-    base = measure([sys.executable, "-c", "import tinygptv.convert"])
+    base = measure([sys.executable, "-c", "import tinygptv.convert.__main__"])
     facts = {
         "scale": arguments.scale,
         "file_bytes": {role: path.stat().st_size for role, path in files.items()},

@@ -3,7 +3,7 @@
 An edge is any import: at the top of a file, inside a function, under TYPE_CHECKING, or a string that names one of our
 modules (``"tinygptv.quantization.linear_cpu.Int8Linear"``, ``"pipelines.serving.app:build_app"``).
 
-A room is a sub-package, or a file that lies directly in ``tinygptv/`` or ``pipelines/``.
+A component is a sub-package, or a file directly in ``tinygptv/`` or ``pipelines/``.
 
     python -m tests.import_graph        files per folder, edges and layers
 """
@@ -71,22 +71,22 @@ def _targets(name: str, path: Path) -> Iterator[str]:
             yield module
 
 
-def room_of(module: str) -> str:
-    """The sub-package of a module; a file that lies directly in a package is a room of its own."""
+def component_of(module: str) -> str:
+    """The sub-package of a module; a file directly in a package is a component of its own."""
     if modules()[module].name == "__init__.py":
         return module
     folder, _, _ = module.rpartition(".")
     return module if folder in PACKAGES else folder
 
 
-def room_graph(package: str) -> Graph:
-    """Room -> rooms of the same package that it imports; the package's own ``__init__`` is none."""
+def component_graph(package: str) -> Graph:
+    """Component -> components of the same package that it imports; the package's own ``__init__`` is left out."""
     graph: dict[str, set[str]] = {}
     for module, targets in file_graph().items():
         if module.startswith(f"{package}."):
-            room = room_of(module)
-            found = {room_of(target) for target in targets if target.startswith(f"{package}.")}
-            graph[room] = graph.get(room, set()) | found - {room}
+            component = component_of(module)
+            found = {component_of(target) for target in targets if target.startswith(f"{package}.")}
+            graph[component] = graph.get(component, set()) | found - {component}
     return graph
 
 
@@ -97,7 +97,7 @@ def within(package: str) -> Graph:
 
 
 def find_cycle(graph: Graph) -> list[str]:
-    """A circle of imports; empty where there is none."""
+    """A cycle of imports; empty where there is none."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -106,7 +106,7 @@ def find_cycle(graph: Graph) -> list[str]:
 
 
 def num_layers(graph: Graph) -> int:
-    """Length of the longest chain of imports, in files or rooms; the graph has no circle."""
+    """Length of the longest chain of imports, in files or components; the graph has no cycle."""
     layers: dict[str, int] = {}
     for node in TopologicalSorter(graph).static_order():
         layers[node] = 1 + max((layers[target] for target in graph[node]), default=0)
@@ -115,15 +115,15 @@ def num_layers(graph: Graph) -> int:
 
 def _summary(graph: Graph) -> str:
     cycle = find_cycle(graph)
-    layers = f"circle {' <- '.join(cycle)}" if cycle else f"{num_layers(graph)} layers"
+    layers = f"cycle {' <- '.join(cycle)}" if cycle else f"{num_layers(graph)} layers"
     return f"{len(graph):4} nodes {sum(map(len, graph.values())):5} edges  {layers}"
 
 
 def main(packages: Iterable[str] = ("tinygptv", "pipelines")) -> None:
     """Print the numbers."""
     for package in packages:
-        print(f"{package:12} files {_summary(within(package))}")
-        print(f"{package:12} rooms {_summary(room_graph(package))}")
+        print(f"{package:12} files      {_summary(within(package))}")
+        print(f"{package:12} components {_summary(component_graph(package))}")
     folders = Counter(str(path.parent.relative_to(ROOT)) for path in modules().values())
     for folder, count in sorted(folders.items()):
         print(f"{count:4} {folder}")
