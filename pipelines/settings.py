@@ -320,6 +320,11 @@ class ServeSettings(Settings):
     max_image_megapixels: float = Field(24, gt=0, description="width x height of an image")
     max_body_mb: float = Field(32, gt=0, description="size of a request")
     image_timeout_s: float = Field(10, gt=0, description="time to fetch an image, and to decode it")
+    stuck_after_s: float = Field(
+        300,
+        gt=0,
+        description="longest step or batch of images; beyond it the replica is unhealthy and is replaced",
+    )
     kept_images: int = Field(256, ge=1, description="images whose embeddings a replica keeps for later turns")
 
 

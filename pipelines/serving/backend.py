@@ -102,12 +102,14 @@ class ModelBackend:
             kv_cache_dtype=settings.kv_cache_dtype,
             kept_images=settings.kept_images,
         )
+        self.stuck_after_s = settings.stuck_after_s
         self.token_bytes = self.assistant.engine.token_bytes
         self.name = f"{os.getpid()}"
         self.created = int(time.time())
 
     async def describe(self) -> ModelInfo:
-        """What the model is."""
+        """What the model is; fails where the model cannot answer."""
+        await self.check_health()
         return ModelInfo(self.assistant.images.image_size, self.assistant.engine.context_length, self.created)
 
     async def stream(self, job: ChatJob) -> AsyncIterator[dict[str, Any]]:
@@ -146,9 +148,8 @@ class ModelBackend:
         ]
 
     async def check_health(self) -> None:
-        """Raises where the engine's thread has died; Serve then starts another replica."""
-        if not self.assistant.loop.is_alive:
-            raise RuntimeError("the engine's thread has ended.")
+        """Raises where a thread that answers depend on has ended or is stuck; Serve then starts another replica."""
+        self.assistant.check_health(self.stuck_after_s)
 
     async def _prepare(self, job: ChatJob) -> Request | dict[str, Any]:
         from tinygptv.inference.sampling import SamplingParams
@@ -159,7 +160,6 @@ class ModelBackend:
         try:
             params = SamplingParams(**job.sampling)
             request = await self.assistant.prepare(job.messages, params)
-            self.assistant.engine.check(request)
         except ValueError as error:
             return {"error": str(error), "status": 400}
         return request

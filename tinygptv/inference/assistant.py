@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from tinygptv.inference.sampling import SamplingParams
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
 MAX_CHARACTERS_PER_TOKEN = 128
-"""No text is longer than this times its tokens (the length of Phi-2's longest token); a bound before tokenising."""
+"""No text is longer than this times its tokens (the length of Phi-2's longest token); a bound before tokenizing."""
 
 
 class Assistant:
@@ -68,6 +68,8 @@ class Assistant:
             stop=(processor.end_symbol,),
         )
         self.loop = EngineLoop(self.engine)
+        # One thread: a fast tokenizer refuses concurrent use.
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizing")
         self._encoder = processor.encoder()
         self._special_tokens = tuple(processor.tokenizer.all_special_tokens)
 
@@ -78,9 +80,22 @@ class Assistant:
         return cls(model, processor, **options)
 
     def close(self) -> None:
-        """Stop both threads."""
+        """Stop all threads."""
         self.loop.close()
         self.images.close()
+        self._tokenizing.shutdown(wait=False)
+
+    def check_health(self, stuck_after_s: float) -> None:
+        """Raise where a thread that answers depend on has ended or is stuck.
+
+        Args:
+            stuck_after_s: longest time of one step or one batch of images, in seconds.
+
+        Raises:
+            ThreadFailure: the thread's name and what is wrong with it.
+        """
+        self.loop.thread.check(stuck_after_s)
+        self.images.thread.check(stuck_after_s)
 
     def open(self, data: bytes) -> ChatImage:
         """Decode an image for this model.
@@ -93,10 +108,17 @@ class Assistant:
     # ------------------------------------------------------------------ answers
 
     async def prepare(self, messages: Sequence[ChatMessage], params: SamplingParams) -> Request:
-        """Encode a conversation without blocking the event loop; see ``encode_conversation`` for errors."""
-        ids, images, pending = self._encode(messages)
+        """Encode a conversation, off the event loop.
+
+        Raises:
+            PromptTooLong: the conversation leaves no room for an answer.
+            ValueError: roles do not alternate, an image has another size, or ``params`` name an unknown token.
+            ThreadFailure: the image encoder has ended.
+        """
+        run = asyncio.get_running_loop().run_in_executor
+        ids, images, pending = await run(self._tokenizing, self._encode, messages)
         embeds = await asyncio.gather(*(asyncio.wrap_future(future) for future in pending))
-        return self._build(ids, images, embeds, params)
+        return await run(self._tokenizing, self._build, ids, images, embeds, params)
 
     async def stream(self, request: Request, interval_s: float = 0.0) -> AsyncIterator[Delta]:
         """Answer a prepared request (``EngineLoop.stream``)."""
@@ -104,8 +126,8 @@ class Assistant:
             yield delta
 
     def iterate(self, messages: Sequence[ChatMessage], params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Answer a conversation, for code without asyncio."""
-        ids, images, pending = self._encode(messages)
+        """Answer a conversation, for code without asyncio; raises as ``prepare`` does."""
+        ids, images, pending = self._tokenizing.submit(self._encode, messages).result()
         embeds = [future.result() for future in pending]
         return self.loop.iterate(self._build(ids, images, embeds, params or SamplingParams()))
 
@@ -123,12 +145,21 @@ class Assistant:
         return text
 
     def _encode(self, messages: Sequence[ChatMessage]) -> tuple[np.ndarray, list[ChatImage], list[Future[Tensor]]]:
-        num_characters = sum(len(message.text) for message in messages)
-        if num_characters > MAX_CHARACTERS_PER_TOKEN * self.engine.context_length:
-            raise PromptTooLong(f"the conversation has {num_characters} characters: far more than the model can read.")
+        self._check_bounds(messages)
         ids, images = encode_conversation(messages, self._encoder, self._special_tokens)
         self.engine.check_length(len(ids))  # before an image is encoded in vain
         return ids, images, [self.images.encode(image) for image in images]
+
+    def _check_bounds(self, messages: Sequence[ChatMessage]) -> None:
+        """Refuse what cannot fit, before tokenizing it: each message takes a token at least."""
+        context = self.engine.context_length
+        if len(messages) > context:
+            raise PromptTooLong(f"the conversation has {len(messages)} messages: the context is {context} tokens.")
+        num_characters = sum(len(message.text) for message in messages)
+        if num_characters > MAX_CHARACTERS_PER_TOKEN * context:
+            raise PromptTooLong(
+                f"the conversation has {num_characters} characters: far more than the context of {context} tokens."
+            )
 
     @torch.inference_mode()
     def _build(
@@ -141,4 +172,6 @@ class Assistant:
         named = ids.copy()
         is_image = ids == self.processor.image_token_id
         named[is_image] = np.repeat([image.number for image in images], self.processor.num_query_tokens)
-        return Request(named, inputs_embeds[0], params)
+        request = Request(named, inputs_embeds[0], params)
+        self.engine.check(request)
+        return request

@@ -16,8 +16,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 
 from tinygptv.inference.engine import Delta, Engine, EngineStats, Request
+from tinygptv.inference.watch import WatchedThread
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class _Mailbox:
@@ -57,13 +58,13 @@ class EngineLoop:
         self._inbox: deque[Callable[[], None]] = deque()
         self._has_news = threading.Event()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self.thread = WatchedThread(self._run, "engine")
+        self.thread.start()
 
     @property
     def is_alive(self) -> bool:
         """Whether the engine's thread runs."""
-        return self._thread.is_alive()
+        return self.thread.is_alive()
 
     @property
     def stats(self) -> EngineStats:
@@ -74,7 +75,7 @@ class EngineLoop:
         """Stop the thread; what is still being answered ends as cancelled."""
         self._closed = True
         self._has_news.set()
-        self._thread.join(timeout=30)
+        self.thread.join(timeout=30)
 
     async def stream(self, request: Request, interval_s: float = 0.0) -> AsyncIterator[Delta]:
         """Answer a request; leaving the iterator early cancels it.
@@ -133,18 +134,21 @@ class EngineLoop:
     # ------------------------------------------------------------------ between the threads
 
     def _submit(self, request: Request, mailbox: _Mailbox) -> Callable[[], None]:
-        """Hand a request over; returns the function that cancels it."""
-        self.engine.check(request)
-        if self._closed or not self.is_alive:
-            raise RuntimeError("the engine has stopped.")
+        """Hand a request over; returns the function that cancels it.
+
+        Raises:
+            ThreadFailure: the engine has stopped.
+        """
+        self.thread.check_alive()
         request_ids: list[int] = []
 
         def add() -> None:
             try:
                 request_ids.append(self.engine.add(request))
-            except Exception as error:  # whatever is wrong with one request, the thread goes on
-                log.exception("a request could not be added")
-                mailbox.put(Delta(finish_reason="error", error=str(error)))
+            except Exception as error:  # whatever is wrong with one request, the thread continues
+                if not isinstance(error, ValueError):
+                    logger.exception("a request could not be added")
+                _put(mailbox, Delta(finish_reason="error", error=str(error)))
             else:
                 self._mailboxes[request_ids[0]] = mailbox
 
@@ -153,6 +157,8 @@ class EngineLoop:
                 self.engine.cancel(request_ids[0])
 
         self._post(add)
+        if self._closed:  # the thread may have emptied its inbox before this request came
+            _put(mailbox, _stopped())
         return lambda: self._post(cancel)
 
     def _post(self, action: Callable[[], None]) -> None:
@@ -168,19 +174,35 @@ class EngineLoop:
                 if not self.engine.has_work:
                     self._has_news.wait()
                     continue
-                self._deliver(self.engine.step())
+                with self.thread.working():
+                    results = self.engine.step()
+                self._deliver(results)
         finally:
+            self._closed = True
+            while self._inbox:
+                self._inbox.popleft()()
             for mailbox in self._mailboxes.values():
-                mailbox.put(Delta(finish_reason="error", error="the model was stopped while it answered."))
+                _put(mailbox, _stopped())
             self._mailboxes.clear()
 
     def _deliver(self, results: list[tuple[int, Delta]]) -> None:
         for request_id, delta in results:
             mailbox = self._mailboxes.pop(request_id) if delta.finish_reason else self._mailboxes[request_id]
-            try:
-                mailbox.put(delta)
-            except RuntimeError:  # the consumer's event loop is closed: nobody waits for this answer
+            if not _put(mailbox, delta):
                 self.engine.cancel(request_id)
+
+
+def _stopped() -> Delta:
+    return Delta(finish_reason="error", error="the model was stopped while it answered.")
+
+
+def _put(mailbox: _Mailbox, delta: Delta) -> bool:
+    """Deliver; False where the consumer's event loop is closed, so that nobody waits for this answer."""
+    try:
+        mailbox.put(delta)
+    except RuntimeError:
+        return False
+    return True
 
 
 async def _pause(news: asyncio.Event, seconds: float) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import random
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from tinygptv.inference.engine import PromptTooLong
 from tinygptv.inference.image_encoder import ImageEncoder
 from tinygptv.inference.loading import load_for_inference
 from tinygptv.inference.sampling import SamplingParams
+from tinygptv.inference.watch import ThreadFailure
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +66,19 @@ def test_async_front_gives_the_same(assistant):
     assert asyncio.run(ask()) == assistant.answer(messages, SamplingParams(max_tokens=12))
 
 
-def test_too_much_text_is_refused_before_any_work(assistant):
+def test_too_much_text_is_refused_before_any_work(assistant, monkeypatch):
     encoded = assistant.images.num_encoded
     image = assistant.open(make_image(99))
     with pytest.raises(PromptTooLong):
         assistant.answer([ChatMessage("user", "word " * 300, (image,))])
     with pytest.raises(PromptTooLong, match="characters"):
         assistant.answer([ChatMessage("user", "x" * 1_000_000, (image,))])
+    tokenized = []
+    monkeypatch.setattr("tinygptv.inference.assistant.encode_conversation", lambda *_: tokenized.append(1))
+    empty = [ChatMessage("user", ""), ChatMessage("assistant", "")]
+    with pytest.raises(PromptTooLong, match="200001 messages"):
+        assistant.answer([*empty * 100_000, ChatMessage("user", "hi", (image,))])
+    assert not tokenized
     assert assistant.images.num_encoded == encoded
 
 
@@ -78,7 +89,6 @@ def test_embeddings_are_those_of_the_model_and_made_once():
     for image, future in zip(images, futures, strict=False):
         pixel_values = torch.from_numpy(normalise_pixels(image.pixels[None]))
         torch.testing.assert_close(future.result(10), make_model().encode_images(pixel_values)[0])
-    assert futures[4] is futures[3]
     assert (encoder.num_encoded, encoder.num_reused) == (4, 1)
     encoder.encode(images[0]).result(10)  # the oldest had to leave
     assert encoder.num_encoded == 5
@@ -99,6 +109,103 @@ def test_a_failing_image_is_reported_and_tried_again(monkeypatch):
         encoder.encode(image).result(10)
     assert encoder.encode(image).result(10).shape == (4, 64)
     encoder.close()
+
+
+class SlowEncoder(ImageEncoder):
+    """Encodes when it is told to."""
+
+    def __init__(self, **options):
+        self.may_encode, self.batches = threading.Semaphore(0), []
+        super().__init__(make_model(), **options)
+
+    def _forward(self, images):
+        assert self.may_encode.acquire(timeout=10)
+        self.batches.append([image.number for image in images])
+        return super()._forward(images)
+
+
+@pytest.fixture
+def slow_encoder():
+    encoder = SlowEncoder()
+    yield encoder
+    encoder.may_encode.release(100)
+    encoder.close()
+
+
+def chat_image(seed):
+    return ChatImage.from_bytes(make_image(seed), IMAGE_SIZE)
+
+
+def test_a_caller_that_leaves_hurts_neither_the_thread_nor_others(slow_encoder):
+    leaving, staying = slow_encoder.encode(chat_image(1)), slow_encoder.encode(chat_image(1))
+    while not slow_encoder.thread.busy_s:
+        time.sleep(0.001)
+    assert leaving.cancel()
+    slow_encoder.may_encode.release(10)
+    assert staying.result(10).shape == (4, 64)
+    assert slow_encoder.encode(chat_image(2)).result(10).shape == (4, 64)
+    slow_encoder.thread.check(stuck_after_s=60)
+
+
+def test_a_caller_that_leaves_a_failing_image_does_not_end_the_thread(slow_encoder, monkeypatch):
+    leaving = slow_encoder.encode(chat_image(1))
+    while not slow_encoder.thread.busy_s:
+        time.sleep(0.001)
+    leaving.cancel()
+    monkeypatch.setattr(slow_encoder.model, "encode_images", lambda *_: 1 / 0)
+    slow_encoder.may_encode.release()
+    while slow_encoder.thread.busy_s:
+        time.sleep(0.001)
+    monkeypatch.undo()
+    slow_encoder.may_encode.release(10)
+    assert slow_encoder.encode(chat_image(1)).result(10).shape == (4, 64)
+
+
+def test_images_that_nobody_waits_for_are_not_encoded(slow_encoder):
+    blocking = slow_encoder.encode(chat_image(0))
+    while not slow_encoder.thread.busy_s:
+        time.sleep(0.001)
+    for future in [slow_encoder.encode(chat_image(seed)) for seed in range(1, 9)]:
+        future.cancel()
+    wanted = slow_encoder.encode(chat_image(9))
+    again = slow_encoder.encode(chat_image(3))  # its first caller left, the second one stays
+    slow_encoder.may_encode.release(10)
+    for future in (blocking, wanted, again):
+        future.result(10)
+    assert slow_encoder.num_encoded == 3
+
+
+def test_callers_with_different_salts_share_nothing():
+    encoder = ImageEncoder(make_model())
+    results = [encoder.encode(chat_image(1), salt).result(10) for salt in (0, 0, 5)]
+    assert (encoder.num_encoded, encoder.num_reused) == (2, 1)
+    torch.testing.assert_close(results[0], results[2])
+    encoder.close()
+
+
+def test_a_dead_encoder_is_noticed_and_refuses(assistant, monkeypatch):
+    monkeypatch.setattr(assistant.images.thread, "is_alive", lambda: False)
+    with pytest.raises(ThreadFailure, match="image-encoder thread has ended"):
+        assistant.check_health(stuck_after_s=60)
+    with pytest.raises(ThreadFailure):
+        assistant.answer([ChatMessage("user", "hi", (assistant.open(make_image(77)),))])
+
+
+def test_clients_that_leave_while_their_images_are_encoded(assistant):
+    """The way of a request over HTTP: a task that is cancelled while it waits for its image."""
+    message = [ChatMessage("user", "hi", (assistant.open(make_image(55)),))]
+
+    async def leave_and_ask():
+        for _ in range(20):
+            task = asyncio.create_task(assistant.prepare(message, SamplingParams(max_tokens=2)))
+            await asyncio.sleep(random.uniform(0, 0.01))
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        return await asyncio.wait_for(assistant.prepare(message, SamplingParams(max_tokens=2)), 10)
+
+    assert len(asyncio.run(leave_and_ask()).ids) > 4
+    assistant.check_health(stuck_after_s=60)
 
 
 def test_an_image_of_another_size_is_refused():

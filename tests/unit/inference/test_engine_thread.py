@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from tests.serving_model import make_model, make_tokenizer
-from tinygptv.inference.engine import Engine, PromptTooLong, Request
+from tinygptv.inference.engine import Engine, Request
 from tinygptv.inference.engine_thread import EngineLoop
 from tinygptv.inference.sampling import SamplingParams
+from tinygptv.inference.watch import ThreadFailure
 
 
 def request(ids, **params):
@@ -100,10 +101,60 @@ def test_a_dead_event_loop_does_not_hurt_the_engine(loop):
     assert loop.is_alive
 
 
-def test_what_cannot_be_answered_is_refused_at_once(loop):
-    with pytest.raises(PromptTooLong):
-        list(loop.iterate(request(range(1, 301))))
+def test_what_cannot_be_answered_ends_with_an_error(loop):
+    (delta,) = loop.iterate(request(range(1, 301)))
+    assert delta.finish_reason == "error" and "300 tokens" in delta.error
     assert answer(loop, [5, 6], max_tokens=2)[1]
+
+
+def test_a_request_that_cannot_be_added_does_not_end_the_thread(loop, monkeypatch):
+    """Neither does telling so a consumer whose event loop is closed."""
+    monkeypatch.setattr(loop.engine, "add", lambda request: 1 / 0)
+
+    async def walk_away():
+        monkeypatch.setattr(asyncio.get_running_loop(), "call_soon_threadsafe", _closed)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(collect(loop.stream(request([1, 2]))), 0.1)
+
+    def _closed(*_):
+        raise RuntimeError("Event loop is closed")
+
+    event_loop = asyncio.new_event_loop()
+    event_loop.run_until_complete(walk_away())
+    event_loop.close()
+    monkeypatch.undo()
+    assert answer(loop, [5, 6], max_tokens=2)[1]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_tells_everybody_and_is_noticed(loop, monkeypatch):
+    def broken():
+        raise SystemExit
+
+    monkeypatch.setattr(loop.engine, "step", broken)
+    (delta,) = loop.iterate(request([1, 2]))
+    assert delta.finish_reason == "error"
+    loop.thread.join(5)
+    with pytest.raises(ThreadFailure, match="engine thread has ended"):
+        loop.thread.check(stuck_after_s=60)
+    with pytest.raises(ThreadFailure):
+        list(loop.iterate(request([1, 2])))
+
+
+def test_a_step_that_takes_too_long_is_noticed(loop, monkeypatch):
+    step, may_go_on = loop.engine.step, threading.Event()
+    monkeypatch.setattr(loop.engine, "step", lambda: (may_go_on.wait(10), step())[1])
+    consumer = threading.Thread(target=lambda: list(loop.iterate(request([1, 2], max_tokens=2))))
+    consumer.start()
+    while not loop.thread.busy_s:
+        time.sleep(0.001)
+    loop.thread.check(stuck_after_s=60)
+    time.sleep(0.05)
+    with pytest.raises(ThreadFailure, match="engine thread has been on one step"):
+        loop.thread.check(stuck_after_s=0.02)
+    may_go_on.set()
+    consumer.join(10)
+    assert loop.thread.busy_s == 0, "a thread that waits for work is not stuck"
 
 
 def test_closing_ends_open_streams():
