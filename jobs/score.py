@@ -18,8 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = ScoreSettings.from_command_line(argv, __doc__)
 
     def work() -> None:
-        from pipelines.evaluation.run import evaluate, score_table
-        from pipelines.evaluation.scoring import comparison_table
+        from pipelines.evaluation.compare import comparison_table
+        from pipelines.evaluation.run import evaluate
+        from pipelines.evaluation.scoring import score_table
 
         result = evaluate(settings)
         print(score_table(result["benchmarks"]))

@@ -1,4 +1,4 @@
-"""What a training record shows: its loss, and whether and when gradients were lost. Pure functions of its steps.
+"""What a training record shows: loss, and when gradients vanish or turn NaN. Pure functions of its steps.
 
 A part's gradient **vanishes at step k** where its norm, before clipping, stays below ``VANISHED`` times the reference
 in the ``WINDOW`` steps from k on. The parts are the projector and each language layer; the reference is the median norm
@@ -13,17 +13,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from pipelines.training.record import Record
+from pipelines.training.record import StepEntry
+
+Status = Literal["trained", "failed", "not run"]
 
 WINDOW = 10
 VANISHED = 1e-3
 
 
-def depth_norms(record: Record) -> dict[str, float]:
+def depth_norms(record: StepEntry) -> dict[str, float]:
     """Gradient norm of the projector and of each language layer (``layer_00``, ...) at one step, input end first."""
     squares: dict[str, float] = {}
     for part, norm in record.get("part_norms", {}).items():
@@ -37,13 +39,13 @@ def _input_end_first(item: tuple[str, float]) -> tuple[bool, str]:
     return (item[0] != "projector", item[0])
 
 
-def typical_norms(records: Sequence[Record]) -> dict[str, float]:
+def typical_norms(records: Sequence[StepEntry]) -> dict[str, float]:
     """Median norm per part over the first ``WINDOW`` steps: the reference of ``find_event``."""
     return {name: float(np.median(values[:WINDOW])) for name, values in norms_over_time(records).items()}
 
 
-def norms_over_time(records: Sequence[Record]) -> dict[str, list[float]]:
-    """Per part its finite norms, in the order of the steps."""
+def norms_over_time(records: Sequence[StepEntry]) -> dict[str, list[float]]:
+    """Finite norms of each part, in the order of the steps."""
     found: dict[str, list[float]] = {}
     for record in records:
         for name, norm in depth_norms(record).items():
@@ -54,15 +56,15 @@ def norms_over_time(records: Sequence[Record]) -> dict[str, list[float]]:
 
 @dataclass(frozen=True)
 class Event:
-    """How gradients were lost.
+    """Gradients vanish or turn NaN.
 
     Attributes:
-        kind: ``vanishing`` or ``nan``.
-        step: the first step of it.
-        part: where the gradient vanished first (``projector``, ``layer_03``); empty for NaN.
+        kind: which of the two.
+        step: first step of it.
+        part: where the gradient vanishes first (``projector``, ``layer_03``); empty for NaN.
     """
 
-    kind: str
+    kind: Literal["vanishing", "nan"]
     step: int
     part: str = ""
 
@@ -72,8 +74,8 @@ class Event:
         return f"gradient vanishing at step {self.step} ({self.part})"
 
 
-def find_event(records: Sequence[Record], reference: dict[str, float]) -> Event | None:
-    """The first loss of gradients; None where there is none.
+def find_event(records: Sequence[StepEntry], reference: dict[str, float]) -> Event | None:
+    """The first event; None where there is none.
 
     Args:
         records: every step of a stage, with ``part_norms``.
@@ -83,14 +85,14 @@ def find_event(records: Sequence[Record], reference: dict[str, float]) -> Event 
     return min(events, key=lambda event: event.step, default=None)
 
 
-def _find_nan(records: Sequence[Record]) -> Event | None:
+def _find_nan(records: Sequence[StepEntry]) -> Event | None:
     lost_loss = next((r["step"] for r in records if not math.isfinite(r["loss"])), None)
-    lost_gradient = _first_run(records, [not math.isfinite(float(r["grad_norm"])) for r in records])
+    lost_gradient = _first_run(records, [not math.isfinite(r["grad_norm"]) for r in records])
     steps = [step for step in (lost_loss, lost_gradient) if step is not None]
     return Event("nan", min(steps)) if steps else None
 
 
-def _find_vanishing(records: Sequence[Record], reference: dict[str, float]) -> Event | None:
+def _find_vanishing(records: Sequence[StepEntry], reference: dict[str, float]) -> Event | None:
     found: list[Event] = []
     for part, typical in reference.items():
         small = [depth_norms(record).get(part, math.inf) < VANISHED * typical for record in records]
@@ -100,7 +102,7 @@ def _find_vanishing(records: Sequence[Record], reference: dict[str, float]) -> E
     return min(found, key=lambda event: event.step, default=None)
 
 
-def _first_run(records: Sequence[Record], flags: Sequence[bool]) -> int | None:
+def _first_run(records: Sequence[StepEntry], flags: Sequence[bool]) -> int | None:
     """Step at which the first ``WINDOW`` flags in a row begin; fewer are enough where all steps to the end have them
     and there are no more than ``WINDOW`` steps."""
     needed = min(WINDOW, len(records))
@@ -118,17 +120,17 @@ class StageOutcome:
 
     Attributes:
         stage: its number.
-        status: ``trained``, ``not run`` or ``failed``.
+        status: how it ended.
         steps: optimizer steps done.
         first_loss: mean loss of the first steps (at most ``WINDOW``), in nats per token; NaN where unknown.
-        last_loss: the same of the last steps.
-        event: how gradients were lost; None where they were not.
+        last_loss: mean loss of the last steps, likewise.
+        event: the first loss of gradients; None for none.
         depth: median gradient norm per part over the stage.
         note: why it was not run, or what failed.
     """
 
     stage: int
-    status: str = "trained"
+    status: Status = "trained"
     steps: int = 0
     first_loss: float = math.nan
     last_loss: float = math.nan
@@ -138,18 +140,18 @@ class StageOutcome:
 
     @property
     def cell(self) -> str:
-        """What the table shows: an event, or else the loss."""
+        """Text of the table's cell: the event, or the loss where there is none."""
         if self.status != "trained":
             return self.status
         return str(self.event) if self.event else f"{self.last_loss:.3f}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; numbers that are not finite become None."""
-        facts = asdict(self) | {"cell": self.cell}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
+        values = asdict(self) | {"cell": self.cell}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def outcome_of(stage: int, records: Sequence[Record], reference: dict[str, float], note: str = "") -> StageOutcome:
+def outcome_of(stage: int, records: Sequence[StepEntry], reference: dict[str, float], note: str = "") -> StageOutcome:
     """Judge a finished stage by its record."""
     losses = [record["loss"] for record in records]
     width = min(WINDOW, len(losses))

@@ -1,9 +1,10 @@
-"""The report of an ablation: Table 3's shape (variant x stage) per precision, scores, curves; Markdown and a page."""
+"""The report of an ablation: a table (variant x stage) per precision, scores, curves; Markdown and HTML."""
 
 from __future__ import annotations
 
 import base64
 import html
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 
 from pipelines.ablation.findings import VANISHED, WINDOW, StageOutcome
 from pipelines.ablation.variants import Variant
+from pipelines.evaluation.scoring import BenchmarkScore
 from pipelines.settings import AblateSettings
 from pipelines.training.plots import smooth
-from pipelines.training.record import Record
+from pipelines.training.record import StepEntry
 
 
 @dataclass
@@ -23,23 +25,23 @@ class AblationRow:
 
     Attributes:
         variant: what was changed.
-        precision: it was trained at.
+        precision: of the training.
         outcomes: one per stage.
-        records: stage number -> its steps.
-        scores: benchmark -> its numbers.
+        records: the steps of each stage, by number.
+        scores: per benchmark.
     """
 
     variant: Variant
     precision: str
     outcomes: list[StageOutcome]
-    records: dict[int, list[Record]]
-    scores: dict[str, dict[str, Any]]
+    records: dict[int, list[StepEntry]]
+    scores: dict[str, BenchmarkScore]
 
     def cells(self) -> dict[str, str]:
         """The row as short texts."""
         cells = {"variant": self.variant.title, "precision": self.precision}
         cells |= {f"stage {outcome.stage}": outcome.cell for outcome in self.outcomes}
-        return cells | {name: _score_cell(facts) for name, facts in self.scores.items()}
+        return cells | {name: _score_cell(score) for name, score in self.scores.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -52,10 +54,11 @@ class AblationRow:
         }
 
 
-def _score_cell(facts: dict[str, Any]) -> str:
-    """A score, and what it is with a blank picture and with another question's."""
-    baselines = [f"{name} {facts[name]:.1f}" for name in ("blind", "shuffled") if facts.get(name) is not None]
-    return f"{facts['value']:.1f}" + (f" ({', '.join(baselines)})" if baselines else "")
+def _score_cell(score: BenchmarkScore) -> str:
+    """A score, with the scores for a blank image and for another question's image behind it."""
+    views = {"blind": score["blind"], "shuffled": score["shuffled"]}
+    baselines = [f"{name} {value:.1f}" for name, value in views.items() if value is not None]
+    return f"{score['value']:.1f}" + (f" ({', '.join(baselines)})" if baselines else "")
 
 
 def text_table(rows: Sequence[AblationRow]) -> str:
@@ -98,7 +101,7 @@ DEFINITIONS = (
     f"*Gradient vanishing at step k (part)*: the gradient norm of that part (the projector, or a language layer), "
     f"before clipping, stays below {VANISHED:g} of the full model's typical norm in the {WINDOW} steps from k on. "
     f"*NaN at step k*: the loss of step k is not finite, or the gradients of {WINDOW} steps in a row are not. "
-    "A score stands beside what the same model answers about a blank picture and about another question's."
+    "Behind a score: the scores of the same model with a blank image and with another question's image."
 )
 
 
@@ -157,12 +160,12 @@ def _page(
     for precision, own, columns in _tables(rows, precisions):
         head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
         body = "".join("<tr>" + "".join(_cell(row.cells().get(name, "")) for name in columns) + "</tr>" for row in own)
-        pictures = "".join(
+        images = "".join(
             f'<img alt="{plot.stem}" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">'
             for plot in plots
             if plot.stem.endswith(precision)
         )
-        parts.append(f"<h2>{precision}</h2><table><tr>{head}</tr>{body}</table>{pictures}")
+        parts.append(f"<h2>{precision}</h2><table><tr>{head}</tr>{body}</table>{images}")
     definitions = html.escape(DEFINITIONS).replace("*G", "<i>G").replace("*N", "<i>N").replace("*:", "</i>:")
     return _PAGE.substitute(how=html.escape(_how(settings, seconds)), definitions=definitions, tables="".join(parts))
 
@@ -175,16 +178,16 @@ def _cell(text: str) -> str:
 # ---------------------------------------------------------------------- plots
 
 
-def draw_losses(picture: Path, rows: Sequence[AblationRow], title: str) -> Path:
+def draw_losses(path: Path, rows: Sequence[AblationRow], title: str) -> Path:
     """Loss curves, a panel per stage and a line per variant.
 
     Returns:
-        The picture's path.
+        ``path``.
     """
     plt, figure, axes = _panels(rows, title, height=3.6)
     for axis, outcome in zip(axes, rows[0].outcomes, strict=True):
         for colour, row in zip(_colours(len(rows)), rows, strict=True):
-            records = row.records.get(outcome.stage, [])
+            records = [r for r in row.records.get(outcome.stage, []) if math.isfinite(r["loss"])]
             losses = [record["loss"] for record in records]
             steps = [record["step"] for record in records]
             axis.plot(steps, smooth(losses, max(1, len(losses) // 30)), color=colour, label=row.variant.title, lw=1.4)
@@ -192,16 +195,16 @@ def draw_losses(picture: Path, rows: Sequence[AblationRow], title: str) -> Path:
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("loss (nats per token)")
     axes[-1].legend(fontsize=7)
-    figure.savefig(picture, dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
-    return picture
+    return path
 
 
-def draw_depths(picture: Path, rows: Sequence[AblationRow], title: str) -> Path:
+def draw_depths(path: Path, rows: Sequence[AblationRow], title: str) -> Path:
     """Median gradient norm per depth, a panel per stage and a line per variant.
 
     Returns:
-        The picture's path.
+        ``path``.
     """
     plt, figure, axes = _panels(rows, title, height=3.6)
     for place, axis in enumerate(axes):
@@ -216,9 +219,9 @@ def draw_depths(picture: Path, rows: Sequence[AblationRow], title: str) -> Path:
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("gradient norm, median over the stage")
     axes[-1].legend(fontsize=7)
-    figure.savefig(picture, dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
-    return picture
+    return path
 
 
 def _panels(rows: Sequence[AblationRow], title: str, height: float) -> tuple[Any, Any, list[Any]]:

@@ -1,27 +1,27 @@
-"""The ablation matrix: variants x precisions, each trained through the stages as one Ray task, into one report.
+"""The ablation matrix: variants x precisions, each trained through the stages as one Ray task, and one report.
 
     <output>/<variant>[-<precision>]/stage<n>/    an ordinary training stage, with its metrics.jsonl
     <output>/<variant>[-<precision>]/score/       an ordinary score run of its last checkpoint
     <output>/report.md, report.html, *.png, result.json
 
-Run again with the same output, it goes on from the last finished stage of each variant.
+The same command with the same output resumes from the last finished stage of each variant.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipelines.ablation.findings import StageOutcome, outcome_of, typical_norms
 from pipelines.ablation.report import AblationRow, text_table, write_report
-from pipelines.ablation.variant_run import Places, continue_tracker, find_stage, run_variant
+from pipelines.ablation.variant_run import SharedInputs, StageStatus, VariantOutcome, find_stage, run_variant
 from pipelines.ablation.variants import Variant, find_variant, with_precision
 from pipelines.cluster import start_ray
-from pipelines.data.features import cache_features
+from pipelines.json_files import write_json
 from pipelines.progress import Bar
 from pipelines.settings import (
     AblateSettings,
@@ -30,10 +30,14 @@ from pipelines.settings import (
     PrepareDataSettings,
     SettingsError,
 )
-from pipelines.tracking.base import Tracker, default_uri
-from pipelines.training.record import Record, read_record
+from pipelines.tracking.base import Tracker, continue_tracker, default_uri
+from pipelines.training.record import RECORD_FILE, StepEntry, read_record
+from pipelines.training.result import RESULT_FILE
+from pipelines.training.stage_features import cache_stage_features
 
 logger = logging.getLogger(__name__)
+
+_NOT_RUN = StageStatus("not run", "the stage before failed, or ended without a finite loss")
 
 
 def ablate(settings: AblateSettings) -> dict[str, Any]:
@@ -54,16 +58,16 @@ def ablate(settings: AblateSettings) -> dict[str, Any]:
     if not variants or not stages:
         raise SettingsError("an ablation needs at least one of variants=, precisions= and stages=.")
     output = settings.output_dir("outputs/ablation")
-    # The variants' tasks run elsewhere: what is relative to this folder must not be to theirs.
+    # The variants' tasks have other working directories.
     settings = settings.model_copy(update={"tracking_uri": settings.tracking_uri or default_uri(Path.cwd())})
     parent = continue_tracker(settings, "ablation", output)
     parent.params(settings.model_dump())
     with start_ray(settings):
-        places = _find_places(settings, output, parent.run_id)
+        shared = _shared_inputs(settings, output, parent.run_id)
         if settings.features == "cached":
-            _cache_features(settings, places)
-        chains = dict(_run_all(settings, variants, places))
-    rows = _rows(settings, variants, output, chains)
+            cache_stage_features(stages, partial(_feature_settings, settings, shared))
+        outcomes = dict(_run_all(settings, variants, shared))
+    rows = _rows(settings, variants, shared, outcomes)
     result: dict[str, Any] = {
         "rows": [row.to_dict() for row in rows],
         "table": [row.cells() for row in rows],
@@ -72,50 +76,50 @@ def ablate(settings: AblateSettings) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
         "result": str(output / "result.json"),
     }
-    (output / "result.json").write_text(json.dumps(result, indent=1))
+    write_json(output / "result.json", result)
     _track_report(parent, result)
     return result
 
 
-NOT_RUN = {"status": "not run", "note": "the stage before failed, or ended without a finite loss"}
-
-
 def _rows(
-    settings: AblateSettings, variants: Sequence[Variant], output: Path, chains: dict[str, dict[str, Any]]
+    settings: AblateSettings,
+    variants: Sequence[Variant],
+    shared: SharedInputs,
+    outcomes: dict[str, VariantOutcome],
 ) -> list[AblationRow]:
-    """Judge every stage of every variant; the full model at the same precision is the measure for gradients."""
+    """Judge every stage of every variant; gradients are compared with the full model at the same precision."""
     rows = []
     for variant in variants:
         full = with_precision(find_variant("full"), variant.train["precision"])
-        outcomes = []
+        stages = []
         for number in settings.stages:
-            facts = chains[variant.name]["stages"].get(str(number), NOT_RUN)
-            if facts["status"] != "trained":
-                outcomes.append(StageOutcome(number, facts["status"], note=facts["note"]))
+            stage = outcomes[variant.name].stages.get(number, _NOT_RUN)
+            if stage.status != "trained":
+                stages.append(StageOutcome(number, stage.status, note=stage.note))
                 continue
-            records = _records(output, variant.name, number)
-            reference = typical_norms(_records(output, full.name, number)) or typical_norms(records)
-            outcomes.append(outcome_of(number, records, reference, facts["note"]))
+            record = _record(shared, variant.name, number)
+            reference = typical_norms(_record(shared, full.name, number)) or typical_norms(record)
+            stages.append(outcome_of(number, record, reference, stage.note))
         rows.append(
             AblationRow(
                 variant=variant,
                 precision=variant.train["precision"],
-                outcomes=outcomes,
-                records={number: _records(output, variant.name, number) for number in settings.stages},
-                scores=chains[variant.name].get("scores", {}),
+                outcomes=stages,
+                records={number: _record(shared, variant.name, number) for number in settings.stages},
+                scores=outcomes[variant.name].scores,
             )
         )
     return rows
 
 
-def _records(output: Path, name: str, number: int) -> list[Record]:
-    return read_record(output / name / f"stage{number}" / "metrics.jsonl")
+def _record(shared: SharedInputs, variant: str, number: int) -> list[StepEntry]:
+    return read_record(shared.stage_folder(variant, number) / RECORD_FILE)
 
 
 # ---------------------------------------------------------------------- what all variants share
 
 
-def _find_places(settings: AblateSettings, output: Path, parent_run_id: str) -> Places:
+def _shared_inputs(settings: AblateSettings, output: Path, parent_run_id: str) -> SharedInputs:
     """Data and backbones; the miniature's own where none are given."""
     from tinygptv.miniature.backbones import write_checkpoint
 
@@ -131,7 +135,7 @@ def _find_places(settings: AblateSettings, output: Path, parent_run_id: str) -> 
         data, benchmark_data = str(_prepare_world(settings, world)), benchmark_data or str(world)
     if settings.benchmark and not benchmark_data:
         raise SettingsError("give benchmark_data=DIR, the folder of the benchmark's files, or an empty benchmark=.")
-    return Places(
+    return SharedInputs(
         data=str(Path(data).expanduser().absolute()),
         init_from=str(Path(init_from).expanduser().absolute()),
         benchmark_data=str(Path(benchmark_data).expanduser().absolute()) if benchmark_data else "",
@@ -141,75 +145,57 @@ def _find_places(settings: AblateSettings, output: Path, parent_run_id: str) -> 
 
 
 def _prepare_world(settings: AblateSettings, world: Path) -> Path:
-    """Draw a miniature world and prepare it, once."""
-    from pipelines.data.ingest.job import ingest
-    from pipelines.miniature.jobs import draw_world
+    """Draw a miniature world and prepare what the stages read; returns the folder of the shard sets."""
+    from pipelines.miniature.world import draw_world, prepare_world
 
     common = {key: getattr(settings, key) for key in ("recipe", "seed", "quiet")} | {"tracking_uri": "none"}
-    scenes, mark = settings.world_scenes, world / "drawn.json"
-    identity = json.dumps([settings.seed, scenes])
-    if not mark.is_file() or mark.read_text() != identity:
-        draw_world(MiniatureSettings(output=str(world), train_scenes=scenes, test_scenes=max(1, scenes // 4), **common))
-        mark.write_text(identity)
-    needed = {source.name for number in settings.stages for source in find_stage(settings, number).sources}
-    for name, files in json.loads((world / "sources.json").read_text()).items():
-        if name in needed:
-            images = str(world / files["images"]) if files["images"] else ""
-            place = str(world / "shards" / name)
-            ingest(
-                PrepareDataSettings(
-                    source=name, input=str(world / files["input"]), images=images, output=place, **common
-                )
-            )
+    scenes = settings.world_scenes
+    draw_world(MiniatureSettings(output=str(world), train_scenes=scenes, test_scenes=max(1, scenes // 4), **common))
+    sources = {source.name for number in settings.stages for source in find_stage(settings, number).sources}
+    prepare_world(world, world / "shards", partial(PrepareDataSettings, **common), sources)
     return world / "shards"
 
 
-def _cache_features(settings: AblateSettings, places: Places) -> None:
-    """Query features of the frozen encoder: no variant changes it, so they are computed once."""
-    stages = [find_stage(settings, number) for number in settings.stages]
-    for side in sorted({stage.image_size for stage in stages}):
-        names = {source.name for stage in stages if stage.image_size == side for source in stage.sources}
-        fields = {
-            "data": places.data,
-            "checkpoint": places.init_from,
-            "image_size": side,
-            "sources": sorted(names),
-            "num_workers": 1 if settings.num_workers else 0,
-            "gpus_per_worker": 1 if settings.use_gpu else 0,
-            "output": str(Path(places.output) / "features"),
-            "tracking_uri": "none",
-            "quiet": settings.quiet,
-        }
-        cache_features(CacheFeaturesSettings.parse(fields, "the ablation"))
+def _feature_settings(settings: AblateSettings, shared: SharedInputs, **fields: Any) -> CacheFeaturesSettings:
+    common = {
+        "data": shared.data,
+        "checkpoint": shared.init_from,
+        "num_workers": 1 if settings.num_workers else 0,
+        "gpus_per_worker": 1 if settings.use_gpu else 0,
+        "output": str(Path(shared.output) / "features"),
+        "tracking_uri": "none",
+        "quiet": settings.quiet,
+    }
+    return CacheFeaturesSettings.parse({**common, **fields}, "the ablation")
 
 
 # ---------------------------------------------------------------------- one variant after another, or side by side
 
 
 def _run_all(
-    settings: AblateSettings, variants: Sequence[Variant], places: Places
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    folders = [Path(places.output) / variant.name / f"stage{n}" for variant in variants for n in settings.stages]
+    settings: AblateSettings, variants: Sequence[Variant], shared: SharedInputs
+) -> Iterator[tuple[str, VariantOutcome]]:
+    folders = [shared.stage_folder(variant.name, n) for variant in variants for n in settings.stages]
 
     def num_done() -> int:
-        return sum((folder / "result.json").is_file() for folder in folders)
+        return sum((folder / RESULT_FILE).is_file() for folder in folders)
 
     with Bar("ablation", quiet=settings.quiet) as bar:
         run = _run_inline if settings.num_workers == 0 else _run_on_ray
-        yield from run(settings, variants, places, lambda: bar.update(num_done(), len(folders)))
+        yield from run(settings, variants, shared, lambda: bar.update(num_done(), len(folders)))
 
 
 def _run_inline(
-    settings: AblateSettings, variants: Sequence[Variant], places: Places, show: Callable[[], None]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+    settings: AblateSettings, variants: Sequence[Variant], shared: SharedInputs, show: Callable[[], None]
+) -> Iterator[tuple[str, VariantOutcome]]:
     for variant in variants:
-        yield variant.name, run_variant(settings, variant, places)
+        yield variant.name, run_variant(settings, variant, shared)
         show()
 
 
 def _run_on_ray(
-    settings: AblateSettings, variants: Sequence[Variant], places: Places, show: Callable[[], None]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+    settings: AblateSettings, variants: Sequence[Variant], shared: SharedInputs, show: Callable[[], None]
+) -> Iterator[tuple[str, VariantOutcome]]:
     import ray
 
     task = ray.remote(run_variant).options(
@@ -220,15 +206,15 @@ def _run_on_ray(
     while waiting or running:
         while waiting and len(running) < settings.num_workers:
             variant = waiting.pop(0)
-            running[task.remote(settings, variant, places)] = variant.name
+            running[task.remote(settings, variant, shared)] = variant.name
         done, _ = ray.wait(list(running), timeout=2)
         for reference in done:
             name = running.pop(reference)
             try:
                 yield name, ray.get(reference)
             except ray.exceptions.RayError as error:  # its process died, e.g. of memory
-                failed = {"status": "failed", "note": f"{type(error).__name__}: {error}"}
-                yield name, {"stages": {str(settings.stages[0]): failed}}
+                failed = StageStatus("failed", f"{type(error).__name__}: {error}")
+                yield name, VariantOutcome({settings.stages[0]: failed})
         show()
 
 

@@ -22,8 +22,8 @@ class Variant:
 
     Attributes:
         name: as in ``variants=[NAME]``; also a folder name.
-        title: what the report calls it.
-        config: fields of the model's configuration to change, dotted; weights that a change leaves over are dropped.
+        title: name in the report.
+        config: dotted fields of the model's configuration to change; weights that it then does not use are dropped.
         stage: fields of every stage to change.
         train: keys of the train section to change.
         without: trainable parts that no stage trains.
@@ -65,11 +65,11 @@ VARIANTS: dict[str, Variant] = {
         Variant("no_qk_norm", "without QK norm", config={"text_config.qk_layernorm": False}),
     )
 }
-"""The rows of the paper's Table 3; its missing input norm is read in both ways (docs/evaluation.md)."""
+"""The rows of the paper's Table 3; its missing input norm is read in both ways (docs/ablations.md)."""
 
 
 def find_variant(text: str) -> Variant:
-    """A variant by name, or made of changes: ``key=value[,key=value]``, keys ``config.*``, ``stage.*`` or ``train.*``.
+    """A variant by name, or from changes: ``key=value[,key=value]``, keys ``config.*``, ``stage.*`` or ``train.*``.
 
     Raises:
         SettingsError: there is no such variant, or a change cannot be read.
@@ -97,7 +97,7 @@ def write_start(variant: Variant, init_from: str, folder: Path) -> Path:
     Args:
         variant: what to change.
         init_from: checkpoint folder.
-        folder: where to write; a start that is there already, made from the same, is kept.
+        folder: output folder; a start that was made from the same checkpoint and changes is kept.
 
     Returns:
         ``init_from`` itself where nothing changes.
@@ -107,10 +107,10 @@ def write_start(variant: Variant, init_from: str, folder: Path) -> Path:
     """
     if not variant.config:
         return Path(init_from)
-    facts = {"title": f"start of the ablation {variant.title}", "init_from": init_from, "changes": variant.config}
+    metadata = {"title": f"start of the ablation {variant.title}", "init_from": init_from, "changes": variant.config}
     try:
         verify_folder(folder, hashes=False)
-        if read_stage(folder) == json.loads(json.dumps(facts)):
+        if read_stage(folder) == json.loads(json.dumps(metadata)):
             return folder
     except CheckpointError:
         pass  # missing or incomplete: it is written below
@@ -119,7 +119,7 @@ def write_start(variant: Variant, init_from: str, folder: Path) -> Path:
 
     config = change_config(TinyGPTVConfig.from_pretrained(init_from), variant.config)
     model = TinyGPTVForConditionalGeneration.from_pretrained(init_from, config=config, local_files_only=True)
-    return save_checkpoint(folder, model, TinyGPTVProcessor.from_pretrained(init_from, local_files_only=True), facts)
+    return save_checkpoint(folder, model, TinyGPTVProcessor.from_pretrained(init_from, local_files_only=True), metadata)
 
 
 def change_config(config: TinyGPTVConfig, changes: dict[str, Any]) -> TinyGPTVConfig:
@@ -130,12 +130,12 @@ def change_config(config: TinyGPTVConfig, changes: dict[str, Any]) -> TinyGPTVCo
     """
     for key, value in changes.items():
         *parents, last = key.split(".")
-        place: Any = config
+        section: Any = config
         for name in parents:
-            place = getattr(place, name, None)
-        if place is None or not hasattr(place, last):
+            section = getattr(section, name, None)
+        if section is None or not hasattr(section, last):
             raise SettingsError(f"config.{key} is no field of the model's configuration.")
-        setattr(place, last, value)
+        setattr(section, last, value)
     return config
 
 

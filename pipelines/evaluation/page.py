@@ -1,6 +1,6 @@
-"""The page of a score run: the table, then pictures with true and predicted boxes or answers, worst cases first.
+"""The page of a score run: the table, then images with true and predicted boxes or answers, worst cases first.
 
-The page needs no other file and no network: pictures are embedded.
+One file: images are embedded, nothing is loaded from a network.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import base64
 import html
 import io
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from PIL import Image, ImageDraw
 
+from pipelines.evaluation.scoring import BenchmarkScore, PartScore, Prediction, format_number
 from tinygptv.data.boxes import parse_answer_box, parse_boxes, to_pixels
 from tinygptv.data.drawing import draw_boxes
 from tinygptv.data.images import open_image
@@ -25,42 +25,40 @@ TRUE_COLOUR, PREDICTED_COLOUR = (38, 166, 91), (230, 57, 70)
 _SIDE = 320
 _ROW_KEYS = ("answer", "blind", "shuffled")
 
-Row = dict[str, Any]
 
-
-def worst_first(lines: Sequence[Row]) -> list[Row]:
-    """Least score first; among equals, those that a blank picture answers better, then the benchmark's order."""
+def worst_first(lines: Sequence[Prediction]) -> list[Prediction]:
+    """Least score first; among equals, those that a blank image answers better, then the benchmark's order."""
     return sorted(lines, key=lambda line: (line["score"], -(line["blind_score"] or 0.0)))
 
 
-def drawn_case(line: Row, side: int = _SIDE) -> Image.Image | None:
-    """The picture of a question with the true box in green and the predicted in red, where it has boxes.
+def drawn_case(line: Prediction, side: int = _SIDE) -> Image.Image | None:
+    """The image of a question with the true box in green and the predicted in red, where it has boxes.
 
     Args:
         line: a line of ``predictions.jsonl``.
         side: longer side of the result, in pixels.
 
     Returns:
-        None where there is no picture, or it cannot be opened.
+        None where there is no image, or it cannot be opened.
     """
     if not line["image"]:
         return None
     try:
-        picture = open_image(Path(line["image"]).read_bytes())
+        image = open_image(Path(line["image"]).read_bytes())
     except (OSError, ValueError):
         return None
-    scale = side / max(picture.size)
-    picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    scale = side / max(image.size)
+    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     truth, answer = line["truth"], line["answer"] or ""
     if "box" in truth:
-        scaled = _scale(truth["box"], picture.width / truth["width"], picture.height / truth["height"])
-        _outline(picture, scaled, TRUE_COLOUR)
+        scaled = _scale(truth["box"], image.width / truth["width"], image.height / truth["height"])
+        _outline(image, scaled, TRUE_COLOUR)
         found = parse_answer_box(answer)
         if found:
-            _outline(picture, to_pixels(found, *picture.size), PREDICTED_COLOUR)
+            _outline(image, to_pixels(found, *image.size), PREDICTED_COLOUR)
     elif parse_boxes(answer):
-        picture = draw_boxes(picture, answer)
-    return picture
+        image = draw_boxes(image, answer)
+    return image
 
 
 def _scale(box: Sequence[float], across: float, down: float) -> tuple[float, float, float, float]:
@@ -68,76 +66,76 @@ def _scale(box: Sequence[float], across: float, down: float) -> tuple[float, flo
     return (x1 * across, y1 * down, x2 * across, y2 * down)
 
 
-def _outline(picture: Image.Image, box: Sequence[float], colour: tuple[int, int, int]) -> None:
+def _outline(image: Image.Image, box: Sequence[float], colour: tuple[int, int, int]) -> None:
     x1, y1, x2, y2 = box
     ordered = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
-    ImageDraw.Draw(picture).rectangle(ordered, outline=colour, width=3)
+    ImageDraw.Draw(image).rectangle(ordered, outline=colour, width=3)
 
 
-def score_page(scores: dict[str, dict[str, Any]], lines: Sequence[Row], title: str, num_cases: int) -> str:
+def score_page(scores: Mapping[str, BenchmarkScore], lines: Sequence[Prediction], title: str, num_cases: int) -> str:
     """The page as HTML.
 
     Args:
         scores: benchmark -> its numbers (``scoring.score_benchmark``).
         lines: all predictions.
         title: what was scored.
-        num_cases: pictures per benchmark: three quarters the worst ones, the rest the best.
+        num_cases: questions shown per benchmark: three quarters the worst ones, the rest the best.
     """
     sections = []
-    for name, facts in scores.items():
+    for name, score in scores.items():
         own = worst_first([line for line in lines if line["benchmark"] == name])
         num_best = min(num_cases // 4, len(own))
         worst = own[: max(0, min(num_cases - num_best, len(own) - num_best))]
         best = own[len(own) - num_best :][::-1] if num_best else []
-        sections.append(_section(name, facts, worst, best))
+        sections.append(_section(name, score, worst, best))
     return _PAGE.substitute(title=html.escape(title), table=_score_table(scores), sections="".join(sections))
 
 
-def _section(name: str, facts: dict[str, Any], worst: Sequence[Row], best: Sequence[Row]) -> str:
-    also = "".join(f"<li>{html.escape(key)}: {value:.1f}</li>" for key, value in facts["also"].items())
-    problems = "".join(f"<li>{html.escape(problem)}</li>" for problem in facts["problems"])
-    unanswered = f"<details><summary>{facts['unanswered']} without an answer</summary><ul>{problems}</ul></details>"
+def _section(name: str, score: BenchmarkScore, worst: Sequence[Prediction], best: Sequence[Prediction]) -> str:
+    also = "".join(f"<li>{html.escape(key)}: {value:.1f}</li>" for key, value in score["also"].items())
+    problems = "".join(f"<li>{html.escape(problem)}</li>" for problem in score["problems"])
+    unanswered = f"<details><summary>{score['unanswered']} without an answer</summary><ul>{problems}</ul></details>"
     return (
-        f'<section id="{name}"><h2>{html.escape(name)}</h2><ul class="also">{also}</ul>{_parts(facts["parts"])}'
-        f"{unanswered if facts['unanswered'] else ''}"
+        f'<section id="{name}"><h2>{html.escape(name)}</h2><ul class="also">{also}</ul>{_parts(score["parts"])}'
+        f"{unanswered if score['unanswered'] else ''}"
         f"<h3>Worst first</h3><div class=cases>{''.join(map(_case, worst))}</div>"
         f"<h3>Best</h3><div class=cases>{''.join(map(_case, best))}</div></section>"
     )
 
 
-def _score_table(scores: dict[str, dict[str, Any]]) -> str:
+def _score_table(scores: Mapping[str, BenchmarkScore]) -> str:
     head = ("benchmark", "metric", "score", "95% interval", "blind", "shuffled", "questions", "unanswered")
     body = []
-    for name, facts in scores.items():
+    for name, score in scores.items():
         cells = (
             f'<a href="#{name}">{html.escape(name)}</a>',
-            html.escape(facts["metric"]),
-            f"<b>{_number(facts['value'])}</b>",
-            f"{_number(facts['low'])} – {_number(facts['high'])}",
-            _number(facts["blind"]),
-            _number(facts["shuffled"]),
-            f"{facts['n']:,}",
-            str(facts["unanswered"] or ""),
+            html.escape(score["metric"]),
+            f"<b>{format_number(score['value'])}</b>",
+            f"{format_number(score['low'])} – {format_number(score['high'])}",
+            format_number(score["blind"]),
+            format_number(score["shuffled"]),
+            f"{score['n']:,}",
+            str(score["unanswered"] or ""),
         )
         body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return "<table><tr>" + "".join(f"<th>{name}</th>" for name in head) + f"</tr>{''.join(body)}</table>"
 
 
-def _parts(parts: dict[str, dict[str, Any]]) -> str:
+def _parts(parts: Mapping[str, PartScore]) -> str:
     if not parts:
         return ""
     body = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{_number(part['value'])}</td>"
-        f"<td>{_number(part['low'])} – {_number(part['high'])}</td><td>{part['n']:,}</td></tr>"
+        f"<tr><td>{html.escape(name)}</td><td>{format_number(part['value'])}</td>"
+        f"<td>{format_number(part['low'])} – {format_number(part['high'])}</td><td>{part['n']:,}</td></tr>"
         for name, part in parts.items()
     )
     table = f"<table><tr><th>part</th><th>score</th><th>95% interval</th><th>questions</th></tr>{body}</table>"
     return f"<details><summary>Parts</summary>{table}</details>"
 
 
-def _case(line: Row) -> str:
-    picture = drawn_case(line)
-    image = f'<img loading="lazy" alt="" src="{_data_url(picture)}">' if picture else "<div class=none>no picture</div>"
+def _case(line: Prediction) -> str:
+    drawn = drawn_case(line)
+    image = f'<img loading="lazy" alt="" src="{_data_url(drawn)}">' if drawn else "<div class=none>no image</div>"
     wrong = "right" if line["score"] >= 1 else "wrong" if line["score"] <= 0 else "partly"
     answers = "".join(
         f"<dt>{key}</dt><dd>{html.escape(line[key])}</dd>" for key in _ROW_KEYS if isinstance(line.get(key), str)
@@ -151,7 +149,7 @@ def _case(line: Row) -> str:
 
 
 def truth_text(truth: dict[str, Any]) -> str:
-    """What a person compares the answer with."""
+    """The truth as text, to compare the answer with."""
     if "answers" in truth:
         return ", ".join(dict.fromkeys(truth["answers"]))
     for key in ("answer", "caption", "label"):
@@ -166,14 +164,10 @@ def truth_text(truth: dict[str, Any]) -> str:
     return json.dumps(truth)
 
 
-def _data_url(picture: Image.Image) -> str:
+def _data_url(image: Image.Image) -> str:
     stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=80)
+    image.save(stream, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None or not math.isfinite(value) else f"{value:.1f}"
 
 
 _PAGE = Template("""<!doctype html>
@@ -208,7 +202,7 @@ dt { color: var(--soft); } dd { margin: 0; } summary { cursor: pointer; color: v
 $table
 <p class="key"><span style="color:#26a65b">Green box</span>: true.
 <span style="color:#e63946">Red box</span>: predicted.
-Blind answers saw a blank picture, shuffled ones the picture of another question.</p>
+Blind answers were given a blank image, shuffled ones the image of another question.</p>
 $sections
 </body></html>
 """)

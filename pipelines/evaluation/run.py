@@ -1,8 +1,8 @@
 """Evaluation: a checkpoint or artifact on benchmarks, as a Ray Data batch job with a report.
 
-Questions go through in units that depend on the benchmark and the settings alone; each finished unit is a file, so a
-kill costs the units in work and no more. Every benchmark is answered two more times, with a blank picture and with
-another question's, so that a score shows what the picture is worth.
+Questions are answered in units that depend on the benchmark and the settings alone. Each finished unit is a file, so
+that a kill loses only units in work. Every benchmark is answered two more times, with a blank image and with another
+question's, so that a score shows what the image contributes.
 """
 
 from __future__ import annotations
@@ -17,28 +17,56 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
+from pipelines import storage
 from pipelines.cluster import quiet_ray_data, start_ray
+from pipelines.evaluation.answers import Answers, read_answers
 from pipelines.evaluation.benchmarks import Benchmark, Question, find_benchmarks
+from pipelines.evaluation.compare import Comparison, compare
 from pipelines.evaluation.page import drawn_case, score_page, worst_first
-from pipelines.evaluation.scoring import PREDICTIONS, Row, compare, score_benchmark, score_table, write_predictions
-from pipelines.evaluation.worker import AnswerOptions, Unit, UnitAnswerer
+from pipelines.evaluation.scoring import PREDICTIONS, BenchmarkScore, Prediction, score_benchmark, write_predictions
+from pipelines.evaluation.worker import AnswerOptions, QuestionUnit, UnitAnswerer
+from pipelines.json_files import write_json
 from pipelines.progress import Bar
 from pipelines.settings import ScoreSettings, SettingsError
-from pipelines.tracking.base import open_tracker
-
-__all__ = ["evaluate", "score_table"]
+from pipelines.tracking.base import continue_tracker
 
 logger = logging.getLogger(__name__)
 
-_PICTURES_TRIED = 50
-_TABLE_PICTURES = 24
+_IMAGES_TRIED = 50
+_TABLE_IMAGES = 24
+
+
+class ScoreResult(TypedDict):
+    """``result.json`` of a score run.
+
+    Attributes:
+        checkpoint: what was scored.
+        metric: rules of scoring, ``official`` or ``released``.
+        benchmarks: name -> its numbers.
+        questions_per_second: answered in this run.
+        seconds: of this run.
+        predictions: path of ``predictions.jsonl``.
+        page: path of ``report.html``.
+        result: path of this file.
+        comparison: benchmark -> paired comparison, where one was asked for.
+    """
+
+    checkpoint: str
+    metric: str
+    benchmarks: dict[str, BenchmarkScore]
+    questions_per_second: float
+    seconds: float
+    predictions: str
+    page: str
+    result: str
+    comparison: NotRequired[dict[str, Comparison]]
 
 
 def evaluate(
     settings: ScoreSettings, benchmarks: Sequence[Benchmark] | None = None, *, parent_run_id: str = ""
-) -> dict[str, Any]:
+) -> ScoreResult:
     """Score a checkpoint.
 
     Args:
@@ -47,8 +75,7 @@ def evaluate(
         parent_run_id: MLflow run to nest under.
 
     Returns:
-        ``benchmarks``: name -> ``metric, value, low, high, n, blind, shuffled`` and more (``scoring.score_benchmark``);
-        ``comparison``, where one was asked for; ``predictions``, ``page``, ``result``: what was written.
+        The content of ``result.json``.
 
     Raises:
         SettingsError: a setting cannot be used.
@@ -65,8 +92,9 @@ def evaluate(
     released = settings.metric == "released"
     scores = {b.name: score_benchmark(b, answered[b.name], released=released) for b in chosen}
     lines = write_predictions(output / PREDICTIONS, chosen, answered, released=released)
-    (output / "report.html").write_text(score_page(scores, lines, options.checkpoint, settings.page_cases))
-    result: dict[str, Any] = {
+    page = score_page(scores, lines, options.checkpoint, settings.page_cases)
+    storage.write_atomically(str(output / "report.html"), page.encode())
+    result: ScoreResult = {
         "checkpoint": options.checkpoint,
         "metric": settings.metric,
         "benchmarks": scores,
@@ -78,10 +106,10 @@ def evaluate(
     }
     if settings.compare_with:
         result["comparison"] = compare(output, Path(settings.compare_with).expanduser().absolute())
-    (output / "result.json").write_text(json.dumps(result, indent=1))
+    write_json(output / "result.json", result)
     _track(settings, output, result, lines, parent_run_id)
-    for name, facts in scores.items():
-        for problem in facts["problems"][:3]:
+    for name, score in scores.items():
+        for problem in score["problems"][:3]:
             logger.warning("%s, no answer to question %s", name, problem)
     return result
 
@@ -119,23 +147,23 @@ def _fingerprint(checkpoint: Path) -> str:
     manifest = checkpoint / "manifest.json"
     if manifest.is_file():
         return hashlib.sha256(manifest.read_bytes()).hexdigest()
-    facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(checkpoint.iterdir()) if p.is_file()]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(checkpoint.iterdir()) if p.is_file()]
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
-def _units(settings: ScoreSettings, options: AnswerOptions, benchmarks: Sequence[Benchmark]) -> Iterator[Unit]:
+def _units(settings: ScoreSettings, options: AnswerOptions, benchmarks: Sequence[Benchmark]) -> Iterator[QuestionUnit]:
     data = Path(settings.data).expanduser().absolute()
     size = 4 * settings.batch_size
     for benchmark in benchmarks:
         questions = _read(benchmark, data)
         questions = questions[: settings.limit] if settings.limit else questions
-        _check_pictures(benchmark.name, questions)
+        _check_images(benchmark.name, questions)
         for number, start in enumerate(range(0, len(questions), size)):
             part = tuple(questions[start : start + size])
-            facts = (part, benchmark.max_new_tokens, benchmark.generates, asdict(options) | {"answers_dir": ""})
-            digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+            inputs = (part, benchmark.max_new_tokens, benchmark.generates, asdict(options) | {"answers_dir": ""})
+            digest = hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
             file = f"{benchmark.name}-{number:05d}-{digest}.jsonl"
-            yield Unit(benchmark.name, number, part, benchmark.max_new_tokens, benchmark.generates, file)
+            yield QuestionUnit(benchmark.name, number, part, benchmark.max_new_tokens, benchmark.generates, file)
 
 
 def _read(benchmark: Benchmark, data: Path) -> list[Question]:
@@ -148,15 +176,15 @@ def _read(benchmark: Benchmark, data: Path) -> list[Question]:
         ) from error
 
 
-def _check_pictures(name: str, questions: Sequence[Question]) -> None:
-    """A folder of pictures that is missing is a mistake; single pictures that are missing are counted later."""
+def _check_images(name: str, questions: Sequence[Question]) -> None:
+    """Raise where the image folder is missing; single missing images are counted later."""
     if not questions:
         raise SettingsError(f"benchmark={name} has no questions in the given data.")
-    paths = [question.image for question in questions[:_PICTURES_TRIED] if question.image]
+    paths = [question.image for question in questions[:_IMAGES_TRIED] if question.image]
     if paths and not any(path.is_file() for path in paths):
         raise SettingsError(
-            f"benchmark={name}: none of the first {len(paths)} pictures is there; {paths[0]} would be the first. "
-            "Put the benchmark's picture folder beside its annotations."
+            f"benchmark={name}: none of the first {len(paths)} images exists; {paths[0]} would be the first. "
+            "Put the benchmark's image folder beside its annotations."
         )
 
 
@@ -164,8 +192,8 @@ def _check_pictures(name: str, questions: Sequence[Question]) -> None:
 
 
 def _answer_all(
-    settings: ScoreSettings, options: AnswerOptions, units: Sequence[Unit]
-) -> dict[str, list[tuple[Question, Row]]]:
+    settings: ScoreSettings, options: AnswerOptions, units: Sequence[QuestionUnit]
+) -> dict[str, list[tuple[Question, Answers]]]:
     folder = Path(options.answers_dir)
     wanted = {unit.file for unit in units}
     for path in folder.iterdir():
@@ -181,21 +209,20 @@ def _answer_all(
             for count in run(settings, options, waiting):
                 done += count
                 bar.update(done, total)
-    answered: dict[str, list[tuple[Question, Row]]] = defaultdict(list)
+    answered: dict[str, list[tuple[Question, Answers]]] = defaultdict(list)
     for unit in units:
-        rows = [json.loads(line) for line in (folder / unit.file).read_text().splitlines()]
-        answered[unit.benchmark] += list(zip(unit.questions, rows, strict=True))
+        answered[unit.benchmark] += list(zip(unit.questions, read_answers(folder / unit.file), strict=True))
     return answered
 
 
-def _answer_inline(settings: ScoreSettings, options: AnswerOptions, units: Sequence[Unit]) -> Iterator[int]:
+def _answer_inline(settings: ScoreSettings, options: AnswerOptions, units: Sequence[QuestionUnit]) -> Iterator[int]:
     answerer = UnitAnswerer(options, settings.threads_per_worker, "cuda" if settings.gpus_per_worker else "cpu")
     for unit in units:
         answerer.answer(unit)
         yield len(unit.questions)
 
 
-def _answer_on_ray(settings: ScoreSettings, options: AnswerOptions, units: Sequence[Unit]) -> Iterator[int]:
+def _answer_on_ray(settings: ScoreSettings, options: AnswerOptions, units: Sequence[QuestionUnit]) -> Iterator[int]:
     import ray.data
 
     threads = settings.threads_per_worker or max(1, (os.cpu_count() or 1) // settings.num_workers)
@@ -219,33 +246,36 @@ def _answer_on_ray(settings: ScoreSettings, options: AnswerOptions, units: Seque
 
 
 def _track(
-    settings: ScoreSettings, output: Path, result: dict[str, Any], lines: Sequence[Row], parent_run_id: str
+    settings: ScoreSettings, output: Path, result: ScoreResult, lines: Sequence[Prediction], parent_run_id: str
 ) -> None:
     names = ", ".join(result["benchmarks"])
-    tracker = open_tracker(settings, f"score {names}"[:120], parent_run_id=parent_run_id)
+    tracker = continue_tracker(settings, f"score {names}"[:120], output, parent_run_id=parent_run_id)
     tracker.params(settings.model_dump())
     tracker.tags({"checkpoint": result["checkpoint"]})
-    for label in ("value", "blind", "shuffled"):
-        known = {name: facts[label] for name, facts in result["benchmarks"].items() if facts[label] is not None}
-        tracker.metrics({f"{'score' if label == 'value' else label}/{n}": v for n, v in known.items()}, 0)
-    columns = ("metric", "value", "low", "high", "n", "blind", "shuffled", "unanswered")
-    rows = [{"benchmark": name, **{c: facts[c] for c in columns}} for name, facts in result["benchmarks"].items()]
+    for name, score in result["benchmarks"].items():
+        values = {"score": score["value"], "blind": score["blind"], "shuffled": score["shuffled"]}
+        tracker.metrics({f"{label}/{name}": value for label, value in values.items() if value is not None}, 0)
+    left_out = ("scoring", "also", "parts", "problems")
+    rows = [
+        {"benchmark": name, **{key: value for key, value in score.items() if key not in left_out}}
+        for name, score in result["benchmarks"].items()
+    ]
     tracker.table(rows, "scores")
     if "comparison" in result:
-        tracker.table([{"benchmark": name, **facts} for name, facts in result["comparison"].items()], "comparison")
-    tracker.table(_pictured(lines), "worst_cases")
+        tracker.table([{"benchmark": name, **found} for name, found in result["comparison"].items()], "comparison")
+    tracker.table(_worst_cases(lines), "worst_cases")
     for name in ("result.json", "report.html", PREDICTIONS):
         tracker.artifact(output / name)
     tracker.close()
 
 
-def _pictured(lines: Sequence[Row]) -> list[dict[str, Any]]:
-    """The worst answers with their pictures, for the tracker's table."""
+def _worst_cases(lines: Sequence[Prediction]) -> list[dict[str, Any]]:
+    """The worst answers with their images, for the tracker's table."""
     columns = ("benchmark", "instruction", "answer", "truth", "score", "blind", "shuffled")
     rows = []
-    for line in worst_first([line for line in lines if line["image"]])[:_TABLE_PICTURES]:
-        picture = drawn_case(line, 224)
-        if picture is not None:
+    for line in worst_first([line for line in lines if line["image"]])[:_TABLE_IMAGES]:
+        image = drawn_case(line, 224)
+        if image is not None:
             texts = {c: line[c] if isinstance(line[c], str | float) else json.dumps(line[c]) for c in columns}
-            rows.append({"picture": picture, **texts})
+            rows.append({"image": image, **texts})
     return rows

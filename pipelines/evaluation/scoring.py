@@ -1,39 +1,79 @@
-"""Answers -> scores: a value with its interval per benchmark, its baselines and parts; two models compared; tables."""
+"""Answers -> scores: a value with its interval per benchmark, baselines, parts; predictions.jsonl; tables."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
-from pipelines.evaluation.benchmarks.base import MAIN_SPLIT, Benchmark, Outcome, Question
-from pipelines.settings import SettingsError
-from tinygptv.metrics.intervals import Interval, bootstrap, paired_difference
+from pipelines import storage
+from pipelines.evaluation.answers import VIEWS, Answered, View, ViewAnswer
+from pipelines.evaluation.benchmarks.base import MAIN_SPLIT, Benchmark, Outcome
+from pipelines.json_files import to_json
+from tinygptv.metrics.intervals import Interval, bootstrap
 
 PREDICTIONS = "predictions.jsonl"
-VIEWS = ("answer", "blind", "shuffled")
-"""With the question's own picture, with a blank one, with another question's."""
 
 _PROBLEMS_NAMED = 20
 
-Row = dict[str, Any]
-"""What was answered to a question: ``id``, ``problem``, a text per view; ``<view>_losses`` where choices are ranked."""
 
-Answered = Sequence[tuple[Question, Row]]
+class PartScore(TypedDict):
+    """A score with its 95% interval, in per cent, over ``n`` questions."""
+
+    value: float
+    low: float
+    high: float
+    n: int
 
 
-def outcomes_of(answered: Answered, view: str) -> list[Outcome]:
+class BenchmarkScore(TypedDict):
+    """All numbers of a benchmark, in per cent.
+
+    Attributes:
+        metric: what ``value`` is.
+        value: of the split ``test``.
+        low: lower end of the 95% interval.
+        high: upper end.
+        n: questions.
+        blind: value with a blank image; None where it was not asked for.
+        shuffled: value with another question's image; None where it was not asked for.
+        scoring: which rules scored it.
+        also: other statistics, by name.
+        parts: per split and kind.
+        unanswered: questions without an answer; they count as wrong.
+        problems: the first reasons, ``id: reason``.
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    blind: float | None
+    shuffled: float | None
+    scoring: Literal["official", "released"]
+    also: dict[str, float]
+    parts: dict[str, PartScore]
+    unanswered: int
+    problems: list[str]
+
+
+Prediction = dict[str, Any]
+"""A line of ``predictions.jsonl`` (docs/evaluation.md): question, truth, the answer and the score of every view."""
+
+
+def outcomes_of(answered: Answered, view: View) -> list[Outcome]:
     """The outcomes of one view; empty where it was not asked for."""
     return [
-        Outcome(question, row.get(view) or "", tuple(row.get(f"{view}_losses") or ()), row["problem"])
-        for question, row in answered
-        if row["problem"] or row.get(view) is not None
+        Outcome(question, answer.text, answer.losses, answers.problem)
+        for question, answers in answered
+        if answers.problem or view in answers.views
+        for answer in [answers.views.get(view, ViewAnswer(""))]
     ]
 
 
@@ -46,42 +86,44 @@ def score_each(benchmark: Benchmark, outcomes: Sequence[Outcome], *, released: b
     return [0.0 if outcome.problem else score for outcome, score in zip(outcomes, scores, strict=True)]
 
 
-def score_benchmark(benchmark: Benchmark, answered: Answered, *, released: bool = False) -> dict[str, Any]:
+def score_benchmark(benchmark: Benchmark, answered: Answered, *, released: bool = False) -> BenchmarkScore:
     """All numbers of a benchmark.
 
     Args:
         benchmark: how it is scored.
         answered: its questions with the answers.
         released: score as the release does, where it has the benchmark.
-
-    Returns:
-        ``metric, value, low, high, n, blind, shuffled`` in per cent (the baselines None where they were not asked for),
-        ``scoring``, ``also`` (other statistics), ``parts`` (per split and kind), ``unanswered`` and ``problems``.
     """
     released = released and benchmark.released is not None
     own = _values(benchmark, outcomes_of(answered, "answer"), released)
-    baselines = {}
+    baselines: dict[View, float | None] = {}
     for view in VIEWS[1:]:
-        asked = any(row.get(view) is not None for _, row in answered)
+        asked = any(view in answers.views for _, answers in answered)
         baselines[view] = _values(benchmark, outcomes_of(answered, view), released).main.value if asked else None
-    problems = [f"{question.id}: {row['problem']}" for question, row in answered if row["problem"]]
-    return {
-        "metric": "as released" if released else benchmark.metric,
-        **asdict(own.main),
-        **baselines,
-        "scoring": "released" if released else "official",
-        "also": own.also,
-        "parts": own.parts,
-        "unanswered": len(problems),
-        "problems": problems[:_PROBLEMS_NAMED],
-    }
+    problems = [f"{question.id}: {answers.problem}" for question, answers in answered if answers.problem]
+    return BenchmarkScore(
+        metric="as released" if released else benchmark.metric,
+        value=own.main.value,
+        low=own.main.low,
+        high=own.main.high,
+        n=own.main.n,
+        blind=baselines["blind"],
+        shuffled=baselines["shuffled"],
+        scoring="released" if released else "official",
+        also=own.also,
+        parts=own.parts,
+        unanswered=len(problems),
+        problems=problems[:_PROBLEMS_NAMED],
+    )
 
 
+@dataclass(frozen=True)
 class _Values:
     """The numbers of one view."""
 
-    def __init__(self, main: Interval, also: dict[str, float], parts: dict[str, Any]) -> None:
-        self.main, self.also, self.parts = main, also, parts
+    main: Interval
+    also: dict[str, float]
+    parts: dict[str, PartScore]
 
 
 def _values(benchmark: Benchmark, outcomes: Sequence[Outcome], released: bool) -> _Values:
@@ -108,8 +150,12 @@ def _values(benchmark: Benchmark, outcomes: Sequence[Outcome], released: bool) -
     if statistics and main_places:
         others = list(statistics.values.items())[1:]
         also = {name: round(100 * float(value(table[main_places])), 3) for name, value in others}
-    parts = {name: asdict(interval(places)) for name, places in sorted(groups.items()) if name != MAIN_SPLIT}
+    parts = {name: _part(interval(places)) for name, places in sorted(groups.items()) if name != MAIN_SPLIT}
     return _Values(interval(main_places), also, parts)
+
+
+def _part(found: Interval) -> PartScore:
+    return PartScore(value=found.value, low=found.low, high=found.high, n=found.n)
 
 
 # ---------------------------------------------------------------------- files and tables
@@ -117,11 +163,14 @@ def _values(benchmark: Benchmark, outcomes: Sequence[Outcome], released: bool) -
 
 def write_predictions(
     path: Path, benchmarks: Sequence[Benchmark], answered: Mapping[str, Answered], *, released: bool = False
-) -> list[Row]:
-    """Write one JSON line per question: what was asked, answered, true, and the score of every view.
+) -> list[Prediction]:
+    """Write one JSON line per question: question, truth, the answer and the score of every view.
 
     Returns:
         The lines.
+
+    Raises:
+        DiskFullError: there is no room.
     """
     lines = []
     for benchmark in benchmarks:
@@ -131,12 +180,11 @@ def write_predictions(
             view_scores = score_each(benchmark, outcomes_of(pairs, view), released=released)
             found = dict(zip(_asked(pairs, view), view_scores, strict=True))
             scores[view] = [found.get(place) for place in range(len(pairs))]
-        for place, (question, row) in enumerate(pairs):
+        for place, (question, answers) in enumerate(pairs):
             lines.append(
                 {
                     "benchmark": benchmark.name,
-                    **dict.fromkeys(VIEWS),
-                    **row,
+                    **answers.to_dict(),
                     "score": scores["answer"][place],
                     "blind_score": scores["blind"][place],
                     "shuffled_score": scores["shuffled"][place],
@@ -149,83 +197,28 @@ def write_predictions(
                     "truth": question.truth,
                 }
             )
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    storage.write_atomically(str(path), "".join(to_json(line) + "\n" for line in lines).encode())
     return lines
 
 
-def _asked(answered: Answered, view: str) -> list[int]:
-    """Places of the questions that ``outcomes_of`` takes."""
-    return [place for place, (_, row) in enumerate(answered) if row["problem"] or row.get(view) is not None]
+def _asked(answered: Answered, view: View) -> list[int]:
+    """Indices of the questions that ``outcomes_of`` takes."""
+    return [place for place, (_, answers) in enumerate(answered) if answers.problem or view in answers.views]
 
 
-def compare(ours: Path, theirs: Path) -> dict[str, dict[str, Any]]:
-    """Compare two models question by question.
-
-    Args:
-        ours: output folder of one score run.
-        theirs: output folder of another.
-
-    Returns:
-        Per benchmark that both have: mean scores, ``difference`` (ours minus theirs, in points) with its 95% interval,
-        and over how many questions.
-
-    Raises:
-        SettingsError: a folder has no predictions, or they share no question.
-    """
-    scores = [_scores_of(folder) for folder in (ours, theirs)]
-    shared = [key for key in scores[0] if key in scores[1]]
-    if not shared:
-        raise SettingsError(f"compare_with={theirs} answers none of the questions of {ours}.")
-    by_benchmark: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for key in shared:
-        by_benchmark[key[0]].append((scores[0][key], scores[1][key]))
-    compared = {}
-    for name, pairs in by_benchmark.items():
-        mine, other = [p[0] for p in pairs], [p[1] for p in pairs]
-        found = asdict(paired_difference(mine, other))
-        compared[name] = {
-            "ours": round(100 * float(np.mean(mine)), 3),
-            "theirs": round(100 * float(np.mean(other)), 3),
-            "difference": found.pop("value"),
-            **found,
-        }
-    return compared
-
-
-def _scores_of(folder: Path) -> dict[tuple[str, str], float]:
-    path = folder / PREDICTIONS
-    if not path.is_file():
-        raise SettingsError(f"{folder} has no {PREDICTIONS}: compare_with= takes the output folder of jobs/score.py.")
-    with path.open() as stream:
-        rows = [json.loads(line) for line in stream]
-    return {(row["benchmark"], row["id"]): row["score"] for row in rows if row["split"] == MAIN_SPLIT}
-
-
-def score_table(scores: dict[str, dict[str, Any]]) -> str:
+def score_table(scores: Mapping[str, BenchmarkScore]) -> str:
     """The scores as an aligned text table."""
     lines = [f"{'benchmark':24} {'metric':22} {'score':>6} {'95% interval':>14} {'blind':>6} {'shuffled':>8} {'n':>6}"]
-    for name, facts in scores.items():
-        interval = f"{_number(facts['low'])} .. {_number(facts['high'])}"
-        unanswered = f"  ({facts['unanswered']} unanswered)" if facts["unanswered"] else ""
+    for name, score in scores.items():
+        interval = f"{format_number(score['low'])} .. {format_number(score['high'])}"
+        unanswered = f"  ({score['unanswered']} unanswered)" if score["unanswered"] else ""
         lines.append(
-            f"{name:24} {facts['metric']:22} {_number(facts['value']):>6} {interval:>14} "
-            f"{_number(facts['blind']):>6} {_number(facts['shuffled']):>8} {facts['n']:6}{unanswered}"
+            f"{name:24} {score['metric']:22} {format_number(score['value']):>6} {interval:>14} "
+            f"{format_number(score['blind']):>6} {format_number(score['shuffled']):>8} {score['n']:6}{unanswered}"
         )
     return "\n".join(lines)
 
 
-def comparison_table(compared: dict[str, dict[str, Any]]) -> str:
-    """A comparison as an aligned text table; a star marks differences whose interval does not hold 0."""
-    lines = [f"{'benchmark':24} {'ours':>6} {'theirs':>6} {'difference':>11} {'95% interval':>16} {'n':>6}"]
-    for name, facts in compared.items():
-        sure = "*" if facts["low"] > 0 or facts["high"] < 0 else ""
-        interval = f"{facts['low']:+.1f} .. {facts['high']:+.1f}"
-        lines.append(
-            f"{name:24} {facts['ours']:6.1f} {facts['theirs']:6.1f} {facts['difference']:+10.1f}{sure:1} "
-            f"{interval:>16} {facts['n']:6}"
-        )
-    return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
+    """One decimal; empty for what is unknown or not finite."""
     return "" if value is None or not math.isfinite(value) else f"{value:.1f}"

@@ -1,9 +1,7 @@
-"""Answering: units of questions in, files of answers out. What a Ray Data actor of the evaluation runs."""
+"""Answers units of questions with one model; runs in a Ray Data actor of the evaluation."""
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines.evaluation.answers import Answers, View, ViewAnswer, write_answers
 from pipelines.evaluation.benchmarks.base import Question
-from pipelines.evaluation.scoring import Row
 from tinygptv.data.images import open_image
 from tinygptv.data.prompts import escape_markers
 from tinygptv.inference.batch import Answerer, Prompt
@@ -25,13 +23,13 @@ from tinygptv.inference.loading import load_for_inference
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """What an answering process must know.
+    """What decides the answers to a question, and where they go.
 
     Attributes:
         checkpoint: folder, absolute.
         fingerprint: changes with the checkpoint's content.
         batch_size: answers generated together.
-        baselines: also answer with a blank picture and with another question's.
+        baselines: also answer with a blank image and with another question's.
         released: prompt and stop as the release does.
         answers_dir: folder of the units' answers.
     """
@@ -45,14 +43,14 @@ class AnswerOptions:
 
 
 @dataclass(frozen=True)
-class Unit:
+class QuestionUnit:
     """Questions that are answered together.
 
     Attributes:
         benchmark: its name.
-        number: which of its units.
+        number: of the unit within the benchmark.
         questions: in the benchmark's order.
-        max_new_tokens: longest answer.
+        max_new_tokens: of an answer.
         generates: answers are generated, not only ranked.
         file: name of its file of answers; changes with everything that the answers depend on.
     """
@@ -76,69 +74,70 @@ class UnitAnswerer:
         self.answerer = Answerer(model, processor, options.batch_size, released=options.released)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Ray Data's form: pickled units in, how many questions were answered out."""
+        """As Ray Data calls it: pickled units in, the number of answered questions out."""
         units = [pickle.loads(payload) for payload in batch["unit"]]
         for unit in units:
             self.answer(unit)
         return {"questions": np.array([len(unit.questions) for unit in units])}
 
-    def answer(self, unit: Unit) -> None:
-        """Answer a unit and write it, whole or not at all."""
+    def answer(self, unit: QuestionUnit) -> None:
+        """Answer a unit and write its file; an answered one is left as it is."""
         path = Path(self.options.answers_dir, unit.file)
-        if path.is_file():
-            return
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows(unit)))
-        temporary.rename(path)
+        if not path.is_file():
+            write_answers(path, self.answers(unit))
 
-    def rows(self, unit: Unit) -> list[Row]:
-        """What is answered to each question, in order."""
+    def answers(self, unit: QuestionUnit) -> list[Answers]:
+        """Answers to each question of a unit, in order."""
         images, places, broken = _open_images(unit.questions)
-        rows: list[Row] = [{"id": q.id, "problem": broken.get(q.image, ""), "answer": None} for q in unit.questions]
+        answers = [Answers(q.id, broken.get(q.image, "")) for q in unit.questions]
         asked = {place: _prompt(unit, q, places) for place, q in enumerate(unit.questions) if q.image not in broken}
         embeds = self.answerer.encode(images)
-        self._answer(unit, rows, "answer", asked, embeds)
+        self._answer_view(unit, answers, "answer", asked, embeds)
         if self.options.baselines and images:
-            grey = [self.answerer.blank()]
-            self._answer(unit, rows, "blind", _with_images(asked, [0] * len(images)), grey)
+            blank = [self.answerer.blank()]
+            self._answer_view(unit, answers, "blind", _with_images(asked, [0] * len(images)), blank)
         if self.options.baselines and len(images) > 1:
             others = _other_images(len(images), unit.number)
-            self._answer(unit, rows, "shuffled", _with_images(asked, others), embeds)
-        return rows
+            self._answer_view(unit, answers, "shuffled", _with_images(asked, others), embeds)
+        return answers
 
-    def _answer(
-        self, unit: Unit, rows: list[Row], view: str, asked: dict[int, Prompt], embeds: Sequence[Tensor]
+    def _answer_view(
+        self,
+        unit: QuestionUnit,
+        answers: list[Answers],
+        view: View,
+        asked: dict[int, Prompt],
+        embeds: Sequence[Tensor],
     ) -> None:
-        """Put the answers and losses of one view into the rows."""
+        """Add the answers of one view."""
         prompts = list(asked.values())
         if any(prompt.choices for prompt in prompts):
-            for (place, prompt), losses in zip(
-                asked.items(), self.answerer.choice_losses(prompts, embeds), strict=True
-            ):
-                rows[place][f"{view}_losses"] = losses
-                rows[place][view] = prompt.choices[int(np.argmin(losses))]
+            ranked = zip(asked.items(), self.answerer.choice_losses(prompts, embeds), strict=True)
+            for (place, prompt), losses in ranked:
+                answers[place].views[view] = ViewAnswer(prompt.choices[int(np.argmin(losses))], tuple(losses))
                 if not np.isfinite(losses).any():
-                    rows[place]["problem"] = "no choice has a finite loss: too long for the model, or damaged weights"
+                    answers[place].problem = "no choice has a finite loss: too long for the model, or damaged weights"
         if unit.generates:
             for place, reply in zip(asked, self.answerer.answer(prompts, embeds), strict=True):
-                rows[place][view] = reply.text
-                rows[place]["problem"] = rows[place]["problem"] or reply.error
+                ranking = answers[place].views.get(view, ViewAnswer(""))
+                answers[place].views[view] = replace(ranking, text=reply.text)
+                answers[place].problem = answers[place].problem or reply.error
 
 
-def _prompt(unit: Unit, question: Question, places: dict[Path, int]) -> Prompt:
-    """A benchmark's words are strangers' words: what looks like a marker in them is text."""
+def _prompt(unit: QuestionUnit, question: Question, places: dict[Path, int]) -> Prompt:
+    """The prompt of a question; what looks like a marker in a benchmark's text is text."""
     image = None if question.image is None else places[question.image]
     instruction = escape_markers(question.instruction)
     return Prompt(instruction, image, question.history, unit.max_new_tokens, question.choices)
 
 
 def _with_images(asked: dict[int, Prompt], images: Sequence[int]) -> dict[int, Prompt]:
-    """The same prompts with other pictures; those without a picture stay as they are."""
+    """The same prompts with other images; those without an image stay as they are."""
     return {k: p if p.image is None else replace(p, image=images[p.image]) for k, p in asked.items()}
 
 
 def _other_images(num_images: int, seed: int) -> list[int]:
-    """For each image another one: neighbours on a random circle."""
+    """For each image the index of another one: neighbours on a random circle."""
     circle = np.random.default_rng(seed).permutation(num_images)
     others = np.empty(num_images, dtype=int)
     others[circle] = np.roll(circle, -1)
@@ -146,7 +145,7 @@ def _other_images(num_images: int, seed: int) -> list[int]:
 
 
 def _open_images(questions: Sequence[Question]) -> tuple[list[Image.Image], dict[Path, int], dict[Path | None, str]]:
-    """Decoded pictures, where each path stands among them, and what is wrong with which path."""
+    """Decoded images, the index of each path among them, and what is wrong with which path."""
     images: list[Image.Image] = []
     places: dict[Path, int] = {}
     broken: dict[Path | None, str] = {}

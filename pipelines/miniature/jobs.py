@@ -1,15 +1,14 @@
-"""The miniature's jobs: draw the world's data sets, pretrain the backbones, keep trained weights as package data."""
+"""Jobs of the miniature: draw the world's data sets, pretrain the backbones, copy trained weights to package data."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.progress import Bar
+from pipelines.json_files import write_json
+from pipelines.miniature.world import draw_world
 from pipelines.settings import MiniatureSettings, SettingsError
 from pipelines.tracking.base import Tracker, open_tracker
 
@@ -41,26 +40,8 @@ def run_miniature(settings: MiniatureSettings) -> dict[str, Any]:
         raise SettingsError(f"task={settings.task!r}: choose one of {sorted(tasks)}.")
     result = tasks[settings.task](settings)
     path = Path(result["folder"]) / "result.json"
-    path.write_text(json.dumps(result, indent=1))
+    write_json(path, result)
     return {**result, "result": str(path)}
-
-
-def draw_world(settings: MiniatureSettings) -> dict[str, Any]:
-    """Write the drawn world's data sets and benchmarks in the formats of the real ones."""
-    from tinygptv.miniature.writers import write_world
-
-    output = settings.output_dir("data/miniature")
-    started = time.perf_counter()
-    with Bar("drawing scenes", quiet=settings.quiet) as bar:
-        write_world(
-            output,
-            settings.train_scenes,
-            settings.test_scenes,
-            settings.seed,
-            workers=os.cpu_count() or 1,
-            progress=bar.update,
-        )
-    return {"folder": str(output), "seconds": round(time.perf_counter() - started, 1)}
 
 
 def pretrain_backbones(settings: MiniatureSettings) -> dict[str, Any]:
@@ -105,7 +86,7 @@ def pretrain_backbones(settings: MiniatureSettings) -> dict[str, Any]:
 
 
 def ship(settings: MiniatureSettings) -> dict[str, Any]:
-    """Keep backbones and trained stages as package data, so that they come with an installation.
+    """Copy backbones and trained stages to package data, so that an installation has them.
 
     ``settings.backbones`` is the checkpoint that ``pretrain_backbones`` wrote, ``settings.stages`` the folder that
     holds ``stage1/checkpoint`` to ``stage4/checkpoint``, e.g. the demo's output; either may be empty.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pipelines.tracking.identity import RunIdentity, read_identity, write_identity
 from pipelines.tracking.mlflow import MLflowTracker
 
 if TYPE_CHECKING:
@@ -35,12 +37,12 @@ class Tracker(Protocol):
         """Upload a file or folder."""
 
     def image(self, image: Image, key: str, step: int) -> None:
-        """Log a picture under a key, at a step."""
+        """Log an image under a key, at a step."""
 
     def table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Log a table (JSON); PIL images are allowed as cells."""
 
-    def model(self, name: str, place: str) -> None:
+    def model(self, name: str, location: str) -> None:
         """Log a checkpoint as a model that this run made; its files stay where they are."""
 
     def close(self, status: str = "FINISHED") -> None:
@@ -48,7 +50,7 @@ class Tracker(Protocol):
 
 
 class NullTracker:
-    """Takes everything, keeps nothing."""
+    """Tracking switched off: every method does nothing."""
 
     run_id = ""
 
@@ -70,7 +72,7 @@ class NullTracker:
     def table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Do nothing."""
 
-    def model(self, name: str, place: str) -> None:
+    def model(self, name: str, location: str) -> None:
         """Do nothing."""
 
     def close(self, status: str = "FINISHED") -> None:
@@ -83,7 +85,7 @@ def default_uri(root: Path) -> str:
 
 
 def absolute_uri(uri: str) -> str:
-    """The same place for processes in other working directories; empty is the default, ``none`` stays."""
+    """The URI as processes in other working directories need it; empty is the default, ``none`` stays."""
     if not uri:
         return default_uri(Path.cwd())
     path = uri.removeprefix("sqlite:///")
@@ -94,8 +96,7 @@ def open_tracker(
     settings: Settings,
     run_name: str,
     *,
-    run_id: str = "",
-    key: str = "",
+    identity: RunIdentity | None = None,
     parent_run_id: str = "",
     journal: Path | None = None,
 ) -> Tracker:
@@ -104,10 +105,9 @@ def open_tracker(
     Args:
         settings: ``tracking_uri`` (``none`` switches tracking off, empty is SQLite in the working directory) and
             ``experiment``.
-        run_name: name of the run.
-        run_id: continue this run.
-        key: continue the run that was begun under this key, or begin it.
-        parent_run_id: nest under this run.
+        run_name: name of a new run.
+        identity: continue this run, or begin it; None begins one.
+        parent_run_id: nest a new run under this one, where ``identity`` names no parent.
         journal: folder that keeps what could not be sent.
 
     Returns:
@@ -118,9 +118,28 @@ def open_tracker(
     uri = settings.tracking_uri or default_uri(Path.cwd())
     experiment = settings.experiment or f"tinygptv-{settings.recipe}"
     try:
-        return MLflowTracker(
-            uri, experiment, run_name, run_id=run_id, key=key, parent_run_id=parent_run_id, journal=journal
-        )
+        return MLflowTracker(uri, experiment, run_name, identity or RunIdentity(parent=parent_run_id), journal=journal)
     except ImportError as error:
         logger.warning("this run is not tracked: %s", error)
         return NullTracker()
+
+
+def continue_tracker(settings: Settings, run_name: str, folder: Path, *, parent_run_id: str = "") -> Tracker:
+    """Continue the run that an output folder began, or begin it and keep its identity there.
+
+    Args:
+        settings: as for ``open_tracker``.
+        run_name: name of a new run.
+        folder: the output folder; made where it is missing.
+        parent_run_id: nest a new run under this one.
+
+    Returns:
+        A tracker that keeps in the folder what it cannot send.
+    """
+    if settings.tracking_uri == "none":
+        return NullTracker()
+    identity = read_identity(folder) or RunIdentity(parent=parent_run_id)
+    tracker = open_tracker(settings, run_name, identity=identity, journal=folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_identity(folder, replace(identity, run_id=tracker.run_id))
+    return tracker

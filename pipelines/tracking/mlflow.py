@@ -1,9 +1,9 @@
 """Runs in MLflow. Nothing outside this folder imports MLflow.
 
-Tracking never stops training: entries wait in an outbox, which sends them in order, and keeps and tries again what
-cannot be sent. With a journal folder, what waits while MLflow is away is also kept on disk, and sent by whoever opens
-the same run next. A number that a run has already for a step is not sent again, so a resumed training
-leaves neither gaps nor doubles.
+Tracking never stops a job: entries wait in an outbox, which sends them in order, and keeps and retries what cannot be
+sent. With a journal folder, what waits while MLflow is away is also kept on disk, and sent by whoever opens the same
+run next. A value that a run has already for a step is not sent again, so a resumed training leaves neither gaps nor
+doubles.
 """
 
 from __future__ import annotations
@@ -12,34 +12,40 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipelines.tracking.outbox import MOST_NUMBERS, Entry, Outbox
+from pipelines.redact import redact
+from pipelines.tracking.identity import RunIdentity
+from pipelines.tracking.names import NameTable
+from pipelines.tracking.outbox import MAX_BATCH_VALUES, Entry, Outbox
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.exceptions import MlflowException
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
 _KEY_TAG = "tinygptv.run"
+_PARENT_TAG = "mlflow.parentRunId"
 _PARAM_LIMIT = 6000
+_BATCH_PARAMS = 100
+_MAX_EXPERIMENT_NAMES = 100
+_FOREIGN = (
+    "run %s of the start, the parent or an earlier try is in another MLflow store; this run is recorded on its own."
+)
+
+T = TypeVar("T")
 
 
 class MLflowTracker:
     """Sends a run to MLflow from a background thread."""
 
     def __init__(
-        self,
-        uri: str,
-        experiment: str,
-        run_name: str,
-        *,
-        run_id: str = "",
-        key: str = "",
-        parent_run_id: str = "",
-        journal: Path | None = None,
+        self, uri: str, experiment: str, run_name: str, identity: RunIdentity, *, journal: Path | None = None
     ) -> None:
         """Start or continue a run; where MLflow does not answer, later.
 
@@ -47,118 +53,146 @@ class MLflowTracker:
             uri: tracking URI.
             experiment: experiment name; made where it is missing.
             run_name: name that people see.
-            run_id: continue this run; empty looks for ``key``.
-            key: continue the run that was begun under this key, or begin one; empty begins one.
-            parent_run_id: nest under this run.
+            identity: the run to continue or begin.
             journal: folder that keeps what could not be sent.
         """
-        # One quick try per call: waiting and trying again is the sender's work.
+        # One quick try per call: the outbox waits and retries.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        self.run_id = run_id
-        self._place = (uri, experiment, run_name, key, parent_run_id)
-        self._client: Any = None
-        self._known = bool(run_id)
+        self.run_id = identity.run_id
+        self._uri, self._experiment, self._run_name, self._identity = uri, experiment, run_name, identity
+        self._client: MlflowClient | None = None
+        self._is_new = False
         self._last_step: dict[str, int] = {}
+        self._names = NameTable()
         try:
             self._connect()
         except Exception as error:  # tracking never stops the job
-            logger.warning("MLflow at %s does not answer, what it should know waits: %s", uri, str(error)[:200])
+            logger.warning("MLflow at %s does not answer; entries wait: %s", redact(uri), _one_line(error))
         self._outbox = Outbox(self._send, journal)
 
     # ------------------------------------------------------------------ what callers say
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Log settings once; a resumed run keeps those it has."""
-        flat = {key[:250]: str(value)[:_PARAM_LIMIT] for key, value in flatten(values).items()}
+        """Log settings once, without the passwords of URIs; a resumed run keeps those it has."""
+        flat = {key: redact(str(value))[:_PARAM_LIMIT] for key, value in flatten(values).items()}
         self._outbox.put("params", values=flat)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers; not-a-number values are sent too, they are news."""
+        """Log numbers of a step; NaN and infinite values too."""
         self._outbox.put(
             "metrics", values={k: float(v) for k, v in values.items()}, step=step, at=int(time.time() * 1000)
         )
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags."""
-        self._outbox.put("tags", values=dict(values))
+        self._outbox.put("tags", values={key: redact(value) for key, value in values.items()})
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Upload a file or a folder."""
         self._outbox.put("artifact", path=str(path), folder=folder)
 
     def image(self, image: Image, key: str, step: int) -> None:
-        """Log a picture."""
+        """Log an image."""
         self._outbox.put("image", image=image, key=key, step=step)
 
     def table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Log a table; images become MLflow images."""
         self._outbox.put("table", rows=rows, name=name)
 
-    def model(self, name: str, place: str) -> None:
-        """Log a checkpoint as a model of this run; MLflow keeps its place, not its files."""
-        self._outbox.put("model", name=name, place=place)
+    def model(self, name: str, location: str) -> None:
+        """Log a checkpoint as a model of this run; MLflow keeps its location, not its files."""
+        self._outbox.put("model", name=name, location=location)
 
     def close(self, status: str = "FINISHED") -> None:
         """Send what waits (for up to a minute) and end the run; the rest stays in the journal."""
         self._outbox.put("end", status=status)
         self._outbox.close()
 
+    # ------------------------------------------------------------------ finding the run
+
+    def _connect(self) -> MlflowClient:
+        """Find the run, or begin it."""
+        client = open_client(self._uri)
+        run = self._find_run(client)
+        self._is_new = run is None
+        if run is None:
+            run = self._begin_run(client)
+        else:
+            client.update_run(run.info.run_id, status="RUNNING")
+        self.run_id = run.info.run_id
+        self._client = client
+        return client
+
+    def _find_run(self, client: MlflowClient) -> Run | None:
+        if self.run_id:
+            run = _get_run(client, self.run_id)
+            if run is not None:
+                return run
+            logger.info(_FOREIGN, self.run_id)
+        experiment = client.get_experiment_by_name(self._experiment)
+        if experiment is None:
+            return None
+        runs = client.search_runs([experiment.experiment_id], f"tags.`{_KEY_TAG}` = '{self._identity.key}'")
+        return runs[0] if runs else None
+
+    def _begin_run(self, client: MlflowClient) -> Run:
+        tags = {_KEY_TAG: self._identity.key}
+        parent = self._identity.parent
+        if parent and _get_run(client, parent) is not None:
+            tags[_PARENT_TAG] = parent
+        elif parent:
+            logger.info(_FOREIGN, parent)
+        return client.create_run(self._find_experiment(client), run_name=self._run_name, tags=tags)
+
+    def _find_experiment(self, client: MlflowClient) -> str:
+        """Id of the experiment; where one of its name was deleted, of a new one with a number behind the name."""
+        for number in range(1, _MAX_EXPERIMENT_NAMES):
+            name = self._experiment if number == 1 else f"{self._experiment}-{number}"
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                if number > 1:
+                    logger.warning(
+                        "MLflow experiment %r was deleted: this run is recorded in %r. `mlflow experiments restore` "
+                        "brings the deleted one back.",
+                        self._experiment,
+                        name,
+                    )
+                return client.create_experiment(name, _artifact_location(self._uri, name))
+            if found.lifecycle_stage == "active":
+                return found.experiment_id
+        raise RuntimeError(f"{_MAX_EXPERIMENT_NAMES} experiments named {self._experiment!r} were deleted.")
+
     # ------------------------------------------------------------------ what the outbox calls
 
-    def _connect(self) -> None:
-        """Find the run, or begin it."""
-        from mlflow import MlflowClient
-
-        uri, experiment, run_name, key, parent_run_id = self._place
-        client = MlflowClient(tracking_uri=uri)
-        if not self.run_id:
-            found = client.get_experiment_by_name(experiment)
-            experiment_id = (
-                found.experiment_id if found else client.create_experiment(experiment, _artifact_place(uri, experiment))
-            )
-            runs = client.search_runs([experiment_id], f"tags.`{_KEY_TAG}` = '{key}'") if key else []
-            self._known = bool(runs)
-            tags = {_KEY_TAG: key} if key else {}
-            if parent_run_id:
-                tags["mlflow.parentRunId"] = parent_run_id
-            run = runs[0] if runs else client.create_run(experiment_id, run_name=run_name, tags=tags)
-            self.run_id = run.info.run_id
-        if self._known:
-            client.update_run(self.run_id, status="RUNNING")
-        self._client = client
-
     def _send(self, entries: list[Entry]) -> None:
-        """Deliver entries; what MLflow refuses for good, such as a parameter with another value, is let go."""
+        """Deliver entries; what MLflow refuses for good is named in the log and dropped.
+
+        Raises:
+            Exception: MLflow does not answer; the outbox retries.
+        """
         from mlflow.exceptions import MlflowException
 
-        if self._client is None:
-            self._connect()
+        client = self._client or self._connect()
         try:
-            self._deliver(entries)
+            self._deliver(client, entries)
         except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
+            if not _is_refusal(error):
                 raise
-            logger.debug("MLflow refused an entry: %s", error)
-        except (ValueError, TypeError, FileNotFoundError) as error:  # would fail for ever, and hold up all others
-            logger.warning("a %s entry cannot be sent to MLflow: %s", entries[0]["kind"], error)
+            logger.warning("MLflow refused a %s entry: %s", entries[0]["kind"], _one_line(error))
+        except (ValueError, TypeError, FileNotFoundError) as error:  # would fail again, and hold up all others
+            logger.warning("a %s entry cannot be sent to MLflow: %s", entries[0]["kind"], _one_line(error))
 
-    def _deliver(self, entries: list[Entry]) -> None:
-        from mlflow.entities import Metric, Param
-
-        client, run_id, entry = self._client, self.run_id, entries[0]
+    def _deliver(self, client: MlflowClient, entries: list[Entry]) -> None:
+        entry, run_id = entries[0], self.run_id
         match entry["kind"]:
             case "metrics":
-                news = [Metric(k, v, e["at"], e["step"]) for e in entries for k, v in self._news(e).items()]
-                for start in range(0, len(news), MOST_NUMBERS):
-                    client.log_batch(run_id, metrics=news[start : start + MOST_NUMBERS])
+                self._deliver_metrics(client, entries)
             case "params":
-                flat = [Param(key, value) for key, value in entry["values"].items()]
-                for start in range(0, len(flat), 100):
-                    client.log_batch(run_id, params=flat[start : start + 100])
+                self._deliver_params(client, entry["values"])
             case "tags":
                 for key, value in entry["values"].items():
-                    client.set_tag(run_id, key, value)
+                    client.set_tag(run_id, self._names.valid(key), value)
             case "artifact":
                 path = Path(entry["path"])
                 send: Callable[..., Any] = client.log_artifacts if path.is_dir() else client.log_artifact
@@ -168,32 +202,93 @@ class MLflowTracker:
             case "table":
                 client.log_table(run_id, _columns(entry["rows"]), f"{entry['name']}.json")
             case "model":
-                self._log_model(entry["name"], entry["place"])
+                _log_model(client, run_id, entry["name"], entry["location"])
             case "end":
                 client.set_terminated(run_id, entry["status"])
 
-    def _news(self, entry: Entry) -> dict[str, float]:
-        """The numbers of a step that the run has not got yet."""
-        news = {}
-        for key, value in entry["values"].items():
-            if key not in self._last_step:
-                history = self._client.get_metric_history(self.run_id, key) if self._known else []
-                self._last_step[key] = max((metric.step for metric in history), default=-1)
-            if entry["step"] > self._last_step[key]:
-                news[key] = value
-                self._last_step[key] = entry["step"]
-        return news
+    def _deliver_metrics(self, client: MlflowClient, entries: list[Entry]) -> None:
+        from mlflow.entities import Metric
 
-    def _log_model(self, name: str, place: str) -> None:
-        experiment_id = self._client.get_run(self.run_id).info.experiment_id
-        found = self._client.search_logged_models(
-            [experiment_id], f"name = '{name}' AND source_run_id = '{self.run_id}'"
+        new = [
+            Metric(name, value, entry["at"], entry["step"])
+            for entry in entries
+            for name, value in self._new_values(client, entry).items()
+        ]
+        for part in _parts(new, MAX_BATCH_VALUES):
+            self._log_each(lambda values: client.log_batch(self.run_id, metrics=values), part)
+
+    def _deliver_params(self, client: MlflowClient, values: dict[str, str]) -> None:
+        """A resumed run may be given another value for a parameter, which MLflow refuses: the first one stays."""
+        from mlflow.entities import Param
+
+        flat = [Param(self._names.valid(key), value) for key, value in values.items()]
+        known = {} if self._is_new else client.get_run(self.run_id).data.params
+        for part in _parts([param for param in flat if param.key not in known], _BATCH_PARAMS):
+            self._log_each(lambda values: client.log_batch(self.run_id, params=values), part)
+
+    def _log_each(self, log: Callable[[list[T]], object], items: list[T]) -> None:
+        """Log items in one call; where MLflow refuses it, one by one, so that one odd item does not take the others."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            log(items)
+        except MlflowException as error:
+            if not _is_refusal(error):
+                raise
+            if len(items) == 1:
+                logger.warning("MLflow refused %s: %s", getattr(items[0], "key", "an entry"), _one_line(error))
+                return
+            for item in items:
+                self._log_each(log, [item])
+
+    def _new_values(self, client: MlflowClient, entry: Entry) -> dict[str, float]:
+        """The values of a step that the run does not have yet, by valid name."""
+        new = {}
+        for key, value in entry["values"].items():
+            name = self._names.valid(key)
+            if name not in self._last_step:
+                history = [] if self._is_new else client.get_metric_history(self.run_id, name)
+                self._last_step[name] = max((metric.step for metric in history), default=-1)
+            if entry["step"] > self._last_step[name]:
+                new[name] = float(value)
+                self._last_step[name] = entry["step"]
+        return new
+
+
+def open_client(uri: str) -> MlflowClient:
+    """A client of a tracking server or database."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def _get_run(client: MlflowClient, run_id: str) -> Run | None:
+    """A run of this store; None where it has none of this id, or it was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if not _is_refusal(error):
+            raise
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _is_refusal(error: MlflowException) -> bool:
+    """Whether MLflow answered that the request is wrong: sending it again would end alike."""
+    status = error.get_http_status_code()
+    return 400 <= status < 500 and status not in (401, 403, 408, 429)
+
+
+def _log_model(client: MlflowClient, run_id: str, name: str, location: str) -> None:
+    experiment_id = client.get_run(run_id).info.experiment_id
+    found = client.search_logged_models([experiment_id], f"name = '{name}' AND source_run_id = '{run_id}'")
+    if not found:
+        model = client.create_logged_model(
+            experiment_id, name, source_run_id=run_id, tags={"location": location}, model_type="checkpoint"
         )
-        if not found:
-            model = self._client.create_logged_model(
-                experiment_id, name, source_run_id=self.run_id, tags={"place": place}, model_type="checkpoint"
-            )
-            self._client.finalize_logged_model(model.model_id, "READY")
+        client.finalize_logged_model(model.model_id, "READY")
 
 
 def _as_image(value: Any) -> Any:
@@ -202,8 +297,8 @@ def _as_image(value: Any) -> Any:
     return Image.open(value["png"]) if isinstance(value, dict) and "png" in value else value
 
 
-def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Rows as MLflow's table wants them: a column of pictures has one in every row."""
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Rows as columns, as MLflow's tables want them; a column of images has one in every row."""
     import mlflow
     from PIL import Image
 
@@ -227,7 +322,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _artifact_place(uri: str, experiment: str) -> str | None:
+def _artifact_location(uri: str, experiment: str) -> str | None:
     """Artifacts lie beside an SQLite file; a server decides for itself."""
     path = uri.removeprefix("sqlite:///")
     return None if path == uri else str(Path(path).absolute().with_name("mlartifacts") / experiment)
+
+
+def _parts(items: Sequence[T], size: int) -> Iterable[list[T]]:
+    return (list(items[start : start + size]) for start in range(0, len(items), size))
+
+
+def _one_line(error: Exception) -> str:
+    return redact(" ".join(str(error).split())[:200])

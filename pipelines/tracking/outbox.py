@@ -13,13 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipelines import storage
+from pipelines.redact import redact
+
 logger = logging.getLogger(__name__)
 
 JOURNAL_FILE = "unsent.jsonl"
 """What waits, in the journal folder."""
 
-MOST_NUMBERS = 900
-"""Numbers of one ``send``, unless one step alone has more."""
+MAX_BATCH_VALUES = 900
+"""Values of one ``send``, unless one step alone has more."""
 
 _LONGEST_PAUSE_S = 60.0
 
@@ -50,7 +53,7 @@ class Outbox:
         with self._lock:
             self._queue.append({"kind": kind, **data})
         if kind != "metrics":
-            self._wake.set()  # numbers come often and travel together
+            self._wake.set()  # metrics come often and travel together
 
     def close(self) -> None:
         """Try to send what waits (for up to a minute); the rest stays in the journal."""
@@ -58,6 +61,11 @@ class Outbox:
         self._wake.set()
         self._thread.join(timeout=60)
         self._write_journal()
+        left = sum(entry["kind"] != "end" for entry in self._queue)
+        if left and self._journal:
+            logger.warning("%d entries for MLflow wait in %s: the same command sends them.", left, self._journal)
+        elif left:
+            logger.warning("%d entries for MLflow could not be sent.", left)
 
     def _send_loop(self) -> None:
         pause = 1.0
@@ -77,7 +85,8 @@ class Outbox:
             try:
                 self._send(entries)
             except Exception as error:  # a service that is down must not stop the work
-                logger.warning("%d entries wait for the tracking service: %s", len(self._queue), str(error)[:200])
+                reason = redact(" ".join(str(error).split())[:200])
+                logger.warning("%d entries wait for the tracking service: %s", len(self._queue), reason)
                 self._write_journal()
                 return False
             with self._lock:
@@ -85,12 +94,12 @@ class Outbox:
         return True
 
     def _next_entries(self) -> list[Entry]:
-        """The oldest entry, or as many neighbouring metrics as fit one call; a step's numbers stay together."""
+        """The oldest entry, or as many neighbouring metrics as fit one call; a step's values stay together."""
         with self._lock:
             entries, size = self._queue[:1], len(self._queue[0].get("values", ()))
             for entry in self._queue[1:]:
                 size += len(entry.get("values", ()))
-                if entry["kind"] != "metrics" or entries[0]["kind"] != "metrics" or size > MOST_NUMBERS:
+                if entry["kind"] != "metrics" or entries[0]["kind"] != "metrics" or size > MAX_BATCH_VALUES:
                     break
                 entries.append(entry)
         return entries
@@ -98,9 +107,15 @@ class Outbox:
     # ------------------------------------------------------------------ the journal
 
     def _read_journal(self) -> list[Entry]:
+        """Entries that an earlier process could not send; its end is none of them, since the run continues."""
         if self._journal is None or not self._journal.is_file():
             return []
-        entries = [json.loads(line) for line in self._journal.read_text().splitlines()]
+        entries = []
+        for line in self._journal.read_text().splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                logger.warning("%s has a damaged line, which is left out.", self._journal)
         return [entry for entry in entries if entry["kind"] != "end"]
 
     def _write_journal(self) -> None:
@@ -112,15 +127,24 @@ class Outbox:
         if not waiting:
             self._journal.unlink(missing_ok=True)
             return
-        draft = self._journal.with_suffix(".tmp")
-        draft.write_text("".join(json.dumps(entry, default=self._keep_picture) + "\n" for entry in waiting))
-        draft.replace(self._journal)
+        lines = [json.dumps(_as_text(entry), default=self._keep_image, allow_nan=False) + "\n" for entry in waiting]
+        try:
+            storage.write_atomically(str(self._journal), "".join(lines).encode())
+        except (storage.DiskFullError, OSError) as error:  # the job goes on without its tracking
+            logger.warning("what MLflow did not get cannot be kept: %s", error)
 
-    def _keep_picture(self, value: Any) -> dict[str, str]:
-        """A picture that waits becomes a file."""
+    def _keep_image(self, value: Any) -> dict[str, str]:
+        """An image that waits becomes a file."""
         assert self._journal is not None and hasattr(value, "save"), value
-        folder = self._journal.with_name("unsent_pictures")
+        folder = self._journal.with_name("unsent_images")
         folder.mkdir(exist_ok=True)
         path = folder / f"{id(value)}.png"
         value.save(path)
         return {"png": str(path)}
+
+
+def _as_text(entry: Entry) -> Entry:
+    """A metrics entry with its numbers as text: JSON has no NaN."""
+    if entry["kind"] != "metrics":
+        return entry
+    return {**entry, "values": {key: repr(float(value)) for key, value in entry["values"].items()}}

@@ -1,11 +1,11 @@
-"""Guard: finds losses and gradients that are not finite, loss spikes and vanishing gradients, and says what to do.
+"""Guard: finds losses and gradients that are not finite, loss spikes and vanishing gradients.
 
-What is measured stays on the device: each step's loss is held against the running mean and deviation of the losses
-before it, and a loss that fails is rejected there, before the update. The host reads the verdicts of many steps at
-once, at the steps where the loop reads losses anyway. Only after a fault is a step looked at closely (``diagnose``):
-its samples are made again one by one, to name those that cause it and the first layer with a bad value.
+Measurements stay on the device: each step's loss is compared with the running mean and deviation of the losses before
+it, and a loss that fails is rejected there, before the update. The host reads the verdicts of many steps at once, at
+the steps where the loop reads losses anyway. Only after a fault is a step examined (``diagnose``): its samples are
+computed again one by one, to name those that cause it and the first layer with a bad value.
 
-All workers see the same summed loss and gradient, so all come to the same verdict without talking.
+All workers see the same summed loss and gradient, so all reach the same verdict without communication.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,30 +30,32 @@ _MEMORY = 0.05
 _SETTLING_STEPS = 20
 """Steps before spikes are looked for: the first losses fall too fast to have a deviation."""
 
-_LEAST_DEVIATION = 0.02
+_MIN_DEVIATION = 0.02
 """A spike is no smaller than this share of the mean, however calm the losses before it were."""
 
 _NAMED_SAMPLES = 8
 
+FaultKind = Literal["nonfinite_loss", "nonfinite_gradient", "spike", "vanishing_gradient"]
+
 
 class TrainingStopped(ValueError):
-    """The data or the weights are bad: the text says at which step, how, in which layer and by which samples."""
+    """Training cannot continue: the text names the step, the fault, the first bad layer and the samples."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that went wrong at a step.
+    """A bad optimizer step.
 
     Attributes:
-        step: the step.
-        kind: ``nonfinite_loss``, ``nonfinite_gradient``, ``spike`` or ``vanishing_gradient``.
-        loss: its loss.
-        grad_norm: its gradient norm.
-        part: of a vanishing gradient, the part where it is lost.
+        step: 0-based.
+        kind: what is wrong.
+        loss: of the step.
+        grad_norm: of the step.
+        part: part of the model whose gradient vanishes; empty for the other kinds.
     """
 
     step: int
-    kind: str
+    kind: FaultKind
     loss: float
     grad_norm: float
     part: str = ""
@@ -65,24 +67,24 @@ class Diagnosis:
 
     Attributes:
         layer: the first module, in the order of the computation, with a value that is not finite; empty for none.
-        where: ``forward`` or ``backward``.
+        where: the pass in which it was found; empty for none.
         samples: ids of the samples that cause it, worst first.
     """
 
     layer: str = ""
-    where: str = ""
+    where: Literal["", "forward", "backward"] = ""
     samples: list[str] = field(default_factory=list)
 
     @staticmethod
     def merge(found: Sequence[Diagnosis]) -> Diagnosis:
-        """What several workers found, as one: the first worker with a bad layer names it."""
+        """The diagnoses of several workers as one: the first worker with a bad layer names it."""
         first = next((each for each in found if each.layer), found[0])
         samples = [name for group in zip_longest(*(each.samples for each in found)) for name in group if name]
         return Diagnosis(first.layer, first.where, samples[:_NAMED_SAMPLES])
 
 
 def describe(fault: Fault, diagnosis: Diagnosis) -> str:
-    """One sentence about a fault for people."""
+    """A fault and its diagnosis in one sentence."""
     text = f"step {fault.step}: {_WORDS[fault.kind]} (loss {fault.loss:.4g}, gradient norm {fault.grad_norm:.4g})"
     if fault.part:
         text += f", first in {fault.part}"
@@ -93,7 +95,7 @@ def describe(fault: Fault, diagnosis: Diagnosis) -> str:
     return text
 
 
-_WORDS = {
+_WORDS: dict[FaultKind, str] = {
     "nonfinite_loss": "the loss is not finite",
     "nonfinite_gradient": "the gradient is not finite",
     "spike": "the loss jumps",
@@ -102,32 +104,31 @@ _WORDS = {
 
 
 class Guard:
-    """Watches the steps of one worker."""
+    """Judges the steps of one worker."""
 
     def __init__(self, *, spike: float, vanishing: float, patience: int, device: torch.device) -> None:
         """Prepare.
 
         Args:
-            spike: a loss this many deviations above the running mean is a spike; 0 looks for none.
-            vanishing: a part's gradient norm below this is vanishing; 0 does not look.
-            patience: faulty steps in a row, and readings in a row of a vanishing gradient, that are no accident.
-            device: where losses are.
+            spike: loss-spike threshold in standard deviations above the running mean; 0 disables.
+            vanishing: a part's gradient norm below this is vanishing; 0 disables.
+            patience: faulty steps in a row, and readings in a row of a vanishing gradient, that count as a fault.
+            device: of the losses.
         """
         self.spike, self.vanishing, self.patience = spike, vanishing, patience
         self.statistics = torch.zeros(3, dtype=torch.float64, device=device)  # mean, variance, losses seen
         self.faults_in_a_row = 0
-        self._rejected = torch.zeros((), dtype=torch.bool, device=device)
-        self._waiting: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._waiting: list[tuple[int, StepResult]] = []
         self._vanishing: dict[str, deque[float]] = {}
 
     def reject(self, loss: Tensor) -> Tensor:
-        """Whether a step must be left out (bool scalar); for ``TrainStep``. Nothing is read from the device.
+        """Whether a step must be left out (bool scalar); called by ``TrainStep``. Nothing is read from the device.
 
-        A spike counts in the running mean as large as it may just be, so that a lasting change of the losses is
-        accepted after some steps.
+        A spike enters the running mean clipped to the threshold, so that a lasting change of the losses is accepted
+        after some steps. A loss that is not finite leaves the statistics as they are.
         """
         mean, variance, seen = self.statistics.unbind()
-        limit = mean + self.spike * torch.maximum(variance.sqrt(), mean.abs() * _LEAST_DEVIATION)
+        limit = mean + self.spike * torch.maximum(variance.sqrt(), mean.abs() * _MIN_DEVIATION)
         settled = seen >= _SETTLING_STEPS
         finite = torch.isfinite(loss)
         spiked = settled & (loss > limit) if self.spike else torch.zeros_like(settled)
@@ -138,18 +139,17 @@ class Guard:
             [mean + memory * change, (1.0 - memory) * (variance + memory * change.square()), seen + 1.0]
         )
         self.statistics = torch.where(finite, moved, self.statistics)
-        self._rejected = ~finite | spiked
-        return self._rejected
+        return ~finite | spiked
 
     def watch(self, step: int, result: StepResult) -> None:
         """Take a finished step; nothing is read from the device."""
-        self._waiting.append((step, result.loss, result.grad_norm, self._rejected))
+        self._waiting.append((step, result))
 
     def check(self, train_step: TrainStep, part_norms: dict[str, float] | None = None) -> list[Fault]:
         """Read the verdicts of the steps since the last call; all workers must call it at the same steps.
 
         Args:
-            train_step: the step, for the state of its gradient scaler.
+            train_step: for the state of its gradient scaler.
             part_norms: gradient norms of the newest step, where they were read.
 
         Returns:
@@ -157,10 +157,10 @@ class Guard:
         """
         if not self._waiting:
             return []
-        rows = [torch.stack([loss, norm.double(), bad.double()]) for _, loss, norm, bad in self._waiting]
+        rows = [torch.stack([r.loss, r.grad_norm.double(), r.rejected.double()]) for _, r in self._waiting]
         values = torch.stack(rows).tolist()
         faults = []
-        for (step, *_), (loss, grad_norm, rejected) in zip(self._waiting, values, strict=True):
+        for (step, _), (loss, grad_norm, rejected) in zip(self._waiting, values, strict=True):
             kind = _kind(loss, grad_norm, bool(rejected), _searches_scale(train_step))
             self.faults_in_a_row = self.faults_in_a_row + 1 if kind else 0
             if kind:
@@ -169,12 +169,13 @@ class Guard:
         self._waiting.clear()
         if part_norms and self.vanishing and not faults:
             faults += [
-                Fault(newest, "vanishing_gradient", loss, grad_norm, part) for part in self._lost(part_norms)[:1]
+                Fault(newest, "vanishing_gradient", loss, grad_norm, part)
+                for part in self._vanished_parts(part_norms)[:1]
             ]
         return faults
 
-    def _lost(self, part_norms: dict[str, float]) -> list[str]:
-        """Parts whose gradient has been vanishing for ``patience`` readings, said once each; deepest layer first."""
+    def _vanished_parts(self, part_norms: dict[str, float]) -> list[str]:
+        """Parts whose gradient has been vanishing for ``patience`` readings, named once each; deepest layer first."""
         lost = []
         for part, norm in part_norms.items():
             seen = self._vanishing.setdefault(part, deque(maxlen=self.patience))
@@ -185,27 +186,27 @@ class Guard:
         return sorted(lost, key=lambda part: (-_depth(part), part))
 
     def state(self) -> dict[str, Tensor]:
-        """What a training state keeps, so that a resumed run judges as the straight one does."""
+        """What a training state keeps, so that a resumed run judges as an uninterrupted one does."""
         return {"statistics": self.statistics}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what ``state`` gave; a state without it leaves the statistics fresh."""
+        """Restore what ``state`` gave; without it the statistics start again."""
         self.statistics = state.get("statistics", torch.zeros_like(self.statistics)).to(self.statistics.device)
         self._waiting.clear()
 
 
-def _kind(loss: float, grad_norm: float, rejected: bool, searches_scale: bool) -> str:
+def _kind(loss: float, grad_norm: float, rejected: bool, searches_scale: bool) -> FaultKind | None:
     if not math.isfinite(loss):
         return "nonfinite_loss"
     if rejected:
         return "spike"
     if not math.isfinite(grad_norm) and not searches_scale:
         return "nonfinite_gradient"
-    return ""
+    return None
 
 
 def _searches_scale(train_step: TrainStep) -> bool:
-    """Whether an infinite gradient is only the scaler finding its scale, as it does all the time in fp16."""
+    """Whether an infinite gradient only means that the fp16 scaler is lowering its scale."""
     return train_step.scaler.is_enabled() and train_step.scaler.get_scale() >= 1.0
 
 
@@ -213,7 +214,7 @@ def _depth(part: str) -> int:
     return int(part.rsplit("_", 1)[1]) if "/layer_" in part else -1
 
 
-# ---------------------------------------------------------------------- looking closely
+# ---------------------------------------------------------------------- diagnosis
 
 
 def diagnose(train_step: TrainStep, samples: Sequence[tuple[str, MicroBatch]], *, spike: bool) -> Diagnosis:
@@ -225,7 +226,7 @@ def diagnose(train_step: TrainStep, samples: Sequence[tuple[str, MicroBatch]], *
         spike: look for the largest losses instead of values that are not finite.
 
     Returns:
-        What was found; nothing where each sample alone is in order.
+        The diagnosis; empty where each sample alone is finite.
     """
     found = Diagnosis()
     losses: dict[str, float] = {}
@@ -251,7 +252,7 @@ def diagnose(train_step: TrainStep, samples: Sequence[tuple[str, MicroBatch]], *
 
 
 class _Probe:
-    """What one forward and backward pass did at every leaf module, in order."""
+    """Whether the outputs of every leaf module, and their gradients, are finite in one pass, in order."""
 
     def __init__(self) -> None:
         self.outputs: list[tuple[str, Tensor]] = []
@@ -268,7 +269,7 @@ class _Probe:
 
 @contextmanager
 def _probe(model: nn.Module) -> Iterator[_Probe]:
-    """Look at the outputs of all leaf modules while the block runs."""
+    """Observe the outputs of all leaf modules while the block runs."""
     probe = _Probe()
 
     def hook_of(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a training stage does, resolved: settings + stage of the recipe -> a job that every worker agrees on."""
+"""A training stage, resolved: settings + stage of the recipe -> a job that is the same for every worker."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import yaml
 from pipelines import storage
 from pipelines.data.features import FeatureSet, feature_key
 from pipelines.data.loader import LoadPlan, build_mixture, data_path, open_shards
+from pipelines.redact import redact
 from pipelines.settings import SettingsError, TrainSettings
 from pipelines.tracking.base import absolute_uri
+from pipelines.tracking.identity import RunIdentity
 from pipelines.training.states import download_folder
 from tinygptv.checkpoint.checkpoint import CheckpointError, verify_folder
 from tinygptv.config import TinyGPTVConfig
@@ -24,15 +26,15 @@ from tinygptv.training.stages import Stage, StageSource, get_stage
 
 @dataclass(frozen=True)
 class TrainJob:
-    """One stage, resolved: what the driver hands to every worker.
+    """One stage, resolved; the driver sends it to every worker.
 
     Attributes:
         settings: where and how large.
         stage: the stage with its changes applied.
         plan: how batches are made.
         num_steps: optimizer steps to reach.
-        output: result folder, absolute.
-        run: identity of the tracker's run to log into; empty for none.
+        output: output folder, absolute.
+        run: the tracker's run to log into; None for none.
     """
 
     settings: TrainSettings
@@ -40,19 +42,19 @@ class TrainJob:
     plan: LoadPlan
     num_steps: int
     output: str
-    run: dict[str, str]
+    run: RunIdentity | None = None
 
     @property
     def storage(self) -> str:
-        """Folder or URI of what every node must reach: training states and the final checkpoint."""
+        """Folder or URI that every node reaches, for training states and the final checkpoint."""
         return self.settings.storage_path or self.output
 
 
 def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, Path]:
-    """Check everything that can be checked before work starts, and fix what every worker must agree on."""
+    """Check everything that can be checked before work starts, and resolve what must be the same for every worker."""
     output = settings.output_dir(f"outputs/{settings.recipe}/stage{number}")
     stage = resolve_stage(settings, number)
-    settings = resolve_places(settings, number, output)
+    settings = resolve_paths(settings, number, output)
     shards = open_shards(settings.data, stage)
     build_mixture(stage, shards, settings.seed)
     plan = _load_plan(settings, stage)
@@ -61,7 +63,7 @@ def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, Path]:
             FeatureSet.open(shard_set.uri, plan.feature_key)
     num_steps = min(settings.max_steps or stage.schedule.num_steps, stage.schedule.num_steps)
     (output / "config.yaml").write_text(yaml.safe_dump(resolved_config(settings, stage), sort_keys=False))
-    return TrainJob(settings, stage, plan, num_steps, str(output), {}), output
+    return TrainJob(settings, stage, plan, num_steps, str(output)), output
 
 
 def resolve_stage(settings: TrainSettings, number: int) -> Stage:
@@ -69,11 +71,11 @@ def resolve_stage(settings: TrainSettings, number: int) -> Stage:
     return apply_stage_settings(get_stage(settings.recipe, number), settings.stage)
 
 
-def resolve_places(settings: TrainSettings, number: int, output: Path) -> TrainSettings:
-    """The settings with every place absolute; a start in object storage is copied here once.
+def resolve_paths(settings: TrainSettings, number: int, output: Path) -> TrainSettings:
+    """The settings with every path absolute; a start in object storage is copied into the output folder once.
 
     Raises:
-        SettingsError: a place is not given.
+        SettingsError: a path is not given.
         CheckpointError: the start is no checkpoint.
     """
     if not settings.init_from:
@@ -95,12 +97,12 @@ def resolve_places(settings: TrainSettings, number: int, output: Path) -> TrainS
     return settings.model_copy(update=changes)
 
 
-def fetch_start(place: str, folder: Path) -> Path:
-    """A checkpoint of object storage as a local folder; what was copied before is kept if it is whole."""
+def fetch_start(uri: str, folder: Path) -> Path:
+    """A checkpoint of object storage as a local folder; an earlier copy is kept if it is complete."""
     try:
         verify_folder(folder, hashes=False)
     except CheckpointError:
-        download_folder(place, folder)
+        download_folder(uri, folder)
     return folder
 
 
@@ -126,8 +128,8 @@ def _feature_key(settings: TrainSettings, stage: Stage) -> str:
 def apply_stage_settings(stage: Stage, changes: dict[str, Any]) -> Stage:
     """Change fields of a stage by ``stage.*`` settings; ``limits`` and ``schedule`` take mappings of what changes.
 
-    ``sources`` as a list of ``{name, weight, batch_size}``, or as a mapping with both facts for each name, takes the
-    place of the stage's; a mapping with fewer facts changes the sources that it names.
+    ``sources`` as a list of ``{name, weight, batch_size}``, or as a mapping from names to both values, replaces the
+    stage's; a mapping with only one of the values changes the sources that it names.
 
     Raises:
         SettingsError: a field is unknown.
@@ -148,7 +150,7 @@ def apply_stage_settings(stage: Stage, changes: dict[str, Any]) -> Stage:
 
 
 def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads ``5e-4`` as text, for want of a dot; people mean the number."""
+    """Numbers such as ``5e-4``, which YAML 1.1 reads as text because they have no dot."""
     if isinstance(value, dict):
         return {key: _numbers(item) for key, item in value.items()}
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
@@ -168,9 +170,9 @@ def _stage_value(stage: Stage, key: str, value: Any) -> Any:
 
 def _sources_value(stage: Stage, value: Any) -> tuple[StageSource, ...]:
     if isinstance(value, list):
-        return tuple(StageSource(**facts) for facts in value)
-    if all({"weight", "batch_size"} <= set(facts) for facts in value.values()):
-        return tuple(StageSource(name, **facts) for name, facts in value.items())
+        return tuple(StageSource(**fields) for fields in value)
+    if all({"weight", "batch_size"} <= set(fields) for fields in value.values()):
+        return tuple(StageSource(name, **fields) for name, fields in value.items())
     unknown = sorted(set(value) - {source.name for source in stage.sources})
     if unknown:
         raise ValueError(f"source {unknown[0]!r} is not one of the stage's; a new one needs weight and batch_size")
@@ -178,5 +180,5 @@ def _sources_value(stage: Stage, value: Any) -> tuple[StageSource, ...]:
 
 
 def resolved_config(settings: TrainSettings, stage: Stage) -> dict[str, Any]:
-    """Everything that determines the run, as plain data."""
-    return json.loads(json.dumps({**settings.model_dump(), "stage": dataclasses.asdict(stage)}))
+    """Everything that determines the run, as plain data, without the passwords of URIs."""
+    return json.loads(json.dumps(redact({**settings.model_dump(), "stage": dataclasses.asdict(stage)})))

@@ -1,36 +1,35 @@
-"""Pictures of curves (matplotlib, no display)."""
+"""Plots of training curves (matplotlib, no display)."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
+from pipelines.training.record import read_record
 from tinygptv.training.stages import Stage
 
 PAPER_LOSSES = {1: (7.152, 2.620), 2: (2.726, 2.343), 3: (1.992, 1.125), 4: (2.720, 1.399)}
 """Start and end loss of each stage as the paper reports them (section 4.2)."""
 
 
-def loss_curve(metrics: Path, picture: Path, stage: Stage, recipe: str) -> Path:
+def loss_curve(metrics: Path, path: Path, stage: Stage, recipe: str) -> Path:
     """Draw a stage's loss and learning rate over its steps; losses that are not finite leave a gap.
 
     Args:
         metrics: ``metrics.jsonl`` of the stage.
-        picture: PNG to write.
+        path: PNG to write.
         stage: the stage, for its title.
         recipe: at ``paper`` and ``released`` the paper's start and end loss are drawn in.
 
     Returns:
-        The picture's path.
+        ``path``.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    entries = [json.loads(line) for line in metrics.read_text().splitlines()]
-    entries = [entry for entry in entries if math.isfinite(entry["loss"])]
+    entries = [entry for entry in read_record(metrics) if math.isfinite(entry["loss"])]
     steps, losses = [e["step"] for e in entries], [e["loss"] for e in entries]
     means = smooth(losses, max(1, len(losses) // 40))
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
@@ -46,13 +45,13 @@ def loss_curve(metrics: Path, picture: Path, stage: Stage, recipe: str) -> Path:
     rates.plot(steps, [e["lr"] for e in entries], color="#6a9a3d", linewidth=0.8, alpha=0.8)
     rates.set_ylabel("learning rate", color="#6a9a3d")
     axis.legend(loc="upper right")
-    figure.savefig(picture, dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
-    return picture
+    return path
 
 
 def smooth(values: list[float], width: int) -> list[float]:
-    """Mean of the last ``width`` values at each place."""
+    """Mean of the last ``width`` values at each position."""
     total, out = 0.0, []
     for i, value in enumerate(values):
         total += value - (values[i - width] if i >= width else 0.0)

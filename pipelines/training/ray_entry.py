@@ -1,17 +1,15 @@
-"""What Ray Train calls in each worker.
+"""The function that Ray Train calls in each worker.
 
-The controller of a run unpickles this function and its arguments too, so this module imports nothing heavy and the job
-travels as bytes: else every run would load the model's libraries once more than it needs.
+The controller of a run unpickles this function and its arguments too. So this module imports nothing heavy, and the job
+travels as bytes: otherwise the controller of every run would load the model's libraries.
 """
 
 from __future__ import annotations
 
-import json
 import pickle
-from typing import Any
 
 WORKER_RESULT = "worker_result.json"
-"""What rank 0 hands to the driver, beside the training states."""
+"""Result of rank 0 for the driver, beside the training states."""
 
 
 def train_worker(config: dict[str, bytes]) -> None:
@@ -19,17 +17,20 @@ def train_worker(config: dict[str, bytes]) -> None:
     import ray.train
 
     from pipelines import storage
+    from pipelines.json_files import write_json
     from pipelines.training.guard import TrainingStopped
     from pipelines.training.job import TrainJob
     from pipelines.training.worker import train_loop
 
     job: TrainJob = pickle.loads(config["job"])
-    result: dict[str, Any]
+    outcome: dict[str, object] = {}
     try:
         result = train_loop(job)
+        outcome = vars(result) if result else {}
     except TrainingStopped as stopped:  # trying again would end there again
-        result = {"stopped": str(stopped)} if ray.train.get_context().get_world_rank() == 0 else {}
-    if result:
+        if ray.train.get_context().get_world_rank() == 0:
+            outcome = {"stopped": str(stopped)}
+    if outcome:
         storage.make_folder(job.storage)
-        storage.write_atomically(storage.join(job.storage, WORKER_RESULT), json.dumps(result).encode())
-    ray.train.report({"steps": result.get("steps", 0)})
+        write_json(storage.join(job.storage, WORKER_RESULT), outcome)
+    ray.train.report({"steps": outcome.get("steps", 0)})

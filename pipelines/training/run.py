@@ -7,7 +7,6 @@ import json
 import logging
 import pickle
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,28 @@ from pipelines.cluster import start_ray
 from pipelines.data.loader import data_path
 from pipelines.progress import PROGRESS_FILE, follow
 from pipelines.settings import TrainSettings
-from pipelines.tracking.base import Tracker, open_tracker
+from pipelines.tracking.base import Tracker, continue_tracker, open_tracker
+from pipelines.tracking.identity import RunIdentity, read_identity
 from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.training.describe import describe_stage
 from pipelines.training.guard import TrainingStopped
 from pipelines.training.job import TrainJob, resolve_job, resolve_stage, resolved_config
 from pipelines.training.ray_entry import WORKER_RESULT, train_worker
 from pipelines.training.record import RECORD_FILE
+from pipelines.training.result import StageResult, WorkerResult, read_result, write_result
 from pipelines.training.worker import train_loop
 from tinygptv.checkpoint.checkpoint import MANIFEST, CheckpointError, read_stage, verify_folder
 
 logger = logging.getLogger(__name__)
 
 
-def run_stage(settings: TrainSettings, number: int, *, parent_run_id: str = "") -> dict[str, Any]:
+def run_stage(settings: TrainSettings, number: int, *, parent_run_id: str = "") -> StageResult:
     """Train one stage to its end, resuming where an earlier run with the same output stopped.
 
     Args:
         settings: where and how large.
         number: which stage of ``settings.recipe``.
         parent_run_id: MLflow run to nest under.
-
-    Returns:
-        ``checkpoint``, ``first_loss``, ``last_loss``, ``steps``, ``seconds``, ``result`` (path of result.json).
 
     Raises:
         SettingsError: a setting cannot be used.
@@ -54,19 +52,19 @@ def run_stage(settings: TrainSettings, number: int, *, parent_run_id: str = "") 
         logger.info("stage %d is finished already: %s", number, output)
         _send_unsent(job, output)
         return finished
-    job = dataclasses.replace(job, run=_tracking_run(job, output, parent_run_id))
+    job = dataclasses.replace(job, run=_begin_tracking(job, output, parent_run_id))
     logger.info("\n%s", describe_stage(job.settings, job.stage))
     job.stage.schedule.warn_if_rising()
     with follow(output / PROGRESS_FILE, quiet=settings.quiet):
-        result = _run_inline(job) if settings.num_workers == 0 else _run_on_ray(job, output)
-    result = {**result, "seconds": round(time.perf_counter() - started, 1), "result": str(output / "result.json")}
-    (output / "result.json").write_text(json.dumps(result, indent=1))
+        trained = _run_inline(job) if settings.num_workers == 0 else _run_on_ray(job)
+    result = trained.to_stage_result(output, time.perf_counter() - started)
+    write_result(output, result)
     _log_outcome(job, output, result)
     return result
 
 
 def dry_run(settings: TrainSettings, number: int) -> str:
-    """What a stage would do, as text; places that are given must be right.
+    """What a stage would do, as text; paths that are given must be right.
 
     Raises:
         SettingsError: a setting cannot be used.
@@ -78,45 +76,38 @@ def dry_run(settings: TrainSettings, number: int) -> str:
     return describe_stage(settings, resolve_stage(settings, number))
 
 
-def _tracking_run(job: TrainJob, output: Path, parent_run_id: str) -> dict[str, str]:
-    """Begin the tracker's run in the driver (workers continue it), or find the one that this output began.
+def _begin_tracking(job: TrainJob, output: Path, parent_run_id: str) -> RunIdentity | None:
+    """Begin the tracker's run in the driver, or continue the one of this output folder; workers continue it.
 
     Returns:
-        ``run_id`` (empty while the tracker does not answer), ``key`` to find it by, ``parent``; empty where tracking
-        is off.
+        Its identity; None where tracking is off.
     """
     settings, stage = job.settings, job.stage
     if settings.tracking_uri == "none":
-        return {}
-    record = output / "run.json"
-    run = json.loads(record.read_text()) if record.is_file() else {"run_id": "", "key": uuid.uuid4().hex}
-    run.setdefault("parent", parent_run_id or _training_run(settings))
-    tracker = _continue_tracker(job, output, run)
-    run["run_id"] = tracker.run_id
-    record.write_text(json.dumps(run))
+        return None
+    known = read_identity(output)
+    parent = known.parent if known else parent_run_id or _training_run(settings)
+    tracker = _continue_tracker(job, output, parent)
     tracker.params(resolved_config(settings, stage))
     tracker.tags({"stage": str(stage.number), "recipe": settings.recipe, "seed": str(settings.seed)})
     tracker.artifact(output / "config.yaml")
     tracker.close("RUNNING")
-    return run
+    return read_identity(output)
 
 
 def _training_run(settings: TrainSettings) -> str:
-    """The parent of all stages of a training: the one that the start's stage had, or a new one."""
+    """The parent run of all stages of a training: the one of the start's stage, or a new one."""
     known = read_stage(settings.init_from).get("tracking_parent", "")
-    tracker = open_tracker(settings, "training", run_id=known)
+    tracker = open_tracker(settings, "training", identity=RunIdentity(run_id=known))
     tracker.close()
     return tracker.run_id
 
 
-def _finished_result(output: Path, num_steps: int) -> dict[str, Any] | None:
-    path = output / "result.json"
-    if not path.is_file():
+def _finished_result(output: Path, num_steps: int) -> StageResult | None:
+    result = read_result(output)
+    if result is None or result["steps"] != num_steps:
         return None
-    result = json.loads(path.read_text())
-    checkpoint = result.get("checkpoint", "")
-    if not checkpoint or result.get("steps") != num_steps:
-        return None
+    checkpoint = result["checkpoint"]
     if not storage.is_local(checkpoint):
         return result if storage.exists(storage.join(checkpoint, MANIFEST)) else None
     try:
@@ -126,11 +117,13 @@ def _finished_result(output: Path, num_steps: int) -> dict[str, Any] | None:
     return result
 
 
-def _run_inline(job: TrainJob) -> dict[str, Any]:
-    return train_loop(job)
+def _run_inline(job: TrainJob) -> WorkerResult:
+    result = train_loop(job)
+    assert result is not None, "a single process is rank 0"
+    return result
 
 
-def _run_on_ray(job: TrainJob, output: Path) -> dict[str, Any]:
+def _run_on_ray(job: TrainJob) -> WorkerResult:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -152,18 +145,18 @@ def _run_on_ray(job: TrainJob, output: Path) -> dict[str, Any]:
             ),
         )
         trainer.fit()
-    result = json.loads(storage.read_bytes(storage.join(job.storage, WORKER_RESULT)))
-    if "stopped" in result:
-        raise TrainingStopped(result["stopped"])
-    return result
+    outcome = json.loads(storage.read_bytes(storage.join(job.storage, WORKER_RESULT)))
+    if "stopped" in outcome:
+        raise TrainingStopped(outcome["stopped"])
+    return WorkerResult.from_dict(outcome)
 
 
-def _log_outcome(job: TrainJob, output: Path, result: dict[str, Any]) -> None:
+def _log_outcome(job: TrainJob, output: Path, result: StageResult) -> None:
     if not job.run:
         return
     from pipelines.training.plots import loss_curve
 
-    tracker = _continue_tracker(job, output, job.run)
+    tracker = _continue_tracker(job, output)
     curve = loss_curve(output / RECORD_FILE, output / "loss.png", job.stage, job.settings.recipe)
     tracker.artifact(curve)
     tracker.artifact(output / RECORD_FILE)
@@ -173,25 +166,16 @@ def _log_outcome(job: TrainJob, output: Path, result: dict[str, Any]) -> None:
 
 
 def _send_unsent(job: TrainJob, output: Path) -> None:
-    """Send what an earlier run could not tell its tracker."""
-    if not (output / JOURNAL_FILE).is_file() or job.settings.tracking_uri == "none":
-        return
-    run = json.loads((output / "run.json").read_text())
-    _continue_tracker(job, output, run).close()
+    """Send what an earlier run could not send to its tracker."""
+    if (output / JOURNAL_FILE).is_file() and job.settings.tracking_uri != "none":
+        _continue_tracker(job, output).close()
 
 
-def _continue_tracker(job: TrainJob, output: Path, run: dict[str, str]) -> Tracker:
-    return open_tracker(
-        job.settings,
-        job.stage.title,
-        run_id=run["run_id"],
-        key=run["key"],
-        parent_run_id=run["parent"],
-        journal=output,
-    )
+def _continue_tracker(job: TrainJob, output: Path, parent_run_id: str = "") -> Tracker:
+    return continue_tracker(job.settings, job.stage.title, output, parent_run_id=parent_run_id)
 
 
-def print_result(result: dict[str, Any]) -> None:
+def print_result(result: StageResult) -> None:
     """The closing lines of a stage's job; the last one is the path of result.json."""
     print(
         f"loss {result['first_loss']:.3f} -> {result['last_loss']:.3f} in {result['steps']} steps, "

@@ -1,11 +1,13 @@
-"""What the model answers while it trains: the first rows of the stage's sources, always the same ones."""
+"""Sample predictions: the answers of the model in training to the first rows of the stage's sources."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from pipelines.data.loader import BatchMaker
 from tinygptv.data.images import normalise_pixels, open_image, resize_pixels
@@ -13,26 +15,40 @@ from tinygptv.data.mixture import SampleRef
 from tinygptv.data.sample import IGNORE_INDEX, chooser, render_sample
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
-MOST_SAMPLES = 4
+MAX_SAMPLES = 4
 _NEW_TOKENS = 48
 
 
+@dataclass(frozen=True)
+class SampleAnswer:
+    """One answer of the model in training.
+
+    Attributes:
+        sample: ``source/id``.
+        image: what was asked about; None for text only.
+        question: instruction, as rendered.
+        answer: greedy answer of the model.
+        expected: answer of the data.
+    """
+
+    sample: str
+    image: Image | None
+    question: str
+    answer: str
+    expected: str
+
+
 class SamplePredictor:
-    """Answers the same few samples again and again."""
+    """Answers the same few samples at each call."""
 
     def __init__(self, maker: BatchMaker) -> None:
         self.maker = maker
         refs = [SampleRef(source, row, 0) for row in range(2) for source in range(len(maker.names))]
         shards = [maker.shards[maker.names[ref.source]] for ref in refs]
-        self.refs = [ref for ref, s in zip(refs, shards, strict=True) if ref.row < sum(s.shard_rows)][:MOST_SAMPLES]
+        self.refs = [ref for ref, s in zip(refs, shards, strict=True) if ref.row < sum(s.shard_rows)][:MAX_SAMPLES]
 
-    def predict(self, model: TinyGPTVForConditionalGeneration) -> list[dict[str, Any]]:
-        """Greedy answers; the model is left in training mode.
-
-        Returns:
-            One row per sample: ``sample`` (its id), ``image`` (PIL, where it has one), ``question``, ``answer``,
-            ``expected``.
-        """
+    def predict(self, model: TinyGPTVForConditionalGeneration) -> list[SampleAnswer]:
+        """Greedy answers; the model is left in training mode."""
         model.eval()
         try:
             with torch.no_grad():
@@ -40,7 +56,7 @@ class SamplePredictor:
         finally:
             model.train()
 
-    def _predict(self, model: TinyGPTVForConditionalGeneration, ref: SampleRef) -> dict[str, Any]:
+    def _predict(self, model: TinyGPTVForConditionalGeneration, ref: SampleRef) -> SampleAnswer:
         maker = self.maker
         name = maker.names[ref.source]
         row = maker.shards[name].row(ref.row)
@@ -58,10 +74,10 @@ class SamplePredictor:
             **inputs, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=maker.tokenizer.pad_token_id
         )
         text = maker.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
-        return {
-            "sample": f"{name}/{row.id}",
-            "image": image,
-            "question": exchanges[0].instruction or "",
-            "answer": text.split(maker.encoder.template.end_symbol)[0].strip(),
-            "expected": exchanges[0].answer,
-        }
+        return SampleAnswer(
+            sample=f"{name}/{row.id}",
+            image=image,
+            question=exchanges[0].instruction or "",
+            answer=text.split(maker.encoder.template.end_symbol)[0].strip(),
+            expected=exchanges[0].answer,
+        )

@@ -1,11 +1,11 @@
-"""Where a stage stands: the checkpoints taken while it runs, the per-step record, and the run's identity.
+"""Training states: the checkpoints taken while a stage runs, to resume from.
 
-<storage>/states/step-00000500/   training state: what trains, optimizer, position (tinygptv.checkpoint.checkpoint)
+<storage>/states/step-00000500/   trainable parameters, optimizer, position (tinygptv.checkpoint.checkpoint)
 <storage>/checkpoint/             the whole model, at the end of the stage
-<output>/metrics.jsonl            one line per step; cut back to the state's step when a run goes on
-<output>/run.json                 the tracker's run, so that a resumed stage continues the same one
+<output>/metrics.jsonl            one line per step; cut back to the state's step when a run resumes
+<output>/run.json                 identity of the tracker's run, which a resumed stage continues
 
-``storage`` is the output folder, or what ``storage_path`` names: a folder or URI that all nodes reach.
+``storage`` is the output folder, or ``storage_path``: a folder or URI that all nodes reach.
 """
 
 from __future__ import annotations
@@ -31,39 +31,39 @@ logger = logging.getLogger(__name__)
 _FOLDER = re.compile(r"step-(\d{8})$")
 
 State = tuple[int, dict[str, torch.Tensor], dict[str, Any]]
-"""Next step, tensors, and the rest."""
+"""Next step, tensors, and the JSON-able rest."""
 
 
 class StateStore:
-    """Training states of one run in a folder or URI; saving happens in the background."""
+    """Training states of one run in a folder or URI; they are written in the background."""
 
-    def __init__(self, place: str, keep: int, *, keep_best: bool = False) -> None:
+    def __init__(self, location: str, keep: int, *, keep_best: bool = False) -> None:
         """Open.
 
         Args:
-            place: folder or URI; need not exist.
-            keep: newest states to keep.
-            keep_best: also keep the one with the least ``mean_loss``.
+            location: folder or URI; need not exist.
+            keep: number of newest states to keep.
+            keep_best: also keep the state with the least ``mean_loss``.
         """
-        self.place = place
+        self.location = location
         self.keep = keep
         self.keep_best = keep_best
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def newest(self) -> State | None:
-        """The newest whole state; damaged ones are named in the log and passed over."""
+        """The newest complete state; damaged ones are named in the log and skipped."""
         for _, folder in reversed(self._folders()):
             try:
                 tensors, extra = self._read(folder)
             except (CheckpointError, OSError, ValueError, KeyError) as error:
-                logger.warning("passing over a damaged training state: %s", error)
+                logger.warning("a damaged training state is skipped: %s", error)
                 continue
             return int(extra["next_step"]), tensors, extra
         return None
 
     def save(self, next_step: int, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
-        """Write a state without stalling the step: tensors are copied now and written in a thread."""
+        """Copy the tensors to the CPU now, and write the state in a thread."""
         self.wait()
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         arguments = (next_step, copies, {**extra, "next_step": next_step})
@@ -71,7 +71,12 @@ class StateStore:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the write in progress; raises what went wrong in it."""
+        """Wait for the write in progress.
+
+        Raises:
+            DiskFullError: it failed for want of space.
+            OSError: it failed otherwise.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -80,11 +85,11 @@ class StateStore:
             raise error
 
     def _folders(self) -> list[tuple[int, str]]:
-        """Step and place of every state, whole or not, oldest first."""
-        filesystem, path = storage.resolve(self.place)
+        """Step and location of every state, complete or not, oldest first."""
+        filesystem, path = storage.resolve(self.location)
         found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
         matches = [match for info in found if (match := _FOLDER.match(info.base_name))]
-        return sorted((int(match[1]), storage.join(self.place, match[0])) for match in matches)
+        return sorted((int(match[1]), storage.join(self.location, match[0])) for match in matches)
 
     def _read(self, folder: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         if storage.is_local(folder):
@@ -95,7 +100,7 @@ class StateStore:
 
     def _write(self, next_step: int, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
         try:
-            folder = storage.join(self.place, f"step-{next_step:08d}")
+            folder = storage.join(self.location, f"step-{next_step:08d}")
             if storage.is_local(folder):
                 save_training_state(folder.removeprefix("file://"), tensors, extra)
             else:
@@ -113,23 +118,23 @@ class StateStore:
             kept.add(min(folders, key=lambda folder: losses[folder]))
         for folder in set(folders) - kept:
             storage.remove_folder(folder)
-        if storage.is_local(self.place):
-            for leftover in Path(self.place.removeprefix("file://")).glob(".*.tmp"):
+        if storage.is_local(self.location):
+            for leftover in Path(self.location.removeprefix("file://")).glob(".*.tmp"):
                 storage.remove_folder(str(leftover))
 
     def _mean_loss(self, folder: str) -> float:
         try:
             return float(json.loads(storage.read_bytes(storage.join(folder, "state.json"))).get("mean_loss", "inf"))
         except (OSError, ValueError):
-            return float("inf")  # half-written
+            return float("inf")  # incomplete
 
 
 def upload_folder(source: Path, target: str) -> None:
-    """Copy a checkpoint folder to any storage, its manifest last: without it, it is none."""
+    """Copy a checkpoint folder to any storage, its manifest last: a folder without one is incomplete."""
     storage.make_folder(target)
     for path in sorted(source.iterdir(), key=lambda path: path.name == MANIFEST):
-        filesystem, place = storage.resolve(storage.join(target, path.name))
-        with path.open("rb") as stream, filesystem.open_output_stream(place) as sink:
+        filesystem, remote = storage.resolve(storage.join(target, path.name))
+        with path.open("rb") as stream, filesystem.open_output_stream(remote) as sink:
             shutil.copyfileobj(stream, sink, storage.COPY_BYTES)
 
 
@@ -141,28 +146,30 @@ def download_folder(source: str, target: Path) -> Path:
     return target
 
 
-def collect_state(step: TrainStep) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What must be saved: trainable parameters, AdamW's moments, the scaler."""
-    names = {id(parameter): name for name, parameter in step.named}
-    tensors: dict[str, torch.Tensor] = {f"parameter/{name}": parameter for name, parameter in step.named}
-    for parameter, moments in step.optimizer.state.items():
+def collect_state(train_step: TrainStep) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What a training state holds: trainable parameters, AdamW's moments, the scaler."""
+    names = {id(parameter): name for name, parameter in train_step.named}
+    tensors: dict[str, torch.Tensor] = {f"parameter/{name}": parameter for name, parameter in train_step.named}
+    for parameter, moments in train_step.optimizer.state.items():
         for key, value in moments.items():
             tensors[f"optimizer/{key}/{names[id(parameter)]}"] = value
-    return tensors, {"scaler": step.scaler.state_dict()}
+    return tensors, {"scaler": train_step.scaler.state_dict()}
 
 
-def restore_state(step: TrainStep, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
-    """Put a collected state back.
+def restore_state(train_step: TrainStep, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
+    """Load a collected state into the model, the optimizer and the scaler.
 
     Raises:
-        CheckpointError: the state is another model's or another stage's.
+        CheckpointError: the state belongs to another model or stage.
     """
-    parameters = dict(step.named)
+    parameters = dict(train_step.named)
     stored = {name.removeprefix("parameter/") for name in tensors if name.startswith("parameter/")}
     if stored != set(parameters):
-        odd = sorted(stored.symmetric_difference(parameters))
-        raise CheckpointError(f"the training state is of another stage or model: {odd[0]} is in only one of them.")
-    step.optimizer.state.clear()
+        different = sorted(stored.symmetric_difference(parameters))
+        raise CheckpointError(
+            f"the training state is of another stage or model: {different[0]} is in only one of them."
+        )
+    train_step.optimizer.state.clear()
     with torch.no_grad():
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
@@ -172,5 +179,5 @@ def restore_state(step: TrainStep, tensors: dict[str, torch.Tensor], extra: dict
                 key, _, parameter_name = rest.partition("/")
                 parameter = parameters[parameter_name]
                 device = "cpu" if key == "step" and not parameter.is_cuda else parameter.device
-                step.optimizer.state[parameter][key] = tensor.to(device)
-    step.scaler.load_state_dict(extra["scaler"])
+                train_step.optimizer.state[parameter][key] = tensor.to(device)
+    train_step.scaler.load_state_dict(extra["scaler"])

@@ -1,11 +1,10 @@
-"""The loop of one training worker. It reads like the paper's recipe: batch, loss, update, record, save.
+"""The loop of one training worker: batch, loss, update, report, save.
 
-Every worker runs it; rank 0 writes. Nothing here knows which stage it is in: the stage is data.
+Every worker runs it; rank 0 writes files. The stage is data: nothing here asks for its number.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -18,10 +17,12 @@ import torch.distributed as dist
 
 from pipelines import storage
 from pipelines.data.loader import BatchMaker, StepBatch, iterate_steps
+from pipelines.json_files import to_json
 from pipelines.training.guard import Diagnosis, Fault, Guard, TrainingStopped, describe, diagnose
 from pipelines.training.job import TrainJob
 from pipelines.training.record import RECORD_FILE
 from pipelines.training.reporter import Reporter
+from pipelines.training.result import WorkerResult
 from pipelines.training.states import StateStore, collect_state, restore_state, upload_folder
 from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from tinygptv.data.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
@@ -32,17 +33,17 @@ from tinygptv.training.train_step import PRECISIONS, StepResult, TrainStep
 logger = logging.getLogger(__name__)
 
 GUARD_FILE = "guard.jsonl"
-"""Faults that the guard found, in the result folder: one line each."""
+"""Faults that the guard found, in the output folder: one line each."""
 
 
-def train_loop(job: TrainJob) -> dict[str, Any]:
-    """Train from wherever the run stands to the end of the stage.
+def train_loop(job: TrainJob) -> WorkerResult | None:
+    """Train from the newest training state, or from the start, to the end of the stage.
 
     Returns:
-        ``first_loss``, ``last_loss``, ``steps``, ``checkpoint`` (rank 0; others return an empty dict).
+        The result on rank 0; None on other ranks.
 
     Raises:
-        TrainingStopped: the guard found a fault that its settings do not let pass.
+        TrainingStopped: the guard found a fault that its settings do not allow.
     """
     worker = TrainWorker(job)
     next_step = worker.resume()
@@ -50,7 +51,7 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
         while next_step < job.num_steps:
             next_step = worker.train(next_step)  # to the end, or back to a state where the guard rolls back
     except BaseException:
-        worker.abandon()
+        worker.abort()
         raise
     return worker.finish()
 
@@ -71,7 +72,7 @@ class TrainWorker:
             patience=settings.guard_patience,
             device=self.model.device,
         )
-        self.step = TrainStep(
+        self.train_step = TrainStep(
             self.model,
             build_optimizer(self.model, job.stage.schedule, job.stage.weight_decay, job.stage.beta2),
             num_sources=len(job.stage.sources),
@@ -85,11 +86,11 @@ class TrainWorker:
             storage.join(job.storage, "states"), settings.keep_checkpoints, keep_best=settings.keep_best
         )
         self.reporter: Reporter | None = None
-        self.stepped_over: set[int] = set()
+        self.left_out: set[int] = set()
         self.rollbacks: Counter[int] = Counter()
 
     def resume(self) -> int:
-        """Restore the newest state; returns the step to go on with."""
+        """Restore the newest state; returns the step to continue with."""
         next_step = self._restore()
         if self.rank == 0:
             self._fetch_record()
@@ -99,7 +100,7 @@ class TrainWorker:
         return next_step
 
     def train(self, start: int) -> int:
-        """Train from ``start`` on; returns ``num_steps``, or the step that the guard rolled back to."""
+        """Train from step ``start``; returns ``num_steps``, or the step that the guard rolled back to."""
         settings, stage = self.job.settings, self.job.stage
         batches = iterate_steps(
             self.plan,
@@ -110,20 +111,20 @@ class TrainWorker:
         )
         for batch in batches:
             learning_rate = stage.schedule.learning_rate(batch.step)
-            if batch.step in self.stepped_over:
+            if batch.step in self.left_out:
                 if self.reporter:
-                    self.reporter.stepped_over(batch, learning_rate)
+                    self.reporter.add_skipped(batch, learning_rate)
             else:
                 torch.manual_seed(_dropout_seed(settings.seed, batch.step, self.rank))
-                result = self.step.run(batch.micro_batches, learning_rate)
+                result = self.train_step.run(batch.micro_batches, learning_rate)
                 self._report(batch, result, learning_rate)
             last = batch.step + 1 == self.job.num_steps
             saves = (batch.step + 1) % settings.checkpoint_every == 0 and not last
             if saves or last or (batch.step + 1) % settings.log_every == 0:
-                back_to = self._read()
-                if back_to is not None:
+                rolled_back_to = self._check_steps()
+                if rolled_back_to is not None:
                     batches.close()
-                    return back_to
+                    return rolled_back_to
             if saves and self.rank == 0:
                 self.save(batch.step + 1)
             if self.reporter and _due(batch.step, settings.predict_every, last):
@@ -134,36 +135,35 @@ class TrainWorker:
         if self.job.settings.guard != "off":
             self.guard.watch(batch.step, result)
         if self.reporter:
-            self.reporter.step(batch, result, learning_rate)
+            self.reporter.add(batch, result, learning_rate)
 
-    def _read(self) -> int | None:
-        """Read what the last steps left on the device; returns where to go back to, if the guard wants it."""
-        part_norms = self.step.part_norms()
+    def _check_steps(self) -> int | None:
+        """Read the numbers of the last steps from the device; returns the step that the guard rolled back to, if it
+        did."""
+        part_norms = self.train_step.part_norms()
         if self.reporter:
-            self.reporter.read(part_norms)
-        faults = self.guard.check(self.step, part_norms)
-        if not faults:
-            return None
-        return self._answer(faults)
+            self.reporter.write_pending(part_norms)
+        faults = self.guard.check(self.train_step, part_norms)
+        return self._handle(faults) if faults else None
 
-    def _answer(self, faults: list[Fault]) -> int | None:
-        """Log faults and do what the settings say."""
+    def _handle(self, faults: list[Fault]) -> int | None:
+        """Log faults and do what the setting ``guard`` says; returns the step that was rolled back to, if any."""
         settings = self.job.settings
-        worn_out = self.guard.faults_in_a_row >= settings.guard_patience
+        out_of_patience = self.guard.faults_in_a_row >= settings.guard_patience
         sentences = []
         for fault in faults[: settings.guard_patience]:
             diagnosis = self._diagnose(fault)
             sentences.append(describe(fault, diagnosis))
             if self.rank == 0:
                 logger.warning("guard (%s): %s", settings.guard, sentences[-1])
-                line = json.dumps({**asdict(fault), **asdict(diagnosis), "action": settings.guard}) + "\n"
+                line = to_json({**asdict(fault), **asdict(diagnosis), "action": settings.guard}) + "\n"
                 with (Path(self.job.output) / GUARD_FILE).open("a") as stream:
                     stream.write(line)
-        if settings.guard == "stop" or worn_out:
-            more = f"; {self.guard.faults_in_a_row} steps in a row failed" if worn_out else ""
+        if settings.guard == "stop" or out_of_patience:
+            more = f"; {self.guard.faults_in_a_row} steps in a row failed" if out_of_patience else ""
             raise TrainingStopped(
-                f"the guard stopped training at {sentences[0]}{more}. The same command goes on from the last training "
-                "state; guard=skip leaves such steps out, guard=rollback goes back before them."
+                f"the guard stopped training at {sentences[0]}{more}. The same command resumes from the last training "
+                "state; guard=skip leaves such steps out, guard=rollback returns to the state before them."
             )
         bad_steps = {fault.step for fault in faults if fault.kind != "vanishing_gradient"}
         if settings.guard != "rollback" or not bad_steps:
@@ -171,7 +171,7 @@ class TrainWorker:
         return self._roll_back(bad_steps)
 
     def _roll_back(self, bad_steps: set[int]) -> int:
-        self.stepped_over |= bad_steps
+        self.left_out |= bad_steps
         self.store.wait()
         if self.world_size > 1:
             dist.barrier()
@@ -180,27 +180,29 @@ class TrainWorker:
         if self.rollbacks[next_step] > self.job.settings.guard_patience:
             raise TrainingStopped(f"the guard rolled back to step {next_step} {self.rollbacks[next_step]} times.")
         if self.reporter:
-            logger.warning("guard: back to step %d, over the data of steps %s", next_step, sorted(bad_steps))
+            logger.warning(
+                "guard: rolled back to step %d; the data of steps %s is left out", next_step, sorted(bad_steps)
+            )
             self.reporter.rewind(next_step)
         return next_step
 
     def _diagnose(self, fault: Fault) -> Diagnosis:
-        """Which samples of a step cause a fault, over all workers, and in which layer; made anew one by one."""
+        """Compute a step's samples again one by one, to find those that cause the fault, over all workers."""
         if fault.kind == "vanishing_gradient":
             return Diagnosis(layer=fault.part, where="backward")
         maker = BatchMaker(replace(self.plan, micro_batch_size=1, pack_length=0))
         ids = maker.sample_ids(fault.step)[self.rank :: self.world_size]
         torch.manual_seed(_dropout_seed(self.job.settings.seed, fault.step, self.rank))
         batches = maker.make(fault.step).micro_batches
-        found = diagnose(self.step, list(zip(ids, batches, strict=True)), spike=fault.kind == "spike")
+        found = diagnose(self.train_step, list(zip(ids, batches, strict=True)), spike=fault.kind == "spike")
         return Diagnosis.merge(_gather(found))
 
     def save(self, next_step: int) -> None:
-        """Save a training state in the background; rank 0 does it."""
+        """Save a training state in the background; called on rank 0."""
         assert self.reporter is not None
         mean_loss = self.reporter.flush()
         self._mirror_record()  # first: a record may be ahead of the state, never behind it
-        tensors, extra = collect_state(self.step)
+        tensors, extra = collect_state(self.train_step)
         tensors |= {f"guard/{name}": tensor for name, tensor in self.guard.state().items()}
         self.store.save(next_step, tensors, {**extra, "mean_loss": mean_loss})
 
@@ -209,40 +211,40 @@ class TrainWorker:
         if found is None:
             return 0
         next_step, tensors, extra = found
-        restore_state(self.step, tensors, extra)
+        restore_state(self.train_step, tensors, extra)
         prefix = "guard/"
         self.guard.load_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         return next_step
 
     def _mirror_record(self) -> None:
-        """Keep the record beside the states where these lie elsewhere: another node may go on."""
+        """Copy the record to where the states are stored: another node may resume."""
         if self.job.settings.storage_path:
             storage.make_folder(self.job.storage)
             data = (Path(self.job.output) / RECORD_FILE).read_bytes()
             storage.write_atomically(storage.join(self.job.storage, RECORD_FILE), data)
 
     def _fetch_record(self) -> None:
-        """Take the record that another node began."""
+        """Copy the record that another node began."""
         mirrored, local = storage.join(self.job.storage, RECORD_FILE), Path(self.job.output) / RECORD_FILE
         if self.job.settings.storage_path and not local.is_file() and storage.exists(mirrored):
             local.parent.mkdir(parents=True, exist_ok=True)
             storage.download(mirrored, local)
 
-    def abandon(self) -> None:
-        """Leave things so that another run can go on."""
+    def abort(self) -> None:
+        """Close everything so that another run can resume."""
         if self.reporter:
             self.store.wait()
-            self.reporter.abandon()
+            self.reporter.abort()
 
-    def finish(self) -> dict[str, Any]:
-        """Write the whole checkpoint; rank 0 does it."""
+    def finish(self) -> WorkerResult | None:
+        """Write the whole checkpoint on rank 0; other ranks return None."""
         if self.reporter is None:
-            return {}
+            return None
         self.store.wait()
         self.reporter.flush()
         self._mirror_record()
         checkpoint = str(
-            save_checkpoint(Path(self.job.output) / "checkpoint", self.model, self.processor, self._facts())
+            save_checkpoint(Path(self.job.output) / "checkpoint", self.model, self.processor, self._metadata())
         )
         if self.job.settings.storage_path:
             remote = storage.join(self.job.storage, "checkpoint")
@@ -250,7 +252,8 @@ class TrainWorker:
             checkpoint = remote
         return self.reporter.finish(checkpoint)
 
-    def _facts(self) -> dict[str, Any]:
+    def _metadata(self) -> dict[str, Any]:
+        """``stage.json`` of the checkpoint."""
         job = self.job
         return {
             "recipe": job.settings.recipe,
@@ -259,12 +262,12 @@ class TrainWorker:
             "steps": job.num_steps,
             "seed": job.settings.seed,
             "init_from": job.settings.init_from,
-            **({"tracking_parent": job.run["parent"]} if job.run.get("parent") else {}),
+            **({"tracking_parent": job.run.parent} if job.run and job.run.parent else {}),
         }
 
 
 def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
-    """Load the start, bring it to the stage's size, add what trains, freeze the rest."""
+    """Load the start checkpoint, set the stage's image size, add LoRA where the stage has it, freeze the rest."""
     settings, stage = job.settings, job.stage
     device = torch.device("cuda", torch.cuda.current_device()) if settings.use_gpu else torch.device("cpu")
     model, processor, _ = load_checkpoint(
@@ -275,7 +278,7 @@ def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
         model.add_lora(stage.lora_rank, stage.lora_alpha, stage.lora_dropout)
     elif stage.lora_rank and stage.lora_rank != model.config.lora_rank:
         logger.warning(
-            "the start has LoRA adapters of rank %d, which train on: stage.lora_rank=%d does not count.",
+            "the start has LoRA adapters of rank %d, and these are trained: stage.lora_rank=%d is ignored.",
             model.config.lora_rank,
             stage.lora_rank,
         )
@@ -302,7 +305,7 @@ def _due(step: int, every: int, last: bool) -> bool:
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Dropout depends on the step alone, so a resumed run draws what the straight one would."""
+    """Dropout depends on the step alone, so that a resumed run draws what an uninterrupted one would."""
     return (seed * 1_000_003 + step) * 1009 + rank
 
 
@@ -315,7 +318,7 @@ def _world_size() -> int:
 
 
 def _gather(found: Diagnosis) -> list[Diagnosis]:
-    """What every worker found, by rank."""
+    """The diagnoses of all workers, by rank."""
     if _world_size() == 1:
         return [found]
     everyone: list[Any] = [None] * _world_size()

@@ -243,7 +243,7 @@ def test_a_resumed_run_continues_its_curve_and_stages_share_a_parent(world, tmp_
     tables = {file.path for file in client.list_artifacts(run.info.run_id, "predictions")}
     assert {"predictions/step_000006.json", "predictions/step_000012.json"} <= tables
     (model,) = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
-    assert model.tags["place"] == result["checkpoint"]
+    assert model.tags["location"] == result["checkpoint"]
 
 
 def test_mlflow_away_stops_nothing_and_is_told_later(world, straight, tmp_path):

@@ -42,12 +42,14 @@ _LIBRARY: dict[str, set[str]] = {
     "auto_classes": {"config", "data", "model"},
     "chat": {"data", "inference", "miniature"},
 }
-_WIRING = {"settings", "cluster", "storage", "progress"}
+_WIRING = {"settings", "cluster", "storage", "progress", "json_files", "redact"}
 _PIPELINES: dict[str, set[str]] = {
     "settings": set(),
     "progress": set(),
     "cluster": {"settings"},
     "storage": {"settings"},
+    "redact": set(),
+    "json_files": {"settings", "storage"},
     "tracking": {*_WIRING},
     "data": {*_WIRING},
     "data.sources": {*_WIRING},

@@ -35,6 +35,7 @@ class StepResult:
         source_tokens: [sources] supervised tokens, over all workers.
         grad_norm: norm of the whole gradient before clipping.
         skipped: 1 where the update was left out: the gradient was not finite, or the loss was rejected.
+        rejected: bool scalar, what ``reject`` said of the loss.
         reduce_s: seconds the host spent in the all-reduce; on a GPU, in launching it.
     """
 
@@ -43,6 +44,7 @@ class StepResult:
     source_tokens: Tensor
     grad_norm: Tensor
     skipped: Tensor
+    rejected: Tensor
     reduce_s: float
 
 
@@ -184,6 +186,7 @@ class TrainStep:
             source_tokens=self._sums[1].clone(),
             grad_norm=grad_norm,
             skipped=skipped,
+            rejected=rejected,
             reduce_s=reduce_s,
         )
 

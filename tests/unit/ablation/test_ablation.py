@@ -13,7 +13,7 @@ from pipelines.ablation.report import AblationRow, text_table, write_report
 from pipelines.ablation.variants import VARIANTS, change_config, find_variant, with_precision, write_start
 from pipelines.settings import AblateSettings, SettingsError
 from pipelines.training.job import apply_stage_settings
-from pipelines.training.record import read_record
+from pipelines.training.record import StepRecord, read_record
 from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from tinygptv.data.processing import TinyGPTVProcessor
 from tinygptv.miniature.tiny import tiny_config, tiny_tokenizer
@@ -65,16 +65,16 @@ def test_gradients_that_are_small_from_the_start_are_seen_by_the_full_models_mea
 
 def test_nan_loss_is_an_event_at_once():
     records = healthy(30)
-    records[12] = record(12, loss=math.nan, grad_norm="nan", projector=math.nan)
+    records[12] = record(12, loss=math.nan, grad_norm=math.nan, projector=math.nan)
     assert find_event(records, typical_norms(records)) == Event("nan", 12)
 
 
 def test_single_overflows_are_no_event_but_a_window_of_them_is():
     records = [
-        record(step, grad_norm="inf" if step in (0, 1, 2, 40) else 1.0, projector=math.inf) for step in range(60)
+        record(step, grad_norm=math.inf if step in (0, 1, 2, 40) else 1.0, projector=math.inf) for step in range(60)
     ]
     assert find_event(records, {}) is None
-    records = healthy(30) + [record(step, grad_norm="inf") for step in range(30, 60)]
+    records = healthy(30) + [record(step, grad_norm=math.inf) for step in range(30, 60)]
     assert find_event(records, {}) == Event("nan", 30)
 
 
@@ -101,9 +101,16 @@ def test_outcome_of_a_stage():
 
 
 def test_records_are_read_from_disk_with_their_not_a_numbers(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [record(0), record(1, math.nan)]))
-    found = read_record(tmp_path / "metrics.jsonl")
-    assert len(found) == 2 and math.isnan(found[1]["loss"])
+    path = tmp_path / "metrics.jsonl"
+    written = StepRecord(path, 0)
+    for entry in (record(0), record(1, math.nan, math.inf, projector=math.nan)):
+        written.write(entry)
+    written.close()
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # valid JSON has no NaN
+    found = read_record(path)
+    assert found[0] == record(0) and math.isnan(found[1]["loss"]) and math.isnan(found[1]["grad_norm"])
+    assert math.isnan(found[1]["part_norms"]["projector"])
     assert read_record(tmp_path / "nothing.jsonl") == []
 
 

@@ -6,16 +6,11 @@ import json
 
 import pytest
 
+from pipelines.evaluation.answers import VIEWS, Answers, ViewAnswer
 from pipelines.evaluation.benchmarks import BENCHMARKS, GROUPS, find_benchmarks
 from pipelines.evaluation.benchmarks.base import Benchmark, Question, Statistics, each
-from pipelines.evaluation.scoring import (
-    PREDICTIONS,
-    compare,
-    comparison_table,
-    score_benchmark,
-    score_table,
-    write_predictions,
-)
+from pipelines.evaluation.compare import compare, comparison_table
+from pipelines.evaluation.scoring import PREDICTIONS, score_benchmark, score_table, write_predictions
 from pipelines.settings import SettingsError
 from tests import benchmark_files
 from tests.benchmark_files import lines
@@ -185,8 +180,12 @@ def question(number, truth, kind="", split="test"):
     return Question(f"q{number}", "what?", None, {"answer": truth}, kind, split)
 
 
-def row(number, answer, blind=None, shuffled=None, problem="", **losses):
-    return {"id": f"q{number}", "problem": problem, "answer": answer, "blind": blind, "shuffled": shuffled, **losses}
+def row(number, answer, blind=None, shuffled=None, problem="", losses=(), id=""):
+    texts = dict(zip(VIEWS, (answer, blind, shuffled), strict=True))
+    views = {view: ViewAnswer(text) for view, text in texts.items() if text is not None}
+    if losses:
+        views["answer"] = ViewAnswer(answer, losses)
+    return Answers(id or f"q{number}", problem, views)
 
 
 EXACT = Benchmark("exact", "exact match", lambda data: iter(()), lambda a, t: exact_match(a, t["answer"]))
@@ -229,8 +228,8 @@ def test_hateful_memes_is_ranked_by_how_much_likelier_yes_is(tmp_path):
     benchmark_files.hateful_memes(tmp_path)
     bad, good = BENCHMARKS["hateful_memes"].read(tmp_path)
     right = [
-        (bad, {**row(0, "yes"), "id": bad.id, "answer_losses": [1.0, 2.0]}),
-        (good, {**row(1, "yes"), "id": good.id, "answer_losses": [1.5, 2.0]}),
+        (bad, row(0, "yes", id=bad.id, losses=(1.0, 2.0))),
+        (good, row(1, "yes", id=good.id, losses=(1.5, 2.0))),
     ]
     found = score_benchmark(BENCHMARKS["hateful_memes"], right)
     assert found["value"] == 100.0, "the hateful one is likelier a yes than the other one"

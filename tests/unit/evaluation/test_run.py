@@ -91,8 +91,8 @@ def test_the_same_settings_give_the_same_answers(run, checkpoint, world, tmp_pat
 
 def test_finished_units_are_not_answered_again(run, checkpoint, world, monkeypatch, tmp_path):
     answered = []
-    original = UnitAnswerer.rows
-    monkeypatch.setattr(UnitAnswerer, "rows", lambda self, unit: answered.append(unit.file) or original(self, unit))
+    original = UnitAnswerer.answers
+    monkeypatch.setattr(UnitAnswerer, "answers", lambda self, unit: answered.append(unit.file) or original(self, unit))
     evaluate(settings(checkpoint, world, tmp_path))
     units = sorted((tmp_path / "answers").iterdir())
     assert len(units) == len(answered) == 2  # 6 + 4 x 2 questions by 8
@@ -217,7 +217,7 @@ def test_a_missing_picture_folder_is_a_mistake_not_500_problems(checkpoint, tmp_
     for path in (tmp_path / "train2017", tmp_path / "val2017"):
         for picture in path.iterdir():
             picture.unlink()
-    with pytest.raises(SettingsError, match="none of the first 2 pictures is there"):
+    with pytest.raises(SettingsError, match="none of the first 2 images exists"):
         evaluate(settings(checkpoint, tmp_path, tmp_path / "out", benchmark="vsr"))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 
 import pytest
@@ -41,8 +43,8 @@ def test_everything_arrives_in_order_and_metrics_travel_together(service):
     assert len(service.calls) < 10
 
 
-def test_a_steps_numbers_stay_together(service, monkeypatch):
-    monkeypatch.setattr(outbox, "MOST_NUMBERS", 3)
+def test_the_values_of_a_step_stay_together(service, monkeypatch):
+    monkeypatch.setattr(outbox, "MAX_BATCH_VALUES", 3)
     service.up = False
     box = Outbox(service.send)
     for step in range(4):
@@ -63,11 +65,13 @@ def test_what_waits_is_kept_on_disk_and_sent_by_the_next(service, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     box.close()
+    for line in (tmp_path / JOURNAL_FILE).read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # valid JSON has no NaN
 
     service.up = True
     Outbox(service.send, tmp_path).close()
     metrics, image = service.entries
-    assert metrics["step"] == 3 and str(metrics["values"]["loss"]) == "nan"
+    assert metrics["step"] == 3 and math.isnan(float(metrics["values"]["loss"]))
     assert Image.open(image["image"]["png"]).getpixel((0, 0)) == (9, 8, 7)
     assert not (tmp_path / JOURNAL_FILE).exists(), "an end that was never sent does not end the run that goes on"
 
@@ -81,3 +85,20 @@ def test_putting_never_waits(service):
     for step in range(100):
         box.put("tags", values={}, step=step)
     assert time.monotonic() - began < 0.4
+
+
+def test_a_damaged_journal_costs_its_damaged_line_only(service, tmp_path, caplog):
+    entry = json.dumps({"kind": "tags", "values": {"a": "b"}})
+    (tmp_path / JOURNAL_FILE).write_text(entry + "\n" + entry[:9])
+    Outbox(service.send, tmp_path).close()
+    assert [entry["values"] for entry in service.entries] == [{"a": "b"}] and "damaged line" in caplog.text
+
+
+def test_what_stays_unsent_is_told_at_the_end(service, tmp_path, caplog):
+    service.up = False
+    for journal in (tmp_path, None):
+        box = Outbox(service.send, journal)
+        box.put("tags", values={})
+        box.close()
+    assert f"1 entries for MLflow wait in {tmp_path / JOURNAL_FILE}" in caplog.text
+    assert "1 entries for MLflow could not be sent" in caplog.text

@@ -56,9 +56,9 @@ class Step:
 def faults_of(guard, losses, grad_norms, train_step=None, part_norms=None):
     for i, (loss, norm) in enumerate(zip(losses, grad_norms, strict=True)):
         value = torch.tensor(loss, dtype=torch.float64)
-        guard.reject(value)
+        rejected = guard.reject(value)
         zeros = torch.zeros(1)
-        guard.watch(i, StepResult(value, zeros, zeros, torch.tensor(norm), torch.zeros(()), 0.0))
+        guard.watch(i, StepResult(value, zeros, zeros, torch.tensor(norm), torch.zeros(()), rejected, 0.0))
     return guard.check(train_step or Step(), part_norms)
 
 
@@ -164,9 +164,9 @@ def test_a_bad_sample_is_named(worker, value):
     bad = with_image(worker)
     name, batch = batches[bad]
     batches[bad] = (name, replace(batch, pixels=None, query_features=np.full((1, 4, 24), value, np.float32)))
-    found = diagnose(worker.step, batches, spike=False)
+    found = diagnose(worker.train_step, batches, spike=False)
     assert found.samples == [name] and found.where == "forward" and found.layer.startswith("projector.")
-    assert not worker.step.gradient.any()
+    assert not worker.train_step.gradient.any()
 
 
 def test_a_bad_weight_is_named_by_its_layer(worker):
@@ -174,7 +174,7 @@ def test_a_bad_weight_is_named_by_its_layer(worker):
     kept = weight[0, 0].item()
     with torch.no_grad():
         weight[0, 0] = math.nan
-        found = diagnose(worker.step, samples(worker), spike=False)
+        found = diagnose(worker.train_step, samples(worker), spike=False)
         weight[0, 0] = kept
     assert found.layer == "language_model.layers.1.mlp.fc2"
     assert len(found.samples) == len(samples(worker)), "every sample meets it"
@@ -183,13 +183,13 @@ def test_a_bad_weight_is_named_by_its_layer(worker):
 def test_a_gradient_that_breaks_on_its_way_is_named_by_its_layer(worker):
     layer = worker.model.language_model.layers[0]
     hook = layer.mlp.fc2.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * math.inf,))
-    found = diagnose(worker.step, samples(worker), spike=False)
+    found = diagnose(worker.train_step, samples(worker), spike=False)
     hook.remove()
     assert found.where == "backward" and found.layer.startswith("language_model.layers.0.mlp")
 
 
 def test_a_sound_step_is_found_sound(worker):
-    assert diagnose(worker.step, samples(worker), spike=False) == Diagnosis()
+    assert diagnose(worker.train_step, samples(worker), spike=False) == Diagnosis()
 
 
 def plant(monkeypatch, step, change):

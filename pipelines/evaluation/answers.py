@@ -1,0 +1,85 @@
+"""The model's answers to the questions of benchmarks, and the files that keep them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pipelines import storage
+from pipelines.evaluation.benchmarks.base import Question
+from pipelines.json_files import to_json
+
+View = Literal["answer", "blind", "shuffled"]
+
+VIEWS: tuple[View, ...] = ("answer", "blind", "shuffled")
+"""With the question's own image, with a blank one, with another question's."""
+
+
+@dataclass(frozen=True)
+class ViewAnswer:
+    """An answer to one question with one image.
+
+    Attributes:
+        text: generated, or the choice of least loss.
+        losses: of the question's choices, in nats; empty where it has none. Infinite where a choice cannot be scored.
+    """
+
+    text: str
+    losses: tuple[float, ...] = ()
+
+
+@dataclass
+class Answers:
+    """All answers to one question.
+
+    Attributes:
+        id: of the question.
+        problem: why there is no answer, in one sentence; empty where there is one.
+        views: the answers that were asked for.
+    """
+
+    id: str
+    problem: str = ""
+    views: dict[View, ViewAnswer] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in ``predictions.jsonl``: a text per view, and ``<view>_losses`` where choices are ranked."""
+        texts: dict[str, Any] = {view: self.views[view].text if view in self.views else None for view in VIEWS}
+        losses = {f"{view}_losses": list(answer.losses) for view, answer in self.views.items() if answer.losses}
+        return {**texts, "id": self.id, "problem": self.problem, **losses}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of ``to_dict``."""
+        views = {
+            view: ViewAnswer(values[view], tuple(_loss(v) for v in values.get(f"{view}_losses") or ()))
+            for view in VIEWS
+            if values.get(view) is not None
+        }
+        return cls(values["id"], values["problem"], views)
+
+
+Answered = Sequence[tuple[Question, Answers]]
+"""Questions of one benchmark with their answers, in order."""
+
+
+def write_answers(path: Path, answers: Iterable[Answers]) -> None:
+    """Write answers as JSON lines; the file is either absent or complete.
+
+    Raises:
+        DiskFullError: there is no room.
+    """
+    storage.write_atomically(str(path), "".join(to_json(each.to_dict()) + "\n" for each in answers).encode())
+
+
+def read_answers(path: Path) -> list[Answers]:
+    """Read what ``write_answers`` wrote."""
+    return [Answers.from_dict(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def _loss(value: float | None) -> float:
+    return math.inf if value is None else value

@@ -1,0 +1,24 @@
+"""Passwords out of what is logged, stored or shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s?#]*@")
+_SECRET_QUERY = re.compile(r"([?&][^=&\s]*(?:password|passwd|secret|token|sig|signature|key)[^=&\s]*=)[^&\s]+", re.I)
+
+
+def redact(value: Any) -> Any:
+    """A value without the credentials of the URIs in it: ``http://user:password@host`` becomes ``http://***@host``.
+
+    Mappings, lists and tuples are gone through; what is no text stays as it is.
+    """
+    if isinstance(value, str):
+        return _SECRET_QUERY.sub(r"\1***", _CREDENTIALS.sub("***@", value))
+    if isinstance(value, Mapping):
+        return {key: redact(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(redact(item) for item in value)
+    return value

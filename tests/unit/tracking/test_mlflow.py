@@ -1,0 +1,226 @@
+"""What reaches MLflow: steps and values, without gaps or doubles; odd names, foreign runs and deleted experiments."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST
+from mlflow.utils.validation import _validate_metric_name, _validate_param
+
+from pipelines.redact import redact
+from pipelines.settings import TrainSettings
+from pipelines.tracking import mlflow as module
+from pipelines.tracking.base import NullTracker, continue_tracker, open_tracker
+from pipelines.tracking.identity import RUN_FILE, RunIdentity, read_identity
+from pipelines.tracking.names import NameTable, valid_name
+
+
+class Store:
+    """As much of an MLflow store as the tracker asks for; names are checked by MLflow's own rules."""
+
+    def __init__(self):
+        self.experiments, self.runs, self.refused = {}, {}, set()
+
+    def get_experiment_by_name(self, name):
+        return self.experiments.get(name)
+
+    def create_experiment(self, name, location):
+        assert name not in self.experiments
+        found = SimpleNamespace(experiment_id=str(len(self.experiments)), lifecycle_stage="active", name=name)
+        self.experiments[name] = found
+        return found.experiment_id
+
+    def create_run(self, experiment_id, run_name, tags):
+        (experiment,) = [e for e in self.experiments.values() if e.experiment_id == experiment_id]
+        assert experiment.lifecycle_stage == "active"
+        run_id = f"run{len(self.runs)}"
+        info = SimpleNamespace(run_id=run_id, run_name=run_name, experiment_id=experiment_id, lifecycle_stage="active")
+        data = SimpleNamespace(tags=dict(tags), params={}, metrics={})
+        self.runs[run_id] = SimpleNamespace(info=info, data=data, status="RUNNING")
+        return self.runs[run_id]
+
+    def search_runs(self, experiment_ids, query):
+        key = query.split("'")[1]
+        return [r for r in self.runs.values() if key in r.data.tags.values() and r.info.experiment_id in experiment_ids]
+
+    def get_run(self, run_id):
+        if run_id not in self.runs:
+            raise MlflowException("no such run", RESOURCE_DOES_NOT_EXIST)
+        return self.runs[run_id]
+
+    def update_run(self, run_id, status):
+        self.runs[run_id].status = status
+
+    set_terminated = update_run
+
+    def set_tag(self, run_id, key, value):
+        self.runs[run_id].data.tags[key] = value
+
+    def log_batch(self, run_id, metrics=(), params=()):
+        if {metric.key for metric in metrics} & self.refused:
+            raise MlflowException("refused", INVALID_PARAMETER_VALUE)
+        for metric in metrics:
+            _validate_metric_name(metric.key)
+        for param in params:
+            _validate_param(param.key, param.value)
+            if self.runs[run_id].data.params.get(param.key, param.value) != param.value:
+                raise MlflowException("changed", INVALID_PARAMETER_VALUE)
+        for metric in metrics:
+            self.runs[run_id].data.metrics.setdefault(metric.key, []).append(metric)
+        self.runs[run_id].data.params.update({param.key: param.value for param in params})
+
+    def get_metric_history(self, run_id, key):
+        return self.runs[run_id].data.metrics.get(key, [])
+
+
+@pytest.fixture
+def stores(monkeypatch):
+    """One store per URI."""
+    found = {}
+    monkeypatch.setattr(module, "open_client", lambda uri: found.setdefault(uri, Store()))
+    return found
+
+
+@pytest.fixture
+def store(stores):
+    return stores.setdefault("one", Store())
+
+
+def settings(uri="one", **changes):
+    return TrainSettings(tracking_uri=uri, **changes)
+
+
+def points(store, run_id, key):
+    return [(metric.step, metric.value) for metric in store.get_metric_history(run_id, key)]
+
+
+def test_steps_and_values_arrive_and_a_resumed_run_has_no_doubles(store, tmp_path):
+    first = continue_tracker(settings(), "stage", tmp_path)
+    for step in range(5):
+        first.metrics({"loss": 5.0 - step, "lr": 0.1}, step)
+    first.close("FAILED")
+    again = continue_tracker(settings(), "stage", tmp_path)
+    assert again.run_id == first.run_id == read_identity(tmp_path).run_id
+    for step in range(3, 7):  # steps 3 and 4 are done again
+        again.metrics({"loss": 5.0 - step, "new": math.nan}, step)
+    again.close()
+    assert points(store, first.run_id, "loss") == [(step, 5.0 - step) for step in range(7)]
+    assert [step for step, _ in points(store, first.run_id, "new")] == [3, 4, 5, 6]
+    assert points(store, first.run_id, "lr") == [(step, 0.1) for step in range(5)]
+    assert store.runs[first.run_id].status == "FINISHED" and len(store.runs) == 1
+
+
+def test_a_name_that_mlflow_does_not_allow_takes_nothing_with_it(store, tmp_path, caplog):
+    tracker = continue_tracker(settings(), "stage", tmp_path)
+    store.refused = {"refused"}
+    tracker.metrics({"loss": 1.0, "loss/refcoco+": 2.0, "loss/refcoco_": 3.0, "../x": 4.0, "refused": 5.0}, 0)
+    tracker.params({"stage.sources": [1], "odd?key": "a"})
+    tracker.tags({"odd+tag": "b"})
+    tracker.close()
+    run = store.runs[tracker.run_id]
+    assert points(store, tracker.run_id, "loss") == [(0, 1.0)]
+    assert points(store, tracker.run_id, "loss/refcoco_") == [(0, 2.0)]
+    (other,) = [key for key in run.data.metrics if key.startswith("loss/refcoco_-")]
+    assert points(store, tracker.run_id, other) == [(0, 3.0)], "two names never become one curve"
+    assert run.data.params == {"stage.sources": "[1]", "odd_key": "a"} and run.data.tags["odd_tag"] == "b"
+    assert "MLflow refused refused" in caplog.text
+
+
+def test_names():
+    assert [valid_name(key) for key in ("loss/a", "a+b", "/a//b/", "..", "")] == ["loss/a", "a_b", "a/b", "_", "_"]
+    assert len(valid_name("x" * 300)) == 250 and valid_name("x" * 300) != valid_name("x" * 301)
+    for key in ("a+b", "/a//b/", "..", "", "x" * 300, "größe", "a\nb"):
+        _validate_metric_name(valid_name(key))
+    table = NameTable()
+    assert table.valid("a+b") == "a_b" != table.valid("a?b") and table.valid("a+b") == "a_b"
+
+
+def test_a_changed_parameter_keeps_its_first_value_and_new_ones_arrive(store, tmp_path):
+    continue_tracker(settings(), "stage", tmp_path).close()
+    for value in (1, 2):
+        tracker = continue_tracker(settings(), "stage", tmp_path)
+        tracker.params({"micro_batch_size": value, f"only{value}": value})
+        tracker.close()
+    assert store.runs[tracker.run_id].data.params == {"micro_batch_size": "1", "only1": "1", "only2": "2"}
+
+
+def test_a_deleted_experiment_stays_deleted_and_the_run_is_recorded(store, tmp_path, caplog):
+    store.create_experiment("tinygptv-mini", None)
+    store.experiments["tinygptv-mini"].lifecycle_stage = "deleted"
+    trackers = [continue_tracker(settings(), "stage", tmp_path / name) for name in ("a", "b")]
+    for tracker in trackers:
+        tracker.metrics({"loss": 1.0}, 0)
+        tracker.close()
+        assert points(store, tracker.run_id, "loss") == [(0, 1.0)]
+    assert set(store.experiments) == {"tinygptv-mini", "tinygptv-mini-2"}
+    assert "'tinygptv-mini' was deleted: this run is recorded in 'tinygptv-mini-2'" in caplog.text
+
+
+def test_a_run_or_parent_of_another_store_is_told_calmly(stores, tmp_path, caplog):
+    caplog.set_level("INFO")
+    elsewhere = continue_tracker(settings("one"), "training", tmp_path)
+    moved = continue_tracker(settings("two"), "training", tmp_path)
+    child = open_tracker(settings("two"), "stage", parent_run_id="no such run")
+    for tracker in (elsewhere, moved, child):
+        tracker.metrics({"loss": 1.0}, 0)
+        tracker.close()
+    assert caplog.text.count("is in another MLflow store; this run is recorded on its own.") == 2
+    assert "does not answer" not in caplog.text
+    assert points(stores["two"], moved.run_id, "loss") == points(stores["two"], child.run_id, "loss") == [(0, 1.0)]
+    assert "mlflow.parentRunId" not in stores["two"].runs[child.run_id].data.tags
+    nested = open_tracker(settings("two"), "stage", parent_run_id=child.run_id)
+    nested.close()
+    assert stores["two"].runs[nested.run_id].data.tags["mlflow.parentRunId"] == child.run_id
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"run_id": "r'])
+def test_a_damaged_identity_begins_a_new_run(store, tmp_path, content):
+    (tmp_path / RUN_FILE).write_text(content)
+    tracker = continue_tracker(settings(), "stage", tmp_path)
+    tracker.close()
+    assert json.loads((tmp_path / RUN_FILE).read_text())["run_id"] == tracker.run_id in store.runs
+
+
+def test_a_run_that_was_never_answered_for_is_found_by_its_key(stores, tmp_path, monkeypatch):
+    def away(uri):
+        raise ConnectionError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "open_client", away)
+        silent = continue_tracker(settings(), "stage", tmp_path)
+        silent.metrics({"loss": 1.0}, 0)
+        silent.close()
+    assert read_identity(tmp_path).run_id == ""
+    first = open_tracker(settings(), "stage", identity=read_identity(tmp_path))
+    first.close()
+    second = continue_tracker(settings(), "stage", tmp_path)
+    second.close()
+    assert first.run_id == second.run_id and points(stores["one"], second.run_id, "loss") == [(0, 1.0)]
+
+
+def test_passwords_of_uris_are_not_logged(stores, tmp_path, caplog):
+    uri = "http://me:secret@mlflow:5000"
+    tracker = continue_tracker(settings(uri), "stage", tmp_path)
+    tracker.params(
+        settings(uri, storage_path="s3://key:secret@bucket/x?endpoint_override=h&secret_key=secret").model_dump()
+    )
+    tracker.tags({"checkpoint": "s3://key:secret@bucket/x"})
+    tracker.close()
+    run = stores[uri].runs[tracker.run_id]
+    assert "secret" not in json.dumps([run.data.params, run.data.tags]).replace("secret_key", "")
+    assert run.data.params["tracking_uri"] == "http://***@mlflow:5000"
+    assert redact("http://me:p@ss@host/a?b=c@d") == "http://***@host/a?b=c@d"
+    assert redact(["mail me@host", ("sqlite:///a@b.db",)]) == ["mail me@host", ("sqlite:///a@b.db",)]
+
+
+def test_tracking_that_is_off_writes_nothing(tmp_path):
+    assert isinstance(continue_tracker(settings("none"), "stage", tmp_path), NullTracker)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_identity_begins_a_run_of_its_own():
+    assert RunIdentity().key != RunIdentity().key
