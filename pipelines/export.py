@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines import storage
 from pipelines.data.loader import data_path
-from pipelines.data.shards import MANIFEST, ShardSet
+from pipelines.data.shards import ShardSet, find_shard_sets
 from pipelines.settings import QuantizeSettings, SettingsError
 from pipelines.tracking.base import NullTracker, open_tracker
 from pipelines.tracking.registry import register_model
@@ -184,7 +183,12 @@ def held_out_rows(settings: QuantizeSettings) -> tuple[list[SampleRow], str]:
     """
     if not settings.data:
         return drawn_rows(settings.drift_samples, settings.seed), "drawn scenes of the miniature, split test"
-    sets = [shards for place in _shard_sets(settings.data) if len(shards := ShardSet.open(place))]
+    folders = find_shard_sets(data_path(settings.data))
+    if not folders:
+        raise FileNotFoundError(
+            f"data={settings.data} holds no shard set: make one with jobs/prepare_data.py, or leave data empty."
+        )
+    sets = [shards for folder in folders if len(shards := ShardSet.open(folder))]
     if not sets:
         raise FileNotFoundError(
             f"the shard sets in data={settings.data} have no rows: leave data empty, or prepare them."
@@ -194,19 +198,6 @@ def held_out_rows(settings: QuantizeSettings) -> tuple[list[SampleRow], str]:
     drawn = [shards.rows(generator.permutation(len(shards))[:share].tolist()) for shards in sets]
     mixed = [row for rows in zip_longest(*drawn) for row in rows if row is not None]
     return mixed[: settings.drift_samples], settings.data
-
-
-def _shard_sets(data: str) -> list[str]:
-    """The folder itself where it is a shard set, else the shard sets in it."""
-    data = data_path(data)
-    if storage.exists(storage.join(data, MANIFEST)):
-        return [data]
-    found = [storage.parent(file.place) for file in storage.find_files(storage.join(data, "*", MANIFEST))]
-    if not found:
-        raise FileNotFoundError(
-            f"data={data} holds no shard set: make one with jobs/prepare_data.py, or leave data empty."
-        )
-    return found
 
 
 def drawn_rows(count: int, seed: int = 0) -> list[SampleRow]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_POLL_S = 0.5
 
 
 def format_seconds(seconds: float) -> str:
@@ -18,11 +20,11 @@ def format_seconds(seconds: float) -> str:
 
 
 PROGRESS_FILE = "progress.txt"
-"""Where a training worker writes its newest line, in the result folder."""
+"""Where a training worker writes its newest line, in the output folder."""
 
 
 class StepProgress:
-    """One line: step, loss, learning rate, samples per second, share of time waited for data, time left."""
+    """One line: step, loss, learning rate, samples per second, share of time spent waiting for data, time left."""
 
     def __init__(self, title: str, start: int, stop: int) -> None:
         """Begin.
@@ -36,7 +38,7 @@ class StepProgress:
         self.began = time.perf_counter()
 
     def line(self, done: int, loss: float, learning_rate: float, samples_per_second: float, wait_share: float) -> str:
-        """Where the stage stands.
+        """The progress line.
 
         Args:
             done: steps done.
@@ -75,32 +77,6 @@ class Line:
             print(file=sys.stderr)
 
 
-@contextmanager
-def follow(path: Path, *, quiet: bool = False) -> Iterator[None]:
-    """Show the line that another process keeps writing to a file, while the block runs."""
-    line, stop = Line(quiet=quiet), threading.Event()
-    path.unlink(missing_ok=True)
-
-    def read() -> str:
-        try:
-            return path.read_text()
-        except OSError:
-            return ""
-
-    def watch() -> None:
-        while not stop.wait(0.5):
-            line.show(read())
-
-    thread = threading.Thread(target=watch, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        line.show(read(), last=True)
-
-
 class Bar:
     """Counts towards a total: a live bar in a terminal, a line now and then in a log file."""
 
@@ -116,9 +92,51 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self._line.show(self._text, last=True)
 
-    def update(self, done: int, total: int) -> None:
-        """Show ``done`` of ``total``."""
+    @property
+    def seconds(self) -> float:
+        """Since the start; never 0, to divide by."""
+        return max(time.perf_counter() - self._began, 1e-6)
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """Show ``done`` of ``total``, a note, and the time left at the speed so far."""
         share = done / total if total else 1.0
-        left = (time.perf_counter() - self._began) / max(done, 1) * (total - done)
-        self._text = f"{self.title} [{'#' * round(30 * share):.<30}] {done}/{total}  left {format_seconds(left)}"
+        left = self.seconds / max(done, 1) * (total - done)
+        parts = (f"[{'#' * round(30 * share):.<30}] {done}/{total}", note, f"left {format_seconds(left)}")
+        self._text = f"{self.title} {'  '.join(filter(None, parts))}"
         self._line.show(self._text)
+
+
+@contextmanager
+def poll(action: Callable[[], None], every_s: float = _POLL_S) -> Iterator[None]:
+    """Call ``action`` again and again in a thread while the block runs, and once at its end."""
+    stop = threading.Event()
+
+    def repeat() -> None:
+        while not stop.wait(every_s):
+            action()
+
+    thread = threading.Thread(target=repeat, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        action()
+
+
+@contextmanager
+def follow(path: Path, *, quiet: bool = False) -> Iterator[None]:
+    """Show the line that another process keeps writing to a file, while the block runs."""
+    line = Line(quiet=quiet)
+    path.unlink(missing_ok=True)
+
+    def read() -> str:
+        try:
+            return path.read_text()
+        except OSError:
+            return ""
+
+    with poll(lambda: line.show(read())):
+        yield
+    line.show(read(), last=True)

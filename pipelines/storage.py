@@ -197,7 +197,7 @@ def remove_drafts(folder: str) -> None:
             remove_file(join(folder, name))
 
 
-def write_atomically(place: str, data: bytes) -> None:
+def write_atomically(place: str, data: bytes | memoryview) -> None:
     """Write a file so that it is either absent or whole, also after a kill.
 
     Raises:
@@ -267,6 +267,20 @@ def list_names(folder: str) -> dict[str, int]:
     filesystem, path = resolve(folder)
     infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
     return {info.base_name: info.size or 0 for info in infos if info.type == pafs.FileType.File}
+
+
+def list_folders(folder: str) -> list[str]:
+    """Names of the folders directly in a folder, sorted; empty where the folder is missing."""
+    filesystem, path = resolve(folder)
+    infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+
+
+def num_bytes(place: str) -> int:
+    """Size of a file; -1 where there is none."""
+    filesystem, path = resolve(place)
+    info = filesystem.get_file_info(path)
+    return info.size if info.type == pafs.FileType.File and info.size is not None else -1
 
 
 def link_or_copy(source: str, target: str) -> None:

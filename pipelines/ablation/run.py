@@ -22,7 +22,7 @@ from pipelines.ablation.variant_run import SharedInputs, StageStatus, VariantOut
 from pipelines.ablation.variants import Variant, find_variant, with_precision
 from pipelines.cluster import start_ray
 from pipelines.json_files import write_json
-from pipelines.progress import Bar
+from pipelines.progress import Bar, poll
 from pipelines.settings import (
     AblateSettings,
     CacheFeaturesSettings,
@@ -34,6 +34,7 @@ from pipelines.tracking.base import Tracker, continue_tracker, default_uri
 from pipelines.training.record import RECORD_FILE, StepEntry, read_record
 from pipelines.training.result import RESULT_FILE
 from pipelines.training.stage_features import cache_stage_features
+from pipelines.units import UnitsLostError, Workers, map_units
 
 logger = logging.getLogger(__name__)
 
@@ -180,42 +181,23 @@ def _run_all(
     def num_done() -> int:
         return sum((folder / RESULT_FILE).is_file() for folder in folders)
 
-    with Bar("ablation", quiet=settings.quiet) as bar:
-        run = _run_inline if settings.num_workers == 0 else _run_on_ray
-        yield from run(settings, variants, shared, lambda: bar.update(num_done(), len(folders)))
+    setup = partial(_variant_runner, settings, shared)
+    workers = Workers(settings.num_workers, settings.cpus_per_worker, num_gpus=1 if settings.use_gpu else 0)
+    with (
+        Bar("ablation", quiet=settings.quiet) as bar,
+        poll(lambda: bar.update(num_done(), len(folders)), every_s=2.0),
+    ):
+        try:
+            for variant, outcome in map_units(setup, variants, workers, settings, name="ablation"):
+                yield variant.name, outcome
+        except UnitsLostError as error:
+            for variant in error.units:
+                failed = StageStatus("failed", "its process died, for example for lack of memory")
+                yield variant.name, VariantOutcome({settings.stages[0]: failed})
 
 
-def _run_inline(
-    settings: AblateSettings, variants: Sequence[Variant], shared: SharedInputs, show: Callable[[], None]
-) -> Iterator[tuple[str, VariantOutcome]]:
-    for variant in variants:
-        yield variant.name, run_variant(settings, variant, shared)
-        show()
-
-
-def _run_on_ray(
-    settings: AblateSettings, variants: Sequence[Variant], shared: SharedInputs, show: Callable[[], None]
-) -> Iterator[tuple[str, VariantOutcome]]:
-    import ray
-
-    task = ray.remote(run_variant).options(
-        num_cpus=settings.cpus_per_worker, num_gpus=1 if settings.use_gpu else 0, max_retries=1
-    )
-    waiting = list(variants)
-    running: dict[Any, str] = {}
-    while waiting or running:
-        while waiting and len(running) < settings.num_workers:
-            variant = waiting.pop(0)
-            running[task.remote(settings, variant, shared)] = variant.name
-        done, _ = ray.wait(list(running), timeout=2)
-        for reference in done:
-            name = running.pop(reference)
-            try:
-                yield name, ray.get(reference)
-            except ray.exceptions.RayError as error:  # its process died, e.g. of memory
-                failed = StageStatus("failed", f"{type(error).__name__}: {error}")
-                yield name, VariantOutcome({settings.stages[0]: failed})
-        show()
+def _variant_runner(settings: AblateSettings, shared: SharedInputs) -> Callable[[Variant], VariantOutcome]:
+    return partial(run_variant, settings, shared=shared)
 
 
 # ---------------------------------------------------------------------- tracking

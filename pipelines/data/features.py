@@ -16,32 +16,91 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.fs as pafs
 
 from pipelines import storage
-from pipelines.cluster import quiet_ray_data, start_ray
-from pipelines.data.shards import MANIFEST as SHARD_MANIFEST
-from pipelines.data.shards import ShardSet
+from pipelines.data.shards import ShardSet, find_shard_sets
 from pipelines.progress import Bar
 from pipelines.settings import CacheFeaturesSettings, SettingsError
+from pipelines.units import Workers, map_units
 from tinygptv.checkpoint.checkpoint import verify_folder
+
+if TYPE_CHECKING:
+    from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
 logger = logging.getLogger(__name__)
 
 ENCODER_PARTS = ("vision_encoder.", "qformer.")
+FEATURES = "features"
+MANIFEST = "manifest.json"
 _OPEN_PARTS = 64
 _CPU_BATCH = 32
+_LARGEST_BATCH = 1024
 _KNOWN_BYTES = 256 * 2**20
-"""Features that a process remembers, to encode a picture of several data sets once."""
+"""Features that a process remembers, to encode an image of several data sets once."""
 
 
 class FeatureError(ValueError):
     """A feature cache is missing, incomplete or of other weights; the text says what to do."""
+
+
+@dataclass(frozen=True)
+class FeaturePart:
+    """One file of a feature cache: the features of one shard.
+
+    Attributes:
+        name: of the file.
+        rows: its rows, which are the shard's.
+        shard_sha256: of the shard whose images were encoded.
+        dtype: of the stored numbers.
+        sha256: of the file.
+        bytes: size of the file.
+    """
+
+    name: str
+    rows: int
+    shard_sha256: str
+    dtype: str
+    sha256: str = ""
+    bytes: int = 0
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> FeaturePart:
+        """Read what ``dataclasses.asdict`` gave; files of earlier versions have no size and more keys."""
+        known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
+        return cls(**known)
+
+    def is_like(self, other: FeaturePart) -> bool:
+        """Whether both hold the features of the same images in the same form."""
+        return replace(self, sha256="", bytes=0) == replace(other, sha256="", bytes=0)
+
+
+@dataclass(frozen=True)
+class FeatureUnit:
+    """A part to be computed.
+
+    Attributes:
+        shards: folder of the shard set.
+        number: which of its shards.
+        folder: of the cache.
+        part: what is to be written there.
+    """
+
+    shards: str
+    number: int
+    folder: str
+    part: FeaturePart
+
+    @property
+    def record(self) -> str:
+        """Location of the part's record, which is written after the part."""
+        return storage.join(self.folder, f"{self.part.name}.json")
 
 
 def encoder_hash(checkpoint: str | Path) -> str:
@@ -64,9 +123,9 @@ def feature_key(checkpoint: str | Path, image_size: int) -> str:
 class FeatureSet:
     """Cached features of one shard set, by row."""
 
-    def __init__(self, uri: str, key: str, parts: list[dict[str, Any]]) -> None:
+    def __init__(self, uri: str, key: str, parts: Sequence[FeaturePart]) -> None:
         self.uri, self.key, self.parts = uri, key, parts
-        self.starts = np.concatenate([[0], np.cumsum([part["rows"] for part in parts])])
+        self.starts = np.concatenate([[0], np.cumsum([part.rows for part in parts])])
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
 
     @classmethod
@@ -78,39 +137,51 @@ class FeatureSet:
             key: from ``feature_key``.
 
         Raises:
-            FeatureError: they were never computed, or not for all of today's shards.
+            FeatureError: they were never computed, not for all of today's shards, or a file is damaged.
         """
-        folder = storage.join(shard_uri, "features", key)
-        place = storage.join(folder, "manifest.json")
-        if not storage.exists(place):
+        folder = storage.join(shard_uri, FEATURES, key)
+        try:
+            manifest = json.loads(storage.read_bytes(storage.join(folder, MANIFEST)))
+            known = {part["shard_sha256"]: FeaturePart.from_json(part) for part in manifest["parts"]}
+        except FileNotFoundError as error:
             raise FeatureError(
                 f"{shard_uri} has no cached features of this encoder and image size ({key}): "
                 "run jobs/cache_features.py with the checkpoint that training starts from, or set features=inline."
-            )
-        manifest = json.loads(storage.read_bytes(place))
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise FeatureError(f"{folder}/{MANIFEST} is damaged ({error}): {_COMPUTE_AGAIN}") from error
         shards = ShardSet.open(shard_uri).manifest.shards
-        known = {part["shard_sha256"]: part for part in manifest["parts"]}
         missing = [shard.file for shard in shards if shard.sha256 not in known]
         if missing:
-            raise FeatureError(
-                f"the features in {folder} lack {missing[0]}: the data changed; run jobs/cache_features.py again."
-            )
-        return cls(folder, key, [known[shard.sha256] for shard in shards])
+            raise FeatureError(f"the features in {folder} lack {missing[0]}: the data changed; {_COMPUTE_AGAIN}")
+        parts = [known[shard.sha256] for shard in shards]
+        sizes = storage.list_names(folder)
+        for part in parts:
+            if part.name not in sizes or (part.bytes and sizes[part.name] != part.bytes):
+                raise FeatureError(f"{folder}/{part.name} is missing or cut off: {_COMPUTE_AGAIN}")
+        return cls(folder, key, parts)
 
     def row(self, index: int) -> np.ndarray:
         """Features [Q, F] of a row."""
-        part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        if part not in self._open:
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        if number not in self._open:
             while len(self._open) >= _OPEN_PARTS:
                 self._open.popitem(last=False)
-            self._open[part] = self._load(self.parts[part])
-        return np.array(self._open[part][index - self.starts[part]])
+            self._open[number] = self._load(self.parts[number])
+        self._open.move_to_end(number)
+        return np.array(self._open[number][index - self.starts[number]])
 
-    def _load(self, part: dict[str, Any]) -> np.ndarray:
-        place = storage.join(self.uri, part["name"])
-        if storage.is_local(place):
-            return np.load(place.removeprefix("file://"), mmap_mode="r")
-        return np.load(io.BytesIO(storage.read_bytes(place)))
+    def _load(self, part: FeaturePart) -> np.ndarray:
+        location = storage.join(self.uri, part.name)
+        try:
+            if storage.is_local(location):
+                return np.load(storage.resolve(location)[1], mmap_mode="r")
+            return np.load(io.BytesIO(storage.read_bytes(location)))
+        except (OSError, ValueError) as error:
+            raise FeatureError(f"{location} cannot be read ({error}): {_COMPUTE_AGAIN}") from error
+
+
+_COMPUTE_AGAIN = "run jobs/cache_features.py again."
 
 
 def cache_features(settings: CacheFeaturesSettings) -> dict[str, Any]:
@@ -120,7 +191,7 @@ def cache_features(settings: CacheFeaturesSettings) -> dict[str, Any]:
         ``key``, ``parts`` computed now, ``reused``, ``rows``, ``seconds``, ``result``.
 
     Raises:
-        SettingsError: a setting cannot be used.
+        SettingsError: a setting cannot be used, or the features are there in another dtype.
     """
     started = time.perf_counter()
     if not settings.checkpoint or not settings.data:
@@ -131,22 +202,22 @@ def cache_features(settings: CacheFeaturesSettings) -> dict[str, Any]:
     verify_folder(checkpoint, hashes=False)
     image_size = settings.image_size or _image_size(checkpoint)
     key = feature_key(checkpoint, image_size)
-    units = list(_units(settings.data, key, settings.dtype, settings.sources))
-    waiting = [unit for unit in units if not _is_done(unit)]
-    run = _run_inline if settings.num_workers == 0 else _run_on_ray
-    run(settings, checkpoint, image_size, waiting)
-    for folder in dict.fromkeys(unit["folder"] for unit in units):
-        _write_manifest(folder, [unit for unit in units if unit["folder"] == folder], key, image_size, settings.dtype)
+    units = list(_find_units(settings, key))
+    waiting = units if settings.overwrite else [unit for unit in units if not _is_done(unit)]
+    _compute(settings, checkpoint, image_size, waiting)
+    for folder in dict.fromkeys(unit.folder for unit in units):
+        _write_manifest(folder, [unit for unit in units if unit.folder == folder], key, image_size, settings.dtype)
+    path = settings.output_dir("outputs/features") / "result.json"
     result = {
         "key": key,
         "parts": len(waiting),
         "reused": len(units) - len(waiting),
-        "rows": sum(unit["rows"] for unit in units),
+        "rows": sum(unit.part.rows for unit in units),
         "seconds": round(time.perf_counter() - started, 1),
+        "result": str(path),
     }
-    path = settings.output_dir("outputs/features") / "result.json"
-    path.write_text(json.dumps(result, indent=1))
-    return {**result, "result": str(path)}
+    storage.write_atomically(str(path), json.dumps(result, indent=1).encode() + b"\n")
+    return result
 
 
 def _image_size(checkpoint: str) -> int:
@@ -155,40 +226,47 @@ def _image_size(checkpoint: str) -> int:
     return TinyGPTVConfig.from_pretrained(checkpoint).vision_config.image_size
 
 
-def _units(data: str, key: str, dtype: str, sources: list[str]) -> Iterator[dict[str, Any]]:
-    """One work unit per shard of every shard set."""
-    names = sources or _shard_sets(data)
-    if not names:
-        raise SettingsError(f"{data} holds no shard sets: run jobs/prepare_data.py first.")
-    for name in names:
-        shard_uri = storage.join(data, name)
-        for number, shard in enumerate(ShardSet.open(shard_uri).manifest.shards):
-            yield {
-                "shards": shard_uri,
-                "number": number,
-                "folder": storage.join(shard_uri, "features", key),
-                "name": f"{Path(shard.file).stem}.npy",
-                "rows": shard.rows,
-                "shard_sha256": shard.sha256,
-                "dtype": dtype,
-            }
+def _find_units(settings: CacheFeaturesSettings, key: str) -> Iterator[FeatureUnit]:
+    """One unit per shard of every shard set."""
+    folders = [storage.join(settings.data, name) for name in settings.sources] or find_shard_sets(settings.data)
+    if not folders:
+        raise SettingsError(f"data={settings.data} holds no shard sets: run jobs/prepare_data.py first.")
+    for shards in folders:
+        for number, shard in enumerate(ShardSet.open(shards).manifest.shards):
+            part = FeaturePart(f"{Path(shard.file).stem}.npy", shard.rows, shard.sha256, settings.dtype)
+            yield FeatureUnit(shards, number, storage.join(shards, FEATURES, key), part)
 
 
-def _shard_sets(data: str) -> list[str]:
-    """Names of the shard sets in a folder or URI."""
-    filesystem, path = storage.resolve(data)
-    found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-    return sorted(f.base_name for f in found if storage.exists(storage.join(data, f.base_name, SHARD_MANIFEST)))
+def _is_done(unit: FeatureUnit) -> bool:
+    """Whether a part is finished, as its record says, and whole.
+
+    Raises:
+        SettingsError: it is finished in another dtype.
+    """
+    try:
+        done = FeaturePart.from_json(json.loads(storage.read_bytes(unit.record)))
+    except (FileNotFoundError, ValueError, TypeError):
+        return False
+    if done.is_like(replace(unit.part, dtype=done.dtype)) and done.dtype != unit.part.dtype:
+        raise SettingsError(
+            f"{unit.folder} holds these features as {done.dtype}, and dtype={unit.part.dtype} was asked for: set "
+            f"dtype={done.dtype}, or overwrite=true to compute them again."
+        )
+    return done.is_like(unit.part) and storage.num_bytes(storage.join(unit.folder, done.name)) == done.bytes
 
 
-def _is_done(unit: dict[str, Any]) -> bool:
-    """A part is finished where its record says so; the record is written after the part."""
-    record = storage.join(unit["folder"], f"{unit['name']}.json")
-    return storage.exists(record) and json.loads(storage.read_bytes(record))["shard_sha256"] == unit["shard_sha256"]
+def _compute(settings: CacheFeaturesSettings, checkpoint: str, image_size: int, units: Sequence[FeatureUnit]) -> None:
+    threads = max(1, (os.cpu_count() or 1) // settings.num_workers) if settings.num_workers else 0
+    workers = Workers(settings.num_workers, num_cpus=0.5, num_gpus=settings.gpus_per_worker, reuse_setup=True)
+    setup = partial(FeatureWriter, checkpoint, image_size, settings.batch_size, threads)
+    with Bar("computing features", quiet=settings.quiet) as bar:
+        done = map_units(setup, units, workers, settings, name="cache_features")
+        for count, _ in enumerate(done, start=1):
+            bar.update(count, len(units))
 
 
 class FeatureWriter:
-    """Computes the features of work units; one of these per Ray Data actor."""
+    """Computes the features of units; one of these per Ray Data actor."""
 
     def __init__(self, checkpoint: str, image_size: int, batch_size: int, threads: int = 0) -> None:
         import torch
@@ -200,54 +278,51 @@ class FeatureWriter:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, _, _ = load_checkpoint(checkpoint, dtype=torch.float16 if device == "cuda" else torch.float32)
         model.set_image_size(image_size)
-        self.model = model.eval().to(device)
+        self.model: TinyGPTVForConditionalGeneration = model.eval().to(device)
         self.image_size = image_size
         self.known: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self.batch_size = batch_size or (_largest_batch(self.model, image_size) if device == "cuda" else _CPU_BATCH)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Ray Data's form: JSON of units in, how many were done out."""
-        for text in batch["unit"]:
-            self.write(json.loads(text))
-        return {"done": [len(batch["unit"])]}
-
-    def write(self, unit: dict[str, Any]) -> None:
+    def __call__(self, unit: FeatureUnit) -> None:
         """Compute one part and write it, then its record."""
-        shards = ShardSet.open(unit["shards"])
-        start = sum(shards.shard_rows[: unit["number"]])
+        stream = io.BytesIO()
+        np.save(stream, self._features(unit))
+        data = stream.getbuffer()  # no copy: a part may take a gigabyte
+        storage.make_folder(unit.folder)
+        storage.write_atomically(storage.join(unit.folder, unit.part.name), data)
+        part = replace(unit.part, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+        storage.write_atomically(unit.record, json.dumps(asdict(part)).encode())
+
+    def _features(self, unit: FeatureUnit) -> np.ndarray:
+        """Features [rows, Q, F] of a shard; each image is encoded once, rows without one are zero."""
+        shards = ShardSet.open(unit.shards)
+        start = sum(shards.shard_rows[: unit.number])
         config = self.model.config
-        features = np.zeros(
-            (unit["rows"], config.num_query_tokens, config.qformer_config.hidden_size), dtype=unit["dtype"]
-        )
+        shape = (unit.part.rows, config.num_query_tokens, config.qformer_config.hidden_size)
+        features = np.zeros(shape, dtype=unit.part.dtype)
         waiting: dict[bytes, list[int]] = {}
         pixels: list[np.ndarray] = []
-        for place in range(unit["rows"]):
-            image = shards.row(start + place).image
+        for index in range(unit.part.rows):
+            image = shards.row(start + index).image
             digest = hashlib.sha256(image).digest() if image is not None else b""
             if digest in self.known:
-                features[place] = self.known[digest]
+                features[index] = self.known[digest]
             elif digest in waiting:
-                waiting[digest].append(place)
+                waiting[digest].append(index)
             elif image is not None:
-                waiting[digest] = [place]
+                waiting[digest] = [index]
                 pixels.append(self._pixels(image))
             if len(pixels) == self.batch_size:
                 self._fill(features, waiting, pixels)
                 waiting, pixels = {}, []
         if pixels:
             self._fill(features, waiting, pixels)
-        stream = io.BytesIO()
-        np.save(stream, features)
-        data = stream.getvalue()
-        storage.make_folder(unit["folder"])
-        storage.write_atomically(storage.join(unit["folder"], unit["name"]), data)
-        record = {**unit, "sha256": hashlib.sha256(data).hexdigest()}
-        storage.write_atomically(storage.join(unit["folder"], f"{unit['name']}.json"), json.dumps(record).encode())
+        return features
 
     def _fill(self, features: np.ndarray, waiting: dict[bytes, list[int]], pixels: list[np.ndarray]) -> None:
-        """Encode pictures into all the rows that show them, and remember them: data sets share pictures."""
-        for (digest, places), encoded in zip(waiting.items(), self._encode(np.stack(pixels)), strict=True):
-            features[places] = encoded
+        """Encode images into all the rows that show them, and remember them: data sets share images."""
+        for (digest, indices), encoded in zip(waiting.items(), self._encode(np.stack(pixels)), strict=True):
+            features[indices] = encoded
             self.known[digest] = encoded
         while len(self.known) * encoded.nbytes > _KNOWN_BYTES:
             self.known.popitem(last=False)
@@ -267,12 +342,12 @@ class FeatureWriter:
             return self.model.encode_query_features(pixel_values).float().cpu().numpy()
 
 
-def _largest_batch(model: Any, image_size: int) -> int:
+def _largest_batch(model: TinyGPTVForConditionalGeneration, image_size: int) -> int:
     """Double the batch until the GPU's memory is full, then keep half."""
     import torch
 
     batch = 8
-    while batch < 1024:
+    while batch < _LARGEST_BATCH:
         try:
             with torch.inference_mode():
                 model.encode_query_features(torch.zeros(batch * 2, 3, image_size, image_size, device=model.device))
@@ -283,46 +358,7 @@ def _largest_batch(model: Any, image_size: int) -> int:
     return batch
 
 
-def _run_inline(settings: CacheFeaturesSettings, checkpoint: str, image_size: int, units: list[dict[str, Any]]) -> None:
-    if not units:
-        return
-    writer = FeatureWriter(checkpoint, image_size, settings.batch_size)
-    with Bar("computing features", quiet=settings.quiet) as bar:
-        for done, unit in enumerate(units, 1):
-            writer.write(unit)
-            bar.update(done, len(units))
-
-
-def _run_on_ray(settings: CacheFeaturesSettings, checkpoint: str, image_size: int, units: list[dict[str, Any]]) -> None:
-    if not units:
-        return
-    import ray.data
-
-    with start_ray(settings), Bar("computing features", quiet=settings.quiet) as bar:
-        quiet_ray_data()
-        gpus = settings.gpus_per_worker
-        threads = max(1, (os.cpu_count() or 1) // settings.num_workers)
-        done = ray.data.from_items(
-            [{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units)
-        ).map_batches(
-            FeatureWriter,
-            fn_constructor_args=(checkpoint, image_size, settings.batch_size, threads),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=settings.num_workers),
-            num_cpus=0.5,
-            num_gpus=gpus or None,
-        )
-        for count, _ in enumerate(done.iter_rows(), 1):
-            bar.update(count, len(units))
-
-
-def _write_manifest(folder: str, units: list[dict[str, Any]], key: str, image_size: int, dtype: str) -> None:
-    records = [json.loads(storage.read_bytes(storage.join(folder, f"{unit['name']}.json"))) for unit in units]
-    kept = ("name", "rows", "shard_sha256", "sha256", "dtype")
-    manifest = {
-        "key": key,
-        "image_size": image_size,
-        "dtype": dtype,
-        "parts": [{name: record[name] for name in kept} for record in records],
-    }
-    storage.write_atomically(storage.join(folder, "manifest.json"), json.dumps(manifest, indent=1).encode())
+def _write_manifest(folder: str, units: Sequence[FeatureUnit], key: str, image_size: int, dtype: str) -> None:
+    parts = [json.loads(storage.read_bytes(unit.record)) for unit in units]
+    manifest = {"key": key, "image_size": image_size, "dtype": dtype, "parts": parts}
+    storage.write_atomically(storage.join(folder, MANIFEST), json.dumps(manifest, indent=1).encode())

@@ -129,6 +129,14 @@ class Manifest:
         return cls(content["source"], shards, content["counts"], content["settings"], content["batch_rows"])
 
 
+def find_shard_sets(data: str) -> list[str]:
+    """Locations of the shard sets in a folder or URI: itself, where it is one, else those directly in it, by name."""
+    if storage.exists(storage.join(data, MANIFEST)):
+        return [data]
+    folders = (storage.join(data, name) for name in storage.list_folders(data))
+    return [folder for folder in folders if storage.exists(storage.join(folder, MANIFEST))]
+
+
 def record_batch(rows: Sequence[SampleRow]) -> pa.RecordBatch:
     """Rows as one record batch of ``SCHEMA``."""
     columns = {

@@ -11,16 +11,15 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from pipelines import storage
-from pipelines.cluster import quiet_ray_data, start_ray
 from pipelines.evaluation.answers import Answers, read_answers
 from pipelines.evaluation.benchmarks import Benchmark, Question, find_benchmarks
 from pipelines.evaluation.compare import Comparison, compare
@@ -31,6 +30,7 @@ from pipelines.json_files import write_json
 from pipelines.progress import Bar
 from pipelines.settings import ScoreSettings, SettingsError
 from pipelines.tracking.base import continue_tracker
+from pipelines.units import Workers, map_units
 
 logger = logging.getLogger(__name__)
 
@@ -202,44 +202,25 @@ def _answer_all(
     waiting = [unit for unit in units if not (folder / unit.file).is_file()]
     if len(waiting) < len(units):
         logger.info("%d of %d units are answered already", len(units) - len(waiting), len(units))
-    if waiting:
-        run = _answer_inline if settings.num_workers == 0 else _answer_on_ray
-        with Bar("score", quiet=settings.quiet) as bar:
-            done, total = 0, sum(len(unit.questions) for unit in waiting)
-            for count in run(settings, options, waiting):
-                done += count
-                bar.update(done, total)
+    _answer_units(settings, options, waiting)
     answered: dict[str, list[tuple[Question, Answers]]] = defaultdict(list)
     for unit in units:
         answered[unit.benchmark] += list(zip(unit.questions, read_answers(folder / unit.file), strict=True))
     return answered
 
 
-def _answer_inline(settings: ScoreSettings, options: AnswerOptions, units: Sequence[QuestionUnit]) -> Iterator[int]:
-    answerer = UnitAnswerer(options, settings.threads_per_worker, "cuda" if settings.gpus_per_worker else "cpu")
-    for unit in units:
-        answerer.answer(unit)
-        yield len(unit.questions)
-
-
-def _answer_on_ray(settings: ScoreSettings, options: AnswerOptions, units: Sequence[QuestionUnit]) -> Iterator[int]:
-    import ray.data
-
-    threads = settings.threads_per_worker or max(1, (os.cpu_count() or 1) // settings.num_workers)
-    with start_ray(settings):
-        quiet_ray_data()
-        answered = ray.data.from_items(
-            [{"unit": pickle.dumps(unit)} for unit in units], override_num_blocks=len(units)
-        ).map_batches(
-            UnitAnswerer,
-            fn_constructor_args=(options, threads, "cuda" if settings.gpus_per_worker else "cpu"),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=settings.num_workers),
-            num_cpus=1,
-            num_gpus=settings.gpus_per_worker or None,
-        )
-        for row in answered.iter_rows():
-            yield int(row["questions"])
+def _answer_units(settings: ScoreSettings, options: AnswerOptions, units: Sequence[QuestionUnit]) -> None:
+    """Answer units into files, in this process or by Ray Data actors."""
+    threads = settings.threads_per_worker
+    if settings.num_workers and not threads:
+        threads = max(1, (os.cpu_count() or 1) // settings.num_workers)
+    setup = partial(UnitAnswerer, options, threads, "cuda" if settings.gpus_per_worker else "cpu")
+    workers = Workers(settings.num_workers, num_gpus=settings.gpus_per_worker, reuse_setup=True)
+    answered, total = 0, sum(len(unit.questions) for unit in units)
+    with Bar("score", quiet=settings.quiet) as bar:
+        for unit, _ in map_units(setup, units, workers, settings, name="score"):
+            answered += len(unit.questions)
+            bar.update(answered, total)
 
 
 # ---------------------------------------------------------------------- tracking

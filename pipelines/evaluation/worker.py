@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -73,14 +71,7 @@ class UnitAnswerer:
         self.options = options
         self.answerer = Answerer(model, processor, options.batch_size, released=options.released)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """As Ray Data calls it: pickled units in, the number of answered questions out."""
-        units = [pickle.loads(payload) for payload in batch["unit"]]
-        for unit in units:
-            self.answer(unit)
-        return {"questions": np.array([len(unit.questions) for unit in units])}
-
-    def answer(self, unit: QuestionUnit) -> None:
+    def __call__(self, unit: QuestionUnit) -> None:
         """Answer a unit and write its file; an answered one is left as it is."""
         path = Path(self.options.answers_dir, unit.file)
         if not path.is_file():

@@ -42,12 +42,13 @@ _LIBRARY: dict[str, set[str]] = {
     "auto_classes": {"config", "data", "model"},
     "chat": {"data", "inference", "miniature"},
 }
-_WIRING = {"settings", "cluster", "storage", "progress", "json_files", "redact"}
+_WIRING = {"settings", "cluster", "storage", "progress", "json_files", "redact", "units"}
 _PIPELINES: dict[str, set[str]] = {
     "settings": set(),
     "progress": set(),
     "cluster": {"settings"},
     "storage": {"settings"},
+    "units": {"settings", "cluster"},
     "redact": set(),
     "json_files": {"settings", "storage"},
     "tracking": {*_WIRING},

@@ -18,7 +18,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image
 
-from pipelines.data.sources.base import LeftOut, Malformed
+from pipelines.data.sources.base import Filtered, Malformed
 from pipelines.settings import PrepareDataSettings
 from tinygptv.data.images import FORMATS, open_image
 from tinygptv.data.prompts import INSTRUCTIONS, escape_markers
@@ -61,7 +61,7 @@ def check_image(data: bytes, settings: PrepareDataSettings) -> CheckedImage:
 
     Raises:
         Malformed: it cannot be decoded, or is a decompression bomb.
-        LeftOut: a filter on its size or shape removes it.
+        Filtered: a filter on its size or shape removes it.
     """
     header = _read_plain_header(data) or _read_header(data)
     width, height = header.width, header.height
@@ -147,9 +147,9 @@ def _orientation(header: Image.Image) -> int:
 def _filter_size(width: int, height: int, settings: PrepareDataSettings) -> None:
     shorter, longer = sorted((width, height))
     if shorter < settings.min_side:
-        raise LeftOut("min_side", f"{width} x {height} pixels, shorter side below {settings.min_side}")
+        raise Filtered("min_side", f"{width} x {height} pixels, shorter side below {settings.min_side}")
     if longer > shorter * settings.max_aspect_ratio:
-        raise LeftOut(
+        raise Filtered(
             "max_aspect_ratio", f"{width} x {height} pixels, aspect ratio above {settings.max_aspect_ratio:g}"
         )
 
@@ -229,7 +229,7 @@ def check_row(row: SampleRow, *, web: bool, settings: PrepareDataSettings) -> Sa
 
     Raises:
         Malformed: it cannot be trained on.
-        LeftOut: a filter removes it.
+        Filtered: a filter removes it.
     """
     if row.task not in INSTRUCTIONS:
         raise Malformed(f"task {row.task!r} is unknown; known: {', '.join(INSTRUCTIONS)}")
@@ -268,11 +268,11 @@ def _filter_caption(caption: str, settings: PrepareDataSettings) -> None:
     """Filters that know no language: they count words, letters of any script, and repetitions."""
     words = caption.split()
     if len(words) < settings.min_words:
-        raise LeftOut("min_words", f"{len(words)} words")
+        raise Filtered("min_words", f"{len(words)} words")
     characters = [character for character in caption if not character.isspace()]
     letters = sum(character.isalnum() for character in characters)
     if characters and letters < settings.min_letters * len(characters):
-        raise LeftOut("min_letters", f"{letters} letters among {len(characters)} characters")
+        raise Filtered("min_letters", f"{letters} letters among {len(characters)} characters")
     commonest = Counter(_WORD.findall(caption)).most_common(1)
     if len(words) >= 8 and commonest and commonest[0][1] > settings.max_repetition * len(words):
-        raise LeftOut("max_repetition", f"{commonest[0][0]!r} is {commonest[0][1]} of {len(words)} words")
+        raise Filtered("max_repetition", f"{commonest[0][0]!r} is {commonest[0][1]} of {len(words)} words")

@@ -15,34 +15,33 @@ import fcntl
 import hashlib
 import json
 import logging
-import pickle
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipelines import storage
-from pipelines.cluster import quiet_ray_data, start_ray
-from pipelines.data.ingest.publish import NEAR_DUPLICATES, QUARANTINE, REMOVED, ShardPlan, Staging, finish, write_shard
+from pipelines.cluster import start_ray
+from pipelines.data.ingest.publish import NEAR_DUPLICATES, QUARANTINE, REMOVED, ShardPlan, Staging, publish, write_shard
 from pipelines.data.ingest.report import REPORT_HTML, REPORT_JSON
-from pipelines.data.ingest.unit import content_settings, fingerprint, process_unit
+from pipelines.data.ingest.unit import content_settings, fingerprint, stage_unit
 from pipelines.data.shards import MANIFEST, ShardError, ShardInfo, ShardSet
 from pipelines.data.sources import locate
-from pipelines.data.sources.base import Unit
-from pipelines.progress import format_seconds
+from pipelines.data.sources.base import SourceUnit
+from pipelines.progress import Bar
 from pipelines.settings import PrepareDataSettings, SettingsError
 from pipelines.tracking.base import open_tracker
+from pipelines.units import Workers, map_units
 
 logger = logging.getLogger(__name__)
 
 STAGING = "_staging"
 INPUTS = "inputs.json"
 """Says which input and settings a finished folder was made from."""
-
-Work = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class UnreadableError(ValueError):
@@ -134,81 +133,93 @@ def _finished_before(output: str, mark: str) -> dict[str, Any] | None:
     return {**shards.manifest.counts, "reused_units": inputs["units"], "units": inputs["units"]}
 
 
-def _prepare(settings: PrepareDataSettings, name: str, units: Sequence[Unit], output: str, mark: str) -> dict[str, Any]:
+def _prepare(
+    settings: PrepareDataSettings, name: str, units: Sequence[SourceUnit], output: str, mark: str
+) -> dict[str, Any]:
     """Do what is missing; the folder is complete when it has a manifest, and known when it has ``INPUTS``."""
     staging = storage.join(output, STAGING)
     storage.remove_file(storage.join(output, INPUTS))
     storage.remove_file(storage.join(output, MANIFEST))  # from here on the folder is not complete
     storage.make_folder(staging)
-    with start_ray(settings):
+    with nullcontext() if settings.num_workers == 0 else start_ray(settings):
         reused = _run_units(settings, units, staging)
-        counts = finish(settings, name, output, Staging(staging, len(units)), _write_shards)
+        staged = Staging(staging, len(units))
+        counts = publish(settings, name, output, staged, partial(_write_shards, settings))
     storage.write_atomically(
         storage.join(output, INPUTS), json.dumps({"fingerprint": mark, "units": len(units)}).encode() + b"\n"
     )
     return {**counts, "units": len(units), "reused_units": reused}
 
 
-def _run_units(settings: PrepareDataSettings, units: Sequence[Unit], staging: str) -> int:
-    """Do all units; returns how many were done already."""
-
-    def work(item: dict[str, Any]) -> dict[str, Any]:
-        record, reused = process_unit(pickle.loads(item["work"]), item["number"], settings, staging)
-        return {"rows_in": record.rows_in, "rows": record.rows, "reused": reused}
-
-    items = [{"work": pickle.dumps(unit), "number": number} for number, unit in enumerate(units)]
-    progress = UnitProgress(f"prepare {settings.source}", len(units), quiet=settings.quiet)
-    reused = 0
-    try:
-        for done in _map_on_cluster(work, items):
-            reused += done["reused"]
-            progress.update(done["rows_in"], done["rows"])
-    finally:
-        progress.close()
+def _run_units(settings: PrepareDataSettings, units: Sequence[SourceUnit], staging: str) -> int:
+    """Read all units into the staging folder; returns how many were finished already."""
+    rows_in = rows = reused = 0
+    setup = partial(_unit_reader, settings, staging)
+    with Bar(f"prepare {settings.source}", quiet=settings.quiet) as bar:
+        done = map_units(setup, list(enumerate(units)), _workers(settings), settings, name="prepare_data")
+        for count, (_, outcome) in enumerate(done, start=1):
+            rows_in, rows, reused = rows_in + outcome.rows_in, rows + outcome.rows, reused + outcome.was_finished
+            speed = rows_in / bar.seconds
+            bar.update(count, len(units), f"rows {rows_in:,} in, {rows:,} kept  {speed:,.0f} rows/s")
     return reused
 
 
-def _write_shards(plans: list[ShardPlan]) -> list[ShardInfo]:
+@dataclass(frozen=True)
+class UnitOutcome:
+    """What a unit gave, for the progress line.
+
+    Attributes:
+        rows_in: samples read.
+        rows: rows kept.
+        was_finished: an earlier run had finished it.
+    """
+
+    rows_in: int
+    rows: int
+    was_finished: bool
+
+
+def _unit_reader(settings: PrepareDataSettings, staging: str) -> Callable[[tuple[int, SourceUnit]], UnitOutcome]:
+    def read(numbered: tuple[int, SourceUnit]) -> UnitOutcome:
+        number, unit = numbered
+        with _unreadable_as_error():
+            record, was_finished = stage_unit(unit, number, settings, staging)
+        return UnitOutcome(record.rows_in, record.rows, was_finished)
+
+    return read
+
+
+def _write_shards(settings: PrepareDataSettings, plans: list[ShardPlan]) -> list[ShardInfo]:
     """Write shards, on the cluster where rows must be copied for several of them."""
     copies = [number for number, plan in enumerate(plans) if len(plan.pieces) > 1 or plan.pieces[0].rows is not None]
     if len(copies) <= 1:
         return [write_shard(plan) for plan in plans]
-
-    def work(item: dict[str, Any]) -> dict[str, Any]:
-        return {"number": item["number"], "info": pickle.dumps(write_shard(pickle.loads(item["work"])))}
-
-    items = [{"work": pickle.dumps(plans[number]), "number": number} for number in copies]
-    written = {done["number"]: pickle.loads(done["info"]) for done in _map_on_cluster(work, items)}
+    work = map_units(
+        _shard_writer, [(n, plans[n]) for n in copies], _workers(settings), settings, name="prepare_data: shards"
+    )
+    written = {number: info for (number, _), info in work}
     return [written[number] if number in written else write_shard(plan) for number, plan in enumerate(plans)]
 
 
-def _map_on_cluster(work: Work, items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Results of ``work`` on each item, one Ray task per item, in the order in which they finish.
+def _shard_writer() -> Callable[[tuple[int, ShardPlan]], ShardInfo]:
+    def write(numbered: tuple[int, ShardPlan]) -> ShardInfo:
+        with _unreadable_as_error():
+            return write_shard(numbered[1])
 
-    Raises:
-        DiskFullError, UnreadableError: a task met one; it travels as a value, so that it arrives without Ray's trace.
-    """
-    import ray.data
-
-    quiet_ray_data()
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(_carry_errors(work), num_cpus=1)
-    for done in dataset.iter_rows():
-        if done["error"]:
-            raise pickle.loads(done["error"])
-        yield pickle.loads(done["result"])
+    return write
 
 
-def _carry_errors(work: Work) -> Work:
-    def carrying(item: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return {"error": b"", "result": pickle.dumps(work(item))}
-        except storage.DiskFullError as error:
-            return {"error": pickle.dumps(error), "result": b""}
-        except OSError as error:
-            told = UnreadableError(f"{error}; finished parts are kept, and the same command goes on from there.")
-            return {"error": pickle.dumps(told), "result": b""}
+def _workers(settings: PrepareDataSettings) -> Workers:
+    return Workers(settings.num_workers)
 
-    return carrying
+
+@contextmanager
+def _unreadable_as_error() -> Iterator[None]:
+    """An input file that vanished, or a network storage that fails, as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UnreadableError(f"{error}; finished parts are kept: run the same command again to resume.") from error
 
 
 @contextmanager
@@ -225,35 +236,3 @@ def _alone(output: str) -> Iterator[None]:
                 f"another run is writing into output={output!r}: wait for it, or choose another."
             ) from error
         yield
-
-
-class UnitProgress:
-    """One line: units done, rows in and out, rows per second, time left; live in a terminal, else now and then."""
-
-    def __init__(self, title: str, total: int, *, quiet: bool, log_every_s: float = 10.0) -> None:
-        self.title, self.total, self.quiet, self.log_every_s = title, total, quiet, log_every_s
-        self.live = sys.stderr.isatty()
-        self.began = self.printed = time.perf_counter()
-        self.done = self.rows_in = self.rows = 0
-
-    def update(self, rows_in: int, rows: int) -> None:
-        """One more unit is finished."""
-        self.done += 1
-        self.rows_in += rows_in
-        self.rows += rows
-        now = time.perf_counter()
-        if self.quiet or not (self.live or now - self.printed >= self.log_every_s or self.done == self.total):
-            return
-        self.printed = now
-        seconds = max(now - self.began, 1e-6)
-        left = seconds / self.done * (self.total - self.done)
-        line = (
-            f"{self.title}: unit {self.done}/{self.total}  rows {self.rows_in:,} in, {self.rows:,} kept  "
-            f"{self.rows_in / seconds:,.0f} rows/s  left {format_seconds(left)}"
-        )
-        print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """End the live line."""
-        if self.live and not self.quiet and self.done:
-            print(file=sys.stderr)

@@ -109,7 +109,7 @@ class _Rows:
     perceptual: np.ndarray
 
 
-def finish(settings: PrepareDataSettings, source: str, output: str, staging: Staging, write: Write) -> dict[str, Any]:
+def publish(settings: PrepareDataSettings, source: str, output: str, staging: Staging, write: Write) -> dict[str, Any]:
     """Make the shard set out of the staged units.
 
     Args:
@@ -144,7 +144,7 @@ def finish(settings: PrepareDataSettings, source: str, output: str, staging: Sta
     counts = {"rows_out": int(stays.sum()), "duplicates": len(dropped), **lost, "near_duplicates": len(near)}
     counts["rows_in"] = counts["rows_out"] + len(dropped) + lost["filtered"] + lost["quarantined"]
     manifest = Manifest(source, shards, counts, content_settings(settings))
-    _remove_strangers(output, {shard.file for shard in shards})
+    _remove_stale_shards(output, {shard.file for shard in shards})
     write_report(output, ShardSet(output, manifest), totals)
     storage.write_atomically(storage.join(output, MANIFEST), manifest.to_json())
     return counts
@@ -303,7 +303,7 @@ def _write_lists(source: str, output: str, staging: Staging, repeated: Iterator[
     return {"filtered": filters.total(), "quarantined": num_quarantined, "filters": dict(sorted(filters.items()))}
 
 
-def _remove_strangers(output: str, wanted: set[str]) -> None:
+def _remove_stale_shards(output: str, wanted: set[str]) -> None:
     """Remove shards that an earlier or interrupted run left in the folder."""
     for name in storage.list_names(output):
         if name.startswith("part-") and name.endswith(".arrow") and name not in wanted:

@@ -23,7 +23,7 @@ from pipelines import storage
 from pipelines.data.ingest.checks import CheckedImage, check_image, check_row
 from pipelines.data.shards import BATCH_ROWS, ShardInfo, ShardWriter, record_batch
 from pipelines.data.sources import SOURCES
-from pipelines.data.sources.base import LeftOut, Malformed, Rejected, Unit
+from pipelines.data.sources.base import Filtered, Malformed, Rejected, SourceUnit
 from pipelines.settings import PrepareDataSettings
 from tinygptv.data.sample import SampleRow
 
@@ -106,7 +106,7 @@ def unit_name(number: int) -> str:
     return f"unit-{number:06d}"
 
 
-def fingerprint(unit: Unit, settings: PrepareDataSettings) -> str:
+def fingerprint(unit: SourceUnit, settings: PrepareDataSettings) -> str:
     """Hash of everything that decides what a unit gives. The content of image folders is not looked at."""
     known = {
         "version": STAGING_VERSION,
@@ -122,7 +122,7 @@ def content_settings(settings: PrepareDataSettings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in CONTENT_SETTINGS}
 
 
-def process_unit(unit: Unit, number: int, settings: PrepareDataSettings, staging: str) -> tuple[UnitRecord, bool]:
+def stage_unit(unit: SourceUnit, number: int, settings: PrepareDataSettings, staging: str) -> tuple[UnitRecord, bool]:
     """Do one unit, or find that it is done.
 
     Args:
@@ -143,7 +143,7 @@ def process_unit(unit: Unit, number: int, settings: PrepareDataSettings, staging
         return done, True
     cv2.setNumThreads(1)  # a task owns one CPU
     record = UnitRecord(mark, unit.shard, unit.row_id(""))
-    output = _UnitOutput(storage.join(staging, unit_name(number)), settings)
+    output = _StagedFiles(storage.join(staging, unit_name(number)), settings)
     try:
         for found in _checked_rows(unit, settings):
             record.rows_in += 1
@@ -183,7 +183,9 @@ def _files_are_sound(record: UnitRecord, staging: str, number: int) -> bool:
     return all(storage.sha256(storage.join(staging, name)) == digest for name, digest in expected.items())
 
 
-def _checked_rows(unit: Unit, settings: PrepareDataSettings) -> Iterator[tuple[SampleRow, dict[str, Any]] | Rejected]:
+def _checked_rows(
+    unit: SourceUnit, settings: PrepareDataSettings
+) -> Iterator[tuple[SampleRow, dict[str, Any]] | Rejected]:
     """Rows that passed every check, with their line of the index; everything else as ``Rejected``."""
     source = SOURCES[unit.location.source]
     images = _ImageChecker(settings)
@@ -193,7 +195,7 @@ def _checked_rows(unit: Unit, settings: PrepareDataSettings) -> Iterator[tuple[S
             continue
         try:
             yield _finish_row(check_row(found, web=source.web, settings=settings), images)
-        except (Malformed, LeftOut) as error:
+        except (Malformed, Filtered) as error:
             key = found.id.removeprefix(unit.row_id(""))
             yield Rejected(_printable(key), unit.shard, _printable(str(error)), getattr(error, "filter", ""))
 
@@ -243,7 +245,7 @@ class _ImageChecker:
         return self._kept[digest]
 
 
-class _UnitOutput:
+class _StagedFiles:
     """Shard files of one unit, each within the bounds, and the index of their rows."""
 
     def __init__(self, stem: str, settings: PrepareDataSettings) -> None:

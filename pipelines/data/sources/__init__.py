@@ -9,7 +9,7 @@ import difflib
 
 from pipelines.data.sources import entries
 from pipelines.data.sources.annotations import AnnotationReader
-from pipelines.data.sources.base import Location, Source
+from pipelines.data.sources.base import Source, SourceInput
 from pipelines.data.sources.own import JsonLinesReader, TableReader
 from pipelines.data.sources.referring import RefCocoReader, VisualGenomeReader
 from pipelines.data.sources.tar import TarReader
@@ -68,7 +68,7 @@ SOURCES: dict[str, Source] = {
 """Data set name -> how it is read."""
 
 
-def locate(settings: PrepareDataSettings) -> tuple[Source, Location]:
+def locate(settings: PrepareDataSettings) -> tuple[Source, SourceInput]:
     """The source that the settings name, and where its files lie.
 
     Raises:
@@ -85,4 +85,4 @@ def locate(settings: PrepareDataSettings) -> tuple[Source, Location]:
     if settings.task and settings.task not in INSTRUCTIONS:
         raise SettingsError(f"task={settings.task!r} is unknown; known: {', '.join(INSTRUCTIONS)}.")
     task = settings.task or source.task
-    return source, Location(name, settings.input, settings.images, settings.name or name, task)
+    return source, SourceInput(name, settings.input, settings.images, settings.name or name, task)

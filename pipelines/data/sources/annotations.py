@@ -14,13 +14,13 @@ from typing import Any
 from pipelines import storage
 from pipelines.data.sources.base import (
     ENTRIES_PER_UNIT,
-    Found,
+    Filtered,
     ImageFolder,
-    LeftOut,
-    Location,
     Malformed,
+    ReadResult,
     Rejected,
-    Unit,
+    SourceInput,
+    SourceUnit,
     find_input,
     image_folder,
 )
@@ -49,7 +49,7 @@ class Draft:
 
 
 Describe = Callable[[Any, str], Iterator[Draft]]
-"""An entry and its key (its number in a list) -> samples. Raises ``LeftOut``, ``Malformed``, or any ``WRONG_ENTRY``."""
+"""An entry and its key (its number in a list) -> samples. Raises ``Filtered``, ``Malformed`` or a ``WRONG_ENTRY``."""
 
 WRONG_ENTRY = (KeyError, TypeError, IndexError, AttributeError, ValueError)
 
@@ -72,7 +72,7 @@ class AnnotationReader:
     images: str = ""
     has_images: bool = True
 
-    def plan(self, location: Location) -> Iterator[Unit]:
+    def plan(self, location: SourceInput) -> Iterator[SourceUnit]:
         """One unit per ``ENTRIES_PER_UNIT`` entries of each file."""
         for file in find_input(location, self.file):
             folder = ""
@@ -81,7 +81,7 @@ class AnnotationReader:
                 folder = image_folder(location, beside)
             yield from plan_json(location, file, self.member, details={"folder": folder})
 
-    def read(self, unit: Unit) -> Iterator[Found]:
+    def read(self, unit: SourceUnit) -> Iterator[ReadResult]:
         """Samples of one slice."""
         images = ImageFolder(unit.details["folder"]) if unit.details.get("folder") else None
         for key, entry in read_json(unit):
@@ -92,14 +92,14 @@ class AnnotationReader:
 
 
 def plan_json(
-    location: Location,
+    location: SourceInput,
     file: storage.FoundFile,
     member: str,
     details: dict[str, Any],
     *,
     about: Callable[[list[Item]], dict[str, Any]] | None = None,
     entries_per_unit: int = ENTRIES_PER_UNIT,
-) -> Iterator[Unit]:
+) -> Iterator[SourceUnit]:
     """Slices of a JSON file.
 
     Args:
@@ -117,10 +117,10 @@ def plan_json(
     first, damage = 0, ""
     waiting: list[Item] = []
 
-    def unit(**more: Any) -> Unit:
+    def unit(**more: Any) -> SourceUnit:
         start, stop = waiting[0].start, waiting[-1].stop
         known = {**details, "keyed": waiting[0].key is not None, **more}
-        return Unit(location, file.place, file.name, start, stop, first, file.num_bytes, file.modified_ns, known)
+        return SourceUnit(location, file.place, file.name, start, stop, first, file.num_bytes, file.modified_ns, known)
 
     with filesystem.open_input_stream(path, compression=None) as stream:
         items = iterate_items(stream, member)
@@ -140,10 +140,10 @@ def plan_json(
         where = f" in {member!r}" if member else ""
         raise SettingsError(f"{file.place} holds no entries{where}: {damage or 'is it the right file?'}")
     if damage:
-        yield Unit(location, file.place, file.name, details={"damage": damage})
+        yield SourceUnit(location, file.place, file.name, details={"damage": damage})
 
 
-def read_json(unit: Unit) -> Iterator[tuple[str, Any]]:
+def read_json(unit: SourceUnit) -> Iterator[tuple[str, Any]]:
     """Keys and entries of a slice; a ``Rejected`` in place of what cannot be read."""
     if "damage" in unit.details:
         yield "", Rejected("", unit.shard, unit.details["damage"])
@@ -163,8 +163,8 @@ def read_json(unit: Unit) -> Iterator[tuple[str, Any]]:
 
 
 def read_drafts(
-    unit: Unit, key: str, drafts: Callable[[], Iterator[Draft]], images: ImageFolder | None
-) -> Iterator[Found]:
+    unit: SourceUnit, key: str, drafts: Callable[[], Iterator[Draft]], images: ImageFolder | None
+) -> Iterator[ReadResult]:
     """Turn the drafts of one entry into rows.
 
     Args:
@@ -179,15 +179,15 @@ def read_drafts(
             row_key = f"{key}/{number}" if number else key
             try:
                 yield make_row(unit, row_key, draft, images)
-            except (LeftOut, Malformed) as error:
+            except (Filtered, Malformed) as error:
                 yield Rejected(row_key, unit.shard, str(error), getattr(error, "filter", ""))
-    except (LeftOut, Malformed) as error:
+    except (Filtered, Malformed) as error:
         yield Rejected(key, unit.shard, str(error), getattr(error, "filter", ""))
     except WRONG_ENTRY as error:
         yield Rejected(key, unit.shard, f"malformed entry: {type(error).__name__} {error}")
 
 
-def make_row(unit: Unit, key: str, draft: Draft, images: ImageFolder | None) -> SampleRow:
+def make_row(unit: SourceUnit, key: str, draft: Draft, images: ImageFolder | None) -> SampleRow:
     """A draft with its image.
 
     Raises:

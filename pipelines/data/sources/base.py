@@ -23,7 +23,7 @@ _KEPT_IMAGES = 32
 
 
 @dataclass(frozen=True)
-class Location:
+class SourceInput:
     """Where a source's files lie, and what own data is called.
 
     Attributes:
@@ -42,7 +42,7 @@ class Location:
 
 
 @dataclass(frozen=True)
-class Unit:
+class SourceUnit:
     """A piece of work: what one task reads. Small and picklable.
 
     Attributes:
@@ -57,7 +57,7 @@ class Unit:
         details: whatever else the reader needs.
     """
 
-    location: Location
+    location: SourceInput
     place: str
     shard: str
     start: int = 0
@@ -89,21 +89,21 @@ class Rejected:
     filter: str = ""
 
 
-Found = SampleRow | Rejected
+ReadResult = SampleRow | Rejected
 """What reading yields, once per input sample."""
 
 
 class Reader(Protocol):
     """A family of file formats."""
 
-    def plan(self, location: Location) -> Iterator[Unit]:
+    def plan(self, location: SourceInput) -> Iterator[SourceUnit]:
         """Cut the input into units, in a fixed order.
 
         Raises:
             SettingsError: the input is missing or of another kind; names the mend.
         """
 
-    def read(self, unit: Unit) -> Iterator[Found]:
+    def read(self, unit: SourceUnit) -> Iterator[ReadResult]:
         """Rows of a unit: images as their original bytes, width and height still 0."""
 
 
@@ -126,7 +126,7 @@ class Malformed(ValueError):
     """An entry is not as its format says; the text is the reason for the quarantine."""
 
 
-class LeftOut(ValueError):
+class Filtered(ValueError):
     """An entry is sound, but the data set does not train on it (``filter`` says why)."""
 
     def __init__(self, filter_name: str, reason: str) -> None:
@@ -134,7 +134,7 @@ class LeftOut(ValueError):
         self.filter = filter_name
 
 
-def find_input(location: Location, default: str = "") -> list[storage.FoundFile]:
+def find_input(location: SourceInput, default: str = "") -> list[storage.FoundFile]:
     """Files of a source.
 
     Args:
@@ -157,7 +157,7 @@ def find_input(location: Location, default: str = "") -> list[storage.FoundFile]
     return files
 
 
-def image_folder(location: Location, default: str = "") -> str:
+def image_folder(location: SourceInput, default: str = "") -> str:
     """The folder of a source's images.
 
     Raises:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipelines.data.sources.annotations import Draft
-from pipelines.data.sources.base import LeftOut, Malformed
+from pipelines.data.sources.base import Filtered, Malformed
 from tinygptv.data.prompts import clean_caption
 from tinygptv.data.sample import Turn
 
@@ -28,7 +28,7 @@ def align(entry: Any, key: str) -> Iterator[Draft]:
 def coco_caption(entry: Any, key: str) -> Iterator[Draft]:
     """COCO captions, Karpathy split: ``image``, ``caption``; entries on validation images are left out."""
     if "train" not in entry["image"]:
-        raise LeftOut("split", f"image {entry['image']} is not of the training split")
+        raise Filtered("split", f"image {entry['image']} is not of the training split")
     yield Draft((Turn("", (clean_caption(text_of(entry, "caption")),)),), basename(entry["image"]))
 
 
@@ -61,7 +61,7 @@ def ocrvqa(entry: Any, key: str) -> Iterator[Draft]:
     image = key + extension[extension.rindex(".") :] if "." in extension else key
     for question, answer in zip(entry["questions"], entry["answers"], strict=True):
         if entry["split"] != 1:
-            raise LeftOut("split", f"split {entry['split']} does not train")
+            raise Filtered("split", f"split {entry['split']} does not train")
         yield Draft((Turn(clean_caption(question), (clean_caption(answer),)),), image)
 
 

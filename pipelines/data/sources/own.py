@@ -24,12 +24,12 @@ from pipelines import storage
 from pipelines.data.sources.annotations import WRONG_ENTRY, Draft, make_row, plan_json, read_json
 from pipelines.data.sources.base import (
     ENTRIES_PER_UNIT,
-    Found,
     ImageFolder,
-    Location,
     Malformed,
+    ReadResult,
     Rejected,
-    Unit,
+    SourceInput,
+    SourceUnit,
     check_image_name,
     find_input,
 )
@@ -93,7 +93,7 @@ def _own_box(box: Any) -> tuple[float, float, float, float]:
 class JsonLinesReader:
     """A .jsonl file of rows, or a .json file that holds a list of them."""
 
-    def plan(self, location: Location) -> Iterator[Unit]:
+    def plan(self, location: SourceInput) -> Iterator[SourceUnit]:
         """One unit per ``ENTRIES_PER_UNIT`` lines; blank lines are no rows."""
         for file in find_input(location, "*.jsonl"):
             folder = location.images or storage.parent(file.place)
@@ -102,9 +102,11 @@ class JsonLinesReader:
             else:
                 yield from self._plan_lines(location, file, folder)
 
-    def _plan_lines(self, location: Location, file: storage.FoundFile, folder: str) -> Iterator[Unit]:
+    def _plan_lines(self, location: SourceInput, file: storage.FoundFile, folder: str) -> Iterator[SourceUnit]:
         filesystem, path = storage.resolve(file.place)
-        unit = Unit(location, file.place, file.name, 0, 0, 0, file.num_bytes, file.modified_ns, {"folder": folder})
+        unit = SourceUnit(
+            location, file.place, file.name, 0, 0, 0, file.num_bytes, file.modified_ns, {"folder": folder}
+        )
         start = place = lines = 0
         with filesystem.open_input_stream(path, compression=None) as stream:
             while chunk := stream.read(storage.COPY_BYTES):
@@ -118,7 +120,7 @@ class JsonLinesReader:
         if place > start:
             yield replace(unit, start=start, stop=place, first=lines - lines % ENTRIES_PER_UNIT)
 
-    def read(self, unit: Unit) -> Iterator[Found]:
+    def read(self, unit: SourceUnit) -> Iterator[ReadResult]:
         """Rows of a slice; a broken line is set apart alone."""
         images = ImageFolder(unit.details["folder"])
         rows = read_json(unit) if "keyed" in unit.details or "damage" in unit.details else _read_lines(unit)
@@ -126,7 +128,7 @@ class JsonLinesReader:
             yield fields if isinstance(fields, Rejected) else _own_row(unit, key, fields, images)
 
 
-def _read_lines(unit: Unit) -> Iterator[tuple[str, Any]]:
+def _read_lines(unit: SourceUnit) -> Iterator[tuple[str, Any]]:
     filesystem, path = storage.resolve(unit.place)
     with filesystem.open_input_file(path) as file:
         data = file.read_at(unit.stop - unit.start, unit.start)
@@ -142,7 +144,7 @@ def _read_lines(unit: Unit) -> Iterator[tuple[str, Any]]:
             yield key, Rejected(key, unit.shard, f"the line is no valid JSON: {error}")
 
 
-def _own_row(unit: Unit, key: str, fields: Any, images: ImageFolder) -> Found:
+def _own_row(unit: SourceUnit, key: str, fields: Any, images: ImageFolder) -> ReadResult:
     try:
         return make_row(unit, key, own_draft(fields, unit.location.task), images)
     except Malformed as error:
@@ -158,10 +160,10 @@ class TableReader:
     The ``image`` column holds encoded bytes, a struct of ``bytes`` and ``path``, or paths below ``images=``.
     """
 
-    def plan(self, location: Location) -> Iterator[Unit]:
+    def plan(self, location: SourceInput) -> Iterator[SourceUnit]:
         """One unit per Arrow file, or per ``ENTRIES_PER_UNIT`` rows and more of a Parquet file."""
         for file in self._files(location):
-            unit = Unit(location, file.place, file.name, 0, 0, 0, file.num_bytes, file.modified_ns, {})
+            unit = SourceUnit(location, file.place, file.name, 0, 0, 0, file.num_bytes, file.modified_ns, {})
             if not file.place.endswith(".parquet"):
                 yield unit
                 continue
@@ -170,7 +172,7 @@ class TableReader:
             except _ARROW_ERRORS as error:
                 yield replace(unit, details={"damage": f"no readable Parquet file: {_damage(error, unit)}"})
 
-    def _files(self, location: Location) -> list[storage.FoundFile]:
+    def _files(self, location: SourceInput) -> list[storage.FoundFile]:
         folder = location.input
         if not folder or not storage.is_folder(folder):
             return find_input(location, "*.parquet")
@@ -188,7 +190,7 @@ class TableReader:
             raise SettingsError(f"input={folder!r} holds neither .arrow nor .parquet files.")
         return files
 
-    def read(self, unit: Unit) -> Iterator[Found]:
+    def read(self, unit: SourceUnit) -> Iterator[ReadResult]:
         """Rows of a slice."""
         if "damage" in unit.details:
             yield Rejected("", unit.shard, unit.details["damage"])
@@ -205,7 +207,7 @@ class TableReader:
             reason = f"the table cannot be read after row {number}: {_damage(error, unit)}"
             yield Rejected("", unit.shard, reason)
 
-    def _row(self, unit: Unit, number: int, fields: dict[str, Any], images: ImageFolder) -> Found:
+    def _row(self, unit: SourceUnit, number: int, fields: dict[str, Any], images: ImageFolder) -> ReadResult:
         key = f"row {number}"
         cell = fields.get("image")
         name, image = (cell.get("path") or "", cell.get("bytes")) if isinstance(cell, dict) else ("", cell)
@@ -223,7 +225,7 @@ class TableReader:
 _ARROW_ERRORS = (pa.ArrowException, UnicodeDecodeError, OSError)
 
 
-def _damage(error: Exception, unit: Unit) -> str:
+def _damage(error: Exception, unit: SourceUnit) -> str:
     """What is wrong with a table. Arrow raises ``OSError`` for damaged pages, too.
 
     Raises:
@@ -234,7 +236,7 @@ def _damage(error: Exception, unit: Unit) -> str:
     return str(error)
 
 
-def _row_groups(unit: Unit) -> Iterator[Unit]:
+def _row_groups(unit: SourceUnit) -> Iterator[SourceUnit]:
     """Parts of a Parquet file of ``ENTRIES_PER_UNIT`` rows and more."""
     filesystem, path = storage.resolve(unit.place)
     with filesystem.open_input_file(path) as stream:
@@ -247,7 +249,7 @@ def _row_groups(unit: Unit) -> Iterator[Unit]:
             start, first = group + 1, rows
 
 
-def _batches(unit: Unit) -> Iterator[pa.RecordBatch]:
+def _batches(unit: SourceUnit) -> Iterator[pa.RecordBatch]:
     filesystem, path = storage.resolve(unit.place)
     with filesystem.open_input_file(path) as file:
         if unit.place.endswith(".parquet"):

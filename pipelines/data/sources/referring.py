@@ -13,13 +13,13 @@ from pipelines import storage
 from pipelines.data.sources.annotations import WRONG_ENTRY, Box, Draft, plan_json, read_drafts, read_json
 from pipelines.data.sources.base import (
     ENTRIES_PER_UNIT,
-    Found,
+    Filtered,
     ImageFolder,
-    LeftOut,
-    Location,
     Malformed,
+    ReadResult,
     Rejected,
-    Unit,
+    SourceInput,
+    SourceUnit,
     find_input,
     image_folder,
 )
@@ -78,7 +78,7 @@ class RefCocoReader:
     folder: str
     partition: str
 
-    def plan(self, location: Location) -> Iterator[Unit]:
+    def plan(self, location: SourceInput) -> Iterator[SourceUnit]:
         """One unit per ``ENTRIES_PER_UNIT`` references; boxes are looked up here, so that units need no second file."""
         refs_file, instances = self._files(location)
         folder = image_folder(location)
@@ -91,7 +91,7 @@ class RefCocoReader:
         boxes = _boxes_of(instances)
         for first in range(0, len(refs), ENTRIES_PER_UNIT):
             entries = [(_slim(ref), boxes.get(_id_of(ref, "ann_id"))) for ref in refs[first : first + ENTRIES_PER_UNIT]]
-            yield Unit(
+            yield SourceUnit(
                 location,
                 refs_file.place,
                 refs_file.name,
@@ -103,7 +103,7 @@ class RefCocoReader:
                 details={"folder": folder, "entries": entries},
             )
 
-    def read(self, unit: Unit) -> Iterator[Found]:
+    def read(self, unit: SourceUnit) -> Iterator[ReadResult]:
         """One row per reference; its sentences are the phrases that name the box."""
         images = ImageFolder(unit.details["folder"])
         for number, (ref, bbox) in enumerate(unit.details["entries"], start=unit.first):
@@ -111,14 +111,14 @@ class RefCocoReader:
             key = f"number {number}" if ref_id is None else str(ref_id)
             yield from read_drafts(unit, key, partial(_reference, ref, bbox), images)
 
-    def _files(self, location: Location) -> tuple[storage.FoundFile, str]:
+    def _files(self, location: SourceInput) -> tuple[storage.FoundFile, str]:
         name = f"refs({self.partition}).p"
         tried = []
         for folder in (location.input, storage.join(location.input, self.folder)):
             place = folder if folder.endswith(".p") else storage.join(folder, name)
             tried.append(place)
             if location.input and storage.exists(place):
-                file = find_input(Location(location.source, place, "", "", ""))[0]
+                file = find_input(SourceInput(location.source, place, "", "", ""))[0]
                 return file, storage.join(storage.parent(place), "instances.json")
         raise SettingsError(
             f"source={location.source} needs input=: the folder with {name} and instances.json; looked for "
@@ -152,7 +152,7 @@ def _boxes_of(instances: str) -> dict[Any, Any]:
 
 def _reference(ref: Any, bbox: Any) -> Iterator[Draft]:
     if ref["split"] != "train":
-        raise LeftOut("split", f"split {ref['split']} does not train")
+        raise Filtered("split", f"split {ref['split']} does not train")
     if bbox is None:
         raise Malformed(f"annotation {ref['ann_id']} is not in instances.json")
     phrases = tuple(clean_caption(sentence["raw"]) for sentence in ref["sentences"])
@@ -168,7 +168,7 @@ def corners(x: float, y: float, width: float, height: float) -> Box:
 class VisualGenomeReader:
     """``region_descriptions.json`` and ``image_data.json`` beside ``VG_100K`` and ``VG_100K_2``."""
 
-    def plan(self, location: Location) -> Iterator[Unit]:
+    def plan(self, location: SourceInput) -> Iterator[SourceUnit]:
         """One unit per ``IMAGES_PER_UNIT`` images."""
         for file in find_input(location, "region_descriptions.json"):
             root = storage.parent(file.place)
@@ -181,7 +181,7 @@ class VisualGenomeReader:
 
             yield from plan_json(location, file, "", {"folder": folder}, about=about, entries_per_unit=IMAGES_PER_UNIT)
 
-    def read(self, unit: Unit) -> Iterator[Found]:
+    def read(self, unit: SourceUnit) -> Iterator[ReadResult]:
         """One row per region."""
         images = ImageFolder(unit.details.get("folder", ""))
         for key, entry in read_json(unit):
@@ -227,7 +227,7 @@ def _image_paths(place: str) -> dict[Any, str]:
 
 def _region(region: Any, path: str | None, image_id: Any) -> Iterator[Draft]:
     if region["width"] * region["height"] >= LARGEST_REGION:
-        raise LeftOut(
+        raise Filtered(
             "region_area", f"region of {region['width']} x {region['height']} pixels, {LARGEST_REGION} or more in all"
         )
     if path is None:

@@ -19,11 +19,11 @@ from typing import BinaryIO
 from pipelines import storage
 from pipelines.data.sources.base import (
     IMAGE_EXTENSIONS,
-    Found,
-    Location,
     Malformed,
+    ReadResult,
     Rejected,
-    Unit,
+    SourceInput,
+    SourceUnit,
     check_image_name,
     find_input,
 )
@@ -73,12 +73,12 @@ class TarReader:
     captions: tuple[str, ...] = ("json",)
     task: str = "pair"
 
-    def plan(self, location: Location) -> Iterator[Unit]:
+    def plan(self, location: SourceInput) -> Iterator[SourceUnit]:
         """One unit per tar."""
         for file in find_input(location, "*.tar"):
-            yield Unit(location, file.place, file.name, num_bytes=file.num_bytes, modified_ns=file.modified_ns)
+            yield SourceUnit(location, file.place, file.name, num_bytes=file.num_bytes, modified_ns=file.modified_ns)
 
-    def read(self, unit: Unit) -> Iterator[Found]:
+    def read(self, unit: SourceUnit) -> Iterator[ReadResult]:
         """Samples of one tar, in its order, then what could not be read."""
         with _local_copy(unit.place) as path, path.open("rb") as tar:
             index = scan_tar(tar, path.stat().st_size)
@@ -94,7 +94,7 @@ class TarReader:
             for problem in index.problems:
                 yield Rejected("", unit.shard, problem)
 
-    def _row(self, unit: Unit, group: Group, tar: BinaryIO) -> SampleRow:
+    def _row(self, unit: SourceUnit, group: Group, tar: BinaryIO) -> SampleRow:
         if group.problem:
             raise Malformed(group.problem)
         extension = next((name for name in self.extensions if name in group.members), None)

@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.ExifTags import Base
 
 from pipelines.data.ingest.checks import check_image, check_row, perceptual_hash
-from pipelines.data.sources.base import LeftOut, Malformed
+from pipelines.data.sources.base import Filtered, Malformed
 from pipelines.settings import PrepareDataSettings
 from tests.source_files import encode, jpeg, picture
 from tinygptv.data.images import open_image
@@ -170,7 +170,7 @@ def test_sound_picture_with_a_strange_tail_is_encoded_anew():
     [((7, 40), {}, "min_side"), ((400, 10), {}, "max_aspect_ratio"), ((48, 32), {"min_side": 33}, "min_side")],
 )
 def test_filters_on_size_and_shape(size, changes, name):
-    with pytest.raises(LeftOut) as error:
+    with pytest.raises(Filtered) as error:
         check_image(jpeg(0, size), PrepareDataSettings(**changes))
     assert error.value.filter == name
 
@@ -240,6 +240,6 @@ def test_caption_filters_know_no_language(caption, name):
     if not name:
         check_row(given, web=True, settings=SETTINGS)
         return
-    with pytest.raises(LeftOut) as error:
+    with pytest.raises(Filtered) as error:
         check_row(given, web=True, settings=SETTINGS)
     assert error.value.filter == name

@@ -28,16 +28,9 @@ from tests.source_files import encode, jpeg, picture, sample, write_tar, write_w
 TIMELESS = ("manifest.json", "quarantine.jsonl", "removed.jsonl", "near_duplicates.jsonl", "report.json", "report.html")
 
 
-@pytest.fixture(autouse=True)
-def serial(monkeypatch):
-    """One unit after the other, in this process."""
-    monkeypatch.setattr(ingest_module, "_map_on_cluster", map)
-    monkeypatch.setattr(ingest_module, "start_ray", lambda settings: contextlib.nullcontext())
-
-
 def settings(folder, output="out", **changes):
     place = output if "://" in output else str(folder / output)
-    known = {"source": "laion", "input": str(folder / "*.tar"), "output": place, "quiet": True}
+    known = {"source": "laion", "input": str(folder / "*.tar"), "output": place, "quiet": True, "num_workers": 0}
     return PrepareDataSettings(**{**known, "tracking_uri": "none", **changes})
 
 
@@ -205,9 +198,12 @@ def test_order_of_the_units_does_not_show(tmp_path, monkeypatch):
         write_web_tar(tmp_path / f"{number:05d}.tar", number * 9, 9)
     write_messy_tars(tmp_path)
     ingest(settings(tmp_path, "straight"))
-    monkeypatch.setattr(
-        ingest_module, "_map_on_cluster", lambda work, items: map(work, random.Random(0).sample(items, len(items)))
-    )
+    original = ingest_module.map_units
+
+    def shuffled(setup, units, *arguments, **more):
+        yield from original(setup, random.Random(0).sample(units, len(units)), *arguments, **more)
+
+    monkeypatch.setattr(ingest_module, "map_units", shuffled)
     ingest(settings(tmp_path, "shuffled", num_cpus=7))
     assert content(tmp_path / "shuffled") == content(tmp_path / "straight")
 
@@ -272,14 +268,12 @@ def test_a_crash_never_lets_a_set_pass_for_one_of_other_settings(tmp_path):
 
 
 KILLED = """
-import contextlib, sys
-from pipelines import ingest as module
+import sys
+from pipelines.data.ingest.job import ingest
 from pipelines.settings import PrepareDataSettings
-module._map_on_cluster = map
-module.start_ray = lambda settings: contextlib.nullcontext()
+fields = {"source": "laion", "input": sys.argv[1], "output": sys.argv[2], "tracking_uri": "none", "num_workers": 0}
 print("ready", flush=True)
-settings = PrepareDataSettings(source="laion", input=sys.argv[1], output=sys.argv[2], tracking_uri="none")
-module.ingest(settings)
+ingest(PrepareDataSettings(**fields))
 """
 
 

@@ -1,0 +1,41 @@
+"""Settings of the jobs: where and how large. The science of the stages is in ``tinygptv.training.stages``.
+
+A configuration file has common keys at the top and one section per job; command-line ``key=value`` pairs override both.
+Unknown keys are errors. Every field is documented by its description, and ``--help`` prints them.
+
+    recipe: mini
+    seed: 0
+    train:
+      num_workers: 2
+"""
+
+from pipelines.settings.base import ROOT, SECTIONS, Settings, SettingsError
+from pipelines.settings.jobs import (
+    AblateSettings,
+    CacheFeaturesSettings,
+    DemoSettings,
+    MiniatureSettings,
+    PlanMemorySettings,
+    PrepareDataSettings,
+    QuantizeSettings,
+    ScoreSettings,
+    ServeSettings,
+    TrainSettings,
+)
+
+__all__ = [
+    "ROOT",
+    "SECTIONS",
+    "AblateSettings",
+    "CacheFeaturesSettings",
+    "DemoSettings",
+    "MiniatureSettings",
+    "PlanMemorySettings",
+    "PrepareDataSettings",
+    "QuantizeSettings",
+    "ScoreSettings",
+    "ServeSettings",
+    "Settings",
+    "SettingsError",
+    "TrainSettings",
+]

@@ -1,0 +1,216 @@
+"""Reading settings: a YAML file, its section for a job, ``key=value`` overrides, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
+
+from pipelines.settings.plain_yaml import load_text_list, load_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The project's folder."""
+
+SECTIONS: dict[str, type[Settings]] = {}
+"""Section of a configuration file -> settings of the job that reads it."""
+
+
+class SettingsError(ValueError):
+    """A user's mistake in a configuration: one sentence that names the value, its location and the fix."""
+
+
+class Settings(BaseModel):
+    """Keys that every job understands."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,  # `name: 2024` in a file is a name
+    )
+    section: ClassVar[str] = ""
+
+    recipe: str = Field("mini", description="paper, released or mini: which stages (tinygptv.training.stages)")
+    seed: int = Field(0, ge=0, description="everything random follows from it")
+    output: str = Field("", description="folder (or URI, where the job says so) for the results")
+    tracking_uri: str = Field("", description="MLflow tracking URI; empty is sqlite:///<root>/mlflow.db; 'none' is off")
+    experiment: str = Field("", description="MLflow experiment; empty is tinygptv-<recipe>")
+    ray_address: str = Field("", description="Ray cluster to join; empty joins the current one or starts a local one")
+    num_cpus: int = Field(0, ge=0, description="logical CPUs of a local cluster; 0 takes the machine's")
+    object_store_mb: int = Field(0, ge=0, description="object store of a local cluster in MB; 0 leaves it to Ray")
+    quiet: bool = Field(False, description="no progress bars")
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Register the job's section."""
+        if cls.section:
+            SECTIONS[cls.section] = cls
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_true_as_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = set(_kinds(cls.model_fields[info.field_name or ""].annotation))
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError("a number is wanted, not true or false")
+        return value
+
+    @classmethod
+    def load(cls, config: str | Path | None, overrides: Sequence[str] = ()) -> Self:
+        """Read a configuration file and apply overrides.
+
+        Args:
+            config: YAML file; None takes the defaults.
+            overrides: ``key=value``. A key that is text takes its value as it is written, whatever characters it
+                holds; lists are written ``[a, b]`` or ``a,b``; ``key.sub=value`` is read as YAML.
+
+        Raises:
+            SettingsError: the file is missing or no mapping, a key is unknown, or a value is of the wrong kind.
+        """
+        values = _read_file(Path(config)) if config else {}
+        own = values.get(cls.section) or {}
+        if not isinstance(own, dict):
+            raise SettingsError(f"{config}: section {cls.section!r} holds {own!r}; it must be a mapping of keys.")
+        common = {key: value for key, value in values.items() if key not in SECTIONS}
+        unknown = sorted(str(key) for key in set(common) - set(Settings.model_fields))
+        if unknown:
+            raise SettingsError(_unknown_key(unknown[0], str(config), {*Settings.model_fields, *SECTIONS}))
+        merged = {**common, **own}
+        for override in overrides:
+            cls._apply_override(merged, override)
+        return cls.parse(merged, str(config) if config else "the command line")
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], location: str) -> Self:
+        """Validate a plain mapping.
+
+        Args:
+            values: by key.
+            location: where they come from, for the error.
+
+        Raises:
+            SettingsError: a key is unknown, or a value is of the wrong kind.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise SettingsError(cls._describe(error.errors()[0], location)) from None
+
+    @classmethod
+    def from_command_line(cls, argv: Sequence[str] | None, description: str | None) -> Self:
+        """Parse ``--config FILE [key=value ...]``; a mistake ends the program with one sentence on stderr."""
+        lines = [f"  {name:22} {field.description} [{field.default!r}]" for name, field in cls.model_fields.items()]
+        parser = argparse.ArgumentParser(
+            description=description,
+            epilog="keys:\n" + "\n".join(lines),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("--config", help="YAML file, e.g. configs/mini.yaml")
+        flags = [name for name, field in cls.model_fields.items() if field.annotation is bool]
+        for name in flags:
+            parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=argparse.SUPPRESS)
+        parser.add_argument("overrides", nargs="*", metavar="key=value")
+        parsed = parser.parse_intermixed_args(argv)
+        overrides = parsed.overrides + [f"{name}=true" for name in flags if getattr(parsed, name)]
+        try:
+            return cls.load(parsed.config, overrides)
+        except SettingsError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+
+    def output_dir(self, default: str) -> Path:
+        """The output folder as an absolute path, made where it is missing."""
+        path = Path(self.output or default).expanduser().absolute()
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @classmethod
+    def _apply_override(cls, values: dict[str, Any], override: str) -> None:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise SettingsError(f"cannot read {override!r}: write settings as key=value.")
+        *parents, last = key.split(".")
+        field = None if parents else cls.model_fields.get(key)
+        try:
+            value = _read_text(text, list(_kinds(field.annotation))) if field else load_yaml(text) if text else ""
+        except yaml.YAMLError as error:
+            raise SettingsError(f"cannot read the value of {override!r}: {' '.join(str(error).split())}.") from error
+        for parent in parents:
+            values = values.setdefault(parent, {})
+            if not isinstance(values, dict):
+                raise SettingsError(f"cannot set {key!r}: {parent!r} is a plain value, not a group of settings.")
+        values[last] = value
+
+    @classmethod
+    def _describe(cls, error: ErrorDetails, location: str) -> str:
+        """One sentence for a value that does not fit; values of secret keys are not shown."""
+        name = str(error["loc"][0]) if error["loc"] else ""
+        key = ".".join([name, *(str(part) for part in error["loc"][1:] if isinstance(part, int))])
+        if error["type"] == "extra_forbidden":
+            return _unknown_key(name, location, set(cls.model_fields))
+        is_secret = name in cls.model_fields and SecretStr in _kinds(cls.model_fields[name].annotation)
+        value = "..." if is_secret else repr(error["input"])
+        return f"{location}: {key}={value} is not usable: {error['msg'].removeprefix('Value error, ')}."
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation names: ``list[str] | None`` -> list, str, NoneType; literals give their types."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        yield from {type(value) for value in get_args(annotation)}
+    elif origin in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from _kinds(part)
+    elif origin is not None:
+        yield origin
+        for part in get_args(annotation):
+            yield from _kinds(part)
+    else:
+        yield annotation
+
+
+def _read_text(text: str, kinds: Iterable[Any]) -> Any:
+    """The value of a command-line setting: text stays text; numbers and booleans are read by pydantic."""
+    if dict in kinds:
+        return load_yaml(text) if text else {}
+    if type(None) in kinds and text in ("", "null"):
+        return None
+    if list in kinds:
+        if text.lstrip().startswith("["):
+            return load_text_list(text)
+        if not _takes_plain_text(kinds):
+            return [part.strip() for part in text.split(",") if part.strip()]
+    return text
+
+
+def _takes_plain_text(kinds: Iterable[Any]) -> bool:
+    """Whether text stands beside the list: ``str | list[str]``, not ``list[str]``."""
+    return list(kinds).count(str) > 1
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise SettingsError(f"configuration {path} does not exist; the shipped ones are in {ROOT / 'configs'}.")
+    try:
+        values = load_yaml(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"configuration {path} is no valid YAML: {error}.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise SettingsError(f"configuration {path} holds a {type(values).__name__}; it must be a mapping of keys.")
+    return values
+
+
+def _unknown_key(key: str, location: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}."
+    return f"{location}: unknown key {key!r}; {hint}"

@@ -1,0 +1,177 @@
+"""Independent units of work, in this process or on Ray Data: results as they finish.
+
+A unit is a small picklable description: which file, which rows. Its work writes its own output, so nothing large
+travels between processes, and whoever calls passes only those units whose output is not there yet.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pipelines.cluster import quiet_ray_data, start_ray
+from pipelines.settings import Settings
+
+if TYPE_CHECKING:
+    import ray.data
+
+Unit = TypeVar("Unit")
+Result = TypeVar("Result")
+Work = Callable[[Unit], Result]
+
+ATTEMPTS = 4
+"""Runs of a unit whose process dies. Ray Data's own default has no bound: one unit could stall a job for ever."""
+
+
+class UnitsLostError(RuntimeError):
+    """Units whose process died in every attempt, for example for lack of memory. All other units are finished.
+
+    Attributes:
+        units: the units without a result.
+    """
+
+    def __init__(self, units: Sequence[Any]) -> None:
+        super().__init__(
+            f"{len(units)} units of work have no result, because their process died each time (out of memory?); the "
+            f"first is {units[0]!r}. Give each more memory, or run fewer at a time with num_workers=."
+        )
+        self.units: tuple[Any, ...] = tuple(units)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many units run at a time, and what each takes.
+
+    Attributes:
+        count: most units at a time; 0 runs them in this process, None as many as the cluster has room for.
+        num_cpus: logical CPUs of one.
+        num_gpus: GPUs of one, or a fraction.
+        reuse_setup: set the work up once per process and keep it, as Ray actors; else once per unit, as Ray tasks.
+    """
+
+    count: int | None = None
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    reuse_setup: bool = False
+
+
+def map_units(
+    setup: Callable[[], Work[Unit, Result]], units: Sequence[Unit], workers: Workers, settings: Settings, *, name: str
+) -> Iterator[tuple[Unit, Result]]:
+    """Run every unit once.
+
+    Args:
+        setup: makes the function that does a unit's work, in the process that will call it; picklable.
+        units: what is to be done; picklable.
+        workers: where and how many at a time.
+        settings: of the cluster to join or start.
+        name: of the work, in Ray's dashboard.
+
+    Yields:
+        Units with their results, in the order in which they finish.
+
+    Raises:
+        Exception: the first error that a unit's work raised, as it was raised there.
+        UnitsLostError: the process of some units died in each of ``ATTEMPTS``; raised after all others are finished.
+    """
+    if not units:
+        return
+    if workers.count == 0:
+        work = setup()
+        for unit in units:
+            yield unit, work(unit)
+        return
+    missing = dict(enumerate(units))
+    with start_ray(settings):
+        for number, outcome in _run_on_ray(setup, units, workers, name):
+            if outcome.error is not None:
+                raise outcome.error
+            yield missing.pop(number), outcome.result
+    if missing:
+        raise UnitsLostError(list(missing.values()))
+
+
+@dataclass(frozen=True)
+class _Outcome(Generic[Result]):
+    result: Result
+    error: Exception | None = None
+
+
+def _run_on_ray(
+    setup: Callable[[], Work[Unit, Result]], units: Sequence[Unit], workers: Workers, name: str
+) -> Iterator[tuple[int, _Outcome[Any]]]:
+    import ray.data
+
+    resources: dict[str, Any] = {"num_cpus": workers.num_cpus, "num_gpus": workers.num_gpus or None}
+    with _errored_units_left_out():
+        rows = ray.data.from_items(
+            [{"number": number, "unit": pickle.dumps(unit)} for number, unit in enumerate(units)],
+            override_num_blocks=len(units),
+        )
+        if workers.reuse_setup:
+            pool = ray.data.ActorPoolStrategy(min_size=workers.count or 1, max_size=workers.count)
+            runner: Any = _Runner  # Ray's types do not know classes here
+            done = _map_rows(
+                rows, runner, fn_constructor_args=(setup,), compute=pool, max_task_retries=ATTEMPTS - 1, **resources
+            )
+        else:
+            tasks = ray.data.TaskPoolStrategy(size=workers.count)
+            done = _map_rows(rows, partial(_run_once, setup), compute=tasks, max_retries=ATTEMPTS - 1, **resources)
+    done.set_name(name)
+    for row in done.iter_rows():
+        yield row["number"], pickle.loads(row["outcome"])
+
+
+@contextmanager
+def _errored_units_left_out() -> Iterator[None]:
+    """Data sets made in this block leave out what fails. A unit is a block of its own, and we count the results."""
+    context = quiet_ray_data()
+    before = context.max_errored_blocks
+    context.max_errored_blocks = -1
+    try:
+        yield
+    finally:
+        context.max_errored_blocks = before
+
+
+def _map_rows(rows: ray.data.Dataset, function: Any, **options: Any) -> ray.data.Dataset:
+    """``rows.map``, without the warning that options of Ray tasks are to become arguments with names of their own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        return rows.map(function, **options)
+
+
+def _run_once(setup: Callable[[], Work[Any, Any]], row: dict[str, Any]) -> dict[str, Any]:
+    return _Runner(setup)(row)
+
+
+class _Runner:
+    """Does units that arrive as rows of a Ray data set. Errors travel as values: they arrive without Ray's trace."""
+
+    def __init__(self, setup: Callable[[], Work[Any, Any]]) -> None:
+        self._setup = setup
+        self._work: Work[Any, Any] | None = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            if self._work is None:
+                self._work = self._setup()
+            outcome = pickle.dumps(_Outcome(self._work(pickle.loads(row["unit"]))))
+        except Exception as error:
+            outcome = _dump_error(error)
+        return {"number": row["number"], "outcome": outcome}
+
+
+def _dump_error(error: Exception) -> bytes:
+    """A pickled error outcome; an error that cannot be pickled and built again becomes a ``RuntimeError``."""
+    try:
+        data = pickle.dumps(_Outcome(None, error))
+        pickle.loads(data)
+    except Exception:
+        return pickle.dumps(_Outcome(None, RuntimeError(f"{type(error).__name__}: {error}")))
+    return data

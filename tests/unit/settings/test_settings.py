@@ -1,0 +1,170 @@
+"""Settings: files, sections, overrides, bounds, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines.settings import (
+    AblateSettings,
+    CacheFeaturesSettings,
+    PrepareDataSettings,
+    ScoreSettings,
+    ServeSettings,
+    Settings,
+    SettingsError,
+    TrainSettings,
+)
+
+
+def write(tmp_path, text, encoding="utf-8"):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "outputs/set #2",
+        "2024",
+        "*.jsonl",
+        "[ab]*.tar",
+        "{00000..00012}.tar",
+        "a: b",
+        "on",
+        "null",
+        "~/data",
+        "s3://bucket/a?region=x",
+        "'quoted'",
+        " spaced ",
+        "a=b",
+        "%2e",
+        "",
+    ],
+)
+def test_a_text_key_takes_its_value_as_it_is_written(text):
+    assert PrepareDataSettings.load(None, [f"input={text}"]).input == text
+
+
+def test_numbers_booleans_and_choices_are_read_from_the_command_line():
+    loaded = PrepareDataSettings.load(
+        None, ["min_side=12", "min_letters=5e-1", "quiet=on", "duplicates=keep", "num_workers="]
+    )
+    assert (loaded.min_side, loaded.min_letters, loaded.quiet, loaded.duplicates) == (12, 0.5, True, "keep")
+    assert loaded.num_workers is None
+    assert TrainSettings.load(None, ["guard=off"]).guard == "off"
+    assert TrainSettings.load(None, ["encoder_precision="]).encoder_precision is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "value"),
+    [
+        (ScoreSettings, "benchmark=[vqa, 2024, on]", ["vqa", "2024", "on"]),
+        (ScoreSettings, "benchmark=vqa", "vqa"),
+        (AblateSettings, "variants=[full, 'stage.lora_rank=4']", ["full", "stage.lora_rank=4"]),
+        (AblateSettings, "stages=1,3", [1, 3]),
+        (CacheFeaturesSettings, "sources=laion", ["laion"]),
+        (CacheFeaturesSettings, "sources=", []),
+    ],
+)
+def test_lists_are_written_with_brackets_or_commas(kind, override, value):
+    loaded = kind.load(None, [override])
+    assert getattr(loaded, override.partition("=")[0]) == value
+
+
+def test_groups_of_settings_are_yaml():
+    loaded = TrainSettings.load(None, ["stage.schedule.peak=5e-2", "stage.sources={own: {weight: 1}}", "stage.title=x"])
+    assert loaded.stage == {"schedule": {"peak": 0.05}, "sources": {"own": {"weight": 1}}, "title": "x"}
+    with pytest.raises(SettingsError, match="'title' is a plain value"):
+        TrainSettings.load(None, ["stage.title=x", "stage.title.more=y"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "override"),
+    [
+        (PrepareDataSettings, "min_side=0"),
+        (PrepareDataSettings, "min_side=true"),
+        (PrepareDataSettings, "image_size=2.5"),
+        (PrepareDataSettings, "jpeg_quality=101"),
+        (PrepareDataSettings, "max_megapixels=nan"),
+        (PrepareDataSettings, "max_megapixels=inf"),
+        (PrepareDataSettings, "duplicates=maybe"),
+        (TrainSettings, "micro_batch_size=0"),
+        (TrainSettings, "num_workers=-1"),
+        (TrainSettings, "max_steps=ten"),
+    ],
+)
+def test_a_value_out_of_its_bounds_is_one_sentence_with_key_and_value(kind, override):
+    key, _, value = override.partition("=")
+    with pytest.raises(SettingsError, match=rf"^the command line: {key}='{value}' is not usable: ") as error:
+        kind.load(None, [override])
+    assert "\n" not in str(error.value)
+
+
+def test_true_is_no_number_in_a_file_either(tmp_path):
+    with pytest.raises(SettingsError, match="min_side=True is not usable: a number is wanted"):
+        PrepareDataSettings.load(write(tmp_path, "prepare_data: {min_side: true}"))
+
+
+def test_a_section_wins_over_common_keys_and_overrides_over_both(tmp_path):
+    path = write(tmp_path, "seed: 1\nquiet: true\nprepare_data:\n  seed: 2\n  min_side: 9\ntrain:\n  seed: 3\n")
+    assert PrepareDataSettings.load(path).seed == 2
+    assert TrainSettings.load(path).seed == 3
+    assert ScoreSettings.load(path).seed == 1
+    assert ScoreSettings.load(path).quiet is True
+    loaded = PrepareDataSettings.load(path, ["seed=4"])
+    assert (loaded.seed, loaded.min_side) == (4, 9)
+
+
+def test_files_hold_the_scalars_of_yaml_1_2(tmp_path):
+    path = write(
+        tmp_path, "\ufeffrecipe: mini\ntrain:\n  guard: off\n  guard_vanishing: 1e-12\n  stage: {lr: 5e-2, at: 12:30}\n"
+    )
+    loaded = TrainSettings.load(path)
+    assert (loaded.guard, loaded.guard_vanishing) == ("off", 1e-12)
+    assert loaded.stage == {"lr": 0.05, "at": "12:30"}
+    path = write(tmp_path, "prepare_data: {name: 2024, input: 007, quiet: yes}")
+    loaded = PrepareDataSettings.load(path)
+    assert (loaded.name, loaded.quiet) == ("2024", True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trian: {}\n", "unknown key 'trian'; did you mean 'train'"),
+        ("prepare_data: {min_sides: 3}\n", "unknown key 'min_sides'; did you mean 'min_side'"),
+        ("prepare_data: [1]\n", "section 'prepare_data' holds .* must be a mapping"),
+        ("- a\n", "must be a mapping of keys"),
+        ("a: [\n", "no valid YAML"),
+    ],
+)
+def test_mistakes_in_a_file_are_one_sentence(tmp_path, text, message):
+    with pytest.raises(SettingsError, match=message):
+        PrepareDataSettings.load(write(tmp_path, text))
+
+
+def test_a_file_that_is_missing_or_of_another_encoding(tmp_path):
+    with pytest.raises(SettingsError, match=r"does not exist; the shipped ones are in .*configs"):
+        PrepareDataSettings.load(tmp_path / "none.yaml")
+    with pytest.raises(SettingsError, match="no valid YAML"):
+        PrepareDataSettings.load(write(tmp_path, "recipe: m\xefni", "latin-1"))
+
+
+def test_secrets_are_never_shown_in_errors():
+    with pytest.raises(SettingsError, match=r"api_keys=\.\.\. is not usable") as error:
+        ServeSettings.parse({"api_keys": "hunter2"}, "config.yaml")
+    assert "hunter2" not in str(error.value)
+    assert error.value.__cause__ is None, "the cause would show the value"
+
+
+def test_the_command_line_ends_with_one_sentence(capsys):
+    with pytest.raises(SystemExit) as ended:
+        PrepareDataSettings.from_command_line(["min_side=0"], "x")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: the command line: min_side='0'")
+    assert PrepareDataSettings.from_command_line(["--quiet", "input=a b"], "x").quiet
+
+
+def test_every_section_belongs_to_one_job():
+    sections = [kind.section for kind in Settings.__subclasses__()]
+    assert len(set(sections)) == len(sections)

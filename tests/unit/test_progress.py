@@ -1,0 +1,87 @@
+"""Progress lines: the values that they show, in a log and in a terminal."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from pipelines import progress
+from pipelines.progress import Bar, Line, StepProgress, follow, format_seconds, poll
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (59.9, "0:59"), (60, "1:00"), (3599, "59:59"), (3600, "1:00:00"), (90061, "25:01:01")],
+)
+def test_seconds(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is set."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_a_bar_shows_share_note_and_time_left(clock, capsys):
+    with Bar("prepare laion") as bar:
+        clock[0] += 30
+        bar.update(3, 12, "rows 30 in")
+        assert bar.seconds == 30
+    shown = capsys.readouterr().err
+    assert shown == f"prepare laion [{'#' * 8:.<30}] 3/12  rows 30 in  left 1:30\n"
+
+
+def test_a_log_gets_a_line_now_and_then_and_the_last_one(clock, capsys):
+    with Bar("score") as bar:
+        for done in range(1, 31):
+            clock[0] += 1
+            bar.update(done, 30)
+    counts = [line.split()[2] for line in capsys.readouterr().err.splitlines()]
+    assert counts == ["1/30", "11/30", "21/30", "30/30"]
+
+
+def test_a_terminal_gets_one_line_that_changes(clock, capsys, monkeypatch):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    line = Line()
+    line.show("a")
+    line.show("b")
+    line.show("b", last=True)
+    assert capsys.readouterr().err == "\r\x1b[Ka\r\x1b[Kb\n"
+
+
+def test_quiet_says_nothing(capsys):
+    with Bar("x", quiet=True) as bar:
+        bar.update(1, 1)
+    assert capsys.readouterr().err == ""
+
+
+def test_steps_tell_what_is_left(clock):
+    steps = StepProgress("stage 1", 10, 30)
+    clock[0] += 20
+    line = steps.line(20, 1.23456, 1e-4, 7.04, 0.125)
+    assert line == ("stage 1: step 20/30  loss 1.235  lr 1.00e-04  7.0 samples/s  data wait 12%  left 0:20")
+
+
+def test_poll_calls_until_the_end_and_once_more():
+    calls = []
+    with poll(lambda: calls.append(1), every_s=0.01):
+        time.sleep(0.1)
+        during = len(calls)
+    assert during >= 2
+    assert len(calls) > during or len(calls) == during + 1
+    after = len(calls)
+    time.sleep(0.05)
+    assert len(calls) == after
+
+
+def test_follow_shows_the_last_line_of_another_process(tmp_path, capsys):
+    path = tmp_path / "progress.txt"
+    path.write_text("old")
+    with follow(path):
+        assert not path.exists(), "a line of an earlier run would mislead"
+        path.write_text("step 7")
+    assert capsys.readouterr().err.splitlines()[-1] == "step 7"

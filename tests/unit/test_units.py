@@ -1,0 +1,65 @@
+"""Units of work in this process; tests/integration/test_units.py runs them on Ray."""
+
+from __future__ import annotations
+
+import pickle
+from functools import partial
+
+import pytest
+
+from pipelines.settings import Settings
+from pipelines.units import UnitsLostError, Workers, _dump_error, _Runner, map_units
+
+HERE = Workers(0)
+
+
+def doubler(made):
+    made.append("set up")
+    return lambda unit: unit * 2
+
+
+def test_units_run_in_order_and_the_work_is_set_up_once():
+    made = []
+    done = list(map_units(partial(doubler, made), [3, 1, 2], HERE, Settings(), name="double"))
+    assert done == [(3, 6), (1, 2), (2, 4)]
+    assert made == ["set up"]
+
+
+def test_without_units_nothing_is_set_up():
+    made = []
+    assert list(map_units(partial(doubler, made), [], HERE, Settings(), name="double")) == []
+    assert list(map_units(partial(doubler, made), [], Workers(2), Settings(), name="double")) == []
+    assert made == []
+
+
+class OddError(Exception):
+    """Cannot be built again from its arguments."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+def fail(error):
+    def work(unit):
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [(ValueError("bad value"), ValueError, "bad value"), (OddError(1, 2), RuntimeError, "OddError: 1 and 2")],
+)
+def test_errors_travel_as_values_and_arrive_as_they_were_raised(error, kind, text):
+    row = _Runner(partial(fail, error))({"number": 4, "unit": pickle.dumps("x")})
+    outcome = pickle.loads(row["outcome"])
+    assert row["number"] == 4
+    assert type(outcome.error) is kind
+    assert str(outcome.error) == text
+    assert pickle.loads(_dump_error(error)).result is None
+
+
+def test_lost_units_are_named():
+    error = UnitsLostError(["part-3", "part-4"])
+    assert error.units == ("part-3", "part-4")
+    assert "2 units" in str(error) and "'part-3'" in str(error)
