@@ -69,9 +69,9 @@ class Generate:
     def answer(self, questions: list[Question]) -> tuple[float, list[list[int]]]:
         size = self.model.config.vision_config.image_size
         images = [ChatImage.from_bytes(q.image, size) for q in questions]
-        encoder = self.processor.encoder()
+        layout = self.processor.layout()
         rows = [
-            encode_conversation([ChatMessage("user", q.text, (image,))], encoder)[0]
+            encode_conversation([ChatMessage("user", q.text, (image,))], layout)[0]
             for q, image in zip(questions, images, strict=True)
         ]
         inputs = {name: torch.from_numpy(array) for name, array in self.processor.pad(rows).items()}

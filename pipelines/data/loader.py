@@ -22,6 +22,7 @@ from pipelines.data.shards import ShardSet
 from tinygptv.data.collate import LoadedSample, MicroBatch, collate
 from tinygptv.data.images import open_image, resize_pixels
 from tinygptv.data.mixture import Mixture, MixtureSource, SampleRef
+from tinygptv.data.prompt_layout import PromptLayout
 from tinygptv.data.sample import SampleEncoder, chooser, render_sample
 from tinygptv.training.stages import Stage
 
@@ -122,13 +123,13 @@ class BatchMaker:
         self.names = [source.name for source in plan.stage.sources]
         self.mixture = build_mixture(plan.stage, self.shards, plan.seed)
         self.tokenizer = load_tokenizer(plan.tokenizer)
-        self.encoder = SampleEncoder(
+        layout = PromptLayout(
             self.tokenizer,
             plan.stage.prompt_template,
-            plan.stage.limits,
             image_token_id=plan.image_token_id,
             num_query_tokens=plan.num_query_tokens,
         )
+        self.encoder = SampleEncoder(layout, plan.stage.limits)
         self.features = self._open_features() if plan.feature_key else {}
 
     def _open_features(self) -> dict[str, Any]:
@@ -152,13 +153,12 @@ class BatchMaker:
         name = self.names[ref.source]
         row = self.shards[name].row(ref.row)
         exchanges = render_sample(row, chooser(self.mixture.generator(ref)))
-        has_image = row.image is not None
-        encoded = self.encoder.encode(exchanges, int(has_image))
-        if not has_image:
+        encoded = self.encoder.encode(exchanges)
+        if row.image is None:
             return LoadedSample(encoded, ref.source)
         if self.features:
             return LoadedSample(encoded, ref.source, query_features=self.features[name].row(ref.row))
-        pixels = resize_pixels(open_image(row.image or b""), self.plan.stage.image_size)
+        pixels = resize_pixels(open_image(row.image), self.plan.stage.image_size)
         return LoadedSample(encoded, ref.source, pixels=pixels)
 
     def sample_ids(self, step: int) -> list[str]:

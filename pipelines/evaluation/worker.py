@@ -14,7 +14,6 @@ from torch import Tensor
 from pipelines.evaluation.answers import Answers, View, ViewAnswer, write_answers
 from pipelines.evaluation.benchmarks.base import Question
 from tinygptv.data.images import open_image
-from tinygptv.data.prompts import escape_markers
 from tinygptv.inference.batch import Answerer, Prompt
 from tinygptv.inference.loading import load_for_inference
 
@@ -116,10 +115,8 @@ class UnitAnswerer:
 
 
 def _prompt(unit: QuestionUnit, question: Question, places: dict[Path, int]) -> Prompt:
-    """The prompt of a question; what looks like a marker in a benchmark's text is text."""
     image = None if question.image is None else places[question.image]
-    instruction = escape_markers(question.instruction)
-    return Prompt(instruction, image, question.history, unit.max_new_tokens, question.choices)
+    return Prompt(question.instruction, image, question.history, unit.max_new_tokens, question.choices)
 
 
 def _with_images(asked: dict[int, Prompt], images: Sequence[int]) -> dict[int, Prompt]:

@@ -3,43 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from pipelines.serving.protocol import ChatRequest, ImagePart, ProtocolError, SystemMessage, UserMessage
-from tinygptv.data.conversation import ChatImage, ChatMessage, task_instruction
-
-
-@dataclass
-class _Turn:
-    role: str
-    texts: list[str] = field(default_factory=list)
-    num_images: int = 0
+from pipelines.serving.protocol import ChatRequest, ImagePart, ProtocolError
+from tinygptv.data.conversation import ChatImage, ChatMessage, join_messages, task_instruction
 
 
-@dataclass
+@dataclass(frozen=True)
 class Turns:
     """A request's messages, regrouped.
 
     Attributes:
+        turns: user and assistant in turn; each image is its index in ``image_urls``.
         image_urls: pairs (field of the request, URL), in order.
     """
 
-    turns: list[_Turn]
+    turns: list[ChatMessage[int]]
     image_urls: list[tuple[str, str]]
 
     def messages(
         self, images: Sequence[ChatImage], task: str | None, box: tuple[float, float, float, float] | None
-    ) -> tuple[ChatMessage, ...]:
+    ) -> tuple[ChatMessage[ChatImage], ...]:
         """Put the pictures in, and word the last question as its task.
 
         Raises:
             ProtocolError: 400: the task lacks words, a box or a picture.
         """
-        remaining = list(images)
-        messages = []
-        for turn in self.turns:
-            own, remaining = remaining[: turn.num_images], remaining[turn.num_images :]
-            messages.append(ChatMessage(turn.role, "\n".join(text for text in turn.texts if text), tuple(own)))
+        messages = [ChatMessage(turn.role, turn.text, tuple(images[i] for i in turn.images)) for turn in self.turns]
         if box is not None and task != "identify":
             raise ProtocolError(400, "a box goes with task 'identify'.", param="box")
         if task is not None:
@@ -56,35 +46,32 @@ class Turns:
 
 
 def read_turns(request: ChatRequest) -> Turns:
-    """Regroup: system messages go before the first question, neighbouring messages of one role become one.
+    """Regroup (``conversation.join_messages``).
 
     Raises:
         ProtocolError: 400: the conversation does not end with a question, or starts with an answer.
     """
-    system: list[str] = []
-    turns: list[_Turn] = []
+    messages: list[ChatMessage[int]] = []
     image_urls: list[tuple[str, str]] = []
     for index, message in enumerate(request.messages):
         parts = message.content if isinstance(message.content, list) else []
         texts = [message.content] if isinstance(message.content, str) else []
-        texts += [part.text for part in parts if not isinstance(part, ImagePart)]
-        if isinstance(message, SystemMessage):
-            system += texts
-            continue
-        if not turns or turns[-1].role != message.role:
-            turns.append(_Turn(message.role))
-        turns[-1].texts += texts
-        if isinstance(message, UserMessage):
-            for i, part in enumerate(parts):
-                if isinstance(part, ImagePart):
-                    image_urls.append((f"messages.{index}.content.{i}.image_url", part.image_url.url))
-                    turns[-1].num_images += 1
+        images: list[int] = []
+        for i, part in enumerate(parts):
+            if isinstance(part, ImagePart):
+                images.append(len(image_urls))
+                image_urls.append((f"messages.{index}.content.{i}.image_url", part.image_url.url))
+            else:
+                texts.append(part.text)
+        messages.append(ChatMessage(message.role, "\n".join(text for text in texts if text), tuple(images)))
+    try:
+        turns = join_messages(messages)
+    except ValueError as error:
+        raise ProtocolError(400, str(error), param="messages") from None
     if not turns or turns[-1].role != "user":
         raise ProtocolError(400, "the last message must be a question of the user.", param="messages")
-    if turns[0].role != "user":
-        raise ProtocolError(400, "the conversation must start with the user.", param="messages")
-    turns[0].texts[:0] = system
-    if request.task is None and not any(turns[-1].texts) and not turns[-1].num_images:
+    last = turns[-1]
+    if request.task is None and not last.text and not last.images:
         raise ProtocolError(400, "the last message is empty.", param=f"messages.{len(request.messages) - 1}.content")
     return Turns(turns, image_urls)
 

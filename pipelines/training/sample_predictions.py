@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL.Image import Image
 from pipelines.data.loader import BatchMaker
 from tinygptv.data.images import normalise_pixels, open_image, resize_pixels
 from tinygptv.data.mixture import SampleRef
-from tinygptv.data.sample import IGNORE_INDEX, chooser, render_sample
+from tinygptv.data.sample import chooser, render_sample
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
 MAX_SAMPLES = 4
@@ -62,9 +62,8 @@ class SamplePredictor:
         row = maker.shards[name].row(ref.row)
         exchanges = render_sample(row, chooser(maker.mixture.generator(ref)))
         image = None if row.image is None else open_image(row.image)
-        encoded = maker.encoder.encode(exchanges, int(image is not None))
-        first_learned = next(i for i, label in enumerate(encoded.labels) if label != IGNORE_INDEX)
-        ids = list(encoded.input_ids[:first_learned])
+        layout = maker.encoder.layout
+        ids = layout.encode_prompt([replace(exchanges[0], answer=None)])
         input_ids = torch.tensor([ids], device=model.device)
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if image is not None:
@@ -78,6 +77,6 @@ class SamplePredictor:
             sample=f"{name}/{row.id}",
             image=image,
             question=exchanges[0].instruction or "",
-            answer=text.split(maker.encoder.template.end_symbol)[0].strip(),
-            expected=exchanges[0].answer,
+            answer=layout.template.cut_answer(str(text)),
+            expected=exchanges[0].answer or "",
         )

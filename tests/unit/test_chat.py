@@ -63,7 +63,7 @@ def test_a_folder_is_asked_one_question(checkpoint, folder, capsys):
     assert run(checkpoint, "pictures", "what is it?") == 0
     rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert [row["image"] for row in rows] == [f"pictures/{name}" for name in ("0.png", "1.png", "2.png", "broken.jpg")]
-    assert all(row["answer"] for row in rows[:3]) and "cannot decode" in rows[3]["error"]
+    assert all(row["answer"] for row in rows[:3]) and "is not an image (JPEG, PNG, WebP, GIF, BMP)" in rows[3]["error"]
     assert "3 answers, 1 failures" in capsys.readouterr().out
 
 

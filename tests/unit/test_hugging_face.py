@@ -306,8 +306,7 @@ def test_gradient_checkpointing_changes_no_number(model):
 
 def test_chat_template_is_the_layout_of_training(processor):
     """What a pipeline renders is, token for token, what training sees before the answer."""
-    from tinygptv.data.prompts import wrap_image
-    from tinygptv.data.sample import Exchange
+    from tinygptv.data.prompt_layout import Exchange
 
     turns = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
@@ -316,7 +315,7 @@ def test_chat_template_is_the_layout_of_training(processor):
     ]
     text = processor.apply_chat_template(turns, add_generation_prompt=True)
     ids = processor(images=PICTURES[:1], text=text)["input_ids"][0].tolist()
-    wanted = processor.encoder().encode_prompt([Exchange(wrap_image("what?"), "a dog")], "colour? ", 1)
+    wanted = processor.layout().encode_prompt([Exchange("what?", "a dog", 1), Exchange("colour?")])
     assert ids == wanted
 
 

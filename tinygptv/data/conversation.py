@@ -1,7 +1,4 @@
-"""A conversation with pictures -> the prompt that the model was trained on.
-
-Every turn is laid out as in training: BOS, the template's wrapping, images before the words, each piece tokenised on
-its own. Words from people pass ``escape_markers``, so that nobody writes a placeholder or a special token.
+"""Messages of a conversation with images -> the turns and the prompt that the model was trained on.
 
 Notation: S prompt length, R image side.
 """
@@ -11,13 +8,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 
 from tinygptv.data.boxes import format_box
 from tinygptv.data.images import open_image, resize_pixels
-from tinygptv.data.prompts import EVALUATION_INSTRUCTIONS, IMAGE_TURN, INSTRUCTIONS, escape_markers
-from tinygptv.data.sample import SampleEncoder
+from tinygptv.data.prompt_layout import Exchange, PromptLayout
+from tinygptv.data.prompts import EVALUATION_INSTRUCTIONS, INSTRUCTIONS
+
+Role = Literal["system", "developer", "user", "assistant"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 TASKS = ("vqa", "caption", "refer", "identify", "grounding", "detection")
 """Tasks with a tag that a question can begin with."""
@@ -50,13 +51,22 @@ class ChatImage:
         return cls(image_number(data), resize_pixels(image, image_size), image.width, image.height)
 
 
-@dataclass(frozen=True, eq=False)
-class ChatMessage:
-    """One message: ``role`` is ``user`` or ``assistant``; only users send images."""
+ImageT = TypeVar("ImageT")
 
-    role: str
+
+@dataclass(frozen=True, eq=False)
+class ChatMessage(Generic[ImageT]):
+    """One message of a conversation: words, and the images that come with them.
+
+    Attributes:
+        role: who speaks; after ``join_messages`` user and assistant in turn.
+        text: the words.
+        images: only users send them; they stand before the words. ``ChatImage`` for chat and serving.
+    """
+
+    role: Role
     text: str
-    images: tuple[ChatImage, ...] = ()
+    images: tuple[ImageT, ...] = ()
 
 
 def image_number(data: bytes) -> int:
@@ -64,8 +74,51 @@ def image_number(data: bytes) -> int:
     return -1 - (int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1)
 
 
+def join_messages(messages: Sequence[ChatMessage[ImageT]]) -> list[ChatMessage[ImageT]]:
+    """Regroup messages into what a model was trained on: user and assistant in turn.
+
+    System (or developer) messages go before the first question, neighbouring messages of one role become one; their
+    texts are joined by line breaks, and empty ones are dropped.
+
+    Raises:
+        ValueError: a role is unknown, the assistant sends an image, or the conversation starts with the assistant.
+    """
+    system: list[str] = []
+    turns: list[tuple[Role, list[str], list[ImageT]]] = []
+    for message in messages:
+        if message.role not in ROLES:
+            raise ValueError(f"a message has the role {message.role!r}; roles are {', '.join(ROLES)}.")
+        if message.images and message.role != "user":
+            raise ValueError(f"a message of the {message.role} holds an image; only the user sends images.")
+        if message.role in ("system", "developer"):
+            system.append(message.text)
+            continue
+        if not turns or turns[-1][0] != message.role:
+            turns.append((message.role, [], []))
+        turns[-1][1].append(message.text)
+        turns[-1][2].extend(message.images)
+    if turns and turns[0][0] != "user":
+        raise ValueError("the conversation must start with the user.")
+    if turns:
+        turns[0][1][:0] = system
+    return [ChatMessage(role, "\n".join(t for t in texts if t), tuple(images)) for role, texts, images in turns]
+
+
+def conversation_exchanges(messages: Sequence[ChatMessage[Any]]) -> list[Exchange]:
+    """The turns of a conversation whose roles alternate; the last is open where nobody has answered it yet.
+
+    Raises:
+        ValueError: the roles do not alternate, or the assistant speaks first.
+    """
+    roles = [message.role for message in messages]
+    if not roles or roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
+        raise ValueError(f"messages have the roles {roles}: they must start with user, then assistant, user, ...")
+    answers = [message.text for message in messages[1::2]] + [None] * (len(messages) % 2)
+    return [Exchange(m.text, answer, len(m.images)) for m, answer in zip(messages[::2], answers, strict=True)]
+
+
 def encode_conversation(
-    messages: Sequence[ChatMessage], encoder: SampleEncoder, special_tokens: Sequence[str] = ("<|endoftext|>",)
+    messages: Sequence[ChatMessage[ChatImage]], layout: PromptLayout
 ) -> tuple[np.ndarray, list[ChatImage]]:
     """Lay out a conversation that waits for an answer.
 
@@ -74,8 +127,7 @@ def encode_conversation(
 
     Args:
         messages: user and assistant in turn, user first and last.
-        encoder: the checkpoint's layout (``processor.encoder()``).
-        special_tokens: strings of the tokenizer that must not be read as tokens.
+        layout: the checkpoint's (``processor.layout``).
 
     Returns:
         Ids [S] with ``image_token_id`` at image positions, and the images in order.
@@ -83,29 +135,11 @@ def encode_conversation(
     Raises:
         ValueError: the roles do not alternate from user to user.
     """
-    roles = [message.role for message in messages]
-    if roles != [("user", "assistant")[i % 2] for i in range(len(roles))] or len(roles) % 2 == 0:
-        raise ValueError(
-            f"messages have the roles {roles}: they must alternate user, assistant, ... and end with user."
-        )
-    bos = encoder.tokenizer.bos_token_id
-    ids: list[int] = []
-    images: list[ChatImage] = []
-    for message in messages:
-        text = escape_markers(message.text, tuple(special_tokens))
-        if message.role == "assistant":
-            ids += encoder.encode_text(text + encoder.template.end_symbol)
-            continue
-        ids.append(bos)
-        images += message.images
-        if encoder.template.turn == "{}":
-            ids += encoder.image_ids * len(message.images)
-            ids += encoder.encode_text(text) if text else []
-        else:
-            # In a conversation about an image every instruction ends with a space (prompts.wrap_image).
-            instruction = IMAGE_TURN * len(message.images) + text + (" " if images else "")
-            ids += encoder.encode_text(encoder.template.wrap(instruction), len(message.images))
-    return np.array(ids, dtype=np.int64), images
+    exchanges = conversation_exchanges(messages)
+    if exchanges[-1].answer is not None:
+        raise ValueError("the last message is the assistant's: it must be a question of the user.")
+    images = [image for message in messages for image in message.images]
+    return np.array(layout.encode_prompt(exchanges), dtype=np.int64), images
 
 
 def task_instruction(task: str, text: str, box: Sequence[float] | None = None, size: tuple[int, int] = (0, 0)) -> str:

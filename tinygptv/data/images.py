@@ -7,11 +7,16 @@ runs.
 
 from __future__ import annotations
 
+import base64
 import io
+import os
+import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -20,8 +25,76 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are decoded (MPO opens as JPEG); anything else is refused before a decoder sees it."""
 
+_DOWNLOAD_TIMEOUT_S = 30
+_LONGEST_PATH = 4096
 
-def open_image(data: bytes) -> Image.Image:
+
+def load_image(source: Any) -> Image.Image:
+    """An RGB image, upright, from whatever stands for one.
+
+    Args:
+        source: a PIL image, an array [H, W], [H, W, C] or [C, H, W] (numpy or torch), encoded bytes, a path, or text: a
+            path, an http(s) or data URL, or base64.
+
+    Raises:
+        ValueError: it is none of these, or no image.
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(_turn_upright(source))
+    if isinstance(source, bytes | bytearray):
+        return open_image(bytes(source))
+    if isinstance(source, str | os.PathLike):
+        return _load_named(os.fspath(source))
+    return _from_array(np.asarray(source))
+
+
+def _load_named(name: str) -> Image.Image:
+    if name.startswith(("http://", "https://")):
+        with urllib.request.urlopen(name, timeout=_DOWNLOAD_TIMEOUT_S) as response:
+            return open_image(response.read())
+    if name[:5].lower() == "data:":
+        name = name.partition(",")[2]
+    elif len(name) < _LONGEST_PATH and Path(name.removeprefix("file://")).is_file():
+        return open_image(Path(name.removeprefix("file://")).read_bytes(), name)
+    try:
+        return open_image(base64.b64decode(name, validate=True))
+    except ValueError:
+        raise ValueError(f"{name:.200} is no image file, http(s) or data URL, nor base64 of an image.") from None
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    """An image from numbers: uint8, or floats in 0..1 or in 0..255."""
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.dtype == object or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise ValueError(
+            "an image is a PIL image, bytes, a path, a URL or an array [H, W], [H, W, C] or [C, H, W], not an array of "
+            f"shape {list(array.shape)} and type {array.dtype}."
+        )
+    if array.dtype != np.uint8:
+        array = _to_uint8(array)
+    return to_rgb(Image.fromarray(array))
+
+
+def _to_uint8(numbers: np.ndarray) -> np.ndarray:
+    """Scale numbers in 0..1 (floats), 0..255 or 0..65535 to 0..255; the range follows from the largest.
+
+    Raises:
+        ValueError: there are numbers outside of these ranges.
+    """
+    low, high = (float(f(numbers)) for f in (np.min, np.max)) if numbers.size else (0.0, 0.0)
+    if not (low >= 0.0 and high <= 65535.0):  # also refuses NaN
+        raise ValueError(
+            f"an image has values from {low:g} to {high:g}: give 0..1 (floats), 0..255 or 0..65535, not normalised."
+        )
+    is_unit = high <= 1.0 and not np.issubdtype(numbers.dtype, np.integer)
+    scale = 255.0 if is_unit else 1.0 if high <= 255.0 else 255.0 / 65535.0
+    return np.rint(numbers.astype(np.float64) * scale).astype(np.uint8)
+
+
+def open_image(data: bytes, name: str = "the file") -> Image.Image:
     """Decode image bytes to RGB, upright.
 
     EXIF rotation is applied; palette, grey, CMYK and 16-bit images are converted; transparency is laid on white; of an
@@ -29,6 +102,7 @@ def open_image(data: bytes) -> Image.Image:
 
     Args:
         data: an encoded image.
+        name: what errors call it.
 
     Returns:
         A loaded RGB image.
@@ -39,13 +113,15 @@ def open_image(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not an image (JPEG, PNG, WebP, GIF, BMP).") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot decode image of {len(data)} bytes: {error}") from error
+        raise ValueError(f"cannot decode {name} of {len(data)} bytes: {error}") from error
     return to_rgb(_turn_upright(image))
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
-    """Apply EXIF rotation; a picture with damaged EXIF data stays as it is."""
+    """Apply EXIF rotation; an image with damaged EXIF data stays as it is."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # PIL's EXIF parser raises many kinds of errors, SyntaxError among them
@@ -53,14 +129,18 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any PIL mode to RGB: transparency on white, 16-bit scaled to 8."""
+    """Convert any PIL mode to RGB: transparency on white, more than 8 bits and floats scaled by their range.
+
+    Raises:
+        ValueError: numbers that are no brightness (negative, not finite, above 65535).
+    """
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.asarray(image, dtype=np.float64)
-        scale = 255.0 / 65535.0 if pixels.max(initial=0.0) > 255.0 else 1.0
-        return Image.fromarray(np.clip(pixels * scale, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image, dtype=np.uint16) / 257.0).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         background = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(background, rgba).convert("RGB")

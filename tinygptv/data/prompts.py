@@ -8,67 +8,65 @@ Source: upstream release (sections D.1 to D.6 of its data and conversation code)
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 IMAGE_PLACEHOLDER = "<ImageHere>"
-IMAGE_TURN = "<Img>" + IMAGE_PLACEHOLDER + "</Img> "
-"""What stands before an instruction about an image."""
+"""What stands for an image in text; ``num_query_tokens`` positions take its place."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation becomes text.
+    """How the turns of a conversation become text. ``prompt_layout`` is the one reader of these fields.
 
     Attributes:
         name: key in ``TEMPLATES``.
-        turn: the question's wrapping, with ``{}`` for the instruction.
-        end_symbol: follows each answer; learned, and the place where generation stops.
+        turn: the question's wrapping, with ``{}`` for the images and the instruction.
+        end_symbol: follows each answer; learned, and the text at which generation stops.
+        image: how one image stands before the instruction of its turn.
+        after_instruction: follows every instruction of a conversation about an image (the release ends them with a
+            space).
+        bos: each turn begins with the BOS token.
+        opening: text before the first turn.
     """
 
     name: str
     turn: str
     end_symbol: str
+    image: str = f"<Img>{IMAGE_PLACEHOLDER}</Img> "
+    after_instruction: str = " "
+    bos: bool = True
+    opening: str = ""
 
     def wrap(self, instruction: str) -> str:
         """Put an instruction into the turn; braces inside the instruction are kept as they are."""
         return self.turn.replace("{}", instruction, 1)
 
-    @property
-    def chat_template(self) -> str:
-        """The same wrapping as a Jinja chat template, for ``processor.apply_chat_template``.
+    def cut_answer(self, text: str) -> str:
+        """Generated text up to the end symbol."""
+        return text.split(self.end_symbol, maxsplit=1)[0].strip()
 
-        A user message's image parts come first as ``<Img><ImageHere></Img> ``; instructions of a conversation with an
-        image end with a space; an assistant message is followed by the end symbol; BOS opens every user turn. All of
-        this is the layout of training.
-        """
-        before, after = self.turn.split("{}")
-        return (
-            "{%- set seen = namespace(image=false) -%}"
-            "{%- for message in messages -%}"
-            "{%- if message['content'] is string -%}"
-            "{%- set parts = [{'type': 'text', 'text': message['content']}] -%}"
-            "{%- else -%}{%- set parts = message['content'] -%}{%- endif -%}"
-            "{%- set texts = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}"
-            "{%- if message['role'] == 'assistant' -%}"
-            f"{{{{- texts + {self.end_symbol!r} -}}}}"
-            "{%- else -%}"
-            f"{{{{- bos_token + {before!r} -}}}}"
-            "{%- for part in parts if part['type'] in ['image', 'image_url'] -%}"
-            f"{{{{- {IMAGE_TURN!r} -}}}}{{%- set seen.image = true -%}}"
-            "{%- endfor -%}"
-            f"{{{{- texts + (' ' if seen.image else '') + {after!r} -}}}}"
-            "{%- endif -%}"
-            "{%- endfor -%}"
-        )
+    @property
+    def end_symbol_apart(self) -> str:
+        """What an end symbol inside an answer becomes: ``###`` of a heading ``# # #``, a line break a space."""
+        return " ".join(self.end_symbol) if len(self.end_symbol) > 1 else " "
+
+    def escape_end_symbol(self, answer: str) -> str:
+        """Keep an answer's own words from ending it."""
+        # Twice: "#####" leaves another symbol behind the first replacement.
+        once = answer.replace(self.end_symbol, self.end_symbol_apart)
+        return once.replace(self.end_symbol, self.end_symbol_apart)
 
 
 TEMPLATES: dict[str, Template] = {
     t.name: t
     for t in (
-        Template("caption", "{}", "\n"),  # stages 1 and 2: the image alone, then its caption
+        # Stages 1 and 2: the image alone, then its caption.
+        Template("caption", "{}", "\n", image=IMAGE_PLACEHOLDER, after_instruction=""),
         Template("human", "###Human: {} ###Assistant: ", "###"),  # stage 3, and the paper recipe's stage 4
         Template("inst", "[INST] {} [/INST]", "###"),  # the release's stage-4 training
-        Template("released_eval", "###Human: {}###Assistant: ", "###"),  # the release's evaluation scripts
+        # The release's evaluation scripts: "###" separates the messages, without BOS.
+        Template("released_eval", "Human: {}###Assistant: ", "###", after_instruction="", bos=False, opening="###"),
         Template("released_chat", "<s>[INST] {} [/INST]", "###"),  # the release's stage-4 demo
     )
 }
@@ -166,13 +164,8 @@ def clean_caption(text: str, max_words: int = 50) -> str:
     return " ".join(text.split(" ")[:max_words])
 
 
-def wrap_image(instruction: str) -> str:
-    """Put the image before an instruction, with the release's spaces: ``<Img><ImageHere></Img> {instruction} ``."""
-    return f"{IMAGE_TURN}{instruction} "
-
-
-def escape_markers(text: str, special_tokens: tuple[str, ...] = ("<|endoftext|>",)) -> str:
-    """Make text from strangers harmless: placeholders and special tokens in it become ordinary words."""
+def escape_markers(text: str, special_tokens: Sequence[str] = ("<|endoftext|>",)) -> str:
+    """Make untrusted text harmless: image placeholders and special tokens in it become ordinary words."""
     for marker in (IMAGE_PLACEHOLDER, *special_tokens):
         text = text.replace(marker, marker[0] + " " + marker[1:])
     return text

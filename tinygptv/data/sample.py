@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tinygptv.data.boxes import format_box
-from tinygptv.data.prompts import IMAGE_PLACEHOLDER, INSTRUCTIONS, Template, wrap_image
+from tinygptv.data.prompt_layout import Exchange, PromptLayout
+from tinygptv.data.prompts import INSTRUCTIONS
 
 IGNORE_INDEX = -100
 """Label of a position that the loss does not count."""
@@ -28,16 +29,6 @@ IGNORE_INDEX = -100
 T = TypeVar("T")
 Chooser = Callable[[Sequence[T]], T]
 """Draws one element; in training a generator keyed by (seed, source, position), in tests anything."""
-
-
-class Tokenizer(Protocol):
-    """What this module needs of a transformers tokenizer."""
-
-    bos_token_id: int
-    pad_token_id: int
-
-    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]:
-        """Ids of ``text``."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +93,6 @@ class SampleRow:
         }
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """One rendered turn: the instruction (None for an image without words) and the answer to learn."""
-
-    instruction: str | None
-    answer: str
-
-
 def render_sample(row: SampleRow, choose: Chooser) -> list[Exchange]:
     """Draw wordings, answers and phrases for one sample.
 
@@ -118,23 +101,21 @@ def render_sample(row: SampleRow, choose: Chooser) -> list[Exchange]:
         choose: draws one element of a sequence.
 
     Returns:
-        One exchange per turn. The first instruction of a sample with an image holds ``<ImageHere>``.
+        One exchange per turn; the image of a sample belongs to the first.
 
     Raises:
         ValueError: the task is unknown, or a box task has no box.
     """
     if row.task not in INSTRUCTIONS:
         raise ValueError(f"sample {row.id!r} of {row.source!r} has task {row.task!r}; known: {sorted(INSTRUCTIONS)}.")
+    wordings = INSTRUCTIONS[row.task]
     exchanges = []
     for index, turn in enumerate(row.turns):
         question, answer = _question_and_answer(row, turn, choose)
-        wordings = INSTRUCTIONS[row.task]
+        num_images = int(index == 0 and row.image is not None)
         if not wordings:
-            return [Exchange(None, answer)]
-        instruction = choose(wordings).replace("{}", question, 1)
-        if row.image is not None or row.width:
-            instruction = wrap_image(instruction) if index == 0 else f"{instruction} "
-        exchanges.append(Exchange(instruction, answer))
+            return [Exchange(None, answer, num_images)]
+        exchanges.append(Exchange(choose(wordings).replace("{}", question, 1), answer, num_images))
     return exchanges
 
 
@@ -179,84 +160,31 @@ class EncodedSample:
 
 
 class SampleEncoder:
-    """Turns exchanges into token ids for one stage: a template, limits, and how many positions an image takes."""
+    """Turns exchanges into the token ids and labels of one training sequence, within a stage's limits."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        template: Template,
-        limits: TextLimits,
-        *,
-        image_token_id: int,
-        num_query_tokens: int,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.template = template
-        self.limits = limits
-        self.image_ids = [image_token_id] * num_query_tokens
+    def __init__(self, layout: PromptLayout, limits: TextLimits) -> None:
+        self.layout, self.limits = layout, limits
 
-    def encode_text(self, text: str, num_images: int = 0) -> list[int]:
-        """Ids of text in which ``<ImageHere>`` stands for an image.
-
-        Each piece between placeholders is tokenised on its own, as the release does.
-
-        Raises:
-            ValueError: the text has another number of placeholders than ``num_images``.
-        """
-        pieces = text.split(IMAGE_PLACEHOLDER)
-        if len(pieces) - 1 != num_images:
-            raise ValueError(f"the text has {len(pieces) - 1} {IMAGE_PLACEHOLDER} but {num_images} images: {text!r}.")
-        ids: list[int] = []
-        for index, piece in enumerate(pieces):
-            ids += self.image_ids if index else []
-            ids += self._ids(piece)
-        return ids
-
-    def encode(self, exchanges: Sequence[Exchange], num_images: int) -> EncodedSample:
+    def encode(self, exchanges: Sequence[Exchange]) -> EncodedSample:
         """Lay out one training sequence.
 
         Args:
-            exchanges: rendered turns.
-            num_images: images of the sample; the first instruction holds that many placeholders.
+            exchanges: rendered turns, each with its answer.
 
         Returns:
             Ids, labels and attention; the last answer's end symbol is missing where the limit cut it off.
         """
-        first = exchanges[0]
-        if first.instruction is None:
-            context = self.image_ids * num_images
-        else:
-            context = self.encode_text(self.template.wrap(first.instruction), num_images)
         encoded = EncodedSample()
-        encoded.add([self.tokenizer.bos_token_id])
-        encoded.add(context[: self.limits.max_context_tokens])
-        start = len(encoded.input_ids)
-
-        for index, exchange in enumerate(exchanges):
-            if index:
-                encoded.add([self.tokenizer.bos_token_id], attend=not self.limits.mask_inner_bos)
-                encoded.add(self._ids(self.template.wrap(exchange.instruction or "")))
-            encoded.add(self._ids(exchange.answer + self.template.end_symbol), learn=True)
-        end = start + self.limits.max_text_tokens
+        first, *following = self.layout.encode_turns(exchanges)
+        encoded.add(first.bos)
+        encoded.add(first.question[: self.limits.max_context_tokens])
+        end = len(encoded.input_ids) + self.limits.max_text_tokens
+        encoded.add(first.answer or [], learn=True)
+        for turn in following:
+            encoded.add(turn.bos, attend=not self.limits.mask_inner_bos)
+            encoded.add(turn.question)
+            encoded.add(turn.answer or [], learn=True)
         return EncodedSample(encoded.input_ids[:end], encoded.labels[:end], encoded.attention_mask[:end])
-
-    def encode_prompt(self, exchanges: Sequence[Exchange], instruction: str, num_images: int = 0) -> list[int]:
-        """Ids of a prompt that waits for an answer: earlier exchanges in full, then the new instruction.
-
-        The layout is the one of training, BOS included.
-        """
-        if not exchanges:
-            return [self.tokenizer.bos_token_id, *self.encode_text(self.template.wrap(instruction), num_images)]
-        ids = [self.tokenizer.bos_token_id]
-        ids += self.encode_text(self.template.wrap(exchanges[0].instruction or ""), num_images)
-        ids += self._ids(exchanges[0].answer + self.template.end_symbol)
-        for exchange in exchanges[1:]:
-            ids += [self.tokenizer.bos_token_id, *self._ids(self.template.wrap(exchange.instruction or ""))]
-            ids += self._ids(exchange.answer + self.template.end_symbol)
-        return [*ids, self.tokenizer.bos_token_id, *self._ids(self.template.wrap(instruction))]
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
 
 
 def chooser(generator: np.random.Generator) -> Chooser:

@@ -70,8 +70,7 @@ class Assistant:
         self.loop = EngineLoop(self.engine)
         # One thread: a fast tokenizer refuses concurrent use.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizing")
-        self._encoder = processor.encoder()
-        self._special_tokens = tuple(processor.tokenizer.all_special_tokens)
+        self._layout = processor.layout()
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Assistant:
@@ -146,7 +145,7 @@ class Assistant:
 
     def _encode(self, messages: Sequence[ChatMessage]) -> tuple[np.ndarray, list[ChatImage], list[Future[Tensor]]]:
         self._check_bounds(messages)
-        ids, images = encode_conversation(messages, self._encoder, self._special_tokens)
+        ids, images = encode_conversation(messages, self._layout)
         self.engine.check_length(len(ids))  # before an image is encoded in vain
         return ids, images, [self.images.encode(image) for image in images]
 

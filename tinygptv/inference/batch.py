@@ -9,7 +9,7 @@ Notation: N images, Q query tokens, D width, M supervised positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor
 from tinygptv.data.collate import LoadedSample, collate
 from tinygptv.data.images import normalise_pixels, stack_pixels
 from tinygptv.data.processing import TinyGPTVProcessor
-from tinygptv.data.prompts import IMAGE_TURN, TEMPLATES, wrap_image
-from tinygptv.data.sample import EncodedSample, Exchange
+from tinygptv.data.prompt_layout import Exchange
+from tinygptv.data.sample import EncodedSample
 from tinygptv.inference.engine import Engine, PromptTooLong, Request
 from tinygptv.inference.prefix_cache import KVSlots
 from tinygptv.inference.sampling import SamplingParams
@@ -40,14 +40,14 @@ class Prompt:
     """A question that waits for its answer.
 
     Attributes:
-        instruction: what is asked, task tag included, image marks and template not.
+        instruction: what is asked, task tag included, image marks and template not; None shows the image alone.
         image: index into the images that were encoded; None for text only.
-        history: earlier turns, without image marks.
+        history: earlier turns; the image belongs to the first turn of all.
         max_new_tokens: longest answer.
         choices: texts to rank by their loss, where asked for.
     """
 
-    instruction: str
+    instruction: str | None
     image: int | None = None
     history: tuple[Exchange, ...] = ()
     max_new_tokens: int = 20
@@ -79,13 +79,11 @@ class Answerer:
             model: in evaluation mode.
             processor: tokenizer and template; prompts are laid out as in training.
             batch_size: answers generated together.
-            released: prompt as the release's evaluation scripts do (template ``released_eval``, no BOS, no space after
-                the instruction), and do not stop at the end symbol.
+            released: prompt as the release's evaluation scripts do (template ``released_eval``), and do not stop at
+                the end symbol.
         """
         self.model, self.processor, self.batch_size, self.released = model, processor, batch_size, released
-        self.template = TEMPLATES["released_eval" if released else processor.template]
-        self.encoder = processor.encoder()
-        self.encoder.template = self.template
+        self.layout = processor.layout("released_eval" if released else None)
         self._engine: Engine | None = None
 
     # ------------------------------------------------------------------ images
@@ -142,18 +140,9 @@ class Answerer:
 
     def prompt_ids(self, prompt: Prompt) -> np.ndarray:
         """Token ids [S] of a prompt, with ``image_token_id`` at the image's positions."""
-        num_images = int(prompt.image is not None)
-        turns = [*((e.instruction or "", e.answer) for e in prompt.history), (prompt.instruction, "")]
-        if self.released:
-            words = "".join(
-                self.template.wrap(IMAGE_TURN * num_images * (i == 0) + instruction) + answer
-                for i, (instruction, answer) in enumerate(turns)
-            )
-            return np.array(self.encoder.encode_text(words, num_images), dtype=np.int64)
-        if num_images:  # as in training: a space ends every instruction of a conversation about a picture
-            turns = [(wrap_image(t) if i == 0 else f"{t} ", answer) for i, (t, answer) in enumerate(turns)]
-        history = [Exchange(instruction, answer) for instruction, answer in turns[:-1]]
-        return np.array(self.encoder.encode_prompt(history, turns[-1][0], num_images), dtype=np.int64)
+        first, *following = [*prompt.history, Exchange(prompt.instruction)]
+        exchanges = [replace(first, num_images=int(prompt.image is not None)), *following]
+        return np.array(self.layout.encode_prompt(exchanges), dtype=np.int64)
 
     def _clean(self, text: str) -> str:
         return released_text(text) if self.released else text.strip()
@@ -170,7 +159,7 @@ class Answerer:
                 max_batch_size=self.batch_size,
                 context_length=length,
                 prefill_tokens=2048,
-                stop=() if self.released else (self.template.end_symbol,),
+                stop=() if self.released else (self.layout.template.end_symbol,),
             )
         self._engine.slots = KVSlots(self.batch_size, length)
         return self._engine
@@ -211,7 +200,7 @@ class Answerer:
             for j, choice in enumerate(prompt.choices):
                 encoded = EncodedSample()
                 encoded.add(ids)
-                encoded.add(self.encoder.encode_text(choice + self.template.end_symbol), learn=True)
+                encoded.add(self.layout.encode_answer(choice), learn=True)
                 if len(encoded.input_ids) <= positions:
                     samples.append(LoadedSample(encoded, source=len(samples)))
                     owners.append((i, j))

@@ -19,8 +19,8 @@ from torch import Tensor
 from tinygptv.data.collate import LoadedSample, collate
 from tinygptv.data.images import open_image
 from tinygptv.data.processing import TinyGPTVProcessor
-from tinygptv.data.prompts import IMAGE_TURN
-from tinygptv.data.sample import Exchange, SampleRow, TextLimits, chooser, render_sample
+from tinygptv.data.prompt_layout import Exchange
+from tinygptv.data.sample import SampleEncoder, SampleRow, TextLimits, chooser, render_sample
 from tinygptv.inference.batch import Answerer, Prompt
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
@@ -115,7 +115,7 @@ def measure(
     losses = _losses(model, processor, rendered, embeds)
     places = [i for i, image in enumerate(images) if image is not None]
     prompts = [
-        Prompt(_bare(exchanges[0]), places.index(i) if i in places else None, max_new_tokens=MAX_NEW_TOKENS)
+        Prompt(exchanges[0].instruction, places.index(i) if i in places else None, max_new_tokens=MAX_NEW_TOKENS)
         for i, exchanges in enumerate(rendered)
     ]
     replies = answerer.answer(prompts, encoded)
@@ -129,15 +129,12 @@ def _losses(
     embeds: Sequence[Tensor | None],
 ) -> Tensor:
     """Cross-entropy of every supervised token, in nats."""
-    encoder = processor.encoder(TextLimits(MAX_TEXT_TOKENS))
+    encoder = SampleEncoder(processor.layout(), TextLimits(MAX_TEXT_TOKENS))
     device = cast(Tensor, model.get_input_embeddings().weight).device
     losses = []
     for start in range(0, len(rendered), _BATCH):
         part = slice(start, start + _BATCH)
-        samples = [
-            LoadedSample(encoder.encode(exchanges, num_images=int(image_embeds is not None)), source=0)
-            for exchanges, image_embeds in zip(rendered[part], embeds[part], strict=True)
-        ]
+        samples = [LoadedSample(encoder.encode(exchanges), source=0) for exchanges in rendered[part]]
         batch = collate(samples, processor.tokenizer.pad_token_id)
         shown = [image_embeds for image_embeds in embeds[part] if image_embeds is not None]
         inputs_embeds = model.embed(
@@ -146,8 +143,3 @@ def _losses(
         positions, ids = (torch.from_numpy(a).to(device) for a in (batch.supervised_positions, batch.supervised_ids))
         losses.append(model.token_losses(inputs_embeds, positions, ids).float().cpu())
     return torch.cat(losses)
-
-
-def _bare(exchange: Exchange) -> str:
-    """An instruction without its image marks; a picture without words gets none."""
-    return (exchange.instruction or "").removeprefix(IMAGE_TURN).strip()

@@ -9,14 +9,15 @@ So a language model learns here to read a scene from between the image marks, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 
 import numpy as np
 
+from tinygptv.data.prompt_layout import Exchange, turn_texts
 from tinygptv.data.prompts import IMAGE_PLACEHOLDER, TEMPLATES
-from tinygptv.data.sample import Exchange, SampleRow, Turn, chooser, render_sample
+from tinygptv.data.sample import SampleRow, Turn, chooser, render_sample
 from tinygptv.miniature import captions
 from tinygptv.miniature.conversations import DETAIL_QUESTIONS, conversation, multitask_conversation, reasoning
 from tinygptv.miniature.instructions import text_instruction
@@ -33,20 +34,26 @@ class Document:
     Attributes:
         kind: key of ``KINDS``.
         template: key of ``prompts.TEMPLATES``.
-        exchanges: instructions (with the scene's listing in place of the image, or the image placeholder) and answers.
-        num_images: 1 where the placeholder stands for the scene, else 0.
+        exchanges: instructions (with the scene's listing in place of the image, or with the image) and answers.
     """
 
     kind: str
     template: str
     exchanges: tuple[Exchange, ...]
-    num_images: int = 0
+
+    @property
+    def num_images(self) -> int:
+        """1 where an image stands for the scene, else 0."""
+        return self.exchanges[0].num_images
+
+    def turns(self) -> list[tuple[str, str]]:
+        """Question and answer of every turn as they are tokenised, end symbols included."""
+        texts = turn_texts(self.exchanges, TEMPLATES[self.template])
+        return [(question, answer or "") for question, answer in texts]
 
     def text(self, bos_token: str = "") -> str:
         """The whole text; ``bos_token`` opens every turn, as in training."""
-        template = TEMPLATES[self.template]
-        turns = [template.wrap(e.instruction or "") + e.answer + template.end_symbol for e in self.exchanges]
-        return "".join(bos_token + turn for turn in turns)
+        return "".join(bos_token + question + answer for question, answer in self.turns())
 
 
 def make_document(
@@ -72,15 +79,22 @@ def make_document(
         kind = tuple(weights)[int(rng.choice(len(shares), p=shares / shares.sum()))]
     row = KINDS[kind](scene, rng)
     listing = list_scene(scene, [int(i) for i in rng.permutation(len(scene.objects))])
-    if row.task == "pair":
-        return Document(
-            kind, "caption", (Exchange(None if as_image else listing, row.turns[0].answers[0]),), int(as_image)
-        )
     rendered = render_sample(row, chooser(rng))
-    num_images = int(as_image and IMAGE_PLACEHOLDER in (rendered[0].instruction or ""))
-    if not num_images:
-        rendered = [Exchange((e.instruction or "").replace(IMAGE_PLACEHOLDER, listing), e.answer) for e in rendered]
-    return Document(kind, "human", tuple(rendered), num_images)
+    if rendered[0].num_images and not as_image:
+        rendered = _with_listing(rendered, listing)
+    return Document(kind, "caption" if row.task == "pair" else "human", tuple(rendered))
+
+
+def _with_listing(rendered: Sequence[Exchange], listing: str) -> list[Exchange]:
+    """The same turns with the scene's listing where the image would stand."""
+    if rendered[0].instruction is None:
+        return [replace(rendered[0], instruction=listing, num_images=0)]
+    template = TEMPLATES["human"]
+    mark = template.image.replace(IMAGE_PLACEHOLDER, listing)
+    return [
+        replace(e, instruction=mark * e.num_images + (e.instruction or "") + template.after_instruction, num_images=0)
+        for e in rendered
+    ]
 
 
 def documents(seed: int, split: str = "train", start: int = 0, bos_token: str = "") -> Iterator[str]:
@@ -100,7 +114,8 @@ def documents(seed: int, split: str = "train", start: int = 0, bos_token: str = 
 def _row(scene: Scene, task: str, *turns: tuple[str, str], item: int | None = None) -> SampleRow:
     boxes = () if item is None else (scene.pixel_box(scene.objects[item]),)
     rendered = tuple(Turn(question, (answer,)) for question, answer in turns)
-    return SampleRow("", "document", task, rendered, width=scene.width, height=scene.height, boxes=boxes)
+    # Empty bytes stand for the drawing, which a text does not need.
+    return SampleRow("", "document", task, rendered, b"", scene.width, scene.height, boxes)
 
 
 def _vqa(scene: Scene, rng: np.random.Generator) -> SampleRow:

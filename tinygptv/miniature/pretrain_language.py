@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.collate import LoadedSample, MicroBatch, collate
+from tinygptv.data.prompt_layout import PromptLayout
 from tinygptv.data.prompts import TEMPLATES
 from tinygptv.data.sample import SampleEncoder, TextLimits
 from tinygptv.miniature.documents import LANGUAGE_MIX, LOOKUP_MIX, Document, make_document
@@ -74,9 +75,9 @@ def _pieces(seed: int, num_documents: int) -> Iterator[str]:
     for index in range(num_documents):
         scene = make_scene(seed, "train", index)
         document = make_document(scene, generator(scene.key, "tokenizer"))
-        for exchange in document.exchanges:
-            yield from TEMPLATES[document.template].wrap(exchange.instruction or "").split("###")
-            yield exchange.answer
+        for exchange, (question, _) in zip(document.exchanges, document.turns(), strict=True):
+            yield from question.split("###")
+            yield exchange.answer or ""
             yield "###"
 
 
@@ -217,7 +218,7 @@ class LanguageTask:
         scenes = [make_scene(self.world_seed, "train", int(i)) for i in numbers]
         weights = LOOKUP_MIX if self._practises_lookups(group * BUCKETS) else LANGUAGE_MIX
         made = [(scene, make_document(scene, rng, as_image=True, weights=weights)) for scene in scenes]
-        made.sort(key=lambda pair: sum(len(e.instruction or "") + len(e.answer) for e in pair[1].exchanges))
+        made.sort(key=lambda pair: len(pair[1].text()))
         batches: list[_Batch] = []
         for start in range(0, len(made), self.batch_size):
             scenes_of, documents = zip(*made[start : start + self.batch_size], strict=True)
@@ -254,15 +255,14 @@ class LanguageTask:
         """Arrays, and which documents have an image."""
         samples, with_image = [], []
         for i, document in enumerate(made):
-            encoder = SampleEncoder(
+            layout = PromptLayout(
                 self.tokenizer,
                 TEMPLATES[document.template],
-                _LIMITS,
                 image_token_id=self.config.image_token_id,
                 num_query_tokens=self.config.num_query_tokens,
             )
             with_image += [i] if document.num_images else []
-            samples.append(LoadedSample(encoder.encode(document.exchanges, document.num_images), 0))
+            samples.append(LoadedSample(SampleEncoder(layout, _LIMITS).encode(document.exchanges), 0))
         return collate(samples, self.tokenizer.pad_token_id, pad_to_multiple=32), with_image
 
     def evaluate(self) -> dict[str, float]:

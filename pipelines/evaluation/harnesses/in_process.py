@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from tinygptv.data.images import to_rgb
-from tinygptv.data.prompts import escape_markers
 from tinygptv.inference.batch import Answerer, Prompt
 from tinygptv.inference.loading import load_for_inference
 
@@ -103,7 +102,7 @@ class InProcessModel:
                 places[id(question.image)] = len(images)
                 images.append(to_rgb(question.image))
             place = None if question.image is None else places[id(question.image)]
-            instruction = self.tag + escape_markers(question.text.strip())
+            instruction = self.tag + question.text.strip()
             prompts.append(Prompt(instruction, place, (), question.max_new_tokens, texts))
         return images, prompts
 

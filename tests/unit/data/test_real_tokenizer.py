@@ -9,7 +9,9 @@ from transformers import GenerationConfig
 from tests.paths import REALDATA
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.processing import TinyGPTVProcessor, load_tokenizer
-from tinygptv.data.sample import Exchange
+from tinygptv.data.prompt_layout import Exchange
+from tinygptv.data.prompts import TEMPLATES
+from tinygptv.data.sample import SampleEncoder, TextLimits
 from tinygptv.model.generation import EndSymbolCriteria
 
 FOLDER = REALDATA / "phi2_tokenizer"
@@ -42,10 +44,22 @@ def test_boxes_take_twelve_tokens(tokenizer):
 def test_no_hidden_bos(tokenizer):
     """BOS is put in by the sequence layout alone, in training and in generation."""
     processor = TinyGPTVProcessor.from_config(TinyGPTVConfig.phi2(), tokenizer)
-    encoder = processor.encoder()
-    prompt = encoder.encode_prompt([], "hello")
+    layout = processor.layout()
+    prompt = layout.encode_prompt([Exchange("hello")])
     assert prompt.count(50256) == 1 and prompt[0] == 50256
-    assert encoder.encode([Exchange("hello", "hi")], 0).input_ids[: len(prompt)] == prompt
+    training = SampleEncoder(layout, TextLimits(100)).encode([Exchange("hello", "hi")])
+    assert training.input_ids[: len(prompt)] == prompt
+
+
+def test_text_that_the_processor_reads_has_the_layout_of_training(tokenizer):
+    """ ": " and "a dog" are tokenised apart in training, and so from text, though together they would be ": a"."""
+    processor = TinyGPTVProcessor.from_config(TinyGPTVConfig.phi2(), tokenizer)
+    turns = [Exchange("[vqa] what?", "a dog", 1), Exchange("big?", "yes.", 0), Exchange("sure?")]
+    for name in TEMPLATES:
+        layout = processor.layout(name)
+        text = layout.render(turns)
+        assert layout.encode_rendered(text) == layout.encode_prompt(turns) or name == "caption", name
+        assert tokenizer.decode(layout.encode_prompt(turns)) == text.replace("<ImageHere>", ""), name
 
 
 @pytest.mark.parametrize("name", ["caption", "human"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tinygptv.data.collate import LoadedSample, collate, pack
-from tinygptv.data.prompts import INSTRUCTIONS, TEMPLATES, clean_caption, escape_markers, wrap_image
-from tinygptv.data.sample import IGNORE_INDEX, Exchange, SampleEncoder, SampleRow, TextLimits, Turn, render_sample
+from tinygptv.data.prompt_layout import Exchange, PromptLayout
+from tinygptv.data.prompts import INSTRUCTIONS, TEMPLATES, clean_caption, escape_markers
+from tinygptv.data.sample import IGNORE_INDEX, SampleEncoder, SampleRow, TextLimits, Turn, render_sample
 from tinygptv.miniature.tiny import tiny_tokenizer
 
 IMAGE = 256
@@ -17,9 +18,8 @@ def first(options):
 
 
 def encoder(template="human", limit=1000, **limits):
-    return SampleEncoder(
-        tiny_tokenizer(), TEMPLATES[template], TextLimits(limit, **limits), image_token_id=IMAGE, num_query_tokens=3
-    )
+    layout = PromptLayout(tiny_tokenizer(), TEMPLATES[template], image_token_id=IMAGE, num_query_tokens=3)
+    return SampleEncoder(layout, TextLimits(limit, **limits))
 
 
 def text_of(ids):
@@ -37,34 +37,34 @@ PICTURE = {"image": b"x", "width": 200, "height": 100}
     ("sample", "instruction", "answer"),
     [
         (row("pair", [("", ["a dog"])], **PICTURE), None, "a dog"),
-        (row("align", [("", ["a dog"])], **PICTURE), "<Img><ImageHere></Img> Describe this image in detail. ", "a dog"),
-        (row("vqa", [("what?", ["x", "y"])], **PICTURE), "<Img><ImageHere></Img> [vqa] what? ", "x"),
+        (row("align", [("", ["a dog"])], **PICTURE), "Describe this image in detail.", "a dog"),
+        (row("vqa", [("what?", ["x", "y"])], **PICTURE), "[vqa] what?", "x"),
         (
             row("refer", [("", ["the dog"])], boxes=((20, 10, 100.9, 99), ), **PICTURE),
-            "<Img><ImageHere></Img> [refer] the dog ",
+            "[refer] the dog",
             "{<10><10><50><99>}",
         ),
         (
             row("identify", [("", ["the dog"])], boxes=((20, 10, 100.9, 99), ), **PICTURE),
-            "<Img><ImageHere></Img> [identify] {<10><10><50><99>} ",
+            "[identify] {<10><10><50><99>}",
             "the dog",
         ),
         (
             row("detection", [("a dog", ["<p>a dog</p> {<1><2><3><4>}"])], **PICTURE),
-            "<Img><ImageHere></Img> [detection] a dog ",
+            "[detection] a dog",
             "<p>a dog</p> {<1><2><3><4>}",
         ),
         (row("text", [("say hi", ["hi"])]), "say hi", "hi"),
-        (row("vqa", [("is {} a set?", ["no"])], **PICTURE), "<Img><ImageHere></Img> [vqa] is {} a set? ", "no"),
+        (row("vqa", [("is {} a set?", ["no"])], **PICTURE), "[vqa] is {} a set?", "no"),
     ],
 )  # fmt: skip
 def test_rendering(sample, instruction, answer):
-    assert render_sample(sample, first) == [Exchange(instruction, answer)]
+    assert render_sample(sample, first) == [Exchange(instruction, answer, int(sample.image is not None))]
 
 
 def test_later_turns_have_no_image():
     sample = row("conversation", [("what is it?", ["a dog"]), ("color?", ["red"])], **PICTURE)
-    assert render_sample(sample, first)[1] == Exchange("color? ", "red")
+    assert render_sample(sample, first)[1] == Exchange("color?", "red")
 
 
 def test_rendering_errors_name_the_sample():
@@ -75,7 +75,7 @@ def test_rendering_errors_name_the_sample():
 
 
 def test_single_turn_layout():
-    encoded = encoder().encode([Exchange(wrap_image("[vqa] what?"), "a dog")], 1)
+    encoded = encoder().encode([Exchange("[vqa] what?", "a dog", 1)])
     assert text_of(encoded.input_ids) == "<|endoftext|>###Human: <Img><I></Img> [vqa] what?  ###Assistant: a dog###"
     learned = [i for i, label in zip(encoded.input_ids, encoded.labels, strict=True) if label != IGNORE_INDEX]
     assert text_of(learned) == "a dog###"
@@ -83,42 +83,37 @@ def test_single_turn_layout():
 
 
 def test_image_without_words():
-    encoded = encoder("caption").encode([Exchange(None, "a dog")], 1)
+    encoded = encoder("caption").encode([Exchange(None, "a dog", 1)])
     assert text_of(encoded.input_ids) == "<|endoftext|><I>a dog\n"
 
 
 def test_several_turns_learn_all_answers_and_no_question():
-    turns = [Exchange(wrap_image("one?"), "A"), Exchange("two? ", "B")]
-    encoded = encoder("inst").encode(turns, 1)
+    turns = [Exchange("one?", "A", 1), Exchange("two?", "B")]
+    encoded = encoder("inst").encode(turns)
     assert text_of(encoded.input_ids) == (
         "<|endoftext|>[INST] <Img><I></Img> one?  [/INST]A###<|endoftext|>[INST] two?  [/INST]B###"
     )
     learned = [i for i, label in zip(encoded.input_ids, encoded.labels, strict=True) if label != IGNORE_INDEX]
     assert text_of(learned) == "A###B###"
     assert all(encoded.attention_mask)
-    hidden = encoder("inst", mask_inner_bos=True).encode(turns, 1)
+    hidden = encoder("inst", mask_inner_bos=True).encode(turns)
     assert hidden.attention_mask.count(0) == 1 and hidden.input_ids[hidden.attention_mask.index(0)] == 0
 
 
 def test_answers_are_cut_at_the_limit():
-    encoded = encoder(limit=3).encode([Exchange("q", "abcdef")], 0)
+    encoded = encoder(limit=3).encode([Exchange("q", "abcdef")])
     assert text_of([i for i in encoded.labels if i != IGNORE_INDEX]) == "abc"
 
 
-def test_placeholders_must_match_images():
-    with pytest.raises(ValueError, match="2 <ImageHere> but 1 images"):
-        encoder().encode([Exchange("<ImageHere> <ImageHere>", "x")], 1)
-
-
-def test_prompts_have_the_layout_of_training():
-    turns = [Exchange(wrap_image("one?"), "A"), Exchange("two? ", "B")]
-    full = encoder().encode(turns, 1).input_ids
-    prompt = encoder().encode_prompt(turns[:1], "two? ", 1)
-    assert full[: len(prompt)] == prompt and text_of(full[len(prompt) :]) == "B###"
-    assert (
-        encoder().encode_prompt([], wrap_image("one?"), 1)
-        == full[: len(encoder().encode_prompt([], wrap_image("one?"), 1))]
-    )
+def test_an_answer_cannot_end_itself():
+    """Nothing behind an end symbol inside an answer could ever be said."""
+    answer = "## Summary\n### Objects\n##### a star"
+    learned = [i for i in encoder().encode([Exchange("q", answer)]).labels if i != IGNORE_INDEX]
+    assert text_of(learned) == "## Summary\n# # # Objects\n# # # # # a star###"
+    learned = [
+        i for i in encoder("caption").encode([Exchange(None, "a star\non a sea", 1)]).labels if i != IGNORE_INDEX
+    ]
+    assert text_of(learned) == "a star on a sea\n"
 
 
 def test_caption_cleaner():
@@ -126,7 +121,7 @@ def test_caption_cleaner():
     assert clean_caption("word " * 60) == " ".join(["word"] * 50)
 
 
-def test_markers_of_strangers_become_words():
+def test_markers_in_untrusted_text_become_words():
     harmless = escape_markers("<ImageHere> and <|endoftext|>")
     assert "<ImageHere>" not in harmless and "<|endoftext|>" not in harmless
 
@@ -141,7 +136,7 @@ def test_wordings_take_one_question():
 
 
 def loaded(length, source=0, answer=2):
-    encoded = encoder().encode([Exchange("q" * length, "a" * answer)], 0)
+    encoded = encoder().encode([Exchange("q" * length, "a" * answer)])
     return LoadedSample(encoded, source)
 
 
@@ -174,7 +169,7 @@ def test_bins_hold_what_fits():
 
 def test_packing_refuses_hidden_tokens():
     turns = [Exchange("one?", "A"), Exchange("two?", "B")]
-    hidden = LoadedSample(encoder(mask_inner_bos=True).encode(turns, 0), 0)
+    hidden = LoadedSample(encoder(mask_inner_bos=True).encode(turns), 0)
     with pytest.raises(ValueError, match="cannot be packed"):
         collate([hidden], 0, pack_length=100)
     assert collate([hidden], 0).attention_mask is not None

@@ -12,7 +12,8 @@ import torch
 from tests.paths import GOLDEN
 from tests.serving_model import make_image, make_model, make_processor
 from tinygptv.data.images import open_image
-from tinygptv.data.sample import Exchange
+from tinygptv.data.prompt_layout import Exchange
+from tinygptv.data.sample import SampleEncoder, TextLimits
 from tinygptv.inference.batch import Answerer, Prompt
 from tinygptv.training.stages import get_stage
 
@@ -82,12 +83,10 @@ def test_weights_that_give_nan_are_an_error(embeds):
 
 
 def test_prompt_layout_is_that_of_training(answerer):
-    encoder = make_processor().encoder()
+    encoder = SampleEncoder(make_processor().layout(), TextLimits(1000))
     history = (Exchange("first?", "one"),)
     ids = answerer.prompt_ids(Prompt("second?", image=0, history=history))
-    trained = encoder.encode(
-        [Exchange("<Img><ImageHere></Img> first? ", "one"), Exchange("second? ", "two")], num_images=1
-    ).input_ids
+    trained = encoder.encode([Exchange("first?", "one", 1), Exchange("second?", "two")]).input_ids
     assert trained[: len(ids)] == ids.tolist()
     assert get_stage("paper", 4).template == make_processor().template == "human"
 
@@ -129,13 +128,16 @@ def test_released_prompts_are_the_releases_own():
     if not path.is_file():
         pytest.skip("golden numbers are not here")
     released = Answerer(make_model(), make_processor(), released=True)
-    encoder = make_processor().encoder()
+    layout = make_processor().layout()
     for question, text in json.loads(path.read_text())["prepare_texts_eval_scripts"].items():
-        expected = encoder.encode_text(text, 1)
+        expected = layout.encode_text(text)
         assert released.prompt_ids(Prompt(question, image=0)).tolist() == expected
     second = released.prompt_ids(Prompt("what color?", 0, (Exchange("what is this?", "A dog."),)))
     text = json.loads(path.read_text())["CONV_VISION_minigptv2"]["after_second_question"]
-    assert second.tolist() == encoder.encode_text(text, 1)
+    image = [layout.encode_text("<ImageHere>")[0]] * make_processor().num_query_tokens
+    shown = layout.encode_text(text.split("<ImageHere>")[0])
+    assert second.tolist()[: len(shown) + len(image)] == shown + image
+    assert make_processor().tokenizer.decode(second) == text.replace("<ImageHere>", "")
 
 
 def test_released_answers_run_past_the_end_symbol(embeds):

@@ -12,14 +12,16 @@ from tests.paths import GOLDEN
 from tinygptv.convert import load_release
 from tinygptv.data.images import normalise_pixels
 from tinygptv.data.processing import load_tokenizer
+from tinygptv.data.prompt_layout import Exchange, PromptLayout
 from tinygptv.data.prompts import Template
-from tinygptv.data.sample import IGNORE_INDEX, Exchange, SampleEncoder, TextLimits
+from tinygptv.data.sample import IGNORE_INDEX, SampleEncoder, TextLimits
 from tinygptv.training.optim import build_optimizer
 from tinygptv.training.schedule import Schedule
 from tinygptv.training.stages import set_trainable
 
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="golden numbers of the original are not here")
 
+IMAGE = "<Img><ImageHere></Img> "
 VARIANTS = ("minigpt4_lora0", "minigptv2_lora4")
 FULL = GOLDEN / "4_full"
 
@@ -51,28 +53,32 @@ def samples(config: dict) -> list[str]:
     return [name for name, sample in config["samples"].items() if sample["status"] == "ok"]
 
 
-def encoder_of(config: dict) -> SampleEncoder:
+def encoder_of(config: dict, **fields: str) -> SampleEncoder:
     template = Template(
         "golden",
         config["kwargs"].get("prompt_template", "{}") if config["kwargs"].get("chat_template") else "{}",
         config["kwargs"]["end_sym"],
+        **fields,
     )
-    return SampleEncoder(
-        load_tokenizer(FULL / "sources/phi-2"),
-        template,
-        TextLimits(config["kwargs"]["max_txt_len"], mask_inner_bos=True),
-        image_token_id=199,
-        num_query_tokens=8,
-    )
+    layout = PromptLayout(load_tokenizer(FULL / "sources/phi-2"), template, image_token_id=199, num_query_tokens=8)
+    return SampleEncoder(layout, TextLimits(config["kwargs"]["max_txt_len"], mask_inner_bos=True))
 
 
 def exchanges_of(fields: dict, index: int) -> list[Exchange]:
     if "conv_q" in fields:
         separator = fields["connect_sym"][index]
         questions, answers = fields["conv_q"][index].split(separator), fields["conv_a"][index].split(separator)
-        return [Exchange(q, a) for q, a in zip(questions, answers, strict=False)]
-    instruction = fields["instruction_input"][index] if "instruction_input" in fields else None
-    return [Exchange(instruction, fields["answer"][index])]
+    elif "instruction_input" in fields:
+        questions, answers = [fields["instruction_input"][index]], [fields["answer"][index]]
+    else:
+        return [Exchange(None, fields["answer"][index], 1)]
+    if questions == ["<ImageHere>"]:
+        return [Exchange("", answers[0], 1)]
+    if not questions[0].startswith(IMAGE):
+        return [Exchange(questions[0], answers[0])]
+    first, *following = (question.removesuffix(" ") for question in questions)
+    bare = [first.removeprefix(IMAGE), *following]
+    return [Exchange(q, a, int(i == 0)) for i, (q, a) in enumerate(zip(bare, answers, strict=False))]
 
 
 def test_forward_from_assembled_embeddings(variant):
@@ -95,7 +101,6 @@ def test_forward_from_assembled_embeddings(variant):
 def test_our_layout_gives_their_inputs_targets_and_loss(variant):
     """From texts and pixels, through our own encoder, to the original's embeddings, targets and loss."""
     name, config, model = variant
-    encoder = encoder_of(config)
     for sample in samples(config):
         if sample in ("two_placeholders", "conversation_unanswered"):
             continue  # the first is an error here, the second keeps a question that nobody answers: docs/numerics.md
@@ -104,9 +109,11 @@ def test_our_layout_gives_their_inputs_targets_and_loss(variant):
             load_file(FULL / name / f"sample_{sample}.safetensors"),
         )
         image = golden.get("image")
+        bare = {"image": "<ImageHere>", "after_instruction": ""} if sample == "only_placeholder_text" else {}
+        encoder = encoder_of(config, **bare)
         total, count = 0.0, 0
         for i in range(golden["inputs_embeds"].shape[0]):
-            encoded = encoder.encode(exchanges_of(fields, i), int(image is not None))
+            encoded = encoder.encode(exchanges_of(fields, i))
             ids, mask = torch.tensor([encoded.input_ids]), torch.tensor([encoded.attention_mask])
             labels = torch.tensor([encoded.labels])
             length = ids.shape[1]
@@ -127,7 +134,7 @@ def test_text_and_image_pieces_as_ids_equal_embeddings(variant):
     """``forward(input_ids, pixel_values)`` is the same as the assembled embeddings."""
     name, config, model = variant
     golden = load_file(FULL / name / "sample_instruction_batch1.safetensors")
-    encoded = encoder_of(config).encode(exchanges_of(config["samples"]["instruction_batch1"]["text_fields"], 0), 1)
+    encoded = encoder_of(config).encode(exchanges_of(config["samples"]["instruction_batch1"]["text_fields"], 0))
     with torch.no_grad():
         output = model(
             input_ids=torch.tensor([encoded.input_ids]),
@@ -190,7 +197,7 @@ def batch_loss(model, config, name, sample):
     encoder, fields = encoder_of(config), config["samples"][sample]["text_fields"]
     total, count = 0.0, 0
     for i in range(golden["image"].shape[0]):
-        encoded = encoder.encode(exchanges_of(fields, i), 1)
+        encoded = encoder.encode(exchanges_of(fields, i))
         labels = torch.tensor([encoded.labels])[:, 1:]
         positions = (labels[0] != IGNORE_INDEX).nonzero()[:, 0]
         embeds = model.embed(torch.tensor([encoded.input_ids]), golden["image"][i : i + 1])

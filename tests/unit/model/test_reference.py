@@ -16,8 +16,9 @@ from tests.release_files import language_state as phi_state
 from tests.release_files import qformer_state, stage_state, vision_state, write_release
 from tinygptv.convert import load_release
 from tinygptv.convert.layouts import interleave_heads, plain_key, release_key
+from tinygptv.data.prompt_layout import Exchange, PromptLayout
 from tinygptv.data.prompts import Template
-from tinygptv.data.sample import IGNORE_INDEX, Exchange, SampleEncoder, TextLimits
+from tinygptv.data.sample import IGNORE_INDEX, SampleEncoder, TextLimits
 from tinygptv.miniature.tiny import tiny_config, tiny_tokenizer
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.training.stages import set_trainable
@@ -61,14 +62,14 @@ def world(request, tmp_path_factory):
 
 
 IMAGE = "<Img><ImageHere></Img> "
-ANSWER_ONLY = [[Exchange(None, "a dog")], [Exchange(None, "two people in front of a house")]]
-INSTRUCTIONS = [[Exchange(f"{IMAGE}[vqa] what? ", "red")], [Exchange(f"{IMAGE}[caption] say it. ", "a cat on a mat")]]
+ANSWER_ONLY = [[Exchange(None, "a dog", 1)], [Exchange(None, "two people in front of a house", 1)]]
+INSTRUCTIONS = [[Exchange("[vqa] what?", "red", 1)], [Exchange("[caption] say it.", "a cat on a mat", 1)]]
 TALKS = [
-    [Exchange(f"{IMAGE}what? ", "a dog"), Exchange("big? ", "yes"), Exchange("old? ", "no, it is young")],
-    [Exchange(f"{IMAGE}where? ", "here"), Exchange("why? ", "because")],
+    [Exchange("what?", "a dog", 1), Exchange("big?", "yes"), Exchange("old?", "no, it is young")],
+    [Exchange("where?", "here", 1), Exchange("why?", "because")],
 ]
 TEXT = [[Exchange("say hi ", "hi")], [Exchange("count to three ", "one two three")]]
-LONG = [[Exchange(f"{IMAGE}{'very ' * 120}long? ", "yes " * 20)], [Exchange(f"{IMAGE}short? ", "no")]]
+LONG = [[Exchange(f"{'very ' * 120}long?", "yes " * 20, 1)], [Exchange("short?", "no", 1)]]
 
 CASES = {
     # name: (conversations, template, end symbol, longest text, longest context, with images)
@@ -92,14 +93,18 @@ def plain_layout(talk, template, end, longest, longest_context, num_queries):
         return tokenizer.encode(text, add_special_tokens=False) if text else []
 
     context = []
-    first = "<ImageHere>" if talk[0].instruction is None else template.replace("{}", talk[0].instruction)
+    has_image = bool(talk[0].num_images)
+    space = " " if has_image else ""
+    first = "<ImageHere>"
+    if talk[0].instruction is not None:
+        first = template.replace("{}", IMAGE * has_image + talk[0].instruction + space)
     for i, segment in enumerate(first.split("<ImageHere>")):
         context += ["image"] * num_queries if i else []
         context += ids(segment)
     answers = [(token, True) for token in ids(talk[0].answer + end)]
     for turn in talk[1:]:
         answers += [
-            (token, False) for token in [tokenizer.bos_token_id, *ids(template.replace("{}", turn.instruction))]
+            (token, False) for token in [tokenizer.bos_token_id, *ids(template.replace("{}", turn.instruction + space))]
         ]
         answers += [(token, True) for token in ids(turn.answer + end)]
     sequence = [(tokenizer.bos_token_id, False, True)]
@@ -124,15 +129,15 @@ def reference_logits(world, sequence, pixels):
 
 def our_batch(model, case):
     """Our own layout, padded at the end as a collated batch is."""
-    talks, template, end, longest, longest_context, with_images = case
-    encoder = SampleEncoder(
+    talks, template, end, longest, longest_context, _ = case
+    layout = PromptLayout(
         tiny_tokenizer(),
         Template("case", template, end),
-        TextLimits(longest, longest_context, mask_inner_bos=True),
         image_token_id=model.config.image_token_id,
         num_query_tokens=model.config.num_query_tokens,
     )
-    encoded = [encoder.encode(talk, int(with_images)) for talk in talks]
+    encoder = SampleEncoder(layout, TextLimits(longest, longest_context, mask_inner_bos=True))
+    encoded = [encoder.encode(talk) for talk in talks]
     width = max(len(sample.input_ids) for sample in encoded)
 
     def padded(name, fill):

@@ -148,7 +148,7 @@ def jpeg_cut() -> bytes:
     "data", [jpeg_cut(), jpeg(4)[:30], b"\xff\xd8\xff\xe0" + b"x" * 100, b"\x89PNG\r\n\x1a\n" + b"\0" * 60]
 )
 def test_damaged_images_are_refused(data):
-    with pytest.raises(Malformed, match="cannot decode"):
+    with pytest.raises(Malformed, match=r"cannot decode|is not an image"):
         check_image(data, SETTINGS)
 
 

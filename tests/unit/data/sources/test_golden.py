@@ -14,6 +14,8 @@ from pipelines.data.sources.base import Rejected
 from pipelines.settings import PrepareDataSettings
 from tests.paths import GOLDEN
 from tinygptv.data.images import normalise_pixels, open_image, resize_pixels
+from tinygptv.data.prompt_layout import turn_texts
+from tinygptv.data.prompts import Template
 from tinygptv.data.sample import SampleRow, render_sample
 
 FOLDER = GOLDEN / "9_datasets"
@@ -41,6 +43,8 @@ WEB = ("laion", "cc_sbu")
 DATASETS = sorted(
     path.stem for path in FOLDER.glob("*.json") if path.stem not in NO_BUILDER and not path.stem.startswith("collate_")
 )
+RAW = Template("raw", "{}", "\0")
+"""Questions as a data set of the release gives them: image marks and spaces, no template."""
 
 
 def recorded(name: str) -> dict:
@@ -87,7 +91,9 @@ def outcomes(row: SampleRow) -> dict[tuple, float]:
             return chosen
 
         exchanges = render_sample(row, choose)
-        found[tuple((exchange.instruction, exchange.answer) for exchange in exchanges)] += probability
+        texts = [question for question, _ in turn_texts(exchanges, RAW)]
+        questions = [None if e.instruction is None else text for e, text in zip(exchanges, texts, strict=True)]
+        found[tuple(zip(questions, (e.answer for e in exchanges), strict=True))] += probability
     return found
 
 
