@@ -80,14 +80,15 @@ def make_samples(config: TinyGPTVConfig, count: int, lengths: tuple[int, int], s
     """Random pictures and texts; the prompt is an image and a few tokens, the rest is learned."""
     rng = np.random.default_rng(seed)
     side, queries = config.vision_config.image_size, config.num_query_tokens
+    vocabulary = min(50000, config.text_config.vocab_size)
     samples = []
     for _ in range(count):
         answer = int(rng.integers(*lengths))
         ids = np.concatenate(
             [
-                rng.integers(0, 50000, PROMPT_TOKENS),
+                rng.integers(0, vocabulary, PROMPT_TOKENS),
                 np.full(queries, config.image_token_id),
-                rng.integers(0, 50000, answer),
+                rng.integers(0, vocabulary, answer),
             ]
         )
         start = PROMPT_TOKENS + queries

@@ -232,7 +232,7 @@ def diagnose(train_step: TrainStep, samples: Sequence[tuple[str, MicroBatch]], *
     losses: dict[str, float] = {}
     for name, batch in samples:
         train_step.gradient.zero_()
-        with _probe(train_step.model) as probe:
+        with train_step.as_written(), _probe(train_step.model) as probe:
             token_losses = train_step.forward(batch)
             forward = probe.first()
             losses[name] = float(token_losses.detach().mean()) if len(token_losses) else 0.0

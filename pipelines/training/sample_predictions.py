@@ -14,6 +14,7 @@ from tinygptv.data.images import normalise_pixels, open_image, resize_pixels
 from tinygptv.data.mixture import SampleRef
 from tinygptv.data.sample import chooser, render_sample
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.training.compilation import run_eagerly
 
 MAX_SAMPLES = 4
 _NEW_TOKENS = 48
@@ -51,7 +52,7 @@ class SamplePredictor:
         """Greedy answers; the model is left in training mode."""
         model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), run_eagerly():
                 return [self._predict(model, ref) for ref in self.refs]
         finally:
             model.train()

@@ -28,7 +28,7 @@ from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from tinygptv.data.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
 from tinygptv.training.optim import build_optimizer
 from tinygptv.training.stages import set_trainable
-from tinygptv.training.train_step import PRECISIONS, StepResult, TrainStep
+from tinygptv.training.train_step import PRECISIONS, StepResult, TrainStep, set_dtypes
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ class TrainWorker:
             encoder_precision=settings.encoder_precision,
             max_grad_norm=job.stage.max_grad_norm,
             reject=None if settings.guard == "off" else self.guard.reject,
+            compile=settings.compile,
         )
         self.plan = job.plan.for_worker(self.rank, self.world_size)
         self.store = StateStore(
@@ -283,13 +284,12 @@ def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
             stage.lora_rank,
         )
     set_trainable(model, stage.trainable)
+    set_dtypes(model, device, settings.encoder_precision or settings.precision)
     torch.nn.Module.to(model, device).train()
     if settings.gradient_checkpointing:
         # transformers 5.20 renamed it and warns about the old name
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if settings.compile:
-        model.language_model.compile(dynamic=True)
     processor = TinyGPTVProcessor(
         TinyGPTVImageProcessor(stage.image_size),
         processor.tokenizer,

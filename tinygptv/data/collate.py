@@ -48,6 +48,8 @@ class MicroBatch:
         query_features: [N, Q, F] in placeholder order, or None.
         num_samples: samples in the batch.
         num_real: tokens that are no padding.
+        lengths: tokens of each sample, row by row from the start of the row; None where every row is one sequence of
+            full width.
     """
 
     input_ids: np.ndarray
@@ -60,6 +62,7 @@ class MicroBatch:
     query_features: np.ndarray | None
     num_samples: int
     num_real: int
+    lengths: tuple[tuple[int, ...], ...] | None = None
 
 
 def collate(
@@ -114,6 +117,7 @@ def collate(
         query_features=_stack([samples[i].query_features for i in order]),
         num_samples=len(samples),
         num_real=sum(lengths),
+        lengths=tuple(tuple(lengths[i] for i in members) for members in bins),
     )
 
 

@@ -35,6 +35,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from tinygptv.config import TinyGPTVTextConfig
+from tinygptv.model.varlen_attention import varlen_attention
 
 
 class Float32LayerNorm(nn.LayerNorm):
@@ -99,6 +100,8 @@ class PhiAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
@@ -108,26 +111,37 @@ class PhiAttention(nn.Module):
             position_embeddings: cosine and sine, [B, S, rotary_dim] each.
             attention_mask: what ``create_causal_mask`` returns for the chosen attention implementation.
             past_key_values: cache that is read and extended.
+            cu_seq_lens_q: int32 [L + 1], where the one row (B = 1) holds L sequences, which attend to themselves: the
+                first position of each, and S. No mask and no cache then.
+            max_length_q: at least the positions of the longest of them.
+            kwargs: for the attention function.
 
         Returns:
             Output [B, S, D] and, from the eager implementation, attention weights [B, N, S, S].
         """
         batch, length, width = hidden_states.shape
         qkv = self.qkv_proj(matrix_input(hidden_states, self.qkv_proj))
-        qkv = qkv.view(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)  # [B, N, S, H] each
+        qkv = qkv.view(batch, length, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.unbind(2)  # [B, S, N, H] each
+        flat = cu_seq_lens_q is not None
+        if not flat:  # transformers' attention functions take [B, N, S, H]
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         query, key = self.q_layernorm(query), self.k_layernorm(key)
 
         cos, sin = position_embeddings
         query_rotated, key_rotated = apply_rotary_pos_emb(
-            query[..., : self.rotary_dim], key[..., : self.rotary_dim], cos, sin
+            query[..., : self.rotary_dim], key[..., : self.rotary_dim], cos, sin, unsqueeze_dim=2 if flat else 1
         )
         query = torch.cat((query_rotated, query[..., self.rotary_dim :]), dim=-1).to(value.dtype)
         key = torch.cat((key_rotated, key[..., self.rotary_dim :]), dim=-1).to(value.dtype)
 
+        if cu_seq_lens_q is not None:
+            assert max_length_q is not None and past_key_values is None, "a flat batch has no cache"
+            output = varlen_attention(query[0], key[0], value[0], cu_seq_lens_q, max_length_q, self.scaling)
+            return self._project(output.view(batch, length, width)), None
+
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -141,8 +155,10 @@ class PhiAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        output = output.reshape(batch, length, width)
-        return self.dense(matrix_input(output, self.dense)), weights
+        return self._project(output.reshape(batch, length, width)), weights
+
+    def _project(self, output: Tensor) -> Tensor:
+        return self.dense(matrix_input(output, self.dense))
 
 
 class PhiDecoderLayer(GradientCheckpointingLayer):
@@ -212,6 +228,8 @@ class LanguageModel(PreTrainedModel):
             past_key_values: cache to extend.
             inputs_embeds: [B, S, D].
             use_cache: make a cache where none is given.
+            kwargs: for the layers; with ``cu_seq_lens_q`` and ``max_length_q`` (``PhiAttention``) there is one row of
+                several sequences, whose ``position_ids`` restart.
 
         Returns:
             ``last_hidden_state`` [B, S, D] float32 after the final norm, and the cache.
@@ -226,13 +244,15 @@ class LanguageModel(PreTrainedModel):
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
 
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=matrix_input(inputs_embeds, cast(PhiDecoderLayer, self.layers[0]).self_attn.dense),
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        mask = None
+        if kwargs.get("cu_seq_lens_q") is None:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=matrix_input(inputs_embeds, cast(PhiDecoderLayer, self.layers[0]).self_attn.dense),
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         hidden_states = inputs_embeds.float()  # the residual stream
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:

@@ -6,14 +6,35 @@ The adapters live inside the model (not in a wrapper), so that a checkpoint fold
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from tinygptv.config import LORA_TARGETS
 
 ADAPTER_NAME = "default"
+
+
+class AdaptedLinear(lora.Linear):
+    """peft's LoRA layer with a forward that is nothing but its formula: one adapter, no copies between dtypes.
+
+    Under autocast peft casts the input to the adapter's float32, which autocast casts back at once.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``base(x) + B(scale * A(dropout(x)))``: scaled where it is narrow, so that no wide gradient is copied."""
+        if self.disable_adapters or self.merged or kwargs or self.active_adapters != [ADAPTER_NAME]:
+            return super().forward(x, *args, **kwargs)
+        down, up = self.lora_A[ADAPTER_NAME], self.lora_B[ADAPTER_NAME]
+        result = self.base_layer(x)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(cast(Tensor, down.weight).dtype)
+        narrow = down(self.lora_dropout[ADAPTER_NAME](x)) * self.scaling[ADAPTER_NAME]
+        return (result + up(narrow)).to(result.dtype)
 
 
 def add_lora(language_model: nn.Module, rank: int, alpha: int, dropout: float) -> None:
@@ -31,6 +52,7 @@ def add_lora(language_model: nn.Module, rank: int, alpha: int, dropout: float) -
     if rank < 1:
         raise ValueError(f"lora_rank is {rank}; a LoRA adapter needs a rank of at least 1 (0 means: do not add one).")
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(LORA_TARGETS), bias="none")
+    config._register_custom_module({nn.Linear: AdaptedLinear})
     trainable = {name for name, parameter in language_model.named_parameters() if parameter.requires_grad}
     inject_adapter_in_model(config, language_model, adapter_name=ADAPTER_NAME)
     # peft freezes everything else; which parameters train is the stage's business, so put that back.

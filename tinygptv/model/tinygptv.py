@@ -27,6 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.sample import IGNORE_INDEX
 from tinygptv.model.generation import ImageGenerationMixin
+from tinygptv.model.head_loss import Scorer, frozen_head_losses
 from tinygptv.model.language_model import LanguageModel, matrix_input
 from tinygptv.model.lora import add_lora, merge_lora, reset_lora
 from tinygptv.model.projector import Projector
@@ -182,6 +183,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         pixel_values: Tensor | None = None,
         query_features: Tensor | None = None,
         image_embeds: Tensor | None = None,
+        image_positions: Tensor | None = None,
     ) -> Tensor:
         """Embed tokens and put image embeddings where ``input_ids`` holds ``image_token_id``.
 
@@ -190,6 +192,8 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             pixel_values: [N, 3, R, R] images, or
             query_features: [N, Q, F] cached Q-Former outputs, or
             image_embeds: [N, Q, D] ready embeddings; at most one of the three.
+            image_positions: [N * Q] image positions of a single row (B = 1), where the caller knows them and
+                ``input_ids`` holds ordinary ids there: a GPU then need not search.
 
         Returns:
             [B, S, D].
@@ -201,6 +205,12 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             query_features = self.encode_query_features(pixel_values)
         if image_embeds is None and query_features is not None:
             image_embeds = self.projector(query_features)
+        if image_positions is not None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if image_embeds is None:
+                return inputs_embeds
+            rows = image_embeds.flatten(0, 1).unsqueeze(0)
+            return inputs_embeds.index_copy(1, image_positions, rows.to(inputs_embeds.dtype))
 
         is_image = input_ids == self.config.image_token_id
         inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
@@ -302,6 +312,8 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         supervised_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        scorer: Scorer | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """Cross-entropy of each supervised token, with the language head run on supervised positions only.
 
@@ -313,14 +325,24 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             supervised_ids: [M] those next tokens.
             attention_mask: [B, S] or None.
             position_ids: [B, S] or None; where they start again (packed samples), attention starts again too.
+            scorer: computes losses without keeping logits (``head_loss``), where the language head is frozen; None
+                keeps them.
+            kwargs: for the language model, e.g. ``cu_seq_lens_q``.
 
         Returns:
             [M] float32, in nats.
         """
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            **kwargs,
         )
-        hidden_states_MD = outputs.last_hidden_state.flatten(0, 1)[supervised_positions]
+        hidden_states_MD = outputs.last_hidden_state.flatten(0, 1).index_select(0, supervised_positions)
+        if scorer is not None:
+            head = self.lm_head
+            return frozen_head_losses(hidden_states_MD, head.weight, head.bias, supervised_ids, scorer)
         return nn.functional.cross_entropy(self.compute_logits(hidden_states_MD), supervised_ids, reduction="none")
 
     # ------------------------------------------------------------------ LoRA

@@ -8,21 +8,51 @@ All gradients live in one flat buffer, so a step has one all-reduce, one norm an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tinygptv.data.collate import MicroBatch
+from tinygptv.data.flatten import flatten
 from tinygptv.data.images import IMAGE_MEAN, IMAGE_STD
+from tinygptv.model.head_loss import Scorer, score_logits
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.training.compilation import Compile, compile_layers, compiled_scorer, run_eagerly, wants_compilation
 from tinygptv.training.fp16_emulation import emulate_half_range
 from tinygptv.training.stages import TRAINABLE_PARTS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16_range": torch.float32}
 """Precision -> dtype of the matrices; ``fp16_range`` computes in float32 and rounds to fp16 (``fp16_emulation``)."""
+
+
+def set_dtypes(model: TinyGPTVForConditionalGeneration, device: torch.device, encoder_precision: str) -> None:
+    """Bring a loaded model to the dtypes of training, in place: what trains is float32.
+
+    On a GPU the frozen encoder and Q-Former take the dtype that they are computed in, so that they need no autocast. On
+    CPUs they stay as loaded.
+
+    Args:
+        model: with the stage's trainable parts set.
+        device: where it will train.
+        encoder_precision: key of ``PRECISIONS``.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for part in (model.vision_encoder, model.qformer):
+        if device.type == "cuda" and not any(p.requires_grad for p in part.parameters()):
+            part.to(PRECISIONS[encoder_precision])
+
+
+def is_flat(model: TinyGPTVForConditionalGeneration, precision: str) -> bool:
+    """Whether batches are computed without padding: on CUDA in 16 bits, where attention has a kernel for it."""
+    sixteen_bits = PRECISIONS[precision] in (torch.bfloat16, torch.float16)
+    return model.device.type == "cuda" and sixteen_bits and model.language_model.config._attn_implementation == "sdpa"
 
 
 @dataclass
@@ -61,6 +91,8 @@ class TrainStep:
         encoder_precision: str | None = None,
         max_grad_norm: float | None = None,
         reject: Callable[[Tensor], Tensor] | None = None,
+        flat: bool | None = None,
+        compile: Compile = "off",
     ) -> None:
         """Prepare the gradient buffer.
 
@@ -74,6 +106,9 @@ class TrainStep:
             max_grad_norm: clip to this norm; None does not.
             reject: says on the device whether the step of a loss must be left out (loss -> bool scalar); all workers
                 see the same loss, so all say the same.
+            flat: compute batches without their padding (``data.flatten``); None: on CUDA in 16 bits.
+            compile: ``on`` compiles the model's layers in place (``compilation``), ``auto`` does on CUDA; the first
+                step then takes longer.
 
         Raises:
             ValueError: the precision is unknown.
@@ -89,6 +124,11 @@ class TrainStep:
         self.device = model.device
         self.autocast_dtype = PRECISIONS[precision]
         self.encoder_dtype = PRECISIONS[encoder_precision or precision]
+        self.flat = flat if flat is not None else is_flat(model, precision)
+        self.compiled = wants_compilation(compile, self.device)
+        if self.compiled:
+            compile_layers(model)
+        self.scorer = self._scorer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.startswith("fp16"))
         if precision == "fp16_range":
             emulate_half_range(model)
@@ -99,6 +139,22 @@ class TrainStep:
         self._attach_gradients()
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
         self._mean, self._std = mean, std
+
+    def _scorer(self) -> Scorer | None:
+        """How losses are computed without keeping logits: on CUDA, with a frozen language head."""
+        if self.device.type != "cuda" or any(p.requires_grad for p in self.model.lm_head.parameters()):
+            return None
+        return compiled_scorer() if self.compiled else score_logits
+
+    @contextmanager
+    def as_written(self) -> Iterator[None]:
+        """Inside, every module of the language model is called one by one: for hooks that look at them."""
+        scorer, self.scorer = self.scorer, None
+        try:
+            with run_eagerly():
+                yield
+        finally:
+            self.scorer = scorer
 
     def _attach_gradients(self) -> None:
         start = 0
@@ -129,6 +185,8 @@ class TrainStep:
     def forward(self, batch: MicroBatch) -> Tensor:
         """Token losses [M] of a micro-batch."""
         query_features = self._query_features(batch)
+        if self.flat and batch.attention_mask is None:
+            return self._flat_losses(batch, query_features)
         with self._autocast(self.autocast_dtype):
             inputs_embeds = self.model.embed(self._to_device(batch.input_ids), query_features=query_features)
             return self.model.token_losses(
@@ -137,6 +195,31 @@ class TrainStep:
                 self._to_device(batch.supervised_ids),
                 attention_mask=None if batch.attention_mask is None else self._to_device(batch.attention_mask),
                 position_ids=None if batch.position_ids is None else self._to_device(batch.position_ids),
+                scorer=self.scorer,
+            )
+
+    def _flat_losses(self, batch: MicroBatch, query_features: Tensor | None) -> Tensor:
+        flat = flatten(batch, self.model.config.image_token_id)
+        ids, positions, image_positions, supervised_positions, supervised_ids, cu_seqlens = self._send(
+            flat.input_ids,
+            flat.position_ids,
+            flat.image_positions,
+            flat.supervised_positions,
+            flat.supervised_ids,
+            flat.cu_seqlens,
+        )
+        with self._autocast(self.autocast_dtype):
+            inputs_embeds = self.model.embed(
+                ids.unsqueeze(0), query_features=query_features, image_positions=image_positions
+            )
+            return self.model.token_losses(
+                inputs_embeds,
+                supervised_positions,
+                supervised_ids,
+                position_ids=positions.unsqueeze(0),
+                scorer=self.scorer,
+                cu_seq_lens_q=cu_seqlens.int(),
+                max_length_q=flat.max_length,
             )
 
     def _query_features(self, batch: MicroBatch) -> Tensor | None:
@@ -145,7 +228,9 @@ class TrainStep:
             return self._to_device(batch.query_features)
         if batch.pixels is None:
             return None
-        with self._autocast(self.encoder_dtype):
+        # Weights that are 16-bit already need no autocast, whose float32 norms cost a tenth of the encoder's time.
+        weights = self.model.qformer.query_tokens.dtype
+        with self._autocast(self.encoder_dtype if self.encoder_dtype != weights else torch.float32):
             return self.model.encode_query_features(self.pixel_values(batch.pixels))
 
     def _autocast(self, dtype: torch.dtype) -> torch.autocast:
@@ -207,7 +292,7 @@ class TrainStep:
 
     def _global_count(self, local: int) -> Tensor:
         """Supervised tokens of the step over all workers, at least 1; stays on the device."""
-        count = torch.tensor(float(local), dtype=torch.float64, device=self.device)
+        count = torch.full((), float(local), dtype=torch.float64, device=self.device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(count)
         return count.clamp(min=1.0)
@@ -215,6 +300,10 @@ class TrainStep:
     def pixel_values(self, pixels: object) -> Tensor:
         """Normalised float images on the device, from uint8 [N, 3, R, R]."""
         return (self._to_device(pixels).float() / 255.0 - self._mean) / self._std
+
+    def _send(self, *arrays: np.ndarray) -> tuple[Tensor, ...]:
+        """Integer arrays on the device, in one transfer."""
+        return self._to_device(np.concatenate(arrays)).split([len(array) for array in arrays])
 
     def _to_device(self, array: object) -> Tensor:
         tensor = torch.as_tensor(array)

@@ -1,0 +1,64 @@
+"""The flat form of a micro-batch: the same tokens in the same order, without padding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.training_batches import make_sample, mixed_samples
+from tinygptv.data.collate import LoadedSample, MicroBatch, collate
+from tinygptv.data.flatten import flatten
+from tinygptv.data.sample import EncodedSample
+
+IMAGE = 256
+
+
+@pytest.mark.parametrize("pack_length", [0, 64])
+def test_flat_batches_hold_each_sample_once_and_whole(pack_length):
+    samples = mixed_samples()
+    batch = collate(samples, 0, pack_length=pack_length)
+    flat = flatten(batch, IMAGE)
+    pieces = [
+        flat.input_ids[start:stop].tolist()
+        for start, stop in zip(flat.cu_seqlens[:-1], flat.cu_seqlens[1:], strict=True)
+        if stop > start
+    ]
+    whole = [[0 if i == IMAGE else i for i in s.encoded.input_ids] for s in samples]
+    assert sorted(pieces[:-1]) == sorted(whole) and set(pieces[-1]) == {0}  # the last is padding
+    for start, stop in zip(flat.cu_seqlens[:-1], flat.cu_seqlens[1:], strict=True):
+        assert flat.position_ids[start:stop].tolist() == list(range(stop - start))
+    assert flat.max_length == 64 >= max(map(len, whole))
+    assert len(flat.image_positions) == 4 * 4
+
+
+@pytest.mark.parametrize("pack_length", [0, 64])
+def test_supervised_positions_name_the_same_tokens(pack_length):
+    batch = collate(mixed_samples(), 0, pack_length=pack_length)
+    flat = flatten(batch, IMAGE)
+    before = batch.input_ids.ravel()[batch.supervised_positions]
+    assert np.where(before == IMAGE, 0, before).tolist() == flat.input_ids[flat.supervised_positions].tolist()
+    assert flat.input_ids[flat.supervised_positions + 1].tolist() == flat.supervised_ids.tolist()
+
+
+def test_shapes_come_in_few_sizes():
+    sizes = set()
+    for answer in range(1, 60):
+        flat = flatten(collate([make_sample(answer), make_sample(3)], 0), IMAGE)
+        sizes.add((len(flat.input_ids), len(flat.cu_seqlens), flat.max_length))
+    assert sizes == {(64, 17, 64), (128, 17, 64), (128, 17, 128)}
+
+
+def test_rows_without_lengths_are_sequences():
+    ids = np.arange(1, 13).reshape(2, 6)
+    nothing = np.zeros(0, dtype=np.int64)
+    batch = MicroBatch(ids, None, None, np.array([2, 8]), np.array([4, 10]), nothing, None, None, 2, 12)
+    flat = flatten(batch, IMAGE)
+    assert flat.cu_seqlens[:4].tolist() == [0, 6, 12, 64] and flat.supervised_positions.tolist() == [2, 8]
+
+
+def test_hidden_tokens_have_no_flat_form():
+    encoded = EncodedSample()
+    encoded.add([1, 2, 3], learn=True)
+    encoded.attention_mask[1] = 0
+    with pytest.raises(ValueError, match="no flat form"):
+        flatten(collate([LoadedSample(encoded, 0)], 0), IMAGE)
