@@ -95,6 +95,12 @@ class Manifest:
     settings: dict[str, Any] = field(default_factory=dict)
     batch_rows: int = BATCH_ROWS
 
+    @property
+    def digest(self) -> str:
+        """Hash of the rows: the same for equal shards, wherever they lie."""
+        shards = [(shard.file, shard.sha256) for shard in self.shards]
+        return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:12]
+
     def to_json(self) -> bytes:
         """The file's content; equal manifests give equal bytes."""
         head = {

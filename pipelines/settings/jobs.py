@@ -113,6 +113,7 @@ class TrainSettings(Settings):
     stage: dict[str, Any] = Field(
         default_factory=dict, description="fields of the stage to change, e.g. stage.lora_rank=16"
     )
+    overwrite: bool = Field(False, description="remove the results of an earlier run in the output folder first")
 
     @field_validator("compile", mode="before")
     def _switch(cls, value: Any) -> Any:  # YAML reads on and off as true and false
@@ -138,6 +139,7 @@ class ScoreSettings(Settings):
     baselines: bool = Field(True, description="also answer with a blank picture and with another question's")
     compare_with: str = Field("", description="output folder of another score run, for a paired comparison")
     page_cases: int = Field(24, ge=0, description="pictures per benchmark on the report page")
+    overwrite: bool = Field(False, description="remove the results of an earlier run in the output folder first")
 
 
 class AblateSettings(Settings):
@@ -171,6 +173,7 @@ class AblateSettings(Settings):
         default_factory=dict, description="further keys of the train section, for all variants"
     )
     stage: dict[str, Any] = Field(default_factory=dict, description="fields of every stage to change, for all variants")
+    overwrite: bool = Field(False, description="remove the results of an earlier run in the output folder first")
 
 
 class QuantizeSettings(Settings):
@@ -189,6 +192,7 @@ class QuantizeSettings(Settings):
     max_drift: float = Field(0.5, gt=0, description="largest rise of held-out loss that passes, in nats per token")
     register_as: str = Field("", description="name in MLflow's model registry; empty does not register")
     alias: str = Field("champion", description="alias that the registered version gets")
+    overwrite: bool = Field(False, description="remove the results of an earlier run in the output folder first")
 
 
 class ServeSettings(Settings):
@@ -267,6 +271,7 @@ class MiniatureSettings(Settings):
     )
     backbones: str = Field("", description="ship: checkpoint of the backbones to keep as package data")
     stages: str = Field("", description="ship: folder with stage1/checkpoint .. stage4/checkpoint to keep")
+    overwrite: bool = Field(False, description="remove the results of an earlier run in the output folder first")
 
 
 class DemoSettings(Settings):
@@ -275,3 +280,4 @@ class DemoSettings(Settings):
     section = "demo"
 
     port: int = Field(8001, ge=0, le=65535, description="port of the endpoint that the demo starts and stops")
+    overwrite: bool = Field(False, description="remove the results of an earlier run in the output folder first")

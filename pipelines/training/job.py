@@ -14,12 +14,13 @@ import yaml
 from pipelines import storage
 from pipelines.data.features import FeatureSet, feature_key
 from pipelines.data.loader import LoadPlan, build_mixture, data_path, open_shards
+from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim
 from pipelines.redact import redact
 from pipelines.settings import SettingsError, TrainSettings
 from pipelines.tracking.base import absolute_uri
 from pipelines.tracking.identity import RunIdentity
 from pipelines.training.states import download_folder
-from tinygptv.checkpoint.checkpoint import CheckpointError, verify_folder
+from tinygptv.checkpoint.checkpoint import MANIFEST, CheckpointError, verify_folder
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.training.stages import Stage, StageSource, get_stage
 
@@ -50,10 +51,37 @@ class TrainJob:
         return self.settings.storage_path or self.output
 
 
+RESULTS = (
+    "checkpoint",
+    "states",
+    "metrics.jsonl",
+    "guard.jsonl",
+    "predictions",
+    "loss.png",
+    "config.yaml",
+    "run.json",
+    "unsent.jsonl",
+    "worker_result.json",
+    "progress.txt",
+    "ray_train",
+    "result.json",
+)
+"""What a stage writes into its output folder or its storage."""
+
+
 def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, Path]:
-    """Check everything that can be checked before work starts, and resolve what must be the same for every worker."""
+    """Check everything that can be checked before work starts, and resolve what must be the same for every worker.
+
+    Raises:
+        OtherInputsError: the output folder, or ``storage_path``, holds a run of other inputs.
+        SettingsError: a setting cannot be used.
+        CheckpointError: the start is no checkpoint.
+        FeatureError: cached features are missing.
+        FileNotFoundError: data is missing.
+    """
     output = settings.output_dir(f"outputs/{settings.recipe}/stage{number}")
     stage = resolve_stage(settings, number)
+    given = (settings.init_from, settings.data)
     settings = resolve_paths(settings, number, output)
     shards = open_shards(settings.data, stage)
     build_mixture(stage, shards, settings.seed)
@@ -62,8 +90,39 @@ def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, Path]:
         for shard_set in shards.values():
             FeatureSet.open(shard_set.uri, plan.feature_key)
     num_steps = min(settings.max_steps or stage.schedule.num_steps, stage.schedule.num_steps)
-    (output / "config.yaml").write_text(yaml.safe_dump(resolved_config(settings, stage), sort_keys=False))
-    return TrainJob(settings, stage, plan, num_steps, str(output)), output
+    job = TrainJob(settings, stage, plan, num_steps, str(output))
+    fingerprint = training_fingerprint(settings, stage, {name: s.manifest.digest for name, s in shards.items()})
+    for folder in dict.fromkeys((job.storage, job.output)):
+        claim(folder, fingerprint, RESULTS, overwrite=settings.overwrite, inputs=given)
+    config = yaml.safe_dump(resolved_config(settings, stage), sort_keys=False)
+    storage.write_atomically(str(output / "config.yaml"), config.encode())
+    return job, output
+
+
+def training_fingerprint(settings: TrainSettings, stage: Stage, data: dict[str, str]) -> Fingerprint:
+    """What decides the weights that a stage ends with, up to rounding.
+
+    Left out is how the same steps are computed (workers, micro-batches, memory savers), how far (``max_steps``), and
+    what is done at faults (``guard``): a run may be resumed with others.
+
+    Args:
+        settings: with the start's path.
+        stage: with its changes applied.
+        data: digest of the shard set of each source.
+    """
+    fields = dataclasses.asdict(stage)
+    fields["sources"] = {
+        source.name: {"weight": source.weight, "batch_size": source.batch_size} for source in stage.sources
+    }
+    return Fingerprint.of(
+        recipe=settings.recipe,
+        seed=settings.seed,
+        precision=settings.precision,
+        encoder_precision=settings.encoder_precision or settings.precision,
+        start=checkpoint_digest(settings.init_from),
+        data=data,
+        stage=fields,
+    )
 
 
 def resolve_stage(settings: TrainSettings, number: int) -> Stage:
@@ -98,12 +157,15 @@ def resolve_paths(settings: TrainSettings, number: int, output: Path) -> TrainSe
 
 
 def fetch_start(uri: str, folder: Path) -> Path:
-    """A checkpoint of object storage as a local folder; an earlier copy is kept if it is complete."""
+    """A checkpoint of object storage as a local folder; an earlier copy is kept if it is complete and the same."""
     try:
         verify_folder(folder, hashes=False)
-    except CheckpointError:
-        download_folder(uri, folder)
-    return folder
+        if (folder / MANIFEST).read_bytes() == storage.read_bytes(storage.join(uri, MANIFEST)):
+            return folder
+    except (CheckpointError, FileNotFoundError):
+        pass  # copied below; a checkpoint that is not there is named by who reads the copy
+    storage.remove_folder(str(folder))
+    return download_folder(uri, folder)
 
 
 def _load_plan(settings: TrainSettings, stage: Stage) -> LoadPlan:

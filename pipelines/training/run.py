@@ -14,7 +14,7 @@ from pipelines import storage
 from pipelines.cluster import start_ray
 from pipelines.data.loader import data_path
 from pipelines.progress import PROGRESS_FILE, follow
-from pipelines.settings import TrainSettings
+from pipelines.settings import SettingsError, TrainSettings
 from pipelines.tracking.base import Tracker, continue_tracker, open_tracker
 from pipelines.tracking.identity import RunIdentity, read_identity
 from pipelines.tracking.outbox import JOURNAL_FILE
@@ -24,6 +24,7 @@ from pipelines.training.job import TrainJob, resolve_job, resolve_stage, resolve
 from pipelines.training.ray_entry import WORKER_RESULT, train_worker
 from pipelines.training.record import RECORD_FILE
 from pipelines.training.result import StageResult, WorkerResult, read_result, write_result
+from pipelines.training.states import StateStore
 from pipelines.training.worker import train_loop
 from tinygptv.checkpoint.checkpoint import MANIFEST, CheckpointError, read_stage, verify_folder
 
@@ -47,6 +48,7 @@ def run_stage(settings: TrainSettings, number: int, *, parent_run_id: str = "") 
     """
     started = time.perf_counter()
     job, output = resolve_job(settings, number)
+    _refuse_shorter_run(job, output)
     finished = _finished_result(output, job.num_steps)
     if finished:
         logger.info("stage %d is finished already: %s", number, output)
@@ -101,6 +103,17 @@ def _training_run(settings: TrainSettings) -> str:
     tracker = open_tracker(settings, "training", identity=RunIdentity(run_id=known))
     tracker.close()
     return tracker.run_id
+
+
+def _refuse_shorter_run(job: TrainJob, output: Path) -> None:
+    """Raise where the output holds more steps than are asked for: its states cannot be cut back."""
+    finished = read_result(output)
+    done = max(finished["steps"] if finished else 0, StateStore(storage.join(job.storage, "states"), 1).newest_step())
+    if done > job.num_steps:
+        raise SettingsError(
+            f"{output} holds a run of {done} steps, and {job.num_steps} are asked for (max_steps, stage.schedule): give "
+            "another output=, or overwrite=true to begin again."
+        )
 
 
 def _finished_result(output: Path, num_steps: int) -> StageResult | None:

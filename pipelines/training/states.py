@@ -51,6 +51,11 @@ class StateStore:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
+    def newest_step(self) -> int:
+        """Step of the newest complete state, without reading it; 0 where there is none."""
+        complete = (step for step, folder in self._folders() if storage.exists(storage.join(folder, MANIFEST)))
+        return max(complete, default=0)
+
     def newest(self) -> State | None:
         """The newest complete state; damaged ones are named in the log and skipped."""
         for _, folder in reversed(self._folders()):

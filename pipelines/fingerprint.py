@@ -1,0 +1,170 @@
+"""The identity of a result: which inputs and settings it was made from.
+
+Every job that can resume or be run twice keeps ``fingerprint.json`` in its output folder. The same inputs continue or
+return what is there; other inputs are refused with the difference named; ``overwrite=true`` begins again. Paths are no
+part of it: moved data and checkpoints with the same content are the same inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pipelines import storage
+from pipelines.json_files import read_json_object, to_json, write_json
+from pipelines.redact import redact
+from pipelines.settings import SettingsError
+
+logger = logging.getLogger(__name__)
+
+FINGERPRINT_FILE = "fingerprint.json"
+
+_NAMED_DIFFERENCES = 5
+_DIGEST_LENGTH = 12
+_CHECKPOINT_NOTES = ("README.md", "stage.json")
+"""Files of a checkpoint that say how it was made, not what it computes."""
+
+
+class OtherInputsError(SettingsError):
+    """The output folder holds results of other inputs; the text names the differences."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Inputs of a result by dotted name; values are what JSON can hold.
+
+    Attributes:
+        inputs: for example ``{"seed": 0, "data.laion": "9f31c2...", "stage.lora_rank": 64}``.
+    """
+
+    inputs: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, **inputs: Any) -> Self:
+        """From nested mappings and plain values; passwords of URIs are left out."""
+        return cls(dict(sorted(_flatten(json.loads(to_json(redact(inputs)))))))
+
+    def differences(self, earlier: Fingerprint) -> list[str]:
+        """What differs from an earlier fingerprint, a short text each: ``seed was 0, is now 7``."""
+        texts = []
+        for name in dict.fromkeys([*self.inputs, *earlier.inputs]):
+            before, now = (_text(each.inputs, name) for each in (earlier, self))
+            if before != now:
+                texts.append(f"{name} was {before}, is now {now}")
+        return texts
+
+
+def claim(
+    output: str | Path,
+    fingerprint: Fingerprint,
+    results: Iterable[str],
+    *,
+    overwrite: bool = False,
+    inputs: Iterable[str] = (),
+) -> bool:
+    """Reserve an output folder for results of these inputs.
+
+    Args:
+        output: folder or URI; made where it is missing.
+        fingerprint: of the results that the job is about to write or continue.
+        results: files and folders that the job writes there.
+        overwrite: remove what is there and begin again.
+        inputs: paths and URIs that the job reads, which it must not write to.
+
+    Returns:
+        Whether the folder held results of the same inputs already.
+
+    Raises:
+        OtherInputsError: it holds results of other inputs, or results whose inputs are not recorded.
+        SettingsError: an input lies in what the job writes.
+    """
+    output, results = str(output), list(results)
+    _refuse_inputs(output, results, inputs)
+    location = storage.join(output, FINGERPRINT_FILE)
+    if overwrite:
+        for name in (FINGERPRINT_FILE, *results):
+            storage.remove_folder(storage.join(output, name))
+            storage.remove_file(storage.join(output, name))
+    known = read_json_object(location)
+    if known is not None:
+        earlier = Fingerprint(known)
+        found = fingerprint.differences(earlier)
+        if found:
+            raise OtherInputsError(f"{output} holds results of other inputs: {_sentence(found)}. {_WAYS_OUT}")
+        return True
+    present = [name for name in results if _holds_something(storage.join(output, name))]
+    if present:
+        raise OtherInputsError(f"{output} holds {present[0]}, but not the inputs it was made from. {_WAYS_OUT}")
+    storage.make_folder(output)
+    write_json(location, dict(fingerprint.inputs))
+    return False
+
+
+def _holds_something(location: str) -> bool:
+    """Whether there is a folder, or a file that is not empty."""
+    if storage.is_folder(location):
+        return True
+    return storage.exists(location) and bool(storage.read_bytes(location))
+
+
+def _refuse_inputs(output: str, results: Iterable[str], inputs: Iterable[str]) -> None:
+    for path in filter(None, inputs):
+        for name in results:
+            written = storage.join(output, name)
+            if _is_within(path, written):
+                raise SettingsError(f"{path} is an input, and {written} is written by this job: give another output=.")
+
+
+def _is_within(path: str, folder: str) -> bool:
+    """Whether a path or URI is a folder, or lies in it."""
+    if storage.is_local(path) != storage.is_local(folder):
+        return False
+    inner, outer = ((storage.resolve(each)[1] if storage.is_local(each) else each) for each in (path, folder))
+    if storage.is_local(path):
+        inner, outer = str(Path(inner).resolve()), str(Path(outer).resolve())
+    return inner.rstrip("/") == outer.rstrip("/") or inner.startswith(outer.rstrip("/") + "/")
+
+
+_WAYS_OUT = "Give another output=, or overwrite=true to replace them."
+
+
+def checkpoint_digest(folder: str | Path) -> str:
+    """Content of a checkpoint or artifact: from the hashes in its manifest, without those of its notes.
+
+    A folder without a manifest is known by the names, sizes and times of its files.
+    """
+    path = Path(folder)
+    manifest = read_json_object(path / "manifest.json") or {}
+    if "files" in manifest:
+        files = [(n, f["sha256"]) for n, f in sorted(manifest["files"].items()) if n not in _CHECKPOINT_NOTES]
+    else:
+        stats = [(p.name, p.stat()) for p in sorted(path.iterdir()) if p.is_file()]
+        files = [(name, f"{stat.st_size} {stat.st_mtime_ns}") for name, stat in stats]
+    return digest_of(files)
+
+
+def digest_of(value: Any) -> str:
+    """Short hash of a JSON-able value."""
+    return hashlib.sha256(to_json(value).encode()).hexdigest()[:_DIGEST_LENGTH]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(inputs: Mapping[str, Any], name: str) -> str:
+    return json.dumps(inputs[name]) if name in inputs else "absent"
+
+
+def _sentence(differences: list[str]) -> str:
+    left = len(differences) - _NAMED_DIFFERENCES
+    return "; ".join(differences[:_NAMED_DIFFERENCES]) + (f"; and {left} more" if left > 0 else "")

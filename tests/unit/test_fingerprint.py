@@ -1,0 +1,106 @@
+"""The identity of results: the same inputs continue, others are refused with the difference named, overwrite begins again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipelines.fingerprint import FINGERPRINT_FILE, Fingerprint, OtherInputsError, checkpoint_digest, claim, digest_of
+from pipelines.settings import SettingsError
+from tinygptv.checkpoint.checkpoint import write_folder
+
+RESULTS = ("result.json", "states")
+
+
+def fingerprint(**changes):
+    return Fingerprint.of(**{"seed": 0, "data": {"own": "abc"}, "stage": {"peak": 1e-3, "sources": [1, 2]}, **changes})
+
+
+def test_the_same_inputs_continue_whatever_their_order(tmp_path):
+    assert claim(tmp_path, fingerprint(), RESULTS) is False
+    (tmp_path / "result.json").write_text("{}")
+    assert claim(tmp_path, Fingerprint.of(**dict(reversed(list(fingerprint().inputs.items())))), RESULTS) is True
+    assert json.loads((tmp_path / FINGERPRINT_FILE).read_text()) == {
+        "data.own": "abc",
+        "seed": 0,
+        "stage.peak": 1e-3,
+        "stage.sources": [1, 2],
+    }
+
+
+def test_other_inputs_are_refused_with_the_differences_named(tmp_path):
+    claim(tmp_path, fingerprint(), RESULTS)
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(OtherInputsError) as refused:
+        claim(tmp_path, fingerprint(seed=7, data={"own": "abd", "new": "x"}), RESULTS)
+    text = str(refused.value)
+    assert str(tmp_path) in text and "overwrite=true" in text
+    assert "seed was 0, is now 7" in text and 'data.own was "abc", is now "abd"' in text
+    assert 'data.new was absent, is now "x"' in text and "peak" not in text
+    assert (tmp_path / "result.json").read_text() == "{}", "nothing is touched"
+    with pytest.raises(OtherInputsError, match="and 4 more"):
+        claim(tmp_path, Fingerprint.of(**{f"key{i}": i for i in range(5)}), RESULTS)
+
+
+def test_overwrite_removes_what_the_job_writes_and_nothing_else(tmp_path):
+    claim(tmp_path, fingerprint(), RESULTS)
+    (tmp_path / "result.json").write_text("{}")
+    (tmp_path / "states/step").mkdir(parents=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert claim(tmp_path, fingerprint(seed=7), RESULTS, overwrite=True) is False
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FINGERPRINT_FILE, "notes.txt"]
+    assert claim(tmp_path, fingerprint(seed=7), RESULTS) is True
+
+
+def test_results_without_recorded_inputs_are_refused_and_foreign_files_are_not(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "result.json").touch()  # empty: a kill, or a full disk
+    claim(tmp_path / "a", fingerprint(), RESULTS)
+    claim(tmp_path, fingerprint(), RESULTS)
+    (tmp_path / FINGERPRINT_FILE).unlink()
+    (tmp_path / "states").mkdir()
+    with pytest.raises(OtherInputsError, match="holds states, but not the inputs"):
+        claim(tmp_path, fingerprint(), RESULTS)
+
+
+@pytest.mark.parametrize("path", ["states", "states/step-1", "../{name}/states"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_input_is_never_written_to(tmp_path, path, overwrite):
+    (tmp_path / "states/step-1").mkdir(parents=True)
+    given = tmp_path / path.format(name=tmp_path.name)
+    with pytest.raises(SettingsError, match="is an input, and .*states is written by this job"):
+        claim(tmp_path, fingerprint(), RESULTS, overwrite=overwrite, inputs=["", str(given)])
+    assert (tmp_path / "states/step-1").is_dir()
+    claim(tmp_path / "out", fingerprint(), RESULTS, inputs=[str(tmp_path / "states"), "memory://b/out/states"])
+
+
+def test_a_uri_can_be_claimed(tmp_path):
+    place = f"memory://bucket/{tmp_path.name}"
+    assert claim(place, fingerprint(), RESULTS) is False and claim(place, fingerprint(), RESULTS) is True
+    with pytest.raises(OtherInputsError, match="seed was 0, is now 1"):
+        claim(place, fingerprint(seed=1), RESULTS)
+
+
+def test_passwords_are_not_kept(tmp_path):
+    claim(tmp_path, fingerprint(data="s3://key:secret@bucket/a"), RESULTS)
+    assert "secret" not in (tmp_path / FINGERPRINT_FILE).read_text()
+
+
+def test_a_checkpoint_is_known_by_what_it_computes_with(tmp_path):
+    def write(folder, **files):
+        return write_folder(folder, lambda staging: [(staging / n).write_text(t) for n, t in files.items()])
+
+    one = write(tmp_path / "a", **{"model.safetensors": "w", "stage.json": "here", "README.md": "card"})
+    same = write(tmp_path / "b", **{"model.safetensors": "w", "stage.json": "there", "README.md": "other card"})
+    other = write(tmp_path / "c", **{"model.safetensors": "v", "stage.json": "here", "README.md": "card"})
+    assert checkpoint_digest(one) == checkpoint_digest(same) != checkpoint_digest(other)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain/model.safetensors").write_text("w")
+    before = checkpoint_digest(tmp_path / "plain")
+    (tmp_path / "plain/model.safetensors").write_text("longer")
+    assert checkpoint_digest(tmp_path / "plain") != before
+
+
+def test_digests_differ_with_any_value():
+    assert digest_of({"a": 1, "b": [2.0]}) == digest_of({"a": 1, "b": [2.0]}) != digest_of({"a": 1, "b": [2.5]})
