@@ -1,27 +1,30 @@
 """Export: checkpoint -> low-bit weights -> drift check -> artifact folder -> MLflow's model registry.
 
 The drift is measured on the artifact as it will be served: written, loaded again, and compared with the full model on
-the same held-out samples. An artifact that drifts too far never appears.
+the same held-out samples. An artifact that drifts too far is not kept.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
+from pipelines import storage
 from pipelines.data.loader import data_path
 from pipelines.data.shards import ShardSet, find_shard_sets
+from pipelines.fingerprint import FINGERPRINT_FILE, Fingerprint, checkpoint_digest, refuse_inputs, refuse_others
+from pipelines.json_files import read_json_object, write_json
 from pipelines.settings import QuantizeSettings, SettingsError
 from pipelines.tracking.base import NullTracker, open_tracker
 from pipelines.tracking.registry import register_model
+from tinygptv.checkpoint.checkpoint import CheckpointError, verify_folder
 
 if TYPE_CHECKING:
     import torch
@@ -32,19 +35,44 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+RESULT_FILE = "result.json"
+
 
 class ExportError(ValueError):
     """The artifact is not good enough to be served; says by how much."""
 
 
-def export(settings: QuantizeSettings) -> dict[str, Any]:
-    """Quantize a checkpoint.
+class ExportResult(TypedDict):
+    """``result.json`` of an export.
 
-    Returns:
-        ``bytes`` of the stored weights, ``drift`` (rise of the held-out loss in nats per token), ``answer_agreement``,
-        ``checkpoint``, ``artifact``, ``method``, ``version`` (in the registry, else None), ``seconds``, ``result``.
+    Attributes:
+        bytes: of the stored weights.
+        drift: rise of the held-out loss, in nats per token.
+        answer_agreement: share of greedy answers that are equal to the full model's.
+        checkpoint: what was quantized.
+        artifact: the folder.
+        method: how.
+        version: number in the model registry; None where it was not registered.
+        seconds: of the export.
+        result: path of this file.
+    """
+
+    bytes: int
+    drift: float
+    answer_agreement: float
+    checkpoint: str
+    artifact: str
+    method: str
+    version: int | None
+    seconds: float
+    result: str
+
+
+def export(settings: QuantizeSettings) -> ExportResult:
+    """Quantize a checkpoint; a finished artifact of the same inputs is returned as it is.
 
     Raises:
+        OtherInputsError: the folder holds an artifact of other inputs.
         SettingsError: a setting cannot be used.
         CheckpointError: the checkpoint is incomplete.
         ExportError: the drift is above ``settings.max_drift``; no artifact is left.
@@ -53,14 +81,88 @@ def export(settings: QuantizeSettings) -> dict[str, Any]:
         raise SettingsError("give checkpoint=DIR, the checkpoint folder to quantize.")
     if settings.register_as and settings.tracking_uri == "none":
         raise SettingsError("register_as needs MLflow, but tracking_uri=none switches it off: drop one of the two.")
+    _refuse_unknown_method(settings)
     started = time.perf_counter()
     checkpoint = str(Path(settings.checkpoint).expanduser().absolute())
-    folder = _free_folder(settings)
-    rows, data = held_out_rows(settings)
-    facts = _write(settings, checkpoint, folder, rows, data)
+    verify_folder(checkpoint, hashes=False)
+    folder = Path(settings.output or f"outputs/{settings.recipe}/artifact").expanduser().absolute()
+    refuse_inputs([str(folder)], [checkpoint, settings.data])
+    fingerprint = _fingerprint(settings, checkpoint)
+    finished = _finished_result(folder, fingerprint, overwrite=settings.overwrite)
+    if finished and (finished["version"] is not None or not settings.register_as):
+        logger.info("the artifact is finished already: %s", folder)
+        return finished
+    if not finished:
+        rows, data = held_out_rows(settings)
+        _write(settings, checkpoint, folder, rows, data, fingerprint)
+    metadata = _read_metadata(folder)
+    result = ExportResult(
+        bytes=metadata["bytes"],
+        drift=metadata["drift"]["loss"],
+        answer_agreement=metadata["drift"]["answer_agreement"],
+        checkpoint=checkpoint,
+        artifact=str(folder),
+        method=settings.method,
+        version=_track(settings, checkpoint, folder, metadata),
+        seconds=round(time.perf_counter() - started, 1),
+        result=str(folder / RESULT_FILE),
+    )
+    write_json(folder / RESULT_FILE, result)
+    return result
+
+
+def _read_metadata(folder: Path) -> dict[str, Any]:
+    from tinygptv.quantization.artifact import read_facts
+
+    return read_facts(folder)
+
+
+def _refuse_unknown_method(settings: QuantizeSettings) -> None:
+    from tinygptv.quantization.artifact import METHODS
+
+    if settings.method not in METHODS:
+        raise SettingsError(f"method={settings.method!r} is unknown; there are: {', '.join(METHODS)}.")
+
+
+def _fingerprint(settings: QuantizeSettings, checkpoint: str) -> Fingerprint:
+    names = ("method", "encoder", "keep_lora", "drift_samples", "max_drift", "seed")
+    sets = [ShardSet.open(folder).manifest.digest for folder in _find_shard_sets(settings)] if settings.data else []
+    return Fingerprint.of(
+        "quantize",
+        **{name: getattr(settings, name) for name in names},
+        checkpoint=checkpoint_digest(checkpoint),
+        data=sets,
+    )
+
+
+def _finished_result(folder: Path, fingerprint: Fingerprint, *, overwrite: bool) -> ExportResult | None:
+    """The result of an artifact that was made from these inputs; None where there is none.
+
+    Raises:
+        OtherInputsError: there is one of other inputs.
+        SettingsError: the folder holds something else.
+    """
+    from tinygptv.quantization.artifact import is_artifact
+
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not (folder.is_dir() and is_artifact(folder)):
+        raise SettingsError(f"output={folder} holds something that is no artifact: give an empty or a new folder.")
+    if overwrite:
+        return None
+    refuse_others(folder, fingerprint, read_json_object(folder / FINGERPRINT_FILE) or {})
+    try:
+        verify_folder(folder, hashes=False)
+        return ExportResult(**read_json_object(folder / RESULT_FILE) or {})  # type: ignore[typeddict-item]
+    except (CheckpointError, TypeError):
+        return None
+
+
+def _track(settings: QuantizeSettings, checkpoint: str, folder: Path, metadata: dict[str, Any]) -> int | None:
+    """Log the export, and register the artifact where asked for; returns the version's number."""
     tracker = open_tracker(settings, "quantize")
     tracker.params({**settings.model_dump(), "checkpoint": checkpoint})
-    tracker.metrics({"bytes": facts["bytes"], **_numbers(facts["drift"])}, 0)
+    tracker.metrics({"bytes": metadata["bytes"], **_drift_metrics(metadata["drift"])}, 0)
     tracker.artifact(folder / "quantization.json")
     version = None
     if settings.register_as:
@@ -68,43 +170,24 @@ def export(settings: QuantizeSettings) -> dict[str, Any]:
             raise ExportError(f"{folder} is written but not registered: MLflow cannot be used (see the warning above).")
         version = register_model(settings, tracker.run_id, folder, settings.register_as, settings.alias)
     tracker.close()
-    result = {
-        "bytes": facts["bytes"],
-        "drift": facts["drift"]["loss"],
-        "answer_agreement": facts["drift"]["answer_agreement"],
-        "checkpoint": checkpoint,
-        "artifact": str(folder),
-        "method": settings.method,
-        "version": version,
-        "seconds": round(time.perf_counter() - started, 1),
-        "result": str(folder / "result.json"),
-    }
-    (folder / "result.json").write_text(json.dumps(result, indent=1))
-    return result
-
-
-def _free_folder(settings: QuantizeSettings) -> Path:
-    """The artifact's folder: missing, empty, or an earlier artifact that may be replaced."""
-    from tinygptv.quantization.artifact import is_artifact
-
-    folder = Path(settings.output or f"outputs/{settings.recipe}/artifact").expanduser().absolute()
-    if folder.exists() and not (folder.is_dir() and (is_artifact(folder) or not any(folder.iterdir()))):
-        raise SettingsError(f"output={folder} holds something that is no artifact: give an empty or a new folder.")
-    return folder
+    return version
 
 
 def _write(
-    settings: QuantizeSettings, checkpoint: str, folder: Path, rows: Sequence[SampleRow], data: str
-) -> dict[str, Any]:
-    """Measure the full model, write the artifact, measure that, accept or refuse it; returns ``quantization.json``."""
+    settings: QuantizeSettings,
+    checkpoint: str,
+    folder: Path,
+    rows: Sequence[SampleRow],
+    data: str,
+    fingerprint: Fingerprint,
+) -> None:
+    """Measure the full model, write the artifact, measure that, accept or refuse it."""
     from torch import nn
 
     from tinygptv.checkpoint.checkpoint import load_checkpoint, write_folder
     from tinygptv.inference.drift import compare, measure
-    from tinygptv.quantization.artifact import METHODS, bits_per_weight, load_artifact, write_artifact, write_facts
+    from tinygptv.quantization.artifact import bits_per_weight, load_artifact, write_artifact, write_facts
 
-    if settings.method not in METHODS:
-        raise SettingsError(f"method={settings.method!r} is unknown; there are: {', '.join(METHODS)}.")
     device = _device(settings)
     model: TinyGPTVForConditionalGeneration | None
     model, processor, stage = load_checkpoint(checkpoint)
@@ -130,9 +213,10 @@ def _write(
             stage={key: stage[key] for key in ("recipe", "stage", "step") if key in stage},
         )
         write_facts(staging, facts)
+        write_json(staging / FINGERPRINT_FILE, dict(fingerprint.inputs))
 
-    write_folder(folder, fill)
-    return facts
+    with storage.disk_full_as_error(str(folder)):
+        write_folder(folder, fill)
 
 
 def _device(settings: QuantizeSettings) -> torch.device:
@@ -167,7 +251,7 @@ def _accept(drift: Drift, settings: QuantizeSettings) -> None:
         )
 
 
-def _numbers(drift: dict[str, Any]) -> dict[str, float]:
+def _drift_metrics(drift: dict[str, Any]) -> dict[str, float]:
     return {f"drift/{key}": value for key, value in drift.items() if isinstance(value, int | float) and key != "seed"}
 
 
@@ -175,7 +259,7 @@ def _numbers(drift: dict[str, Any]) -> dict[str, float]:
 
 
 def held_out_rows(settings: QuantizeSettings) -> tuple[list[SampleRow], str]:
-    """Samples for the drift check, and in words what they are.
+    """Samples for the drift check, and a description of them.
 
     Raises:
         FileNotFoundError: ``settings.data`` holds no shard set.
@@ -183,12 +267,7 @@ def held_out_rows(settings: QuantizeSettings) -> tuple[list[SampleRow], str]:
     """
     if not settings.data:
         return drawn_rows(settings.drift_samples, settings.seed), "drawn scenes of the miniature, split test"
-    folders = find_shard_sets(data_path(settings.data))
-    if not folders:
-        raise FileNotFoundError(
-            f"data={settings.data} holds no shard set: make one with jobs/prepare_data.py, or leave data empty."
-        )
-    sets = [shards for folder in folders if len(shards := ShardSet.open(folder))]
+    sets = [shards for folder in _find_shard_sets(settings) if len(shards := ShardSet.open(folder))]
     if not sets:
         raise FileNotFoundError(
             f"the shard sets in data={settings.data} have no rows: leave data empty, or prepare them."
@@ -200,8 +279,17 @@ def held_out_rows(settings: QuantizeSettings) -> tuple[list[SampleRow], str]:
     return mixed[: settings.drift_samples], settings.data
 
 
+def _find_shard_sets(settings: QuantizeSettings) -> list[str]:
+    folders = find_shard_sets(data_path(settings.data))
+    if not folders:
+        raise FileNotFoundError(
+            f"data={settings.data} holds no shard set: make one with jobs/prepare_data.py, or leave data empty."
+        )
+    return folders
+
+
 def drawn_rows(count: int, seed: int = 0) -> list[SampleRow]:
-    """Held-out samples of the drawn world, pictures included: what there is where no data is given."""
+    """Held-out samples of the drawn world with their images, for exports without ``data``."""
     from tinygptv.miniature.documents import KINDS
     from tinygptv.miniature.draw import encode_jpeg
     from tinygptv.miniature.scenes import generator, make_scene

@@ -39,15 +39,15 @@ class Fingerprint:
     """Inputs of a result by dotted name; values are what JSON can hold.
 
     Attributes:
-        inputs: for example ``{"seed": 0, "data.laion": "9f31c2...", "stage.lora_rank": 64}``.
+        inputs: for example ``{"job": "train", "seed": 0, "data.laion": "9f31c2...", "stage.lora_rank": 64}``.
     """
 
     inputs: Mapping[str, Any]
 
     @classmethod
-    def of(cls, **inputs: Any) -> Self:
-        """From nested mappings and plain values; passwords of URIs are left out."""
-        return cls(dict(sorted(_flatten(json.loads(to_json(redact(inputs)))))))
+    def of(cls, job: str, **inputs: Any) -> Self:
+        """The inputs of one kind of job, as nested mappings and plain values; passwords of URIs are left out."""
+        return cls({"job": job, **dict(sorted(_flatten(json.loads(to_json(redact(inputs))))))})
 
     def differences(self, earlier: Fingerprint) -> list[str]:
         """What differs from an earlier fingerprint, a short text each: ``seed was 0, is now 7``."""
@@ -73,36 +73,64 @@ def claim(
         output: folder or URI; made where it is missing.
         fingerprint: of the results that the job is about to write or continue.
         results: files and folders that the job writes there.
-        overwrite: remove what is there and begin again.
+        overwrite: remove the results that an earlier run of the same job left there.
         inputs: paths and URIs that the job reads, which it must not write to.
 
     Returns:
         Whether the folder held results of the same inputs already.
 
     Raises:
-        OtherInputsError: it holds results of other inputs, or results whose inputs are not recorded.
+        OtherInputsError: it holds results of other inputs; or files of these names whose inputs are not recorded, which
+            ``overwrite`` does not remove either.
         SettingsError: an input lies in what the job writes.
     """
     output, results = str(output), list(results)
-    _refuse_inputs(output, results, inputs)
+    refuse_inputs([storage.join(output, name) for name in results], inputs)
     location = storage.join(output, FINGERPRINT_FILE)
-    if overwrite:
-        for name in (FINGERPRINT_FILE, *results):
+    known = read_json_object(location)
+    if known is not None and known.get("job") != fingerprint.inputs["job"]:
+        raise OtherInputsError(f"{output} holds results of another job ({known.get('job')}): give another output=.")
+    if known is None:
+        _refuse_unknown_results(output, results)
+    elif overwrite:
+        for name in (*results, FINGERPRINT_FILE):  # last: without it the others could not be removed again
             storage.remove_folder(storage.join(output, name))
             storage.remove_file(storage.join(output, name))
-    known = read_json_object(location)
-    if known is not None:
-        earlier = Fingerprint(known)
-        found = fingerprint.differences(earlier)
-        if found:
-            raise OtherInputsError(f"{output} holds results of other inputs: {_sentence(found)}. {_WAYS_OUT}")
+    else:
+        refuse_others(output, fingerprint, known)
         return True
-    present = [name for name in results if _holds_something(storage.join(output, name))]
-    if present:
-        raise OtherInputsError(f"{output} holds {present[0]}, but not the inputs it was made from. {_WAYS_OUT}")
     storage.make_folder(output)
     write_json(location, dict(fingerprint.inputs))
     return False
+
+
+def refuse_others(output: str | Path, fingerprint: Fingerprint, known: Mapping[str, Any]) -> None:
+    """Raise where results were made from other inputs.
+
+    Args:
+        output: their folder, for the message.
+        fingerprint: of what is asked for.
+        known: content of the folder's ``fingerprint.json``.
+
+    Raises:
+        OtherInputsError: they differ; the text names the differences.
+    """
+    found = fingerprint.differences(Fingerprint(known))
+    if found:
+        raise OtherInputsError(
+            f"{output} holds results of other inputs: {_sentence(found)}. Give another output=, or overwrite=true to "
+            "replace them."
+        )
+
+
+def _refuse_unknown_results(output: str, results: Iterable[str]) -> None:
+    """Raise where something stands in the way that this job did not write, or does not know as its own."""
+    present = [name for name in results if _holds_something(storage.join(output, name))]
+    if present:
+        raise OtherInputsError(
+            f"{output} holds {present[0]}, but no {FINGERPRINT_FILE} that says what it was made from: give another "
+            f"output=, or remove {present[0]}."
+        )
 
 
 def _holds_something(location: str) -> bool:
@@ -112,12 +140,21 @@ def _holds_something(location: str) -> bool:
     return storage.exists(location) and bool(storage.read_bytes(location))
 
 
-def _refuse_inputs(output: str, results: Iterable[str], inputs: Iterable[str]) -> None:
+def refuse_inputs(written: Iterable[str], inputs: Iterable[str]) -> None:
+    """Raise where a job would write over what it reads.
+
+    Args:
+        written: files and folders that it writes.
+        inputs: paths and URIs that it reads; empty ones are left out.
+
+    Raises:
+        SettingsError: an input is one of the former, or lies in it.
+    """
+    written = list(written)
     for path in filter(None, inputs):
-        for name in results:
-            written = storage.join(output, name)
-            if _is_within(path, written):
-                raise SettingsError(f"{path} is an input, and {written} is written by this job: give another output=.")
+        for location in written:
+            if _is_within(path, location):
+                raise SettingsError(f"{path} is an input, and {location} is written by this job: give another output=.")
 
 
 def _is_within(path: str, folder: str) -> bool:
@@ -128,9 +165,6 @@ def _is_within(path: str, folder: str) -> bool:
     if storage.is_local(path):
         inner, outer = str(Path(inner).resolve()), str(Path(outer).resolve())
     return inner.rstrip("/") == outer.rstrip("/") or inner.startswith(outer.rstrip("/") + "/")
-
-
-_WAYS_OUT = "Give another output=, or overwrite=true to replace them."
 
 
 def checkpoint_digest(folder: str | Path) -> str:

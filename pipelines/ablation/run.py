@@ -21,6 +21,7 @@ from pipelines.ablation.report import AblationRow, text_table, write_report
 from pipelines.ablation.variant_run import SharedInputs, StageStatus, VariantOutcome, find_stage, run_variant
 from pipelines.ablation.variants import Variant, find_variant, with_precision
 from pipelines.cluster import start_ray
+from pipelines.fingerprint import Fingerprint, claim
 from pipelines.json_files import write_json
 from pipelines.progress import Bar, poll
 from pipelines.settings import (
@@ -30,13 +31,15 @@ from pipelines.settings import (
     PrepareDataSettings,
     SettingsError,
 )
-from pipelines.tracking.base import Tracker, continue_tracker, default_uri
+from pipelines.tracking.base import Tracker, absolute_uri, continue_tracker
 from pipelines.training.record import RECORD_FILE, StepEntry, read_record
 from pipelines.training.result import RESULT_FILE
 from pipelines.training.stage_features import cache_stage_features
 from pipelines.units import UnitsLostError, Workers, map_units
 
 logger = logging.getLogger(__name__)
+
+_RESULTS = ("world", "backbones", "features", "report.md", "report.html", "result.json", "run.json", "unsent.jsonl")
 
 _NOT_RUN = StageStatus("not run", "the stage before failed, or ended without a finite loss")
 
@@ -49,6 +52,7 @@ def ablate(settings: AblateSettings) -> dict[str, Any]:
         ``text`` (for a terminal), ``report``, ``page``, ``plots``, ``seconds``, ``result``.
 
     Raises:
+        OtherInputsError: the output holds an ablation, or a stage or score of it, of other inputs.
         SettingsError: a variant, stage or setting cannot be used.
     """
     started = time.perf_counter()
@@ -59,8 +63,15 @@ def ablate(settings: AblateSettings) -> dict[str, Any]:
     if not variants or not stages:
         raise SettingsError("an ablation needs at least one of variants=, precisions= and stages=.")
     output = settings.output_dir("outputs/ablation")
+    claim(
+        output,
+        _fingerprint(settings),
+        [*(variant.name for variant in variants), *_RESULTS],
+        overwrite=settings.overwrite,
+        inputs=[settings.data, settings.init_from, settings.benchmark_data],
+    )
     # The variants' tasks have other working directories.
-    settings = settings.model_copy(update={"tracking_uri": settings.tracking_uri or default_uri(Path.cwd())})
+    settings = settings.model_copy(update={"tracking_uri": absolute_uri(settings.tracking_uri)})
     parent = continue_tracker(settings, "ablation", output)
     parent.params(settings.model_dump())
     with start_ray(settings):
@@ -80,6 +91,14 @@ def ablate(settings: AblateSettings) -> dict[str, Any]:
     write_json(output / "result.json", result)
     _track_report(parent, result)
     return result
+
+
+def _fingerprint(settings: AblateSettings) -> Fingerprint:
+    """What all variants share. Variants, stages and precisions may be added: each has an identity of its own, in which
+    data and start are named."""
+    shared = ("recipe", "seed", "max_steps", "benchmark", "score_limit", "stage", "train")
+    fields = {name: getattr(settings, name) for name in shared}
+    return Fingerprint.of("ablate", **fields, world_scenes=0 if settings.data else settings.world_scenes)
 
 
 def _rows(

@@ -12,6 +12,7 @@ from pipelines.ablation.findings import Status
 from pipelines.ablation.variants import Variant, write_start
 from pipelines.evaluation.run import evaluate
 from pipelines.evaluation.scoring import BenchmarkScore
+from pipelines.fingerprint import OtherInputsError
 from pipelines.settings import AblateSettings, ScoreSettings, TrainSettings
 from pipelines.tracking.base import Tracker, continue_tracker
 from pipelines.training.job import apply_stage_settings
@@ -75,7 +76,11 @@ def find_stage(settings: AblateSettings, number: int) -> Stage:
 
 
 def run_variant(settings: AblateSettings, variant: Variant, shared: SharedInputs) -> VariantOutcome:
-    """Train a variant through the stages and score it. A failure ends the variant, not the ablation."""
+    """Train a variant through the stages and score it. A failure ends the variant, not the ablation.
+
+    Raises:
+        OtherInputsError: a stage or score of it was made from other inputs.
+    """
     folder = Path(shared.output) / variant.name
     tracker = continue_tracker(settings, variant.name, folder, parent_run_id=shared.parent_run_id)
     tracker.params({"variant": variant.title, "recipe": settings.recipe, "seed": settings.seed, **variant.train})
@@ -91,6 +96,9 @@ def run_variant(settings: AblateSettings, variant: Variant, shared: SharedInputs
         else:
             outcome.scores = _score(settings, shared, checkpoint, folder / "score")
             tracker.metrics({f"score/{name}": score["value"] for name, score in outcome.scores.items()}, 0)
+    except OtherInputsError:  # a mistake in the command, not a fault of the variant
+        tracker.close("FAILED")
+        raise
     except Exception as error:  # the other variants go on
         logger.exception("variant %s failed", variant.name)
         number = next((n for n in settings.stages if n not in outcome.stages), settings.stages[-1])

@@ -7,13 +7,12 @@ question's, so that a score shows what the image contributes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from pipelines.evaluation.compare import Comparison, compare
 from pipelines.evaluation.page import drawn_case, score_page, worst_first
 from pipelines.evaluation.scoring import PREDICTIONS, BenchmarkScore, Prediction, score_benchmark, write_predictions
 from pipelines.evaluation.worker import AnswerOptions, QuestionUnit, UnitAnswerer
+from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim, digest_of
 from pipelines.json_files import write_json
 from pipelines.progress import Bar
 from pipelines.settings import ScoreSettings, SettingsError
@@ -33,6 +33,9 @@ from pipelines.tracking.base import continue_tracker
 from pipelines.units import Workers, map_units
 
 logger = logging.getLogger(__name__)
+
+RESULTS = ("answers", PREDICTIONS, "report.html", "result.json", "run.json", "unsent.jsonl")
+"""What a score run writes into its output folder."""
 
 _IMAGES_TRIED = 50
 _TABLE_IMAGES = 24
@@ -83,9 +86,18 @@ def evaluate(
     """
     started = time.perf_counter()
     chosen = list(benchmarks or _find(settings))
-    options = _options(settings)
+    checkpoint = _find_checkpoint(settings)
+    questions = {benchmark.name: _read(settings, benchmark) for benchmark in chosen}
     output = settings.output_dir("outputs/score")
-    units = list(_units(settings, options, chosen))
+    claim(
+        output,
+        _score_fingerprint(settings, checkpoint, questions),
+        RESULTS,
+        overwrite=settings.overwrite,
+        inputs=[str(checkpoint), settings.data],
+    )
+    options = _options(settings, checkpoint, output)
+    units = [unit for benchmark in chosen for unit in _units(options, benchmark, questions[benchmark.name])]
     num_questions, answering = sum(len(unit.questions) for unit in units), time.perf_counter()
     answered = _answer_all(settings, options, units)
     answering_s = time.perf_counter() - answering
@@ -124,17 +136,39 @@ def _find(settings: ScoreSettings) -> list[Benchmark]:
 # ---------------------------------------------------------------------- units of work
 
 
-def _options(settings: ScoreSettings) -> AnswerOptions:
+def _find_checkpoint(settings: ScoreSettings) -> Path:
     if not settings.checkpoint:
         raise SettingsError("give checkpoint=DIR, the checkpoint or artifact to score.")
     checkpoint = Path(settings.checkpoint).expanduser().absolute()
     if not (checkpoint / "config.json").is_file():
         raise SettingsError(f"checkpoint={settings.checkpoint} is no checkpoint or artifact: it has no config.json.")
-    answers = settings.output_dir("outputs/score") / "answers"
+    return checkpoint
+
+
+def _score_fingerprint(
+    settings: ScoreSettings, checkpoint: Path, questions: Mapping[str, Sequence[Question]]
+) -> Fingerprint:
+    """What decides the scores. Images are not part of it: the answers of those that changed are given again."""
+    return Fingerprint.of(
+        "score",
+        checkpoint=checkpoint_digest(checkpoint),
+        metric=settings.metric,
+        baselines=settings.baselines,
+        limit=settings.limit,
+        questions={name: digest_of([_without_folder(q) for q in asked]) for name, asked in questions.items()},
+    )
+
+
+def _without_folder(question: Question) -> dict[str, Any]:
+    return {**asdict(question), "image": question.image.name if question.image else None}
+
+
+def _options(settings: ScoreSettings, checkpoint: Path, output: Path) -> AnswerOptions:
+    answers = output / "answers"
     answers.mkdir(exist_ok=True)
     return AnswerOptions(
         checkpoint=str(checkpoint),
-        fingerprint=_fingerprint(checkpoint),
+        fingerprint=checkpoint_digest(checkpoint),
         batch_size=settings.batch_size,
         baselines=settings.baselines,
         released=settings.metric == "released",
@@ -142,38 +176,45 @@ def _options(settings: ScoreSettings) -> AnswerOptions:
     )
 
 
-def _fingerprint(checkpoint: Path) -> str:
-    """A hash of the checkpoint's files: of its manifest, which lists theirs, or of their names, sizes and times."""
-    manifest = checkpoint / "manifest.json"
-    if manifest.is_file():
-        return hashlib.sha256(manifest.read_bytes()).hexdigest()
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(checkpoint.iterdir()) if p.is_file()]
-    return hashlib.sha256(repr(files).encode()).hexdigest()
+def _units(options: AnswerOptions, benchmark: Benchmark, questions: Sequence[Question]) -> Iterator[QuestionUnit]:
+    """Cut a benchmark's questions into units; a unit's file is named by everything that its answers depend on."""
+    decides = asdict(options) | {"answers_dir": "", "checkpoint": ""}
+    size = 4 * options.batch_size
+    for number, start in enumerate(range(0, len(questions), size)):
+        part = tuple(questions[start : start + size])
+        images = [_image_state(question.image) for question in part]
+        inputs = ([_without_folder(q) for q in part], images, benchmark.max_new_tokens, benchmark.generates, decides)
+        file = f"{benchmark.name}-{number:05d}-{digest_of(inputs)}.jsonl"
+        yield QuestionUnit(benchmark.name, number, part, benchmark.max_new_tokens, benchmark.generates, file)
 
 
-def _units(settings: ScoreSettings, options: AnswerOptions, benchmarks: Sequence[Benchmark]) -> Iterator[QuestionUnit]:
-    data = Path(settings.data).expanduser().absolute()
-    size = 4 * settings.batch_size
-    for benchmark in benchmarks:
-        questions = _read(benchmark, data)
-        questions = questions[: settings.limit] if settings.limit else questions
-        _check_images(benchmark.name, questions)
-        for number, start in enumerate(range(0, len(questions), size)):
-            part = tuple(questions[start : start + size])
-            inputs = (part, benchmark.max_new_tokens, benchmark.generates, asdict(options) | {"answers_dir": ""})
-            digest = hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
-            file = f"{benchmark.name}-{number:05d}-{digest}.jsonl"
-            yield QuestionUnit(benchmark.name, number, part, benchmark.max_new_tokens, benchmark.generates, file)
-
-
-def _read(benchmark: Benchmark, data: Path) -> list[Question]:
+def _image_state(image: Path | None) -> str:
+    """Changes where an image appears, disappears or is replaced."""
     try:
-        return list(benchmark.read(data))
+        stat = image.stat() if image else None
+    except OSError:
+        return "missing"
+    return f"{stat.st_size} {stat.st_mtime_ns}" if stat else "none"
+
+
+def _read(settings: ScoreSettings, benchmark: Benchmark) -> list[Question]:
+    """The questions of a benchmark that are asked.
+
+    Raises:
+        SettingsError: its files are not as officially distributed, or its images are missing.
+        FileNotFoundError: its files are missing.
+    """
+    data = Path(settings.data).expanduser().absolute()
+    try:
+        questions = list(benchmark.read(data))
     except (KeyError, TypeError, IndexError) as error:
         raise SettingsError(
             f"benchmark={benchmark.name}: an entry of its files is not as officially distributed: "
             f"{type(error).__name__} {error}."
         ) from error
+    questions = questions[: settings.limit] if settings.limit else questions
+    _check_images(benchmark.name, questions)
+    return questions
 
 
 def _check_images(name: str, questions: Sequence[Question]) -> None:

@@ -28,6 +28,7 @@ from pipelines.settings import (
     QuantizeSettings,
     ScoreSettings,
     ServeSettings,
+    Settings,
     TrainSettings,
 )
 from pipelines.training.record import read_record
@@ -61,12 +62,14 @@ class Demo:
         yield
         self.seconds[title] = round(time.perf_counter() - started, 1)
 
-    def load(self, kind: type, **fields: Any) -> Any:
+    def load(self, kind: type[Settings], **fields: Any) -> Any:
         """Settings of a phase: its section of the configuration, and what the demo decides."""
         common = {
             "quiet": self.settings.quiet,
             "tracking_uri": self.settings.tracking_uri or f"sqlite:///{self.root}/mlflow.db",
         }
+        if "overwrite" in kind.model_fields and self.settings.overwrite:
+            common["overwrite"] = True
         loaded = kind.load(self.config)
         return kind.parse({**loaded.model_dump(), **common, **fields}, "the demo")
 

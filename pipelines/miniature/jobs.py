@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.fingerprint import Fingerprint, claim
 from pipelines.json_files import write_json
 from pipelines.miniature.world import draw_world
 from pipelines.settings import MiniatureSettings, SettingsError
-from pipelines.tracking.base import Tracker, open_tracker
+from pipelines.tracking.base import Tracker, continue_tracker
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +24,8 @@ VISION_CYCLES, LANGUAGE_CYCLES = (3_000,), (2_600, 2_400)
 VISION_RATE, LANGUAGE_RATE = 1e-3, 2e-3
 VISION_SCENES, HELD_OUT_SCENES = 24_000, 1_024
 SIDES = (64, 128)
+
+_PRETRAIN_RESULTS = ("vision", "language", "tokenizer", "backbones", "result.json", "run.json", "unsent.jsonl")
 
 
 def run_miniature(settings: MiniatureSettings) -> dict[str, Any]:
@@ -54,8 +57,10 @@ def pretrain_backbones(settings: MiniatureSettings) -> dict[str, Any]:
 
     output = settings.output_dir("outputs/miniature")
     started = time.perf_counter()
+    fingerprint = Fingerprint.of("pretrain", seed=settings.seed, max_steps=settings.max_steps)
+    claim(output, fingerprint, _PRETRAIN_RESULTS, overwrite=settings.overwrite)
     config = TinyGPTVConfig.mini(lora_rank=0)
-    tracker = open_tracker(settings, "pretrain the miniature")
+    tracker = continue_tracker(settings, "pretrain the miniature", output)
     tracker.params(settings.model_dump())
     tokenizer = _tokenizer(output / "tokenizer", settings.seed, config.text_config.vocab_size - 1)
     makers = {
@@ -76,9 +81,9 @@ def pretrain_backbones(settings: MiniatureSettings) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
     }
     if len(modules) == len(makers):
-        facts = {"title": "pretrained backbones of the miniature", "seed": settings.seed, "scores": scores}
+        metadata = {"title": "pretrained backbones of the miniature", "seed": settings.seed, "scores": scores}
         folder = assemble_backbones(
-            output / "backbones", config, modules["vision"], modules["language"], tokenizer, facts
+            output / "backbones", config, modules["vision"], modules["language"], tokenizer, metadata
         )
         result["checkpoint"] = str(folder)
     tracker.close()

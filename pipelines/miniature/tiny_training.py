@@ -45,7 +45,7 @@ def write_shard_set(folder: Path, rows: list[SampleRow], rows_per_shard: int = 8
 
 
 def make_rows(source: str, count: int) -> list[SampleRow]:
-    """Captions (``pairs``), or questions of which every fourth has no picture (``questions``)."""
+    """Captions (``pairs``), or questions of which every fourth has no image (``questions``)."""
     rng = np.random.default_rng(len(source))
     rows = []
     for i in range(count):
@@ -61,9 +61,14 @@ def make_rows(source: str, count: int) -> list[SampleRow]:
     return rows
 
 
-def make_world(folder: Path) -> dict[str, str]:
-    """Shard sets and a start checkpoint; returns ``data`` and ``init_from``."""
-    for source, count in (("pairs", 30), ("questions", 22)):
+def make_world(folder: Path, rows: int = 30) -> dict[str, str]:
+    """Shard sets and a start checkpoint; returns ``data`` and ``init_from``.
+
+    Args:
+        folder: where they are written.
+        rows: of the source ``pairs``; ``questions`` has 22.
+    """
+    for source, count in (("pairs", rows), ("questions", 22)):
         write_shard_set(folder / "shards" / source, make_rows(source, count))
     torch.manual_seed(0)
     config = tiny_config(lora_rank=0)

@@ -8,12 +8,18 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from pipelines.json_files import read_json_object, write_json
+from pipelines.fingerprint import Fingerprint, claim
+from pipelines.json_files import read_json_object
 from pipelines.progress import Bar
 from pipelines.settings import MiniatureSettings, PrepareDataSettings
 
-DRAWN_FILE = "drawn.json"
-"""Written last: the settings that a complete world was drawn with."""
+SOURCES_FILE = "sources.json"
+"""Data sets of the world and their files; written last."""
+
+_RESULTS = (
+    *("benchmarks", "cc_sbu", "cc_sbu_align", "coco_caption", "coco_vqa", "flickr30k", "gqa", "laion", "llava", "refs"),
+    *("train2014", "train2017", "textcaps", "unnatural_instruction", SOURCES_FILE, "result.json"),
+)
 
 
 def draw_world(settings: MiniatureSettings) -> dict[str, object]:
@@ -21,14 +27,17 @@ def draw_world(settings: MiniatureSettings) -> dict[str, object]:
 
     Returns:
         ``folder``, ``seconds``.
+
+    Raises:
+        OtherInputsError: the folder holds a world of other settings.
     """
     from tinygptv.miniature.writers import write_world
 
     output = settings.output_dir("data/miniature")
     started = time.perf_counter()
-    identity = {key: getattr(settings, key) for key in ("seed", "train_scenes", "test_scenes")}
-    if read_json_object(output / DRAWN_FILE) != identity:
-        (output / DRAWN_FILE).unlink(missing_ok=True)
+    fields = {key: getattr(settings, key) for key in ("seed", "train_scenes", "test_scenes")}
+    claim(output, Fingerprint.of("draw", **fields), _RESULTS, overwrite=settings.overwrite)
+    if read_json_object(output / SOURCES_FILE) is None:
         with Bar("drawing scenes", quiet=settings.quiet) as bar:
             write_world(
                 output,
@@ -38,7 +47,6 @@ def draw_world(settings: MiniatureSettings) -> dict[str, object]:
                 workers=os.cpu_count() or 1,
                 progress=bar.update,
             )
-        write_json(output / DRAWN_FILE, identity)
     return {"folder": str(output), "seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -62,7 +70,7 @@ def prepare_world(
     from pipelines.data.ingest.job import ingest
 
     rows = 0
-    for name, files in json.loads((world / "sources.json").read_text()).items():
+    for name, files in json.loads((world / SOURCES_FILE).read_text()).items():
         if sources is None or name in sources:
             settings = make_settings(
                 source=name,

@@ -115,6 +115,7 @@ def training_fingerprint(settings: TrainSettings, stage: Stage, data: dict[str, 
         source.name: {"weight": source.weight, "batch_size": source.batch_size} for source in stage.sources
     }
     return Fingerprint.of(
+        "train",
         recipe=settings.recipe,
         seed=settings.seed,
         precision=settings.precision,

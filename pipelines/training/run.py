@@ -111,8 +111,8 @@ def _refuse_shorter_run(job: TrainJob, output: Path) -> None:
     done = max(finished["steps"] if finished else 0, StateStore(storage.join(job.storage, "states"), 1).newest_step())
     if done > job.num_steps:
         raise SettingsError(
-            f"{output} holds a run of {done} steps, and {job.num_steps} are asked for (max_steps, stage.schedule): give "
-            "another output=, or overwrite=true to begin again."
+            f"{output} holds a run of {done} steps, and {job.num_steps} are asked for (max_steps, stage.schedule): "
+            "give another output=, or overwrite=true to begin again."
         )
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from pipelines.ablation.run import ablate
+from pipelines.fingerprint import OtherInputsError
 from pipelines.miniature.tiny_training import STAGE, make_world
 from pipelines.settings import AblateSettings
 from pipelines.training.record import RECORD_FILE
@@ -98,3 +99,19 @@ def test_one_variant_that_fails_does_not_take_the_others_with_it(world, tmp_path
     assert failed["stages"]["2"]["status"] == "not run"
     assert fine["stages"]["2"]["status"] == "trained"
     assert "failed" in (tmp_path / "report.md").read_text()
+
+
+def test_an_ablation_belongs_to_its_inputs_and_takes_more_variants(world, tmp_path):
+    small = {"num_workers": 0, "precisions": ["fp32"], "benchmark": "", "stages": [1], "max_steps": 1}
+    ablate(settings(world, tmp_path, **small, variants=["full"]))
+    kept = (tmp_path / "full/stage1/result.json").stat().st_mtime_ns
+    more = ablate(settings(world, tmp_path, **small, variants=["full", "no_qk_norm"]))
+    assert len(more["rows"]) == 2 and (tmp_path / "full/stage1/result.json").stat().st_mtime_ns == kept
+    with pytest.raises(OtherInputsError, match="seed was 0, is now 1"):
+        ablate(settings(world, tmp_path, **small, variants=["full"], seed=1))
+    other = {**world, "data": str(make_world(tmp_path / "other", rows=12)["data"])}
+    with pytest.raises(OtherInputsError, match=r"full/stage1 holds results of other inputs: data\.pairs was"):
+        ablate(settings(other, tmp_path, **small, variants=["full"]))  # a mistake of the user, no failed variant
+    again = ablate(settings(other, tmp_path, **small, variants=["full"], overwrite=True))
+    assert again["rows"][0]["stages"]["1"]["status"] == "trained"
+    assert (tmp_path / "full/stage1/result.json").stat().st_mtime_ns != kept

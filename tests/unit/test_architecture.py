@@ -51,6 +51,7 @@ _PIPELINES: dict[str, set[str]] = {
     "units": {"settings", "cluster"},
     "redact": set(),
     "json_files": {"settings", "storage"},
+    "fingerprint": {"settings", "storage", "redact", "json_files"},
     "tracking": {*_WIRING},
     "data": {*_WIRING},
     "data.sources": {*_WIRING},

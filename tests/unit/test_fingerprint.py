@@ -1,4 +1,4 @@
-"""The identity of results: the same inputs continue, others are refused with the difference named, overwrite begins again."""
+"""The identity of results: the same inputs continue, others are refused by name, overwrite begins again."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ RESULTS = ("result.json", "states")
 
 
 def fingerprint(**changes):
-    return Fingerprint.of(**{"seed": 0, "data": {"own": "abc"}, "stage": {"peak": 1e-3, "sources": [1, 2]}, **changes})
+    return Fingerprint.of(
+        "train", **{"seed": 0, "data": {"own": "abc"}, "stage": {"peak": 1e-3, "sources": [1, 2]}, **changes}
+    )
 
 
 def test_the_same_inputs_continue_whatever_their_order(tmp_path):
     assert claim(tmp_path, fingerprint(), RESULTS) is False
     (tmp_path / "result.json").write_text("{}")
-    assert claim(tmp_path, Fingerprint.of(**dict(reversed(list(fingerprint().inputs.items())))), RESULTS) is True
+    assert claim(tmp_path, fingerprint(**{"stage": {"sources": [1, 2], "peak": 1e-3}}), RESULTS) is True
     assert json.loads((tmp_path / FINGERPRINT_FILE).read_text()) == {
+        "job": "train",
         "data.own": "abc",
         "seed": 0,
         "stage.peak": 1e-3,
@@ -40,7 +43,7 @@ def test_other_inputs_are_refused_with_the_differences_named(tmp_path):
     assert 'data.new was absent, is now "x"' in text and "peak" not in text
     assert (tmp_path / "result.json").read_text() == "{}", "nothing is touched"
     with pytest.raises(OtherInputsError, match="and 4 more"):
-        claim(tmp_path, Fingerprint.of(**{f"key{i}": i for i in range(5)}), RESULTS)
+        claim(tmp_path, Fingerprint.of("train", **{f"key{i}": i for i in range(5)}), RESULTS)
 
 
 def test_overwrite_removes_what_the_job_writes_and_nothing_else(tmp_path):
@@ -53,6 +56,15 @@ def test_overwrite_removes_what_the_job_writes_and_nothing_else(tmp_path):
     assert claim(tmp_path, fingerprint(seed=7), RESULTS) is True
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_results_of_another_job_are_never_replaced(tmp_path, overwrite):
+    claim(tmp_path, fingerprint(), RESULTS)
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(OtherInputsError, match=r"results of another job \(train\): give another output="):
+        claim(tmp_path, Fingerprint.of("score", seed=0), RESULTS, overwrite=overwrite)
+    assert (tmp_path / "result.json").is_file()
+
+
 def test_results_without_recorded_inputs_are_refused_and_foreign_files_are_not(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "result.json").touch()  # empty: a kill, or a full disk
@@ -60,8 +72,10 @@ def test_results_without_recorded_inputs_are_refused_and_foreign_files_are_not(t
     claim(tmp_path, fingerprint(), RESULTS)
     (tmp_path / FINGERPRINT_FILE).unlink()
     (tmp_path / "states").mkdir()
-    with pytest.raises(OtherInputsError, match="holds states, but not the inputs"):
-        claim(tmp_path, fingerprint(), RESULTS)
+    for overwrite in (False, True):
+        with pytest.raises(OtherInputsError, match="holds states, but no fingerprint"):
+            claim(tmp_path, fingerprint(), RESULTS, overwrite=overwrite)
+    assert (tmp_path / "states").is_dir(), "it may be somebody else's"
 
 
 @pytest.mark.parametrize("path", ["states", "states/step-1", "../{name}/states"])
@@ -69,7 +83,7 @@ def test_results_without_recorded_inputs_are_refused_and_foreign_files_are_not(t
 def test_an_input_is_never_written_to(tmp_path, path, overwrite):
     (tmp_path / "states/step-1").mkdir(parents=True)
     given = tmp_path / path.format(name=tmp_path.name)
-    with pytest.raises(SettingsError, match="is an input, and .*states is written by this job"):
+    with pytest.raises(SettingsError, match=r"is an input, and .*states is written by this job"):
         claim(tmp_path, fingerprint(), RESULTS, overwrite=overwrite, inputs=["", str(given)])
     assert (tmp_path / "states/step-1").is_dir()
     claim(tmp_path / "out", fingerprint(), RESULTS, inputs=[str(tmp_path / "states"), "memory://b/out/states"])

@@ -10,6 +10,7 @@ import pytest
 from pipelines.evaluation.benchmarks.base import Benchmark, Question
 from pipelines.evaluation.run import evaluate
 from pipelines.evaluation.worker import UnitAnswerer, _other_images
+from pipelines.fingerprint import OtherInputsError
 from pipelines.settings import ScoreSettings, SettingsError
 from tests import benchmark_files
 from tests.serving_model import make_image, save_checkpoint
@@ -106,15 +107,47 @@ def test_finished_units_are_not_answered_again(run, checkpoint, world, monkeypat
     assert sorted((tmp_path / "answers").iterdir()) == units
 
 
-def test_another_checkpoint_or_other_settings_answer_anew(checkpoint, world, tmp_path):
+def test_another_checkpoint_and_other_settings_are_refused(checkpoint, world, tmp_path):
     evaluate(settings(checkpoint, world, tmp_path, limit=4))
-    first = {path.name for path in (tmp_path / "answers").iterdir()}
-    evaluate(settings(checkpoint, world, tmp_path, limit=4, baselines=False))
-    second = {path.name for path in (tmp_path / "answers").iterdir()}
+    first, before = set((tmp_path / "answers").iterdir()), predictions(tmp_path)
     other = save_checkpoint(tmp_path / "other", seed=1)
-    evaluate(settings(other, world, tmp_path, limit=4, baselines=False))
-    third = {path.name for path in (tmp_path / "answers").iterdir()}
-    assert first and not first & second and not second & third
+    for changes, difference in (
+        ({"checkpoint": str(other)}, "checkpoint was "),
+        ({"baselines": False}, "baselines was true, is now false"),
+        ({"limit": 3}, r"limit was 4, is now 3; questions\.miniature_vqa was"),
+        ({"metric": "released"}, "metric was"),
+        ({"benchmark": "miniature_refer"}, r"questions\.miniature_refer was absent"),
+    ):
+        with pytest.raises(OtherInputsError, match=difference):
+            evaluate(settings(**{"checkpoint": checkpoint, "data": world, "output": tmp_path, "limit": 4, **changes}))
+        assert predictions(tmp_path) == before
+    evaluate(settings(other, world, tmp_path, limit=4, overwrite=True))
+    assert not first & set((tmp_path / "answers").iterdir()) and predictions(tmp_path) != before
+
+
+def test_a_checkpoint_that_was_overwritten_is_another(world, tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "checkpoint")
+    evaluate(settings(checkpoint, world, tmp_path / "out", limit=2))
+    save_checkpoint(tmp_path / "checkpoint", seed=1)
+    with pytest.raises(OtherInputsError, match="checkpoint was "):
+        evaluate(settings(checkpoint, world, tmp_path / "out", limit=2))
+
+
+def test_images_that_appear_later_are_answered_about(checkpoint, tmp_path):
+    """A second run of the same command finds what was missing in the first one, and asks nothing else again."""
+    (tmp_path / "a.png").write_bytes(make_image(1))
+    names = [f"{i}.png" for i in range(8)] + ["a.png"] * 8
+    benchmark = own_benchmark(tmp_path, names)
+    run = settings(checkpoint, tmp_path, tmp_path / "out")
+    assert evaluate(run, [benchmark])["benchmarks"]["own"]["unanswered"] == 8
+    for i in range(8):
+        (tmp_path / f"{i}.png").write_bytes(make_image(2))
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/answers").iterdir()}
+    assert evaluate(run, [benchmark])["benchmarks"]["own"]["unanswered"] == 0
+    assert (
+        sum(path in kept and path.stat().st_mtime_ns == kept[path] for path in (tmp_path / "out/answers").iterdir())
+        == 1
+    )
 
 
 def own_benchmark(folder, names):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.export import ExportError, export
+from pipelines.fingerprint import OtherInputsError
 from pipelines.settings import QuantizeSettings, SettingsError
 from tests.serving_model import make_image, make_model, make_processor
 from tinygptv import TinyGPTVForConditionalGeneration
@@ -183,6 +184,40 @@ def test_an_export_measures_its_own_drift(checkpoint, tmp_path):
     assert facts["lora"] == "merged" and drift["num_answers"] == 4 and 8 < facts["bits_per_weight"] < 32
     assert json.loads((tmp_path / "artifact" / "result.json").read_text()) == result
     load_for_inference(tmp_path / "artifact")
+
+
+def test_an_artifact_belongs_to_one_checkpoint_and_one_way_to_quantize(checkpoint, tmp_path, monkeypatch):
+    folder = tmp_path / "artifact"
+    result = export(settings(checkpoint, folder))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr("pipelines.export.held_out_rows", lambda settings: pytest.fail("it is finished already"))
+    assert export(settings(checkpoint, folder)) == result
+    other = save_checkpoint(tmp_path / "other", make_model(lora=False), make_processor(), {})
+    for changes, difference in (
+        ({"method": "cpu4"}, 'method was "cpu", is now "cpu4"'),
+        ({"keep_lora": True}, "keep_lora was false, is now true"),
+        ({"encoder": "half"}, 'encoder was "", is now "half"'),
+        ({"max_drift": 9.0}, "max_drift was 50.0, is now 9.0"),
+        ({"seed": 1}, "seed was 0, is now 1"),
+    ):
+        with pytest.raises(OtherInputsError, match=difference):
+            export(settings(checkpoint, folder, **changes))
+    with pytest.raises(OtherInputsError, match="checkpoint was"):
+        export(settings(other, folder))
+    with pytest.raises(SettingsError, match="is an input"):
+        export(settings(checkpoint, checkpoint, overwrite=True))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    monkeypatch.undo()
+    assert export(settings(checkpoint, folder, method="cpu4", overwrite=True))["method"] == "cpu4"
+    assert read_facts(folder)["method"] == "cpu4"
+
+
+def test_an_export_that_was_killed_before_its_result_is_done_again(checkpoint, tmp_path):
+    export(settings(checkpoint, tmp_path / "artifact"))
+    for name in ("result.json", "model-00000.safetensors"):
+        (tmp_path / "artifact" / name).unlink()
+        assert export(settings(checkpoint, tmp_path / "artifact"))["bytes"] > 0
+        load_for_inference(tmp_path / "artifact")
 
 
 def test_a_drift_above_the_bound_leaves_no_artifact(checkpoint, tmp_path, monkeypatch):

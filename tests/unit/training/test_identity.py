@@ -141,7 +141,7 @@ def test_shared_storage_belongs_to_one_run_too(world, tmp_path):
 def test_the_start_is_never_overwritten(world, output):
     start = {**world, "init_from": str(output / "checkpoint")}
     for overwrite in (False, True):
-        with pytest.raises(SettingsError, match="is an input, and .*checkpoint is written by this job"):
+        with pytest.raises(SettingsError, match=r"is an input, and .*checkpoint is written by this job"):
             resolve_job(train_settings(start, output, overwrite=overwrite), 4)
     assert (output / "checkpoint/manifest.json").is_file()
 
