@@ -42,7 +42,7 @@ _LIBRARY: dict[str, set[str]] = {
     "auto_classes": {"config", "data", "model"},
     "chat": {"data", "inference", "miniature"},
 }
-_WIRING = {"settings", "cluster", "storage", "progress", "json_files", "redact", "units"}
+_WIRING = {"settings", "cluster", "storage", "progress", "json_files", "redact", "units", "fingerprint"}
 _PIPELINES: dict[str, set[str]] = {
     "settings": set(),
     "progress": set(),
