@@ -156,7 +156,7 @@ def _read_questions(options: argparse.Namespace) -> list[Question] | None:
 def _answer_batch(assistant: Assistant, questions: list[Question], params: SamplingParams, output: Path) -> int:
     """Answer all questions, several at a time; rows come out in order, failures with their reason."""
     num_failed = 0
-    with output.open("w") as file, ThreadPoolExecutor(2 * assistant.engine.decoder.num_slots) as pool:
+    with output.open("w") as file, ThreadPoolExecutor(2 * assistant.max_batch_size) as pool:
         for row in pool.map(lambda question: _answer_one(assistant, question, params), questions):
             num_failed += "error" in row
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

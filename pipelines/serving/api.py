@@ -6,34 +6,43 @@ Every answer that is not a success has OpenAI's error body; none holds a path or
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipelines.serving import protocol
+from pipelines.serving.answers import ChatCompletion, ErrorBody, Model, ModelList
 from pipelines.serving.backend import Backend
+from pipelines.serving.clients import ClientIdentifier, key_digests
+from pipelines.serving.decoders import ImageDecoders
+from pipelines.serving.errors import ProtocolError, server_failed
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.pages import add_pages
-from pipelines.serving.protocol import ChatRequest, ProtocolError
-from pipelines.serving.service import ChatService, failed
+from pipelines.serving.protocol import ChatRequest
+from pipelines.serving.service import ChatService, unknown_model
 from pipelines.settings import ServeSettings
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
+CHAT = "/v1/chat/completions"
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": protocol.ErrorBody, "description": text}
+    status: {"model": ErrorBody, "description": text}
     for status, text in {
         400: "the request is wrong",
         401: "the API key is missing or wrong",
         404: "no such model",
+        408: "the request's body came too slowly",
         413: "the request or an image is too large",
         429: "too many requests; see Retry-After",
         500: "the model failed",
-        503: "the model is not there; see Retry-After",
+        503: "the model is not available; see Retry-After",
         504: "the answer took too long",
     }.items()
 }
@@ -45,93 +54,131 @@ REQUEST_BODY = {
 }
 
 
-def build_api(settings: ServeSettings, backend: Backend, metrics: Metrics | None = None) -> FastAPI:
+def build_api(
+    settings: ServeSettings,
+    backend: Backend,
+    metrics: Metrics | None = None,
+    *,
+    digests: Sequence[bytes] | None = None,
+    decoders: ImageDecoders | None = None,
+) -> FastAPI:
     """The ASGI application.
 
     Args:
         settings: bounds, keys, names.
         backend: the model.
         metrics: counters that the backend shares with the API.
+        digests: of the accepted API keys; None takes the settings' keys.
+        decoders: processes that several applications share.
     """
-    service = ChatService(settings, backend, metrics or Metrics())
+    clients = ClientIdentifier(key_digests(settings) if digests is None else digests, settings.trusted_proxies)
+    service = ChatService(settings, backend, metrics or Metrics(), clients, decoders)
     app = FastAPI(
         title="TinyGPT-V",
-        description="Chat with pictures, in the shape of OpenAI's chat completions.",
+        description="Chat about images, in the shape of OpenAI's chat completions.",
         docs_url=None,
         redoc_url=None,
+        openapi_url=None,
     )
-    keyed = [Depends(service.check_key)]
+    keyed = [Depends(clients.identify)]
 
-    @app.post(
-        "/v1/chat/completions",
-        response_model=protocol.ChatCompletion,
-        responses=ERRORS,
-        openapi_extra=REQUEST_BODY,
-        dependencies=keyed,
-    )
+    @app.post(CHAT, response_model=ChatCompletion, responses=ERRORS, openapi_extra=REQUEST_BODY)
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation; with stream, as server-sent events."""
         return await service.chat(request)
 
-    @app.get("/v1/models", response_model=protocol.ModelList, responses=_only(401, 503), dependencies=keyed)
-    async def list_models() -> dict[str, Any]:
-        """The model on offer."""
-        return {"object": "list", "data": [await _model()]}
+    @app.get("/v1/models", response_model=ModelList, responses=_only(401, 503), dependencies=keyed)
+    async def list_models() -> ModelList:
+        """The served model."""
+        return ModelList(data=[await _model()])
 
-    @app.get("/v1/models/{model_id}", response_model=protocol.Model, responses=_only(401, 404, 503), dependencies=keyed)
-    async def get_model(model_id: str) -> dict[str, Any]:
+    @app.get("/v1/models/{model_id:path}", response_model=Model, responses=_only(401, 404, 503), dependencies=keyed)
+    async def get_model(model_id: str) -> Model:
         """One model."""
         if model_id != settings.model_name:
-            raise ProtocolError(
-                404, f"the model {model_id[:80]!r} does not exist.", param="model", code="model_not_found"
-            )
+            raise unknown_model(model_id, settings.model_name)
         return await _model()
 
-    async def _model() -> dict[str, Any]:
-        created = (await service.info()).created
-        return {"id": settings.model_name, "object": "model", "created": created, "owned_by": "tinygptv"}
+    async def _model() -> Model:
+        info = await service.info()
+        return Model(id=settings.model_name, created=info.created, context_length=info.context_length, scope=info.scope)
 
     @app.get("/healthz", responses=_only(503))
     async def healthz() -> dict[str, str]:
-        """Whether the model answers."""
+        """Whether the model can answer."""
         try:
             async with asyncio.timeout(5):
-                await service.info(refresh=True)
+                await backend.check_health()
         except Exception:
+            logger.warning("the model cannot answer", exc_info=True)
             raise ProtocolError(
-                503, "the model does not answer.", kind="server_error", code="not_ready", retry_after_s=5
+                503, "the model cannot answer.", kind="server_error", code="not_ready", retry_after_s=5
             ) from None
         return {"status": "ok"}
 
-    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    def operator_page(request: Request) -> None:
+        """Pages for operators: behind the key, unless the settings open them."""
+        if request.url.path not in settings.open_paths:
+            clients.identify_browser(request)
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}, **_only(401)},
+        dependencies=[Depends(operator_page)],
+    )
     async def show_metrics() -> Response:
         """Counters, for Prometheus."""
         try:
             async with asyncio.timeout(3):
                 replicas = await backend.stats()
         except Exception:
-            log.warning("no statistics from the model", exc_info=True)
+            logger.warning("no statistics from the model", exc_info=True)
             replicas = []
         return Response(service.metrics.render(replicas), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    add_pages(app, settings)
+    @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(operator_page)])
+    async def openapi() -> JSONResponse:
+        return JSONResponse(_schema(app, settings.model_name))
+
+    add_pages(app, operator_page)
     _add_errors(app, service)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
-    _describe_request(app, settings.model_name)
+    app.add_middleware(HeadAsGet)
     return app
+
+
+class HeadAsGet:
+    """Answers HEAD as GET, without the body: monitors and load balancers ask so."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self.app({**scope, "method": "GET"}, receive, send_head)
 
 
 def _add_errors(app: FastAPI, service: ChatService) -> None:
     @app.exception_handler(ProtocolError)
     async def protocol_error(request: Request, error: ProtocolError) -> Response:
-        if request.url.path == "/v1/chat/completions":
+        if request.url.path == CHAT:
             service.metrics.requests.labels(error.status).inc()
-        headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else {}
-        if error.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
+        headers = error.headers()
+        if error.status == 401 and request.url.path != CHAT and not request.url.path.startswith("/v1"):
+            headers["WWW-Authenticate"] = 'Basic realm="API key as password"'
         return JSONResponse(error.body(), error.status, headers)
 
     @app.exception_handler(HTTPException)
@@ -141,22 +188,17 @@ def _add_errors(app: FastAPI, service: ChatService) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
-        log.error("request failed", exc_info=error)
-        return await protocol_error(request, failed())
+        logger.error("request failed", exc_info=error)
+        return await protocol_error(request, server_failed())
 
 
-def _describe_request(app: FastAPI, model_name: str) -> None:
-    """Put ``ChatRequest`` into the OpenAPI schema: the body is read by hand, so FastAPI does not know its type."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        schema = generate()
-        request = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-        request["properties"]["model"]["enum"] = [model_name]
-        schema["components"]["schemas"].update({**request.pop("$defs"), "ChatRequest": request})
-        return schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
+def _schema(app: FastAPI, model_name: str) -> dict[str, Any]:
+    """The OpenAPI schema with ``ChatRequest``: the body is read by hand, so FastAPI does not know its type."""
+    schema = copy.deepcopy(app.openapi())
+    request = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    request["properties"]["model"]["enum"] = [model_name]
+    schema["components"]["schemas"].update({**request.pop("$defs"), "ChatRequest": request})
+    return schema
 
 
 def _only(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""Ray Serve: an ingress that speaks HTTP, and replicas that hold the model.
+"""Ray Serve: an ingress that speaks HTTP, and replicas that run the model.
 
-The ingress is a light process (no torch): it checks keys, bodies and pictures, and gives what is left to a replica.
+The ingress is a light process (no torch): it checks keys, bodies and images, and gives what is left to a replica.
 When a replica dies, requests that have shown no text yet go to another one; streams end with an error event. A new
 artifact is deployed by starting its replicas before the old ones stop.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -21,12 +21,14 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from pipelines.serving.api import build_api
-from pipelines.serving.backend import ChatJob, ModelBackend, ModelInfo
+from pipelines.serving.backend import ChatJob, Failure, Item, ModelInfo, Piece, PromptRead, ReplicaStats
+from pipelines.serving.clients import key_digests
+from pipelines.serving.errors import model_unavailable, too_busy
 from pipelines.serving.metrics import Metrics
-from pipelines.serving.protocol import ProtocolError
+from pipelines.serving.model_backend import ModelBackend
 from pipelines.settings import ServeSettings
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 APP_NAME = "tinygptv"
 TRIES = 2
@@ -35,7 +37,7 @@ TRIES = 2
 REPLICA_DIED = (RayActorError, WorkerCrashedError, ReplicaUnavailableError)
 
 AFFINITY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-"""Sends the turns of a conversation to the replica that has its picture and history; the next if that is full."""
+"""Sends the turns of a conversation to the replica that has its image and history; the next if that is full."""
 
 
 class HandleBackend:
@@ -49,39 +51,48 @@ class HandleBackend:
         """What the model is."""
         return await self._call(self.handle.describe)
 
-    async def complete(self, job: ChatJob) -> list[dict[str, Any]]:
+    async def complete(self, job: ChatJob) -> list[Item]:
         """The whole answer."""
         return await self._call(self.handle.options(session_id=job.conversation).complete, job)
 
-    async def stream(self, job: ChatJob) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, job: ChatJob) -> AsyncGenerator[Item, None]:
         """The answer as it grows; until the first text has come, another replica may take over."""
         handle = self.handle.options(session_id=job.conversation, stream=True)
         for attempt in range(TRIES):
             items = handle.stream.remote(job)
-            started = False
+            has_text = False
             try:
                 async for item in items:
-                    started = started or bool(item.get("text"))
-                    if attempt and "prompt_tokens" in item:
+                    has_text = has_text or (isinstance(item, Piece) and bool(item.text))
+                    if attempt and isinstance(item, PromptRead):
                         continue
                     yield item
                 return
             except BackPressureError:
                 raise _full() from None
             except REPLICA_DIED as error:
-                log.warning("a replica died while it streamed: %s", type(error).__name__)
-                if started:
-                    yield {"error": "the model's replica stopped in the middle of the answer.", "status": 503}
+                logger.warning("a replica died while it streamed: %s", type(error).__name__)
+                if has_text:
+                    yield Failure("the model's replica stopped in the middle of the answer.", "unavailable")
                     return
                 self.metrics.retries.inc()
             finally:
                 items.cancel()
-        raise _unavailable()
+        raise model_unavailable()
 
-    async def stats(self) -> list[dict[str, Any]]:
+    async def stats(self) -> list[ReplicaStats]:
         """Counters of each replica."""
-        per_replica = await self.handle.broadcast("stats").results_async(return_exceptions=True)
-        return [stats for result in per_replica if isinstance(result, list) for stats in result]
+        return [stats for result in await self._ask_all("stats") if isinstance(result, list) for stats in result]
+
+    async def check_health(self) -> None:
+        """Raises where no replica can answer."""
+        results = await self._ask_all("check_health")
+        if not any(result is None for result in results):
+            raise results[0] if results else model_unavailable()
+
+    async def _ask_all(self, method: str) -> list[Any]:
+        """Results of a method of every replica, exceptions among them."""
+        return await self.handle.broadcast(method).results_async(return_exceptions=True)
 
     async def _call(self, method: DeploymentHandle, *args: Any) -> Any:
         for _ in range(TRIES):
@@ -94,25 +105,13 @@ class HandleBackend:
             except BackPressureError:
                 raise _full() from None
             except REPLICA_DIED as error:
-                log.warning("a replica died, trying another one: %s", type(error).__name__)
+                logger.warning("a replica died, trying another one: %s", type(error).__name__)
                 self.metrics.retries.inc()
-        raise _unavailable()
+        raise model_unavailable()
 
 
-def _full() -> ProtocolError:
-    return ProtocolError(
-        429,
-        "every replica is busy and the queue is full; try again soon.",
-        kind="rate_limit_error",
-        code="rate_limit_exceeded",
-        retry_after_s=2,
-    )
-
-
-def _unavailable() -> ProtocolError:
-    return ProtocolError(
-        503, "the model is not available just now.", kind="server_error", code="unavailable", retry_after_s=5
-    )
+def _full() -> Exception:
+    return too_busy("every replica is busy and the queue is full; try again soon.", 2)
 
 
 class ModelReplica(ModelBackend):
@@ -123,12 +122,19 @@ class ModelReplica(ModelBackend):
 class Ingress:
     """The HTTP side."""
 
-    def __init__(self, settings: ServeSettings, model: DeploymentHandle) -> None:
-        self.settings, self.model = settings, model
+    def __init__(self, settings: ServeSettings, digests: Sequence[bytes], model: DeploymentHandle) -> None:
+        """Keep what ``__serve_build_asgi_app__`` needs.
+
+        Args:
+            settings: without API keys.
+            digests: of the API keys.
+            model: the replicas.
+        """
+        self.settings, self.digests, self.model = settings, digests, model
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         metrics = Metrics()
-        return build_api(self.settings, HandleBackend(self.model, metrics), metrics)
+        return build_api(self.settings, HandleBackend(self.model, metrics), metrics, digests=self.digests)
 
 
 def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:
@@ -136,9 +142,18 @@ def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:
 
     Args:
         settings: or a mapping of its keys, as in the ``args`` of a Serve configuration.
+
+    Raises:
+        SettingsError: a setting is wrong, or a source of API keys is empty.
     """
     if isinstance(settings, dict):
         settings = ServeSettings.parse(settings, "the Serve configuration's args")
+    digests = key_digests(settings)
+    # Ray shows an actor's arguments to whoever may look at the cluster: no keys, and no password of the registry's URI.
+    needs_registry = settings.artifact.startswith("models:/")
+    settings = settings.model_copy(
+        update={"api_keys": [], "tracking_uri": settings.tracking_uri if needs_registry else ""}
+    )
     replicas: dict[str, Any] = {"num_replicas": settings.num_replicas}
     if settings.max_replicas > settings.num_replicas:
         replicas = {
@@ -154,7 +169,7 @@ def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:
     model = serve.deployment(
         ModelReplica,
         name="model",
-        # Beyond a full batch, enough requests at hand that the next one's prompt and pictures are ready in time.
+        # Beyond a full batch, enough requests that the next one's prompt and images are ready in time.
         max_ongoing_requests=2 * settings.max_batch_size,
         max_queued_requests=2 * (settings.max_queue + settings.max_batch_size),
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.num_gpus},
@@ -174,4 +189,4 @@ def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=settings.request_timeout_s,
         logging_config=quiet,
     )
-    return ingress.bind(settings, model.bind(settings))
+    return ingress.bind(settings, digests, model.bind(settings))

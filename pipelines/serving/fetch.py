@@ -1,8 +1,8 @@
-"""Fetch a file from an allowed host, and from nowhere else.
+"""Fetch a file from an allowed host only.
 
-A URL in a request makes this server open a connection, so the request's author must not choose where to: the host has
-to be on the list, its name is resolved once, every address has to be public, and the connection goes to the very
-address that was checked. Redirects are not followed, proxies from the environment are not used.
+A URL in a request makes this server open a connection, so the request's author must not choose where to: the host must
+be on the list, its name is resolved once, every address must be public, and the connection goes to the address that was
+checked. Redirects are not followed, proxies of the environment are not used.
 """
 
 from __future__ import annotations
@@ -17,23 +17,36 @@ import httpx
 
 CONNECT_TIMEOUT_S = 5.0
 
-# Addresses that carry an IPv4 address inside: what they reach is not what ``is_global`` looks at.
-_TRANSLATED = tuple(ipaddress.ip_network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
+_PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
+"""All that is assigned to the internet; site-local, IPv4-compatible and translated addresses lie outside."""
+
+_SPECIAL = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "2001::/23",  # protocols: Teredo has an IPv4 address inside
+        "2001:db8::/32",  # documentation
+        "2002::/16",  # 6to4 has an IPv4 address inside
+        "3fff::/20",  # documentation
+        "192.0.0.0/24",  # protocols
+        "192.88.99.0/24",  # 6to4 relays
+    )
+)
+"""Networks that ``is_global`` of some Python version passes."""
 
 
 class FetchError(ValueError):
-    """The file was not fetched; the sentence may be shown to whoever asked."""
+    """The file was not fetched; the message may be shown to the client."""
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet, for sure."""
+    """Whether an IP address certainly belongs to the public internet."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
             ip = ip.ipv4_mapped
-        elif any(ip in network for network in _TRANSLATED):
+        elif ip not in _PUBLIC_IPV6:
             return False
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _SPECIAL)
 
 
 async def fetch(url: str, *, allowed_hosts: Sequence[str], max_bytes: int, timeout_s: float) -> bytes:
@@ -46,17 +59,19 @@ async def fetch(url: str, *, allowed_hosts: Sequence[str], max_bytes: int, timeo
         timeout_s: bound on everything together, in seconds.
 
     Raises:
-        FetchError: not allowed, not public, not there, too large or too slow.
+        FetchError: the host is not allowed or not public, or the file is missing, too large or too slow.
     """
     if not allowed_hosts:
-        raise FetchError("this server takes images as base64 data URLs only; fetching addresses is switched off.")
+        raise FetchError(
+            "this server takes images as base64 data URLs only; fetching URLs is switched off (allowed_image_hosts)."
+        )
     try:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").encode("idna").decode().lower(), parts.port
     except (UnicodeError, ValueError):
-        raise FetchError("the image's address is not a valid URL.") from None
+        raise FetchError("the image's URL is not valid.") from None
     if parts.scheme not in ("http", "https") or not host or parts.username is not None:
-        raise FetchError("the image's address must be http://host/... or https://host/..., without a user name.")
+        raise FetchError("the image's URL must be http://host/... or https://host/..., without a user name.")
     allowed = {entry.lower() for entry in allowed_hosts}
     if (f"{host}:{port}" if port else host) not in allowed:
         raise FetchError(f"images may not be fetched from {host}; ask this server's operator to allow it.")

@@ -1,44 +1,85 @@
-"""Admission: how many requests are under way, and the refusal of those that are too many."""
+"""Admission: how many requests are in flight, in all and per client; more are refused at once with ``Retry-After``.
+
+A client may take every place while nobody else asks. Where the places are taken, a client that has fewer than its share
+of them is let in all the same, so that nobody can lock others out.
+"""
 
 from __future__ import annotations
 
 import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from pipelines.serving.protocol import ProtocolError
+from pipelines.serving.errors import too_busy
+
+OVERBOOKING = 2
+"""Most requests in flight, as a multiple of the capacity, where clients below their share are let in."""
 
 
 class Gate:
-    """Counts admitted requests; one more than ``capacity`` is refused at once, with a guess when to come back."""
+    """Counts admitted requests."""
 
-    def __init__(self, capacity: int, parallel: int) -> None:
+    def __init__(
+        self, capacity: int, parallel: int, per_client: int = 0, on_change: Callable[[int], object] = lambda _: None
+    ) -> None:
         """Set the bounds.
 
         Args:
-            capacity: requests that may be under way, waiting ones included.
+            capacity: requests in flight, waiting ones included.
             parallel: requests that are answered at the same time.
+            per_client: requests in flight of one client; 0 is the capacity.
+            on_change: called with the number of requests in flight whenever it changes.
         """
         self.capacity, self.parallel = capacity, parallel
+        self.per_client = per_client or capacity
+        self.on_change = on_change
         self.in_flight = 0
+        self._by_client: Counter[str] = Counter()
         self._mean_seconds = 1.0
 
-    def enter(self) -> None:
-        """Admit one request.
+    @contextmanager
+    def admit(self, client: str) -> Iterator[None]:
+        """Hold a place while the block runs.
+
+        Args:
+            client: who asks.
 
         Raises:
             ProtocolError: 429, with the seconds after which there should be room.
         """
-        if self.in_flight >= self.capacity:
-            wait = self._mean_seconds * max(1, self.in_flight - self.parallel) / self.parallel
-            raise ProtocolError(
-                429,
-                f"the server is answering {self.in_flight} requests and takes no more; try again soon.",
-                kind="rate_limit_error",
-                code="rate_limit_exceeded",
-                retry_after_s=min(60, max(1, math.ceil(wait))),
+        if self.in_flight >= self.capacity and not self._is_below_share(client):
+            raise too_busy(
+                f"the server has {self.in_flight} requests in flight and takes no more; try again soon.", self.wait_s()
             )
-        self.in_flight += 1
+        if self._by_client[client] >= self.per_client:
+            raise too_busy(
+                f"this client has {self._by_client[client]} requests in flight, the most that one client may have.",
+                self.wait_s(),
+            )
+        started = time.monotonic()
+        self._change(client, 1)
+        try:
+            yield
+        finally:
+            self._change(client, -1)
+            self._mean_seconds += 0.05 * (time.monotonic() - started - self._mean_seconds)
 
-    def leave(self, seconds: float) -> None:
-        """One request is done, after so many seconds."""
-        self.in_flight -= 1
-        self._mean_seconds += 0.05 * (seconds - self._mean_seconds)
+    def _is_below_share(self, client: str) -> bool:
+        """Whether a client has less than an equal share of the places, and there is room to let it in."""
+        num_clients = len(self._by_client) + (client not in self._by_client)
+        has_less = self._by_client[client] < self.capacity // num_clients
+        return num_clients > 1 and has_less and self.in_flight < OVERBOOKING * self.capacity
+
+    def wait_s(self) -> int:
+        """Estimated seconds until a place is free: the queue's length times the mean time of a request."""
+        queued = max(1, self.in_flight - self.parallel)
+        return math.ceil(self._mean_seconds * queued / self.parallel)
+
+    def _change(self, client: str, by: int) -> None:
+        self.in_flight += by
+        self._by_client[client] += by
+        if not self._by_client[client]:
+            del self._by_client[client]
+        self.on_change(self.in_flight)

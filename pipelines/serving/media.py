@@ -1,137 +1,119 @@
-"""Pictures from strangers: ``data:`` URLs and, where allowed, remote ones -> checked, decoded, resized.
+"""Untrusted images: ``data:`` URLs and, where allowed, remote ones -> checked, decoded, resized.
 
 Every bound is checked before the work that it bounds: the length of the base64 text before decoding it, width x height
-from the header before any pixel. Only pixels leave this file; the bytes are never stored or sent on.
+and the structure of the file before any pixel. Only pixels leave; the bytes are never stored or sent on.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import io
-import re
-import warnings
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 
-from PIL import Image
-
+from pipelines.serving.data_url import DataURL, DataURLError
+from pipelines.serving.decoder_process import DecodeError, DecodeJob, too_many_bytes
+from pipelines.serving.decoders import DecoderBusy, ImageDecoders
+from pipelines.serving.errors import ProtocolError
 from pipelines.serving.fetch import FetchError, fetch
-from pipelines.serving.protocol import ProtocolError
+from pipelines.serving.turns import ImageReference
 from pipelines.settings import ServeSettings
 from tinygptv.data.conversation import ChatImage
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""What a picture may be; SVG, TIFF, PDF and the rest never reach a decoder."""
-
-_DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w-]+=[\w.-]+)*;base64,", re.ASCII)
 _MEGA = 1_000_000
+_IMAGE_TYPES = ("image/", "application/octet-stream", "binary/octet-stream")
 
 
 class MediaLoader:
-    """Turns image URLs into pictures for the model, within the settings' bounds."""
+    """Turns image URLs into images for the model, within the settings' bounds."""
 
-    def __init__(self, settings: ServeSettings) -> None:
+    def __init__(self, settings: ServeSettings, decoders: ImageDecoders | None = None) -> None:
+        """Set the bounds.
+
+        Args:
+            settings: the bounds.
+            decoders: processes that several loaders share.
+        """
         self.settings = settings
         self.max_bytes = int(settings.max_image_mb * _MEGA)
         self.max_pixels = int(settings.max_image_megapixels * _MEGA)
-        # Few threads: the pixel bound times their number bounds the memory.
-        self._decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
+        self.decoders = decoders or ImageDecoders(settings.image_decoders)
 
-    async def load(self, urls: list[tuple[str, str]], image_size: int) -> list[ChatImage]:
+    async def load(self, images: Sequence[ImageReference], image_size: int) -> list[ChatImage]:
         """Fetch, check and decode.
 
         Args:
-            urls: pairs (field of the request, URL).
+            images: of one request.
             image_size: side R in pixels.
 
         Raises:
-            ProtocolError: 400 or 413, naming the field and the bound.
+            ProtocolError: 400 or 413, naming the field and the bound; 503 where no decoder is free.
         """
-        if len(urls) > self.settings.max_images:
+        if len(images) > self.settings.max_images:
             raise ProtocolError(
                 400,
-                f"the request holds {len(urls)} images; this server takes {self.settings.max_images}.",
-                param=urls[self.settings.max_images][0],
+                f"the request has {len(images)} images; this server takes {self.settings.max_images}.",
+                param=images[self.settings.max_images].param,
                 code="too_many_images",
             )
-        return list(await asyncio.gather(*(self._load_one(param, url, image_size) for param, url in urls)))
-
-    async def _load_one(self, param: str, url: str, image_size: int) -> ChatImage:
-        data = self._decode_url(url, param) if url[:5].lower() == "data:" else await self._fetch(url, param)
-        work = asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, data, param, image_size)
+        tasks = [asyncio.create_task(self._load_one(image, image_size)) for image in images]
         try:
-            return await asyncio.wait_for(work, self.settings.image_timeout_s)
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()  # where another one failed
+
+    async def _load_one(self, image: ImageReference, image_size: int) -> ChatImage:
+        is_data = image.url[:5].lower() == "data:"
+        source = self._split(image) if is_data else await self._fetch(image)
+        job = DecodeJob(source, image_size, self.max_bytes, self.max_pixels)
+        timeout_s = self.settings.image_timeout_s
+        try:
+            result = await self.decoders.decode(job, wait_s=timeout_s, timeout_s=timeout_s)
+        except DecoderBusy:
+            raise ProtocolError(
+                503,
+                "every image decoder is busy; try again soon.",
+                kind="server_error",
+                param=image.param,
+                code="unavailable",
+                retry_after_s=5,
+            ) from None
         except TimeoutError:
             raise ProtocolError(
                 400,
-                f"the image took more than {self.settings.image_timeout_s:g} s to decode: send a smaller one.",
-                param=param,
+                f"the image took more than {timeout_s:g} s to decode: send a smaller one.",
+                param=image.param,
                 code="image_timeout",
             ) from None
+        if isinstance(result, DecodeError):
+            status = 413 if result.code == "image_too_large" else 400
+            raise ProtocolError(status, result.message, param=image.param, code=result.code)
+        return result
 
-    def _decode_url(self, url: str, param: str) -> bytes:
-        match = _DATA_URL.match(url[:200])
-        if not match or not (match["type"] or "image/").startswith(("image/", "application/octet-stream")):
+    def _split(self, image: ImageReference) -> DataURL:
+        try:
+            url = DataURL.split(image.url)
+            if url.media_type and not url.media_type.startswith(_IMAGE_TYPES):
+                raise DataURLError(f"it is of type {url.media_type[:60]!r}, not an image")
+        except DataURLError as error:
             raise ProtocolError(
                 400,
-                "an image must be a base64 data URL such as data:image/jpeg;base64,...",
-                param=param,
+                f"an image must be a data URL such as data:image/jpeg;base64,...; {error}.",
+                param=image.param,
                 code="invalid_image_url",
+            ) from None
+        if url.least_bytes > self.max_bytes:
+            raise ProtocolError(
+                413, too_many_bytes(url.least_bytes, self.max_bytes), param=image.param, code="image_too_large"
             )
-        self._check_bytes((len(url) - match.end()) * 3 // 4, param)
-        try:
-            return base64.b64decode(url[match.end() :], validate=True)
-        except (binascii.Error, ValueError):
-            raise ProtocolError(400, "the data URL is not valid base64.", param=param, code="invalid_base64") from None
+        return url
 
-    async def _fetch(self, url: str, param: str) -> bytes:
+    async def _fetch(self, image: ImageReference) -> bytes:
         try:
             return await fetch(
-                url,
+                image.url,
                 allowed_hosts=self.settings.allowed_image_hosts,
                 max_bytes=self.max_bytes,
                 timeout_s=self.settings.image_timeout_s,
             )
         except FetchError as error:
-            raise ProtocolError(400, str(error), param=param, code="invalid_image_url") from error
-
-    def _check_bytes(self, size: int, param: str) -> None:
-        if size > self.max_bytes:
-            raise ProtocolError(
-                413,
-                f"the image has {size / _MEGA:.1f} MB; this server takes {self.settings.max_image_mb:g} MB.",
-                param=param,
-                code="image_too_large",
-            )
-
-    def _too_many_pixels(self, param: str, size: str) -> ProtocolError:
-        message = f"the image has {size}; this server takes {self.settings.max_image_megapixels:g} megapixels."
-        return ProtocolError(413, message, param=param, code="image_too_large")
-
-    def _decode(self, data: bytes, param: str, image_size: int) -> ChatImage:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's own, higher bound on pixels
-                header = Image.open(io.BytesIO(data), formats=FORMATS)
-        except Image.DecompressionBombError:
-            raise self._too_many_pixels(param, "hundreds of megapixels") from None
-        except Exception:
-            raise ProtocolError(
-                400,
-                "the image is not readable as JPEG, PNG, WebP, GIF or BMP.",
-                param=param,
-                code="invalid_image",
-            ) from None
-        width, height = header.size
-        if not 0 < width * height <= self.max_pixels:
-            raise self._too_many_pixels(param, f"{width} x {height} pixels")
-        try:
-            return ChatImage.from_bytes(data, image_size)
-        except Exception:  # decoders raise what they like on damaged files
-            raise ProtocolError(
-                400,
-                f"the image is a damaged {header.format}: its {width} x {height} pixels cannot be decoded.",
-                param=param,
-                code="invalid_image",
-            ) from None
+            raise ProtocolError(400, str(error), param=image.param, code="invalid_image_url") from error

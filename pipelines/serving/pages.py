@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.resources import files
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response
-
-from pipelines.settings import ServeSettings
 
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -27,18 +26,24 @@ HEADERS = {
 }
 
 
-def add_pages(app: FastAPI, settings: ServeSettings) -> None:
-    """Serve ``ui/index.html`` at ``/`` and every other file of ``ui`` under ``/ui/``."""
+def add_pages(app: FastAPI, guard: Callable[[Request], None]) -> None:
+    """Serve ``ui/index.html`` at ``/``, ``ui/docs.html`` at ``/docs`` and every other file of ``ui`` under ``/ui/``.
+
+    Args:
+        app: where to.
+        guard: dependency of ``/docs``.
+    """
     folder = files("pipelines.serving") / "ui"
     for file in folder.iterdir():
         suffix = file.name[file.name.rfind(".") :]
         if suffix in TYPES:
-            paths = {"index.html": ["/"], "docs.html": ["/docs"]}.get(file.name, [f"/ui/{file.name}"])
-            for path in paths:
-                _add_page(app, path, file.read_bytes(), TYPES[suffix])
+            path = {"index.html": "/", "docs.html": "/docs"}.get(file.name, f"/ui/{file.name}")
+            _add_page(app, path, file.read_bytes(), TYPES[suffix], guard if path == "/docs" else None)
 
 
-def _add_page(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
-    @app.get(path, include_in_schema=False)
+def _add_page(
+    app: FastAPI, path: str, content: bytes, media_type: str, guard: Callable[[Request], None] | None
+) -> None:
+    @app.get(path, include_in_schema=False, dependencies=[Depends(guard)] if guard else [])
     async def page() -> Response:
         return Response(content, media_type=media_type, headers=HEADERS)

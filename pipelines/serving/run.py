@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 import httpx
+import ray
 from ray import serve
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.exceptions import RayServeException
 
 from pipelines.cluster import start_ray
 from pipelines.serving.app import APP_NAME, build_app
 from pipelines.serving.artifact import resolve_artifact
+from pipelines.serving.clients import KEYS_VARIABLE, key_digests
 from pipelines.settings import ServeSettings, SettingsError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 HEALTHY_WITHIN_S = 60
-logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the address is told by whoever deploys
+STOPPED_WITHIN_S = 30
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+ENVIRONMENT = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipelines.serving.connections:guard_connections",
+    # A proxy that died is noticed after three checks.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+}
+"""Settings of Ray Serve's own processes: they read them from the environment in which Ray was started."""
+
+logging.getLogger("ray.serve").setLevel(logging.WARNING)  # deploy's caller prints the address
 
 
 class ServingError(ValueError):
@@ -39,20 +53,49 @@ def serving(settings: ServeSettings) -> Iterator[str]:
         ServingError: the model does not load.
     """
     settings = check_settings(settings)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     with start_ray(settings):
         was_running = serve_address() is not None
         try:
             yield deploy(settings)
         finally:
-            serve.delete(APP_NAME) if was_running else serve.shutdown()
+            serve.delete(APP_NAME) if was_running else shut_down()
+
+
+def shut_down() -> None:
+    """Stop Ray Serve on this cluster.
+
+    ``serve.shutdown`` leaves a call open on the controller that dies with it, and Ray then prints "graceful_shutdown
+    failed". Here the call returns at once, and the controller's end is awaited.
+    """
+    client = serve.context._get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    ray.get(client._controller.graceful_shutdown.remote(wait=False))
+    deadline = time.monotonic() + STOPPED_WITHIN_S
+    while time.monotonic() < deadline:
+        try:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        except ValueError:
+            break
+        time.sleep(0.1)
+    client._shutdown = True  # its own call is not needed any more
+    serve.shutdown()
 
 
 def check_settings(settings: ServeSettings) -> ServeSettings:
-    """Find the artifact before anything is started.
+    """Find the artifact and the API keys before anything is started.
 
     Raises:
-        SettingsError: there is none.
+        SettingsError: the artifact is missing, or a source of API keys is empty.
     """
+    if not key_digests(settings) and settings.host not in LOOPBACK:
+        logger.warning(
+            "host=%s is open to other machines and there are no API keys: set %s, api_keys_file= or api_keys.",
+            settings.host,
+            KEYS_VARIABLE,
+        )
     try:
         return settings.model_copy(update={"artifact": str(resolve_artifact(settings))})
     except ValueError as error:
@@ -62,8 +105,8 @@ def check_settings(settings: ServeSettings) -> ServeSettings:
 def deploy(settings: ServeSettings) -> str:
     """Deploy on the Ray cluster of this process and wait until the model answers.
 
-    Doing so again with another artifact is a rolling update. Serve listens at one address per cluster: where it runs
-    already, that address stays.
+    Another call with another artifact is a rolling update. Serve listens at one address per cluster: where it is
+    running, that address stays.
 
     Returns:
         The address.
@@ -79,7 +122,7 @@ def deploy(settings: ServeSettings) -> str:
         serve.start(http_options={"host": settings.host, "port": port})
         address = _url(settings.host, port)
     elif settings.port and address != _url(settings.host, settings.port):
-        log.warning("Ray Serve listens at %s already, so the model is served there.", address)
+        logger.warning("Ray Serve is running at %s; the model is served there.", address)
     try:
         serve.run(build_app(settings), name=APP_NAME, route_prefix="/")
     except (RuntimeError, RayServeException) as error:

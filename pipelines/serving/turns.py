@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from pipelines.serving.protocol import ChatRequest, ImagePart, ProtocolError
-from tinygptv.data.conversation import ChatImage, ChatMessage, join_messages, task_instruction
+from pipelines.serving.errors import ProtocolError
+from pipelines.serving.protocol import ChatRequest, ImagePart
+from tinygptv.data.conversation import ChatImage, ChatMessage, join_messages, task_instruction, task_of
+
+
+class ImageReference(NamedTuple):
+    """An image of a request: the field that has it, and its URL."""
+
+    param: str
+    url: str
 
 
 @dataclass(frozen=True)
@@ -14,35 +23,46 @@ class Turns:
     """A request's messages, regrouped.
 
     Attributes:
-        turns: user and assistant in turn; each image is its index in ``image_urls``.
-        image_urls: pairs (field of the request, URL), in order.
+        turns: user and assistant in turn; each image is its index in ``images``.
+        images: in order.
     """
 
     turns: list[ChatMessage[int]]
-    image_urls: list[tuple[str, str]]
+    images: list[ImageReference]
 
-    def messages(
-        self, images: Sequence[ChatImage], task: str | None, box: tuple[float, float, float, float] | None
-    ) -> tuple[ChatMessage[ChatImage], ...]:
-        """Put the pictures in, and word the last question as its task.
+    def messages(self, images: Sequence[ChatImage], request: ChatRequest) -> tuple[ChatMessage[ChatImage], ...]:
+        """Put the images in, and word the last question as its task.
+
+        A task, whether the request's field or a tag in the text, goes without the turns before it: no checkpoint was
+        trained on conversations about tasks. Its image is the last one of the request.
+
+        Args:
+            images: decoded, one per reference.
+            request: what ``read_turns`` read.
 
         Raises:
-            ProtocolError: 400: the task lacks words, a box or a picture.
+            ProtocolError: 400: the task lacks words, a box or an image, or the box lies outside of the image.
         """
         messages = [ChatMessage(turn.role, turn.text, tuple(images[i] for i in turn.images)) for turn in self.turns]
-        if box is not None and task != "identify":
+        if request.box is not None and request.task != "identify":
             raise ProtocolError(400, "a box goes with task 'identify'.", param="box")
-        if task is not None:
-            if not images:
-                raise ProtocolError(400, f"task {task!r} is about a picture, and the request has none.", param="task")
-            last = messages[-1]
-            try:
-                size = (images[-1].width, images[-1].height)
-                text = task_instruction(task, last.text, _ordered(box, size) if box else None, size)
-            except ValueError as error:
-                raise ProtocolError(400, str(error), param="task") from None
-            messages[-1] = ChatMessage(last.role, text, last.images)
-        return tuple(messages)
+        text = messages[-1].text
+        if request.task is not None:
+            text = _instruction(request, text, images)
+        if task_of(text) is None:
+            return tuple(messages)
+        return (ChatMessage("user", text, messages[-1].images or tuple(images[-1:])),)
+
+
+def _instruction(request: ChatRequest, text: str, images: Sequence[ChatImage]) -> str:
+    """The last question, worded as the request's task."""
+    if not images:
+        raise ProtocolError(400, f"task {request.task!r} is about an image: the request has none.", param="task")
+    try:
+        return task_instruction(str(request.task), text, request.box, (images[-1].width, images[-1].height))
+    except ValueError as error:
+        param = "task" if request.box is None else "box"
+        raise ProtocolError(400, str(error), param=param, code="invalid_value") from None
 
 
 def read_turns(request: ChatRequest) -> Turns:
@@ -52,18 +72,18 @@ def read_turns(request: ChatRequest) -> Turns:
         ProtocolError: 400: the conversation does not end with a question, or starts with an answer.
     """
     messages: list[ChatMessage[int]] = []
-    image_urls: list[tuple[str, str]] = []
+    images: list[ImageReference] = []
     for index, message in enumerate(request.messages):
         parts = message.content if isinstance(message.content, list) else []
         texts = [message.content] if isinstance(message.content, str) else []
-        images: list[int] = []
+        own: list[int] = []
         for i, part in enumerate(parts):
             if isinstance(part, ImagePart):
-                images.append(len(image_urls))
-                image_urls.append((f"messages.{index}.content.{i}.image_url", part.image_url.url))
+                own.append(len(images))
+                images.append(ImageReference(f"messages.{index}.content.{i}.image_url", part.image_url.url))
             else:
                 texts.append(part.text)
-        messages.append(ChatMessage(message.role, "\n".join(text for text in texts if text), tuple(images)))
+        messages.append(ChatMessage(message.role, "\n".join(text for text in texts if text), tuple(own)))
     try:
         turns = join_messages(messages)
     except ValueError as error:
@@ -73,11 +93,4 @@ def read_turns(request: ChatRequest) -> Turns:
     last = turns[-1]
     if request.task is None and not last.text and not last.images:
         raise ProtocolError(400, "the last message is empty.", param=f"messages.{len(request.messages) - 1}.content")
-    return Turns(turns, image_urls)
-
-
-def _ordered(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The box with its corners in order, within the picture."""
-    (x1, x2), (y1, y2) = sorted((box[0], box[2])), sorted((box[1], box[3]))
-    width, height = size
-    return (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
+    return Turns(turns, images)

@@ -19,9 +19,9 @@ from pipelines.settings.jobs import (
     PrepareDataSettings,
     QuantizeSettings,
     ScoreSettings,
-    ServeSettings,
     TrainSettings,
 )
+from pipelines.settings.serve import ServeSettings
 
 __all__ = [
     "ROOT",

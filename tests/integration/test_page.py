@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 
 from pipelines.serving.api import build_api
-from pipelines.serving.backend import ModelInfo
+from pipelines.serving.backend import Failure, ModelInfo, Piece, PromptRead
 from pipelines.settings import ServeSettings
 from tests.paths import ROOT
 from tests.serving_model import make_image
@@ -45,12 +45,11 @@ class ScriptedModel:
                 error, self.error = self.error, None
                 yield error
                 return
-            yield {"prompt_tokens": 5}
+            yield PromptRead(5)
             for start in range(0, len(self.text), 4):
                 await asyncio.sleep(self.pause_s)
                 last = start + 4 >= len(self.text)
-                piece = {"text": self.text[start : start + 4], "num_tokens": 1, "cached_tokens": 0, "logprobs": []}
-                yield {**piece, "finish_reason": "stop" if last else None}
+                yield Piece(self.text[start : start + 4], finish_reason="stop" if last else None)
         finally:
             self.closed += 1
 
@@ -59,6 +58,9 @@ class ScriptedModel:
 
     async def stats(self):
         return []
+
+    async def check_health(self):
+        pass
 
 
 class Server:
@@ -221,8 +223,8 @@ def test_a_drawn_box_is_asked_about(page, server):
     page.fill("#box-x1", "5")
     page.click("#send")
     wait_for_answer(page, 2)
-    assert server.model.jobs[1].messages[0].text == "[identify] {<25><11><80><60>}"
-    assert server.model.jobs[1].messages[2].text.endswith("{<5><11><80><60>}")
+    (message,) = server.model.jobs[1].messages  # a task goes without the turns before it
+    assert message.text.endswith("{<5><11><80><60>}") and len(message.images) == 1
 
 
 def test_turns_are_sent_with_their_history_and_one_picture(page, server):
@@ -252,7 +254,7 @@ def test_the_stop_button_stops_the_model(page, server):
 
 
 def test_an_error_is_shown_and_can_be_tried_again(page, server):
-    server.model.error = {"error": "the prompt is too long.", "status": 400}
+    server.model.error = Failure("the prompt is too long.", "request")
     upload(page)
     ask(page, "hi")
     page.wait_for_selector(".message.error")

@@ -66,6 +66,36 @@ def format_box(box: Sequence[float], width: float, height: float) -> str:
     return "{" + "".join(f"<{int(cell)}>" for cell in cells) + "}"
 
 
+def clip_box(box: Sequence[float], width: float, height: float) -> Box:
+    """The part of a pixel box that lies on its image, for boxes that people draw or type.
+
+    Args:
+        box: two opposite corners x1, y1, x2, y2 in pixels, in any order.
+        width: of the image in pixels.
+        height: the same.
+
+    Returns:
+        Top left and bottom right corner, in pixels within the image.
+
+    Raises:
+        ValueError: the box lies outside of the image, or covers less than a pixel of it.
+    """
+    (x1, x2), (y1, y2) = sorted((float(box[0]), float(box[2]))), sorted((float(box[1]), float(box[3])))
+    if not (x2 > 0 and y2 > 0 and x1 < width and y1 < height):
+        raise ValueError(f"the box {_in_words(box)} lies outside of the image of {width:g} x {height:g} pixels.")
+    x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+    if x2 - x1 < 1 or y2 - y1 < 1:
+        raise ValueError(
+            f"the box {_in_words(box)} covers less than a pixel of the image of {width:g} x {height:g} pixels: "
+            "give x1, y1, x2, y2 in pixels."
+        )
+    return x1, y1, x2, y2
+
+
+def _in_words(box: Sequence[float]) -> str:
+    return "[" + ", ".join(f"{v:g}" for v in box) + "]"
+
+
 def parse_boxes(text: str) -> list[GroundedBox]:
     """Find every box in a model's answer, with its phrase where it has one.
 

@@ -12,10 +12,11 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 
-from tinygptv.data.boxes import format_box
+from tinygptv.data.boxes import clip_box, format_box
 from tinygptv.data.images import open_image, resize_pixels
 from tinygptv.data.prompt_layout import Exchange, PromptLayout
 from tinygptv.data.prompts import EVALUATION_INSTRUCTIONS, INSTRUCTIONS
+from tinygptv.data.truncated_jpeg import complete_jpeg
 
 Role = Literal["system", "developer", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -42,12 +43,18 @@ class ChatImage:
 
     @classmethod
     def from_bytes(cls, data: bytes, image_size: int) -> ChatImage:
-        """Decode and resize.
+        """Decode and resize; a JPEG may lack its last bytes.
 
         Raises:
             ValueError: the bytes are no image in a known format.
         """
-        image = open_image(data)
+        try:
+            image = open_image(data)
+        except ValueError as error:
+            try:
+                image = open_image(complete_jpeg(data))
+            except ValueError:
+                raise error from None
         return cls(image_number(data), resize_pixels(image, image_size), image.width, image.height)
 
 
@@ -142,6 +149,11 @@ def encode_conversation(
     return np.array(layout.encode_prompt(exchanges), dtype=np.int64), images
 
 
+def task_of(text: str) -> str | None:
+    """The task whose tag a question begins with, if any."""
+    return next((task for task in TASKS if text.lstrip().startswith(f"[{task}]")), None)
+
+
 def task_instruction(task: str, text: str, box: Sequence[float] | None = None, size: tuple[int, int] = (0, 0)) -> str:
     """The wording of a task, as benchmarks use it.
 
@@ -152,15 +164,15 @@ def task_instruction(task: str, text: str, box: Sequence[float] | None = None, s
         size: the picture's width and height, where a box is given.
 
     Raises:
-        ValueError: the task is unknown, or lacks the words or the box that it needs.
+        ValueError: the task is unknown, or lacks the words or the box that it needs, or the box is not on the image.
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r} is unknown; known: {', '.join(TASKS)}.")
     text = text.strip()
+    if box is not None:
+        text = f"{text} {format_box(clip_box(box, *size), *size)}".strip()
     if text.startswith(f"[{task}]"):
         return text
-    if box is not None:
-        text = f"{text} {format_box(box, *size)}".strip()
     wording = EVALUATION_INSTRUCTIONS[task]
     if "{}" not in wording:
         return f"[{task}] {text}" if text else wording

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from tinygptv.data.image_structure import check_structure
+
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 """Per-channel statistics of CLIP's training images, for pixels in 0..1."""
@@ -108,8 +110,9 @@ def open_image(data: bytes, name: str = "the file") -> Image.Image:
         A loaded RGB image.
 
     Raises:
-        ValueError: the bytes are no image in a known format, or are damaged.
+        ValueError: the bytes are no image in a known format, are damaged, or exceed ``image_structure``'s bounds.
     """
+    check_structure(data)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()

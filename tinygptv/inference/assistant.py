@@ -9,8 +9,9 @@ for delta in assistant.iterate([message]):
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from tinygptv.data.conversation import ChatImage, ChatMessage, encode_conversation
 from tinygptv.data.processing import TinyGPTVProcessor
-from tinygptv.inference.engine import Delta, Engine, PromptTooLong, Request
+from tinygptv.inference.engine import Delta, Engine, EngineStats, PromptTooLong, Request
 from tinygptv.inference.engine_thread import EngineLoop
 from tinygptv.inference.image_encoder import ImageEncoder
 from tinygptv.inference.loading import load_for_inference
 from tinygptv.inference.sampling import SamplingParams
+from tinygptv.inference.text_stream import TokenBytes
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
 MAX_CHARACTERS_PER_TOKEN = 128
@@ -57,6 +59,7 @@ class Assistant:
             kept_images: images whose embeddings are kept for later turns.
         """
         self.model, self.processor = model, processor
+        self.max_batch_size = max_batch_size
         self.images = ImageEncoder(model, kept_images)
         self.engine = Engine(
             model,
@@ -96,6 +99,21 @@ class Assistant:
         self.loop.thread.check(stuck_after_s)
         self.images.thread.check(stuck_after_s)
 
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and answer."""
+        return self.engine.context_length
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's counters."""
+        return self.loop.stats
+
+    @property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of every token."""
+        return self.engine.token_bytes
+
     def open(self, data: bytes) -> ChatImage:
         """Decode an image for this model.
 
@@ -106,8 +124,13 @@ class Assistant:
 
     # ------------------------------------------------------------------ answers
 
-    async def prepare(self, messages: Sequence[ChatMessage], params: SamplingParams) -> Request:
+    async def prepare(self, messages: Sequence[ChatMessage], params: SamplingParams, salt: int = 0) -> Request:
         """Encode a conversation, off the event loop.
+
+        Args:
+            messages: user and assistant in turn.
+            params: how to answer.
+            salt: requests share encoded images and prompts only where this number is equal.
 
         Raises:
             PromptTooLong: the conversation leaves no room for an answer.
@@ -115,14 +138,15 @@ class Assistant:
             ThreadFailure: the image encoder has ended.
         """
         run = asyncio.get_running_loop().run_in_executor
-        ids, images, pending = await run(self._tokenizing, self._encode, messages)
+        ids, images, pending = await run(self._tokenizing, self._encode, messages, salt)
         embeds = await asyncio.gather(*(asyncio.wrap_future(future) for future in pending))
         return await run(self._tokenizing, self._build, ids, images, embeds, params)
 
-    async def stream(self, request: Request, interval_s: float = 0.0) -> AsyncIterator[Delta]:
+    async def stream(self, request: Request, interval_s: float = 0.0) -> AsyncGenerator[Delta, None]:
         """Answer a prepared request (``EngineLoop.stream``)."""
-        async for delta in self.loop.stream(request, interval_s):
-            yield delta
+        async with aclosing(self.loop.stream(request, interval_s)) as deltas:
+            async for delta in deltas:
+                yield delta
 
     def iterate(self, messages: Sequence[ChatMessage], params: SamplingParams | None = None) -> Iterator[Delta]:
         """Answer a conversation, for code without asyncio; raises as ``prepare`` does."""
@@ -143,11 +167,13 @@ class Assistant:
                 raise RuntimeError(delta.error)
         return text
 
-    def _encode(self, messages: Sequence[ChatMessage]) -> tuple[np.ndarray, list[ChatImage], list[Future[Tensor]]]:
+    def _encode(
+        self, messages: Sequence[ChatMessage], salt: int = 0
+    ) -> tuple[np.ndarray, list[ChatImage], list[Future[Tensor]]]:
         self._check_bounds(messages)
         ids, images = encode_conversation(messages, self._layout)
         self.engine.check_length(len(ids))  # before an image is encoded in vain
-        return ids, images, [self.images.encode(image) for image in images]
+        return ids, images, [self.images.encode(image, salt) for image in images]
 
     def _check_bounds(self, messages: Sequence[ChatMessage]) -> None:
         """Refuse what cannot fit, before tokenizing it: each message takes a token at least."""

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 from tinygptv.inference.engine import Delta, Engine, EngineStats, Request
 from tinygptv.inference.watch import WatchedThread
@@ -77,7 +77,7 @@ class EngineLoop:
         self._has_news.set()
         self.thread.join(timeout=30)
 
-    async def stream(self, request: Request, interval_s: float = 0.0) -> AsyncIterator[Delta]:
+    async def stream(self, request: Request, interval_s: float = 0.0) -> AsyncGenerator[Delta, None]:
         """Answer a request; leaving the iterator early cancels it.
 
         Args:

@@ -93,9 +93,7 @@ def by_serving(processor, turns):
         messages.append({"role": message.role, "content": parts})
     request = ChatRequest.model_validate({"model": "m", "messages": messages})
     read = read_turns(request)
-    return encode_conversation(read.messages([IMAGE] * len(read.image_urls), None, None), processor.layout())[
-        0
-    ].tolist()
+    return encode_conversation(read.messages([IMAGE] * len(read.images), request), processor.layout())[0].tolist()
 
 
 def by_evaluation(processor, turns):
@@ -292,5 +290,5 @@ def test_joined_messages_are_what_serving_reads():
         }
     )
     ours = join_messages([ChatMessage("developer", "be short"), ChatMessage("user", "one"), ChatMessage("user", "two")])
-    (served,) = read_turns(request).messages([], None, None)
+    (served,) = read_turns(request).messages([], request)
     assert served.text == ours[0].text == "be short\none\ntwo"

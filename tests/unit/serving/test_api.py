@@ -6,26 +6,17 @@ import asyncio
 import json
 import re
 
-import httpx
 import openai
 import pytest
 
-from pipelines.serving.api import build_api
-from pipelines.serving.backend import ChatJob, ModelBackend, ModelInfo
-from pipelines.serving.protocol import ProtocolError, found_boxes
+from pipelines.serving.answers import find_boxes
+from pipelines.serving.backend import ChatJob, Failure, ModelInfo
+from pipelines.serving.errors import ProtocolError
+from pipelines.serving.model_backend import ModelBackend
 from pipelines.settings import ServeSettings
-from tests.serving_model import data_url, make_image, save_checkpoint
+from tests.serving_api import CHAT, IMAGE, READ, Client, FakeBackend, ask, events, said, scope_of, words
+from tests.serving_model import make_image, save_checkpoint
 from tinygptv.data.conversation import ChatImage, ChatMessage
-
-PICTURE = {"type": "image_url", "image_url": {"url": data_url(make_image())}}
-
-
-def ask(*content, **fields):
-    return {"model": "tinygpt-v", "max_tokens": 12, "messages": [{"role": "user", "content": list(content)}], **fields}
-
-
-def words(text):
-    return {"type": "text", "text": text}
 
 
 @pytest.fixture(scope="module")
@@ -40,73 +31,16 @@ def backend(checkpoint):
     backend.assistant.close()
 
 
-class Client:
-    """Requests against the application, without a socket."""
-
-    def __init__(self, backend, **settings):
-        self.app = build_api(ServeSettings(**settings), backend)
-
-    def open(self):
-        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        return httpx.AsyncClient(transport=transport, base_url="http://server")
-
-    def request(self, method, path, **options):
-        async def send():
-            async with self.open() as client:
-                return await client.request(method, path, **options)
-
-        return asyncio.run(send())
-
-    def chat(self, body, **options):
-        return self.request("POST", "/v1/chat/completions", json=body, **options)
-
-
 @pytest.fixture(scope="module")
 def client(backend):
     return Client(backend)
-
-
-class FakeBackend:
-    """A model that says what it is told to."""
-
-    def __init__(self, *items, wait=0.0):
-        self.items, self.wait, self.closed = items, wait, False
-
-    async def describe(self):
-        return ModelInfo(16, 100, 1)
-
-    async def stream(self, job):
-        try:
-            for item in self.items:
-                await asyncio.sleep(self.wait)
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-        finally:
-            self.closed = True
-
-    async def complete(self, job):
-        return [item async for item in self.stream(job)]
-
-    async def stats(self):
-        raise RuntimeError("no statistics")
-
-
-def said(text, reason=None):
-    return {"text": text, "num_tokens": 1, "cached_tokens": 0, "logprobs": [], "finish_reason": reason}
-
-
-def events(response):
-    lines = [line for line in response.text.split("\n\n") if line]
-    assert all(line.startswith("data: ") for line in lines)
-    return [json.loads(line[6:]) if line != "data: [DONE]" else None for line in lines]
 
 
 # ---------------------------------------------------------------------------------------------------- answers
 
 
 def test_an_answer_has_openais_shape(client):
-    body = client.chat(ask(words("what is it?"), PICTURE)).json()
+    body = client.chat(ask(words("what is it?"), IMAGE)).json()
     assert re.fullmatch(r"chatcmpl-[0-9a-f]{32}", body["id"])
     assert (body["object"], body["model"]) == ("chat.completion", "tinygpt-v")
     (choice,) = body["choices"]
@@ -117,7 +51,7 @@ def test_an_answer_has_openais_shape(client):
 
 
 def test_a_stream_says_the_same_as_a_whole_answer(client):
-    body = ask(words("tell me more"), PICTURE, max_tokens=40)
+    body = ask(words("tell me more"), IMAGE, max_tokens=40)
     whole = client.chat(body).json()
     response = client.chat({**body, "stream": True, "stream_options": {"include_usage": True}})
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -135,9 +69,9 @@ def test_openais_client_works_unchanged(client):
     async def use():
         async with client.open() as http:
             api = openai.AsyncOpenAI(base_url="http://server/v1", api_key="none", http_client=http, max_retries=0)
-            body = ask(words("what is it?"), PICTURE, logprobs=True, top_logprobs=2, seed=1)
+            body = ask(words("what is it?"), IMAGE, logprobs=True, top_logprobs=2, seed=1)
             whole = await api.chat.completions.create(**body)
-            stream = await api.chat.completions.create(**ask(words("what is it?"), PICTURE), stream=True)
+            stream = await api.chat.completions.create(**ask(words("what is it?"), IMAGE), stream=True)
             pieces = [chunk.choices[0].delta.content or "" async for chunk in stream]
             later = await api.chat.completions.create(
                 **{**body, "messages": [*body["messages"], whole.choices[0].message, {"role": "user", "content": "?"}]}
@@ -184,38 +118,84 @@ def test_messages_are_regrouped(client):
 
 def test_boxes_are_given_in_pixels_of_the_sent_picture():
     text = "<p>a dog</p> {<10><20><50><60>}<delim>{<0><0><100><120>} and {<1><2><3><4>}"
-    fake = FakeBackend({"prompt_tokens": 3}, said(text[:30]), said(text[30:], "stop"))
+    fake = FakeBackend(READ, said(text[:30]), said(text[30:], "stop"))
     wanted = [
         {"label": "a dog", "box": [6.0, 8.0, 30.0, 24.0], "entity": 0, "colour": "#e63946", "image": 0},
         {"label": "a dog", "box": [0.0, 0.0, 60.0, 40.0], "entity": 0, "colour": "#e63946", "image": 0},
         {"label": "", "box": [0.6, 0.8, 1.8, 1.6], "entity": 1, "colour": "#2a9d8f", "image": 0},
     ]
     client = Client(fake)
-    whole = client.chat(ask(words("where"), PICTURE, task="refer")).json()
+    whole = client.chat(ask(words("where"), IMAGE, task="refer")).json()
     assert json.loads(json.dumps(whole["choices"][0]["message"]["boxes"])) == wanted
     assert whole["choices"][0]["message"]["content"] == text
-    last = events(client.chat(ask(words("where"), PICTURE, stream=True)))[-2]["choices"][0]
+    last = events(client.chat(ask(words("where"), IMAGE, stream=True)))[-2]["choices"][0]
     assert last["finish_reason"] == "stop" and last["delta"]["boxes"] == wanted
-    assert found_boxes(text, None, 0) == []
+    assert find_boxes(text, None, 0) == []
 
 
-def test_a_task_and_a_drawn_box_word_the_question(backend):
-    heard = []
-
-    class Listener(FakeBackend):
-        async def complete(self, job):
-            heard.append(job.messages[-1].text)
-            return [{"prompt_tokens": 1}, said("x", "stop")]
-
-    client = Client(Listener())
-    client.chat(ask(words("the dog"), PICTURE, task="refer"))
-    client.chat(ask(PICTURE, task="identify", box=[30, 40, 0, -5]))
-    client.chat(ask(PICTURE, task="caption"))
-    assert heard == [
+def test_a_task_and_a_drawn_box_word_the_question():
+    client = Client()
+    client.chat(ask(words("the dog"), IMAGE, task="refer"))
+    client.chat(ask(IMAGE, task="identify", box=[30, 40, 0, -5]))
+    client.chat(ask(IMAGE, task="caption"))
+    assert [job.messages[-1].text for job in client.backend.jobs] == [
         "[refer] give me the location of the dog",
         "[identify] what object is in this location {<0><0><50><100>}",
         "[caption] Briefly describe this image.",
     ]
+
+
+HISTORY = [
+    {"role": "user", "content": [words("what is it?"), IMAGE]},
+    {"role": "assistant", "content": "a dog"},
+]
+
+
+@pytest.mark.parametrize(
+    ("question", "fields", "text"),
+    [
+        ("the dog", {"task": "refer"}, "[refer] give me the location of the dog"),
+        ("[vqa] what colour?", {}, "[vqa] what colour?"),
+        ("[identify] {<1><2><30><40>}", {}, "[identify] {<1><2><30><40>}"),
+    ],
+)
+def test_a_task_goes_without_the_turns_before_it(question, fields, text):
+    client = Client()
+    client.chat({**ask(), "messages": [*HISTORY, {"role": "user", "content": question}], **fields})
+    (message,) = client.backend.jobs[0].messages
+    assert message.text == text and len(message.images) == 1
+
+
+def test_chat_keeps_the_turns_before_it():
+    client = Client()
+    client.chat({**ask(), "messages": [*HISTORY, {"role": "user", "content": "how old is it?"}]})
+    messages = client.backend.jobs[0].messages
+    assert [message.text for message in messages] == ["what is it?", "a dog", "how old is it?"]
+    assert [len(message.images) for message in messages] == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("box", "wanted"),
+    [
+        ([10, 10, 30, 20], "{<16><25><50><50>}"),
+        ([30, 20, 10, 10], "{<16><25><50><50>}"),
+        ([50, -20, 200, 10], "{<83><0><100><25>}"),
+        ([0, 0, 60, 40], "{<0><0><100><100>}"),
+        ([61, 0, 80, 40], None),
+        ([-30, -30, -1, -1], None),
+        ([0, 41, 60, 80], None),
+        ([5, 5, 5, 30], None),
+        ([0.1, 0.2, 0.5, 0.7], None),
+    ],
+)
+def test_a_box_is_clipped_to_its_image_or_refused(box, wanted):
+    client = Client()
+    response = client.chat(ask(IMAGE, task="identify", box=box))
+    if wanted:
+        assert client.backend.jobs[0].messages[0].text.endswith(wanted)
+    else:
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "box")
+        assert "60 x 40 pixels" in response.json()["error"]["message"]
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
@@ -247,12 +227,19 @@ def test_a_task_and_a_drawn_box_word_the_question(backend):
         ({"stop": ["a"] * 5}, 400, "stop"),
         ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
         ({"logit_bias": {"99999": 1}}, 400, None),
+        ({"logit_bias": {str(token): 1 for token in range(301)}}, 400, "logit_bias"),
+        ({"logit_bias": {"11": 1, "011": 1}}, 400, "logit_bias"),
+        ({"logit_bias": {"11": 101}}, 400, "logit_bias"),
+        ({"stop": "x" * 129}, 400, "stop"),
+        ({"top_logprobs": 21}, 400, "top_logprobs"),
+        ({"seed": 2**63}, 400, "seed"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format.type"),
-        ({"tools": []}, 400, "tools"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, 400, "response_format.type"),
         ({"task": "dance"}, 400, "task"),
         ({"task": "vqa"}, 400, "task"),
         ({"box": [1, 2, 3, 4]}, 400, "box"),
-        ({"messages": [{"role": "user", "content": "word " * 1000}]}, 400, None),
+        ({"messages": [{"role": "user", "content": "word " * 1000}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": [words("x")] * 65}]}, 400, "messages.0.content"),
     ],
 )
 def test_mistakes_are_answered_in_openais_shape(client, change, status, param):
@@ -261,6 +248,12 @@ def test_mistakes_are_answered_in_openais_shape(client, change, status, param):
     assert (response.status_code, error["param"]) == (status, param), error
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"].endswith(".") and error["type"] == "invalid_request_error"
+
+
+def test_a_full_context_has_openais_code(client):
+    error = client.chat(ask(words("word " * 1000))).json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert re.search(r"has \d+ tokens .* context is 256 tokens", error["message"])
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"a":' * 2000, b"[" * 100_000])
@@ -281,43 +274,16 @@ def test_unknown_paths_and_methods_have_the_same_shape(client):
         assert response.status_code == status and response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_keys_are_asked_for_and_never_told(backend, caplog):
-    client = Client(backend, api_keys=["secret-one", "secret-two"])
-    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret-one"}):
-        response = client.chat(ask(words("hi")), headers=header)
-        assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
-        assert response.json()["error"]["code"] == "invalid_api_key"
-        assert client.request("GET", "/v1/models", headers=header).status_code == 401
-    for key in ("secret-one", "secret-two"):
-        assert client.chat(ask(words("hi")), headers={"Authorization": f"Bearer {key}"}).status_code == 200
-    assert client.request("GET", "/healthz").status_code == 200
-    assert "secret" not in caplog.text
-    assert "secret-one" not in repr(ServeSettings(api_keys=["secret-one"]))
-
-
-def test_a_large_body_is_refused_while_it_comes(backend):
-    client = Client(backend, max_body_mb=0.01)
-    sent = []
-
-    async def endless():
-        for _ in range(1000):
-            sent.append(1)
-            yield b"x" * 5000
-
-    response = client.request("POST", "/v1/chat/completions", content=endless())
-    assert response.status_code == 413 and response.json()["error"]["code"] == "request_too_large"
-
-
 def test_a_full_server_refuses_at_once_and_says_when_to_come_back():
-    fake = FakeBackend({"prompt_tokens": 1}, said("x", "stop"), wait=0.2)
-    client = Client(fake, max_batch_size=2, max_queue=3)
+    fake = FakeBackend(READ, said("x", "stop"), wait=0.2)
+    client = Client(fake, max_batch_size=2, max_queue=3, max_per_client=5)
 
     async def flood():
         async with client.open() as http:
             answers = await asyncio.gather(
-                *(http.post("/v1/chat/completions", json=ask(words("hi"), stream=i % 2 == 0)) for i in range(20))
+                *(http.post(CHAT, json=ask(words("hi"), stream=i % 2 == 0)) for i in range(20))
             )
-            after = await http.post("/v1/chat/completions", json=ask(words("hi")))
+            after = await http.post(CHAT, json=ask(words("hi")))
             return answers, after
 
     answers, after = asyncio.run(flood())
@@ -328,8 +294,30 @@ def test_a_full_server_refuses_at_once_and_says_when_to_come_back():
     assert after.status_code == 200, "every place was given back"
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_place_is_held_until_the_answer_ends(stream):
+    """Neither a stream nor a whole answer gives its place in the gate back before its end, or keeps it after."""
+    seen = []
+
+    class Counting(FakeBackend):
+        async def stream(self, job):
+            async for item in super().stream(job):
+                seen.append(in_flight())
+                yield item
+
+    client = Client(Counting(READ, said("a"), said("b", "stop")))
+    registry = client.metrics.registry
+
+    def in_flight():
+        return registry.get_sample_value("tinygptv_in_flight_requests")
+
+    response = client.chat(ask(words("hi"), stream=stream))
+    assert response.status_code == 200
+    assert seen == [1, 1, 1] and in_flight() == 0
+
+
 def test_a_slow_model_is_given_up():
-    fake = FakeBackend({"prompt_tokens": 1}, said("a"), said("b", "stop"), wait=0.15)
+    fake = FakeBackend(READ, said("a"), said("b", "stop"), wait=0.15)
     client = Client(fake, request_timeout_s=0.1)
     assert client.chat(ask(words("hi"))).status_code == 504
     client = Client(fake, request_timeout_s=0.2)
@@ -340,10 +328,10 @@ def test_a_slow_model_is_given_up():
 def test_errors_within_a_stream_are_an_event():
     for broken, message in (
         (RuntimeError("secret path /root"), "the server failed"),
-        ({"error": "the model's replica stopped.", "status": 503}, "replica stopped"),
+        (Failure("the model's replica stopped.", "unavailable"), "replica stopped"),
         (ProtocolError(503, "gone.", kind="server_error"), "gone"),
     ):
-        client = Client(FakeBackend({"prompt_tokens": 1}, said("a"), broken))
+        client = Client(FakeBackend(READ, said("a"), broken))
         *_, last = events(client.chat(ask(words("hi"), stream=True)))
         assert message in last["error"]["message"] and "/root" not in str(last)
         whole = client.chat(ask(words("hi")))
@@ -351,7 +339,7 @@ def test_errors_within_a_stream_are_an_event():
 
 
 def test_a_refusal_before_the_first_word_has_a_status():
-    client = Client(FakeBackend({"error": "the prompt is too long.", "status": 400}))
+    client = Client(FakeBackend(Failure("the prompt is too long.", "too_long")))
     assert client.chat(ask(words("hi"), stream=True)).status_code == 400
 
 
@@ -366,32 +354,27 @@ def test_a_new_model_with_another_image_size_is_noticed(stream):
         async def stream(self, job):
             self.side = 32  # from now on
             if job.messages[-1].images[0].pixels.shape != (3, 32, 32):
-                yield {"error": "the model now takes images of 32 pixels.", "status": 503, "stale_info": True}
+                yield Failure("the model now takes images of 32 pixels.", "stale_image")
                 return
             async for item in super().stream(job):
                 yield item
 
-    client = Client(Replaced({"prompt_tokens": 1}, said("fine", "stop")))
-    response = client.chat(ask(words("hi"), PICTURE, stream=stream))
+    client = Client(Replaced(READ, said("fine", "stop")))
+    response = client.chat(ask(words("hi"), IMAGE, stream=stream))
     assert response.status_code == 200 and "fine" in response.text
 
 
 def test_a_replica_says_that_an_image_does_not_fit(backend):
     job = ChatJob((ChatMessage("user", "hi", (ChatImage.from_bytes(make_image(), 16),)),), {})
     (item,) = asyncio.run(backend.complete(job))
-    assert item["stale_info"] and item["status"] == 503
+    assert item.kind == "stale_image" and item.error().status == 503
 
 
 def test_a_client_that_leaves_frees_everything():
-    fake = FakeBackend({"prompt_tokens": 1}, *[said("x")] * 1000, wait=0.01)
+    fake = FakeBackend(READ, *[said("x")] * 1000, wait=0.01)
     client = Client(fake, max_batch_size=1, max_queue=0)
 
     async def leave():
-        scope = {
-            "type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b"",
-            "http_version": "1.1", "scheme": "http", "server": ("server", 80), "client": ("c", 1), "root_path": "",
-            "raw_path": b"/v1/chat/completions", "asgi": {"version": "3.0", "spec_version": "2.3"},
-        }  # fmt: skip
         body = json.dumps(ask(words("hi"), stream=True)).encode()
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -404,11 +387,11 @@ def test_a_client_that_leaves_frees_everything():
         async def send(message):
             pass
 
-        await asyncio.wait_for(client.app(scope, receive, send), 5)
+        await asyncio.wait_for(client.app(scope_of(), receive, send), 5)
 
     asyncio.run(leave())
     assert fake.closed
-    fake.items, fake.wait = ({"prompt_tokens": 1}, said("x", "stop")), 0
+    fake.items, fake.wait = (READ, said("x", "stop")), 0
     assert client.chat(ask(words("hi"))).status_code == 200
 
 
@@ -418,12 +401,22 @@ def test_a_client_that_leaves_frees_everything():
 def test_health_follows_the_model(client):
     assert client.request("GET", "/healthz").json() == {"status": "ok"}
 
-    class Dead(FakeBackend):
-        async def describe(self):
-            raise ProtocolError(503, "gone.")
-
-    response = Client(Dead()).request("GET", "/healthz")
+    fake = FakeBackend()
+    fake.healthy = False
+    response = Client(fake).request("GET", "/healthz")
     assert response.status_code == 503 and "retry-after" in response.headers
+
+
+@pytest.mark.parametrize("thread", ["loop", "images"])
+def test_health_sees_dead_and_stuck_threads(client, backend, monkeypatch, thread):
+    watched = getattr(backend.assistant, thread).thread
+    with monkeypatch.context() as patch:
+        patch.setattr(watched, "is_alive", lambda: False)
+        assert client.request("GET", "/healthz").status_code == 503
+    with monkeypatch.context() as patch:
+        patch.setattr(type(watched), "busy_s", 301.0)
+        assert client.request("GET", "/healthz").status_code == 503
+    assert client.request("GET", "/healthz").status_code == 200
 
 
 def test_metrics_count(backend):
@@ -461,12 +454,3 @@ def test_other_web_sites_may_not_call_unless_allowed(backend):
 def test_a_missing_artifact_is_named():
     with pytest.raises(ValueError, match="no checkpoint folder"):
         ModelBackend(ServeSettings(artifact="/nowhere"))
-
-
-def test_keys_are_compared_whole(backend, monkeypatch):
-    compared = []
-    real = __import__("hmac").compare_digest
-    monkeypatch.setattr("pipelines.serving.service.hmac.compare_digest", lambda a, b: compared.append(1) or real(a, b))
-    service_client = Client(backend, api_keys=["one", "two", "three"])
-    service_client.request("GET", "/v1/models", headers={"Authorization": "Bearer one"})
-    assert len(compared) == 3, "the first match must not end the comparison"

@@ -1,4 +1,4 @@
-"""Remote pictures: from allowed, public hosts only, at the very address that was checked."""
+"""Remote images: from allowed, public hosts only, at the address that was checked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         status = {"/redirect": 302, "/missing": 404}.get(self.path, 200)
         self.send_response(status)
         if status == 302:
-            self.send_header("Location", "http://169.254.169.254/secrets")
+            self.send_header("Location", self.server.location)
         if self.path != "/endless":
             self.send_header("Content-Length", str(len(BODY)))
         self.end_headers()
@@ -41,7 +41,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.seen = []
+    server.seen, server.location = [], "http://169.254.169.254/secrets"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     resolve_to(monkeypatch, ["127.0.0.1"])
     monkeypatch.setattr(fetching, "is_public", lambda address: True)
@@ -70,12 +70,22 @@ def test_an_allowed_host_is_fetched_under_its_own_name(server):
     assert server.seen == [("/a%20b.png?x=1&y=%20", host)]
 
 
-@pytest.mark.parametrize("path", ["/redirect", "/missing"])
-def test_only_a_plain_success_counts(server, path):
+@pytest.mark.parametrize(("path", "status"), [("/redirect", 302), ("/missing", 404)])
+def test_only_a_plain_success_counts(server, path, status):
     host = f"pictures.example:{server.server_port}"
-    with pytest.raises(FetchError, match="status"):
+    with pytest.raises(FetchError, match=f"answered with status {status}"):
         get(f"http://{host}{path}", [host])
-    assert len(server.seen) == 1
+    assert [path for path, _ in server.seen] == [path]
+
+
+def test_the_target_of_a_redirect_is_never_requested(server):
+    """The redirect leads to a path that this server would answer: nothing asks for it."""
+    host = f"pictures.example:{server.server_port}"
+    server.location = f"http://{host}/secrets"
+    with pytest.raises(FetchError, match="status 302"):
+        get(f"http://{host}/redirect", [host])
+    assert [path for path, _ in server.seen] == ["/redirect"]
+    assert get(f"http://{host}/secrets", [host]) == BODY, "it would have been answered"
 
 
 def test_size_is_counted_while_it_comes(server):
@@ -99,6 +109,10 @@ def test_a_refused_connection_is_a_sentence(server):
     "url",
     [
         "http://evil.example/x.png",
+        "http://evilpictures.example/x.png",
+        "http://pictures.example./x.png",
+        "http://sub.pictures.example/x.png",
+        "http://pictures.exampl/x.png",
         "http://pictures.example:81/x.png",
         "http://pictures.example.evil.example/x.png",
         "http://pictures.example@evil.example/x.png",
@@ -181,6 +195,22 @@ def test_the_name_is_resolved_once_and_the_address_is_pinned(monkeypatch, server
         ("::ffff:93.184.216.34", True),
         ("2002:7f00:1::", False),
         ("2001:0:1::1", False),
+        ("fec0::1", False),
+        ("::7f00:1", False),
+        ("::93.184.216.34", False),
+        ("::ffff:0:127.0.0.1", False),
+        ("64:ff9b::5db8:d822", False),
+        ("64:ff9b:1::1", False),
+        ("2001:db8::1", False),
+        ("3fff::1", False),
+        ("5f00::1", False),
+        ("100::1", False),
+        ("4000::1", False),
+        ("192.0.0.8", False),
+        ("192.88.99.1", False),
+        ("240.0.0.1", False),
+        ("127.1.2.3", False),
+        ("fe80::1%eth0", False),
     ],
 )
 def test_which_addresses_are_public(address, public):

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.serving.backend import ModelBackend
+from pipelines.serving.model_backend import ModelBackend
 from pipelines.serving.protocol import ChatRequest
 from pipelines.settings import ServeSettings
+from tests.serving_api import Client
 from tests.serving_model import data_url, make_image, save_checkpoint
-from tests.unit.serving.test_api import Client
 
 VALID = {
     "model": "tinygpt-v",

@@ -1,4 +1,4 @@
-"""Pictures from strangers: what is taken, what is refused, and that refusing is cheap."""
+"""Untrusted images: what is taken, what is refused, and that refusing is cheap."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.serving.decoders import DecoderBusy
+from pipelines.serving.errors import ProtocolError
 from pipelines.serving.media import MediaLoader
-from pipelines.serving.protocol import ProtocolError
+from pipelines.serving.turns import ImageReference
 from pipelines.settings import ServeSettings
+from tests.serving_api import decoders
 from tests.serving_model import data_url, make_image
 
 
 def load(*urls, side=16, **settings):
-    loader = MediaLoader(ServeSettings(**settings))
-    return asyncio.run(loader.load([(f"messages.0.content.{i}", url) for i, url in enumerate(urls)], side))
+    loader = MediaLoader(ServeSettings(**settings), decoders())
+    images = [ImageReference(f"messages.0.content.{i}", url) for i, url in enumerate(urls)]
+    return asyncio.run(loader.load(images, side))
 
 
 def refusal(*urls, **settings):
@@ -54,9 +58,9 @@ def test_usual_formats_are_taken(kind):
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "I;16", "CMYK"])
 def test_unusual_pixels_are_taken(mode):
-    picture = Image.new(mode, (30, 20))
+    image = Image.new(mode, (30, 20))
     kind = "JPEG" if mode == "CMYK" else "PNG"
-    assert load(data_url(saved(picture, kind)))[0].pixels.shape == (3, 16, 16)
+    assert load(data_url(saved(image, kind)))[0].pixels.shape == (3, 16, 16)
 
 
 def test_of_an_animation_the_first_frame_is_taken():
@@ -75,9 +79,9 @@ def test_a_wrong_label_does_no_harm():
     [
         ("data:image/png;base64,", "invalid_image"),
         ("data:image/png;base64,####", "invalid_base64"),
-        ("data:image/png;base64,QUJ", "invalid_base64"),
-        ("data:image/png;base64,QUJD\nQUJD", "invalid_base64"),
-        ("data:image/png,%89PNG", "invalid_image_url"),
+        ("data:image/png;base64,QUJDQ", "invalid_base64"),
+        ("data:image/png;base64,QUJD\nQUJD", "invalid_image"),
+        ("data:image/png,%89PNG", "invalid_image"),
         ("data:text/html;base64,PGI+", "invalid_image_url"),
         ("data:" + "x" * 300, "invalid_image_url"),
         (data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml"), "invalid_image"),
@@ -122,8 +126,8 @@ def test_a_text_bomb_in_a_small_png_is_refused_or_harmless():
     text = zlib.compress(b"a" * 50_000_000)
     data = b"bomb\0\0" + text
     chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
-    picture = make_image()
-    assert refusal(data_url(picture[:33] + chunk + picture[33:])).code == "invalid_image"
+    image = make_image()
+    assert refusal(data_url(image[:33] + chunk + image[33:])).code == "invalid_image"
 
 
 def test_size_is_checked_before_decoding_base64():
@@ -136,11 +140,44 @@ def test_number_of_images_is_bounded():
     assert len(load(url, url, max_images=2)) == 2
 
 
-def test_decoding_time_is_bounded(monkeypatch):
-    monkeypatch.setattr("pipelines.serving.media.ChatImage.from_bytes", lambda *_: time.sleep(0.5))
-    assert refusal(data_url(make_image()), image_timeout_s=0.05).code == "image_timeout"
+class Decoders:
+    """Decoders that never decode."""
+
+    def __init__(self, error):
+        self.error = error
+
+    async def decode(self, job, **_):
+        raise self.error
 
 
-def test_what_follows_the_picture_in_a_file_does_not_matter():
+def test_an_image_that_takes_too_long_is_the_clients_mistake_and_a_busy_decoder_is_not():
+    image = ImageReference("messages.0.content.0", data_url(make_image()))
+    for error, status, code in ((TimeoutError(), 400, "image_timeout"), (DecoderBusy(), 503, "unavailable")):
+        loader = MediaLoader(ServeSettings(), Decoders(error))
+        with pytest.raises(ProtocolError) as caught:
+            asyncio.run(loader.load([image], 16))
+        assert (caught.value.status, caught.value.code) == (status, code)
+        assert bool(caught.value.retry_after_s) == (status == 503)
+
+
+@pytest.mark.parametrize("pixels", [2400, 2399])
+def test_the_pixel_bound_is_exact(pixels):
+    url = data_url(make_image(width=60, height=40))
+    if pixels == 2400:
+        assert load(url, max_image_megapixels=pixels / 1e6)[0].width == 60
+    else:
+        assert refusal(url, max_image_megapixels=pixels / 1e6).code == "image_too_large"
+
+
+def test_the_byte_bound_is_exact():
+    data = make_image()
+    assert load(data_url(data), max_image_mb=len(data) / 1e6)[0].width == 60
+    assert refusal(data_url(data), max_image_mb=(len(data) - 1) / 1e6).status == 413
+    percent = "data:image/png," + "".join(f"%{byte:02x}" for byte in data)
+    assert load(percent, max_image_mb=len(data) / 1e6)[0].width == 60
+    assert refusal(percent, max_image_mb=(len(data) - 1) / 1e6).status == 413
+
+
+def test_what_follows_the_image_in_a_file_does_not_matter():
     polyglot = make_image(kind="JPEG") + b"PK\x03\x04<script>alert(1)</script>"
     assert load(data_url(polyglot))[0].width == 60

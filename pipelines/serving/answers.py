@@ -1,0 +1,237 @@
+"""OpenAI's chat completions as types: answers, models, errors; and an answer as it grows from the backend's items."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from pipelines.serving.backend import Failure, Item, PromptRead, TokenProbability
+from pipelines.serving.protocol import Coordinates
+from tinygptv.data.boxes import COLOURS, parse_boxes, to_pixels
+
+
+class FoundBox(BaseModel):
+    """Extension: a box that the answer names.
+
+    ``box`` is x1, y1, x2, y2 in pixels of the image as it was sent (upright); boxes of one phrase share ``entity``.
+    """
+
+    label: str
+    box: Coordinates
+    entity: int
+    colour: str
+    image: int = Field(description="index of the image among those of the request")
+
+
+class Usage(BaseModel):
+    """Tokens; an image counts as its query tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[str, int]
+
+
+class TopLogprob(BaseModel):
+    """A probable token."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """The token that was drawn."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(BaseModel):
+    """Log-probabilities of an answer."""
+
+    content: list[TokenLogprob]
+
+
+class AnswerMessage(BaseModel):
+    """The answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+    boxes: list[FoundBox] = []
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class Choice(BaseModel):
+    """One answer and why it ended."""
+
+    index: int = 0
+    message: AnswerMessage
+    logprobs: Logprobs | None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    """What ``POST /v1/chat/completions`` answers."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class Model(BaseModel):
+    """The served model; what is not OpenAI's tells the web page what the model can do."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "tinygptv"
+    context_length: int = Field(description="extension: most tokens of prompt and answer")
+    scope: str = Field(description="extension: images that the model knows")
+
+
+class ModelList(BaseModel):
+    """What ``GET /v1/models`` answers."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every error's body."""
+
+    error: ErrorDetail
+
+
+@dataclass
+class Answer:
+    """An answer that is being written.
+
+    Attributes:
+        id: of the completion.
+        model: the name that the request used.
+        created: seconds since 1970.
+        with_logprobs: whether the request asked for log-probabilities.
+        image_size: width and height of the image that boxes lie on; None without images.
+        image_index: which of the request's images that is.
+    """
+
+    id: str
+    model: str
+    created: int
+    with_logprobs: bool
+    image_size: tuple[int, int] | None
+    image_index: int
+    text: str = ""
+    prompt_tokens: int = 0
+    num_tokens: int = 0
+    cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+
+    def add(self, item: Item) -> None:
+        """Take an item of the backend.
+
+        Raises:
+            ProtocolError: the item is a failure.
+        """
+        if isinstance(item, Failure):
+            raise item.error()
+        if isinstance(item, PromptRead):
+            self.prompt_tokens = item.prompt_tokens
+            return
+        self.text += item.text
+        self.num_tokens += item.num_tokens
+        self.cached_tokens += item.cached_tokens
+        self.finish_reason = item.finish_reason
+
+    def boxes(self) -> list[FoundBox]:
+        """Boxes of the text so far, in pixels."""
+        return find_boxes(self.text, self.image_size, self.image_index)
+
+    def usage(self) -> dict[str, Any]:
+        """The ``usage`` field."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.num_tokens,
+            "total_tokens": self.prompt_tokens + self.num_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+    def first_chunk(self) -> dict[str, Any]:
+        """The event that opens a stream."""
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def text_chunk(self, text: str, logprobs: tuple[TokenProbability, ...]) -> dict[str, Any]:
+        """An event with text."""
+        return self._chunk({"content": text}, logprobs=self._logprobs(logprobs) if logprobs else None)
+
+    def last_chunk(self) -> dict[str, Any]:
+        """The event that says why the answer ended, with its boxes."""
+        boxes = [box.model_dump() for box in self.boxes()]
+        return self._chunk({"boxes": boxes} if boxes else {}, finish_reason=self.finish_reason)
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The event that ``stream_options.include_usage`` asks for."""
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()}
+
+    def completion(self, logprobs: tuple[TokenProbability, ...]) -> dict[str, Any]:
+        """The whole answer."""
+        boxes = [box.model_dump() for box in self.boxes()]
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": self.text, "refusal": None, "boxes": boxes},
+            "logprobs": self._logprobs(logprobs),
+            "finish_reason": self.finish_reason,
+        }
+        return {**self._head("chat.completion"), "choices": [choice], "usage": self.usage()}
+
+    def _chunk(
+        self,
+        delta: dict[str, Any],
+        *,
+        logprobs: dict[str, Any] | None = None,
+        finish_reason: FinishReason | None = None,
+    ) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+
+    def _logprobs(self, entries: tuple[TokenProbability, ...]) -> dict[str, Any] | None:
+        return {"content": [entry.to_json() for entry in entries]} if self.with_logprobs else None
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+def find_boxes(text: str, size: tuple[int, int] | None, image: int) -> list[FoundBox]:
+    """Boxes of an answer, clipped to its image, in the image's pixels.
+
+    Args:
+        text: an answer.
+        size: width and height of the image; None where the request has none, and so no boxes.
+        image: index of the image.
+    """
+    if size is None:
+        return []
+    found = []
+    for grounded in parse_boxes(text):
+        x1, y1, x2, y2 = to_pixels([min(max(v, 0.0), 100.0) for v in grounded.box], *size)
+        colour = "#{:02x}{:02x}{:02x}".format(*COLOURS[grounded.entity % len(COLOURS)])
+        box = (round(x1, 2), round(y1, 2), round(x2, 2), round(y2, 2))
+        found.append(FoundBox(label=grounded.phrase, box=box, entity=grounded.entity, colour=colour, image=image))
+    return found

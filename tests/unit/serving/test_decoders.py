@@ -1,0 +1,145 @@
+"""Decoder processes: killed at their deadline, replaced when they die, never a reason for others to wait for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.serving import decoders as processes
+from pipelines.serving.data_url import DataURL
+from pipelines.serving.decoder_process import DecodeError, DecodeJob, decode
+from pipelines.serving.decoders import DecoderBusy, ImageDecoders
+from tests.serving_model import data_url, make_image
+from tinygptv.data.conversation import ChatImage
+
+
+def job(data=None, side=16, max_bytes=10**7, max_pixels=10**7):
+    return DecodeJob(make_image() if data is None else data, side, max_bytes, max_pixels)
+
+
+@pytest.fixture
+def decoders():
+    decoders = ImageDecoders(1)
+    yield decoders
+    decoders.close()
+
+
+def run(decoders, one, wait_s=10.0, timeout_s=10.0):
+    return asyncio.run(decoders.decode(one, wait_s=wait_s, timeout_s=timeout_s))
+
+
+def pid_of(decoders):
+    (process,) = [process for process in decoders._processes if process.is_alive]
+    return process._process.pid
+
+
+def test_a_process_decodes_as_this_one_does(decoders):
+    for source in (make_image(3), DataURL.split(data_url(make_image(3)))):
+        wanted, got = ChatImage.from_bytes(make_image(3), 24), run(decoders, job(source, side=24))
+        assert (got.number, got.width, got.height) == (wanted.number, wanted.width, wanted.height)
+        assert (got.pixels == wanted.pixels).all() and got.pixels.dtype == wanted.pixels.dtype
+    assert run(decoders, job(b"nothing")) == decode(job(b"nothing"))
+
+
+def test_bounds_are_exact():
+    assert isinstance(decode(job(make_image(width=60, height=40), max_pixels=2400)), ChatImage)
+    assert decode(job(make_image(width=60, height=40), max_pixels=2399)).code == "image_too_large"
+    assert isinstance(decode(job(max_bytes=len(make_image()))), ChatImage)
+    assert decode(job(max_bytes=len(make_image()) - 1)).code == "image_too_large"
+
+
+def test_a_job_that_takes_too_long_is_killed_and_the_next_one_decoded(decoders):
+    run(decoders, job())
+    pid = pid_of(decoders)
+    os.kill(pid, signal.SIGSTOP)  # as an image that never ends
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        run(decoders, job(), timeout_s=0.3)
+    assert time.monotonic() - started < 3
+    assert isinstance(run(decoders, job()), ChatImage)
+    assert pid_of(decoders) != pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_process_that_dies_costs_one_image(decoders):
+    run(decoders, job())
+    os.kill(pid_of(decoders), signal.SIGSTOP)
+
+    async def die_meanwhile():
+        waiting = asyncio.create_task(decoders.decode(job(), wait_s=10, timeout_s=10))
+        await asyncio.sleep(0.2)
+        os.kill(pid_of(decoders), signal.SIGKILL)
+        return await waiting
+
+    assert asyncio.run(die_meanwhile()).code == "invalid_image"
+    assert isinstance(run(decoders, job()), ChatImage)
+
+
+def test_a_process_that_died_while_idle_costs_nothing(decoders):
+    run(decoders, job())
+    os.kill(pid_of(decoders), signal.SIGKILL)
+    time.sleep(0.1)
+    assert isinstance(run(decoders, job()), ChatImage)
+
+
+def test_waiting_for_a_decoder_has_an_end(decoders):
+    run(decoders, job())
+    os.kill(pid_of(decoders), signal.SIGSTOP)
+
+    async def crowd():
+        slow = asyncio.create_task(decoders.decode(job(), wait_s=1, timeout_s=1))
+        await asyncio.sleep(0.1)
+        with pytest.raises(DecoderBusy):
+            await decoders.decode(job(), wait_s=0.2, timeout_s=5)
+        with pytest.raises(TimeoutError):
+            await slow
+        return await decoders.decode(job(), wait_s=10, timeout_s=5)
+
+    assert isinstance(asyncio.run(crowd()), ChatImage)
+
+
+def test_a_caller_that_leaves_hurts_nobody(decoders):
+    async def leave_and_ask():
+        leaving = [asyncio.create_task(decoders.decode(job(), wait_s=5, timeout_s=5)) for _ in range(5)]
+        await asyncio.sleep(0.01)
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+        return await decoders.decode(job(), wait_s=10, timeout_s=5)
+
+    assert isinstance(asyncio.run(leave_and_ask()), ChatImage)
+
+
+def test_a_decoder_knows_no_secrets(decoders, monkeypatch):
+    monkeypatch.setenv("TINYGPTV_API_KEYS", "secret-key")
+    run(decoders, job())
+    assert b"secret-key" not in Path(f"/proc/{pid_of(decoders)}/environ").read_bytes()
+
+
+def test_memory_is_bounded(decoders):
+    run(decoders, job())
+    lines = Path(f"/proc/{pid_of(decoders)}/limits").read_text().splitlines()
+    limits = {line[:26].strip(): line[26:].split()[0] for line in lines}
+    assert limits["Max address space"] == "3000000000" and limits["Max file size"] == "0"
+
+
+def test_an_answer_that_is_none_is_not_believed(decoders, monkeypatch):
+    run(decoders, job())
+    monkeypatch.setattr(processes, "receive_result", lambda *_: (_ for _ in ()).throw(ValueError("not JSON")))
+    assert isinstance(run(decoders, job()), DecodeError)
+    monkeypatch.undo()
+    assert isinstance(run(decoders, job()), ChatImage)
+
+
+def test_processes_end_with_their_server(decoders):
+    run(decoders, job())
+    pid = pid_of(decoders)
+    decoders.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

@@ -1,0 +1,160 @@
+"""Requests as OpenAI's clients write them: neutral, unknown and unsupported fields, and what the model is asked."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from pipelines.serving.protocol import ChatRequest
+from tests.serving_api import IMAGE, Client, FakeBackend, ask, words
+from tests.serving_model import data_url, make_image
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": None},
+        {"tools": []},
+        {"tools": [{"type": "function"}], "tool_choice": "none"},
+        {"tool_choice": "none"},
+        {"tool_choice": "auto"},
+        {"parallel_tool_calls": None},
+        {"parallel_tool_calls": False},
+        {"functions": None},
+        {"functions": [], "function_call": "none"},
+        {"service_tier": "auto"},
+        {"reasoning_effort": None},
+        {"reasoning_effort": "low"},
+        {"modalities": ["text"]},
+        {"audio": None},
+        {"prediction": None},
+        {"response_format": None},
+        {"response_format": {"type": "text"}},
+        {"n": 1},
+        {"best_of": 1},
+        {"user": "somebody", "metadata": {"a": "b"}, "store": False, "safety_identifier": "x"},
+        {"logit_bias": {}},
+        {"logit_bias": None, "stop": None, "seed": None, "stream": None, "stream_options": None},
+        {"stream_options": {"include_usage": True, "include_obfuscation": False}},
+        {"a_field_of_next_year": {"deep": [1, 2]}},
+    ],
+)
+def test_what_would_not_change_the_answer_is_taken(fields):
+    assert Client().chat(ask(words("hi"), **fields)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "function"}},
+        {"functions": [{"name": "f"}]},
+        {"modalities": ["text", "audio"]},
+        {"audio": {"voice": "x"}},
+        {"web_search_options": {}},
+        {"best_of": 2},
+        {"best_of": True},
+        {"min_p": 0.1},
+        {"guided_json": {}},
+        {"use_beam_search": True},
+    ],
+)
+def test_what_would_change_the_answer_is_refused_by_name(fields):
+    response = Client().chat(ask(words("hi"), **fields))
+    assert response.status_code == 400
+    assert f"{next(iter(fields))} is not supported" in response.json()["error"]["message"]
+
+
+def test_ignored_fields_are_logged_in_one_line_and_once(caplog):
+    client = Client()
+    caplog.set_level(logging.INFO, "pipelines.serving")
+    for _ in range(3):
+        client.chat(ask(words("hi"), later="x", never=None, tools=[], **{"evil\nname": 1}))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == r"ignored request fields: 'later', 'tools', 'evil\nname'"
+    client.chat(ask(words("hi"), **{f"name{i}": 1 for i in range(1000)}))
+    client.chat(ask(words("hi"), another=1))
+    assert len(caplog.records) == 2 and len(caplog.text) < 2000, "clients cannot fill the log with names"
+
+
+def sampling(**fields):
+    request = ChatRequest.model_validate(ask(words("hi"), **fields))
+    return request.sampling(max_tokens=99, temperature=0.7)
+
+
+def test_the_servers_defaults_stand_in_for_what_a_request_leaves_out():
+    defaults = sampling(max_tokens=None)
+    assert (defaults["max_tokens"], defaults["temperature"]) == (99, 0.7)
+    assert defaults["logprobs"] is None and defaults["seed"] is None
+
+
+def test_an_explicit_temperature_of_0_wins():
+    assert sampling(temperature=0)["temperature"] == 0
+
+
+@pytest.mark.parametrize(("temperature", "wanted"), [(1e-9, 0), (0.0099, 0), (0.01, 0.01), (1e-320, 0), (2, 2)])
+def test_a_temperature_near_0_is_greedy(temperature, wanted):
+    assert sampling(temperature=temperature)["temperature"] == wanted
+
+
+def test_both_names_of_the_token_limit():
+    assert sampling(max_tokens=5)["max_tokens"] == 5
+    assert sampling(max_tokens=None, max_completion_tokens=7)["max_tokens"] == 7
+    assert sampling(max_tokens=5, max_completion_tokens=7)["max_tokens"] == 7
+
+
+def test_every_sampling_field_reaches_the_model():
+    fields = {
+        "top_p": 0.5,
+        "top_k": 4,
+        "repetition_penalty": 1.5,
+        "frequency_penalty": 0.25,
+        "presence_penalty": -0.25,
+        "seed": 11,
+        "logit_bias": {"7": -100, "8": 2.5},
+        "stop": "x",
+        "logprobs": True,
+        "top_logprobs": 3,
+    }
+    wanted = {**fields, "logit_bias": ((7, -100), (8, 2.5)), "stop": ("x",), "logprobs": 3}
+    del wanted["top_logprobs"]
+    assert wanted.items() <= sampling(**fields).items()
+    assert sampling(logprobs=True)["logprobs"] == 0
+    assert sampling(logprobs=False, top_logprobs=3)["logprobs"] is None
+
+
+def test_an_image_url_may_be_a_string():
+    client = Client()
+    url = data_url(make_image())
+    assert client.chat(ask(words("hi"), {"type": "image_url", "image_url": url})).status_code == 200
+    (image,) = client.backend.jobs[0].messages[0].images
+    assert (image.width, image.height) == (60, 40)
+
+
+def test_head_is_get_without_a_body():
+    client = Client()
+    for path in ("/", "/healthz", "/v1/models", "/metrics"):
+        head, get = client.request("HEAD", path), client.request("GET", path)
+        assert head.status_code == 200 and head.content == b"" and get.content
+        assert head.headers["content-type"] == get.headers["content-type"]
+    assert client.request("HEAD", "/nothing").status_code == 404
+
+
+@pytest.mark.parametrize("name", ["org/name", "a b", "tinygpt-v"])
+def test_a_model_of_any_name_is_found_where_it_is_listed(name):
+    client = Client(model_name=name)
+    (listed,) = client.request("GET", "/v1/models").json()["data"]
+    assert listed["id"] == name and listed["scope"] == "drawn scenes"
+    for path in (name, name.replace("/", "%2F").replace(" ", "%20")):
+        assert client.request("GET", f"/v1/models/{path}").json()["id"] == name
+    assert client.request("GET", "/v1/models/org/other").status_code == 404
+    assert client.chat({**ask(words("hi")), "model": name}).status_code == 200
+
+
+def test_boxes_name_the_image_they_lie_on():
+    fake = FakeBackend()
+    fake.items = (fake.items[0], type(fake.items[1])("<p>it</p> {<0><0><50><50>}", finish_reason="stop"))
+    (box,) = Client(fake).chat(ask(IMAGE, IMAGE, words("where")), timeout=60).json()["choices"][0]["message"]["boxes"]
+    assert box["image"] == 1 and box["box"] == [0, 0, 30, 20]
