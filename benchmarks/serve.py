@@ -75,7 +75,7 @@ class Generate:
             for q, image in zip(questions, images, strict=True)
         ]
         inputs = {name: torch.from_numpy(array) for name, array in self.processor.pad(rows).items()}
-        pixels = torch.stack([torch.from_numpy(normalise_pixels(image.pixels)) for image in images])
+        pixels = normalise_pixels(torch.stack([torch.from_numpy(image.pixels) for image in images]))
         longest, watch = max(q.num_tokens for q in questions), Watch()
         output = self.model.generate(
             **inputs,

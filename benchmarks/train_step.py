@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.collate import LoadedSample, MicroBatch, collate
-from tinygptv.data.images import IMAGE_MEAN, IMAGE_STD
+from tinygptv.data.images import normalise_pixels
 from tinygptv.data.sample import IGNORE_INDEX, EncodedSample
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.training.stages import set_trainable
@@ -131,8 +131,7 @@ def plain_batch(samples: list[LoadedSample], pad: int) -> dict[str, torch.Tensor
         fill = width - len(sample.encoded.input_ids)
         for name, value in (("input_ids", pad), ("labels", IGNORE_INDEX), ("attention_mask", 0)):
             rows[name].append(np.pad(getattr(sample.encoded, name), (0, fill), constant_values=value))
-    mean, std = (np.array(v, dtype=np.float32).reshape(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    pixels = np.stack([(s.pixels.astype(np.float32) / 255 - mean) / std for s in samples])
+    pixels = normalise_pixels(np.stack([s.pixels for s in samples]))
     batch = {name: torch.from_numpy(np.stack(arrays)) for name, arrays in rows.items()}
     return {**batch, "pixel_values": torch.from_numpy(pixels)}
 

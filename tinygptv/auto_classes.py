@@ -1,8 +1,15 @@
 """Registers the model with transformers' Auto classes, as soon as those are imported and not before.
 
-``import tinygptv`` stays free of torch and transformers, which take seconds to import: loaders, schedules and templates
-do without them. When somebody imports an Auto class, our class is registered with it; the model's own module (timm,
-peft) is imported when a model is built.
+Why not ``AutoConfig.register`` at import: it imports transformers and torch. Measured on two cores (the fastest of three
+runs, transformers 5.23, torch 2.15, warm disk):
+
+    import tinygptv, with this hook             0.04 s    14 MB
+    ... and AutoConfig.register                 3.0 s    695 MB
+    ... and the model and processor classes     6.3 s    918 MB
+
+Every process that imports ``tinygptv`` would pay that: loader actors, ingest tasks, the serving ingress, the training
+controller, ``--help`` of each job. They need the pure parts alone. So an import hook registers our classes when an Auto
+module is imported; the model's own module (timm, peft) is imported when a model is built.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,6 +29,7 @@ from pipelines.progress import Bar
 from pipelines.settings import CacheFeaturesSettings, SettingsError
 from pipelines.units import Workers, map_units
 from tinygptv.checkpoint.checkpoint import verify_folder
+from tinygptv.lru import LRU
 
 if TYPE_CHECKING:
     from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
@@ -126,7 +126,7 @@ class FeatureSet:
     def __init__(self, uri: str, key: str, parts: Sequence[FeaturePart]) -> None:
         self.uri, self.key, self.parts = uri, key, parts
         self.starts = np.concatenate([[0], np.cumsum([part.rows for part in parts])])
-        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._open: LRU[int, np.ndarray] = LRU(_OPEN_PARTS)
 
     @classmethod
     def open(cls, shard_uri: str, key: str) -> FeatureSet:
@@ -164,12 +164,8 @@ class FeatureSet:
     def row(self, index: int) -> np.ndarray:
         """Features [Q, F] of a row."""
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
-        if number not in self._open:
-            while len(self._open) >= _OPEN_PARTS:
-                self._open.popitem(last=False)
-            self._open[number] = self._load(self.parts[number])
-        self._open.move_to_end(number)
-        return np.array(self._open[number][index - self.starts[number]])
+        part = self._open.get_or_make(number, lambda: self._load(self.parts[number]))
+        return np.array(part[index - self.starts[number]])
 
     def _load(self, part: FeaturePart) -> np.ndarray:
         location = storage.join(self.uri, part.name)
@@ -280,7 +276,7 @@ class FeatureWriter:
         model.set_image_size(image_size)
         self.model: TinyGPTVForConditionalGeneration = model.eval().to(device)
         self.image_size = image_size
-        self.known: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self.known: LRU[bytes, np.ndarray] = LRU(_KNOWN_BYTES, lambda features: features.nbytes)
         self.batch_size = batch_size or (_largest_batch(self.model, image_size) if device == "cuda" else _CPU_BATCH)
 
     def __call__(self, unit: FeatureUnit) -> None:
@@ -305,8 +301,9 @@ class FeatureWriter:
         for index in range(unit.part.rows):
             image = shards.row(start + index).image
             digest = hashlib.sha256(image).digest() if image is not None else b""
-            if digest in self.known:
-                features[index] = self.known[digest]
+            known = self.known.get(digest)
+            if known is not None:
+                features[index] = known
             elif digest in waiting:
                 waiting[digest].append(index)
             elif image is not None:
@@ -323,9 +320,7 @@ class FeatureWriter:
         """Encode images into all the rows that show them, and remember them: data sets share images."""
         for (digest, indices), encoded in zip(waiting.items(), self._encode(np.stack(pixels)), strict=True):
             features[indices] = encoded
-            self.known[digest] = encoded
-        while len(self.known) * encoded.nbytes > _KNOWN_BYTES:
-            self.known.popitem(last=False)
+            self.known.put(digest, encoded)
 
     def _pixels(self, image: bytes) -> np.ndarray:
         from tinygptv.data.images import open_image, resize_pixels
@@ -338,7 +333,7 @@ class FeatureWriter:
         from tinygptv.data.images import normalise_pixels
 
         with torch.inference_mode():
-            pixel_values = torch.from_numpy(normalise_pixels(pixels)).to(self.model.device)
+            pixel_values = normalise_pixels(torch.from_numpy(pixels).to(self.model.device))
             return self.model.encode_query_features(pixel_values).float().cpu().numpy()
 
 

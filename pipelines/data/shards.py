@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.data.shard_cache import ShardCache
 from tinygptv.data.sample import SampleRow
+from tinygptv.lru import LRU
 
 FORMAT = "tinygptv-shards"
 VERSION = 1
@@ -262,7 +262,7 @@ class ShardSet:
         self.manifest = manifest
         self._cache = cache or ShardCache()
         self._starts = np.cumsum([0, *(shard.rows for shard in manifest.shards)], dtype=np.int64)
-        self._readers: OrderedDict[int, pa.ipc.RecordBatchFileReader] = OrderedDict()
+        self._readers: LRU[int, pa.ipc.RecordBatchFileReader] = LRU(_OPEN_SHARDS)
 
     @classmethod
     def open(cls, uri: str, cache: ShardCache | None = None) -> ShardSet:
@@ -369,18 +369,16 @@ class ShardSet:
             raise self._unreadable(shard, error) from error
 
     def _reader(self, shard: int) -> pa.ipc.RecordBatchFileReader:
-        if shard not in self._readers:
-            while len(self._readers) >= _OPEN_SHARDS:
-                self._readers.popitem(last=False)
-            info = self.manifest.shards[shard]
-            place = storage.join(self.uri, info.file)
-            try:
-                path = storage.resolve(place)[1] if storage.is_local(place) else self._cache.fetch(place, info.sha256)
-                self._readers[shard] = pa.ipc.open_file(pa.memory_map(str(path)))
-            except (pa.ArrowInvalid, OSError) as error:
-                raise self._unreadable(shard, error) from error
-        self._readers.move_to_end(shard)
-        return self._readers[shard]
+        return self._readers.get_or_make(shard, lambda: self._open_file(shard))
+
+    def _open_file(self, shard: int) -> pa.ipc.RecordBatchFileReader:
+        info = self.manifest.shards[shard]
+        place = storage.join(self.uri, info.file)
+        try:
+            path = storage.resolve(place)[1] if storage.is_local(place) else self._cache.fetch(place, info.sha256)
+            return pa.ipc.open_file(pa.memory_map(str(path)))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise self._unreadable(shard, error) from error
 
     def _unreadable(self, shard: int, error: Exception) -> ShardError:
         return ShardError(f"{self.uri}/{self.manifest.shards[shard].file} cannot be read ({error}); {_MEND}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from PIL.Image import Image
 
@@ -68,8 +67,8 @@ class SamplePredictor:
         input_ids = torch.tensor([ids], device=model.device)
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if image is not None:
-            pixels = np.stack([resize_pixels(image, maker.plan.stage.image_size)])
-            inputs["pixel_values"] = torch.from_numpy(normalise_pixels(pixels)).to(model.device)
+            pixels = torch.from_numpy(resize_pixels(image, maker.plan.stage.image_size)).to(model.device)
+            inputs["pixel_values"] = normalise_pixels(pixels).unsqueeze(0)
         output = model.generate(
             **inputs, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=maker.tokenizer.pad_token_id
         )

@@ -29,15 +29,16 @@ LAYERS = {
 """Package -> top-level names that nothing in it may import."""
 
 _LIBRARY: dict[str, set[str]] = {
+    "lru": set(),
     "config": set(),
-    "data": {"config"},
+    "data": {"config", "lru"},
     "metrics": {"data"},
     "model": {"config", "data"},
     "training": {"config", "data", "model"},
     "checkpoint": {"config", "data", "model"},
     "convert": {"config", "data", "model", "training", "checkpoint"},
     "quantization": {"config", "data", "model", "checkpoint"},
-    "inference": {"config", "data", "model", "metrics", "checkpoint", "quantization"},
+    "inference": {"lru", "config", "data", "model", "metrics", "checkpoint", "quantization"},
     "miniature": {"config", "data", "model", "training", "checkpoint"},
     "auto_classes": {"config", "data", "model"},
     "chat": {"data", "inference", "miniature"},

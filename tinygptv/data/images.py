@@ -13,12 +13,14 @@ import os
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tinygptv.data.image_structure import check_structure
+
+PixelsT = TypeVar("PixelsT")
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -47,6 +49,8 @@ def load_image(source: Any) -> Image.Image:
         return open_image(bytes(source))
     if isinstance(source, str | os.PathLike):
         return _load_named(os.fspath(source))
+    if hasattr(source, "detach"):  # a torch tensor, on any device
+        source = source.detach().cpu()
     return _from_array(np.asarray(source))
 
 
@@ -164,10 +168,22 @@ def resize_pixels(image: Image.Image, image_size: int) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1))
 
 
-def normalise_pixels(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [..., 3, R, R] to the model's float32 ``pixel_values`` (numpy, for the loader and the processor)."""
-    mean, std = (np.array(v, dtype=np.float32).reshape(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    return (pixels.astype(np.float32) / np.float32(255.0) - mean) / std
+def normalise_pixels(pixels: PixelsT) -> PixelsT:
+    """The model's ``pixel_values``: scaled to 0..1 and normalised with CLIP's statistics.
+
+    Args:
+        pixels: uint8 [..., 3, R, R], a numpy array or a torch tensor on any device.
+
+    Returns:
+        float32, of the same kind and on the same device.
+    """
+    given: Any = pixels  # torch is not imported here: loader processes do without it
+    if isinstance(given, np.ndarray):
+        mean, std = (np.array(v, dtype=np.float32).reshape(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+        return cast(PixelsT, (given.astype(np.float32) / np.float32(255.0) - mean) / std)
+    floats = given.float()
+    mean, std = (floats.new_tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    return cast(PixelsT, (floats / 255.0 - mean) / std)
 
 
 def stack_pixels(images: Sequence[Image.Image], image_size: int) -> np.ndarray:

@@ -12,12 +12,13 @@ there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+
+from tinygptv.lru import LRU
 
 _BLOCK = 4096
 """Steps whose source draws are made and counted together; jumping to step k costs k / _BLOCK small array draws."""
@@ -137,16 +138,16 @@ class Mixture:
         return consumed
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._remember(("block", block), lambda: (self._draws(block), self._consumed_before(block)))
+        return self._recent.get_or_make(("block", block), lambda: (self._draws(block), self._consumed_before(block)))
 
     # ------------------------------------------------------------------ rows within a source
 
     def _row(self, index: int, position: int) -> int:
         epoch, place = divmod(position, self.sources[index].num_rows)
-        starts, windows = self._remember(("windows", index, epoch), lambda: self._windows(index, epoch))
+        starts, windows = self._recent.get_or_make(("windows", index, epoch), lambda: self._windows(index, epoch))
         window = int(np.searchsorted(starts, place, side="right")) - 1
         key = ("rows", index, epoch, window)
-        rows = self._remember(key, lambda: self._shuffled_rows(index, epoch, window, windows[window]))
+        rows = self._recent.get_or_make(key, lambda: self._shuffled_rows(index, epoch, window, windows[window]))
         return int(rows[place - starts[window]])
 
     def _windows(self, index: int, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -163,19 +164,11 @@ class Mixture:
         rows = np.concatenate([np.arange(firsts[shard], firsts[shard] + shard_rows[shard]) for shard in shards])
         return _generator(self.seed, 2, index, epoch, window).permutation(rows)
 
-    # ------------------------------------------------------------------ memory of recent computations
+    # ------------------------------------------------------------------ recent computations
 
     @cached_property
-    def _memory(self) -> dict[tuple, Any]:
-        return {}
-
-    def _remember(self, key: tuple, compute: Callable[[], Any]) -> Any:
-        """Compute once; the oldest result goes when there are more than a few per source."""
-        if key not in self._memory:
-            while len(self._memory) >= 8 + 4 * len(self.sources):
-                del self._memory[next(iter(self._memory))]
-            self._memory[key] = compute()
-        return self._memory[key]
+    def _recent(self) -> LRU[tuple, Any]:
+        return LRU(8 + 4 * len(self.sources))
 
 
 def _generator(*key: int) -> np.random.Generator:

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tinygptv.data.collate import LoadedSample, collate
 from tinygptv.data.images import normalise_pixels, stack_pixels
 from tinygptv.data.processing import TinyGPTVProcessor
 from tinygptv.data.prompt_layout import Exchange
 from tinygptv.data.sample import EncodedSample
 from tinygptv.inference.engine import Engine, PromptTooLong, Request
 from tinygptv.inference.prefix_cache import KVSlots
+from tinygptv.inference.sample_losses import sample_losses
 from tinygptv.inference.sampling import SamplingParams
 from tinygptv.metrics.released import released_text
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
@@ -32,7 +32,6 @@ MEAN_COLOUR = (123, 117, 104)
 """CLIP's mean colour: a picture of it is all but zero after normalisation."""
 
 _CONTEXT_STEP = 128
-_LOSS_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ class Answerer:
         side = self.model.config.vision_config.image_size
         embeds: list[Tensor] = []
         for start in range(0, len(images), IMAGE_BATCH):
-            pixels = normalise_pixels(stack_pixels(images[start : start + IMAGE_BATCH], side))
-            embeds += self.model.encode_images(torch.from_numpy(pixels).to(self.model.device)).unbind(0)
+            pixels = torch.from_numpy(stack_pixels(images[start : start + IMAGE_BATCH], side)).to(self.model.device)
+            embeds += self.model.encode_images(normalise_pixels(pixels)).unbind(0)
         return embeds
 
     def blank(self) -> Tensor:
@@ -179,7 +178,6 @@ class Answerer:
 
     # ------------------------------------------------------------------ choice by loss
 
-    @torch.inference_mode()
     def choice_losses(self, prompts: Sequence[Prompt], image_embeds: Sequence[Tensor]) -> list[list[float]]:
         """Loss of each prompt's choices as its answer, end symbol included.
 
@@ -192,7 +190,7 @@ class Answerer:
             positions.
         """
         positions = self.model.config.text_config.max_position_embeddings
-        samples: list[LoadedSample] = []
+        samples: list[EncodedSample] = []
         owners: list[tuple[int, int]] = []
         losses = [[float("inf")] * len(prompt.choices) for prompt in prompts]
         for i, prompt in enumerate(prompts):
@@ -202,40 +200,10 @@ class Answerer:
                 encoded.add(ids)
                 encoded.add(self.layout.encode_answer(choice), learn=True)
                 if len(encoded.input_ids) <= positions:
-                    samples.append(LoadedSample(encoded, source=len(samples)))
+                    samples.append(encoded)
                     owners.append((i, j))
-        for batch in _batches_by_length(samples):
-            values = self._losses(batch, [prompts[owners[s.source][0]] for s in batch], image_embeds)
-            for sample, value in zip(batch, values, strict=True):
-                i, j = owners[sample.source]
-                losses[i][j] = value
+        shown = [None if (image := prompts[i].image) is None else image_embeds[image] for i, _ in owners]
+        found = sample_losses(self.model, samples, shown, self.processor.tokenizer.pad_token_id)
+        for (i, j), losses_M in zip(owners, found, strict=True):
+            losses[i][j] = float(losses_M.sum())
         return losses
-
-    def _losses(
-        self, samples: Sequence[LoadedSample], prompts: Sequence[Prompt], image_embeds: Sequence[Tensor]
-    ) -> list[float]:
-        device = self.model.device
-        rows = [LoadedSample(sample.encoded, source=row) for row, sample in enumerate(samples)]
-        batch = collate(rows, self.processor.tokenizer.pad_token_id)
-        pictures = [image_embeds[p.image] for p in prompts if p.image is not None]
-        inputs_embeds = self.model.embed(
-            torch.from_numpy(batch.input_ids).to(device), image_embeds=torch.stack(pictures) if pictures else None
-        )
-        losses_M = self.model.token_losses(
-            inputs_embeds,
-            torch.from_numpy(batch.supervised_positions).to(device),
-            torch.from_numpy(batch.supervised_ids).to(device),
-        )
-        owner_M = torch.from_numpy(batch.supervised_sources).to(device)
-        return torch.zeros(len(rows), device=device).index_add_(0, owner_M, losses_M).tolist()
-
-
-def _batches_by_length(samples: Sequence[LoadedSample]) -> list[list[LoadedSample]]:
-    """Samples of like length together, each batch within a bound of padded tokens."""
-    batches: list[list[LoadedSample]] = []
-    for sample in sorted(samples, key=lambda s: -len(s.encoded.input_ids)):
-        longest = len(batches[-1][0].encoded.input_ids) if batches else 0
-        if not batches or (len(batches[-1]) + 1) * longest > _LOSS_TOKENS:
-            batches.append([])
-        batches[-1].append(sample)
-    return batches

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tinygptv.data.collate import LoadedSample, collate
 from tinygptv.data.images import open_image
 from tinygptv.data.processing import TinyGPTVProcessor
-from tinygptv.data.prompt_layout import Exchange
 from tinygptv.data.sample import SampleEncoder, SampleRow, TextLimits, chooser, render_sample
 from tinygptv.inference.batch import Answerer, Prompt
+from tinygptv.inference.sample_losses import sample_losses
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
 MAX_TEXT_TOKENS = 160
@@ -110,36 +110,15 @@ def measure(
     images = [None if row.image is None else open_image(row.image) for row in rows]
     answerer = Answerer(model, processor, batch_size=_BATCH)
     encoded = answerer.encode([image for image in images if image is not None])
-    waiting = iter(encoded)
-    embeds = [None if image is None else next(waiting) for image in images]
-    losses = _losses(model, processor, rendered, embeds)
-    places = [i for i, image in enumerate(images) if image is not None]
+    number = count()
+    shown = [None if image is None else next(number) for image in images]
+    encoder = SampleEncoder(processor.layout(), TextLimits(MAX_TEXT_TOKENS))
+    samples = [encoder.encode(exchanges) for exchanges in rendered]
+    embeds = [None if index is None else encoded[index] for index in shown]
+    losses = sample_losses(model, samples, embeds, processor.tokenizer.pad_token_id)
     prompts = [
-        Prompt(exchanges[0].instruction, places.index(i) if i in places else None, max_new_tokens=MAX_NEW_TOKENS)
-        for i, exchanges in enumerate(rendered)
+        Prompt(exchanges[0].instruction, index, max_new_tokens=MAX_NEW_TOKENS)
+        for exchanges, index in zip(rendered, shown, strict=True)
     ]
     replies = answerer.answer(prompts, encoded)
-    return HeldOut(losses, tuple(reply.text + reply.error for reply in replies))
-
-
-def _losses(
-    model: TinyGPTVForConditionalGeneration,
-    processor: TinyGPTVProcessor,
-    rendered: Sequence[list[Exchange]],
-    embeds: Sequence[Tensor | None],
-) -> Tensor:
-    """Cross-entropy of every supervised token, in nats."""
-    encoder = SampleEncoder(processor.layout(), TextLimits(MAX_TEXT_TOKENS))
-    device = cast(Tensor, model.get_input_embeddings().weight).device
-    losses = []
-    for start in range(0, len(rendered), _BATCH):
-        part = slice(start, start + _BATCH)
-        samples = [LoadedSample(encoder.encode(exchanges), source=0) for exchanges in rendered[part]]
-        batch = collate(samples, processor.tokenizer.pad_token_id)
-        shown = [image_embeds for image_embeds in embeds[part] if image_embeds is not None]
-        inputs_embeds = model.embed(
-            torch.from_numpy(batch.input_ids).to(device), image_embeds=torch.stack(shown) if shown else None
-        )
-        positions, ids = (torch.from_numpy(a).to(device) for a in (batch.supervised_positions, batch.supervised_ids))
-        losses.append(model.token_losses(inputs_embeds, positions, ids).float().cpu())
-    return torch.cat(losses)
+    return HeldOut(torch.cat(losses), tuple(reply.text + reply.error for reply in replies))

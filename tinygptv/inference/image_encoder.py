@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from tinygptv.data.conversation import ChatImage
 from tinygptv.data.images import normalise_pixels
 from tinygptv.inference.watch import WatchedThread
+from tinygptv.lru import LRU
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
 logger = logging.getLogger(__name__)
@@ -56,9 +56,9 @@ class ImageEncoder:
             batch_size: most images of one forward.
         """
         self.model = model
-        self.capacity, self.batch_size = capacity, batch_size
+        self.batch_size = batch_size
         self.num_encoded = self.num_reused = 0
-        self._entries: OrderedDict[CacheKey, _Entry] = OrderedDict()
+        self._entries: LRU[CacheKey, _Entry] = LRU(capacity)
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self.thread = WatchedThread(self._run, "image-encoder")
@@ -91,12 +91,10 @@ class ImageEncoder:
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
-                entry = self._entries[key] = _Entry(key, image)
+                entry = _Entry(key, image)
+                self._entries.put(key, entry)
                 self._queue.put(entry)
-                if len(self._entries) > self.capacity:
-                    self._entries.popitem(last=False)
             else:
-                self._entries.move_to_end(key)
                 self.num_reused += 1
             if entry.embeds is None:
                 entry.waiters.append(future)
@@ -156,10 +154,9 @@ class ImageEncoder:
 
     def _forget(self, entry: _Entry) -> None:
         if self._entries.get(entry.key) is entry:
-            del self._entries[entry.key]
+            self._entries.pop(entry.key)
 
     @torch.inference_mode()
     def _forward(self, images: list[ChatImage]) -> list[Tensor]:
-        pixel_values = normalise_pixels(np.stack([image.pixels for image in images]))
-        embeds = self.model.encode_images(torch.from_numpy(pixel_values).to(self.model.device))
-        return list(embeds.clone())
+        pixels = torch.from_numpy(np.stack([image.pixels for image in images])).to(self.model.device)
+        return list(self.model.encode_images(normalise_pixels(pixels)).clone())

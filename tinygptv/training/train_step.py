@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tinygptv.data.collate import MicroBatch
 from tinygptv.data.flatten import flatten
-from tinygptv.data.images import IMAGE_MEAN, IMAGE_STD
+from tinygptv.data.images import normalise_pixels
 from tinygptv.model.head_loss import Scorer, score_logits
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.training.compilation import Compile, compile_layers, compiled_scorer, run_eagerly, wants_compilation
@@ -137,8 +137,6 @@ class TrainStep:
         self._sums = torch.zeros(2, num_sources, dtype=torch.float64, device=self.device)
         self._clipped_by = torch.ones((), device=self.device)
         self._attach_gradients()
-        mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-        self._mean, self._std = mean, std
 
     def _scorer(self) -> Scorer | None:
         """How losses are computed without keeping logits: on CUDA, with a frozen language head."""
@@ -299,7 +297,7 @@ class TrainStep:
 
     def pixel_values(self, pixels: object) -> Tensor:
         """Normalised float images on the device, from uint8 [N, 3, R, R]."""
-        return (self._to_device(pixels).float() / 255.0 - self._mean) / self._std
+        return normalise_pixels(self._to_device(pixels))
 
     def _send(self, *arrays: np.ndarray) -> tuple[Tensor, ...]:
         """Integer arrays on the device, in one transfer."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -26,6 +25,7 @@ from pipelines.data.sources import SOURCES
 from pipelines.data.sources.base import Filtered, Malformed, Rejected, SourceUnit
 from pipelines.settings import PrepareDataSettings
 from tinygptv.data.sample import SampleRow
+from tinygptv.lru import LRU
 
 STAGING_VERSION = 2
 """Part of every fingerprint: raise it when what a unit writes changes."""
@@ -234,15 +234,10 @@ class _ImageChecker:
 
     def __init__(self, settings: PrepareDataSettings) -> None:
         self.settings = settings
-        self._kept: OrderedDict[bytes, CheckedImage] = OrderedDict()
+        self._kept: LRU[bytes, CheckedImage] = LRU(_KEPT_IMAGES)
 
     def check(self, data: bytes, digest: bytes) -> CheckedImage:
-        if digest not in self._kept:
-            image = check_image(data, self.settings)
-            while len(self._kept) >= _KEPT_IMAGES:
-                self._kept.popitem(last=False)
-            self._kept[digest] = image
-        return self._kept[digest]
+        return self._kept.get_or_make(digest, lambda: check_image(data, self.settings))
 
 
 class _StagedFiles:
