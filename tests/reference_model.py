@@ -45,6 +45,33 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None
 # ------------------------------------------------------------------ image
 
 
+def cubic(distance: Tensor) -> Tensor:
+    """Keys' cubic kernel with a = -0.75."""
+    d, a = distance.abs(), -0.75
+    near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+    far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+    return torch.where(d <= 1, near, torch.where(d < 2, far, torch.zeros_like(d)))
+
+
+def resize_matrix(old: int, new: int) -> Tensor:
+    """[new, old]: bicubic resampling of one axis, corners not aligned, border values repeated."""
+    centres = (torch.arange(new).double() + 0.5) * old / new - 0.5
+    rows = torch.zeros(new, old).double()
+    for i, centre in enumerate(centres):
+        for tap in range(int(centre.floor()) - 1, int(centre.floor()) + 3):
+            rows[i, min(max(tap, 0), old - 1)] += cubic(centre - tap)
+    return rows
+
+
+def resample_positions(pos_embed: Tensor, side: int) -> Tensor:
+    """A learned position embedding [1, P + 1, V] for another patch grid; the class token's row stays."""
+    grid = round((pos_embed.shape[1] - 1) ** 0.5)
+    plane = pos_embed[0, 1:].double().reshape(grid, grid, -1)
+    along = resize_matrix(grid, side)
+    resized = torch.einsum("ya,xb,abv->yxv", along, along, plane).reshape(side * side, -1)
+    return torch.cat([pos_embed[0, :1].double(), resized])[None]
+
+
 def encode_image(vision: State, qformer: State, pixels: Tensor, heads: int) -> Tensor:
     """[3, R, R] -> query features [Q, F]."""
     width, _, patch, _ = vision["patch_embed.proj.weight"].shape

@@ -1,7 +1,7 @@
 """Registers the model with transformers' Auto classes, as soon as those are imported and not before.
 
-Why not ``AutoConfig.register`` at import: it imports transformers and torch. Measured on two cores (the fastest of three
-runs, transformers 5.23, torch 2.15, warm disk):
+Why not ``AutoConfig.register`` at import: it imports transformers and torch. Measured on two cores (the fastest of
+three runs, transformers 5.23, torch 2.15, warm disk):
 
     import tinygptv, with this hook             0.04 s    14 MB
     ... and AutoConfig.register                 3.0 s    695 MB

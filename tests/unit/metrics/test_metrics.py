@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_score
 
-from tests.paths import GOLDEN
 from tinygptv.data.boxes import iou
 from tinygptv.metrics.intervals import bootstrap, paired_difference
 from tinygptv.metrics.metrics import (
@@ -155,39 +152,26 @@ def test_auroc_equals_scikit_learn_with_ties():
 # ---------------------------------------------------------------------- boxes
 
 
-def golden_rec():
-    path = GOLDEN / "10_eval" / "rec.json"
-    if not path.is_file():
-        pytest.skip("golden numbers are not here")
-    return json.loads(path.read_text())
-
-
-def test_referring_answers_hit_where_the_release_says_so():
-    golden = golden_rec()
-    x, y, width, height = golden["gt"]["bbox"]
-    for item in golden["items"]:
-        hit = rec_hit(item["answer"], (x, y, x + width, y + height), golden["gt"]["width"], golden["gt"]["height"])
-        assert bool(hit) == item["hit"], item
-
-
-def test_overlaps_equal_the_releases():
-    for case in golden_rec()["computeIoU"]:
-        assert iou(case["a"], case["b"]) == pytest.approx(case["iou"])
+def test_a_referring_answer_hits_above_half():
+    """IoU counts both border pixels: {<0><0><49><99>} of 100 x 100 is 50 x 100 pixels."""
+    truth = (0, 0, 99, 99)
+    assert rec_hit("{<0><0><50><99>}", truth, 100, 100) == 1.0
+    assert rec_hit("{<0><0><49><99>}", truth, 100, 100) == 0.0, "exactly 0.5 is no hit"
+    assert rec_hit("<unk>{ <0><0> <99><99>}", truth, 100, 100) == 1.0
+    assert rec_hit("it is at {<0><0><99><99>}", truth, 100, 100) == 0.0, "the box must come first"
+    assert rec_hit("{<0><0><99><99>} and {<1><2><3><4>}", truth, 100, 100) == 0.0
+    assert rec_hit("{<0><0><99>}", truth, 100, 100) == 0.0
+    assert iou((0, 0, 9, 9), (5, 5, 14, 14)) == pytest.approx(25 / 175)
 
 
 def test_released_rec_scores_against_the_last_box_of_an_id():
-    golden = golden_rec()["duplicate_img_ids"]
-
-    def truth(item):
-        x, y, width, height = item["bbox"]
-        size = {"width": item["width"], "height": item["height"]}
-        return {"img_id": item["img_id"], "box": (x, y, x + width, y + height), **size}
-
-    truths = [truth(item) for item in golden["items"]]
-    scores = released_rec([golden["answer_for_all"]] * len(truths), truths)
-    assert 100 * np.mean(scores) == pytest.approx(golden["printed"])
-    other = [{**truths[0], "box": (0, 0, 5, 5)}, truths[1]]  # the same id with two boxes
-    assert released_rec([golden["answer_for_all"]] * 2, other) == [1.0, 1.0]
+    size = {"width": 100, "height": 100}
+    truths = [
+        {"img_id": "a", "box": (60, 60, 99, 99), **size},
+        {"img_id": "b", "box": (0, 0, 10, 10), **size},
+        {"img_id": "a", "box": (0, 0, 50, 50), **size},
+    ]
+    assert released_rec(["{<0><0><50><50>}"] * 3, truths) == [1.0, 0.0, 1.0]
 
 
 def test_grounded_f1_by_hand():

@@ -19,7 +19,6 @@ from tinygptv.data.prompts import Template
 from tinygptv.data.sample import SampleRow, render_sample
 
 FOLDER = GOLDEN / "9_datasets"
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="no golden data sets here")
 
 INPUTS = {
     "laion": ("*.tar", ""),

@@ -15,7 +15,6 @@ from tinygptv.data.sample import SampleEncoder, TextLimits
 from tinygptv.model.generation import EndSymbolCriteria
 
 FOLDER = REALDATA / "phi2_tokenizer"
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="Phi-2's tokenizer is not here")
 
 
 @pytest.fixture(scope="module")

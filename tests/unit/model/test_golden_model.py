@@ -19,8 +19,6 @@ from tinygptv.training.optim import build_optimizer
 from tinygptv.training.schedule import Schedule
 from tinygptv.training.stages import set_trainable
 
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="golden numbers of the original are not here")
-
 IMAGE = "<Img><ImageHere></Img> "
 VARIANTS = ("minigpt4_lora0", "minigptv2_lora4")
 FULL = GOLDEN / "4_full"

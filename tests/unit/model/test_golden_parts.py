@@ -14,7 +14,6 @@ from tinygptv.convert import load_release
 from tinygptv.model.vision_encoder import interpolate_position_embedding
 from tinygptv.training.schedule import Schedule
 
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="golden numbers of the original are not here")
 SOURCES = GOLDEN / "4_full/sources"
 
 
