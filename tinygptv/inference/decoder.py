@@ -27,6 +27,7 @@ from transformers.activations import NewGELUActivation
 
 from tinygptv.model.language_model import LanguageModel, PhiAttention, PhiDecoderLayer, matrix_input
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.quantization.linear_packed import PackedLinear
 
 attend = nn.functional.scaled_dot_product_attention
 
@@ -92,12 +93,13 @@ class FlatDecoder:
         """
         self.model = model
         self.num_slots, self.cache_length = num_slots, cache_length
-        language: LanguageModel = model.language_model
-        text = language.config
+        self.language: LanguageModel = model.language_model
+        language, text = self.language, self.language.config
         first = cast(PhiAttention, language.layers[0].self_attn)
         self.num_heads, self.head_dim = first.num_heads, first.head_dim
         self.device: torch.device = cast(Tensor, model.get_input_embeddings().weight).device
-        self.dtype = cache_dtype or _matrix_dtype(model)
+        self.matrix_dtype = _matrix_dtype(model)
+        self.dtype = cache_dtype or self.matrix_dtype
         shape = (text.num_hidden_layers, 2, num_slots, self.num_heads, cache_length, self.head_dim)
         self.cache = _zeros(shape, self.dtype, self.device)
         self.flat_cache = self.cache.view(text.num_hidden_layers, 2, -1, self.head_dim)
@@ -205,9 +207,11 @@ def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
 
 def _matrix_dtype(model: TinyGPTVForConditionalGeneration) -> torch.dtype:
     """Dtype in which the language model's matrix products come out, and so of keys and values."""
-    weight = model.language_model.layers[0].self_attn.qkv_proj.weight
-    dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else model.dtype
-    return dtype
+    module = model.language_model.layers[0].self_attn.qkv_proj
+    if isinstance(module, PackedLinear):
+        return module.dtype
+    weight = module.weight
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else model.dtype
 
 
 def _activation(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tinygptv.inference.decoder import CACHE_DTYPES, FlatDecoder, Segment, StepPlan
+from tinygptv.inference.decoder import CACHE_DTYPES, FlatDecoder
 from tinygptv.inference.prefix_cache import KVSlots
-from tinygptv.inference.sampling import Sampler, SamplingParams, TokenLogprobs
+from tinygptv.inference.runner import Drawn, FlatRunner, Launch, Piece, Row, Runner
+from tinygptv.inference.sampling import SamplingParams, TokenLogprobs
 from tinygptv.inference.text_stream import TextStream, TokenBytes
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 

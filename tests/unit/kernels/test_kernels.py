@@ -1,0 +1,154 @@
+"""Triton kernels against the same operations in plain torch; on a CPU through Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tinygptv.kernels import reference
+from tinygptv.kernels.shapes import AttentionWeights, Branch, Cache, PackedWeight
+
+fused = pytest.importorskip("tinygptv.kernels.fused")
+lowbit = pytest.importorskip("tinygptv.kernels.lowbit")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+N, H, G, L, ROTARY = 4, 20, 5, 150, 8
+D = N * H
+
+
+def _random(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def _close(actual, expected, dtype=torch.float32):
+    tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(actual.float(), expected.float(), atol=tolerance, rtol=tolerance)
+
+
+def _dtypes():
+    return [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", _dtypes())
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("rms", [True, False])
+@pytest.mark.parametrize("norm", ["none", "weight", "bias"])
+def test_add_norm(dtype, parts, rms, norm):
+    hidden = _random(3, D)
+    attention = Branch(_random(parts, 3, D, dtype=dtype), _random(D), _random(D) if rms else None, 1e-6)
+    mlp = Branch(_random(1, 3, D, dtype=dtype), None if rms else _random(D))
+    weight, bias = (None if norm == "none" else _random(D)), (_random(D) if norm == "bias" else None)
+    results = []
+    for ops in (reference, fused):
+        stream = hidden.clone()
+        results.append((ops.add_norm(stream, attention, mlp, weight, bias, 1e-5, dtype), stream))
+    _close(results[1][0], results[0][0], dtype)
+    _close(results[1][1], results[0][1])
+
+
+def test_add_norm_before_the_first_layer():
+    hidden, weight, bias = _random(2, D), _random(D), _random(D)
+    kept = hidden.clone()
+    expected = reference.add_norm(hidden, None, None, weight, bias, 1e-5, torch.float32)
+    _close(fused.add_norm(hidden, None, None, weight, bias, 1e-5, torch.float32), expected)
+    assert torch.equal(hidden, kept)
+
+
+@pytest.mark.parametrize("dtype", _dtypes())
+@pytest.mark.parametrize("parts", [1, 2])
+def test_bias_gelu(dtype, parts):
+    x, bias = _random(parts, 3, 1100), _random(1100)
+    _close(fused.bias_gelu(x, bias, dtype), reference.bias_gelu(x, bias, dtype), dtype)
+    _close(fused.bias_gelu(x, None, dtype), reference.bias_gelu(x, None, dtype), dtype)
+
+
+def _attention(norms=True, bias=True):
+    half = ROTARY // 2
+    angles = torch.arange(L, device=DEVICE)[:, None] / 10 ** torch.arange(half, device=DEVICE)
+    cos, sin = torch.ones(L, H, device=DEVICE), torch.zeros(L, H, device=DEVICE)
+    cos[:, :ROTARY] = angles.cos().repeat(1, 2)
+    sin[:, :half], sin[:, half:ROTARY] = -angles.sin(), angles.sin()
+    norm = (_random(H), _random(H)) if norms else (None, None)
+    return AttentionWeights(_random(3 * D) if bias else None, norm, norm, 1e-5, cos, sin, ROTARY, H**-0.5)
+
+
+def _cache(dtype):
+    return Cache(_random(G, N, L, H, dtype=dtype), _random(G, N, L, H, dtype=dtype))
+
+
+def _copy(cache):
+    return Cache(cache.keys.clone(), cache.values.clone())
+
+
+@pytest.mark.parametrize("dtype", _dtypes())
+@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize("slots", [[3], [4, 0, 2], [1, G, 2, G]])
+def test_attend(dtype, norms, slots, monkeypatch):
+    weights, cache = _attention(norms, bias=norms), _cache(dtype)
+    lengths = torch.tensor([7, 0, 149, 64, 65, 0], device=DEVICE)
+    lengths[G] = 0
+    slots = torch.tensor(slots, device=DEVICE)
+    partials = _random(2, len(slots), 3 * D)
+    expected_cache = _copy(cache)
+    expected = reference.attend(partials, weights, expected_cache, slots, lengths)
+    for parts in (1, 4):
+        monkeypatch.setattr(fused, "_context_parts", lambda heads, parts=parts: parts)
+        own = _copy(cache)
+        actual = fused.attend(partials, weights, own, slots, lengths)
+        _close(actual, expected, dtype)
+        _close(own.keys, expected_cache.keys, dtype)
+        _close(own.values, expected_cache.values, dtype)
+
+
+def test_attend_ignores_what_lies_beyond_a_sequence():
+    weights, cache = _attention(), _cache(torch.float32)
+    slots, lengths = torch.tensor([2], device=DEVICE), torch.full((G + 1,), 10, device=DEVICE)
+    lengths[G] = 0
+    partials = _random(1, 1, 3 * D)
+    clean = reference.attend(partials, weights, _copy(cache), slots, lengths)
+    cache.keys[:, :, 11:] = torch.nan
+    cache.values[:, :, 11:] = torch.nan
+    for ops in (reference, fused):
+        _close(ops.attend(partials, weights, _copy(cache), slots, lengths), clean)
+
+
+@pytest.mark.parametrize("dtype", _dtypes())
+def test_rotate_and_store(dtype):
+    weights, cache = _attention(), _cache(dtype)
+    slots = torch.tensor([1, 1, 4, G], device=DEVICE)
+    positions = torch.tensor([5, 6, 149, 0], device=DEVICE)
+    partials = _random(1, 4, 3 * D)
+    other = _copy(cache)
+    expected = reference.rotate_and_store(partials, weights, cache, slots, positions)
+    actual = fused.rotate_and_store(partials, weights, other, slots, positions)
+    _close(actual[:3], expected[:3], dtype)
+    _close(other.keys, cache.keys, dtype)
+    _close(other.values, cache.values, dtype)
+
+
+def _packed(kind, outputs, inputs, group):
+    if kind == "int8":
+        codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=DEVICE)
+        return PackedWeight(kind, codes, _random(outputs, 1).abs(), None, None, inputs)
+    codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=DEVICE)
+    scale = _random(outputs, inputs // group, dtype=torch.float16)
+    offset = _random(outputs, inputs // group, dtype=torch.float16) if kind == "int4" else None
+    table = torch.linspace(-1, 1, 16, device=DEVICE) ** 3 if kind == "nf4" else None
+    return PackedWeight(kind, codes, scale, offset, table, group)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int4", "int8"])
+@pytest.mark.parametrize("tokens", [1, 5, 33])
+@pytest.mark.parametrize("shape", [(48, 256), (40, 192)])
+def test_products_with_packed_weights(kind, tokens, shape):
+    weight = _packed(kind, *shape, group=64)
+    x = _random(tokens, shape[1])
+    expected = x @ reference.unpack(weight, torch.float32).T
+    products = lowbit.partial_products(x, weight)
+    torch.testing.assert_close(products.sum(0), expected, atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(lowbit.unpack(weight, torch.float32), reference.unpack(weight, torch.float32))

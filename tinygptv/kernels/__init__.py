@@ -1,0 +1,23 @@
+"""Operations of a decoding or prefill step: Triton kernels for a GPU, and the same arithmetic in plain torch.
+
+``fused`` and ``lowbit`` hold the Triton kernels, ``reference`` the torch functions that they must agree with. Nothing
+here knows the model: tensors in, tensors out.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+
+def ops_for(device: torch.device) -> ModuleType:
+    """The module whose ``add_norm``, ``bias_gelu``, ``rotate_and_store`` and ``attend`` suit a device."""
+    if device.type == "cuda" and find_spec("triton"):
+        from tinygptv.kernels import fused
+
+        return fused
+    from tinygptv.kernels import reference
+
+    return reference
