@@ -220,12 +220,10 @@ def _write(
 
 
 def _device(settings: QuantizeSettings) -> torch.device:
-    """bitsandbytes' formats are rounded and measured on the GPU where there is one."""
+    """Methods for GPUs are rounded and measured on one where there is one."""
     import torch
 
-    from tinygptv.quantization.artifact import CPU_FORMATS, METHODS
-
-    for_cpu = any(name in CPU_FORMATS for name in vars(METHODS[settings.method]).values())
+    for_cpu = settings.method.startswith("cpu")
     return torch.device("cpu" if for_cpu or not torch.cuda.is_available() else "cuda")
 
 

@@ -21,7 +21,6 @@ from tinygptv.data.processing import TinyGPTVProcessor
 from tinygptv.data.prompt_layout import Exchange
 from tinygptv.data.sample import EncodedSample
 from tinygptv.inference.engine import Engine, PromptTooLong, Request
-from tinygptv.inference.prefix_cache import KVSlots
 from tinygptv.inference.sample_losses import sample_losses
 from tinygptv.inference.sampling import SamplingParams
 from tinygptv.metrics.released import released_text
@@ -160,7 +159,7 @@ class Answerer:
                 prefill_tokens=2048,
                 stop=() if self.released else (self.layout.template.end_symbol,),
             )
-        self._engine.slots = KVSlots(self.batch_size, length)
+        self._engine.forget()
         return self._engine
 
     def _embed(self, ids: np.ndarray, prompt: Prompt, image_embeds: Sequence[Tensor]) -> Tensor:

@@ -130,7 +130,7 @@ def _draw(logits_TK: Tensor, options: Tensor, uniforms_T: Tensor) -> Tensor:
     Rows that keep every token are inverted in the vocabulary's order, the others from the most probable down.
     """
     top_p, top_k = options[:, TOP_P, None], options[:, TOP_K, None]
-    sorted_TK, ids_TK = logits_TK.sort(-1, descending=True, stable=True)
+    sorted_TK, ids_TK = torch.sort(logits_TK, dim=-1, descending=True, stable=True)
     rank_K = torch.arange(logits_TK.shape[-1], device=logits_TK.device)
     is_kept = (top_k == 0) | (rank_K < top_k)
     kept_TK = sorted_TK.masked_fill(~is_kept, -torch.inf)

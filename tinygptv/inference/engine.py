@@ -1,8 +1,9 @@
 """Continuous batching: requests join and leave a running batch between steps.
 
-The engine gets token ids and embeddings and gives back tokens and text. It knows no HTTP, no images and no threads: one
-call of ``step`` is one forward pass for every sequence at hand (see ``decoder``), with a bounded share for prompts that
-are being read, so that reading a long prompt never stops the others' answers.
+The engine gets token ids and embeddings and gives back tokens and text. It knows no HTTP, no images and no threads. One
+call of ``step`` launches one step for every sequence at hand (see ``runner``), with a bounded share for prompts that are
+being read, so that reading a long prompt never stops the others' answers. On a GPU the tokens of a step are read after
+the next one is launched; a sequence that ended in the meantime was computed once in vain.
 
     waiting --(slot free)--> reading its prompt, piece by piece --> answering, a token a step --> finished
 
@@ -15,20 +16,20 @@ import itertools
 import logging
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tinygptv.inference.decoder import CACHE_DTYPES, FlatDecoder
-from tinygptv.inference.prefix_cache import KVSlots
+from tinygptv.inference.prefix_cache import PrefixCache
 from tinygptv.inference.runner import Drawn, FlatRunner, Launch, Piece, Row, Runner
 from tinygptv.inference.sampling import SamplingParams, TokenLogprobs
 from tinygptv.inference.text_stream import TextStream, TokenBytes
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class PromptTooLong(ValueError):
@@ -43,11 +44,13 @@ class Request:
         ids: [S] int64 token ids; an image position holds a negative number that names the image.
         inputs_embeds: [S, D].
         params: how to answer.
+        salt: requests reuse each other's prompts only where this number is equal.
     """
 
     ids: np.ndarray
     inputs_embeds: Tensor
     params: SamplingParams = field(default_factory=SamplingParams)
+    salt: int = 0
 
 
 @dataclass
@@ -88,23 +91,39 @@ class EngineStats:
 
 @dataclass(eq=False)
 class _Sequence:
-    """A request in the engine."""
+    """A request in the engine.
+
+    Attributes:
+        length: positions of the cache after every launched step.
+        num_launched: tokens that were read or are on their way.
+        num_answered: tokens that were read.
+    """
 
     id: int
     request: Request
-    sampler: Sampler
     stream: TextStream
     max_tokens: int
     slot: int = -1
     num_reused: int = 0
-    length: int = 0  # positions in the cache
+    length: int = 0
     last_token: int = -1
+    num_launched: int = 0
     num_answered: int = 0
-    cancelled: bool = False
+    is_cancelled: bool = False
+    has_ended: bool = False
 
     @property
     def prompt_length(self) -> int:
         return len(self.request.ids)
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """A launched step: who gets a token, and the length of each one's cache after it."""
+
+    launch: Launch
+    sequences: list[_Sequence]
+    lengths: list[int]
 
 
 class Engine:
@@ -120,9 +139,10 @@ class Engine:
         *,
         max_batch_size: int = 16,
         context_length: int = 0,
-        prefill_tokens: int = 128,
+        prefill_tokens: int = 0,
         kv_cache_dtype: str = "auto",
         stop: tuple[str, ...] = (),
+        runner: Literal["auto", "flat", "graph"] = "auto",
     ) -> None:
         """Allocate the cache.
 
@@ -131,9 +151,11 @@ class Engine:
             tokenizer: a byte-level one.
             max_batch_size: answers generated together; also the number of cache slots.
             context_length: most tokens of prompt and answer; 0 takes the model's, at most 2,048.
-            prefill_tokens: most prompt tokens of a step in which answers are waiting for their next token.
+            prefill_tokens: most prompt tokens of a step in which answers are waiting for their next token; 0 takes 128
+                on a CPU and 512 on a GPU.
             kv_cache_dtype: key of ``CACHE_DTYPES``.
             stop: strings that end every answer (the template's end symbol).
+            runner: ``graph`` on a GPU and ``flat`` elsewhere, or one of them (see ``runner``).
 
         Raises:
             ValueError: ``context_length`` is more than the model's positions, or ``kv_cache_dtype`` is unknown.
@@ -144,16 +166,20 @@ class Engine:
         if kv_cache_dtype not in CACHE_DTYPES:
             raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; choose one of {', '.join(CACHE_DTYPES)}.")
         self.context_length = context_length or min(positions, 2048)
-        self.prefill_tokens = prefill_tokens
+        self.max_batch_size = max_batch_size
         self.stop = stop
         self.token_bytes = TokenBytes(tokenizer)
         self.end_ids = frozenset({tokenizer.eos_token_id, model.config.text_config.eos_token_id} - {None})
         self.decoder = FlatDecoder(model, max_batch_size, self.context_length, CACHE_DTYPES[kv_cache_dtype])
-        self.slots = KVSlots(max_batch_size, self.context_length)
+        is_cuda = self.decoder.device.type == "cuda"
+        self.prefill_tokens = prefill_tokens or (512 if is_cuda else 128)
+        self.runner = _build_runner(self.decoder, use_graph=runner == "graph" or (runner == "auto" and is_cuda))
+        self.prefix_cache = PrefixCache(max_batch_size, self.context_length)
         self.stats = EngineStats()
         self._waiting: deque[_Sequence] = deque()
         self._reading: list[_Sequence] = []
         self._answering: list[_Sequence] = []
+        self._in_flight: deque[_InFlight] = deque()
         self._by_id: dict[int, _Sequence] = {}
         self._ids = itertools.count()
 
@@ -195,7 +221,6 @@ class Engine:
         sequence = _Sequence(
             id=next(self._ids),
             request=request,
-            sampler=Sampler(params, request.ids[request.ids >= 0].tolist()),
             stream=TextStream(self.token_bytes, params.stop if params.ignore_end else (*self.stop, *params.stop)),
             max_tokens=min(params.max_tokens, self.context_length - len(request.ids)),
         )
@@ -207,17 +232,22 @@ class Engine:
         """End a request; its slot is free before the next step. Unknown and finished ids are ignored."""
         sequence = self._by_id.get(request_id)
         if sequence is not None:
-            sequence.cancelled = True
+            sequence.is_cancelled = True
 
     @property
     def has_work(self) -> bool:
         """Whether ``step`` would do anything."""
         return bool(self._by_id)
 
+    def forget(self) -> None:
+        """Drop what earlier prompts left in the cache; nothing may be running."""
+        assert not self._by_id, "sequences are running"
+        self.prefix_cache = PrefixCache(self.max_batch_size, self.context_length)
+
     # ------------------------------------------------------------------ one step
 
     def step(self) -> list[tuple[int, Delta]]:
-        """Run one forward pass for all sequences.
+        """Launch one step for all sequences, and read the steps that are due.
 
         Returns:
             What each request got, by request id. Where the pass fails, every sequence in it ends with an error and the
@@ -226,44 +256,39 @@ class Engine:
         results = self._drop_cancelled()
         self._admit()
         pieces = self._cut_pieces()
-        if not self._answering and not pieces:
-            return results
+        rows = [s for s in self._answering if s.num_launched < s.max_tokens]
         try:
-            sequences, logits_MK = self._forward(pieces)
-            is_finite = logits_MK.isfinite().all(-1).tolist()
-            largest = logits_MK.argmax(-1).tolist()
+            if rows or pieces:
+                self._launch(rows, pieces)
+            num_ahead = self.runner.num_ahead if rows or pieces else 0
+            while len(self._in_flight) > num_ahead:
+                results += self._read(self._in_flight.popleft())
         except Exception as error:  # one bad batch must not end the service
-            log.exception("a step failed")
-            return results + self._fail_all(f"the model could not compute this answer: {error}")
-        self.stats.steps += 1
-        for i, sequence in enumerate(sequences):
-            if is_finite[i]:
-                delta = self._advance(sequence, logits_MK[i], largest[i])
-            else:
-                delta = self._fail(sequence, "the model's output is not finite (NaN or Inf): its weights are damaged.")
-            results.append((sequence.id, delta))
-        self._answering = [s for s in self._answering if s.id in self._by_id]
+            logger.exception("a step failed")
+            results += self._fail_all(f"the model could not compute this answer: {error}")
+        self._answering = [s for s in self._answering if not s.has_ended]
         self._update_stats()
         return results
 
     def _drop_cancelled(self) -> list[tuple[int, Delta]]:
-        cancelled = [s for s in self._by_id.values() if s.cancelled]
+        cancelled = [s for s in self._by_id.values() if s.is_cancelled]
         for sequence in cancelled:
             self._remove(sequence)
             self.stats.cancelled += 1
         if cancelled:
-            self._waiting = deque(s for s in self._waiting if not s.cancelled)
-            self._reading = [s for s in self._reading if not s.cancelled]
-            self._answering = [s for s in self._answering if not s.cancelled]
-            self._update_stats()
+            self._waiting = deque(s for s in self._waiting if not s.has_ended)
+            self._reading = [s for s in self._reading if not s.has_ended]
+            self._answering = [s for s in self._answering if not s.has_ended]
         return [(s.id, Delta(finish_reason="cancelled")) for s in cancelled]
 
     def _admit(self) -> None:
-        while self._waiting and self.slots.num_free:
+        while self._waiting and self.prefix_cache.num_free:
             sequence = self._waiting.popleft()
-            placement = self.slots.take(sequence.request.ids)
+            request = sequence.request
+            placement = self.prefix_cache.take(request.ids, request.salt)
             if placement.copy_from is not None:
-                self.decoder.copy_prefix(placement.copy_from, placement.slot, placement.num_reused)
+                self.runner.copy_prefix(placement.copy_from, placement.slot, placement.num_reused)
+            self.runner.admit(placement.slot, request.params, request.ids[request.ids >= 0], len(request.ids))
             sequence.slot = placement.slot
             sequence.length = sequence.num_reused = placement.num_reused
             self.stats.prompt_tokens += sequence.prompt_length
@@ -282,83 +307,55 @@ class Engine:
                 break
         return pieces
 
-    def _forward(self, pieces: list[tuple[_Sequence, int, int]]) -> tuple[list[_Sequence], Tensor]:
-        """Compute the step; returns the M sequences that get a token, and its logits [M, K]."""
-        answering = self._answering
-        plan = self._plan(pieces)
-        embeds = [piece.request.inputs_embeds[start:end] for piece, start, end in pieces]
-        if answering:
-            last_tokens = torch.tensor([s.last_token for s in answering], device=self.decoder.device)
-            embeds.insert(0, self.decoder.embed(last_tokens))
-        logits_MK = self.decoder.forward(torch.cat(embeds) if len(embeds) > 1 else embeds[0], plan)
-
-        for sequence in answering:
+    def _launch(self, rows: list[_Sequence], pieces: list[tuple[_Sequence, int, int]]) -> None:
+        """Start a step, and count what it will have done."""
+        launch = self.runner.launch(
+            [Row(s.slot, s.length) for s in rows],
+            [
+                Piece(s.slot, start, end, s.request.inputs_embeds[start:end], is_last=end == s.prompt_length)
+                for s, start, end in pieces
+            ],
+        )
+        self.stats.steps += 1
+        for sequence in rows:
             sequence.length += 1
-            self.slots.extend(sequence.slot, sequence.length, sequence.last_token)
         for sequence, _, end in pieces:
             sequence.length = end
-            self.slots.extend(sequence.slot, end)
+            self.prefix_cache.extend(sequence.slot, end)
         complete = [s for s, _, end in pieces if end == s.prompt_length]
+        for sequence in (*rows, *complete):
+            sequence.num_launched += 1
         self._reading = [s for s in self._reading if s not in complete]
-        self._answering = sorted(answering + complete, key=lambda s: s.slot)
-        return answering + complete, logits_MK
-
-    def _plan(self, pieces: list[tuple[_Sequence, int, int]]) -> StepPlan:
-        answering, device = self._answering, self.decoder.device
-        positions = [s.length for s in answering]
-        slots = [s.slot for s in answering]
-        segments = self._decoding_segments()
-        outputs = list(range(len(answering)))
-        for sequence, start, end in pieces:
-            first = len(positions)
-            positions += range(start, end)
-            slots += [sequence.slot] * (end - start)
-            mask = None if start == 0 or end - start == 1 else self.decoder.prompt_mask(start, end)
-            rows, slot = slice(first, len(positions)), slice(sequence.slot, sequence.slot + 1)
-            segments.append(Segment(rows, slot, end, mask, is_causal=start == 0))
-            if end == sequence.prompt_length:
-                outputs.append(len(positions) - 1)
-        position_T = torch.tensor(positions, device=device)
-        return StepPlan(
-            positions=position_T,
-            cache_rows=self.decoder.cache_rows(torch.tensor(slots, device=device), position_T),
-            segments=segments,
-            num_decoding=len(answering),
-            output_rows=torch.tensor(outputs, device=device) if pieces else None,
-        )
-
-    def _decoding_segments(self) -> list[Segment]:
-        """One segment per run of neighbouring slots, so that attention reads the cache where it lies."""
-        segments: list[Segment] = []
-        answering = self._answering  # sorted by slot
-        first = 0
-        for i in range(1, len(answering) + 1):
-            if i < len(answering) and answering[i].slot == answering[i - 1].slot + 1:
-                continue
-            run = answering[first:i]
-            lengths = [s.length + 1 for s in run]
-            longest = max(lengths)
-            mask = None
-            if min(lengths) < longest:
-                mask = self.decoder.decoding_mask(torch.tensor(lengths, device=self.decoder.device), longest)
-            segments.append(Segment(slice(first, i), slice(run[0].slot, run[-1].slot + 1), longest, mask))
-            first = i
-        return segments
+        self._answering = sorted(self._answering + complete, key=lambda s: s.slot)
+        sequences = rows + complete
+        self._in_flight.append(_InFlight(launch, sequences, [s.length for s in sequences]))
 
     # ------------------------------------------------------------------ what a token does to its sequence
 
-    def _advance(self, sequence: _Sequence, logits_K: Tensor, largest: int) -> Delta:
+    def _read(self, step: _InFlight) -> list[tuple[int, Delta]]:
+        """Tokens of a launched step; those of sequences that ended in the meantime are dropped."""
+        results = []
+        for sequence, length, drawn in zip(step.sequences, step.lengths, step.launch.read(), strict=True):
+            if sequence.has_ended:
+                continue
+            if sequence.num_answered:  # the step wrote the position of the token that was read before
+                self.prefix_cache.extend(sequence.slot, length, sequence.last_token)
+            results.append((sequence.id, self._advance(sequence, drawn)))
+        return results
+
+    def _advance(self, sequence: _Sequence, drawn: Drawn) -> Delta:
+        if not drawn.is_finite:
+            return self._fail(sequence, "the model's output is not finite (NaN or Inf): its weights are damaged.")
         params = sequence.request.params
-        token = largest if params.is_plain_greedy else sequence.sampler.draw(logits_K)
-        delta = Delta(token_ids=[token], num_reused=0 if sequence.num_answered else sequence.num_reused)
-        sequence.last_token = token
+        delta = Delta(token_ids=[drawn.token], num_reused=0 if sequence.num_answered else sequence.num_reused)
+        sequence.last_token = drawn.token
         sequence.num_answered += 1
         self.stats.answer_tokens += 1
-        ended = token in self.end_ids and not params.ignore_end
+        ended = drawn.token in self.end_ids and not params.ignore_end
         if not ended:
-            delta.text = sequence.stream.push(token)
-            if params.logprobs is not None:
-                delta.logprobs = [sequence.sampler.logprobs(logits_K, token)]
+            delta.text = sequence.stream.push(drawn.token)
+            if drawn.logprobs is not None:
+                delta.logprobs = [drawn.logprobs]
         if ended or sequence.stream.stopped:
             delta.finish_reason = "stop"
         elif sequence.num_answered >= sequence.max_tokens:
@@ -370,13 +367,14 @@ class Engine:
         return delta
 
     def _remove(self, sequence: _Sequence) -> None:
+        sequence.has_ended = True
         del self._by_id[sequence.id]
         if sequence.slot >= 0:
-            self.slots.release(sequence.slot)
+            self.prefix_cache.release(sequence.slot)
 
     def _fail(self, sequence: _Sequence, message: str) -> Delta:
-        self.decoder.clear(sequence.slot)
-        self.slots.extend(sequence.slot, 0)
+        self.runner.clear(sequence.slot)
+        self.prefix_cache.extend(sequence.slot, 0)
         self._remove(sequence)
         self.stats.failed += 1
         return Delta(finish_reason="error", error=message)
@@ -386,9 +384,19 @@ class Engine:
         failed = [s for s in self._by_id.values() if s.slot >= 0]
         results = [(s.id, self._fail(s, message)) for s in failed]
         self._reading, self._answering = [], []
-        self._update_stats()
+        self._in_flight.clear()
         return results
 
     def _update_stats(self) -> None:
         self.stats.running = len(self._answering) + len(self._reading)
         self.stats.waiting = len(self._waiting)
+
+
+def _build_runner(decoder: FlatDecoder, use_graph: bool) -> Runner:
+    if not use_graph:
+        return FlatRunner(decoder)
+    from tinygptv.inference.graph_runner import GraphRunner
+
+    runner = GraphRunner(decoder)
+    runner.warm_up()
+    return runner

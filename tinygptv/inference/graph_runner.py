@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinygptv.inference.cuda_graphs import capture_graph
 from tinygptv.inference.decoder import FlatDecoder
 from tinygptv.inference.device_sampling import DeviceSampling, needs_penalties, read_back
 from tinygptv.inference.fused_layers import FusedLayers, Span
@@ -152,30 +153,10 @@ class GraphRunner:
         )
 
     def capture(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """A function that repeats ``function`` on the device: a replayed graph, or the function itself.
-
-        What the function returns is the same tensor in each replay.
-        """
+        """A graph of ``function`` (``capture_graph``), or the function itself where there are no graphs."""
         if not self.use_graphs:
             return function
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        state = [self.tokens_G, self.lengths_G, *self.sampling.state]
-        kept = [tensor.clone() for tensor in state]
-        with torch.cuda.stream(stream):  # kernels are compiled and libraries opened before the capture
-            function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = function()
-        for tensor, value in zip(state, kept, strict=True):
-            tensor.copy_(value)
-
-        def replay() -> Tensor:
-            graph.replay()
-            return output
-
-        return replay
+        return capture_graph(function, self._pool, [self.tokens_G, self.lengths_G, *self.sampling.state])
 
     # ------------------------------------------------------------------ prompts
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tinygptv.data.conversation import ChatImage
-from tinygptv.data.images import normalise_pixels
+from tinygptv.inference.graphed_encoder import GraphedEncoder
 from tinygptv.inference.watch import WatchedThread
 from tinygptv.lru import LRU
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
@@ -57,6 +57,7 @@ class ImageEncoder:
         """
         self.model = model
         self.batch_size = batch_size
+        self._encoder = GraphedEncoder(model)
         self.num_encoded = self.num_reused = 0
         self._entries: LRU[CacheKey, _Entry] = LRU(capacity)
         self._lock = threading.Lock()
@@ -156,7 +157,5 @@ class ImageEncoder:
         if self._entries.get(entry.key) is entry:
             self._entries.pop(entry.key)
 
-    @torch.inference_mode()
     def _forward(self, images: list[ChatImage]) -> list[Tensor]:
-        pixels = torch.from_numpy(np.stack([image.pixels for image in images])).to(self.model.device)
-        return list(self.model.encode_images(normalise_pixels(pixels)).clone())
+        return self._encoder.encode(torch.from_numpy(np.stack([image.pixels for image in images])))

@@ -26,11 +26,12 @@ def load_for_inference(
     Raises:
         ValueError: the folder is missing, is no TinyGPT-V checkpoint, or does not load.
     """
+    import torch
     from torch import nn
 
     from tinygptv.data.processing import TinyGPTVProcessor
     from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
-    from tinygptv.quantization.artifact import is_artifact, load_artifact
+    from tinygptv.quantization.artifact import compute_dtype, is_artifact, load_artifact
 
     folder = Path(path)
     config = folder / "config.json"
@@ -43,7 +44,9 @@ def load_for_inference(
     if is_artifact(folder):
         return load_artifact(folder, device)[:2]
     try:
-        model = TinyGPTVForConditionalGeneration.from_pretrained(str(folder), local_files_only=True)
+        model = TinyGPTVForConditionalGeneration.from_pretrained(
+            str(folder), local_files_only=True, dtype=compute_dtype(torch.device(device))
+        )
         processor = TinyGPTVProcessor.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} cannot be loaded: {error}") from error

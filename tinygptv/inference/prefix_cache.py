@@ -31,12 +31,13 @@ class Placement:
     copy_from: int | None = None
 
 
-class KVSlots:
-    """Book-keeping of the cache's slots."""
+class PrefixCache:
+    """Which slot holds what, and who uses it."""
 
     def __init__(self, num_slots: int, length: int) -> None:
         self.ids = np.zeros((num_slots, length), dtype=np.int64)
         self.lengths = np.zeros(num_slots, dtype=np.int64)
+        self.salts = np.zeros(num_slots, dtype=np.int64)
         self.is_free = np.ones(num_slots, dtype=bool)
         self._last_used = np.zeros(num_slots, dtype=np.int64)
         self._clock = 0
@@ -46,15 +47,16 @@ class KVSlots:
         """Slots that a new sequence can take."""
         return int(self.is_free.sum())
 
-    def take(self, prompt_ids: np.ndarray) -> Placement:
+    def take(self, prompt_ids: np.ndarray, salt: int = 0) -> Placement:
         """Choose a slot for a prompt and mark it taken; the longest useful common beginning is reused.
 
-        The last position of a prompt is never reused: its output is the answer's first token.
+        The last position of a prompt is never reused: its output is the answer's first token. Only slots of the same
+        salt are looked at.
         """
         compared = prompt_ids[:-1]
         same = self.ids[:, : len(compared)] == compared
         common = np.where(same.all(axis=1), len(compared), np.argmin(same, axis=1)) if len(compared) else 0
-        common = np.minimum(common, self.lengths)
+        common = np.minimum(common, self.lengths) * (self.salts == salt)
         best = int(np.argmax(common))
         num_reused = int(common[best]) if common[best] >= MIN_REUSED else 0
         # A free slot that holds little else is continued in place; otherwise what it holds may serve somebody again.
@@ -62,6 +64,7 @@ class KVSlots:
         slot = best if in_place else self._least_recent()
         self.is_free[slot] = False
         self.lengths[slot] = num_reused
+        self.salts[slot] = salt
         self.ids[slot, : len(prompt_ids)] = prompt_ids
         return Placement(slot, num_reused, best if num_reused and slot != best else None)
 

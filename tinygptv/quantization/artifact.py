@@ -33,9 +33,10 @@ from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 from tinygptv.checkpoint.checkpoint import CheckpointError, verify_folder
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.processing import TinyGPTVProcessor
-from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
 from tinygptv.quantization.host_memory import returning_memory
 from tinygptv.quantization.linear_cpu import HalfEmbedding
+from tinygptv.quantization.linear_packed import from_int4, from_int8, from_llm_int8, from_nf4
 
 QUANTIZATION_FILE = "quantization.json"
 FORMAT_VERSION = 1
@@ -65,8 +66,8 @@ FORMATS = {
 }
 """Format of a part's linear layers -> the class that computes with it. Other formats: ``half`` and ``full``."""
 
-CPU_FORMATS = ("int8", "int4")
-"""Formats whose kernels exist for CPUs alone."""
+PACKED = {"int8": from_int8, "int4": from_int4, "nf4": from_nf4, "llm_int8": from_llm_int8}
+"""The same formats on a GPU, where one layer computes with all of them."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Method:
 
 METHODS = {
     "nf4": Method("nf4", "half", "half", "half"),
-    "int8": Method("llm_int8", "half", "half", "half"),
+    "int4": Method("int4", "half", "half", "half"),
+    "int8": Method("int8", "half", "half", "half"),
     "cpu": Method("int8", "int8", "int8", "int8"),
     "cpu4": Method("int4", "int8", "int8", "int8"),
 }
@@ -107,7 +109,7 @@ def write_artifact(
         model: full precision; LoRA adapters that were not merged are kept, in float32.
         processor: goes with it.
         method: key of ``METHODS``.
-        device: where weights are rounded; bitsandbytes is much faster on CUDA.
+        device: where NF4 weights are rounded; bitsandbytes is much faster on CUDA.
         encoder: ``half`` or ``int8`` for the vision encoder and the Q-Former; empty takes the method's own.
 
     Returns:
@@ -145,8 +147,7 @@ def _formats(method: Method, encoder: str) -> dict[str, str]:
     """Format of every part, with another one for the image encoder where asked for."""
     formats = dict(vars(method))
     if encoder:
-        low_bit = "int8" if method.language_model in CPU_FORMATS else "llm_int8"
-        formats["vision_encoder"] = formats["qformer"] = "half" if encoder == "half" else low_bit
+        formats["vision_encoder"] = formats["qformer"] = "half" if encoder == "half" else "int8"
     return formats
 
 
@@ -244,25 +245,20 @@ def load_artifact(
 
     Args:
         folder: artifact folder.
-        device: where the model computes; artifacts of method ``cpu`` know the CPU alone.
+        device: where the model computes; every artifact loads on a CPU and on a GPU.
         verify: compare every file's size and hash with the manifest first.
 
     Returns:
         Model (evaluation mode, frozen), processor, and what ``quantization.json`` says.
 
     Raises:
-        CheckpointError: the artifact is incomplete, damaged, of another version, or made for another device.
+        CheckpointError: the artifact is incomplete, damaged, or of another version.
     """
     folder, device = Path(folder), torch.device(device)
     if verify:
         verify_folder(folder)
     facts = read_facts(folder)
     formats = {part: entry["format"] for part, entry in facts["parts"].items()}
-    if device.type != "cpu" and any(name in CPU_FORMATS for name in formats.values()):
-        raise CheckpointError(
-            f"{folder} was made for CPUs (method={facts['method']}) and cannot run on {device}: "
-            "export the checkpoint again with method=nf4 or method=int8."
-        )
     config = TinyGPTVConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = TinyGPTVForConditionalGeneration(config)
@@ -321,7 +317,10 @@ def _fill(
         stored = tensors.take(name)
         if not stored:
             raise CheckpointError(f"{tensors.folder} lacks the weights of {name}: export the artifact again.")
-        return _format_class(formats[name.partition(".")[0]]).restore(stored, device, dtype)
+        form = formats[name.partition(".")[0]]
+        if device.type != "cpu":
+            return PACKED[form](stored, device, dtype)
+        return _format_class(form).restore(stored, device, dtype)
 
     # Kernels for CPUs want weights in an order of their own, which one thread makes slowly.
     with ThreadPoolExecutor(os.cpu_count() if device.type == "cpu" else 1) as pool:
@@ -333,7 +332,7 @@ def _fill(
             is_embedding = name == EMBEDDING and device.type == "cpu"
             owner = _halve_embedding(model, cast(nn.Embedding, module)) if is_embedding else module
             for leaf, tensor in tensors.take(name).items():
-                is_full = tensor.dtype == torch.float32
+                is_full = FLOAT32_NAMES.match(f"{name}.{leaf}") or (device.type == "cpu" and not is_embedding)
                 target = torch.float32 if is_full else torch.float16 if is_embedding else dtype
                 setattr(owner, leaf, nn.Parameter(tensor.to(device, target), requires_grad=False))
     if tensors.left:

@@ -72,7 +72,7 @@ def test_leaving_a_stream_frees_its_slot(loop):
     asyncio.run(leave())
     list(loop.iterate(request([3], max_tokens=1)))
     assert loop.stats.cancelled == 1
-    assert loop.engine.slots.num_free == 4
+    assert loop.engine.prefix_cache.num_free == 4
 
 
 def test_a_cancelled_task_frees_its_slot(loop):

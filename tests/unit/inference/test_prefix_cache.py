@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tinygptv.inference.prefix_cache import KVSlots
+from tinygptv.inference.prefix_cache import PrefixCache
 
 
 def prompt(*ids):
@@ -21,7 +21,7 @@ LONG = prompt(*range(100, 140))
 
 
 def test_a_continued_conversation_goes_on_in_place():
-    slots = KVSlots(3, 64)
+    slots = PrefixCache(3, 64)
     first = fill(slots, LONG)
     slots.release(first.slot)
     again = slots.take(prompt(*LONG, 1, 2))
@@ -29,7 +29,7 @@ def test_a_continued_conversation_goes_on_in_place():
 
 
 def test_a_taken_slot_is_copied_from():
-    slots = KVSlots(3, 64)
+    slots = PrefixCache(3, 64)
     first = fill(slots, LONG)
     second = slots.take(prompt(*LONG[:20], 1))
     assert second.slot != first.slot
@@ -37,7 +37,7 @@ def test_a_taken_slot_is_copied_from():
 
 
 def test_a_long_conversation_is_not_lost_to_a_short_common_beginning():
-    slots = KVSlots(2, 64)
+    slots = PrefixCache(2, 64)
     first = fill(slots, LONG)
     slots.release(first.slot)
     other = slots.take(prompt(*LONG[:10], 1))
@@ -45,26 +45,26 @@ def test_a_long_conversation_is_not_lost_to_a_short_common_beginning():
 
 
 def test_the_last_position_is_always_computed():
-    slots = KVSlots(1, 64)
+    slots = PrefixCache(1, 64)
     slots.release(fill(slots, LONG).slot)
     assert slots.take(LONG).num_reused == 39
 
 
 def test_short_beginnings_are_not_worth_it():
-    slots = KVSlots(1, 64)
+    slots = PrefixCache(1, 64)
     slots.release(fill(slots, LONG).slot)
     assert slots.take(prompt(*LONG[:5], 1, 2, 3)).num_reused == 0
 
 
 def test_only_computed_positions_count():
-    slots = KVSlots(2, 64)
+    slots = PrefixCache(2, 64)
     placement = slots.take(LONG)
     slots.extend(placement.slot, 12)
     assert slots.take(LONG).num_reused == 12
 
 
 def test_the_longest_unused_slot_is_taken():
-    slots = KVSlots(3, 64)
+    slots = PrefixCache(3, 64)
     used = [fill(slots, prompt(*range(i * 50, i * 50 + 20))).slot for i in range(3)]
     for slot in (used[1], used[0], used[2]):
         slots.release(slot)
@@ -73,4 +73,4 @@ def test_the_longest_unused_slot_is_taken():
 
 
 def test_a_prompt_of_one_token():
-    assert KVSlots(1, 8).take(prompt(3)).num_reused == 0
+    assert PrefixCache(1, 8).take(prompt(3)).num_reused == 0

@@ -19,10 +19,18 @@ from tinygptv.inference.assistant import Assistant
 from tinygptv.inference.drift import HeldOut, compare
 from tinygptv.inference.loading import load_for_inference
 from tinygptv.inference.sampling import SamplingParams
-from tinygptv.quantization.artifact import METHODS, is_packed, load_artifact, read_facts, write_artifact
+from tinygptv.quantization.artifact import (
+    METHODS,
+    PACKED,
+    _format_class,
+    is_packed,
+    load_artifact,
+    read_facts,
+    write_artifact,
+)
 
 # Largest relative error of the logits that each method may make on random weights, which round worst.
-LOGIT_ERROR = {"cpu": 0.03, "cpu4": 0.35, "int8": 0.03, "nf4": 0.35}
+LOGIT_ERROR = {"cpu": 0.03, "cpu4": 0.35, "int8": 0.03, "int4": 0.35, "nf4": 0.35}
 
 
 def make_artifact(folder, method, lora=False, encoder=""):
@@ -115,7 +123,7 @@ def test_the_image_encoder_can_stay_in_half_precision(tmp_path):
 
 
 def test_an_unknown_method_is_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match=r"method 'gguf' is unknown; there are: nf4, int8, cpu, cpu4\."):
+    with pytest.raises(ValueError, match=r"method 'gguf' is unknown; there are: nf4, int4, int8, cpu, cpu4\."):
         make_artifact(tmp_path / "a", "gguf")
     assert not list(tmp_path.iterdir())
 
@@ -148,9 +156,19 @@ def test_damaged_artifacts_are_refused(tmp_path):
         load_artifact(folder)
 
 
-def test_an_artifact_for_cpus_is_refused_by_a_gpu(artifacts):
-    with pytest.raises(CheckpointError, match=r"made for CPUs \(method=cpu\)"):
-        load_artifact(artifacts["cpu"], "cuda")
+@pytest.mark.parametrize("name", ["nf4", "llm_int8", "int8", "int4"])
+@pytest.mark.parametrize("tokens", [3, 100])
+def test_a_layer_for_gpus_computes_what_the_one_for_cpus_does(name, tokens):
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(128, 96).requires_grad_(False), torch.randn(tokens, 128)
+    kind = _format_class(name)
+    stored = kind.pack(linear, "cpu")
+    packed = PACKED[name]({key: tensor.clone() for key, tensor in stored.items()}, "cpu", torch.float32)
+    expected = kind.restore(stored, "cpu", torch.float32)(x)
+    # The layers for CPUs round their input to 8 bits (int8) or to bfloat16 (int4; nf4 where the CPU
+        # has it), and compute llm_int8's products in float16.
+    assert relative_error(packed(x), expected) < {"nf4": 5e-3, "llm_int8": 2e-2, "int8": 1e-2, "int4": 1e-2}[name]
+    assert relative_error(packed(x), linear(x)) < {"nf4": 0.15, "llm_int8": 0.02, "int8": 0.02, "int4": 0.15}[name]
 
 
 def test_drift_is_a_difference_of_means():
