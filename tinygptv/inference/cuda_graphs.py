@@ -12,9 +12,7 @@ from torch import Tensor
 _one_capture = threading.Lock()
 
 
-def capture_graph(
-    function: Callable[[], Tensor], pool: Any, changes: Sequence[Tensor] = ()
-) -> Callable[[], Tensor]:
+def capture_graph(function: Callable[[], Tensor], pool: Any, changes: Sequence[Tensor] = ()) -> Callable[[], Tensor]:
     """Run a function once, then capture it.
 
     Args:

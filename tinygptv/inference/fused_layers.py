@@ -2,8 +2,8 @@
 
 Per layer, next to the four matrix products, one kernel adds both branches to the residual and normalises it, and one
 does everything between the q/k/v product and the attention's output (see ``kernels``). ``decode`` reads its input from
-tensors on the device and never waits for the host, so it can be captured as a CUDA graph; there, the MLP runs beside the
-attention, as Phi's parallel block allows.
+tensors on the device and never waits for the host, so it can be captured as a CUDA graph; there, the MLP runs beside
+the attention, as Phi's parallel block allows.
 
 Notation: T tokens of a step, D width, N heads, H head width, G slots, L cache length, I width of the MLP, K vocabulary.
 """
@@ -21,7 +21,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.activations import NewGELUActivation
 
 from tinygptv.inference.decoder import FlatDecoder
-from tinygptv.kernels import ops_for
+from tinygptv.kernels import step_ops
 from tinygptv.kernels.shapes import AttentionWeights, Branch, Cache
 from tinygptv.model.language_model import Float32LayerNorm, Float32RMSNorm, PhiDecoderLayer
 from tinygptv.quantization.linear_packed import PackedLinear
@@ -49,7 +49,7 @@ class FusedLayers:
             ops: ``kernels.fused`` or ``kernels.reference``; None takes what suits the device.
         """
         self.decoder = decoder
-        self.ops: Any = ops or ops_for(decoder.device)
+        self.ops: Any = ops or step_ops(decoder.device.type)
         self.layers = [_Layer(cast(PhiDecoderLayer, layer), decoder, self.ops) for layer in decoder.language.layers]
         self.final_norm = _norm(decoder.language.final_layernorm)
         is_cuda = decoder.device.type == "cuda"

@@ -53,9 +53,7 @@ class GraphRunner:
 
     num_ahead = 1
 
-    def __init__(
-        self, decoder: FlatDecoder, *, use_graphs: bool | None = None, ops: ModuleType | None = None
-    ) -> None:
+    def __init__(self, decoder: FlatDecoder, *, use_graphs: bool | None = None, ops: ModuleType | None = None) -> None:
         """Allocate the device's state.
 
         Args:

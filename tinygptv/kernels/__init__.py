@@ -6,18 +6,30 @@ here knows the model: tensors in, tensors out.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
-import torch
 
-
-def ops_for(device: torch.device) -> ModuleType:
-    """The module whose ``add_norm``, ``bias_gelu``, ``rotate_and_store`` and ``attend`` suit a device."""
-    if device.type == "cuda" and find_spec("triton"):
+@cache
+def step_ops(device_type: str) -> ModuleType:
+    """The module whose ``add_norm``, ``bias_gelu``, ``rotate_and_store`` and ``attend`` suit a type of device."""
+    if device_type == "cuda" and find_spec("triton"):
         from tinygptv.kernels import fused
 
         return fused
+    from tinygptv.kernels import reference
+
+    return reference
+
+
+@cache
+def lowbit_ops(device_type: str) -> ModuleType:
+    """The module whose ``partial_products`` and ``unpack`` suit a type of device."""
+    if device_type == "cuda" and find_spec("triton"):
+        from tinygptv.kernels import lowbit
+
+        return lowbit
     from tinygptv.kernels import reference
 
     return reference

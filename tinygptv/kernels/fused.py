@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tinygptv.kernels.shapes import AttentionWeights, Branch, Cache
 
-CONTEXT_BLOCK = 64
-"""Cache positions that a program reads at a time."""
+CONTEXT_BLOCK, CONTEXT_WARPS = 64, 8
+"""Cache positions that a program reads at a time, and its warps."""
 WANTED_PROGRAMS = 256
 """Programs that keep a large GPU's memory busy; with fewer heads than that, a sequence's context is divided."""
 MOST_CONTEXT_PARTS = 8
@@ -64,7 +64,7 @@ def add_norm(
     return normed_TD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _add_norm_kernel(
     hidden, attention, attention_bias, rms_weight, mlp, mlp_bias, weight, bias, normed, num_tokens, rms_eps, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, ATTENTION_PARTS: tl.constexpr, MLP_PARTS: tl.constexpr,
@@ -113,7 +113,7 @@ def bias_gelu(partials_PTI: Tensor, bias_I: Tensor | None, dtype: torch.dtype) -
     return output_TI
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _bias_gelu_kernel(
     partials, bias, output, num_tokens, width, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -145,7 +145,7 @@ def rotate_and_store(
     return query_TNH
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_slots", "length"])
 def _rotate_and_store_kernel(
     qkv, qkv_bias, q_weight, q_bias, k_weight, k_bias, cos, sin, keys, values, slots, positions, query,
     num_tokens, num_slots, length, eps,
@@ -171,9 +171,7 @@ def _rotate_and_store_kernel(
     tl.store(values + target, v.to(values.dtype.element_ty), mask=is_real)
 
 
-def attend(
-    partials: Tensor, weights: AttentionWeights, cache: Cache, slots_T: Tensor, lengths_G: Tensor
-) -> Tensor:
+def attend(partials: Tensor, weights: AttentionWeights, cache: Cache, slots_T: Tensor, lengths_G: Tensor) -> Tensor:
     """See ``reference.attend``."""
     num_slots, num_heads, length, head_dim = cache.keys.shape
     num_tokens, device = len(slots_T), partials.device
@@ -189,7 +187,7 @@ def attend(
     _attend_kernel[(num_tokens, num_heads, context_parts)](
         partials, *_tables(weights, partials), cache.keys, cache.values, slots_T, lengths_G, summed, most, total,
         num_tokens, num_slots, length, weights.eps, weights.scale,
-        CONTEXT_PARTS=context_parts, BLOCK_L=CONTEXT_BLOCK, num_warps=8, **options,
+        CONTEXT_PARTS=context_parts, BLOCK_L=CONTEXT_BLOCK, num_warps=CONTEXT_WARPS, **options,
     )  # fmt: skip
     if context_parts > 1:
         _combine_kernel[(num_tokens, num_heads)](
@@ -199,7 +197,7 @@ def attend(
     return output
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_slots", "length"])
 def _attend_kernel(
     qkv, qkv_bias, q_weight, q_bias, k_weight, k_bias, cos, sin, keys, values, slots, lengths, summed, most, total,
     num_tokens, num_slots, length, eps, scale,

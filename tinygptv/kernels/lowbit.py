@@ -22,6 +22,8 @@ WANTED_PROGRAMS = 528
 """Four for each multiprocessor of a large GPU: enough reads in flight to keep its memory busy."""
 MOST_PARTS = 8
 
+TILE_OUTPUTS, TILE_WARPS, TILE_STAGES = 16, 4, 4
+"""Outputs, warps and pipeline stages of a program for several tokens."""
 ROW_BLOCK, ROW_BYTES, ROW_WARPS = 4, 512, 4
 """Rows and bytes of a row that a program reads at a time for one token: 16 bytes a thread."""
 
@@ -32,7 +34,7 @@ def partial_products(x_TI: Tensor, weight: PackedWeight) -> Tensor:
         return _row_products(x_TI, weight)
     num_tokens = len(x_TI)
     outputs, inputs = weight.shape
-    block_o = 32 if num_tokens > 32 else 16
+    block_o = TILE_OUTPUTS
     block_t = max(16, triton.next_power_of_2(num_tokens))
     step = _inputs_per_step(weight)
     parts = _parts(triton.cdiv(outputs, block_o), triton.cdiv(inputs, step))
@@ -44,12 +46,12 @@ def partial_products(x_TI: Tensor, weight: PackedWeight) -> Tensor:
         num_tokens, outputs, inputs, steps,
         GROUP=weight.group if weight.kind != "int8" else step,
         BLOCK_T=block_t, BLOCK_O=block_o, STEP=step, IS_TABLE=weight.kind == "nf4",
-        num_warps=4, num_stages=4,
+        num_warps=TILE_WARPS, num_stages=TILE_STAGES,
     )  # fmt: skip
     return products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "steps"])
 def _int4_kernel(
     x, codes, scale, offset, table, products, num_tokens, outputs, inputs, steps,
     GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, STEP: tl.constexpr, IS_TABLE: tl.constexpr,
@@ -86,7 +88,7 @@ def _int4_kernel(
     tl.store(products + target, accumulated, mask=is_token[:, None] & is_output[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "steps"])
 def _int8_kernel(
     x, codes, scale, offset, table, products, num_tokens, outputs, inputs, steps,
     GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, STEP: tl.constexpr, IS_TABLE: tl.constexpr,
@@ -111,8 +113,7 @@ def _int8_kernel(
 
 def _row_products(x_1I: Tensor, weight: PackedWeight) -> Tensor:
     """``partial_products`` of one token, without tensor cores: each thread adds up its own share of a row."""
-    outputs, inputs = weight.shape
-    columns = weight.codes.shape[1]
+    outputs, columns = weight.codes.shape
     parts = _parts(triton.cdiv(outputs, ROW_BLOCK), triton.cdiv(columns, ROW_BYTES))
     steps = triton.cdiv(triton.cdiv(columns, ROW_BYTES), parts)
     products = torch.empty(parts, 1, outputs, dtype=torch.float32, device=x_1I.device)
@@ -124,7 +125,7 @@ def _row_products(x_1I: Tensor, weight: PackedWeight) -> Tensor:
     return products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def _row_kernel(
     x, codes, scale, offset, table, products, outputs, columns, steps,
     GROUP_BYTES: tl.constexpr, BLOCK_O: tl.constexpr, BYTES: tl.constexpr, KIND: tl.constexpr,

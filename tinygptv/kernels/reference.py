@@ -83,9 +83,7 @@ def rotate_and_store(
     return query
 
 
-def attend(
-    partials: Tensor, weights: AttentionWeights, cache: Cache, slots_T: Tensor, lengths_G: Tensor
-) -> Tensor:
+def attend(partials: Tensor, weights: AttentionWeights, cache: Cache, slots_T: Tensor, lengths_G: Tensor) -> Tensor:
     """Attention of one new token per sequence: rotate, extend the cache, attend over it.
 
     Args:

@@ -1,7 +1,7 @@
 """What the step's operations take: bundles of tensors, with their shapes.
 
-Notation: P partial products, T tokens, D width, N heads, H head width, G slots, L cache length, O outputs and I inputs of
-a matrix.
+Notation: P partial products, T tokens, D width, N heads, H head width, G slots, L cache length, O outputs and I inputs
+of a matrix.
 """
 
 from __future__ import annotations

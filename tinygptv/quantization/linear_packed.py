@@ -9,13 +9,11 @@ Notation: O output width, I input width, T tokens, P partial products.
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from tinygptv.kernels import reference
+from tinygptv.kernels import lowbit_ops
 from tinygptv.kernels.shapes import PackedWeight
 
 MOST_TOKENS = 64
@@ -36,6 +34,10 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = packed.shape
         self.kind, self.group, self.dtype = packed.kind, packed.group, dtype
+        self.weight: Tensor
+        self.scale: Tensor
+        self.offset: Tensor | None
+        self.table: Tensor | None
         self.register_buffer("weight", packed.codes)
         self.register_buffer("scale", packed.scale)
         self.register_buffer("offset", packed.offset)
@@ -49,7 +51,7 @@ class PackedLinear(nn.Module):
 
     def partial_products(self, x_TI: Tensor) -> Tensor:
         """Products without bias: [T, I] to [P, T, O], to be summed over P."""
-        x_TI, ops = x_TI.to(self.dtype), _ops(x_TI)
+        x_TI, ops = x_TI.to(self.dtype), lowbit_ops(x_TI.device.type)
         if len(x_TI) <= MOST_TOKENS:
             return ops.partial_products(x_TI, self.packed)
         return nn.functional.linear(x_TI, ops.unpack(self.packed, self.dtype)).unsqueeze(0)
@@ -120,15 +122,6 @@ def from_int4(tensors: dict[str, Tensor], device: str | torch.device, dtype: tor
     scale, offset = scales.permute(2, 1, 0).contiguous().unbind(0)
     weight = PackedWeight("int4", codes, scale, offset, None, group)
     return PackedLinear(weight, _moved(tensors.get("bias"), device), dtype)
-
-
-def _ops(x: Tensor) -> ModuleType:
-    """Triton's kernels for a GPU, else plain torch."""
-    if x.is_cuda and find_spec("triton"):
-        from tinygptv.kernels import lowbit
-
-        return lowbit
-    return reference
 
 
 def _moved(bias: Tensor | None, device: str | torch.device) -> Tensor | None:

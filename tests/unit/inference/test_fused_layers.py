@@ -19,7 +19,9 @@ def check(model, ops=reference, tolerance=2e-4):
     layers = FusedLayers(FlatDecoder(model, 3, LENGTH), ops)
     prompts = [torch.randint(1, 390, (20,)), torch.randint(1, 390, (9,))]
     embed = model.get_input_embeddings()
-    first = layers.prefill(torch.cat([embed(prompts[0][:13]), embed(prompts[1])]), [Span(2, 0, 13), Span(0, 0, 9)], [21])
+    first = layers.prefill(
+        torch.cat([embed(prompts[0][:13]), embed(prompts[1])]), [Span(2, 0, 13), Span(0, 0, 9)], [21]
+    )
     second = layers.prefill(embed(prompts[0][13:]), [Span(2, 13, 20)], [6])
     expected = [model(input_ids=ids[None]).logits[0, -1] for ids in prompts]
     torch.testing.assert_close(first[0], expected[1], atol=tolerance, rtol=tolerance)

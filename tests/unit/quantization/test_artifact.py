@@ -166,7 +166,7 @@ def test_a_layer_for_gpus_computes_what_the_one_for_cpus_does(name, tokens):
     packed = PACKED[name]({key: tensor.clone() for key, tensor in stored.items()}, "cpu", torch.float32)
     expected = kind.restore(stored, "cpu", torch.float32)(x)
     # The layers for CPUs round their input to 8 bits (int8) or to bfloat16 (int4; nf4 where the CPU
-        # has it), and compute llm_int8's products in float16.
+    # has it), and compute llm_int8's products in float16.
     assert relative_error(packed(x), expected) < {"nf4": 5e-3, "llm_int8": 2e-2, "int8": 1e-2, "int4": 1e-2}[name]
     assert relative_error(packed(x), linear(x)) < {"nf4": 0.15, "llm_int8": 0.02, "int8": 0.02, "int4": 0.15}[name]
 

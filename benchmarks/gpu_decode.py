@@ -1,0 +1,580 @@
+#!/usr/bin/env python3
+"""Answering on a GPU: single products, the decoding step, the engine, the first token. Random weights, no Ray.
+
+    python benchmarks/gpu_decode.py                              # paper's size
+    python benchmarks/gpu_decode.py --size tiny --device cpu     # the same code in seconds
+
+``products`` times one matrix product of each of Phi-2's four shapes, in every format, for 1 to 64 tokens. ``decode``
+compares the bare decoding step, replayed as a CUDA graph, with the engine that serves (its own thread, tokens delivered
+to one consumer per client). ``first_token`` takes an image to the first token of its answer. ``answers`` compares
+greedy answers with ``generate``.
+
+The limit of a step is the time to read its weights once, and the cache of its sequences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu_rows import GIB, Clock, Row, Rows, synchronize, table
+from serving_common import make_tokenizer
+
+from tinygptv.config import TinyGPTVConfig
+from tinygptv.convert.load import rebuild_buffers
+from tinygptv.inference.decoder import FlatDecoder
+from tinygptv.inference.engine import Engine, Request
+from tinygptv.inference.engine_thread import EngineLoop
+from tinygptv.inference.fused_layers import Span
+from tinygptv.inference.graph_runner import GraphRunner, bucket_of
+from tinygptv.inference.graphed_encoder import GraphedEncoder
+from tinygptv.inference.sampling import SamplingParams
+from tinygptv.kernels.shapes import PackedWeight
+from tinygptv.miniature.tiny import tiny_config
+from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
+from tinygptv.quantization.linear_packed import PackedLinear
+from tinygptv.training.memory_plan import build_on_meta
+
+FORMATS = ("bf16", "nf4", "int4", "int8")
+BITS = {"bf16": 16.0, "nf4": 4.25, "int4": 4.5, "int8": 8.0}
+"""Bits that a weight of the language layers takes on the device, scales included; the head stays bf16."""
+CLIENTS = (1, 4, 16, 32)
+FLOORS = {("bf16", 1): 300, ("nf4", 1): 400, ("int4", 1): 400, ("bf16", 16): 3000, ("bf16", 32): 5500}
+"""Tokens per second that the engine has to reach on an H100."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a benchmark is."""
+
+    context: int
+    prompt: int
+    tokens: int
+    steps: int
+    copy_bytes: int
+
+    def config(self, image_size: int = 448) -> TinyGPTVConfig:
+        return TinyGPTVConfig.phi2(image_size=image_size) if self.context > 256 else tiny_config()
+
+
+SIZES: dict[str, Size] = {
+    "paper": Size(context=512, prompt=64, tokens=160, steps=60, copy_bytes=4 * GIB),
+    "tiny": Size(context=64, prompt=8, tokens=6, steps=2, copy_bytes=2**20),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- the model
+
+
+def random_model(config: TinyGPTVConfig, device: torch.device, dtype: torch.dtype) -> TinyGPTVForConditionalGeneration:
+    """Random weights, made where they stay, ready for inference; answers depend on every token of the prompt."""
+    config.lora_rank = 0
+    model = build_on_meta(config)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in list(model.named_parameters()):
+        kind = torch.float32 if FLOAT32_NAMES.match(name) else dtype
+        value = torch.zeros(parameter.shape, dtype=kind, device=device)
+        if parameter.ndim > 1:
+            value.normal_(std=0.02, generator=generator)
+        elif not name.endswith("bias"):
+            value.fill_(1.0)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    for module in model.modules():
+        rebuild_buffers(module)
+    return model.to(device).eval()
+
+
+def random_packed(kind: str, outputs: int, inputs: int, device: torch.device) -> PackedWeight:
+    """A packed matrix of random codes."""
+    if kind == "int8":
+        codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=device)
+        return PackedWeight("int8", codes, torch.full((outputs, 1), 0.02 / 73, device=device), None, None, inputs)
+    group = min(64, inputs)
+    codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=device)
+    shape = (outputs, inputs // group)
+    if kind == "nf4":
+        table_16 = torch.linspace(-1, 1, 16, device=device)
+        scale = torch.full(shape, 0.033, device=device, dtype=torch.float16)
+        return PackedWeight("nf4", codes, scale, None, table_16, group)
+    scale = torch.full(shape, 0.0043, device=device, dtype=torch.bfloat16)
+    return PackedWeight("int4", codes, scale, torch.zeros_like(scale), None, group)
+
+
+def pack_language(model: TinyGPTVForConditionalGeneration, kind: str, dtype: torch.dtype) -> None:
+    """Put random packed matrices in place of the language layers' own."""
+    device = model.device
+    for name, module in list(model.language_model.named_modules()):
+        if isinstance(module, nn.Linear) and name.startswith("layers."):
+            packed = random_packed(kind, module.out_features, module.in_features, device)
+            bias = None if module.bias is None else module.bias.detach()
+            model.language_model.set_submodule(name, PackedLinear(packed, bias, dtype))
+
+
+# ---------------------------------------------------------------------------------------------------- products
+
+
+def products_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
+    """Time of single products: microseconds, and the share of the memory's rate."""
+    rows, where = Rows("products"), torch.device(device)
+    clock = Clock(rows, deadline_s)
+    rate = copy_rate(where, SIZES[size].copy_bytes)
+    rows.put("copy", rate / 1e12, "TB/s", note="bytes read and written")
+    text = SIZES[size].config().text_config
+    width, inner = text.hidden_size, text.intermediate_size
+    shapes = {"qkv": (3 * width, width), "dense": (width, width), "fc1": (inner, width), "fc2": (width, inner)}
+    for tokens in (1, 4, 16, 32, 64) if size == "paper" else (1, 4):
+        for kind in (*FORMATS, "tinygemm"):
+            if not clock.allows(f"{kind}, {tokens} tokens", 1.0):
+                return rows
+            total, parts = 0.0, []
+            try:
+                for name, shape in shapes.items():
+                    seconds = time_product(kind, shape, tokens, where)
+                    total += seconds
+                    parts.append(f"{name} {seconds * 1e6:.1f}")
+            except Exception as error:  # the other formats must still run
+                rows.put(f"{kind}, {tokens} tokens", None, "us", note=_sentence(error))
+                continue
+            weights = sum(o * i for o, i in shapes.values())
+            read = weights * BITS.get(kind, 4.5) / 8
+            note = f"{', '.join(parts)} us; {read / total / rate:.0%} of the copy rate"
+            rows.put(f"{kind}, {tokens} tokens", total * 1e6, "us", note=note)
+    return rows
+
+
+def time_product(kind: str, shape: tuple[int, int], tokens: int, device: torch.device) -> float:
+    """Seconds of one product; several matrices take turns, so that no cache holds them."""
+    outputs, inputs = shape
+    count = max(2, int(160e6 / (outputs * inputs * BITS.get(kind, 4.5) / 8))) if device.type == "cuda" else 1
+    x = torch.randn(tokens, inputs, device=device, dtype=torch.bfloat16)
+    makers: dict[str, Callable[[], Callable[[], Tensor]]] = {
+        "bf16": lambda: _plain(outputs, inputs, x),
+        "tinygemm": lambda: _tinygemm(outputs, inputs, x),
+    }
+    make = makers.get(kind, lambda: _packed(kind, outputs, inputs, x))
+    functions = [make() for _ in range(count)]
+
+    def run() -> Tensor:
+        for function in functions:
+            output = function()
+        return output
+
+    return time_on_device(run, device, rounds=5) / count
+
+
+def _plain(outputs: int, inputs: int, x: Tensor) -> Callable[[], Tensor]:
+    weight = torch.randn(outputs, inputs, device=x.device, dtype=x.dtype)
+    return lambda: nn.functional.linear(x, weight)
+
+
+def _packed(kind: str, outputs: int, inputs: int, x: Tensor) -> Callable[[], Tensor]:
+    layer = PackedLinear(random_packed(kind, outputs, inputs, x.device), None, x.dtype)
+    return lambda: layer.partial_products(x)
+
+
+def _tinygemm(outputs: int, inputs: int, x: Tensor) -> Callable[[], Tensor]:
+    codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=x.device)
+    packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+    scales = torch.full((inputs // 64, outputs, 2), 0.01, device=x.device, dtype=x.dtype)
+    return lambda: torch.ops.aten._weight_int4pack_mm(x, packed, 64, scales)
+
+
+def time_on_device(function: Callable[[], Tensor], device: torch.device, rounds: int) -> float:
+    """Seconds of a function's work, launched as a graph where there is a GPU; the median."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        function()
+        return time.perf_counter() - started
+    with torch.inference_mode():
+        function()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        times = []
+        for _ in range(rounds + 1):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+    return sorted(times[1:])[rounds // 2]
+
+
+def copy_rate(device: torch.device, size: int) -> float:
+    """Bytes per second of a copy, read and written."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = time_on_device(lambda: target.copy_(source), device, rounds=5)
+    return 2 * size / seconds
+
+
+# ---------------------------------------------------------------------------------------------------- decoding
+
+
+def decode_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
+    """The bare step and the engine, for each format and number of clients."""
+    rows, where = Rows("decode"), torch.device(device)
+    clock, sizes = Clock(rows, deadline_s), SIZES[size]
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    rate = copy_rate(where, sizes.copy_bytes)
+    for kind in FORMATS:
+        if not clock.allows(f"{kind}", 15.0 if size == "paper" else 0.1):
+            break
+        try:
+            model = random_model(sizes.config(), where, dtype)
+            if kind != "bf16":
+                pack_language(model, kind, dtype)
+            _decode_cases(rows, clock, sizes, kind, model, rate)
+        except Exception as error:  # the other formats must still run
+            rows.put(kind, None, "tokens/s", note=_sentence(error))
+        model = None
+        if where.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _decode_cases(
+    rows: Rows, clock: Clock, sizes: Size, kind: str, model: TinyGPTVForConditionalGeneration, rate: float
+) -> None:
+    started = time.perf_counter()
+    engine = Engine(model, make_tokenizer(), max_batch_size=CLIENTS[-1], context_length=sizes.context, runner="graph")
+    synchronize(engine.decoder.device)
+    ready_s = time.perf_counter() - started
+    text = model.config.text_config
+    head = text.hidden_size * text.vocab_size
+    layers = text.num_hidden_layers * (4 * text.hidden_size**2 + 2 * text.hidden_size * text.intermediate_size)
+    weights = layers * BITS[kind] / 8 + 2 * head
+    bare = {}
+    for clients in CLIENTS:
+        seconds, length = bare_step(engine, clients, sizes)
+        bare[clients] = seconds
+        cache = clients * length * 4 * text.num_hidden_layers * text.hidden_size
+        limit = (weights + cache) / rate
+        note = f"{seconds * 1e3:.2f} ms at {length} positions; limit {limit * 1e3:.2f} ms, {limit / seconds:.0%} of it"
+        rows.put(f"{kind}, bare step, {clients}", clients / seconds, "tokens/s", note=note)
+    loop = EngineLoop(engine)
+    for clients in CLIENTS:
+        if not clock.allows(f"{kind}, engine, {clients}", 3.0 if sizes.context > 256 else 0):
+            continue
+        per_second = serve(loop, clients, sizes)
+        note = f"{bare[clients] * per_second / clients:.0%} of the bare step's rate while all answer"
+        note += f"; graphs captured in {ready_s:.0f} s" if clients == CLIENTS[0] else ""
+        rows.put(f"{kind}, engine, {clients}", per_second, "tokens/s", floor=FLOORS.get((kind, clients)), note=note)
+    loop.close()
+
+
+def bare_step(engine: Engine, clients: int, sizes: Size) -> tuple[float, int]:
+    """Seconds of the replayed step of so many sequences, and the length of their caches in the middle."""
+    runner = engine.runner
+    assert isinstance(runner, GraphRunner)
+    first = sizes.prompt
+    runner.lengths_G.fill_(first)
+    runner.lengths_G[-1] = 0
+    slots = list(range(clients))
+    runner._place(slots)
+    step = runner._step(bucket_of(clients))
+    replay = step._decode
+    with torch.inference_mode():
+        replay()
+        synchronize(runner.device)
+        started = time.perf_counter()
+        for _ in range(sizes.steps):
+            replay()
+        synchronize(runner.device)
+        seconds = (time.perf_counter() - started) / sizes.steps
+    runner._rows = []
+    return seconds, first + sizes.steps // 2
+
+
+def serve(loop: EngineLoop, clients: int, sizes: Size) -> float:
+    """Tokens per second while all clients answer: from the last one's first token to the first one's end."""
+    rng = np.random.default_rng(clients)
+    arrivals: list[list[float]] = [[] for _ in range(clients)]
+
+    def consume(index: int) -> None:
+        ids = rng_ids[index]
+        embeds = loop.engine.decoder.embed(torch.from_numpy(ids).to(loop.engine.decoder.device))
+        request = Request(ids, embeds, SamplingParams(max_tokens=sizes.tokens, ignore_end=True))
+        for delta in loop.iterate(request):
+            now = time.perf_counter()
+            arrivals[index] += [now] * len(delta.token_ids)
+
+    vocab_size = loop.engine.decoder.model.config.text_config.vocab_size
+    rng_ids = [rng.integers(1, vocab_size, sizes.prompt) for _ in range(clients)]
+    threads = [threading.Thread(target=consume, args=(i,)) for i in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    begin, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
+    during = sum(begin < moment <= end for times in arrivals for moment in times)
+    return during / max(end - begin, 1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------- first token
+
+
+def first_token_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
+    """From an image of the model's size to the first token of an answer about it."""
+    rows, where = Rows("first_token"), torch.device(device)
+    sizes = SIZES[size]
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    model = random_model(sizes.config(), where, dtype)
+    engine = Engine(model, make_tokenizer(), max_batch_size=2, context_length=sizes.context, runner="graph")
+    encoder, loop = GraphedEncoder(model), EngineLoop(engine)
+    side, queries = model.config.vision_config.image_size, model.config.num_query_tokens
+    rng = np.random.default_rng(0)
+    times: list[tuple[float, float]] = []
+    for turn in range(8):
+        pixels = torch.from_numpy(rng.integers(0, 256, (1, 3, side, side), dtype=np.uint8))
+        question = rng.integers(1, model.config.text_config.vocab_size, 24)
+        started = time.perf_counter()
+        embeds = encoder.encode(pixels)
+        encoded = time.perf_counter()
+        ids = np.concatenate([question[:4], np.full(queries, model.config.image_token_id), question[4:]])
+        with torch.inference_mode():
+            inputs = model.embed(torch.from_numpy(ids).to(where).unsqueeze(0), image_embeds=torch.stack(embeds))[0]
+        named = np.where(ids == model.config.image_token_id, -1 - turn, ids)
+        next(iter(loop.iterate(Request(named, inputs, SamplingParams(max_tokens=2, ignore_end=True)))))
+        times.append((time.perf_counter() - started, encoded - started))
+    loop.close()
+    total, encoding = (float(np.median(column)) for column in zip(*times[2:], strict=True))
+    note = f"median of {len(times) - 2}; the image {encoding * 1e3:.0f} ms; slowest {max(times[2:])[0] * 1e3:.0f} ms"
+    rows.put("image to first token, 1 client", total * 1e3, "ms", note=f"wanted: at most 60; {note}")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------- answers
+
+
+def answers_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
+    """Greedy answers of the engine and of ``generate``; logits of the step in static shapes and of the model."""
+    rows, where = Rows("answers"), torch.device(device)
+    sizes = SIZES[size]
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        if name == "bf16" and where.type != "cuda":
+            continue
+        config = sizes.config()
+        if size == "paper":
+            config.text_config.num_hidden_layers = 8
+            config.vision_config.num_hidden_layers = 1
+        model = random_model(config, where, dtype)
+        model.lm_head.weight.normal_(0, 0.3)
+        engine = Engine(model, make_tokenizer(), max_batch_size=8, context_length=sizes.context, runner="graph")
+        rng = np.random.default_rng(1)
+        vocab_size = model.config.text_config.vocab_size
+        prompts = [rng.integers(1, vocab_size, int(rng.integers(5, sizes.prompt))) for _ in range(8)]
+        keys = {}
+        for ids in prompts:
+            embeds = engine.decoder.embed(torch.from_numpy(ids).to(where))
+            keys[engine.add(Request(ids, embeds, SamplingParams(max_tokens=sizes.tokens // 3, ignore_end=True)))] = ids
+        answers: dict[int, list[int]] = {}
+        while engine.has_work:
+            for key, delta in engine.step():
+                answers.setdefault(key, []).extend(delta.token_ids)
+        same = 0
+        for key, ids in keys.items():
+            wanted = _generate(model, ids, sizes.tokens // 3)
+            same += int(answers[key] == wanted)
+        rows.put(f"{name}: equal answers of 8", same, "answers", floor=8 if name == "fp32" else None)
+        rows.put(f"{name}: largest difference of logits", _logit_difference(model, prompts, where, sizes), "of 1 sigma")
+        del model, engine
+    return rows
+
+
+def _generate(model: TinyGPTVForConditionalGeneration, ids: np.ndarray, count: int) -> list[int]:
+    prompt = torch.from_numpy(ids).to(model.device)[None]
+    output = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, min_new_tokens=count, do_sample=False,
+        pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    return output[0, len(ids) :].tolist()
+
+
+@torch.inference_mode()
+def _logit_difference(
+    model: TinyGPTVForConditionalGeneration, prompts: Sequence[np.ndarray], device: torch.device, sizes: Size
+) -> float:
+    """Largest difference of one batched step's logits from the model's own, in standard deviations of the logits."""
+    runner = GraphRunner(FlatDecoder(model, len(prompts), sizes.context), use_graphs=False)
+    for slot, ids in enumerate(prompts):
+        embeds = runner.decoder.embed(torch.from_numpy(ids[:-1]).to(device))
+        runner.layers.prefill(embeds, [Span(slot, 0, len(ids) - 1)], [])
+        runner.tokens_G[slot], runner.lengths_G[slot] = int(ids[-1]), len(ids) - 1
+    logits = runner.layers.decode(torch.arange(len(prompts), device=device), runner.tokens_G, runner.lengths_G)
+    worst = 0.0
+    for row, ids in enumerate(prompts):
+        expected = model(input_ids=torch.from_numpy(ids).to(device)[None]).logits[0, -1]
+        worst = max(worst, float((logits[row] - expected).abs().max() / expected.std()))
+    return worst
+
+
+# ---------------------------------------------------------------------------------------------------- kernels of a step
+
+
+def kernels_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
+    """Which kernels a decoding step spends its time in."""
+    rows, where = Rows("kernels"), torch.device(device)
+    if where.type != "cuda":
+        return rows
+    for kind, clients in (("bf16", 1), ("bf16", 32), ("nf4", 1), ("nf4", 16)):
+        model = random_model(SIZES[size].config(), where, torch.bfloat16)
+        if kind != "bf16":
+            pack_language(model, kind, torch.bfloat16)
+        runner = GraphRunner(FlatDecoder(model, clients, SIZES[size].context))
+        runner.lengths_G.fill_(SIZES[size].prompt * 4)
+        runner._place(list(range(clients)))
+        step = runner._step(bucket_of(clients))
+        step._decode()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step._decode()
+            torch.cuda.synchronize()
+        spent: dict[str, list[float]] = {}
+        for event in profile.events():
+            spent.setdefault(event.name[:70], []).append(event.device_time_total)
+        total = sum(sum(times) for times in spent.values())
+        for name, times in sorted(spent.items(), key=lambda item: -sum(item[1]))[:9]:
+            rows.put(
+                f"{kind}, {clients}: {name}", sum(times) / 1e3, "ms", note=f"{len(times)} x {np.mean(times):.1f} us"
+            )
+        rows.put(f"{kind}, {clients}: all kernels", total / 1e3, "ms", note=f"{sum(map(len, spent.values()))} kernels")
+        del model, runner, step
+        torch.cuda.empty_cache()
+    return rows
+
+
+def tuning_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
+    """Other shapes of the kernels' programs: what the constants in ``kernels`` were chosen from."""
+    rows, where = Rows("tuning"), torch.device(device)
+    if where.type != "cuda":
+        return rows
+    from tinygptv.kernels import fused, lowbit
+
+    clock = Clock(rows, deadline_s)
+    text = SIZES[size].config().text_config
+    width, inner = text.hidden_size, text.intermediate_size
+    shapes = [(3 * width, width), (width, width), (inner, width), (width, inner)]
+
+    def attempt(what: str, module: object, values: dict[str, int], function: Callable[[], float]) -> None:
+        if not clock.allows(what, 2.0):
+            return
+        kept = {name: getattr(module, name) for name in values}
+        try:
+            for name, value in values.items():
+                setattr(module, name, value)
+            rows.put(f"{what}, {values}", function() * 1e6, "us")
+        except Exception as error:
+            rows.put(f"{what}, {values}", None, "us", note=_sentence(error))
+        finally:
+            for name, value in kept.items():
+                setattr(module, name, value)
+
+    for kind in ("nf4", "int8"):
+        for block, size_bytes, warps in (
+            (2, 1024, 4),
+            (4, 256, 2),
+            (8, 256, 4),
+            (4, 1024, 8),
+            (1, 1024, 4),
+            (8, 512, 8),
+        ):
+            values = {"ROW_BLOCK": block, "ROW_BYTES": size_bytes, "ROW_WARPS": warps}
+            attempt(
+                f"{kind}, 1 token",
+                lowbit,
+                values,
+                lambda kind=kind: sum(time_product(kind, s, 1, where) for s in shapes),
+            )
+        for outputs, warps, stages, programs in (
+            (32, 4, 4, 528), (16, 2, 5, 1056), (32, 2, 4, 528), (64, 4, 4, 528), (64, 8, 3, 528), (32, 4, 3, 1056)
+        ):  # fmt: skip
+            values = {"TILE_OUTPUTS": outputs, "TILE_WARPS": warps, "TILE_STAGES": stages, "WANTED_PROGRAMS": programs}
+            attempt(
+                f"{kind}, 16 tokens",
+                lowbit,
+                values,
+                lambda kind=kind: sum(time_product(kind, s, 16, where) for s in shapes),
+            )
+    for clients, length in ((1, 1000), (32, 500)):
+        for block, warps in ((64, 8), (64, 4), (128, 8), (32, 4), (32, 2), (16, 2)):
+            values = {"CONTEXT_BLOCK": block, "CONTEXT_WARPS": warps}
+            attempt(
+                f"attention, {clients} x {length}",
+                fused,
+                values,
+                lambda c=clients, n=length: time_attention(c, n, where),
+            )
+    return rows
+
+
+def time_attention(clients: int, length: int, device: torch.device) -> float:
+    """Seconds of one layer's attention of a decoding step at Phi-2's size."""
+    from tinygptv.kernels import fused
+    from tinygptv.kernels.shapes import AttentionWeights, Cache
+
+    heads, dim = 32, 80
+    layers = 8 if clients > 8 else 32
+    shape = (clients, heads, length + 8, dim)
+    caches = [
+        Cache(*(torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))) for _ in range(layers)
+    ]
+    ones = torch.ones(dim, device=device)
+    table_LH = torch.randn(length + 8, dim, device=device)
+    bias = torch.zeros(3 * heads * dim, device=device)
+    weights = AttentionWeights(bias, (ones, ones), (ones, ones), 1e-5, table_LH, table_LH, 32, dim**-0.5)
+    qkv = torch.randn(1, clients, 3 * heads * dim, device=device, dtype=torch.bfloat16)
+    slots = torch.arange(clients, device=device)
+    lengths = torch.full((clients + 1,), length, device=device)
+
+    def run() -> Tensor:
+        for cache in caches:
+            output = fused.attend(qkv, weights, cache, slots, lengths)
+        return output
+
+    return time_on_device(run, device, rounds=5) / layers
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error) or '-').splitlines()[0][:160]}"
+
+
+SECTIONS = {
+    "decode": decode_section,
+    "answers": answers_section,
+    "first_token": first_token_section,
+    "kernels": kernels_section,
+    "products": products_section,
+    "tuning": tuning_section,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sorted(SIZES), default="paper")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, by commas")
+    parser.add_argument("--limit-s", type=float, default=120, help="seconds of each section")
+    arguments = parser.parse_args()
+    rows = []
+    for name in arguments.only.split(","):
+        rows += SECTIONS[name](arguments.limit_s, arguments.size, arguments.device)
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
