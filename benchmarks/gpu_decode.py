@@ -18,6 +18,7 @@ import argparse
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ from tinygptv.inference.fused_layers import Span
 from tinygptv.inference.graph_runner import GraphRunner, bucket_of
 from tinygptv.inference.graphed_encoder import GraphedEncoder
 from tinygptv.inference.sampling import SamplingParams
-from tinygptv.kernels.shapes import PackedWeight
+from tinygptv.kernels.shapes import PackedWeight, pack_codes, pad_groups
 from tinygptv.miniature.tiny import tiny_config
 from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
 from tinygptv.quantization.linear_packed import PackedLinear
@@ -100,16 +101,16 @@ def random_packed(kind: str, outputs: int, inputs: int, device: torch.device) ->
     """A packed matrix of random codes."""
     if kind == "int8":
         codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=device)
-        return PackedWeight("int8", codes, torch.full((outputs, 1), 0.02 / 73, device=device), None, None, inputs)
+        return PackedWeight(codes, torch.full((outputs, 1), 0.02 / 73, device=device), None, None, inputs, inputs)
     group = min(64, inputs)
-    codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=device)
-    shape = (outputs, inputs // group)
+    codes = pack_codes(torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, device=device))
     if kind == "nf4":
-        table_16 = torch.linspace(-1, 1, 16, device=device)
-        scale = torch.full(shape, 0.033, device=device, dtype=torch.float16)
-        return PackedWeight("nf4", codes, scale, None, table_16, group)
-    scale = torch.full(shape, 0.0043, device=device, dtype=torch.bfloat16)
-    return PackedWeight("int4", codes, scale, torch.zeros_like(scale), None, group)
+        scale = torch.full((outputs, inputs // group), 0.033, device=device, dtype=torch.float16)
+        values = torch.linspace(-1, 1, 16, device=device)
+        return PackedWeight(codes, pad_groups(scale, group), None, values, group, inputs)
+    scale = torch.full((outputs, inputs // group), 0.0043, device=device, dtype=torch.bfloat16)
+    offset = pad_groups(torch.zeros_like(scale), group)
+    return PackedWeight(codes, pad_groups(scale, group), offset, torch.arange(-8.0, 8.0, device=device), group, inputs)
 
 
 def pack_language(model: TinyGPTVForConditionalGeneration, kind: str, dtype: torch.dtype) -> None:
@@ -135,7 +136,7 @@ def products_section(deadline_s: float, size: str = "paper", device: str = "cuda
     width, inner = text.hidden_size, text.intermediate_size
     shapes = {"qkv": (3 * width, width), "dense": (width, width), "fc1": (inner, width), "fc2": (width, inner)}
     for tokens in (1, 4, 16, 32, 64) if size == "paper" else (1, 4):
-        for kind in (*FORMATS, "tinygemm"):
+        for kind in (*FORMATS, "tinygemm") if tokens < 64 else FORMATS:
             if not clock.allows(f"{kind}, {tokens} tokens", 1.0):
                 return rows
             total, parts = 0.0, []
@@ -240,6 +241,7 @@ def decode_section(deadline_s: float, size: str = "paper", device: str = "cuda")
                 pack_language(model, kind, dtype)
             _decode_cases(rows, clock, sizes, kind, model, rate)
         except Exception as error:  # the other formats must still run
+            traceback.print_exc()
             rows.put(kind, None, "tokens/s", note=_sentence(error))
         model = None
         if where.type == "cuda":
@@ -361,8 +363,12 @@ def first_token_section(deadline_s: float, size: str = "paper", device: str = "c
 # ---------------------------------------------------------------------------------------------------- answers
 
 
+PROMPTS, ANSWER = 5, 24
+"""Prompts, and tokens of each answer."""
+
+
 def answers_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
-    """Greedy answers of the engine and of ``generate``; logits of the step in static shapes and of the model."""
+    """Greedy answers of the engine and of ``generate``; logits of a step in static shapes and of the model."""
     rows, where = Rows("answers"), torch.device(device)
     sizes = SIZES[size]
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -374,23 +380,23 @@ def answers_section(deadline_s: float, size: str = "paper", device: str = "cuda"
             config.vision_config.num_hidden_layers = 1
         model = random_model(config, where, dtype)
         model.lm_head.weight.normal_(0, 0.3)
-        engine = Engine(model, make_tokenizer(), max_batch_size=8, context_length=sizes.context, runner="graph")
+        engine = Engine(model, make_tokenizer(), max_batch_size=PROMPTS, context_length=sizes.context, runner="graph")
         rng = np.random.default_rng(1)
         vocab_size = model.config.text_config.vocab_size
-        prompts = [rng.integers(1, vocab_size, int(rng.integers(5, sizes.prompt))) for _ in range(8)]
+        prompts = [rng.integers(1, vocab_size, int(rng.integers(5, sizes.prompt))) for _ in range(PROMPTS)]
         keys = {}
         for ids in prompts:
             embeds = engine.decoder.embed(torch.from_numpy(ids).to(where))
-            keys[engine.add(Request(ids, embeds, SamplingParams(max_tokens=sizes.tokens // 3, ignore_end=True)))] = ids
+            keys[engine.add(Request(ids, embeds, SamplingParams(max_tokens=ANSWER, ignore_end=True)))] = ids
         answers: dict[int, list[int]] = {}
         while engine.has_work:
             for key, delta in engine.step():
                 answers.setdefault(key, []).extend(delta.token_ids)
         same = 0
         for key, ids in keys.items():
-            wanted = _generate(model, ids, sizes.tokens // 3)
+            wanted = _generate(model, ids, ANSWER)
             same += int(answers[key] == wanted)
-        rows.put(f"{name}: equal answers of 8", same, "answers", floor=8 if name == "fp32" else None)
+        rows.put(f"{name}: equal answers of {PROMPTS}", same, "answers", floor=PROMPTS if name == "fp32" else None)
         rows.put(f"{name}: largest difference of logits", _logit_difference(model, prompts, where, sizes), "of 1 sigma")
         del model, engine
     return rows
@@ -483,41 +489,19 @@ def tuning_section(deadline_s: float, size: str = "paper", device: str = "cuda")
             for name, value in kept.items():
                 setattr(module, name, value)
 
-    for kind in ("nf4", "int8"):
-        for block, size_bytes, warps in (
-            (2, 1024, 4),
-            (4, 256, 2),
-            (8, 256, 4),
-            (4, 1024, 8),
-            (1, 1024, 4),
-            (8, 512, 8),
-        ):
-            values = {"ROW_BLOCK": block, "ROW_BYTES": size_bytes, "ROW_WARPS": warps}
-            attempt(
-                f"{kind}, 1 token",
-                lowbit,
-                values,
-                lambda kind=kind: sum(time_product(kind, s, 1, where) for s in shapes),
-            )
+    def products(kind: str, tokens: int) -> Callable[[], float]:
+        return lambda: sum(time_product(kind, shape, tokens, where) for shape in shapes)
+
+    for kind in ("nf4", "int4"):
+        for outputs, words, warps in ((4, 128, 4), (8, 128, 4), (8, 64, 2), (16, 64, 4), (4, 320, 4), (8, 128, 8)):
+            values = {"ROW_OUTPUTS": outputs, "ROW_WORDS": words, "ROW_WARPS": warps}
+            attempt(f"{kind}, 1 token", lowbit, values, products(kind, 1))
+    for kind, tokens in (("nf4", 16), ("nf4", 32), ("nf4", 4), ("int4", 16), ("int8", 16)):
         for outputs, warps, stages, programs in (
-            (32, 4, 4, 528), (16, 2, 5, 1056), (32, 2, 4, 528), (64, 4, 4, 528), (64, 8, 3, 528), (32, 4, 3, 1056)
+            (32, 4, 4, 528), (64, 4, 4, 528), (64, 8, 3, 528), (128, 8, 3, 528), (32, 2, 4, 1056), (64, 4, 2, 1056)
         ):  # fmt: skip
             values = {"TILE_OUTPUTS": outputs, "TILE_WARPS": warps, "TILE_STAGES": stages, "WANTED_PROGRAMS": programs}
-            attempt(
-                f"{kind}, 16 tokens",
-                lowbit,
-                values,
-                lambda kind=kind: sum(time_product(kind, s, 16, where) for s in shapes),
-            )
-    for clients, length in ((1, 1000), (32, 500)):
-        for block, warps in ((64, 8), (64, 4), (128, 8), (32, 4), (32, 2), (16, 2)):
-            values = {"CONTEXT_BLOCK": block, "CONTEXT_WARPS": warps}
-            attempt(
-                f"attention, {clients} x {length}",
-                fused,
-                values,
-                lambda c=clients, n=length: time_attention(c, n, where),
-            )
+            attempt(f"{kind}, {tokens} tokens", lowbit, values, products(kind, tokens))
     return rows
 
 
@@ -571,7 +555,10 @@ def main() -> int:
     arguments = parser.parse_args()
     rows = []
     for name in arguments.only.split(","):
-        rows += SECTIONS[name](arguments.limit_s, arguments.size, arguments.device)
+        try:
+            rows += SECTIONS[name](arguments.limit_s, arguments.size, arguments.device)
+        except Exception:  # the other sections must still run
+            traceback.print_exc()
     print(table(rows))
     return 0
 

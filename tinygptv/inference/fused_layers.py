@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
-from transformers.activations import NewGELUActivation
+from transformers.activations import GELUTanh, NewGELUActivation
 
 from tinygptv.inference.decoder import FlatDecoder
 from tinygptv.kernels import step_ops
@@ -158,7 +158,7 @@ class _Layer:
 
     def _activated(self, normed_TD: Tensor) -> Tensor:
         fc1 = self.fc1
-        if not isinstance(self.activation, NewGELUActivation):
+        if not isinstance(self.activation, GELUTanh | NewGELUActivation):
             output = fc1.partials(normed_TD).float().sum(0)
             return self.activation(output if fc1.bias is None else output + fc1.bias).to(normed_TD.dtype)
         if fc1.plain is not None and fc1.plain.bias is not None and normed_TD.is_cuda:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from tinygptv.kernels.shapes import AttentionWeights, Branch, Cache
 
-CONTEXT_BLOCK, CONTEXT_WARPS = 64, 8
-"""Cache positions that a program reads at a time, and its warps."""
+FEW_PROGRAMS, MANY_PROGRAMS = (128, 8), (64, 4)
+"""Cache positions that a program reads at a time, and its warps: where a program has a multiprocessor for itself, and
+where several share one."""
 WANTED_PROGRAMS = 256
 """Programs that keep a large GPU's memory busy; with fewer heads than that, a sequence's context is divided."""
 MOST_CONTEXT_PARTS = 8
@@ -176,6 +177,7 @@ def attend(partials: Tensor, weights: AttentionWeights, cache: Cache, slots_T: T
     num_slots, num_heads, length, head_dim = cache.keys.shape
     num_tokens, device = len(slots_T), partials.device
     context_parts = _context_parts(num_tokens * num_heads)
+    block, warps = FEW_PROGRAMS if num_tokens * num_heads < WANTED_PROGRAMS else MANY_PROGRAMS
     options = _head_options(partials, weights, cache)
     output = torch.empty(num_tokens, num_heads * head_dim, dtype=cache.keys.dtype, device=device)
     if context_parts == 1:
@@ -187,7 +189,7 @@ def attend(partials: Tensor, weights: AttentionWeights, cache: Cache, slots_T: T
     _attend_kernel[(num_tokens, num_heads, context_parts)](
         partials, *_tables(weights, partials), cache.keys, cache.values, slots_T, lengths_G, summed, most, total,
         num_tokens, num_slots, length, weights.eps, weights.scale,
-        CONTEXT_PARTS=context_parts, BLOCK_L=CONTEXT_BLOCK, num_warps=CONTEXT_WARPS, **options,
+        CONTEXT_PARTS=context_parts, BLOCK_L=block, num_warps=warps, **options,
     )  # fmt: skip
     if context_parts > 1:
         _combine_kernel[(num_tokens, num_heads)](

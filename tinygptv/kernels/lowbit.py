@@ -1,213 +1,326 @@
 """Products with packed low-bit weights, and unpacking them; Triton.
 
-A step of few tokens reads every weight once, so it is as fast as its weights are small: the kernel unpacks weights in
-registers. ``PackedWeight`` describes the formats.
+A step of few tokens reads every weight once, so it is as fast as its weights are small: the kernels unpack weights in
+registers. ``PackedWeight`` describes the layout. A table of 16 values is looked up by byte permutations (PTX ``prmt``),
+four codes at a time: loads from memory, even from its fastest level, would take longer than the product.
 
 Notation: T tokens, O outputs, I inputs, P parts into which the inputs are divided (their products are added later).
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinygptv.kernels.shapes import PackedWeight
-
-MOST_TOKENS = 64
-"""Beyond so many tokens unpacking the matrix once and multiplying plainly is faster."""
+from tinygptv.kernels.shapes import BLOCK_INPUTS, BLOCK_WORDS, PackedWeight
 
 WANTED_PROGRAMS = 528
 """Four for each multiprocessor of a large GPU: enough reads in flight to keep its memory busy."""
 MOST_PARTS = 8
 
-TILE_OUTPUTS, TILE_WARPS, TILE_STAGES = 16, 4, 4
+TILE_OUTPUTS, TILE_WARPS, TILE_STAGES = 32, 4, 4
 """Outputs, warps and pipeline stages of a program for several tokens."""
-ROW_BLOCK, ROW_BYTES, ROW_WARPS = 4, 512, 4
-"""Rows and bytes of a row that a program reads at a time for one token: 16 bytes a thread."""
+ROW_OUTPUTS, ROW_WORDS, ROW_WARPS = 16, 128, 4
+"""Outputs, words of each and warps of a program for one token, 4 bits."""
+ROW8_OUTPUTS, ROW8_INPUTS, ROW8_WARPS = 8, 512, 8
+"""Outputs, inputs of each and warps of a program for one token, 8 bits."""
+TILE8_INPUTS = 128
 
 
 def partial_products(x_TI: Tensor, weight: PackedWeight) -> Tensor:
     """Multiply few tokens: [T, I] to float32 [P, T, O], whose sum over P is the product."""
-    if len(x_TI) == 1:
-        return _row_products(x_TI, weight)
+    if weight.table is None:
+        return _rows_8(x_TI, weight) if len(x_TI) == 1 else _tiles_8(x_TI, weight)
+    return _rows_4(x_TI, weight) if len(x_TI) == 1 else _tiles_4(x_TI, weight)
+
+
+# ---------------------------------------------------------------------------------------------------- 4 bits
+
+
+def _rows_4(x_1I: Tensor, weight: PackedWeight) -> Tensor:
+    """One token, without tensor cores: each thread adds up its own share of some rows."""
+    outputs, words = weight.codes.shape
+    parts, steps = _parts(outputs, ROW_OUTPUTS, words, ROW_WORDS)
+    products = torch.empty(parts, 1, outputs, dtype=torch.float32, device=x_1I.device)
+    _row_4_kernel[(triton.cdiv(outputs, ROW_OUTPUTS), parts)](
+        x_1I, weight.codes, weight.scale, _or(weight.offset, weight.scale), *_table(weight), products,
+        outputs, weight.inputs, words, steps, weight.scale.shape[1], LOOKUP=_lookup(weight),
+        HAS_OFFSET=weight.offset is not None, PLANES=weight.group // BLOCK_WORDS,
+        BLOCK_O=ROW_OUTPUTS, WORDS=ROW_WORDS, num_warps=ROW_WARPS,
+    )  # fmt: skip
+    return products
+
+
+@triton.jit(do_not_specialize=["steps"])
+def _row_4_kernel(
+    x, codes, scale, offset, table, products, outputs, inputs, words, steps, groups, LOOKUP: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, PLANES: tl.constexpr, BLOCK_O: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    o = (tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
+    part = tl.program_id(1)
+    is_output = o < outputs
+    accumulated = tl.zeros([BLOCK_O, WORDS], tl.float32)
+    for step in range(part * steps, (part + 1) * steps):
+        w = step * WORDS + tl.arange(0, WORDS)
+        block = w // 16
+        mask = is_output[:, None] & (w < words)[None, :]
+        pairs = _look_up(tl.load(codes + o[:, None] * words + w[None, :], mask=mask, other=0), table, LOOKUP)
+        for first in tl.static_range(0, 8, PLANES):  # the planes of one group share its scale
+            product = tl.zeros([BLOCK_O, WORDS], tl.float32)
+            total = tl.zeros([WORDS], tl.float32)
+            for k in tl.static_range(first, first + PLANES):
+                i = block * 128 + k * 16 + w % 16
+                token = tl.load(x + i, mask=i < inputs, other=0.0).to(tl.float32)
+                product += _half(pairs[k // 2], k % 2) * token[None, :]
+                total += token
+            place = o[:, None] * groups + (block * (8 // PLANES) + first // PLANES)[None, :]
+            accumulated += product * tl.load(scale + place, mask=mask, other=0.0).to(tl.float32)
+            if HAS_OFFSET:
+                accumulated += total[None, :] * tl.load(offset + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(products + part * outputs + o, tl.sum(accumulated, 1), mask=is_output)
+
+
+def _tiles_4(x_TI: Tensor, weight: PackedWeight) -> Tensor:
+    """Several tokens, on tensor cores."""
     num_tokens = len(x_TI)
-    outputs, inputs = weight.shape
-    block_o = TILE_OUTPUTS
-    block_t = max(16, triton.next_power_of_2(num_tokens))
-    step = _inputs_per_step(weight)
-    parts = _parts(triton.cdiv(outputs, block_o), triton.cdiv(inputs, step))
+    outputs, words = weight.codes.shape
+    parts, steps = _parts(outputs, TILE_OUTPUTS, words, BLOCK_WORDS)
     products = torch.empty(parts, num_tokens, outputs, dtype=torch.float32, device=x_TI.device)
-    steps = triton.cdiv(triton.cdiv(inputs, step), parts)
-    kernel = _int8_kernel if weight.kind == "int8" else _int4_kernel
-    kernel[(triton.cdiv(outputs, block_o), parts)](
-        x_TI, weight.codes, weight.scale, _or(weight.offset, weight.scale), _or(weight.table, weight.scale), products,
-        num_tokens, outputs, inputs, steps,
-        GROUP=weight.group if weight.kind != "int8" else step,
-        BLOCK_T=block_t, BLOCK_O=block_o, STEP=step, IS_TABLE=weight.kind == "nf4",
+    _tile_4_kernel[(triton.cdiv(outputs, TILE_OUTPUTS), parts)](
+        x_TI, weight.codes, weight.scale, _or(weight.offset, weight.scale), *_table(weight), products, num_tokens,
+        outputs, weight.inputs, words, steps, weight.scale.shape[1], LOOKUP=_lookup(weight),
+        HAS_OFFSET=weight.offset is not None, PLANES=weight.group // BLOCK_WORDS,
+        BLOCK_T=max(16, triton.next_power_of_2(num_tokens)), BLOCK_O=TILE_OUTPUTS,
         num_warps=TILE_WARPS, num_stages=TILE_STAGES,
     )  # fmt: skip
     return products
 
 
 @triton.jit(do_not_specialize=["num_tokens", "steps"])
-def _int4_kernel(
-    x, codes, scale, offset, table, products, num_tokens, outputs, inputs, steps,
-    GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, STEP: tl.constexpr, IS_TABLE: tl.constexpr,
+def _tile_4_kernel(
+    x, codes, scale, offset, table, products, num_tokens, outputs, inputs, words, steps, groups,
+    LOOKUP: tl.constexpr, HAS_OFFSET: tl.constexpr, PLANES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    o = (tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
     part = tl.program_id(1)
     t = tl.arange(0, BLOCK_T)
     is_token, is_output = t < num_tokens, o < outputs
-    half = tl.arange(0, GROUP // 2)
-    num_groups = inputs // GROUP
+    j = tl.arange(0, 16)
     accumulated = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
-    for group in range(part * steps, min((part + 1) * steps, num_groups)):
-        packed = tl.load(
-            codes + o[None, :].to(tl.int64) * (inputs // 2) + group * (GROUP // 2) + half[:, None],
-            mask=is_output[None, :], other=0,
-        )  # fmt: skip
-        place = t[:, None] * inputs + group * GROUP + 2 * half[None, :]
-        even = tl.load(x + place, mask=is_token[:, None], other=0.0)
-        odd = tl.load(x + place + 1, mask=is_token[:, None], other=0.0)
-        high, low = (packed >> 4).to(tl.int32), (packed & 15).to(tl.int32)
-        if IS_TABLE:
-            product = tl.dot(even, tl.load(table + high).to(x.dtype.element_ty), input_precision="ieee")
-            product = tl.dot(odd, tl.load(table + low).to(x.dtype.element_ty), product, input_precision="ieee")
-        else:
-            product = tl.dot(even, (high - 8).to(x.dtype.element_ty), input_precision="ieee")
-            product = tl.dot(odd, (low - 8).to(x.dtype.element_ty), product, input_precision="ieee")
-        factor = tl.load(scale + o * num_groups + group, mask=is_output, other=0.0).to(tl.float32)
-        accumulated += product * factor[None, :]
-        if not IS_TABLE:
-            added = tl.load(offset + o * num_groups + group, mask=is_output, other=0.0).to(tl.float32)
-            total = tl.sum(even.to(tl.float32), 1) + tl.sum(odd.to(tl.float32), 1)
-            accumulated += total[:, None] * added[None, :]
+    for block in range(part * steps, min((part + 1) * steps, words // 16)):
+        loaded = tl.load(codes + o[None, :] * words + block * 16 + j[:, None], mask=is_output[None, :], other=0)
+        pairs = _look_up(loaded, table, LOOKUP)
+        for first in tl.static_range(0, 8, PLANES):
+            product = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
+            total = tl.zeros([BLOCK_T], tl.float32)
+            for k in tl.static_range(first, first + PLANES):
+                i = block * 128 + k * 16 + j
+                mask = is_token[:, None] & (i < inputs)[None, :]
+                token = tl.load(x + t[:, None] * inputs + i[None, :], mask=mask, other=0.0)
+                plane = _half(pairs[k // 2], k % 2).to(x.dtype.element_ty)
+                product = tl.dot(token, plane, product, input_precision="ieee")
+                if HAS_OFFSET:
+                    total += tl.sum(token.to(tl.float32), 1)
+            group = block * (8 // PLANES) + first // PLANES
+            factor = tl.load(scale + o * groups + group, mask=is_output, other=0.0).to(tl.float32)
+            accumulated += product * factor[None, :]
+            if HAS_OFFSET:
+                added = tl.load(offset + o * groups + group, mask=is_output, other=0.0).to(tl.float32)
+                accumulated += total[:, None] * added[None, :]
     target = (part * num_tokens + t[:, None]).to(tl.int64) * outputs + o[None, :]
     tl.store(products + target, accumulated, mask=is_token[:, None] & is_output[None, :])
 
 
-@triton.jit(do_not_specialize=["num_tokens", "steps"])
-def _int8_kernel(
-    x, codes, scale, offset, table, products, num_tokens, outputs, inputs, steps,
-    GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, STEP: tl.constexpr, IS_TABLE: tl.constexpr,
-):  # fmt: skip
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    part = tl.program_id(1)
-    t = tl.arange(0, BLOCK_T)
-    is_token, is_output = t < num_tokens, o < outputs
-    accumulated = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
-    for step in range(part * steps, (part + 1) * steps):
-        i = step * STEP + tl.arange(0, STEP)
-        is_input = i < inputs
-        weight = tl.load(
-            codes + o[None, :].to(tl.int64) * inputs + i[:, None], mask=is_output[None, :] & is_input[:, None], other=0
+@triton.jit
+def _look_up(words, table, LOOKUP: tl.constexpr):
+    """Eight codes of each word as bfloat16 numbers, two in each of four int32."""
+    if LOOKUP != "":
+        return tl.inline_asm_elementwise(
+            LOOKUP, "=r,=r,=r,=r,r", [words], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
         )
-        tokens = tl.load(x + t[:, None] * inputs + i[None, :], mask=is_token[:, None] & is_input[None, :], other=0.0)
-        accumulated = tl.dot(tokens, weight.to(x.dtype.element_ty), accumulated, input_precision="ieee")
-    factor = tl.load(scale + o, mask=is_output, other=0.0).to(tl.float32)
-    target = (part * num_tokens + t[:, None]).to(tl.int64) * outputs + o[None, :]
-    tl.store(products + target, accumulated * factor[None, :], mask=is_token[:, None] & is_output[None, :])
+    return (
+        tl.load(table + (words & 15)) | (tl.load(table + ((words >> 4) & 15)) << 16),
+        tl.load(table + ((words >> 8) & 15)) | (tl.load(table + ((words >> 12) & 15)) << 16),
+        tl.load(table + ((words >> 16) & 15)) | (tl.load(table + ((words >> 20) & 15)) << 16),
+        tl.load(table + ((words >> 24) & 15)) | (tl.load(table + ((words >> 28) & 15)) << 16),
+    )
 
 
-def _row_products(x_1I: Tensor, weight: PackedWeight) -> Tensor:
-    """``partial_products`` of one token, without tensor cores: each thread adds up its own share of a row."""
-    outputs, columns = weight.codes.shape
-    parts = _parts(triton.cdiv(outputs, ROW_BLOCK), triton.cdiv(columns, ROW_BYTES))
-    steps = triton.cdiv(triton.cdiv(columns, ROW_BYTES), parts)
-    products = torch.empty(parts, 1, outputs, dtype=torch.float32, device=x_1I.device)
-    _row_kernel[(triton.cdiv(outputs, ROW_BLOCK), parts)](
-        x_1I, weight.codes, weight.scale, _or(weight.offset, weight.scale), _or(weight.table, weight.scale), products,
-        outputs, columns, steps, GROUP_BYTES=columns if weight.kind == "int8" else weight.group // 2,
-        BLOCK_O=ROW_BLOCK, BYTES=ROW_BYTES, KIND=weight.kind, num_warps=ROW_WARPS,
-    )  # fmt: skip
-    return products
+@triton.jit
+def _half(pair, which: tl.constexpr):
+    """One of the two bfloat16 numbers in an int32, as float32."""
+    bits = pair & -65536 if which else pair << 16
+    return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["steps"])
-def _row_kernel(
-    x, codes, scale, offset, table, products, outputs, columns, steps,
-    GROUP_BYTES: tl.constexpr, BLOCK_O: tl.constexpr, BYTES: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    part = tl.program_id(1)
-    is_output = o < outputs
-    num_groups = columns // GROUP_BYTES
-    accumulated = tl.zeros([BLOCK_O, BYTES], tl.float32)
-    for step in range(part * steps, (part + 1) * steps):
-        i = step * BYTES + tl.arange(0, BYTES)
-        mask = is_output[:, None] & (i < columns)[None, :]
-        packed = tl.load(codes + o[:, None].to(tl.int64) * columns + i[None, :], mask=mask, other=0)
-        if KIND == "int8":
-            tokens = tl.load(x + i, mask=i < columns, other=0.0).to(tl.float32)
-            accumulated += packed.to(tl.float32) * tokens[None, :]
-        else:
-            j = step * 2 * BYTES + tl.arange(0, 2 * BYTES)
-            tokens = tl.load(x + j, mask=j < 2 * columns, other=0.0).to(tl.float32)
-            even, odd = tl.split(tl.reshape(tokens, [BYTES, 2]))
-            place = o[:, None] * num_groups + (i // GROUP_BYTES)[None, :]
-            factor = tl.load(scale + place, mask=mask, other=0.0).to(tl.float32)
-            high, low = (packed >> 4).to(tl.int32), (packed & 15).to(tl.int32)
-            if KIND == "nf4":
-                product = tl.load(table + high) * even[None, :] + tl.load(table + low) * odd[None, :]
-                accumulated += product * factor
-            else:
-                added = tl.load(offset + place, mask=mask, other=0.0).to(tl.float32)
-                product = (high - 8).to(tl.float32) * even[None, :] + (low - 8).to(tl.float32) * odd[None, :]
-                accumulated += product * factor + added * (even + odd)[None, :]
-    result = tl.sum(accumulated, 1)
-    if KIND == "int8":
-        result *= tl.load(scale + o, mask=is_output, other=0.0).to(tl.float32)
-    tl.store(products + part * outputs + o, result, mask=is_output)
+_known_tables: dict[tuple[int, str], tuple[Tensor, str]] = {}
+
+
+def _table(weight: PackedWeight) -> tuple[Tensor]:
+    """The table as int32 bit patterns of bfloat16, for kernels that look it up in memory."""
+    return (_known(weight)[0],)
+
+
+def _lookup(weight: PackedWeight) -> str:
+    """PTX that looks the table up in registers; empty where Triton interprets instead of compiling."""
+    return "" if not weight.codes.is_cuda else _known(weight)[1]
+
+
+def _known(weight: PackedWeight) -> tuple[Tensor, str]:
+    table = weight.table
+    assert table is not None, "only 4-bit weights have a table"
+    key = (table.data_ptr(), str(table.device))
+    if key not in _known_tables:
+        bits = table.bfloat16().view(torch.int16).to(torch.int32) & 0xFFFF
+        _known_tables[key] = bits, lookup_ptx(tuple(bits.tolist()))
+    return _known_tables[key]
+
+
+@cache
+def lookup_ptx(bits: tuple[int, ...]) -> str:
+    """PTX that turns a word of eight codes into four pairs of 16-bit numbers.
+
+    ``prmt`` picks four bytes out of eight by the lower three bits of four codes: once for the table's first half, once
+    for its second, and once more to choose between both by the codes' highest bits; the same for the upper bytes.
+
+    Args:
+        bits: the table's 16 numbers.
+    """
+    low, high = ([f"0x{_four(bits, shift, i):08x}" for i in range(0, 16, 4)] for shift in (0, 8))
+    lines = [".reg .b32 w, s, m, a, b, lo, hi;"]
+    for half in range(2):
+        lines.append(f"shr.b32 w, $4, {16 * half};")
+        lines += ["and.b32 s, w, 0x7777;", "shr.b32 m, w, 1;", "and.b32 m, m, 0x4444;", "or.b32 m, m, 0x3210;"]
+        for name, table in (("lo", low), ("hi", high)):
+            lines += [
+                f"prmt.b32 a, {table[0]}, {table[1]}, s;",
+                f"prmt.b32 b, {table[2]}, {table[3]}, s;",
+                f"prmt.b32 {name}, a, b, m;",
+            ]
+        lines += [f"prmt.b32 ${2 * half}, lo, hi, 0x5140;", f"prmt.b32 ${2 * half + 1}, lo, hi, 0x7362;"]
+    return "{ " + " ".join(lines) + " }"
+
+
+def _four(bits: tuple[int, ...], shift: int, first: int) -> int:
+    """Four bytes of the table in one number."""
+    return sum(((bits[first + i] >> shift) & 0xFF) << (8 * i) for i in range(4))
 
 
 def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The matrix [O, I] in ``dtype``."""
-    outputs, inputs = weight.shape
-    if weight.kind == "int8":
-        return (weight.codes.to(dtype) * weight.scale.to(dtype)).view(outputs, inputs)
-    matrix = torch.empty(outputs, inputs, dtype=dtype, device=weight.codes.device)
-    block = 1024
-    _unpack_kernel[(outputs, triton.cdiv(inputs // 2, block))](
-        weight.codes, weight.scale, _or(weight.offset, weight.scale), _or(weight.table, weight.scale), matrix, inputs,
-        GROUP=weight.group, BLOCK=block, IS_TABLE=weight.kind == "nf4", num_warps=4,
+    if weight.table is None:
+        return weight.codes.to(dtype) * weight.scale.to(dtype)
+    outputs, words = weight.codes.shape
+    matrix = torch.empty(outputs, weight.inputs, dtype=dtype, device=weight.codes.device)
+    block = 256
+    _unpack_kernel[(outputs, triton.cdiv(words, block))](
+        weight.codes, weight.scale, _or(weight.offset, weight.scale), *_table(weight), matrix, weight.inputs, words,
+        weight.scale.shape[1], LOOKUP=_lookup(weight), HAS_OFFSET=weight.offset is not None,
+        PLANES=weight.group // BLOCK_WORDS, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return matrix
 
 
 @triton.jit
 def _unpack_kernel(
-    codes, scale, offset, table, matrix, inputs, GROUP: tl.constexpr, BLOCK: tl.constexpr, IS_TABLE: tl.constexpr
-):
+    codes, scale, offset, table, matrix, inputs, words, groups, LOOKUP: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    PLANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    is_real = i < inputs // 2
-    packed = tl.load(codes + row * (inputs // 2) + i, mask=is_real, other=0)
-    group = row * (inputs // GROUP) + i // (GROUP // 2)
-    factor = tl.load(scale + group, mask=is_real, other=0.0).to(tl.float32)
-    high, low = (packed >> 4).to(tl.int32), (packed & 15).to(tl.int32)
-    if IS_TABLE:
-        first, second = tl.load(table + high) * factor, tl.load(table + low) * factor
-    else:
-        added = tl.load(offset + group, mask=is_real, other=0.0).to(tl.float32)
-        first, second = (high - 8).to(tl.float32) * factor + added, (low - 8).to(tl.float32) * factor + added
-    both = tl.interleave(first, second)
-    places = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
-    tl.store(matrix + row * inputs + places, both.to(matrix.dtype.element_ty), mask=places < inputs)
+    w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    block = w // 16
+    pairs = _look_up(tl.load(codes + row * words + w, mask=w < words, other=0), table, LOOKUP)
+    for k in tl.static_range(8):
+        i = block * 128 + k * 16 + w % 16
+        is_real = i < inputs
+        place = row * groups + block * (8 // PLANES) + k // PLANES
+        value = _half(pairs[k // 2], k % 2) * tl.load(scale + place, mask=is_real, other=0.0).to(tl.float32)
+        if HAS_OFFSET:
+            value += tl.load(offset + place, mask=is_real, other=0.0).to(tl.float32)
+        tl.store(matrix + row * inputs + i, value.to(matrix.dtype.element_ty), mask=is_real)
 
 
-def _inputs_per_step(weight: PackedWeight) -> int:
-    return 128 if weight.kind == "int8" else weight.group
+# ---------------------------------------------------------------------------------------------------- 8 bits
 
 
-def _parts(blocks: int, steps: int) -> int:
-    """Into how many parts the inputs are divided so that enough programs run."""
-    parts = 1
+def _rows_8(x_1I: Tensor, weight: PackedWeight) -> Tensor:
+    """One token, without tensor cores."""
+    outputs, inputs = weight.shape
+    parts, steps = _parts(outputs, ROW8_OUTPUTS, inputs, ROW8_INPUTS)
+    products = torch.empty(parts, 1, outputs, dtype=torch.float32, device=x_1I.device)
+    _row_8_kernel[(triton.cdiv(outputs, ROW8_OUTPUTS), parts)](
+        x_1I, weight.codes, weight.scale, products, outputs, inputs, steps,
+        BLOCK_O=ROW8_OUTPUTS, INPUTS=ROW8_INPUTS, num_warps=ROW8_WARPS,
+    )  # fmt: skip
+    return products
+
+
+@triton.jit(do_not_specialize=["steps"])
+def _row_8_kernel(
+    x, codes, scale, products, outputs, inputs, steps, BLOCK_O: tl.constexpr, INPUTS: tl.constexpr
+):
+    o = (tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
+    part = tl.program_id(1)
+    is_output = o < outputs
+    accumulated = tl.zeros([BLOCK_O, INPUTS], tl.float32)
+    for step in range(part * steps, (part + 1) * steps):
+        i = step * INPUTS + tl.arange(0, INPUTS)
+        mask = is_output[:, None] & (i < inputs)[None, :]
+        token = tl.load(x + i, mask=i < inputs, other=0.0).to(tl.float32)
+        accumulated += tl.load(codes + o[:, None] * inputs + i[None, :], mask=mask, other=0).to(tl.float32) * token
+    result = tl.sum(accumulated, 1) * tl.load(scale + o, mask=is_output, other=0.0).to(tl.float32)
+    tl.store(products + part * outputs + o, result, mask=is_output)
+
+
+def _tiles_8(x_TI: Tensor, weight: PackedWeight) -> Tensor:
+    """Several tokens, on tensor cores."""
+    num_tokens = len(x_TI)
+    outputs, inputs = weight.shape
+    parts, steps = _parts(outputs, TILE_OUTPUTS, inputs, TILE8_INPUTS)
+    products = torch.empty(parts, num_tokens, outputs, dtype=torch.float32, device=x_TI.device)
+    _tile_8_kernel[(triton.cdiv(outputs, TILE_OUTPUTS), parts)](
+        x_TI, weight.codes, weight.scale, products, num_tokens, outputs, inputs, steps,
+        BLOCK_T=max(16, triton.next_power_of_2(num_tokens)), BLOCK_O=TILE_OUTPUTS, INPUTS=TILE8_INPUTS,
+        num_warps=TILE_WARPS, num_stages=TILE_STAGES,
+    )  # fmt: skip
+    return products
+
+
+@triton.jit(do_not_specialize=["num_tokens", "steps"])
+def _tile_8_kernel(
+    x, codes, scale, products, num_tokens, outputs, inputs, steps,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
+    o = (tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
+    part = tl.program_id(1)
+    t = tl.arange(0, BLOCK_T)
+    is_token, is_output = t < num_tokens, o < outputs
+    accumulated = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
+    for step in range(part * steps, (part + 1) * steps):
+        i = step * INPUTS + tl.arange(0, INPUTS)
+        is_input = i < inputs
+        weight = tl.load(codes + o[None, :] * inputs + i[:, None], mask=is_output[None, :] & is_input[:, None], other=0)
+        token = tl.load(x + t[:, None] * inputs + i[None, :], mask=is_token[:, None] & is_input[None, :], other=0.0)
+        accumulated = tl.dot(token, weight.to(x.dtype.element_ty), accumulated, input_precision="ieee")
+    factor = tl.load(scale + o, mask=is_output, other=0.0).to(tl.float32)
+    target = (part * num_tokens + t[:, None]).to(tl.int64) * outputs + o[None, :]
+    tl.store(products + target, accumulated * factor[None, :], mask=is_token[:, None] & is_output[None, :])
+
+
+def _parts(outputs: int, block_outputs: int, length: int, step: int) -> tuple[int, int]:
+    """Into how many parts the inputs are divided so that enough programs run, and the steps of each part."""
+    blocks, steps, parts = triton.cdiv(outputs, block_outputs), triton.cdiv(length, step), 1
     while parts < MOST_PARTS and parts * blocks < WANTED_PROGRAMS and parts * 2 <= steps:
         parts *= 2
-    return parts
+    return parts, triton.cdiv(steps, parts)
 
 
 def _or(tensor: Tensor | None, none: Tensor) -> Tensor:
     return none if tensor is None else tensor
+
+
+assert (BLOCK_INPUTS, BLOCK_WORDS) == (128, 16), "the kernels count on it"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tinygptv.kernels.shapes import AttentionWeights, Branch, Cache, PackedWeight
+from tinygptv.kernels.shapes import AttentionWeights, Branch, Cache, PackedWeight, unpack_codes
 
 
 def add_norm(
@@ -136,13 +136,12 @@ def partial_products(x_TI: Tensor, weight: PackedWeight) -> Tensor:
 
 def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The matrix [O, I] in ``dtype``."""
-    if weight.kind == "int8":
+    if weight.table is None:
         return (weight.codes.float() * weight.scale.float()).to(dtype)
-    codes = torch.stack([weight.codes >> 4, weight.codes & 15], dim=-1).flatten(1)
-    scale = weight.scale.float().repeat_interleave(weight.group, dim=1)
-    if weight.table is not None:
-        return (weight.table[codes.long()] * scale).to(dtype)
-    values = (codes.float() - 8) * scale
-    if weight.offset is not None:
-        values += weight.offset.float().repeat_interleave(weight.group, dim=1)
-    return values.to(dtype)
+    scale, offset = (
+        None if part is None else part.float().repeat_interleave(weight.group, dim=1)[:, : weight.inputs]
+        for part in (weight.scale, weight.offset)
+    )
+    assert scale is not None, "every format has scales"
+    values = weight.table[unpack_codes(weight.codes, weight.inputs)] * scale
+    return (values if offset is None else values + offset).to(dtype)

@@ -7,9 +7,9 @@ of a matrix.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -62,38 +62,58 @@ class Cache:
     values: Tensor
 
 
+BLOCK_INPUTS, BLOCK_WORDS = 128, 16
+"""Inputs of a block of 4-bit codes, and its words."""
+
+
 @dataclass(frozen=True)
 class PackedWeight:
     """A matrix [O, I] in low bits.
 
-    ====  =============================================================  ==========================
-    kind  codes                                                          value
-    ====  =============================================================  ==========================
-    nf4   uint8 [O, I / 2], input 2i in the high half of byte i          table[code] * scale
-    int4  the same                                                       (code - 8) * scale + offset
-    int8  int8 [O, I]                                                    code * scale
-    ====  =============================================================  ==========================
-
-    Sources: nf4 is that of arXiv 2305.14314 in bitsandbytes' layout; int4 that of torch's ``_weight_int4pack_mm``.
+    4-bit codes stand for the 16 values of a table: a weight is ``table[code] * scale + offset``. Eight codes form a
+    word, and the inputs are laid out in blocks of 128: bits 4k to 4k + 3 of word j of a block are the code of its input
+    16k + j. So the codes that a kernel takes apart together belong to inputs that are read together. Inputs are padded
+    with zeros to whole blocks. 8-bit codes are numbers themselves: ``code * scale``.
 
     Attributes:
-        kind: see above.
-        codes: see above.
-        scale: float [O, I / group]; of int8 [O, 1].
-        offset: of int4, as ``scale``; None elsewhere.
-        table: of nf4, 16 float32 values; None elsewhere.
-        group: inputs that share a scale; of int8 all.
+        codes: int32 [O, ceil(I / 128) * 16]; of 8 bits int8 [O, I].
+        scale: float [O, groups], one for each ``group`` inputs, padded like them; of 8 bits [O, 1].
+        offset: as ``scale``, added to each weight; None where there is none.
+        table: float32 [16]; None for 8 bits.
+        group: inputs that share a scale: 16, 32, 64 or 128; of 8 bits all.
+        inputs: I.
     """
 
-    kind: Literal["nf4", "int4", "int8"]
     codes: Tensor
     scale: Tensor
     offset: Tensor | None
     table: Tensor | None
     group: int
+    inputs: int
 
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I)."""
-        rows, columns = self.codes.shape
-        return rows, columns * (1 if self.kind == "int8" else 2)
+        return self.codes.shape[0], self.inputs
+
+
+def pack_codes(codes_OI: Tensor) -> Tensor:
+    """4-bit codes, uint8 [O, I] within 0..15, to the words of ``PackedWeight``."""
+    padded = nn.functional.pad(codes_OI, (0, -codes_OI.shape[1] % BLOCK_INPUTS)).to(torch.int32)
+    planes = padded.unflatten(1, (-1, 8, BLOCK_WORDS))  # [O, blocks, k, j]
+    words = planes[:, :, 0].clone()
+    for k in range(1, 8):
+        words |= planes[:, :, k] << (4 * k)
+    return words.flatten(1)
+
+
+def pad_groups(groups_OG: Tensor, group: int) -> Tensor:
+    """Scales or offsets [O, I / group], padded with zeros to whole blocks of inputs."""
+    return nn.functional.pad(groups_OG, (0, -groups_OG.shape[1] % (BLOCK_INPUTS // group))).contiguous()
+
+
+def unpack_codes(words: Tensor, inputs: int) -> Tensor:
+    """The inverse of ``pack_codes``: int32 [O, I] within 0..15."""
+    blocks = words.unflatten(1, (-1, 1, BLOCK_WORDS))
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)[:, None]
+    return ((blocks >> shifts) & 15).flatten(1)[:, :inputs]

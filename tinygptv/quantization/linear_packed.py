@@ -9,12 +9,13 @@ Notation: O output width, I input width, T tokens, P partial products.
 from __future__ import annotations
 
 import json
+import math
 
 import torch
 from torch import Tensor, nn
 
 from tinygptv.kernels import lowbit_ops
-from tinygptv.kernels.shapes import PackedWeight
+from tinygptv.kernels.shapes import PackedWeight, pack_codes, pad_groups
 
 MOST_TOKENS = 64
 """Beyond so many tokens unpacking the matrix and multiplying plainly is faster."""
@@ -33,7 +34,7 @@ class PackedLinear(nn.Module):
         """
         super().__init__()
         self.out_features, self.in_features = packed.shape
-        self.kind, self.group, self.dtype = packed.kind, packed.group, dtype
+        self.group, self.dtype = packed.group, dtype
         self.weight: Tensor
         self.scale: Tensor
         self.offset: Tensor | None
@@ -47,7 +48,7 @@ class PackedLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The matrix."""
-        return PackedWeight(self.kind, self.weight, self.scale, self.offset, self.table, self.group)
+        return PackedWeight(self.weight, self.scale, self.offset, self.table, self.group, self.in_features)
 
     def partial_products(self, x_TI: Tensor) -> Tensor:
         """Products without bias: [T, I] to [P, T, O], to be summed over P."""
@@ -67,7 +68,8 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """As ``nn.Linear`` shows itself."""
         bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, kind={self.kind}"
+        bits = 8 if self.table is None else 4
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, bits={bits}"
 
 
 def from_nf4(tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype) -> PackedLinear:
@@ -77,15 +79,20 @@ def from_nf4(tensors: dict[str, Tensor], device: str | torch.device, dtype: torc
     """
     state = json.loads(bytes(tensors["weight.quant_state.bitsandbytes__nf4"].cpu().tolist()))
     out_features, in_features = state["shape"]
-    scale = _nested_scale(tensors, state)
+    pairs = tensors["weight"].to(device).view(out_features, in_features // 2)
+    codes = torch.stack([pairs >> 4, pairs & 15], dim=-1).flatten(1)
+    # Where rows are no whole number of blocks, a block goes on in the next row: then groups are parts of a block.
+    block = state["blocksize"]
+    group = math.gcd(block, in_features)
+    scale = _nested_scale(tensors, state).repeat_interleave(block // group)[: codes.numel() // group]
     return PackedLinear(
         PackedWeight(
-            kind="nf4",
-            codes=tensors["weight"].view(out_features, in_features // 2).to(device),
-            scale=scale.view(out_features, in_features // state["blocksize"]).half().to(device),
+            codes=pack_codes(codes),
+            scale=pad_groups(scale.view(out_features, -1).half().to(device), group),
             offset=None,
             table=tensors["weight.quant_map"].float().to(device),
-            group=state["blocksize"],
+            group=group,
+            inputs=in_features,
         ),
         _moved(tensors.get("bias"), device),
         dtype,
@@ -110,17 +117,18 @@ def from_llm_int8(tensors: dict[str, Tensor], device: str | torch.device, dtype:
 def from_int8(tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype) -> PackedLinear:
     """Build from int8 rows with one scale each (``linear_cpu.Int8Linear.pack``)."""
     codes, scale = tensors["weight"].to(device), tensors["scale"].float().unsqueeze(1).to(device)
-    weight = PackedWeight("int8", codes, scale, None, None, codes.shape[1])
+    weight = PackedWeight(codes, scale, None, None, group=codes.shape[1], inputs=codes.shape[1])
     return PackedLinear(weight, _moved(tensors.get("bias"), device), dtype)
 
 
 def from_int4(tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype) -> PackedLinear:
     """Build from 4-bit groups with scale and offset (``linear_cpu.Int4Linear.pack``)."""
     pairs, scales = tensors["weight"].to(device), tensors["scale"].to(device)
-    group = 2 * pairs.shape[1] // len(scales)
-    codes = (pairs << 4) | (pairs >> 4)  # the file has the even input in the low half of a byte
-    scale, offset = scales.permute(2, 1, 0).contiguous().unbind(0)
-    weight = PackedWeight("int4", codes, scale, offset, None, group)
+    codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(1)
+    group = codes.shape[1] // len(scales)
+    scale, offset = (pad_groups(part.T, group) for part in scales.unbind(-1))
+    table = torch.arange(-8.0, 8.0, device=device)
+    weight = PackedWeight(pack_codes(codes), scale, offset, table, group, codes.shape[1])
     return PackedLinear(weight, _moved(tensors.get("bias"), device), dtype)
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from tinygptv.kernels import reference
-from tinygptv.kernels.shapes import AttentionWeights, Branch, Cache, PackedWeight
+from tinygptv.kernels.shapes import AttentionWeights, Branch, Cache, PackedWeight, pack_codes, pad_groups, unpack_codes
 
 fused = pytest.importorskip("tinygptv.kernels.fused")
 lowbit = pytest.importorskip("tinygptv.kernels.lowbit")
+lookup_ptx = lowbit.lookup_ptx
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, H, G, L, ROTARY = 4, 20, 5, 150, 8
@@ -134,19 +135,54 @@ def test_rotate_and_store(dtype):
 def _packed(kind, outputs, inputs, group):
     if kind == "int8":
         codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=DEVICE)
-        return PackedWeight(kind, codes, _random(outputs, 1).abs(), None, None, inputs)
-    codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=DEVICE)
-    scale = _random(outputs, inputs // group, dtype=torch.float16)
-    offset = _random(outputs, inputs // group, dtype=torch.float16) if kind == "int4" else None
-    table = torch.linspace(-1, 1, 16, device=DEVICE) ** 3 if kind == "nf4" else None
-    return PackedWeight(kind, codes, scale, offset, table, group)
+        return PackedWeight(codes, _random(outputs, 1).abs(), None, None, inputs, inputs)
+    codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, device=DEVICE)
+    scale = pad_groups(_random(outputs, inputs // group, dtype=torch.float16), group)
+    offset = pad_groups(_random(outputs, inputs // group, dtype=torch.float16), group) if kind == "int4" else None
+    table = (torch.linspace(-1, 1, 16, device=DEVICE) ** 3).bfloat16().float()
+    return PackedWeight(pack_codes(codes), scale, offset, table, group, inputs)
+
+
+def test_codes_are_packed_in_blocks():
+    codes = torch.randint(0, 16, (3, 200), dtype=torch.uint8)
+    words = pack_codes(codes)
+    assert words.shape == (3, 32)
+    assert torch.equal(unpack_codes(words, 200), codes.int())
+    assert int(words[1, 5]) & 15 == int(codes[1, 5]) and (int(words[1, 5]) >> 4) & 15 == int(codes[1, 21])
+
+
+def test_the_table_is_looked_up_by_permuting_bytes():
+    """The PTX, carried out here: ``prmt`` as its manual defines it."""
+    bits = tuple(range(0x3F80, 0x3F80 + 16 * 257, 257))
+    for word in (0x76543210, 0xFEDCBA98 - 2**32, 0x0F1E2D3C):
+        pairs = _run_ptx(lookup_ptx(bits), word & 0xFFFFFFFF)
+        numbers = [half for pair in pairs for half in (pair & 0xFFFF, pair >> 16)]
+        assert numbers == [bits[(word >> (4 * k)) & 15] for k in range(8)]
+
+
+def _run_ptx(text, word):
+    registers = {"$4": word}
+    for line in text.strip("{ }").split(";"):
+        name, _, rest = line.strip().partition(" ")
+        if not name or name.startswith(".reg"):
+            continue
+        target, *operands = (part.strip() for part in rest.split(","))
+        values = [registers[o] if o in registers else int(o, 0) for o in operands]
+        if name == "prmt.b32":
+            source = [(values[i // 4] >> (8 * (i % 4))) & 0xFF for i in range(8)]
+            assert not any((values[2] >> (4 * i)) & 8 for i in range(4)), "sign replication is not meant"
+            registers[target] = sum(source[(values[2] >> (4 * i)) & 7] << (8 * i) for i in range(4))
+        else:
+            operation = {"shr.b32": lambda a, b: a >> b, "and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b}
+            registers[target] = operation[name](*values)
+    return [registers[f"${i}"] for i in range(4)]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int4", "int8"])
 @pytest.mark.parametrize("tokens", [1, 5, 33])
-@pytest.mark.parametrize("shape", [(48, 256), (40, 192)])
-def test_products_with_packed_weights(kind, tokens, shape):
-    weight = _packed(kind, *shape, group=64)
+@pytest.mark.parametrize(("shape", "group"), [((48, 256), 64), ((40, 192), 32), ((16, 96), 16)])
+def test_products_with_packed_weights(kind, tokens, shape, group):
+    weight = _packed(kind, *shape, group=group)
     x = _random(tokens, shape[1])
     expected = x @ reference.unpack(weight, torch.float32).T
     products = lowbit.partial_products(x, weight)
