@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""Answering on a GPU: single products, the decoding step, the engine, the first token. Random weights, no Ray.
+"""Answering on a GPU: the decoding step, the engine, the first token. Random weights, no Ray.
 
     python benchmarks/gpu_decode.py                              # paper's size
     python benchmarks/gpu_decode.py --size tiny --device cpu     # the same code in seconds
 
-``products`` times one matrix product of each of Phi-2's four shapes, in every format, for 1 to 64 tokens. ``decode``
-compares the bare decoding step, replayed as a CUDA graph, with the engine that serves (its own thread, tokens delivered
-to one consumer per client). ``first_token`` takes an image to the first token of its answer. ``answers`` compares
-greedy answers with ``generate``.
+``decode`` compares the bare decoding step, replayed as a CUDA graph, with the engine that serves (its own thread, tokens
+delivered to one consumer per client). ``first_token`` takes an image to the first token of its answer. ``answers``
+compares greedy answers with ``generate``.
 
 The limit of a step is the time to read its weights once, and the cache of its sequences.
 """
@@ -123,75 +122,6 @@ def pack_language(model: TinyGPTVForConditionalGeneration, kind: str, dtype: tor
             model.language_model.set_submodule(name, PackedLinear(packed, bias, dtype))
 
 
-# ---------------------------------------------------------------------------------------------------- products
-
-
-def products_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
-    """Time of single products: microseconds, and the share of the memory's rate."""
-    rows, where = Rows("products"), torch.device(device)
-    clock = Clock(rows, deadline_s)
-    rate = copy_rate(where, SIZES[size].copy_bytes)
-    rows.put("copy", rate / 1e12, "TB/s", note="bytes read and written")
-    text = SIZES[size].config().text_config
-    width, inner = text.hidden_size, text.intermediate_size
-    shapes = {"qkv": (3 * width, width), "dense": (width, width), "fc1": (inner, width), "fc2": (width, inner)}
-    for tokens in (1, 4, 16, 32, 64) if size == "paper" else (1, 4):
-        for kind in (*FORMATS, "tinygemm") if tokens < 64 else FORMATS:
-            if not clock.allows(f"{kind}, {tokens} tokens", 1.0):
-                return rows
-            total, parts = 0.0, []
-            try:
-                for name, shape in shapes.items():
-                    seconds = time_product(kind, shape, tokens, where)
-                    total += seconds
-                    parts.append(f"{name} {seconds * 1e6:.1f}")
-            except Exception as error:  # the other formats must still run
-                rows.put(f"{kind}, {tokens} tokens", None, "us", note=_sentence(error))
-                continue
-            weights = sum(o * i for o, i in shapes.values())
-            read = weights * BITS.get(kind, 4.5) / 8
-            note = f"{', '.join(parts)} us; {read / total / rate:.0%} of the copy rate"
-            rows.put(f"{kind}, {tokens} tokens", total * 1e6, "us", note=note)
-    return rows
-
-
-def time_product(kind: str, shape: tuple[int, int], tokens: int, device: torch.device) -> float:
-    """Seconds of one product; several matrices take turns, so that no cache holds them."""
-    outputs, inputs = shape
-    count = max(2, int(160e6 / (outputs * inputs * BITS.get(kind, 4.5) / 8))) if device.type == "cuda" else 1
-    x = torch.randn(tokens, inputs, device=device, dtype=torch.bfloat16)
-    makers: dict[str, Callable[[], Callable[[], Tensor]]] = {
-        "bf16": lambda: _plain(outputs, inputs, x),
-        "tinygemm": lambda: _tinygemm(outputs, inputs, x),
-    }
-    make = makers.get(kind, lambda: _packed(kind, outputs, inputs, x))
-    functions = [make() for _ in range(count)]
-
-    def run() -> Tensor:
-        for function in functions:
-            output = function()
-        return output
-
-    return time_on_device(run, device, rounds=5) / count
-
-
-def _plain(outputs: int, inputs: int, x: Tensor) -> Callable[[], Tensor]:
-    weight = torch.randn(outputs, inputs, device=x.device, dtype=x.dtype)
-    return lambda: nn.functional.linear(x, weight)
-
-
-def _packed(kind: str, outputs: int, inputs: int, x: Tensor) -> Callable[[], Tensor]:
-    layer = PackedLinear(random_packed(kind, outputs, inputs, x.device), None, x.dtype)
-    return lambda: layer.partial_products(x)
-
-
-def _tinygemm(outputs: int, inputs: int, x: Tensor) -> Callable[[], Tensor]:
-    codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=x.device)
-    packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
-    scales = torch.full((inputs // 64, outputs, 2), 0.01, device=x.device, dtype=x.dtype)
-    return lambda: torch.ops.aten._weight_int4pack_mm(x, packed, 64, scales)
-
-
 def time_on_device(function: Callable[[], Tensor], device: torch.device, rounds: int) -> float:
     """Seconds of a function's work, launched as a graph where there is a GPU; the median."""
     if device.type != "cuda":
@@ -242,7 +172,7 @@ def decode_section(deadline_s: float, size: str = "paper", device: str = "cuda")
             _decode_cases(rows, clock, sizes, kind, model, rate)
         except Exception as error:  # the other formats must still run
             traceback.print_exc()
-            rows.put(kind, None, "tokens/s", note=_sentence(error))
+            rows.put(kind, None, "tokens/s", note=sentence(error))
         model = None
         if where.type == "cuda":
             torch.cuda.empty_cache()
@@ -429,110 +359,8 @@ def _logit_difference(
     return worst
 
 
-# ---------------------------------------------------------------------------------------------------- kernels of a step
-
-
-def kernels_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
-    """Which kernels a decoding step spends its time in."""
-    rows, where = Rows("kernels"), torch.device(device)
-    if where.type != "cuda":
-        return rows
-    for kind, clients in (("bf16", 1), ("bf16", 32), ("nf4", 1), ("nf4", 16)):
-        model = random_model(SIZES[size].config(), where, torch.bfloat16)
-        if kind != "bf16":
-            pack_language(model, kind, torch.bfloat16)
-        runner = GraphRunner(FlatDecoder(model, clients, SIZES[size].context))
-        runner.lengths_G.fill_(SIZES[size].prompt * 4)
-        runner._place(list(range(clients)))
-        step = runner._step(bucket_of(clients))
-        step._decode()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            step._decode()
-            torch.cuda.synchronize()
-        spent: dict[str, list[float]] = {}
-        for event in profile.events():
-            spent.setdefault(event.name[:70], []).append(event.device_time_total)
-        total = sum(sum(times) for times in spent.values())
-        for name, times in sorted(spent.items(), key=lambda item: -sum(item[1]))[:9]:
-            rows.put(
-                f"{kind}, {clients}: {name}", sum(times) / 1e3, "ms", note=f"{len(times)} x {np.mean(times):.1f} us"
-            )
-        rows.put(f"{kind}, {clients}: all kernels", total / 1e3, "ms", note=f"{sum(map(len, spent.values()))} kernels")
-        del model, runner, step
-        torch.cuda.empty_cache()
-    return rows
-
-
-def tuning_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
-    """Other shapes of the kernels' programs: what the constants in ``kernels`` were chosen from."""
-    rows, where = Rows("tuning"), torch.device(device)
-    if where.type != "cuda":
-        return rows
-    from tinygptv.kernels import fused, lowbit
-
-    clock = Clock(rows, deadline_s)
-    text = SIZES[size].config().text_config
-    width, inner = text.hidden_size, text.intermediate_size
-    shapes = [(3 * width, width), (width, width), (inner, width), (width, inner)]
-
-    def attempt(what: str, module: object, values: dict[str, int], function: Callable[[], float]) -> None:
-        if not clock.allows(what, 2.0):
-            return
-        kept = {name: getattr(module, name) for name in values}
-        try:
-            for name, value in values.items():
-                setattr(module, name, value)
-            rows.put(f"{what}, {values}", function() * 1e6, "us")
-        except Exception as error:
-            rows.put(f"{what}, {values}", None, "us", note=_sentence(error))
-        finally:
-            for name, value in kept.items():
-                setattr(module, name, value)
-
-    def products(kind: str, tokens: int) -> Callable[[], float]:
-        return lambda: sum(time_product(kind, shape, tokens, where) for shape in shapes)
-
-    for kind in ("nf4", "int4"):
-        for outputs, words, warps in ((4, 128, 4), (8, 128, 4), (8, 64, 2), (16, 64, 4), (4, 320, 4), (8, 128, 8)):
-            values = {"ROW_OUTPUTS": outputs, "ROW_WORDS": words, "ROW_WARPS": warps}
-            attempt(f"{kind}, 1 token", lowbit, values, products(kind, 1))
-    for kind, tokens in (("nf4", 16), ("nf4", 32), ("nf4", 4), ("int4", 16), ("int8", 16)):
-        for outputs, warps, stages, programs in (
-            (32, 4, 4, 528), (64, 4, 4, 528), (64, 8, 3, 528), (128, 8, 3, 528), (32, 2, 4, 1056), (64, 4, 2, 1056)
-        ):  # fmt: skip
-            values = {"TILE_OUTPUTS": outputs, "TILE_WARPS": warps, "TILE_STAGES": stages, "WANTED_PROGRAMS": programs}
-            attempt(f"{kind}, {tokens} tokens", lowbit, values, products(kind, tokens))
-    return rows
-
-
-def time_attention(clients: int, length: int, device: torch.device) -> float:
-    """Seconds of one layer's attention of a decoding step at Phi-2's size."""
-    from tinygptv.kernels import fused
-    from tinygptv.kernels.shapes import AttentionWeights, Cache
-
-    heads, dim = 32, 80
-    layers = 8 if clients > 8 else 32
-    shape = (clients, heads, length + 8, dim)
-    caches = [
-        Cache(*(torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))) for _ in range(layers)
-    ]
-    ones = torch.ones(dim, device=device)
-    table_LH = torch.randn(length + 8, dim, device=device)
-    bias = torch.zeros(3 * heads * dim, device=device)
-    weights = AttentionWeights(bias, (ones, ones), (ones, ones), 1e-5, table_LH, table_LH, 32, dim**-0.5)
-    qkv = torch.randn(1, clients, 3 * heads * dim, device=device, dtype=torch.bfloat16)
-    slots = torch.arange(clients, device=device)
-    lengths = torch.full((clients + 1,), length, device=device)
-
-    def run() -> Tensor:
-        for cache in caches:
-            output = fused.attend(qkv, weights, cache, slots, lengths)
-        return output
-
-    return time_on_device(run, device, rounds=5) / layers
-
-
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """An error in one line."""
     return f"{type(error).__name__}: {(str(error) or '-').splitlines()[0][:160]}"
 
 
@@ -540,9 +368,6 @@ SECTIONS = {
     "decode": decode_section,
     "answers": answers_section,
     "first_token": first_token_section,
-    "kernels": kernels_section,
-    "products": products_section,
-    "tuning": tuning_section,
 }
 
 

@@ -1,8 +1,8 @@
 """Drawing the next tokens of a whole batch on the device, in static shapes: nothing is read back to the host.
 
 The same steps as ``sampling.Sampler``, with the same uniform numbers from the same seeds: penalties, temperature,
-top-k, top-p, inversion of the cumulative distribution. What each slot's request asked for stands in tensors of G + 1 rows; the
-last one belongs to nobody.
+top-k, top-p, inversion of the cumulative distribution. What each slot's request asked for is kept in tensors of G + 1
+rows; the last row belongs to nobody.
 
 Notation: T sequences of a step, G slots, K vocabulary, L cache length, A alternatives of a token.
 """

@@ -2,8 +2,8 @@
 
 The engine gets token ids and embeddings and gives back tokens and text. It knows no HTTP, no images and no threads. One
 call of ``step`` launches one step for every sequence at hand (see ``runner``), with a bounded share for prompts that
-are being read, so that reading a long prompt never stops the others' answers. On a GPU the tokens of a step are read after
-the next one is launched; a sequence that ended in the meantime was computed once in vain.
+are being read, so that reading a long prompt never stops the others' answers. On a GPU the tokens of a step are read
+after the next one is launched; a sequence that ended in the meantime was computed once in vain.
 
     waiting --(slot free)--> reading its prompt, piece by piece --> answering, a token a step --> finished
 

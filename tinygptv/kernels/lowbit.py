@@ -18,17 +18,18 @@ from torch import Tensor
 
 from tinygptv.kernels.shapes import BLOCK_INPUTS, BLOCK_WORDS, PackedWeight
 
-WANTED_PROGRAMS = 528
-"""Four for each multiprocessor of a large GPU: enough reads in flight to keep its memory busy."""
+WANTED_PROGRAMS, WANTED8_PROGRAMS = 1056, 528
+"""Eight, for 8 bits four, for each multiprocessor of a large GPU: enough reads in flight to keep its memory busy."""
 MOST_PARTS = 8
 
-TILE_OUTPUTS, TILE_WARPS, TILE_STAGES = 32, 4, 4
-"""Outputs, warps and pipeline stages of a program for several tokens."""
-ROW_OUTPUTS, ROW_WORDS, ROW_WARPS = 16, 128, 4
+TILE_OUTPUTS, TILE_WARPS, TILE_STAGES = 64, 4, 2
+"""Outputs, warps and pipeline stages of a program for several tokens, 4 bits."""
+TILE8_OUTPUTS, TILE8_INPUTS, TILE8_WARPS, TILE8_STAGES = 32, 128, 4, 4
+"""The same for 8 bits, and the inputs of a step."""
+ROW_OUTPUTS, ROW_WORDS, ROW_WARPS = 16, 64, 4
 """Outputs, words of each and warps of a program for one token, 4 bits."""
 ROW8_OUTPUTS, ROW8_INPUTS, ROW8_WARPS = 8, 512, 8
 """Outputs, inputs of each and warps of a program for one token, 8 bits."""
-TILE8_INPUTS = 128
 
 
 def partial_products(x_TI: Tensor, weight: PackedWeight) -> Tensor:
@@ -44,7 +45,7 @@ def partial_products(x_TI: Tensor, weight: PackedWeight) -> Tensor:
 def _rows_4(x_1I: Tensor, weight: PackedWeight) -> Tensor:
     """One token, without tensor cores: each thread adds up its own share of some rows."""
     outputs, words = weight.codes.shape
-    parts, steps = _parts(outputs, ROW_OUTPUTS, words, ROW_WORDS)
+    parts, steps = _parts(outputs, ROW_OUTPUTS, words, ROW_WORDS, WANTED_PROGRAMS)
     products = torch.empty(parts, 1, outputs, dtype=torch.float32, device=x_1I.device)
     _row_4_kernel[(triton.cdiv(outputs, ROW_OUTPUTS), parts)](
         x_1I, weight.codes, weight.scale, _or(weight.offset, weight.scale), *_table(weight), products,
@@ -64,11 +65,17 @@ def _row_4_kernel(
     part = tl.program_id(1)
     is_output = o < outputs
     accumulated = tl.zeros([BLOCK_O, WORDS], tl.float32)
+    w = part * steps * WORDS + tl.arange(0, WORDS)
+    mask = is_output[:, None] & (w < words)[None, :]
+    following = tl.load(codes + o[:, None] * words + w[None, :], mask=mask, other=0)
     for step in range(part * steps, (part + 1) * steps):
         w = step * WORDS + tl.arange(0, WORDS)
         block = w // 16
         mask = is_output[:, None] & (w < words)[None, :]
-        pairs = _look_up(tl.load(codes + o[:, None] * words + w[None, :], mask=mask, other=0), table, LOOKUP)
+        loaded = following  # the next words are on their way while these are computed with
+        is_next = is_output[:, None] & (w + WORDS < words)[None, :]
+        following = tl.load(codes + o[:, None] * words + (w + WORDS)[None, :], mask=is_next, other=0)
+        pairs = _look_up(loaded, table, LOOKUP)
         for first in tl.static_range(0, 8, PLANES):  # the planes of one group share its scale
             product = tl.zeros([BLOCK_O, WORDS], tl.float32)
             total = tl.zeros([WORDS], tl.float32)
@@ -88,7 +95,7 @@ def _tiles_4(x_TI: Tensor, weight: PackedWeight) -> Tensor:
     """Several tokens, on tensor cores."""
     num_tokens = len(x_TI)
     outputs, words = weight.codes.shape
-    parts, steps = _parts(outputs, TILE_OUTPUTS, words, BLOCK_WORDS)
+    parts, steps = _parts(outputs, TILE_OUTPUTS, words, BLOCK_WORDS, WANTED_PROGRAMS)
     products = torch.empty(parts, num_tokens, outputs, dtype=torch.float32, device=x_TI.device)
     _tile_4_kernel[(triton.cdiv(outputs, TILE_OUTPUTS), parts)](
         x_TI, weight.codes, weight.scale, _or(weight.offset, weight.scale), *_table(weight), products, num_tokens,
@@ -250,7 +257,7 @@ def _unpack_kernel(
 def _rows_8(x_1I: Tensor, weight: PackedWeight) -> Tensor:
     """One token, without tensor cores."""
     outputs, inputs = weight.shape
-    parts, steps = _parts(outputs, ROW8_OUTPUTS, inputs, ROW8_INPUTS)
+    parts, steps = _parts(outputs, ROW8_OUTPUTS, inputs, ROW8_INPUTS, WANTED8_PROGRAMS)
     products = torch.empty(parts, 1, outputs, dtype=torch.float32, device=x_1I.device)
     _row_8_kernel[(triton.cdiv(outputs, ROW8_OUTPUTS), parts)](
         x_1I, weight.codes, weight.scale, products, outputs, inputs, steps,
@@ -260,9 +267,7 @@ def _rows_8(x_1I: Tensor, weight: PackedWeight) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["steps"])
-def _row_8_kernel(
-    x, codes, scale, products, outputs, inputs, steps, BLOCK_O: tl.constexpr, INPUTS: tl.constexpr
-):
+def _row_8_kernel(x, codes, scale, products, outputs, inputs, steps, BLOCK_O: tl.constexpr, INPUTS: tl.constexpr):
     o = (tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
     part = tl.program_id(1)
     is_output = o < outputs
@@ -280,12 +285,12 @@ def _tiles_8(x_TI: Tensor, weight: PackedWeight) -> Tensor:
     """Several tokens, on tensor cores."""
     num_tokens = len(x_TI)
     outputs, inputs = weight.shape
-    parts, steps = _parts(outputs, TILE_OUTPUTS, inputs, TILE8_INPUTS)
+    parts, steps = _parts(outputs, TILE8_OUTPUTS, inputs, TILE8_INPUTS, WANTED8_PROGRAMS)
     products = torch.empty(parts, num_tokens, outputs, dtype=torch.float32, device=x_TI.device)
-    _tile_8_kernel[(triton.cdiv(outputs, TILE_OUTPUTS), parts)](
+    _tile_8_kernel[(triton.cdiv(outputs, TILE8_OUTPUTS), parts)](
         x_TI, weight.codes, weight.scale, products, num_tokens, outputs, inputs, steps,
-        BLOCK_T=max(16, triton.next_power_of_2(num_tokens)), BLOCK_O=TILE_OUTPUTS, INPUTS=TILE8_INPUTS,
-        num_warps=TILE_WARPS, num_stages=TILE_STAGES,
+        BLOCK_T=max(16, triton.next_power_of_2(num_tokens)), BLOCK_O=TILE8_OUTPUTS, INPUTS=TILE8_INPUTS,
+        num_warps=TILE8_WARPS, num_stages=TILE8_STAGES,
     )  # fmt: skip
     return products
 
@@ -311,10 +316,10 @@ def _tile_8_kernel(
     tl.store(products + target, accumulated * factor[None, :], mask=is_token[:, None] & is_output[None, :])
 
 
-def _parts(outputs: int, block_outputs: int, length: int, step: int) -> tuple[int, int]:
+def _parts(outputs: int, block_outputs: int, length: int, step: int, wanted: int) -> tuple[int, int]:
     """Into how many parts the inputs are divided so that enough programs run, and the steps of each part."""
     blocks, steps, parts = triton.cdiv(outputs, block_outputs), triton.cdiv(length, step), 1
-    while parts < MOST_PARTS and parts * blocks < WANTED_PROGRAMS and parts * 2 <= steps:
+    while parts < MOST_PARTS and parts * blocks < wanted and parts * 2 <= steps:
         parts *= 2
     return parts, triton.cdiv(steps, parts)
 
