@@ -4,9 +4,9 @@
     python benchmarks/gpu_decode.py                              # paper's size
     python benchmarks/gpu_decode.py --size tiny --device cpu     # the same code in seconds
 
-``decode`` compares the bare decoding step, replayed as a CUDA graph, with the engine that serves (its own thread, tokens
-delivered to one consumer per client). ``first_token`` takes an image to the first token of its answer. ``answers``
-compares greedy answers with ``generate``.
+``decode`` compares the bare decoding step, replayed as a CUDA graph, with the engine that serves (a thread of its own,
+tokens delivered to one consumer per client). ``first_token`` takes an image to the first token of its answer.
+``answers`` compares greedy answers with ``generate``.
 
 The limit of a step is the time to read its weights once, and the cache of its sequences.
 """

@@ -140,7 +140,7 @@ class Assistant:
         run = asyncio.get_running_loop().run_in_executor
         ids, images, pending = await run(self._tokenizing, self._encode, messages, salt)
         embeds = await asyncio.gather(*(asyncio.wrap_future(future) for future in pending))
-        return await run(self._tokenizing, self._build, ids, images, embeds, params)
+        return await run(self._tokenizing, self._build, ids, images, embeds, params, salt)
 
     async def stream(self, request: Request, interval_s: float = 0.0) -> AsyncGenerator[Delta, None]:
         """Answer a prepared request (``EngineLoop.stream``)."""
@@ -188,7 +188,12 @@ class Assistant:
 
     @torch.inference_mode()
     def _build(
-        self, ids: np.ndarray, images: Sequence[ChatImage], embeds: Sequence[Tensor], params: SamplingParams
+        self,
+        ids: np.ndarray,
+        images: Sequence[ChatImage],
+        embeds: Sequence[Tensor],
+        params: SamplingParams,
+        salt: int = 0,
     ) -> Request:
         device = self.engine.decoder.device
         inputs_embeds = self.model.embed(
@@ -197,6 +202,6 @@ class Assistant:
         named = ids.copy()
         is_image = ids == self.processor.image_token_id
         named[is_image] = np.repeat([image.number for image in images], self.processor.num_query_tokens)
-        request = Request(named, inputs_embeds[0], params)
+        request = Request(named, inputs_embeds[0], params, salt)
         self.engine.check(request)
         return request

@@ -1,4 +1,4 @@
-"""Images -> embeddings on a GPU: one CUDA graph per number of images, pixels normalised on the device.
+"""Images -> embeddings on a GPU: one CUDA graph per number of images.
 
 EVA ViT-g and the Q-Former launch some 1,000 kernels for an image; a graph launches them at once.
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tinygptv.data.images import IMAGE_MEAN, IMAGE_STD
+from tinygptv.data.images import normalise_pixels
 from tinygptv.inference.cuda_graphs import capture_graph
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
@@ -35,8 +35,6 @@ class GraphedEncoder:
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._graphs: dict[int, Callable[[Tensor], Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
-        mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-        self._mean, self._std = mean, std
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> list[Tensor]:
@@ -46,32 +44,29 @@ class GraphedEncoder:
             pixels: uint8 [N, 3, R, R] in the host's memory.
         """
         if self._stream is None:
-            return list(self._forward(pixels).clone())
+            return list(self.model.encode_images(normalise_pixels(pixels)).clone())
         with torch.cuda.stream(self._stream):
             size = next(size for size in SIZES if size >= len(pixels))
             padded = torch.cat([pixels, pixels[:1].expand(size - len(pixels), -1, -1, -1)])
-            embeds = self._encoder(padded)(padded)[: len(pixels)].clone()
+            pixel_values = normalise_pixels(padded.pin_memory().to(self.device, non_blocking=True))
+            embeds = self._encoder(pixel_values)(pixel_values)[: len(pixels)].clone()
             embeds.record_stream(torch.cuda.default_stream(self.device))
         self._stream.synchronize()
         return list(embeds)
 
-    def _forward(self, pixels: Tensor) -> Tensor:
-        return self.model.encode_images((pixels.to(self.device).float() / 255.0 - self._mean) / self._std)
-
-    def _encoder(self, pixels: Tensor) -> Callable[[Tensor], Tensor]:
+    def _encoder(self, pixel_values: Tensor) -> Callable[[Tensor], Tensor]:
         """The graph for so many images, captured at first use."""
         if not self.use_graphs:
-            return self._forward
-        if len(pixels) not in self._graphs:
-            self._graphs[len(pixels)] = self._capture(pixels)
-        return self._graphs[len(pixels)]
+            return self.model.encode_images
+        if len(pixel_values) not in self._graphs:
+            self._graphs[len(pixel_values)] = self._capture(pixel_values.clone())
+        return self._graphs[len(pixel_values)]
 
-    def _capture(self, pixels: Tensor) -> Callable[[Tensor], Tensor]:
-        held = pixels.to(self.device)
-        graph = capture_graph(lambda: self._forward(held), self._pool)
+    def _capture(self, held: Tensor) -> Callable[[Tensor], Tensor]:
+        graph = capture_graph(lambda: self.model.encode_images(held), self._pool)
 
-        def replay(pixels: Tensor) -> Tensor:
-            held.copy_(pixels.pin_memory(), non_blocking=True)
+        def replay(pixel_values: Tensor) -> Tensor:
+            held.copy_(pixel_values)
             return graph()
 
         return replay

@@ -74,3 +74,13 @@ def test_the_longest_unused_slot_is_taken():
 
 def test_a_prompt_of_one_token():
     assert PrefixCache(1, 8).take(prompt(3)).num_reused == 0
+
+
+def test_prompts_of_another_salt_are_not_reused():
+    cache = PrefixCache(3, 64)
+    ids = np.arange(30)
+    first = cache.take(ids, salt=7)
+    cache.extend(first.slot, 30)
+    cache.release(first.slot)
+    assert cache.take(ids, salt=8).num_reused == 0
+    assert cache.take(ids, salt=7).num_reused == 29
