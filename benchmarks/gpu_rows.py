@@ -6,6 +6,7 @@ Each row is printed as a line of JSON as soon as it is known, so that what was m
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ class Row:
         unit: its unit.
         floor: least value wanted; None for a number without one.
         note: how it was measured, or why not.
+        ceiling: greatest value wanted.
     """
 
     section: str
@@ -37,13 +39,23 @@ class Row:
     unit: str
     floor: float | None = None
     note: str = ""
+    ceiling: float | None = None
+
+    @property
+    def wanted(self) -> str:
+        """What is wanted: ``4``, or ``0 to 10``."""
+        if self.floor is None:
+            return "" if self.ceiling is None else f"at most {self.ceiling:g}"
+        return f"{self.floor:g}" if self.ceiling is None else f"{self.floor:g} to {self.ceiling:g}"
 
     @property
     def verdict(self) -> str:
-        """``yes`` or ``no`` where there is a floor."""
-        if self.floor is None or self.value is None:
+        """``yes`` or ``NO`` where something is wanted; what could not be measured was not reached."""
+        if not self.wanted:
             return ""
-        return "yes" if self.value >= self.floor else "NO"
+        low = -math.inf if self.floor is None else self.floor
+        high = math.inf if self.ceiling is None else self.ceiling
+        return "yes" if self.value is not None and low <= self.value <= high else "NO"
 
 
 class Rows(list[Row]):
@@ -53,9 +65,19 @@ class Rows(list[Row]):
         super().__init__()
         self.section = section
 
-    def put(self, what: str, value: float | None, unit: str, *, floor: float | None = None, note: str = "") -> None:
+    def put(
+        self,
+        what: str,
+        value: float | None,
+        unit: str,
+        *,
+        floor: float | None = None,
+        ceiling: float | None = None,
+        note: str = "",
+    ) -> None:
         """Add a row and print it."""
-        row = Row(self.section, what, None if value is None else float(f"{value:.4g}"), unit, floor, note)
+        rounded = None if value is None else float(f"{value:.4g}")
+        row = Row(self.section, what, rounded, unit, floor, note, ceiling)
         self.append(row)
         print(json.dumps({**asdict(row), "reached": row.verdict}), flush=True)
 
@@ -81,11 +103,10 @@ class Clock:
 
 def table(rows: list[Row]) -> str:
     """Rows as a Markdown table."""
-    lines = ["| section | what | measured | floor | reached | note |", "|---|---|---|---|---|---|"]
+    lines = ["| section | what | measured | wanted | reached | note |", "|---|---|---|---|---|---|"]
     for row in rows:
         value = "-" if row.value is None else f"{row.value:,.4g} {row.unit}"
-        floor = "" if row.floor is None else f"{row.floor:g}"
-        lines.append(f"| {row.section} | {row.what} | {value} | {floor} | {row.verdict} | {row.note} |")
+        lines.append(f"| {row.section} | {row.what} | {value} | {row.wanted} | {row.verdict} | {row.note} |")
     return "\n".join(lines)
 
 

@@ -6,8 +6,7 @@
 
 ``train`` compares steps of 64 samples at 224 px, and of 6 samples of 20 to 800 tokens at 448 px, with the recipe
 written plainly (eager attention, float32 logits at every position, rows padded to the longest, autocast everywhere).
-``memory`` runs each stage at the largest micro-batch that the plan allows, and compares the planned with the measured
-peak.
+``memory`` (gpu_memory.py) runs each stage at the largest micro-batch that the plan allows.
 
 Cases are run in order of importance, each while the time limit allows it.
 """
@@ -31,23 +30,16 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from gpu_memory import memory_section
+from gpu_model import CAP_BYTES, checkpointing, random_model, train_step
 from gpu_rows import GIB, Clock, Row, Rows, memory_cap, synchronize, table
-from torch import nn
 from train_step import make_samples, plain_batch
 
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.convert.load import rebuild_buffers
 from tinygptv.data.collate import LoadedSample, MicroBatch, collate
 from tinygptv.data.flatten import flatten
 from tinygptv.miniature.tiny import tiny_config
-from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
 from tinygptv.training.compilation import run_eagerly
-from tinygptv.training.memory_plan import build_on_meta
-from tinygptv.training.stages import set_trainable
-from tinygptv.training.train_step import TrainStep
-
-CAP_BYTES = 24 * GIB
-TRAINED = ("projector", "language_norms", "lora")
 
 
 @dataclass(frozen=True)
@@ -294,43 +286,7 @@ def language_flops(config: TinyGPTVConfig, tokens: float, positions: float) -> f
     return 4 * (tokens * text.num_hidden_layers * layer + positions * text.hidden_size * text.vocab_size)
 
 
-def random_model(config: TinyGPTVConfig, device: torch.device) -> TinyGPTVForConditionalGeneration:
-    """Random weights made where they stay, in the dtypes of training in bf16."""
-    model = build_on_meta(config)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in list(model.named_parameters()):
-        dtype = torch.float32 if FLOAT32_NAMES.match(name) else torch.bfloat16
-        value = torch.zeros(parameter.shape, dtype=dtype, device=device)
-        if parameter.ndim > 1:
-            value.normal_(std=0.02, generator=generator)
-        elif not name.endswith("bias"):
-            value.fill_(1.0)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
-    for module in model.modules():
-        rebuild_buffers(module)
-    return model.to(device)
-
-
-def train_step(model: TinyGPTVForConditionalGeneration, trained: tuple[str, ...] = TRAINED) -> TrainStep:
-    """The project's own step, compiled and without padding, on whatever device."""
-    set_trainable(model, trained)
-    model.train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
-    compile_ = "on" if model.device.type == "cuda" else "off"
-    return TrainStep(model, optimizer, num_sources=1, precision="bf16", flat=True, compile=compile_)
-
-
-def checkpointing(model: TinyGPTVForConditionalGeneration, on: bool) -> None:
-    """Switch gradient checkpointing of the language layers."""
-    if on:
-        model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.language_model.gradient_checkpointing_disable()
-
-
-SECTIONS: dict[str, Callable[[float, str, str], list[Row]]] = {"train": train_section}
+SECTIONS: dict[str, Callable[[float, str, str], list[Row]]] = {"train": train_section, "memory": memory_section}
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ import numpy as np
 
 from pipelines.cluster import quiet_ray_data
 from pipelines.data.shards import ShardSet
-from tinygptv.data.collate import LoadedSample, MicroBatch, collate
+from tinygptv.data.collate import LoadedSample, MicroBatch, collate, cut
 from tinygptv.data.images import open_image, resize_pixels
 from tinygptv.data.mixture import Mixture, MixtureSource, SampleRef
 from tinygptv.data.prompt_layout import PromptLayout
@@ -41,7 +41,9 @@ class LoadPlan:
         seed: of the mixture.
         image_token_id: id of image positions.
         num_query_tokens: positions per image.
-        micro_batch_size: samples of one forward.
+        micro_batch_size: most samples of one forward.
+        micro_batch_tokens: most tokens of one forward; 0 does not count them.
+        padded: whether their padding counts, too.
         pack_length: 0, or tokens of a packed row.
         feature_key: name of the cached features to read; empty decodes images.
         rank: this worker.
@@ -55,6 +57,8 @@ class LoadPlan:
     image_token_id: int
     num_query_tokens: int
     micro_batch_size: int
+    micro_batch_tokens: int = 0
+    padded: bool = True
     pack_length: int = 0
     feature_key: str = ""
     rank: int = 0
@@ -141,11 +145,10 @@ class BatchMaker:
         """The worker's batches of one step; samples of like length share a micro-batch, so that little is padding."""
         refs = self.mixture.rank_step(step, self.plan.rank, self.plan.world_size)
         samples = sorted((self.load(ref) for ref in refs), key=lambda sample: len(sample.encoded.input_ids))
-        size = self.plan.micro_batch_size
-        micro_batches = [
-            collate(samples[i : i + size], self.tokenizer.pad_token_id, pack_length=self.plan.pack_length)
-            for i in range(0, len(samples), size)
-        ]
+        lengths, plan = [len(sample.encoded.input_ids) for sample in samples], self.plan
+        pieces = cut(lengths, plan.micro_batch_size, plan.micro_batch_tokens, padded=plan.padded)
+        pad = self.tokenizer.pad_token_id
+        micro_batches = [collate(samples[piece], pad, pack_length=plan.pack_length) for piece in pieces]
         return StepBatch(step, micro_batches, self.sample_ids(step) if self.plan.rank == 0 else [])
 
     def load(self, ref: SampleRef) -> LoadedSample:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator
 
@@ -70,8 +72,8 @@ class TrainSettings(Settings):
     use_gpu: bool = Field(False, description="one GPU per worker")
     cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs of a training worker")
     threads_per_worker: int = Field(0, ge=0, description="torch threads of a worker; 0 shares the machine's cores")
-    micro_batch_size: int = Field(
-        64, ge=1, description="samples of one forward; a step is cut into as many as it takes"
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="samples of one forward; a step is cut into as many as it takes; auto: what fits the GPU"
     )
     precision: Literal["fp32", "bf16", "fp16", "fp16_range"] = Field(
         "fp32", description="fp32, bf16, fp16 (with a GradScaler), or fp16_range, which emulates fp16 on a CPU"
@@ -116,8 +118,8 @@ class TrainSettings(Settings):
     overwrite: bool = Field(False, description="remove the results of an earlier run in the output folder first")
 
     @field_validator("compile", mode="before")
-    def _switch(cls, value: Any) -> Any:  # YAML reads on and off as true and false
-        return ("off", "on")[value] if isinstance(value, bool) else value
+    def _switch(cls, value: Any) -> Any:
+        return {"true": "on", "false": "off"}.get(str(value).lower(), value)
 
 
 class ScoreSettings(Settings):
@@ -202,10 +204,28 @@ class PlanMemorySettings(Settings):
 
     gpu: str = Field("24GB", description="memory of the card that trains, e.g. 24GB")
     inference_gpu: str = Field("8GB", description="memory of the card that answers")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="of the frozen matrices and the products")
-    features: Literal["inline", "cached"] = Field("inline", description="inline encodes images in every step")
-    micro_batch_size: int = Field(0, ge=0, description="samples of one forward; 0 takes the largest step of the stage")
+    precision: Literal["", "fp32", "bf16", "fp16"] = Field("", description="while training; empty: as in train")
+    features: Literal["", "inline", "cached"] = Field("", description="while training; empty: as in train")
+    micro_batch_size: int = Field(0, ge=0, description="samples of one forward; 0: as in train")
     context_length: int = Field(2048, ge=1, description="tokens of prompt and answer when answering")
+    train: dict[str, Any] = Field(
+        default_factory=dict, description="other keys of the train section; the file's own are read, e.g. train.compile"
+    )
+
+    @classmethod
+    def load(cls, config: str | Path | None, overrides: Sequence[str] = ()) -> Self:
+        """Read the job's section, and the train section of the same file."""
+        own = [override for override in overrides if not override.startswith("train.")]
+        of_train = [override.removeprefix("train.") for override in overrides if override.startswith("train.")]
+        settings = super().load(config, own)
+        train = TrainSettings.load(config, of_train).model_dump(exclude_unset=True)
+        return settings.model_copy(update={"train": {**train, **settings.train}})
+
+    def train_settings(self) -> TrainSettings:
+        """How the stages will be trained, on a GPU."""
+        given = {key: getattr(self, key) for key in ("precision", "features", "micro_batch_size") if getattr(self, key)}
+        values = {**self.train, **given, "recipe": self.recipe, "use_gpu": True}
+        return TrainSettings.parse(values, "plan_memory")
 
 
 class MiniatureSettings(Settings):

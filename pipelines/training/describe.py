@@ -11,6 +11,7 @@ import torch
 
 from pipelines.data.loader import open_shards
 from pipelines.settings import TrainSettings
+from pipelines.training.fit import computation_of
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.training.memory_plan import GIB, PARTS, TrainingMemory, build_on_meta
 from tinygptv.training.stages import Stage, set_trainable
@@ -65,7 +66,8 @@ def _stage_lines(settings: TrainSettings, stage: Stage) -> list[str]:
         "LoRA": lora if stage.lora_rank else "none",
         "precision": f"{settings.precision}, encoder {settings.encoder_precision or settings.precision}, "
         f"attention {settings.attention}, features {settings.features}, "
-        f"packing {settings.packing}, gradient checkpointing {settings.gradient_checkpointing}",
+        f"packing {settings.packing}, gradient checkpointing {settings.gradient_checkpointing}, "
+        f"compile {settings.compile}",
         "checkpoints": f"every {settings.checkpoint_every} steps in {settings.storage_path or settings.output}",
         "guard": settings.guard,
     }
@@ -90,18 +92,24 @@ def _counts(name: str, parameters: list[torch.nn.Parameter]) -> str:
 
 
 def _memory_lines(settings: TrainSettings, config: TinyGPTVConfig, stage: Stage) -> list[str]:
-    memory = TrainingMemory(config, stage, precision=settings.precision, features=settings.features)
-    size = min(settings.micro_batch_size, stage.max_step_samples)
-    plan = memory.plan(size, gradient_checkpointing=settings.gradient_checkpointing)
+    memory = TrainingMemory(config, stage, computation_of(settings))
+    size = stage.max_step_samples
+    if settings.micro_batch_size != "auto":
+        size = min(settings.micro_batch_size, size)
+    plan = memory.plan(size)
     rows = {
         "weights": sum(plan.weights.values()),
         "gradients": plan.gradients,
         "optimizer": plan.optimizer,
         "activations": plan.activations,
         "workspace": plan.workspace,
+        "allocator": plan.margin,
         "peak": plan.peak,
     }
-    title = f"memory of a worker, {size} samples of {memory.num_tokens} tokens at a time"
+    where = "a GPU" if settings.use_gpu else "a CPU"
+    title = (
+        f"memory of a worker on {where}, {size} samples of {memory.num_tokens} tokens at a time: {memory.computation}"
+    )
     return [title, *(f"{name:16}{value / GIB:11.2f} GiB" for name, value in rows.items())]
 
 

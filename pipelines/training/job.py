@@ -178,7 +178,7 @@ def _load_plan(settings: TrainSettings, stage: Stage) -> LoadPlan:
         seed=settings.seed,
         image_token_id=config.image_token_id,
         num_query_tokens=config.num_query_tokens,
-        micro_batch_size=settings.micro_batch_size,
+        micro_batch_size=1 if settings.micro_batch_size == "auto" else settings.micro_batch_size,
         pack_length=stage.limits.max_text_tokens if settings.packing else 0,
         feature_key=_feature_key(settings, stage),
     )

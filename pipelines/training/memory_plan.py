@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
-from pipelines.settings import PlanMemorySettings
+from pipelines.settings import PlanMemorySettings, TrainSettings
+from pipelines.training.fit import computation_of
+from pipelines.training.job import apply_stage_settings
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.quantization.artifact import METHODS
 from tinygptv.training.memory_plan import GIB, MemoryPlan, TrainingMemory, inference_memory, parse_bytes
@@ -17,14 +20,17 @@ INFERENCE_FORMATS: dict[str, dict[str, str]] = {
 }
 """Rows of the inference table -> format of each part."""
 
-_COLUMNS = ("weights", "gradients", "optimizer", "activations", "workspace", "peak")
+WAYS = ("plain", "checkpointing")
+"""Rows of a stage: without and with gradient checkpointing."""
+
+_COLUMNS = ("weights", "gradients", "optimizer", "activations", "workspace", "margin", "peak")
 
 
 def plan_memory(settings: PlanMemorySettings) -> dict[str, Any]:
     """Count what every stage and every way of answering takes.
 
     Args:
-        settings: the cards, precision and batch.
+        settings: the cards, and how the stages will be trained.
 
     Returns:
         What stands in result.json (bytes per part and stage), the ``table`` as text, and ``result``, that file's path.
@@ -35,20 +41,22 @@ def plan_memory(settings: PlanMemorySettings) -> dict[str, Any]:
     card, small_card = parse_bytes(settings.gpu), parse_bytes(settings.inference_gpu)
     if settings.recipe not in RECIPES:
         raise ValueError(f"recipe is {settings.recipe!r}; known recipes: {sorted(RECIPES)}.")
-    training = {str(s.number): _plan_stage(settings, s, card) for s in RECIPES[settings.recipe]}
+    train = settings.train_settings()
+    training = {str(stage.number): _plan_stage(train, stage, card) for stage in RECIPES[settings.recipe]}
     inference = {name: _plan_inference(settings, formats, small_card) for name, formats in INFERENCE_FORMATS.items()}
     result = {
         "gpu_bytes": card,
         "inference_gpu_bytes": small_card,
-        "precision": settings.precision,
-        "features": settings.features,
+        "computation": asdict(computation_of(train)),
+        "precision": train.precision,
+        "features": train.features,
         "context_length": settings.context_length,
         "stages": training,
         "inference": inference,
     }
     output = settings.output_dir(f"outputs/{settings.recipe}/plan_memory")
     (output / "result.json").write_text(json.dumps(result, indent=1))
-    return {**result, "table": _table(settings, result), "result": str(output / "result.json")}
+    return {**result, "table": _table(settings, train, result), "result": str(output / "result.json")}
 
 
 def recipe_config(recipe: str, stage: Stage) -> TinyGPTVConfig:
@@ -57,23 +65,24 @@ def recipe_config(recipe: str, stage: Stage) -> TinyGPTVConfig:
     return build(image_size=stage.image_size, lora_rank=stage.lora_rank)
 
 
-def _plan_stage(settings: PlanMemorySettings, stage: Stage, card: int) -> dict[str, Any]:
-    memory = TrainingMemory(
-        recipe_config(settings.recipe, stage),
-        stage,
-        precision=settings.precision,
-        features=settings.features,
-    )
-    size = settings.micro_batch_size or stage.max_step_samples
-    plans = {"plain": memory.plan(size), "checkpointing": memory.plan(size, gradient_checkpointing=True)}
+def _plan_stage(train: TrainSettings, stage: Stage, card: int) -> dict[str, Any]:
+    stage = apply_stage_settings(stage, train.stage)
+    memory = TrainingMemory(recipe_config(train.recipe, stage), stage, computation_of(train))
+    ways = {name: memory.computed(gradient_checkpointing=name == "checkpointing") for name in WAYS}
+    largest = {name: way.largest_micro_batch(card) for name, way in ways.items()}
+    chosen = largest[_configured(train)] if train.micro_batch_size == "auto" else train.micro_batch_size
+    size = max(1, min(chosen, stage.max_step_samples))
     return {
         "micro_batch_size": size,
         "tokens_per_sample": memory.num_tokens,
-        **{name: _with_fit(plan, card) for name, plan in plans.items()},
-        "largest_micro_batch": {
-            name: memory.largest_micro_batch(card, gradient_checkpointing=name == "checkpointing") for name in plans
-        },
+        **{name: _with_fit(way.plan(size), card) for name, way in ways.items()},
+        "largest_micro_batch": largest,
+        "largest_tokens": {name: way.largest_tokens(card) for name, way in ways.items()},
     }
+
+
+def _configured(train: TrainSettings) -> str:
+    return "checkpointing" if train.gradient_checkpointing else "plain"
 
 
 def _plan_inference(settings: PlanMemorySettings, formats: dict[str, str], card: int) -> dict[str, Any]:
@@ -85,18 +94,21 @@ def _with_fit(plan: MemoryPlan, card: int) -> dict[str, Any]:
     return {**plan.to_dict(), "fits": plan.peak <= card}
 
 
-def _table(settings: PlanMemorySettings, result: dict[str, Any]) -> str:
+def _table(settings: PlanMemorySettings, train: TrainSettings, result: dict[str, Any]) -> str:
     heads = "".join(f"{name:>13}" for name in _COLUMNS)
     lines = [
-        f"training, recipe {settings.recipe}, {settings.precision}, images {settings.features}, on {settings.gpu} "
-        "(GiB; peak includes CUDA's own share)",
-        f"{'stage':7}{'micro-batch':>12}{'':15}{heads}  fits{'largest micro-batch':>21}",
+        f"training, recipe {settings.recipe}, on {settings.gpu}: {computation_of(train)}, "
+        f"micro_batch_size={train.micro_batch_size}",
+        "GiB; samples of the stage's greatest length; peak includes the allocator's margin and CUDA's own share; "
+        "* as configured",
+        f"{'stage':7}{'micro-batch':>12}{'':15}{heads}  fits{'largest micro-batch':>21}{'tokens':>9}",
     ]
     for number, facts in result["stages"].items():
-        for name in ("plain", "checkpointing"):
+        for name in WAYS:
+            mark = "*" if name == _configured(train) else " "
             lines.append(
-                f"{number:7}{facts['micro_batch_size']:12}  {name:13}{_row(facts[name])}"
-                f"{facts['largest_micro_batch'][name]:21}"
+                f"{number:7}{facts['micro_batch_size']:12} {mark}{name:13}{_row(facts[name])}"
+                f"{facts['largest_micro_batch'][name]:21}{facts['largest_tokens'][name]:9,}"
             )
     lines += [
         "",

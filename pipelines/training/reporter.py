@@ -57,6 +57,18 @@ class Reporter:
         self._losses: list[float] = []
         psutil.cpu_percent()  # the first call only starts the clock
 
+    def compiling(self) -> None:
+        """Say that the first step takes longer than the others."""
+        self.clock = time.perf_counter()
+        self.progress_file.write_text(f"{self.progress.title}: compiling the layers in the first step")
+
+    def compiled(self) -> None:
+        """Say how long the first step took; it does not count in the time left."""
+        seconds = time.perf_counter() - self.clock
+        logger.info("the first step took %.1f s, in which the layers were compiled", seconds)
+        self.progress_file.write_text(f"{self.progress.title}: layers compiled in {seconds:.0f} s")
+        self.progress.began = self.clock = time.perf_counter()
+
     def add(self, batch: StepBatch, result: StepResult, learning_rate: float) -> None:
         """Take a finished step; nothing is read from the device."""
         self.pending.append(_Step(batch, result, learning_rate))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import pickle
 import time
 from pathlib import Path
@@ -29,6 +30,9 @@ from pipelines.training.worker import train_loop
 from tinygptv.checkpoint.checkpoint import MANIFEST, CheckpointError, read_stage, verify_folder
 
 logger = logging.getLogger(__name__)
+
+GPU_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
+"""Of training workers with a GPU: memory is taken in segments that grow, so that little is lost between tensors."""
 
 
 def run_stage(settings: TrainSettings, number: int, *, parent_run_id: str = "") -> StageResult:
@@ -131,6 +135,9 @@ def _finished_result(output: Path, num_steps: int) -> StageResult | None:
 
 
 def _run_inline(job: TrainJob) -> WorkerResult:
+    if job.settings.use_gpu:
+        for name, value in GPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
     result = train_loop(job)
     assert result is not None, "a single process is rank 0"
     return result
@@ -141,6 +148,7 @@ def _run_on_ray(job: TrainJob) -> WorkerResult:
     from ray.train.torch import TorchTrainer
 
     settings = job.settings
+    gpu_options: Any = {"worker_runtime_env": {"env_vars": dict(GPU_ENVIRONMENT)}} if settings.use_gpu else {}
     with start_ray(settings):
         workers: Any = (settings.min_workers, settings.num_workers) if settings.min_workers else settings.num_workers
         trainer = TorchTrainer(
@@ -155,6 +163,7 @@ def _run_on_ray(job: TrainJob) -> WorkerResult:
                 name="ray_train",
                 storage_path=job.storage,
                 failure_config=FailureConfig(max_failures=settings.max_failures),
+                **gpu_options,
             ),
         )
         trainer.fit()

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from pipelines import storage
 from pipelines.data.loader import BatchMaker, StepBatch, iterate_steps
 from pipelines.json_files import to_json
+from pipelines.training.fit import device_capacity, fit_to_device
 from pipelines.training.guard import Diagnosis, Fault, Guard, TrainingStopped, describe, diagnose
 from pipelines.training.job import TrainJob
 from pipelines.training.record import RECORD_FILE
@@ -60,6 +61,7 @@ class TrainWorker:
     """One worker's model, optimizer, data and guard."""
 
     def __init__(self, job: TrainJob) -> None:
+        job = fit_to_device(job, device_capacity() if job.settings.use_gpu else None)
         self.job = job
         self.rank, self.world_size = _rank(), _world_size()
         settings = job.settings
@@ -110,6 +112,9 @@ class TrainWorker:
             loader_workers=settings.loader_workers,
             prefetch_steps=settings.prefetch_steps,
         )
+        compiling = self.train_step.compiled
+        if compiling and self.reporter:
+            self.reporter.compiling()
         for batch in batches:
             learning_rate = stage.schedule.learning_rate(batch.step)
             if batch.step in self.left_out:
@@ -119,6 +124,9 @@ class TrainWorker:
                 torch.manual_seed(_dropout_seed(settings.seed, batch.step, self.rank))
                 result = self.train_step.run(batch.micro_batches, learning_rate)
                 self._report(batch, result, learning_rate)
+                if compiling and self.reporter:
+                    self.reporter.compiled()
+                compiling = False
             last = batch.step + 1 == self.job.num_steps
             saves = (batch.step + 1) % settings.checkpoint_every == 0 and not last
             if saves or last or (batch.step + 1) % settings.log_every == 0:
@@ -191,7 +199,7 @@ class TrainWorker:
         """Compute a step's samples again one by one, to find those that cause the fault, over all workers."""
         if fault.kind == "vanishing_gradient":
             return Diagnosis(layer=fault.part, where="backward")
-        maker = BatchMaker(replace(self.plan, micro_batch_size=1, pack_length=0))
+        maker = BatchMaker(replace(self.plan, micro_batch_size=1, micro_batch_tokens=0, pack_length=0))
         ids = maker.sample_ids(fault.step)[self.rank :: self.world_size]
         torch.manual_seed(_dropout_seed(self.job.settings.seed, fault.step, self.rank))
         batches = maker.make(fault.step).micro_batches

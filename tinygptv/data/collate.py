@@ -121,6 +121,37 @@ def collate(
     )
 
 
+def cut(lengths: Sequence[int], most_samples: int, most_tokens: int = 0, *, padded: bool = True) -> list[slice]:
+    """Cut a step's samples into micro-batches.
+
+    Args:
+        lengths: tokens of each sample, ascending.
+        most_samples: of a micro-batch.
+        most_tokens: of a micro-batch; 0 does not count them. A longer sample stands alone.
+        padded: count the padding to the longest sample, too.
+
+    Returns:
+        Slices of the samples: as few as possible and, where tokens are counted, of about as many tokens.
+    """
+    if not most_tokens:
+        return [slice(i, i + most_samples) for i in range(0, len(lengths), most_samples)]
+
+    def pieces(limit: int) -> list[slice]:
+        found, start = [], 0
+        for i, length in enumerate(lengths):
+            tokens = (i - start + 1) * length if padded else sum(lengths[start : i + 1])
+            if i > start and (i - start == most_samples or tokens > limit):
+                found.append(slice(start, i))
+                start = i
+        return [*found, slice(start, len(lengths))] if lengths else []
+
+    fewest, low, high = len(pieces(most_tokens)), 0, most_tokens
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if len(pieces(middle)) > fewest else (low, middle)
+    return pieces(high)
+
+
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Put samples into rows, longest first, each into the first row with room.
 

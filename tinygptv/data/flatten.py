@@ -28,7 +28,7 @@ class FlatBatch:
 
     Attributes:
         input_ids: int64 [T]; 0 at image positions.
-        position_ids: int64 [T], from 0 in each sequence.
+        position_ids: int64 [T], from 0 in each sequence; hidden tokens leave gaps.
         image_positions: int64 [I] indices into [T] of image positions, in placeholder order.
         supervised_positions: int64 [M] indices into [T] whose next token is scored.
         supervised_ids: int64 [M] those tokens.
@@ -47,43 +47,50 @@ class FlatBatch:
     max_length: int
 
 
-def flatten(batch: MicroBatch, image_token_id: int, pad_token_id: int = 0) -> FlatBatch:
+def flatten(batch: MicroBatch, image_token_id: int, pad_token_id: int = 0) -> FlatBatch | None:
     """Take the padding out of a padded or packed micro-batch.
 
+    Tokens that the attention mask hides are left out, too: nobody looks at them, and the others keep their positions.
+
     Args:
-        batch: without an attention mask.
+        batch: padded or packed.
         image_token_id: marks image positions in ``input_ids``.
         pad_token_id: fills the last sequence up to a multiple of ``TOKENS_MULTIPLE``.
 
-    Raises:
-        ValueError: the batch hides tokens inside its samples.
+    Returns:
+        The flat batch; None where a token is predicted at a hidden position, which has no flat form.
     """
-    if batch.attention_mask is not None:
-        raise ValueError("a batch with hidden tokens inside its samples has no flat form: compute it with its mask.")
     rows, width = batch.input_ids.shape
     row_lengths = batch.lengths or ((width,),) * rows
-    real = np.array([sum(lengths) for lengths in row_lengths])
+    in_row = np.array([sum(lengths) for lengths in row_lengths])
     lengths = np.array([length for row in row_lengths for length in row])
-    num_real = int(real.sum())
-    num_tokens = -(-num_real // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
-    padding = num_tokens - num_real
+    is_real = np.arange(width)[None, :] < in_row[:, None]
+    is_visible = is_real if batch.attention_mask is None else is_real & (batch.attention_mask > 0)
+    if not is_visible.ravel()[batch.supervised_positions].all():
+        return None
 
-    kept = np.arange(width)[None, :] < real[:, None]
-    input_ids = np.concatenate([batch.input_ids[kept], np.full(padding, pad_token_id, dtype=np.int64)])
+    sequence = np.full((rows, width), -1)
+    sequence[is_real] = np.repeat(np.arange(len(lengths)), lengths)
+    position = np.zeros_like(sequence)
+    position[is_real] = np.arange(len(is_real.nonzero()[0])) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    num_visible = int(is_visible.sum())
+    padding = -num_visible % TOKENS_MULTIPLE
+
+    input_ids = np.concatenate([batch.input_ids[is_visible], np.full(padding, pad_token_id, dtype=np.int64)])
     image_positions = np.flatnonzero(input_ids == image_token_id)
     input_ids[image_positions] = 0
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    position_ids = np.concatenate([np.arange(num_real) - np.repeat(starts[:-1], lengths), np.arange(padding)])
-    bounds = np.append(starts, num_tokens) if padding else starts
-    num_sequences = -(-(len(bounds) - 1) // SEQUENCES_MULTIPLE) * SEQUENCES_MULTIPLE
-    row, column = np.divmod(batch.supervised_positions, width)
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(sequence[is_visible], minlength=len(lengths)))])
+    if padding:
+        bounds = np.append(bounds, num_visible + padding)
+    num_empty = -(len(bounds) - 1) % SEQUENCES_MULTIPLE
+    longest = int(np.diff(bounds).max())
     return FlatBatch(
         input_ids=input_ids,
-        position_ids=position_ids,
+        position_ids=np.concatenate([position[is_visible], np.arange(padding)]),
         image_positions=image_positions,
-        supervised_positions=(np.cumsum(real) - real)[row] + column,
+        supervised_positions=(np.cumsum(is_visible) - 1)[batch.supervised_positions],
         supervised_ids=batch.supervised_ids,
         supervised_sources=batch.supervised_sources,
-        cu_seqlens=np.pad(bounds, (0, num_sequences + 1 - len(bounds)), mode="edge"),
-        max_length=max(LEAST_MAX_LENGTH, 1 << (int(lengths.max()) - 1).bit_length()),
+        cu_seqlens=np.pad(bounds, (0, num_empty), mode="edge"),
+        max_length=max(LEAST_MAX_LENGTH, 1 << (longest - 1).bit_length()),
     )

@@ -36,9 +36,11 @@ def score_logits(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor,
     """
     wide = logits.float()
     normaliser = wide.logsumexp(-1, keepdim=True)
-    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
     losses = normaliser[:, 0] - wide.gather(1, targets[:, None])[:, 0]
-    return losses, (((wide - normaliser).exp() - is_target.float()) * scale).to(logits.dtype)
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    # In place, so that uncompiled no more than one float32 matrix lives.
+    slope = wide.sub_(normaliser).exp_().sub_(is_target.to(logits.dtype)).mul_(scale)
+    return losses, slope.to(logits.dtype)
 
 
 class _FrozenHeadLosses(torch.autograd.Function):

@@ -2,29 +2,39 @@
 
 Parameters are counted on the meta device. What autograd keeps for the backward pass is a sum over the operations of
 ``language_model``, in bytes per token; ``tests/unit/training/test_memory_plan.py`` holds it against the tensors that
-autograd really saves. What lives for a moment only (workspace, CUDA context) is an estimate.
+autograd, and the compiler's partition of a layer, really save. What lives for a moment only is counted from the largest
+buffers of the phases of a step. What CUDA, its libraries and the allocator's rounding take is assumed, with a margin:
+measured on an H100 in ``benchmarks/gpu_train.py``.
 
 Notation: D language width, I its MLP width, N heads, K vocabulary, r LoRA rank, Q query tokens, F Q-Former width,
-V vision width, R image side.
+V vision width, R image side, T tokens of a forward pass.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 
 from tinygptv.config import TinyGPTVConfig, TinyGPTVTextConfig
+from tinygptv.data.flatten import SEQUENCES_MULTIPLE, TOKENS_MULTIPLE
+from tinygptv.model.head_loss import CHUNK_ROWS
 from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
 from tinygptv.training.stages import Stage, set_trainable
+from tinygptv.training.train_step import images_at_a_time
 
 GIB = 2**30
 CUDA_CONTEXT_BYTES = GIB // 2
 """What CUDA and its libraries take beside the allocator; an assumption, about right for recent cards."""
+LIBRARY_BYTES = 128 * 2**20
+"""Work areas of cuBLAS, which come from torch's allocator: 32 MiB per thread and library on an H100, less elsewhere."""
+ALLOCATOR_MARGIN = 0.03
+"""What the allocator holds beyond the tensors of a step, as a share of them, with expandable segments."""
 PROMPT_TOKENS = 64
 """Length assumed for a prompt, image and answer not counted; captions of images alone have none."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -44,6 +54,7 @@ class MemoryPlan:
         optimizer: AdamW's two moments, float32.
         activations: what is kept for the backward pass, or the KV cache in inference.
         workspace: what lives for a moment at the peak.
+        margin: what the allocator holds beyond that.
     """
 
     weights: dict[str, int]
@@ -51,15 +62,16 @@ class MemoryPlan:
     optimizer: int
     activations: int
     workspace: int
+    margin: int = 0
 
     @property
     def peak(self) -> int:
-        """The most that is held at one time, CUDA's own share included."""
-        return self.allocated + CUDA_CONTEXT_BYTES
+        """The most that is held at one time, the allocator's margin and CUDA's own share included."""
+        return self.allocated + self.margin + CUDA_CONTEXT_BYTES
 
     @property
     def allocated(self) -> int:
-        """The part of the peak that goes through torch's allocator."""
+        """The part of the peak that is tensors."""
         return sum(self.weights.values()) + self.gradients + self.optimizer + self.activations + self.workspace
 
     def to_dict(self) -> dict[str, int | dict[str, int]]:
@@ -70,9 +82,56 @@ class MemoryPlan:
             "optimizer": self.optimizer,
             "activations": self.activations,
             "workspace": self.workspace,
+            "margin": self.margin,
             "cuda_context": CUDA_CONTEXT_BYTES,
             "peak": self.peak,
         }
+
+
+@dataclass(frozen=True)
+class Computation:
+    """How a step is computed, as far as memory depends on it.
+
+    Attributes:
+        precision: key of ``train_step.PRECISIONS``; the 16-bit ones keep what trains in float32.
+        features: ``inline`` encodes images in each step, ``cached`` does not (the encoder stays loaded).
+        compiled: language layers are compiled: less is kept.
+        gradient_checkpointing: language layers are computed again in the backward pass.
+        on_gpu: as on a GPU: no padding in 16 bits, and no logits kept where the language head is frozen.
+    """
+
+    precision: str = "bf16"
+    features: str = "inline"
+    compiled: bool = True
+    gradient_checkpointing: bool = False
+    on_gpu: bool = True
+
+    @property
+    def half(self) -> bool:
+        """Whether matrices are 16-bit."""
+        return self.precision in ("bf16", "fp16")
+
+    def __str__(self) -> str:
+        checkpointing = "with" if self.gradient_checkpointing else "without"
+        compiled = "compiled" if self.compiled else "not compiled"
+        return f"{self.precision}, features {self.features}, layers {compiled}, {checkpointing} gradient checkpointing"
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """Size of one forward pass.
+
+    Attributes:
+        samples: sequences.
+        tokens: of all sequences together, padding included where there is any.
+        positions: supervised tokens.
+        images: pictures.
+    """
+
+    samples: int
+    tokens: int
+    positions: int
+    images: int
 
 
 class TrainingMemory:
@@ -82,9 +141,8 @@ class TrainingMemory:
         self,
         config: TinyGPTVConfig,
         stage: Stage,
+        computation: Computation | None = None,
         *,
-        precision: str = "bf16",
-        features: str = "inline",
         prompt_tokens: int | None = None,
     ) -> None:
         """Choose what is trained, and how.
@@ -92,8 +150,7 @@ class TrainingMemory:
         Args:
             config: sizes of the start; image side, dropout and (where it has none) LoRA rank are the stage's.
             stage: what trains, and sequence lengths.
-            precision: key of ``train_step.PRECISIONS``; the 16-bit ones keep what trains in float32.
-            features: ``inline`` encodes images in each step, ``cached`` does not (the encoder stays loaded).
+            computation: how; None: as on a GPU by default.
             prompt_tokens: tokens of template and question; None takes ``PROMPT_TOKENS`` where the template has any.
         """
         self.config = deepcopy(config)
@@ -101,58 +158,91 @@ class TrainingMemory:
         self.config.lora_rank = self.config.lora_rank or stage.lora_rank
         self.config.lora_dropout = stage.lora_dropout
         self.stage = stage
-        self.half = precision in ("bf16", "fp16")
-        self.features = features
+        self.computation = computation or Computation()
         if prompt_tokens is None:
             prompt_tokens = 0 if stage.prompt_template.turn == "{}" else PROMPT_TOKENS
         self.num_tokens = 1 + self.config.num_query_tokens + prompt_tokens + stage.limits.max_text_tokens
 
+    def computed(self, **changes: bool | str) -> TrainingMemory:
+        """The same stage, computed otherwise: fields of ``Computation``."""
+        other = object.__new__(TrainingMemory)
+        other.__dict__.update(self.__dict__)
+        other.computation = replace(self.computation, **changes)  # type: ignore[arg-type]
+        if other.computation.half != self.computation.half:
+            other.__dict__.pop("_parameters", None)
+        return other
+
     @cached_property
-    def _parameters(self) -> tuple[dict[str, int], int, int]:
-        """Weight bytes per part, numbers that train, and those of them that are in matrices."""
-        model = build_on_meta(self.config)
+    def _parameters(self) -> tuple[dict[str, int], int, int, bool]:
+        """Weight bytes per part, numbers that train, those of them in matrices, whether the language head trains."""
+        model = _built(self.config.to_json_string(use_diff=False))
         set_trainable(model, self.stage.trainable)
         weights = dict.fromkeys(PARTS, 0)
         for name, parameter in model.named_parameters():
-            wide = not self.half or FLOAT32_NAMES.match(name) or parameter.requires_grad
+            wide = not self.computation.half or FLOAT32_NAMES.match(name) or parameter.requires_grad
             weights[name.partition(".")[0]] += parameter.numel() * (4 if wide else 2)
         trained = [p for p in model.parameters() if p.requires_grad]
-        return weights, sum(p.numel() for p in trained), sum(p.numel() for p in trained if p.ndim > 1)
+        in_matrices = sum(p.numel() for p in trained if p.ndim > 1)
+        return weights, sum(p.numel() for p in trained), in_matrices, model.lm_head.weight.requires_grad
 
-    def plan(self, micro_batch_size: int, *, gradient_checkpointing: bool = False) -> MemoryPlan:
-        """Memory of a step with so many samples, each of the stage's greatest length, in one forward pass.
+    def longest(self, samples: int) -> BatchSize:
+        """So many samples, each of the stage's greatest length, in one forward pass."""
+        limit = self.stage.limits.max_text_tokens
+        return BatchSize(samples, samples * self.num_tokens, samples * limit, samples)
+
+    def plan(self, batch: int | BatchSize) -> MemoryPlan:
+        """Memory of a step.
 
         Args:
-            micro_batch_size: samples of a forward pass.
-            gradient_checkpointing: language layers are computed again in the backward pass.
+            batch: of one forward pass; a number of samples stands for ``longest``.
         """
-        text, images, element = self.config.text_config, micro_batch_size, 2 if self.half else 4
-        tokens = micro_batch_size * self.num_tokens
-        weights, trained, in_matrices = self._parameters
-        layer = tokens * layer_activation_bytes(text, self.config.lora_rank, self.half, self.config.lora_dropout)
+        batch = self.longest(batch) if isinstance(batch, int) else batch
+        text, how = self.config.text_config, self.computation
+        element = 2 if how.half else 4
+        weights, trained, in_matrices, head_trains = self._parameters
+        tokens = -(-batch.tokens // TOKENS_MULTIPLE) * TOKENS_MULTIPLE if how.on_gpu else batch.tokens
+        residual = 4 * tokens * text.hidden_size
+        layer = tokens * layer_activation_bytes(
+            text, self.config.lora_rank, self.config.lora_dropout, half=how.half, compiled=how.compiled
+        )
         width = self.config.qformer_config.hidden_size + self.config.projector_hidden_size
         kept = (
-            4 * tokens * text.hidden_size  # input of the final norm
-            + images * self.config.num_query_tokens * width * element  # inputs of the projector's two layers
-            + (in_matrices * 2 if self.half else 0)  # autocast's copies of what trains
+            residual  # input of the final norm
+            + batch.images * self.config.num_query_tokens * width * element  # inputs of the projector's two layers
+            + (in_matrices * 2 if how.half else 0)  # 16-bit copies of what trains
         )
-        moment = tokens * layer_workspace_bytes(text)
-        if gradient_checkpointing:
-            kept += text.num_hidden_layers * 4 * tokens * text.hidden_size
-            moment += layer
+        backward = tokens * layer_workspace_bytes(text) + (attention_workspace_bytes(text, batch) if how.on_gpu else 0)
+        if how.gradient_checkpointing:
+            kept += text.num_hidden_layers * residual
+            backward += layer
         else:
             kept += text.num_hidden_layers * layer
-        positions = micro_batch_size * self.stage.limits.max_text_tokens
-        moment = max(moment, positions * text.vocab_size * (10 if self.half else 8))  # logits and their gradient
-        if self.features == "inline":
+        ends = residual + tokens * text.hidden_size * element  # the final norm's output and the embeddings
+        loss = ends + head_workspace_bytes(text, batch.positions, how, head_trains=head_trains)
+        moment = max(backward, loss)
+        if how.features == "inline":
+            images = min(batch.images, images_at_a_time(self.config))
             moment = max(moment, images * encoder_workspace_bytes(self.config, element) - kept)
-        return MemoryPlan(weights, 4 * trained, 8 * trained, kept, moment)
+        moment += LIBRARY_BYTES if how.on_gpu else 0
+        return MemoryPlan(weights, 4 * trained, 8 * trained, kept, moment, int(ALLOCATOR_MARGIN * (kept + moment)))
 
-    def largest_micro_batch(self, capacity: int, *, gradient_checkpointing: bool = False) -> int:
+    def largest_micro_batch(self, capacity: int) -> int:
         """The most samples of one forward pass that fit into so many bytes; 0 where not even one does."""
-        return _largest(
-            lambda size: self.plan(size, gradient_checkpointing=gradient_checkpointing).peak <= capacity, 1 << 20
-        )
+        return _largest(lambda size: self.plan(size).peak <= capacity, 1 << 20)
+
+    def largest_tokens(self, capacity: int) -> int:
+        """The most tokens of one forward pass that fit, however they are shared out; 0 where not one sample does.
+
+        Images and sequences are counted as if every sample were as short as its image allows.
+        """
+        shortest = self.config.num_query_tokens + 2
+
+        def fits(tokens: int) -> bool:
+            samples = -(-tokens // shortest)
+            return self.plan(BatchSize(samples, tokens, tokens, samples)).peak <= capacity
+
+        tokens = _largest(fits, 1 << 26)
+        return tokens if tokens >= self.num_tokens or self.plan(1).peak <= capacity else 0
 
 
 def inference_memory(
@@ -170,7 +260,7 @@ def inference_memory(
     config.lora_rank = 0
     text = config.text_config
     weights = dict.fromkeys(PARTS, 0.0)
-    for name, parameter in build_on_meta(config).named_parameters():
+    for name, parameter in _built(config.to_json_string(use_diff=False)).named_parameters():
         part = name.partition(".")[0]
         weights[part] += parameter.numel() * _stored_bytes(name, parameter, formats[part])
     cache = 2 * 2 * text.num_hidden_layers * text.hidden_size * num_tokens
@@ -188,41 +278,68 @@ def _stored_bytes(name: str, parameter: torch.nn.Parameter, form: str) -> float:
     return WEIGHT_BYTES[form] + (4 / parameter.shape[1] if form in ("int8", "llm_int8") else 0)
 
 
-def layer_activation_bytes(text: TinyGPTVTextConfig, lora_rank: int, half: bool, lora_dropout: float) -> int:
+def layer_activation_bytes(
+    text: TinyGPTVTextConfig, lora_rank: int, lora_dropout: float, *, half: bool, compiled: bool
+) -> int:
     """What one language layer keeps for its backward pass, in bytes per token, with fused attention.
 
-    Frozen linear layers keep nothing: the gradient of their input needs their weight alone.
+    Frozen linear layers keep nothing: the gradient of their input needs their weight alone. A compiled layer computes
+    float32 copies and normalised values again.
 
     Args:
         text: sizes, and which norms there are.
         lora_rank: 0 without adapters.
+        lora_dropout: dropout on the adapters' input; keeps a mask and the input.
         half: 16-bit matrices under autocast; else float32.
-        lora_dropout: dropout on the adapters' input; keeps a mask.
+        compiled: as the compiler's partition of the layer saves.
     """
     width, heads, element = text.hidden_size, text.num_attention_heads, 2 if half else 4
-    total = 2 * width * element + 3 * width * element + width * element + 4 * heads  # attention: q, k, fused v, output
+    total = 4 * width  # the residual
+    total += 3 * width * element + width * element + 4 * heads  # fused q, k, v; attention's output and its sums
     total += text.intermediate_size * element  # the activation function's input
     if text.input_layernorm:
-        total += 4 * width + 8
+        total += 8
     if text.qk_layernorm:
-        total += (8 * width if half else 0) + 16 * heads  # float32 copies of q and k; mean and deviation of each head
+        total += 2 * width * element + 16 * heads  # q and k after rotation; mean and deviation of each head
+        total += 8 * width if half and not compiled else 0  # float32 copies
+    else:
+        total += 2 * width * element
     if text.attention_rmsnorm:
-        total += 8 * width + 4
+        total += 4
+        total += width * element if compiled else 8 * width
     if text.resid_pdrop:
         total += 2 * width  # a byte per element and branch
     if lora_rank:
-        total += 2 * lora_rank * element + 2 * width * element  # the inputs of both matrices of both adapters
+        total += 2 * lora_rank * element + width * element  # both narrow activations; the input of q, k and v
         if lora_dropout:
-            total += 2 * width
+            total += width * element + 2 * width  # the other adapter's input; masks
     return total
 
 
 def layer_workspace_bytes(text: TinyGPTVTextConfig) -> int:
-    """Gradients that one layer's backward pass holds at a time, in bytes per token; an estimate.
+    """What one layer's backward pass holds at a time beyond what was kept, in bytes per token.
 
-    The residual's gradient and its sum in float32, and both gradients around the MLP's activation function.
+    The residual's gradient before and after it, and both gradients around the MLP's activation function.
     """
-    return 10 * text.hidden_size + 2 * 2 * text.intermediate_size
+    return 8 * text.hidden_size + 2 * 2 * text.intermediate_size
+
+
+def attention_workspace_bytes(text: TinyGPTVTextConfig, batch: BatchSize) -> int:
+    """FlashAttention's float32 sums of query gradients: 128 rows more for each sequence, heads of 32, 64, 96, 128."""
+    sequences = -(-(batch.samples + 1) // SEQUENCES_MULTIPLE) * SEQUENCES_MULTIPLE
+    head = -(-(text.hidden_size // text.num_attention_heads) // 32) * 32
+    return 4 * (batch.tokens + 128 * sequences) * text.num_attention_heads * (head + 1)
+
+
+def head_workspace_bytes(
+    text: TinyGPTVTextConfig, positions: int, computation: Computation, *, head_trains: bool
+) -> int:
+    """Logits, probabilities and their gradient: of a few rows on a GPU with a frozen head, else of all positions."""
+    hidden = positions * text.hidden_size * 6  # supervised rows in float32, their gradient in 16 bits
+    if computation.on_gpu and not head_trains:
+        per_logit = 8 if computation.compiled else 14
+        return hidden + min(positions, CHUNK_ROWS) * text.vocab_size * per_logit
+    return hidden + positions * text.vocab_size * (12 if computation.half else 8)
 
 
 def encoder_workspace_bytes(config: TinyGPTVConfig, element: int) -> int:
@@ -239,6 +356,12 @@ def build_on_meta(config: TinyGPTVConfig) -> TinyGPTVForConditionalGeneration:
     """The model without memory: names and shapes."""
     with torch.device("meta"):
         return TinyGPTVForConditionalGeneration(config)
+
+
+@lru_cache(maxsize=8)
+def _built(config_json: str) -> TinyGPTVForConditionalGeneration:
+    """One model without memory for all plans of the same sizes; what trains is set anew each time."""
+    return build_on_meta(TinyGPTVConfig(**json.loads(config_json)))
 
 
 def parse_bytes(text: str) -> int:

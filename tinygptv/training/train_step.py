@@ -11,14 +11,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.collate import MicroBatch
-from tinygptv.data.flatten import flatten
+from tinygptv.data.flatten import FlatBatch, flatten
 from tinygptv.data.images import normalise_pixels
 from tinygptv.model.head_loss import Scorer, score_logits
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
@@ -28,6 +30,14 @@ from tinygptv.training.stages import TRAINABLE_PARTS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16_range": torch.float32}
 """Precision -> dtype of the matrices; ``fp16_range`` computes in float32 and rounds to fp16 (``fp16_emulation``)."""
+
+MOST_PATCHES = 64 * 257
+"""Patch tokens that the encoder reads at a time: 64 images of 224 px, 16 of 448."""
+
+
+def images_at_a_time(config: TinyGPTVConfig) -> int:
+    """Images that are encoded together: enough to fill a GPU, and so few that they take no memory to speak of."""
+    return max(1, MOST_PATCHES // (config.vision_config.num_patches + 1))
 
 
 def set_dtypes(model: TinyGPTVForConditionalGeneration, device: torch.device, encoder_precision: str) -> None:
@@ -183,8 +193,9 @@ class TrainStep:
     def forward(self, batch: MicroBatch) -> Tensor:
         """Token losses [M] of a micro-batch."""
         query_features = self._query_features(batch)
-        if self.flat and batch.attention_mask is None:
-            return self._flat_losses(batch, query_features)
+        flat = flatten(batch, self.model.config.image_token_id) if self.flat else None
+        if flat is not None:
+            return self._flat_losses(flat, query_features)
         with self._autocast(self.autocast_dtype):
             inputs_embeds = self.model.embed(self._to_device(batch.input_ids), query_features=query_features)
             return self.model.token_losses(
@@ -196,8 +207,7 @@ class TrainStep:
                 scorer=self.scorer,
             )
 
-    def _flat_losses(self, batch: MicroBatch, query_features: Tensor | None) -> Tensor:
-        flat = flatten(batch, self.model.config.image_token_id)
+    def _flat_losses(self, flat: FlatBatch, query_features: Tensor | None) -> Tensor:
         ids, positions, image_positions, supervised_positions, supervised_ids, cu_seqlens = self._send(
             flat.input_ids,
             flat.position_ids,
@@ -228,8 +238,11 @@ class TrainStep:
             return None
         # Weights that are 16-bit already need no autocast, whose float32 norms cost a tenth of the encoder's time.
         weights = self.model.qformer.query_tokens.dtype
+        config = cast(TinyGPTVConfig, self.model.config)
+        images = self._to_device(batch.pixels).split(images_at_a_time(config))
         with self._autocast(self.encoder_dtype if self.encoder_dtype != weights else torch.float32):
-            return self.model.encode_query_features(self.pixel_values(batch.pixels))
+            features = [self.model.encode_query_features(self.pixel_values(part)) for part in images]
+        return features[0] if len(features) == 1 else torch.cat(features)
 
     def _autocast(self, dtype: torch.dtype) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)

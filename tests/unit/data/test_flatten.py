@@ -56,9 +56,26 @@ def test_rows_without_lengths_are_sequences():
     assert flat.cu_seqlens[:4].tolist() == [0, 6, 12, 64] and flat.supervised_positions.tolist() == [2, 8]
 
 
-def test_hidden_tokens_have_no_flat_form():
+def test_hidden_tokens_are_left_out_and_the_others_keep_their_positions():
+    batch = collate([hidden_sample(), make_sample(3, image=False)], 0)
+    flat = flatten(batch, IMAGE)
+    assert flat.input_ids[:4].tolist() == [7, 9, 10, 11] and flat.position_ids[:4].tolist() == [0, 2, 3, 4]
+    assert flat.cu_seqlens[:3].tolist() == [0, 4, 13]
+    assert flat.supervised_positions[:2].tolist() == [1, 2] and flat.supervised_ids[:2].tolist() == [10, 11]
+
+
+def hidden_sample() -> LoadedSample:
     encoded = EncodedSample()
-    encoded.add([1, 2, 3], learn=True)
-    encoded.attention_mask[1] = 0
-    with pytest.raises(ValueError, match="no flat form"):
-        flatten(collate([LoadedSample(encoded, 0)], 0), IMAGE)
+    encoded.add([7])
+    encoded.add([8], attend=False)
+    encoded.add([9])
+    encoded.add([10, 11], learn=True)
+    return LoadedSample(encoded, 0)
+
+
+def test_a_prediction_at_a_hidden_position_has_no_flat_form():
+    encoded = EncodedSample()
+    encoded.add([7])
+    encoded.add([8], attend=False)
+    encoded.add([9], learn=True)
+    assert flatten(collate([LoadedSample(encoded, 0)], 0), IMAGE) is None

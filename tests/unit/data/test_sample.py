@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from tinygptv.data.collate import LoadedSample, collate, pack
+from tinygptv.data.collate import LoadedSample, collate, cut, pack
 from tinygptv.data.prompt_layout import Exchange, PromptLayout
 from tinygptv.data.prompts import INSTRUCTIONS, TEMPLATES, clean_caption, escape_markers
 from tinygptv.data.sample import IGNORE_INDEX, SampleEncoder, SampleRow, TextLimits, Turn, render_sample
@@ -165,6 +166,30 @@ def test_bins_hold_what_fits():
     assert sorted(i for row in bins for i in row) == list(range(6))
     assert all(sum(lengths[i] for i in row) <= 10 for row in bins)
     assert len(bins) == 4
+
+
+def test_micro_batches_have_so_many_samples_and_tokens_at_most():
+    lengths = [3, 3, 4, 8, 8, 20]
+    assert cut(lengths, 4) == [slice(0, 4), slice(4, 8)]
+    assert [sum(lengths[piece]) for piece in cut(lengths, 6, 27, padded=False)] == [26, 20]
+    assert [lengths[piece] for piece in cut(lengths, 6, 27)] == [[3, 3, 4], [8, 8], [20]]
+    assert cut(lengths, 2, 1000) == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    assert cut([50, 60], 8, 10) == [slice(0, 1), slice(1, 2)]  # longer ones stand alone
+    assert cut([], 8, 10) == cut([], 8) == []
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_micro_batches_are_few_and_of_like_size(padded):
+    lengths = sorted(int(n) for n in np.random.default_rng(0).integers(20, 800, 200))
+
+    def tokens(piece):
+        return max(lengths[piece]) * len(lengths[piece]) if padded else sum(lengths[piece])
+
+    pieces = cut(lengths, 64, 6000, padded=padded)
+    assert [i for piece in pieces for i in range(*piece.indices(200))] == list(range(200))
+    assert all(tokens(piece) <= 6000 for piece in pieces)
+    assert len(pieces) <= sum(tokens(piece) for piece in pieces) / 6000 + 2
+    assert max(map(tokens, pieces)) - min(map(tokens, pieces)) < 3000
 
 
 def test_packing_refuses_hidden_tokens():

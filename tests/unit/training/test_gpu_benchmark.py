@@ -33,6 +33,19 @@ def test_every_case_of_training_runs(gpu_train, capsys):
     assert gpu_train.table(rows).count("\n") == len(rows) + 1
 
 
+def test_every_case_of_memory_runs(gpu_train):
+    rows = gpu_train.memory_section(60, size="tiny", device="cpu")
+    assert len(rows) == 10
+    assert all("planned" in row.note and "Error" not in row.note and "memory;" not in row.note for row in rows)
+
+
+def test_rows_say_whether_what_was_wanted_was_reached(gpu_train):
+    row = gpu_train.Row
+    assert row("s", "w", 5.0, "%", 0, "", 10).verdict == "yes" and row("s", "w", 11.0, "%", 0, "", 10).verdict == "NO"
+    assert row("s", "w", None, "%", 0).verdict == "NO" and row("s", "w", None, "%").verdict == ""
+    assert row("s", "w", 5.0, "ms", ceiling=4.0).verdict == "NO"
+
+
 def test_cases_without_time_are_named(gpu_train):
     clock_rows = gpu_train.Rows("train")
     assert not gpu_train.Clock(clock_rows, 5).allows("a long case", 60)

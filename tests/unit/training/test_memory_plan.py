@@ -1,119 +1,107 @@
-"""The memory plan: its counts are those of the model, its activations those that autograd keeps."""
+"""The memory plan: its counts are those of the model, its activations those that autograd and the compiler keep."""
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 
 import pytest
-import torch
 
-from pipelines.settings import PlanMemorySettings
-from pipelines.training.memory_plan import plan_memory
+from pipelines.settings import PlanMemorySettings, SettingsError
+from pipelines.training.memory_plan import INFERENCE_FORMATS, plan_memory, recipe_config
+from tests.saved_activations import TOKENS, kept_by_autograd, kept_by_the_compiler
+from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.sample import TextLimits
 from tinygptv.miniature.tiny import tiny_config
-from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv.training.memory_plan import GIB, TrainingMemory, inference_memory, layer_activation_bytes, parse_bytes
-from tinygptv.training.stages import get_stage, set_trainable
+from tinygptv.training.memory_plan import (
+    GIB,
+    BatchSize,
+    Computation,
+    TrainingMemory,
+    inference_memory,
+    layer_activation_bytes,
+    parse_bytes,
+)
+from tinygptv.training.stages import get_stage
 
-TOKENS = 48
-
-
-def kept_bytes(config, dtype, *, checkpointing=False):
-    """Bytes of the storages that autograd keeps for one sequence, weights not counted."""
-    torch.manual_seed(0)
-    model = TinyGPTVForConditionalGeneration(config).train()
-    for name, parameter in model.named_parameters():
-        if not re.search(r"projector|lora_|_layernorm|rmsnorm", name):
-            parameter.data = parameter.data.to(dtype)
-    set_trainable(model, ("projector", "language_norms", *(("lora",) if config.lora_rank else ())))
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor keeps the address taken
-        return tensor
-
-    embeds = torch.randn(1, TOKENS, config.text_config.hidden_size, requires_grad=True)
-    with (
-        torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        output = model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    assert output.requires_grad
-    return sum(size for size, _ in storages.values())
+TEXT = TinyGPTVConfig.phi2().text_config
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_counted_activations_are_what_autograd_keeps(rank, dtype):
-    """The difference of models of 5 and 2 layers is that of 3 layers, whatever the ends keep."""
-    text = dict(tiny_config().text_config.to_dict(), hidden_size=64, intermediate_size=160, num_attention_heads=4)
-    small, large = (tiny_config(text_config={**text, "num_hidden_layers": depth}, lora_rank=rank) for depth in (2, 5))
-    kept = (kept_bytes(large, dtype) - kept_bytes(small, dtype)) / 3 / TOKENS
-    # autocast also keeps one cast copy of each adapter matrix for the whole forward pass
-    copies = 2 * rank * (64 + 192 + 64 + 64) / TOKENS if dtype == torch.bfloat16 else 0
-    counted = layer_activation_bytes(large.text_config, rank, dtype == torch.bfloat16, 0.0)
-    assert kept == pytest.approx(counted + copies, rel=0.03)
+def counted(rank, dropout, *, compiled):
+    text = TinyGPTVConfig.phi2().text_config
+    text.resid_pdrop = dropout
+    return layer_activation_bytes(text, rank, dropout, half=True, compiled=compiled)
 
 
-def test_checkpointing_keeps_the_residual_alone():
-    config = tiny_config(lora_rank=0)
-    small, large = (
-        tiny_config(text_config={**config.text_config.to_dict(), "num_hidden_layers": depth}, lora_rank=0)
-        for depth in (2, 5)
-    )
-    kept = kept_bytes(large, torch.float32, checkpointing=True) - kept_bytes(small, torch.float32, checkpointing=True)
-    assert kept / 3 / TOKENS == pytest.approx(4 * config.text_config.hidden_size, rel=0.05)
+def adapter_copies(rank):
+    """16-bit copies of the adapters' matrices, which the plan counts apart, per token of the test."""
+    return 2 * rank * 6 * TEXT.hidden_size / TOKENS
+
+
+@pytest.mark.parametrize("rank", [0, 64])
+def test_counted_activations_are_what_autograd_keeps(rank):
+    """The difference of models of 3 and 1 layers is that of 2 layers, whatever the ends keep."""
+    kept = (kept_by_autograd(3, rank) - kept_by_autograd(1, rank)) / 2 / TOKENS
+    assert kept == pytest.approx(counted(rank, 0.0, compiled=False) + adapter_copies(rank), rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("rank", "dropout"), [(64, 0.1), *(pytest.param(rank, 0.0, marks=pytest.mark.slow) for rank in (0, 64))]
+)
+def test_counted_activations_are_what_a_compiled_layer_keeps(rank, dropout):
+    kept = kept_by_the_compiler(rank, dropout) / TOKENS
+    assert kept == pytest.approx(counted(rank, dropout, compiled=True) + adapter_copies(rank), rel=0.01)
 
 
 def test_weights_gradients_and_optimizer_of_the_paper():
     """Bytes follow from the release's parameter table: 2 per frozen parameter, 4 + 4 + 8 per trained one."""
     stage = get_stage("paper", 2)
-    plan = TrainingMemory(paper(stage), stage).plan(1)
+    plan = paper(2).plan(1)
     assert plan.gradients == 4 * 45_266_944 and plan.optimizer == 8 * 45_266_944
     biases = 92_160 - 87_040 + 2560 * 33  # of norms: float32, but frozen
     assert sum(plan.weights.values()) == 2 * 3_915_931_008 + 2 * (45_266_944 + biases)
-    warm_up = get_stage("paper", 1)
-    assert TrainingMemory(paper(warm_up), warm_up).plan(1).optimizer == 8 * 13_809_664
+    assert paper(1).plan(1).optimizer == 8 * 13_809_664
+    wide = TrainingMemory(recipe_config("paper", stage), stage).computed(precision="fp32").plan(1)
+    assert sum(wide.weights.values()) == 4 * 3_915_931_008
 
 
-def paper(stage):
-    from pipelines.training.memory_plan import recipe_config
-
-    return recipe_config("paper", stage)
-
-
-@pytest.fixture(scope="module")
-def memory():
-    stage = replace(get_stage("paper", 3), image_size=28, limits=TextLimits(160))
-    return TrainingMemory(tiny_config(), stage)
+def paper(number, **computation):
+    stage = get_stage("paper", number)
+    return TrainingMemory(recipe_config("paper", stage), stage, Computation(**computation))
 
 
-def test_largest_micro_batch_is_the_last_that_fits(memory):
+def test_what_fits_is_below_the_capacity_and_the_next_is_not():
+    memory = TrainingMemory(tiny_config(), replace(get_stage("paper", 3), image_size=28, limits=TextLimits(160)))
     for checkpointing in (False, True):
-        capacity = memory.plan(7, gradient_checkpointing=checkpointing).peak
-        assert memory.largest_micro_batch(capacity, gradient_checkpointing=checkpointing) == 7
-        assert memory.largest_micro_batch(capacity - 1, gradient_checkpointing=checkpointing) == 6
-    assert memory.largest_micro_batch(1000) == 0
+        how = memory.computed(gradient_checkpointing=checkpointing)
+        capacity = how.plan(7).peak
+        assert how.largest_micro_batch(capacity) == 7
+        assert how.largest_micro_batch(capacity - 1) == 6
+    assert memory.largest_micro_batch(1000) == memory.largest_tokens(1000) == 0
 
 
-def test_what_saves_memory_saves_it(memory):
-    plain, checkpointed = memory.plan(64), memory.plan(64, gradient_checkpointing=True)
-    assert checkpointed.activations < plain.activations and checkpointed.weights == plain.weights
-    half, full = inference_memory(tiny_config(), bf16()), inference_memory(tiny_config(), dict.fromkeys(bf16(), "full"))
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize("features", ["inline", "cached"])
+def test_no_batch_of_so_many_tokens_takes_more_than_planned(number, features):
+    """However the tokens are shared out over samples."""
+    memory = paper(number, features=features)
+    tokens = memory.largest_tokens(24 * GIB)
+    assert tokens >= memory.largest_micro_batch(24 * GIB) * memory.num_tokens * 0.8
+    for length in (34, 60, 200, memory.num_tokens):
+        samples = tokens // length
+        assert memory.plan(BatchSize(samples, samples * length, samples * (length - 33), samples)).peak <= 24 * GIB
+
+
+def test_what_saves_memory_saves_it():
+    plain = paper(2, compiled=False).plan(64)
+    compiled, checkpointed = paper(2).plan(64), paper(2, gradient_checkpointing=True).plan(64)
+    assert checkpointed.activations < compiled.activations < 0.8 * plain.activations
+    assert checkpointed.weights == compiled.weights == plain.weights
+    assert paper(2, on_gpu=False).plan(64).workspace > compiled.workspace + GIB / 2  # logits of all positions
+    assert paper(4, features="cached").plan(3).peak <= paper(4).plan(3).peak
+    bf16 = INFERENCE_FORMATS["bf16"]
+    half, full = inference_memory(tiny_config(), bf16), inference_memory(tiny_config(), dict.fromkeys(bf16, "full"))
     assert half.peak < full.peak and half.gradients == half.optimizer == 0
-
-
-def bf16():
-    from pipelines.training.memory_plan import INFERENCE_FORMATS
-
-    return INFERENCE_FORMATS["bf16"]
 
 
 def test_sizes_of_cards():
@@ -131,9 +119,32 @@ def test_plan_of_a_recipe(tmp_path):
     for facts in written["stages"].values():
         parts = facts["plain"]
         assert parts["peak"] == sum(parts["weights"].values()) + sum(
-            parts[name] for name in ("gradients", "optimizer", "activations", "workspace", "cuda_context")
+            parts[name] for name in ("gradients", "optimizer", "activations", "workspace", "margin", "cuda_context")
         )
         assert facts["largest_micro_batch"]["checkpointing"] >= facts["largest_micro_batch"]["plain"]
-    assert len(plan["table"].splitlines()) == 2 + 8 + 3 + 3
+    assert len(plan["table"].splitlines()) == 3 + 8 + 3 + 3
     with pytest.raises(ValueError, match="recipe is 'none'"):
         plan_memory(PlanMemorySettings(recipe="none", output=str(tmp_path)))
+
+
+def test_the_plan_reads_how_the_stages_will_be_trained(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("recipe: paper\ntrain:\n  precision: bf16\n  features: cached\n  micro_batch_size: 16\n")
+    settings = PlanMemorySettings.load(config, [f"output={tmp_path}", "train.compile=off"])
+    plan = plan_memory(settings)
+    assert plan["computation"] == {
+        "precision": "bf16",
+        "features": "cached",
+        "compiled": False,
+        "gradient_checkpointing": False,
+        "on_gpu": True,
+    }
+    assert [facts["micro_batch_size"] for facts in plan["stages"].values()] == [16, 16, 6, 3]
+    first = plan["table"].splitlines()[0]
+    assert "features cached, layers not compiled" in first and "micro_batch_size=16" in first
+
+    changed = [f"output={tmp_path}", "features=inline", "train.micro_batch_size=auto", "gpu=80GB"]
+    plan = plan_memory(PlanMemorySettings.load(config, changed))
+    assert plan["features"] == "inline" and plan["stages"]["2"]["micro_batch_size"] == 64
+    with pytest.raises(SettingsError, match=r"unknown key 'compil'.*did you mean 'compile'"):
+        PlanMemorySettings.load(config, ["train.compil=off"])

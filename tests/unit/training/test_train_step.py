@@ -8,10 +8,12 @@ from peft.tuners import lora
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.training_batches import TRAINED, loss_and_gradient, make_sample, mixed_samples, relative, tiny_model
-from tinygptv.data.collate import collate
+from tinygptv.config import TinyGPTVConfig
+from tinygptv.data.collate import LoadedSample, collate
+from tinygptv.data.sample import EncodedSample
 from tinygptv.model.head_loss import score_logits
 from tinygptv.model.lora import AdaptedLinear
-from tinygptv.training import compilation
+from tinygptv.training import compilation, train_step
 from tinygptv.training.compilation import compile_layers, run_eagerly, wants_compilation
 from tinygptv.training.stages import set_trainable
 from tinygptv.training.train_step import TrainStep, set_dtypes
@@ -45,6 +47,19 @@ def test_flat_samples_do_not_see_each_other():
     first = step.forward(padded([make_sample(9)]))
     both = step.forward(padded([make_sample(30, seed=3), make_sample(9)]))
     torch.testing.assert_close(both[-len(first) :], first)
+
+
+def test_hidden_tokens_change_nothing_in_the_flat_form():
+    """As the released recipe hides the BOS between turns."""
+    encoded = EncodedSample()
+    encoded.add([0, 5, 6])
+    encoded.add([7, 8], learn=True)
+    encoded.add([0], attend=False)
+    encoded.add([9, 10])
+    encoded.add([11, 12, 13], learn=True)
+    batch = padded([make_sample(9), LoadedSample(encoded, 0)])
+    masked, flat = (loss_and_gradient(tiny_model(), batch, flat=flat) for flat in (False, True))
+    assert flat[0] == pytest.approx(masked[0], abs=1e-6) and relative(flat[1], masked[1]) < 1e-5
 
 
 def test_losses_without_logits_agree(reference, monkeypatch):
@@ -193,6 +208,19 @@ def test_an_encoder_in_half_precision_is_near_the_float32_one(precision):
     features = step._query_features(padded())
     assert features.dtype == torch.bfloat16
     assert relative(features.float(), exact) < 0.03
+
+
+def test_images_are_encoded_a_few_at_a_time(monkeypatch):
+    """The number that is encoded together bounds memory, and changes no feature."""
+    assert train_step.images_at_a_time(TinyGPTVConfig.phi2()) == 64
+    assert train_step.images_at_a_time(TinyGPTVConfig.phi2(image_size=448)) == 16
+    step = make_step(tiny_model())
+    together = step._query_features(padded())
+    monkeypatch.setattr(train_step, "MOST_PATCHES", 2 * 5)
+    seen = []
+    step.model.vision_encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    torch.testing.assert_close(step._query_features(padded()), together)
+    assert seen == [2, 2]
 
 
 def test_hooks_see_every_layer_of_a_step_as_written(monkeypatch):

@@ -1,0 +1,121 @@
+"""How large a forward pass may be: cut by tokens on a GPU, said before a stage starts, refused where nothing fits."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+
+from pipelines.data.loader import BatchMaker
+from pipelines.miniature.tiny_training import make_world, train_settings
+from pipelines.settings import SettingsError, TrainSettings
+from pipelines.training import run
+from pipelines.training.fit import computation_of, fit_to_device
+from pipelines.training.guard import TrainingStopped
+from pipelines.training.job import resolve_job
+from pipelines.training.run import run_stage
+from tinygptv.config import TinyGPTVConfig
+from tinygptv.training.memory_plan import GIB, TrainingMemory
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def resolved(world, output, **changes):
+    return resolve_job(train_settings(world, output, **changes), 4)[0]
+
+
+def on_a_gpu(world, output, **changes):
+    return resolved(world, output, use_gpu=True, precision="bf16", **changes)
+
+
+def memory_of(job):
+    return TrainingMemory(
+        TinyGPTVConfig.from_pretrained(job.settings.init_from), job.stage, computation_of(job.settings)
+    )
+
+
+def test_on_a_cpu_nothing_is_cut_by_tokens(world, tmp_path):
+    for setting, samples in (("auto", 64), (4, 4)):
+        plan = fit_to_device(resolved(world, tmp_path, micro_batch_size=setting), None).plan
+        assert (plan.micro_batch_size, plan.micro_batch_tokens) == (samples, 0)
+
+
+def test_auto_takes_a_whole_step_where_it_fits(world, tmp_path, caplog):
+    job = on_a_gpu(world, tmp_path, micro_batch_size="auto")
+    with caplog.at_level(logging.INFO):
+        plan = fit_to_device(job, 24 * GIB).plan
+    assert plan.micro_batch_size == job.stage.max_step_samples and not plan.padded
+    assert "micro-batches of at most 8 samples are cut at" in caplog.text
+    assert len(BatchMaker(plan).make(0).micro_batches) == 1
+
+
+def test_micro_batches_are_cut_where_they_would_not_fit(world, tmp_path, caplog):
+    """A capacity for two of the longest samples: shorter ones share a micro-batch by their tokens."""
+    job = on_a_gpu(world, tmp_path, micro_batch_size=8)
+    capacity = memory_of(job).plan(2).peak
+    with caplog.at_level(logging.INFO):
+        plan = fit_to_device(job, capacity).plan
+    assert "2 samples of the greatest length" in caplog.text
+    maker = BatchMaker(plan)
+    batches = [batch for step in range(6) for batch in maker.make(step).micro_batches]
+    assert any(batch.num_samples > 2 for batch in batches)
+    assert all(batch.num_real <= plan.micro_batch_tokens or batch.num_samples == 1 for batch in batches)
+
+
+def test_what_fits_with_checkpointing_alone_is_computed_with_it(world, tmp_path, caplog):
+    job = on_a_gpu(world, tmp_path, micro_batch_size="auto", stage={"limits": {"max_text_tokens": 4000}})
+    capacity = memory_of(job).plan(1).peak - 1
+    fitted = fit_to_device(job, capacity)
+    assert fitted.settings.gradient_checkpointing and not job.settings.gradient_checkpointing
+    assert "gradient checkpointing, so it is switched on" in caplog.text
+    with pytest.raises(TrainingStopped, match=r"stage 4: one sample of 4069 tokens takes .* try gradient_checkpoint"):
+        fit_to_device(
+            on_a_gpu(world, tmp_path, micro_batch_size=1, stage={"limits": {"max_text_tokens": 4000}}), capacity
+        )
+
+
+def test_what_never_fits_is_refused(world, tmp_path):
+    with pytest.raises(TrainingStopped, match="use a larger GPU"):
+        fit_to_device(on_a_gpu(world, tmp_path), 2**20)
+
+
+def test_auto_trains_as_the_default_size_does(world, tmp_path):
+    one = run_stage(train_settings(world, tmp_path / "a", micro_batch_size="auto"), 4)
+    other = run_stage(train_settings(world, tmp_path / "b", micro_batch_size=64), 4)
+    assert one["last_loss"] == other["last_loss"]
+
+
+def test_settings_of_size_and_compilation():
+    parse = TrainSettings.load
+    assert parse(None, ["micro_batch_size=auto"]).micro_batch_size == "auto"
+    assert parse(None, ["micro_batch_size=12"]).micro_batch_size == 12
+    with pytest.raises(SettingsError, match="micro_batch_size"):
+        parse(None, ["micro_batch_size=0"])
+    for written, meant in (("true", "on"), ("on", "on"), ("false", "off"), ("off", "off"), ("auto", "auto")):
+        assert parse(None, [f"compile={written}"]).compile == meant
+    with pytest.raises(SettingsError, match="'auto', 'on' or 'off'"):
+        parse(None, ["compile=maybe"])
+    assert not computation_of(TrainSettings()).compiled and computation_of(TrainSettings(use_gpu=True)).compiled
+
+
+def test_compiled_training_says_so_and_gives_the_losses_of_the_uncompiled(world, tmp_path, monkeypatch, caplog):
+    """By a backend that needs no compiler."""
+    from tinygptv.training import compilation, train_step
+
+    with_backend = partial(compilation.compile_layers, backend="eager")
+    monkeypatch.setattr(train_step, "compile_layers", with_backend)
+    plain = run_stage(train_settings(world, tmp_path / "a", max_steps=2), 4)
+    with caplog.at_level(logging.INFO):
+        compiled = run_stage(train_settings(world, tmp_path / "b", max_steps=2, compile="on"), 4)
+    torch._dynamo.reset()
+    assert "in which the layers were compiled" in caplog.text
+    assert compiled["last_loss"] == pytest.approx(plain["last_loss"], abs=1e-5)
+
+
+def test_workers_with_a_gpu_take_memory_in_growing_segments():
+    assert run.GPU_ENVIRONMENT["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
