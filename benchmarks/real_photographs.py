@@ -21,7 +21,7 @@ from typing import Any
 from pipelines.data.ingest.job import ingest
 from pipelines.evaluation.benchmarks.base import Benchmark, Question, Statistics
 from pipelines.evaluation.benchmarks.choices import POPE_STATISTICS, score_choice, score_pope
-from pipelines.evaluation.benchmarks.files import read_lines
+from pipelines.evaluation.benchmarks.files import DataFolder, read_lines
 from pipelines.evaluation.benchmarks.grounding import OVERLAPS, score_refer
 from pipelines.evaluation.benchmarks.vqa import ask
 from pipelines.evaluation.run import evaluate
@@ -37,11 +37,11 @@ ToQuestion = Callable[[Entry], dict[str, Any]]
 def read_questions(file: str, chosen: Callable[[Entry], bool], question: ToQuestion) -> Any:
     """A benchmark's ``read``: the chosen lines of a file, each made a question."""
 
-    def read(data: Path) -> Iterator[Question]:
-        for number, entry in enumerate(read_lines(data / file)):
+    def read(data: DataFolder) -> Iterator[Question]:
+        for number, entry in enumerate(read_lines(data.root / file)):
             if chosen(entry):
                 kind = entry.get("task", entry.get("kind", ""))
-                yield Question(id=str(number), image=data / entry["image"], kind=kind, **question(entry))
+                yield Question(id=str(number), image=data.root / entry["image"], kind=kind, **question(entry))
 
     return read
 
@@ -76,9 +76,9 @@ def caption(entry: Entry) -> dict[str, Any]:
     return {"instruction": ask("caption"), "truth": {"answers": entry["captions"]}}
 
 
-def read_single_boxes(data: Path) -> Iterator[Question]:
+def read_single_boxes(data: DataFolder) -> Iterator[Question]:
     """Boxes whose category is named, and in the picture once: for others 'where is the dog?' has no one answer."""
-    count = Counter(_what(entry) for entry in read_lines(data / "boxes.jsonl"))
+    count = Counter(_what(entry) for entry in read_lines(data.root / "boxes.jsonl"))
 
     def is_single(entry: Entry) -> bool:
         return "category" in entry and count[_what(entry)] == 1

@@ -35,11 +35,10 @@ def read_json_object(path: str | Path) -> dict[str, Any] | None:
         content = json.loads(storage.read_bytes(str(path)))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        logger.warning("%s is damaged and is written again: %s", path, error)
-        return None
+    except ValueError:
+        content = None
     if not isinstance(content, dict):
-        logger.warning("%s holds no JSON object and is written again.", path)
+        logger.warning("%s is empty or damaged: it is ignored, and will be written again.", path)
         return None
     return content
 

@@ -44,14 +44,22 @@ def vqav2(root: Path) -> None:
     picture(root / "val2014/COCO_val2014_000000000042.jpg")
 
 
-def okvqa(root: Path) -> None:
+def vqav2_as_lavis_has_it(root: Path) -> None:
+    """One list of questions with their answers, each with the path of its image."""
+    entry = {"image": "val2014/COCO_val2014_000000000042.jpg", "dataset": "vqa", "answer": ["red"] * 9 + ["blue"]}
+    put(root / "vqa_val.json", [{**entry, "question_id": 42000 + i, "question": f"what {i}?"} for i in range(2)])
+    picture(root / "val2014/COCO_val2014_000000000042.jpg")
+
+
+def okvqa(root: Path, ending: str = "") -> None:
+    """``ending`` is ``_clean`` in the files of the MiniGPT-v2 evaluation."""
     put(
-        root / "OpenEnded_mscoco_val2014_questions.json",
+        root / f"OpenEnded_mscoco_val2014_questions{ending}.json",
         {"questions": [{"image_id": 7, "question": "what sport?", "question_id": 71}]},
     )
     answers = [{"answer": "race", "raw_answer": "racing", "answer_id": n} for n in range(10)]
     put(
-        root / "mscoco_val2014_annotations.json",
+        root / f"mscoco_val2014_annotations{ending}.json",
         {"annotations": [{"image_id": 7, "question_id": 71, "answer_type": "other", "answers": answers}]},
     )
     picture(root / "val2014/COCO_val2014_000000000007.jpg")
@@ -69,6 +77,21 @@ def aokvqa(root: Path) -> None:
     hard = {**entry, "question_id": "hard", "difficult_direct_answer": True}
     put(root / "aokvqa_v1p0_val.json", [{**entry, "question_id": "easy", "difficult_direct_answer": False}, hard])
     picture(root / "val2017/000000461751.jpg")
+
+
+def aokvqa_as_lavis_has_it(root: Path) -> None:
+    """The same file name; the path of an image in place of its number."""
+    entry = {
+        "image": "val2014/COCO_val2014_000000461751.jpg",
+        "question_id": "easy",
+        "question": "what is it?",
+        "choices": ["a", "b", "c", "d"],
+        "correct_choice_idx": 2,
+        "direct_answers": ["c"] * 10,
+        "dataset": "aokvqa",
+    }
+    put(root / "aokvqa_v1p0_val.json", [entry])
+    picture(root / "val2014/COCO_val2014_000000461751.jpg")
 
 
 def vizwiz(root: Path) -> None:

@@ -13,7 +13,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -21,6 +21,7 @@ from typing import Any, NotRequired, TypedDict
 from pipelines import storage
 from pipelines.evaluation.answers import Answers, read_answers
 from pipelines.evaluation.benchmarks import Benchmark, Question, find_benchmarks
+from pipelines.evaluation.benchmarks.files import DataFolder
 from pipelines.evaluation.compare import Comparison, compare
 from pipelines.evaluation.page import drawn_case, score_page, worst_first
 from pipelines.evaluation.scoring import PREDICTIONS, BenchmarkScore, Prediction, score_benchmark, write_predictions
@@ -31,6 +32,7 @@ from pipelines.progress import Bar
 from pipelines.settings import ScoreSettings, SettingsError
 from pipelines.tracking.base import continue_tracker
 from pipelines.units import Workers, map_units
+from tinygptv.checkpoint.checkpoint import hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ RESULTS = ("answers", PREDICTIONS, "report.html", "result.json", "run.json", "un
 """What a score run writes into its output folder."""
 
 _IMAGES_TRIED = 50
+_PATHS_NAMED = 8
 _TABLE_IMAGES = 24
 
 
@@ -87,14 +90,16 @@ def evaluate(
     started = time.perf_counter()
     chosen = list(benchmarks or _find(settings))
     checkpoint = _find_checkpoint(settings)
-    questions = {benchmark.name: _read(settings, benchmark) for benchmark in chosen}
+    data = _data_folder(settings)
+    asked = {benchmark.name: _read(settings, benchmark, data) for benchmark in chosen}
+    questions = {name: read.questions for name, read in asked.items()}
     output = settings.output_dir("outputs/score")
     claim(
         output,
         _score_fingerprint(settings, checkpoint, questions),
         RESULTS,
         overwrite=settings.overwrite,
-        inputs=[str(checkpoint), settings.data],
+        inputs=[str(checkpoint), settings.data, settings.images],
     )
     options = _options(settings, checkpoint, output)
     units = [unit for benchmark in chosen for unit in _units(options, benchmark, questions[benchmark.name])]
@@ -103,6 +108,8 @@ def evaluate(
     answering_s = time.perf_counter() - answering
     released = settings.metric == "released"
     scores = {b.name: score_benchmark(b, answered[b.name], released=released) for b in chosen}
+    for name, score in scores.items():
+        score["files"] = [{"path": str(path), "sha256": hash_file(path)} for path in asked[name].files]
     lines = write_predictions(output / PREDICTIONS, chosen, answered, released=released)
     page = score_page(scores, lines, options.checkpoint, settings.page_cases)
     storage.write_atomically(str(output / "report.html"), page.encode())
@@ -197,36 +204,64 @@ def _image_state(image: Path | None) -> str:
     return f"{stat.st_size} {stat.st_mtime_ns}" if stat else "none"
 
 
-def _read(settings: ScoreSettings, benchmark: Benchmark) -> list[Question]:
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of a benchmark, and the files that it was read from."""
+
+    questions: list[Question]
+    files: list[Path]
+
+
+def _data_folder(settings: ScoreSettings) -> DataFolder:
+    for key in ("data", "images"):
+        if "://" in getattr(settings, key):
+            raise SettingsError(f"{key}={getattr(settings, key)} is a URI: benchmarks are read from a local folder.")
+    images = Path(settings.images).expanduser().absolute() if settings.images else None
+    if images is not None and not images.is_dir():
+        raise SettingsError(f"images={settings.images} is no folder: give the one that holds the benchmark's images.")
+    return DataFolder(Path(settings.data).expanduser().absolute(), images)
+
+
+def _read(settings: ScoreSettings, benchmark: Benchmark, data: DataFolder) -> _Asked:
     """The questions of a benchmark that are asked.
 
     Raises:
         SettingsError: its files are not as officially distributed, or its images are missing.
         FileNotFoundError: its files are missing.
     """
-    data = Path(settings.data).expanduser().absolute()
+    data.opened.clear()
     try:
         questions = list(benchmark.read(data))
     except (KeyError, TypeError, IndexError) as error:
         raise SettingsError(
-            f"benchmark={benchmark.name}: an entry of its files is not as officially distributed: "
-            f"{type(error).__name__} {error}."
+            f"benchmark={benchmark.name}: an entry of {_names(_used(data)) or 'its files'} is not as officially "
+            f"distributed: {type(error).__name__} {error}."
         ) from error
     questions = questions[: settings.limit] if settings.limit else questions
-    _check_images(benchmark.name, questions)
-    return questions
+    _check_images(benchmark.name, questions, data)
+    return _Asked(questions, _used(data))
 
 
-def _check_images(name: str, questions: Sequence[Question]) -> None:
+def _used(data: DataFolder) -> list[Path]:
+    return [path for files in data.opened for path in files.used]
+
+
+def _check_images(name: str, questions: Sequence[Question], data: DataFolder) -> None:
     """Raise where the image folder is missing; single missing images are counted later."""
     if not questions:
         raise SettingsError(f"benchmark={name} has no questions in the given data.")
     paths = [question.image for question in questions[:_IMAGES_TRIED] if question.image]
     if paths and not any(path.is_file() for path in paths):
+        folders = [folder for files in data.opened for folder in files.looked_in] or [paths[0].parent]
         raise SettingsError(
-            f"benchmark={name}: none of the first {len(paths)} images exists; {paths[0]} would be the first. "
-            "Put the benchmark's image folder beside its annotations."
+            f"benchmark={name}: none of the first {len(paths)} images exists; the first, {paths[0].name}, is not in "
+            f"{_names(folders)}. Give images=DIR, the folder that holds them or has it somewhere below."
         )
+
+
+def _names(paths: Sequence[Path]) -> str:
+    left = len(paths) - _PATHS_NAMED
+    return ", ".join(map(str, paths[:_PATHS_NAMED])) + (f" or {left} more folders" if left > 0 else "")
 
 
 # ---------------------------------------------------------------------- answering

@@ -47,6 +47,7 @@ class BenchmarkScore(TypedDict):
         parts: per split and kind.
         unanswered: questions without an answer; they count as wrong.
         problems: the first reasons, ``id: reason``.
+        files: official files that it was read from, each with its path and SHA-256; empty where a benchmark has none.
     """
 
     metric: str
@@ -61,6 +62,7 @@ class BenchmarkScore(TypedDict):
     parts: dict[str, PartScore]
     unanswered: int
     problems: list[str]
+    files: list[dict[str, str]]
 
 
 Prediction = dict[str, Any]
@@ -114,6 +116,7 @@ def score_benchmark(benchmark: Benchmark, answered: Answered, *, released: bool 
         parts=own.parts,
         unanswered=len(problems),
         problems=problems[:_PROBLEMS_NAMED],
+        files=[],
     )
 
 

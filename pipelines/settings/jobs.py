@@ -129,7 +129,8 @@ class ScoreSettings(Settings):
 
     checkpoint: str = Field("", description="checkpoint or artifact folder")
     benchmark: str | list[str] = Field("miniature", description="benchmark, group or list of them (docs/evaluation.md)")
-    data: str = Field("", description="folder with the benchmarks' official files")
+    data: str = Field("", description="folder with the benchmarks' official files, at any depth (docs/evaluation.md)")
+    images: str = Field("", description="folder of the benchmarks' images, at any depth; empty looks below data")
     limit: int = Field(0, ge=0, description="questions per benchmark; 0 takes all")
     batch_size: int = Field(64, ge=1, description="answers generated together")
     num_workers: int = Field(1, ge=0, description="evaluation actors; 0 evaluates in the driver's process")

@@ -19,7 +19,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "aokvqa": ("aokvqa_direct", "aokvqa_choice"),
     "pope": ("pope_random", "pope_popular", "pope_adversarial"),
     "rec": tuple(benchmark.name for benchmark in REFERRING),
-    **{name: tuple(f"{name}_{split}" for split in splits) for name, (_, _, splits) in DATA_SETS.items()},
+    **{name: tuple(f"{name}_{split}" for split in data.splits) for name, data in DATA_SETS.items()},
 }
 """Names that stand for several; ``paper`` is the paper's own table."""
 

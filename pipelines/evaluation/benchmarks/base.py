@@ -1,4 +1,4 @@
-"""What a benchmark is: questions with their truth, a wording, a score per answer, numbers over all of them."""
+"""A benchmark: questions with their truth, a score per answer, statistics over all answers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.evaluation.benchmarks.files import DataFolder
 from tinygptv.data.sample import Exchange
 
 MAIN_SPLIT = "test"
@@ -21,13 +22,13 @@ class Question:
 
     Attributes:
         id: unique within its benchmark.
-        instruction: what is asked, task tag included, image marks and template not.
-        image: path of the picture; None for text only.
+        instruction: the question with its task tag, without image marks and template.
+        image: path of the image; None for text only.
         truth: what the score needs (answers, box, label, ...), JSON-able.
-        kind: sub-score that the question counts for as well; empty for none.
-        split: part of the benchmark; sub-scores are kept apart per split.
+        kind: category with a score of its own; empty for none.
+        split: part of the benchmark; each part has scores of its own.
         history: earlier turns of the conversation, without image marks.
-        choices: answers whose losses are compared, where the benchmark asks for that.
+        choices: answers whose losses are compared, where the benchmark ranks them.
     """
 
     id: str
@@ -42,7 +43,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A question with what the model answered.
+    """A question and the model's answer.
 
     Attributes:
         question: what was asked.
@@ -57,7 +58,7 @@ class Outcome:
     problem: str = ""
 
 
-Read = Callable[[Path], Iterator[Question]]
+Read = Callable[[DataFolder], Iterator[Question]]
 Score = Callable[[str, dict[str, Any]], float]
 Statistic = Callable[[np.ndarray], float]
 
@@ -82,7 +83,7 @@ class Benchmark:
     Attributes:
         name: as in ``benchmark=NAME``.
         metric: what its value is.
-        read: reads the official files in a folder.
+        read: reads the official files below the user's folder.
         score: answer and truth -> 0..1.
         max_new_tokens: longest answer.
         generates: the answer is generated; otherwise the choice of least loss is the answer.

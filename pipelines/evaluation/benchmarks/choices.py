@@ -9,52 +9,53 @@ from typing import Any
 import numpy as np
 
 from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question, Statistics, each
-from pipelines.evaluation.benchmarks.files import Images, find_file, read_json, read_lines, try_file
+from pipelines.evaluation.benchmarks.files import COCO_FOLDERS, DataFolder, read_json, read_lines
 from pipelines.evaluation.benchmarks.vqa import ask, read_aokvqa
 from tinygptv.metrics.metrics import auroc, exact_match, f1, pope_answer, precision, recall, yes_no
 from tinygptv.metrics.released import contains_answer, released_hateful
 
 
-def _read_aokvqa_choice(data: Path) -> Iterator[Question]:
+def _read_aokvqa_choice(data: DataFolder) -> Iterator[Question]:
     for entry in read_aokvqa(data):
-        choices = tuple(entry["choices"])
-        truth = {"answer": choices[entry["correct_choice_idx"]]}
-        yield Question(entry["question_id"], ask("vqa", entry["question"]), entry["path"], truth, choices=choices)
+        truth = {"answer": entry.choices[entry.correct]}
+        yield Question(entry.id, ask("vqa", entry.question), entry.image, truth, choices=entry.choices)
 
 
-def _read_iconqa(data: Path) -> Iterator[Question]:
+def _read_iconqa(data: DataFolder) -> Iterator[Question]:
     """``problems.json`` with ``pid_splits.json`` of the official archive, or the release's ``choose_text_val.json``."""
-    listed = try_file(data, "iconqa", "choose_text_val.json")
+    files = data.of("iconqa")
+    listed = files.try_find("choose_text_val.json", fields=("image_id", "question", "choices", "answer"))
     if listed is not None:
         entries = {str(entry["image_id"]): entry for entry in read_json(listed)}
-        images = Images(listed, "val/choose_txt", "choose_txt")
     else:
-        problems_path = find_file(data, "iconqa", "problems.json")
-        splits = read_json(find_file(data, "iconqa", "pid_splits.json"))
-        problems = read_json(problems_path)
+        problems = read_json(files.find("problems.json", fields=("question", "choices", "answer")))
+        splits = read_json(files.find("pid_splits.json"))
         entries = {pid: problems[pid] for pid in splits["choose_txt_val"]}
-        images = Images(problems_path, "iconqa/val/choose_txt", "val/choose_txt")
+    images = files.images("iconqa/val/choose_txt", "val/choose_txt", "choose_txt", "iconvqa_images", "iconqa_images")
     for pid, entry in entries.items():
         choices = tuple(entry["choices"])
         truth = {"answer": choices[int(entry["answer"])]}
         yield Question(pid, ask("vqa", entry["question"]), images.find(f"{pid}/image.png"), truth, choices=choices)
 
 
-def _read_vsr(data: Path) -> Iterator[Question]:
-    path = find_file(data, "vsr", "zeroshot/test.jsonl", "test.jsonl")
-    images = Images(path, "train2017", "val2017")
+def _read_vsr(data: DataFolder) -> Iterator[Question]:
+    files = data.of("vsr")
+    names = ("zeroshot/test.jsonl", "vsr_zeroshot/test.jsonl", "test.jsonl")
+    path = files.find(*names, fields=("image", "caption", "label"), not_in=("random", "vsr_random"))
+    images = files.images("train2017", "val2017", "trainval2017", "vsr_images", "images", *COCO_FOLDERS)
     for number, entry in enumerate(read_lines(path)):
         truth = {"answer": "true" if int(entry["label"]) == 1 else "false"}
-        image = images.find(entry["image"])
+        image = images.coco(entry["image"], "2017")
         yield Question(str(number), ask("true_false", entry["caption"]), image, truth, kind=entry.get("relation", ""))
 
 
 def _read_pope(kind: str) -> Any:
-    def read(data: Path) -> Iterator[Question]:
-        path = find_file(data, "pope", f"coco_pope_{kind}.json")
-        images = Images(path, "val2014")
+    def read(data: DataFolder) -> Iterator[Question]:
+        files = data.of("pope")
+        path = files.find(f"coco_pope_{kind}.json", fields=("question_id", "image", "text", "label"))
+        images = files.images(*COCO_FOLDERS)
         for entry in read_lines(path):
-            image = images.find(entry["image"])
+            image = images.coco(entry["image"])
             yield Question(str(entry["question_id"]), ask("vqa", entry["text"]), image, {"answer": entry["label"]})
 
     return read
@@ -85,14 +86,15 @@ POPE_STATISTICS = Statistics(
 """F1 with yes as the positive class, and POPE's other numbers."""
 
 
-def _read_hateful(data: Path) -> Iterator[Question]:
-    path = find_file(data, "hateful_memes", "dev.jsonl", "dev_seen.jsonl")
-    images = Images(path)
+def _read_hateful(data: DataFolder) -> Iterator[Question]:
+    files = data.of("hateful_memes")
+    path = files.find("dev.jsonl", "dev_seen.jsonl", fields=("id", "img", "label", "text"))
+    images = files.images("hm_images", "img", "images")
     for entry in read_lines(path):
         yield Question(
             str(entry["id"]),
             ask("hateful", entry["text"]),
-            images.find(entry["img"]),
+            images.find(entry["img"], Path(entry["img"]).name),
             {"label": int(entry["label"])},
             choices=("yes", "no"),
         )

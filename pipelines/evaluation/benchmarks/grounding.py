@@ -2,48 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.data.sources.referring import corners, load_plain_pickle
 from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question, Statistics
-from pipelines.evaluation.benchmarks.files import Images, coco_names, find_file, read_json, try_file
+from pipelines.evaluation.benchmarks.files import COCO_FOLDERS, BenchmarkFiles, DataFolder, read_json
 from pipelines.evaluation.benchmarks.vqa import ask
 from tinygptv.metrics.metrics import grounding_overlap, rec_hit
 from tinygptv.metrics.released import released_rec
 
+
+@dataclass(frozen=True)
+class ReferringData:
+    """A data set of referring expressions.
+
+    Attributes:
+        data_set: its official name, key of ``files.OWN_FOLDERS``.
+        references: names of its pickle of references, by the partition that is evaluated.
+        splits: of the partition.
+    """
+
+    data_set: str
+    references: tuple[str, ...]
+    splits: tuple[str, ...]
+
+    def reader(self, split: str) -> Callable[[DataFolder], Iterator[Question]]:
+        """Reads one split: MiniGPT-v2's list, or the files as published."""
+
+        def read(data: DataFolder) -> Iterator[Question]:
+            files = data.of(self.data_set)
+            listed = files.try_find(f"{self.data_set}_{split}.json", fields=("img_id", "sents", "bbox"))
+            yield from _read_list(files, listed) if listed else _read_references(files, self, split)
+
+        return read
+
+
 DATA_SETS = {
-    "refcoco": ("refcoco", "unc", ("val", "testA", "testB")),
-    "refcocop": ("refcoco+", "unc", ("val", "testA", "testB")),
-    "refcocog": ("refcocog", "umd", ("val", "test")),
+    "refcoco": ReferringData("refcoco", ("refs(unc).p",), ("val", "testA", "testB")),
+    "refcocop": ReferringData("refcoco+", ("refs(unc).p",), ("val", "testA", "testB")),
+    # MiniGPT-v2's read-me writes the name of the pickle with a slip.
+    "refcocog": ReferringData("refcocog", ("refs(umd).p", "refs(und).p"), ("val", "test")),
 }
-"""Our name -> official folder, partition, splits."""
+"""Name of the benchmarks -> their data set."""
 
-
-def _reader(name: str, split: str) -> Any:
-    folder, partition, _ = DATA_SETS[name]
-
-    def read(data: Path) -> Iterator[Question]:
-        listed = try_file(data, name, f"{folder}_{split}.json")
-        if listed is not None:
-            yield from _read_list(listed)
-            return
-        # RefCOCO and RefCOCO+ have a refs(unc).p each: the folder tells whose it is.
-        root = data.parent if data.name == folder else data
-        path = find_file(root, name, f"{folder}/refs({partition}).p", f"{folder}_{split}.json")
-        yield from _read_refs(path, split)
-
-    return read
+_FOLDERS = ("train2014", *COCO_FOLDERS)
 
 
 def _question(key: str, sentence: str, image: Path, truth: dict[str, Any]) -> Question:
     return Question(key, ask("refer", sentence), image, truth)
 
 
-def _read_list(path: Path) -> Iterator[Question]:
+def _read_list(files: BenchmarkFiles, path: Path) -> Iterator[Question]:
     """``[{img_id, sents, bbox, width, height}]``, the form of the MiniGPT-v2 evaluation; one entry per sentence."""
-    images = Images(path, "train2014")
+    images = files.images(*_FOLDERS)
     for number, entry in enumerate(read_json(path)):
         truth = {
             "img_id": entry["img_id"],
@@ -51,22 +65,24 @@ def _read_list(path: Path) -> Iterator[Question]:
             "width": entry["width"],
             "height": entry["height"],
         }
-        coco_id = entry["img_id"].split("_")[2]
-        image = images.find(*coco_names(coco_id, "train2014"))
+        image = images.coco(entry["img_id"].split("_")[2], "train2014")
         yield _question(f"{number}-{entry['img_id']}", entry["sents"], image, truth)
 
 
-def _read_refs(path: Path, split: str) -> Iterator[Question]:
-    """``refs(<partition>).p`` and ``instances.json``, as published; one question per sentence."""
-    instances = read_json(find_file(path.parent, path.parent.name, "instances.json"))
+def _read_references(files: BenchmarkFiles, data: ReferringData, split: str) -> Iterator[Question]:
+    """``refs(<partition>).p`` and ``instances.json``, as published; one question per sentence.
+
+    RefCOCO and RefCOCO+ have files of the same names: their folder says whose they are.
+    """
+    path = files.find(*data.references, own=True)
+    instances = read_json(files.find("instances.json", own=True))
     boxes = {entry["id"]: entry["bbox"] for entry in instances["annotations"]}
     sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in instances["images"]}
-    images = Images(path, "train2014")
+    images = files.images(*_FOLDERS)
     for ref in load_plain_pickle(path.read_bytes()):
         if ref["split"] != split:
             continue
         width, height = sizes[ref["image_id"]]
-        image = images.find(*coco_names(ref["image_id"], "train2014"))
         truth = {
             "img_id": f"COCO_train2014_{ref['image_id']:012d}_{ref['ref_id']}",
             "box": corners(*boxes[ref["ann_id"]]),
@@ -74,6 +90,7 @@ def _read_refs(path: Path, split: str) -> Iterator[Question]:
             "height": height,
         }
         for sentence in ref["sentences"]:
+            image = images.coco(ref["image_id"], "train2014")
             yield _question(str(sentence["sent_id"]), sentence["sent"], image, truth)
 
 
@@ -104,9 +121,7 @@ def _released(outcomes: Sequence[Outcome]) -> list[float]:
 
 
 REFERRING = tuple(
-    Benchmark(
-        f"{name}_{split}", "IoU > 0.5", _reader(name, split), score_refer, statistics=OVERLAPS, released=_released
-    )
-    for name, (_, _, splits) in DATA_SETS.items()
-    for split in splits
+    Benchmark(f"{name}_{split}", "IoU > 0.5", data.reader(split), score_refer, statistics=OVERLAPS, released=_released)
+    for name, data in DATA_SETS.items()
+    for split in data.splits
 )

@@ -1,14 +1,13 @@
-"""The drawn world's own benchmarks: every answer is checked against the scene itself."""
+"""The drawn world's benchmarks: every answer is checked against the scene itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from pipelines.data.sources.referring import corners
 from pipelines.evaluation.benchmarks.base import Benchmark, Question
-from pipelines.evaluation.benchmarks.files import read_json
+from pipelines.evaluation.benchmarks.files import DataFolder, read_json
 from pipelines.evaluation.benchmarks.grounding import OVERLAPS, score_refer
 from pipelines.evaluation.benchmarks.vqa import ask
 from tinygptv.data.sample import Exchange
@@ -19,13 +18,14 @@ from tinygptv.miniature.scenes import SceneObject
 Entry = dict[str, Any]
 
 
-def _reader(file: str, question: Callable[[Entry], dict[str, Any]]) -> Callable[[Path], Iterator[Question]]:
-    def read(data: Path) -> Iterator[Question]:
-        folder = data / "benchmarks" if (data / "benchmarks").is_dir() else data
+def _reader(file: str, question: Callable[[Entry], dict[str, Any]]) -> Callable[[DataFolder], Iterator[Question]]:
+    def read(data: DataFolder) -> Iterator[Question]:
+        root = data.folder
+        folder = root / "benchmarks" if (root / "benchmarks").is_dir() else root
         path = folder / f"{file}.json"
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} is missing: draw the world with jobs/miniature.py task=draw output={data}."
+                f"{path} is missing: draw the world with jobs/miniature.py task=draw output={root}."
             )
         for number, entry in enumerate(read_json(path)):
             fields = {"kind": entry.get("kind", ""), "split": entry["split"], **question(entry)}

@@ -3,47 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.evaluation.benchmarks.base import Benchmark, Question, each
-from pipelines.evaluation.benchmarks.files import Images, coco_names, find_file, read_json
+from pipelines.evaluation.benchmarks.files import COCO_FOLDERS, BenchmarkFiles, DataFolder, read_json
 from tinygptv.data.prompts import EVALUATION_INSTRUCTIONS
 from tinygptv.metrics.metrics import direct_answer_accuracy, exact_match, vizwiz_accuracy, vqa_accuracy
 from tinygptv.metrics.released import contains_answer, released_okvqa, released_vizwiz
 
 
 def ask(task: str, text: str = "") -> str:
-    """The wording that benchmarks use for a task."""
+    """The instruction of a benchmark for a task."""
     return EVALUATION_INSTRUCTIONS[task].replace("{}", text, 1)
 
 
-def _coco_vqa(name: str, questions: tuple[str, ...], annotations: tuple[str, ...]) -> Any:
-    """Reader of the VQA format: a question file and an annotation file."""
+@dataclass(frozen=True)
+class CocoVQA:
+    """A data set in the VQA format: a question file and an annotation file, or LAVIS's one list of both.
 
-    def read(data: Path) -> Iterator[Question]:
-        annotation_path = find_file(data, name, *annotations)
+    Attributes:
+        data_set: key of ``files.OWN_FOLDERS``.
+        questions: names of the question file.
+        annotations: names of the annotation file.
+        lists: names of the list.
+    """
+
+    data_set: str
+    questions: tuple[str, ...]
+    annotations: tuple[str, ...]
+    lists: tuple[str, ...] = ()
+
+    def __call__(self, data: DataFolder) -> Iterator[Question]:
+        """Read the questions."""
+        files = data.of(self.data_set)
+        listed = None
+        if files.try_find(*self.annotations, fields=("annotations", "question_id", "answers")) is None:
+            listed = files.try_find(*self.lists, fields=("question_id", "question", "image", "answer"))
+        yield from self._read_pair(files) if listed is None else self._read_list(files, listed)
+
+    def _read_pair(self, files: BenchmarkFiles) -> Iterator[Question]:
+        annotation_path = files.find(*self.annotations, fields=("annotations", "question_id", "answers"))
         truths = {entry["question_id"]: entry for entry in read_json(annotation_path)["annotations"]}
-        question_path = find_file(data, name, *questions)
-        images = Images(question_path, "val2014")
-        for entry in read_json(question_path)["questions"]:
+        questions = read_json(files.find(*self.questions, fields=("questions", "question_id", "question")))
+        images = files.images(*COCO_FOLDERS)
+        for entry in questions["questions"]:
             truth = truths.get(entry["question_id"])
             if truth is None:
                 raise ValueError(f"{annotation_path} has no answers to question {entry['question_id']}.")
             yield Question(
                 id=str(entry["question_id"]),
                 instruction=ask("vqa", entry["question"]),
-                image=images.find(*coco_names(entry["image_id"], "val2014")),
+                image=images.coco(entry["image_id"]),
                 truth={"answers": [answer["answer"] for answer in truth["answers"]]},
                 kind=truth.get("answer_type", ""),
             )
 
-    return read
+    def _read_list(self, files: BenchmarkFiles, path: Path) -> Iterator[Question]:
+        images = files.images(*COCO_FOLDERS)
+        for entry in read_json(path):
+            truth = {"answers": list(entry["answer"])}
+            image = images.coco(entry["image"])
+            yield Question(str(entry["question_id"]), ask("vqa", entry["question"]), image, truth)
 
 
-def _read_vizwiz(data: Path) -> Iterator[Question]:
-    path = find_file(data, "vizwiz", "val.json", "Annotations/val.json")
-    images = Images(path, "val")
+def _read_vizwiz(data: DataFolder) -> Iterator[Question]:
+    files = data.of("vizwiz")
+    path = files.find("Annotations/val.json", "val.json", fields=("image", "question", "answers"))
+    images = files.images("val", "vizwiz_images", "images")
     for number, entry in enumerate(read_json(path)):
         yield Question(
             id=f"{number}-{entry['image']}",
@@ -54,11 +82,11 @@ def _read_vizwiz(data: Path) -> Iterator[Question]:
         )
 
 
-def _read_gqa(data: Path) -> Iterator[Question]:
-    """The official object of questions by id, or the list of ``{image, question, answer}`` that the release reads."""
-    path = find_file(data, "gqa", "testdev_balanced_questions.json")
-    images = Images(path, "gqa/images")
-    found = read_json(path)
+def _read_gqa(data: DataFolder) -> Iterator[Question]:
+    """The official object of questions by id, or LAVIS's list of ``{image, question, answer}``."""
+    files = data.of("gqa")
+    found = read_json(files.find("testdev_balanced_questions.json", fields=("question", "answer")))
+    images = files.images("gqa/images", "gqa_images", "images", "allImages/images")
     if isinstance(found, list):
         found = {str(number): {**entry, "imageId": Path(entry["image"]).stem} for number, entry in enumerate(found)}
     for key, entry in found.items():
@@ -71,21 +99,53 @@ def _read_gqa(data: Path) -> Iterator[Question]:
         )
 
 
-def read_aokvqa(data: Path) -> Iterator[dict[str, Any]]:
-    """Entries of ``aokvqa_v1p0_val.json``, each with the path of its picture as ``path``."""
-    path = find_file(data, "aokvqa", "aokvqa_v1p0_val.json")
-    images = Images(path, "val2017")
+@dataclass(frozen=True)
+class AOKVQAEntry:
+    """One question of A-OKVQA.
+
+    Attributes:
+        id: of the question.
+        question: its text.
+        image: path of its image.
+        choices: four answers.
+        correct: index of the right one.
+        direct_answers: ten free answers.
+        is_hard: too hard without the choices.
+    """
+
+    id: str
+    question: str
+    image: Path
+    choices: tuple[str, ...]
+    correct: int
+    direct_answers: tuple[str, ...]
+    is_hard: bool
+
+
+def read_aokvqa(data: DataFolder) -> Iterator[AOKVQAEntry]:
+    """Entries of ``aokvqa_v1p0_val.json``, as its publishers (``image_id``) or LAVIS (``image``) have them."""
+    files = data.of("aokvqa")
+    fields = ("question_id", "question", "choices", "correct_choice_idx", "direct_answers")
+    path = files.find("aokvqa_v1p0_val.json", fields=fields)
+    images = files.images("val2017", *COCO_FOLDERS)
     for entry in read_json(path):
-        yield {**entry, "path": images.find(f"{entry['image_id']:012d}.jpg")}
+        yield AOKVQAEntry(
+            id=entry["question_id"],
+            question=entry["question"],
+            image=images.coco(entry["image_id"] if "image_id" in entry else entry["image"], "2017"),
+            choices=tuple(entry["choices"]),
+            correct=entry["correct_choice_idx"],
+            direct_answers=tuple(entry["direct_answers"]),
+            is_hard=entry.get("difficult_direct_answer", False),
+        )
 
 
-def _read_aokvqa_direct(data: Path) -> Iterator[Question]:
+def _read_aokvqa_direct(data: DataFolder) -> Iterator[Question]:
     """Questions that are too hard without choices are left out, as in the official evaluation."""
     for entry in read_aokvqa(data):
-        if not entry.get("difficult_direct_answer", False):
-            instruction = ask("vqa", entry["question"])
-            truth = {"answers": entry["direct_answers"]}
-            yield Question(entry["question_id"], instruction, entry["path"], truth)
+        if not entry.is_hard:
+            truth = {"answers": list(entry.direct_answers)}
+            yield Question(entry.id, ask("vqa", entry.question), entry.image, truth)
 
 
 def _score_vqa(answer: str, truth: dict[str, Any]) -> float:
@@ -100,17 +160,18 @@ SHORT_ANSWERS = (
     Benchmark(
         "vqav2",
         "VQA accuracy",
-        _coco_vqa(
+        CocoVQA(
             "vqav2",
             ("v2_OpenEnded_mscoco_val2014_questions.json",),
             ("v2_mscoco_val2014_annotations.json",),
+            ("vqa_val.json", "vqa_val_eval.json"),
         ),
         _score_vqa,
     ),
     Benchmark(
         "okvqa",
         "VQA accuracy",
-        _coco_vqa(
+        CocoVQA(
             "okvqa",
             ("OpenEnded_mscoco_val2014_questions.json", "OpenEnded_mscoco_val2014_questions_clean.json"),
             ("mscoco_val2014_annotations.json", "mscoco_val2014_annotations_clean.json"),

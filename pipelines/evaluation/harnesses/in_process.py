@@ -1,4 +1,4 @@
-"""What a harness asks of a model, answered in process: texts about pictures, and how likely continuations are."""
+"""Answers a harness in process: texts about images, and log-likelihoods of continuations."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _BATCHES_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class HarnessQuestion:
-    """A question as harnesses put it.
+    """A question of a harness.
 
     Attributes:
-        text: all that is asked, the harness's wording included.
-        image: its picture; None for text only.
-        max_new_tokens: longest answer.
+        text: the question in the harness's wording.
+        image: its image; None for text only.
+        max_new_tokens: of the answer.
         stop: texts at which the answer ends, besides the model's own end symbol.
     """
 
@@ -74,10 +74,10 @@ class InProcessModel:
     def log_likelihoods(
         self, questions: Sequence[HarnessQuestion], continuations: Sequence[str]
     ) -> list[tuple[float, bool]]:
-        """How likely each continuation is as the answer, end symbol included.
+        """Log-likelihood of each continuation as the answer, end symbol included.
 
         Returns:
-            Per question the log-likelihood in nats, and whether the model's own answer is this text.
+            Per question the log-likelihood in nats, and whether the greedy answer is this text.
         """
         found: list[tuple[float, bool]] = []
         for start in range(0, len(questions), self.chunk):
@@ -93,7 +93,7 @@ class InProcessModel:
     def _prompts(
         self, questions: Sequence[HarnessQuestion], choices: Sequence[tuple[str, ...]]
     ) -> tuple[list[Image.Image], list[Prompt]]:
-        """The questions' distinct pictures, and prompts about them."""
+        """The distinct images of the questions, and prompts about them."""
         images: list[Image.Image] = []
         places: dict[int, int] = {}
         prompts = []

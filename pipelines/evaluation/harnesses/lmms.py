@@ -20,7 +20,7 @@ _MAX_NEW_TOKENS = 64
 
 
 class TinyGPTV(lmms):
-    """Answers lmms-eval's requests in process; greedy, one picture per question."""
+    """Answers lmms-eval's requests in process; greedy, one image per question."""
 
     is_simple = True
 
@@ -40,14 +40,14 @@ class TinyGPTV(lmms):
         )
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Answers to requests of ``(context, settings, picture of a document, document, task, split)``."""
+        """Answers to requests of ``(context, settings, image of a document, document, task, split)``."""
         questions = []
         for context, settings, to_visual, document, task, split in (request.args for request in requests):
             until = settings.get("until") or ()
             questions.append(
                 HarnessQuestion(
                     context,
-                    self._picture(to_visual, document, task, split),
+                    self._image(to_visual, document, task, split),
                     int(settings.get("max_new_tokens", _MAX_NEW_TOKENS)),
                     (until,) if isinstance(until, str) else tuple(until),
                 )
@@ -58,7 +58,7 @@ class TinyGPTV(lmms):
         """Log-likelihood of each request's continuation, and whether the greedy answer is the same."""
         questions, continuations = [], []
         for context, target, to_visual, document, task, split in (request.args for request in requests):
-            questions.append(HarnessQuestion(context, self._picture(to_visual, document, task, split)))
+            questions.append(HarnessQuestion(context, self._image(to_visual, document, task, split)))
             continuations.append(target if isinstance(target, str) else target(self.task_dict[task][split][document]))
         return self.model.log_likelihoods(questions, continuations)
 
@@ -66,9 +66,9 @@ class TinyGPTV(lmms):
         """Raises NotImplementedError: a question of several rounds goes through the endpoint."""
         raise NotImplementedError("tinygptv answers single questions; for several rounds use lmms-eval's openai model.")
 
-    def _picture(self, to_visual: Any, document: Any, task: str, split: str) -> Any:
+    def _image(self, to_visual: Any, document: Any, task: str, split: str) -> Any:
         visuals = to_visual(self.task_dict[task][split][document]) if to_visual else None
         visuals = visuals or []
         if len(visuals) > 1:
-            raise ValueError(f"task {task}, document {document}, has {len(visuals)} pictures: tinygptv takes one.")
+            raise ValueError(f"task {task}, document {document}, has {len(visuals)} images: tinygptv takes one.")
         return visuals[0] if visuals else None

@@ -19,7 +19,7 @@ from pipelines.evaluation.harnesses.in_process import HarnessQuestion, InProcess
 
 
 class TinyGPTV(BaseModel):
-    """Answers VLMEvalKit's messages in process; greedy, the first picture of a message."""
+    """Answers VLMEvalKit's messages in process; greedy, the first image of a message."""
 
     INTERLEAVE = False
 

@@ -9,6 +9,7 @@ import pytest
 from pipelines.evaluation.answers import VIEWS, Answers, ViewAnswer
 from pipelines.evaluation.benchmarks import BENCHMARKS, GROUPS, find_benchmarks
 from pipelines.evaluation.benchmarks.base import Benchmark, Question, Statistics, each
+from pipelines.evaluation.benchmarks.files import DataFolder
 from pipelines.evaluation.compare import compare, comparison_table
 from pipelines.evaluation.scoring import PREDICTIONS, score_benchmark, score_table, write_predictions
 from pipelines.settings import SettingsError
@@ -18,8 +19,12 @@ from tinygptv.metrics.metrics import exact_match
 from tinygptv.miniature.writers import write_world
 
 
-def read(name, root):
-    questions = list(BENCHMARKS[name].read(root))
+def read_any(name, root, images=None):
+    return list(BENCHMARKS[name].read(DataFolder(root, images)))
+
+
+def read(name, root, images=None):
+    questions = read_any(name, root, images)
     assert all(q.image is None or q.image.is_file() for q in questions), [q.image for q in questions]
     assert len({q.id for q in questions}) == len(questions)
     json.dumps([q.truth for q in questions])
@@ -39,9 +44,10 @@ def test_vqav2(tmp_path):
 
 def test_vqa_without_answers_names_the_question(tmp_path):
     benchmark_files.vqav2(tmp_path)
-    benchmark_files.put(tmp_path / "v2_mscoco_val2014_annotations.json", {"annotations": []})
+    other = {"question_id": 1, "answers": []}
+    benchmark_files.put(tmp_path / "v2_mscoco_val2014_annotations.json", {"annotations": [other]})
     with pytest.raises(ValueError, match="no answers to question 42000"):
-        list(BENCHMARKS["vqav2"].read(tmp_path))
+        read_any("vqav2", tmp_path)
 
 
 def test_okvqa_takes_its_own_annotations_where_vqav2s_lie_beside_them(tmp_path):
@@ -132,14 +138,14 @@ def test_miniature(tmp_path):
     for benchmark in find_benchmarks("miniature"):
         questions = read(benchmark.name, tmp_path)
         assert {"test"} < {q.split for q in questions}
-    for question in BENCHMARKS["miniature_vqa"].read(tmp_path):
+    for question in read_any("miniature_vqa", tmp_path):
         assert BENCHMARKS["miniature_vqa"].score(question.truth["answer"], question.truth) == 1.0
-    for question in BENCHMARKS["miniature_identify"].read(tmp_path):
+    for question in read_any("miniature_identify", tmp_path):
         assert all(BENCHMARKS["miniature_identify"].score(p, question.truth) for p in question.truth["phrases"])
-    for question in BENCHMARKS["miniature_grounding"].read(tmp_path):
+    for question in read_any("miniature_grounding", tmp_path):
         assert BENCHMARKS["miniature_grounding"].score(question.truth["caption"], question.truth) == 1.0
     entries = json.loads((tmp_path / "benchmarks/caption.json").read_text())
-    for entry, question in zip(entries, BENCHMARKS["miniature_caption"].read(tmp_path), strict=True):
+    for entry, question in zip(entries, read_any("miniature_caption", tmp_path), strict=True):
         assert all(BENCHMARKS["miniature_caption"].score(caption, question.truth) for caption in entry["captions"])
 
 
@@ -153,13 +159,13 @@ def test_several_benchmarks_share_a_folder(tmp_path):
 def test_missing_files_are_named(tmp_path):
     for name in BENCHMARKS:
         with pytest.raises(FileNotFoundError, match=r"\.(json|p)"):
-            list(BENCHMARKS[name].read(tmp_path))
+            read_any(name, tmp_path)
 
 
 def test_damaged_files_are_named(tmp_path):
     benchmark_files.put(tmp_path / "test.jsonl", lines([{"image": "1", "caption": "", "label": 0}]) + "{broken\n")
     with pytest.raises(ValueError, match=r"test\.jsonl, line 2"):
-        list(BENCHMARKS["vsr"].read(tmp_path / "test.jsonl"))
+        read_any("vsr", tmp_path / "test.jsonl")
 
 
 def test_names_and_groups():
@@ -226,7 +232,7 @@ def test_statistics_take_the_place_of_the_mean():
 
 def test_hateful_memes_is_ranked_by_how_much_likelier_yes_is(tmp_path):
     benchmark_files.hateful_memes(tmp_path)
-    bad, good = BENCHMARKS["hateful_memes"].read(tmp_path)
+    bad, good = read_any("hateful_memes", tmp_path)
     right = [
         (bad, row(0, "yes", id=bad.id, losses=(1.0, 2.0))),
         (good, row(1, "yes", id=good.id, losses=(1.5, 2.0))),
@@ -242,7 +248,7 @@ def test_hateful_memes_is_ranked_by_how_much_likelier_yes_is(tmp_path):
 
 def test_pope_counts_an_unanswered_question_as_wrong(tmp_path):
     benchmark_files.pope(tmp_path)
-    there, absent = BENCHMARKS["pope_random"].read(tmp_path)
+    there, absent = read_any("pope_random", tmp_path)
     found = score_benchmark(BENCHMARKS["pope_random"], [(there, row(0, "Yes")), (absent, row(1, None, problem="gone"))])
     assert found["also"]["accuracy"] == 50.0 and found["also"]["yes ratio"] == 100.0
     assert found["value"] == pytest.approx(100 * 2 / 3, abs=1e-3)

@@ -256,7 +256,7 @@ def test_a_missing_picture_folder_is_a_mistake_not_500_problems(checkpoint, tmp_
 
 def test_files_that_are_not_official_are_named(checkpoint, tmp_path):
     benchmark_files.put(tmp_path / "test.jsonl", '{"image": "a.jpg"}\n')
-    with pytest.raises(SettingsError, match=r"benchmark=vsr: an entry .* KeyError 'label'"):
+    with pytest.raises(FileNotFoundError, match=r"test\.jsonl is another's: its entries have no 'caption'"):
         evaluate(settings(checkpoint, tmp_path, tmp_path / "out", benchmark="vsr"))
 
 

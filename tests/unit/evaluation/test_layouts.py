@@ -1,0 +1,201 @@
+"""docs/datasets.md: every layout of a benchmark's files is built in small, and read by the command below it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipelines.evaluation.benchmarks import BENCHMARKS, find_benchmarks
+from pipelines.evaluation.benchmarks.files import DataFolder
+from pipelines.evaluation.run import evaluate
+from pipelines.settings import ScoreSettings, SettingsError
+from tests import benchmark_files
+from tests.paths import ROOT
+from tests.serving_model import make_image, save_checkpoint
+
+
+@dataclass(frozen=True)
+class Layout:
+    benchmark: str
+    number: int
+    files: tuple[str, ...]
+    command: str
+
+    def __str__(self) -> str:
+        return f"{self.benchmark}-{self.number}"
+
+
+def layouts_of(text: str) -> list[Layout]:
+    """Blocks of files, each with the next command in its section."""
+    found: list[Layout] = []
+    for section in re.split(r"^### ", text, flags=re.M)[1:]:
+        files: list[tuple[str, ...]] = []
+        for kind, content in re.findall(r"^```(\w*)\n(.*?)^```", section, flags=re.M | re.S):
+            if kind == "layout":
+                files.append(tuple(content.splitlines()))
+            elif "jobs/score.py" in content:
+                name = dict(word.split("=", 1) for word in shlex.split(content)[2:])["benchmark"]
+                found += [Layout(name, number, block, content.strip()) for number, block in enumerate(files)]
+                files = []
+        assert not files, f"a layout without a command: {files}"
+    return found
+
+
+LAYOUTS = layouts_of((ROOT / "docs/datasets.md").read_text())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """Every official file in small: by name, and by folder and name where several data sets share a name."""
+    root, found = tmp_path_factory.mktemp("originals"), {}
+    writers = [
+        *(benchmark_files.iconqa, benchmark_files.iconqa_as_released, benchmark_files.vizwiz, benchmark_files.vsr),
+        *(benchmark_files.vqav2, benchmark_files.vqav2_as_lavis_has_it, benchmark_files.okvqa, benchmark_files.gqa),
+        *(benchmark_files.aokvqa, benchmark_files.pope, benchmark_files.hateful_memes),
+        *(benchmark_files.refcoco_as_published, benchmark_files.refcoco_as_lists),
+    ]
+    for number, write in enumerate(writers):
+        write(root / str(number))
+    benchmark_files.okvqa(root / "clean", "_clean")
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and path.suffix not in (".jpg", ".png"):
+            found[path.name] = found[f"{path.parent.name}/{path.name}"] = path.read_bytes()
+    benchmark_files.aokvqa_as_lavis_has_it(root / "lavis")
+    found["aokvqa_v1p0_val.json (LAVIS)"] = (root / "lavis/aokvqa_v1p0_val.json").read_bytes()
+    memes = found["dev.jsonl"]
+    return {
+        **found,
+        "hateful_memes/dev_seen.jsonl": memes,
+        "hateful_memes/dev_unseen.jsonl": memes.replace(b"08291", b"99999"),
+        "zeroshot/dev.jsonl": found["zeroshot/test.jsonl"],
+        "random/test.jsonl": found["zeroshot/test.jsonl"] * 3,  # the other split, with more questions
+    }
+
+
+def build(layout: Layout, originals, root: Path) -> None:
+    for number, line in enumerate(layout.files):
+        path = root / line.removesuffix(" (LAVIS)")
+        name = line.rsplit("/", 1)[-1]
+        if path.suffix in (".jpg", ".png"):
+            content = make_image(number, kind="PNG" if path.suffix == ".png" else "JPEG")
+        else:
+            content = originals.get("/".join(line.split("/")[-2:])) or originals[name]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def settings_of(layout: Layout, checkpoint, data: Path, output: Path, **changes) -> ScoreSettings:
+    """The settings of the documented command, at another place."""
+    script, *words = shlex.split(layout.command)[1:]
+    assert script == "jobs/score.py"
+    loaded = ScoreSettings.load(None, words)
+    fields = {"checkpoint": str(checkpoint), "data": str(data), "output": str(output), "num_workers": 0}
+    quick = {"tracking_uri": "none", "quiet": True, "threads_per_worker": 1, "baselines": False, "page_cases": 0}
+    return loaded.model_copy(update={**fields, **quick, **changes})
+
+
+def test_every_benchmark_is_documented():
+    documented = {benchmark.name for layout in LAYOUTS for benchmark in find_benchmarks(layout.benchmark)}
+    assert documented == {name for name in BENCHMARKS if not name.startswith("miniature_")}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_layout_is_read_and_every_image_found(layout, originals, tmp_path):
+    build(layout, originals, tmp_path)
+    for benchmark in find_benchmarks(layout.benchmark):
+        folder = DataFolder(tmp_path)
+        questions = list(benchmark.read(folder))
+        assert questions and all(question.image.is_file() for question in questions), [q.image for q in questions]
+        assert {Path(question.image).resolve() for question in questions} <= set(tmp_path.resolve().rglob("*"))
+        assert folder.opened and folder.opened[0].used
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.number == 0], ids=str)
+def test_the_command_scores_and_names_its_files(layout, originals, checkpoint, tmp_path):
+    build(layout, originals, tmp_path / "data")
+    result = evaluate(settings_of(layout, checkpoint, tmp_path / "data", tmp_path / "out"))
+    for benchmark in find_benchmarks(layout.benchmark):
+        score = result["benchmarks"][benchmark.name]
+        assert score["unanswered"] == 0 and score["n"] >= 1
+        for file in score["files"]:
+            assert Path(file["path"]).is_relative_to(tmp_path / "data") and len(file["sha256"]) == 64
+    assert json.loads((tmp_path / "out/result.json").read_text())["benchmarks"] == result["benchmarks"]
+
+
+def test_vsr_takes_the_zeroshot_split_and_hateful_memes_its_own_file(originals, tmp_path):
+    by_name = {str(layout): layout for layout in LAYOUTS}
+    build(by_name["vsr-0"], originals, tmp_path)
+    build(by_name["hateful_memes-0"], originals, tmp_path)
+    folder = DataFolder(tmp_path)
+    assert len(list(BENCHMARKS["vsr"].read(folder))) == 2
+    assert [q.id for q in BENCHMARKS["hateful_memes"].read(folder)] == ["8291", "46971"]
+    assert [files.used[0].name for files in folder.opened] == ["test.jsonl", "dev_seen.jsonl"]
+
+
+def test_another_benchmarks_file_of_the_same_name_is_refused_by_name(originals, tmp_path):
+    path = tmp_path / "visual-spatial-reasoning/data/splits/zeroshot/dev.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(originals["zeroshot/dev.jsonl"])
+    with pytest.raises(
+        FileNotFoundError, match=r"needs hateful_memes's dev.jsonl or dev_seen.jsonl .* there is none\."
+    ):
+        list(BENCHMARKS["hateful_memes"].read(DataFolder(tmp_path)))
+    with pytest.raises(FileNotFoundError, match=r"dev\.jsonl is another's: its entries have no 'id'"):
+        list(BENCHMARKS["hateful_memes"].read(DataFolder(path.parent)))
+
+
+def test_refcoco_plus_never_takes_refcocos_references(originals, tmp_path):
+    for name in ("refs(unc).p", "instances.json"):
+        (tmp_path / "refcoco").mkdir(exist_ok=True)
+        (tmp_path / "refcoco" / name).write_bytes(originals[f"refcoco/{name}"])
+    for data in (tmp_path, tmp_path / "refcoco"):
+        with pytest.raises(FileNotFoundError, match=r"needs refcoco\+'s refs\(unc\)\.p"):
+            list(BENCHMARKS["refcocop_val"].read(DataFolder(data)))
+        assert list(BENCHMARKS["refcoco_val"].read(DataFolder(data)))
+
+
+def test_an_archive_that_was_not_unpacked_is_named(tmp_path):
+    (tmp_path / "questions1.2.zip").write_bytes(b"PK")
+    with pytest.raises(FileNotFoundError, match=r"questions1\.2\.zip may hold it: unpack it first"):
+        list(BENCHMARKS["gqa"].read(DataFolder(tmp_path)))
+
+
+def test_images_may_lie_anywhere_and_the_error_says_where_it_looked(originals, checkpoint, tmp_path):
+    (pope,) = [layout for layout in LAYOUTS if layout.benchmark == "pope"]
+    build(pope, originals, tmp_path / "data")
+    elsewhere = tmp_path / "disk/photos/2014"
+    elsewhere.mkdir(parents=True)
+    image = tmp_path / "data/coco/val2014/COCO_val2014_000000000042.jpg"
+    image.rename(elsewhere / image.name)
+    run = settings_of(pope, checkpoint, tmp_path / "data", tmp_path / "out", benchmark="pope_random")
+    with pytest.raises(SettingsError) as missing:
+        evaluate(run)
+    text = str(missing.value)
+    assert "COCO_val2014_000000000042.jpg, is not in" in text and str(image.parent) in text and "images=DIR" in text
+    with pytest.raises(SettingsError, match="images=/nowhere is no folder"):
+        evaluate(run.model_copy(update={"images": "/nowhere"}))
+    found = evaluate(run.model_copy(update={"images": str(elsewhere.parent)}))
+    assert found["benchmarks"]["pope_random"]["unanswered"] == 0
+    with pytest.raises(SettingsError, match="is a URI"):
+        evaluate(run.model_copy(update={"data": "s3://bucket/data"}))
+
+
+def test_a_folder_with_thousands_of_folders_and_a_circle_of_links_is_listed_at_once(originals, tmp_path):
+    (gqa,) = [layout for layout in LAYOUTS if str(layout) == "gqa-1"]
+    build(gqa, originals, tmp_path)
+    for number in range(1100):
+        (tmp_path / f"items/{number}/more").mkdir(parents=True)
+    (tmp_path / "gqa/again").symlink_to(tmp_path)
+    folder = DataFolder(tmp_path)
+    assert len(list(BENCHMARKS["gqa"].read(folder))) == 1
+    assert len(folder.image_folders) < 20
