@@ -113,7 +113,7 @@ def test_lmms_eval_requests(lmms, checkpoint, pictures, answerer):
     ranked = [request("which?", target, visual, 0, "t", "test") for target in ("red", lambda d: d["target"])]
     (first, _), (second, _) = model.loglikelihood(ranked)
     assert first == pytest.approx(-ours(answerer, "[vqa] which?", 0, choices=("red",))[0], rel=1e-5) == second
-    with pytest.raises(ValueError, match="has 2 pictures: tinygptv takes one"):
+    with pytest.raises(ValueError, match="has 2 images: tinygptv takes one"):
         model.generate_until([request("x", {}, lambda d: [d["picture"]] * 2, 0, "t", "test")])
 
 
