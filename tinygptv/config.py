@@ -6,7 +6,7 @@ default, a few million parameters with the same code path. Source: arXiv 2312.16
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, Blip2QFormerConfig, PhiConfig
 from transformers.configuration_utils import PretrainedConfig
@@ -76,6 +76,7 @@ class TinyGPTVConfig(PretrainedConfig):
         image_token_id: id that marks one of the Q image positions in ``input_ids``; never embedded.
         template: key of ``prompts.TEMPLATES`` that the weights were last trained with; chat, evaluation and serving use
             it.
+        scope: images that the weights know, as the web page tells it; empty where nobody said.
         lora_rank: rank of the LoRA adapters; 0 builds a model without them.
         lora_alpha: LoRA scale numerator; the adapter's output is multiplied by ``lora_alpha / lora_rank``.
         lora_dropout: dropout on the adapter's input, active in training only.
@@ -95,6 +96,7 @@ class TinyGPTVConfig(PretrainedConfig):
     projector_hidden_size: int = 4096
     image_token_id: int = 50295
     template: str = "human"
+    scope: Literal["", "photographs", "drawn scenes"] = ""
     lora_rank: int = 64
     lora_alpha: int = 16
     lora_dropout: float = 0.05
@@ -123,7 +125,8 @@ class TinyGPTVConfig(PretrainedConfig):
             image_size: 224 for stages 1 to 3, 448 for stage 4.
             overrides: other fields of ``TinyGPTVConfig``.
         """
-        return cls(vision_config=EvaVisionConfig(image_size=image_size), **overrides)
+        fields: dict[str, Any] = {"vision_config": EvaVisionConfig(image_size=image_size), "scope": "photographs"}
+        return cls(**{**fields, **overrides})
 
     @classmethod
     def mini(cls, image_size: int = 64, vocab_size: int = 640, **overrides: Any) -> TinyGPTVConfig:
@@ -165,6 +168,7 @@ class TinyGPTVConfig(PretrainedConfig):
             "num_query_tokens": 16,
             "projector_hidden_size": 256,
             "image_token_id": vocab_size - 1,
+            "scope": "drawn scenes",
             "lora_rank": 16,
             "lora_alpha": 16,
             "lora_dropout": 0.0,

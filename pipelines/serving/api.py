@@ -25,6 +25,7 @@ from pipelines.serving.errors import ProtocolError, server_failed
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.pages import add_pages
 from pipelines.serving.protocol import ChatRequest
+from pipelines.serving.scenes import DrawnScene, draw_scene
 from pipelines.serving.service import ChatService, unknown_model
 from pipelines.settings import ServeSettings
 
@@ -140,6 +141,12 @@ def build_api(
     @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(operator_page)])
     async def openapi() -> JSONResponse:
         return JSONResponse(_schema(app, settings.model_name))
+
+    @app.get("/ui/scene", response_model=DrawnScene, include_in_schema=False, dependencies=keyed)
+    async def new_scene() -> DrawnScene:
+        if (await service.info()).scope != "drawn scenes":
+            raise ProtocolError(404, "the served model does not know drawn scenes.")
+        return await asyncio.to_thread(draw_scene)
 
     add_pages(app, operator_page)
     _add_errors(app, service)

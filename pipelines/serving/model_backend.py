@@ -63,7 +63,8 @@ class ModelBackend:
 
     async def describe(self) -> ModelInfo:
         """What the model is."""
-        return ModelInfo(self.assistant.images.image_size, self.assistant.context_length, self.created)
+        scope = self.assistant.model.config.scope
+        return ModelInfo(self.assistant.images.image_size, self.assistant.context_length, self.created, scope)
 
     async def stream(self, job: ChatJob) -> AsyncGenerator[Item, None]:
         """The answer as it grows."""

@@ -8,8 +8,10 @@ import re
 import pytest
 import yaml
 
+from pipelines.serving.clients import KEYS_VARIABLE, key_digests
 from pipelines.serving.metrics import Metrics
-from pipelines.settings import ServeSettings, TrainSettings
+from pipelines.serving.run import ENVIRONMENT
+from pipelines.settings import ServeSettings, SettingsError, TrainSettings
 from tests.paths import ROOT
 
 CONFIG = ROOT / "deploy/serve_config.yaml"
@@ -50,6 +52,28 @@ def test_the_rayservice_names_the_installed_ray():
     assert cluster["authOptions"]["mode"] == "token"
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     assert all(group["template"]["spec"]["containers"][0]["image"] == "tinygptv:latest" for group in groups)
+
+
+def test_what_listens_on_every_address_has_keys():
+    """Each shipped configuration with host 0.0.0.0 names a source of API keys that must be there."""
+    open_to_all = [
+        path
+        for path in sorted((ROOT / "configs").glob("*.yaml"))
+        if ServeSettings.load(path).host not in ("127.0.0.1", "localhost")
+    ]
+    assert open_to_all == [ROOT / "configs/cluster.yaml"]
+    for path in open_to_all:
+        with pytest.raises(SettingsError, match="api_keys_file"):
+            key_digests(ServeSettings.load(path))
+    manifest = yaml.safe_load(RAYSERVICE.read_text())
+    assert "0.0.0.0" in manifest["spec"]["serveConfigV2"]
+    cluster = manifest["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        variables = {variable["name"]: variable for variable in container["env"]}
+        assert variables[KEYS_VARIABLE]["valueFrom"]["secretKeyRef"], "the value itself never stands in the manifest"
+        name = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+        assert variables[name]["value"] == ENVIRONMENT[name]
 
 
 def test_every_metric_of_the_dashboard_exists():

@@ -66,6 +66,7 @@ class Sizes:
             else defaults.projector_hidden_size,
             # The row after the last tokenizer entry; a table without spare rows gets an id outside of it.
             image_token_id=min(defaults.image_token_id, text.vocab_size),
+            scope=defaults.scope,
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,
             lora_dropout=defaults.lora_dropout,

@@ -109,7 +109,8 @@ def shipped_model() -> Path:
     stages = shipped_stages()
     if not stages:
         raise ValueError("no trained stage ships with this installation: name a checkpoint or artifact folder instead.")
-    version = hash_file(DATA / f"stage{stages[-1]}" / _TRAINED)[:12]
+    parts = (DATA / f"stage{stages[-1]}" / _TRAINED, BACKBONES / "manifest.json")
+    version = "-".join(hash_file(part)[:8] for part in parts)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return write_checkpoint(cache / "tinygptv" / f"miniature-{version}", stages[-1])
 

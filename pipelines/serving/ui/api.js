@@ -1,10 +1,16 @@
-// The server: which model there is, and one answer as a stream.
+// The server: which model there is, whether it can answer, drawn scenes, and one answer as a stream.
 
 export class ApiError extends Error {
-  constructor(status, message, retryAfter) {
+  constructor(status, message, { code = null, retryAfter = 0 } = {}) {
     super(message);
     this.status = status;
+    this.code = code;
     this.retryAfter = retryAfter;
+  }
+
+  /** Whether the same request may succeed later. */
+  get canRetry() {
+    return this.status === 0 || this.status === 408 || this.status === 429 || this.status >= 500;
   }
 }
 
@@ -15,29 +21,53 @@ export function setKey(value) {
   sessionStorage.setItem("api-key", value);
 }
 
-function headers() {
-  return key ? { Authorization: `Bearer ${key}` } : {};
+async function request(path, options = {}) {
+  const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError(0, "The server cannot be reached.");
+  }
+  if (!response.ok) throw await errorOf(response);
+  return response;
 }
 
+/** The served model: {id, context_length, scope}. */
 export async function firstModel() {
-  const response = await fetch("v1/models", { headers: headers() });
-  if (!response.ok) throw await errorOf(response);
-  return (await response.json()).data[0].id;
+  return (await (await request("v1/models")).json()).data[0];
+}
+
+/** Whether the model can answer now. */
+export async function isHealthy() {
+  try {
+    await request("healthz", { signal: AbortSignal.timeout(8000) });
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** A new drawn scene: {file, task, question, answer, box}. */
+export async function newScene() {
+  const { image, ...scene } = await (await request("ui/scene")).json();
+  const bytes = Uint8Array.from(atob(image.slice(image.indexOf(",") + 1)), (character) => character.charCodeAt(0));
+  return { ...scene, file: new Blob([bytes], { type: "image/jpeg" }) };
 }
 
 /** Yields {text} while the answer comes, then {finishReason, boxes} and {usage}. */
 export async function* streamAnswer(body, signal) {
-  const response = await fetch("v1/chat/completions", {
+  const response = await request("v1/chat/completions", {
     method: "POST",
-    headers: { "Content-Type": "application/json", ...headers() },
+    headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
     signal,
   });
-  if (!response.ok) throw await errorOf(response);
   for await (const event of events(response.body)) {
     if (event === "[DONE]") return;
     const chunk = JSON.parse(event);
-    if (chunk.error) throw new ApiError(500, chunk.error.message);
+    if (chunk.error) throw new ApiError(500, chunk.error.message, { code: chunk.error.code });
     if (chunk.usage) yield { usage: chunk.usage };
     const [choice] = chunk.choices;
     if (choice?.delta.content) yield { text: choice.delta.content };
@@ -62,10 +92,11 @@ async function* events(stream) {
 
 async function errorOf(response) {
   let message = `The server answered with status ${response.status}.`;
+  let code = null;
   try {
-    message = (await response.json()).error.message;
+    ({ message, code } = (await response.json()).error);
   } catch {
     // not from our server (a proxy's page, say): the status has to do
   }
-  return new ApiError(response.status, message, Number(response.headers.get("Retry-After")) || 0);
+  return new ApiError(response.status, message, { code, retryAfter: Number(response.headers.get("Retry-After")) || 0 });
 }

@@ -1,19 +1,20 @@
 // The page: what happens when somebody clicks, types, drops, pastes.
 
-import { ApiError, firstModel, setKey, streamAnswer } from "./api.js";
-import { Conversation } from "./conversation.js";
-import { Picture } from "./picture.js";
+import { ApiError, firstModel, isHealthy, newScene, setKey, streamAnswer } from "./api.js";
+import { Conversation, inPixels } from "./conversation.js";
+import { ImageView } from "./image.js";
+import { grow, listenForImages, startTheme } from "./page.js";
 
 const $ = (id) => document.getElementById(id);
 
 const TASKS = [
-  { id: "", name: "Chat", hint: "Ask about the picture" },
+  { id: "", name: "Chat", hint: "Ask about the image" },
   { id: "vqa", name: "Short answer", hint: "A question with a short answer" },
   { id: "caption", name: "Caption", hint: "Press send for a caption", optional: true },
   { id: "refer", name: "Find", hint: "What should be found? e.g. the red star" },
   { id: "identify", name: "What is this?", hint: "Draw a box, then press send", optional: true, box: true },
   { id: "grounding", name: "Describe with boxes", hint: "Press send for a description", optional: true },
-  { id: "detection", name: "Mark phrases", hint: "Phrases to mark in the picture" },
+  { id: "detection", name: "Mark phrases", hint: "Phrases to mark in the image" },
 ];
 
 const EXAMPLES = [
@@ -23,14 +24,19 @@ const EXAMPLES = [
   { file: "ui/example-4.jpg", task: "caption", text: "" },
 ];
 
-const picture = new Picture({ frame: $("frame"), image: $("image"), overlay: $("overlay"), onBox: showBoxFields });
-const conversation = new Conversation({ list: $("messages"), announcer: $("announcer"), picture });
+const DRAWN = "drawn scenes";
+const HEALTH_EVERY_MS = 10_000;
+const REGENERATE_TEMPERATURE = 0.7; // where the answer was greedy, and would be the same again
 
-let model = "";
-let turns = []; // {role, content} as they are sent
+const image = new ImageView({ frame: $("frame"), image: $("image"), overlay: $("overlay"), onBox: showBoxFields });
+const conversation = new Conversation({ list: $("messages"), announcer: $("announcer"), image });
+
+let model = { id: "", context_length: 0, scope: "" };
+let turns = []; // {role, content: text} of the chat; tasks go without, and are not part of it
 let running = null; // AbortController of the answer that is being written
+let scene = null; // the drawn scene that is shown, with its true answer
 
-// ---------------------------------------------------------------- tasks and examples
+// ---------------------------------------------------------------- tasks
 
 for (const task of TASKS) {
   const label = document.createElement("label");
@@ -38,26 +44,6 @@ for (const task of TASKS) {
   input.addEventListener("change", showTask);
   label.append(input, task.name);
   $("tasks").append(label);
-}
-
-for (const example of EXAMPLES) {
-  const task = TASKS.find(({ id }) => id === example.task);
-  const button = document.createElement("button");
-  button.type = "button";
-  const image = Object.assign(document.createElement("img"), { src: example.file, alt: "Example picture" });
-  const words = document.createElement("span");
-  words.append(Object.assign(document.createElement("em"), { textContent: task.name }), example.text || "no words needed");
-  button.append(image, words);
-  button.addEventListener("click", async () => {
-    const blob = await (await fetch(example.file)).blob();
-    if (!(await openPicture(blob, "example"))) return;
-    chooseTask(example.task);
-    $("question").value = example.text;
-    await ask();
-  });
-  const item = document.createElement("li");
-  item.append(button);
-  $("examples").append(item);
 }
 
 function chosenTask() {
@@ -74,17 +60,17 @@ function showTask() {
   const chip = document.querySelector("input[name=task]:checked").parentElement;
   // On a phone the tasks are one row that scrolls.
   $("tasks").scrollTo({ left: chip.offsetLeft - ($("tasks").clientWidth - chip.offsetWidth) / 2 });
-  $("question").placeholder = picture.isLoaded ? task.hint : "Ask anything";
-  picture.isDrawing = Boolean(task.box) && picture.isLoaded;
-  $("box-fields").hidden = !task.box || !picture.isLoaded;
-  for (const input of document.querySelectorAll("input[name=task]")) input.disabled = Boolean(input.value) && !picture.isLoaded;
+  $("question").placeholder = image.isLoaded ? task.hint : "Choose an image, or write without one";
+  image.isDrawing = Boolean(task.box) && image.isLoaded;
+  $("box-fields").hidden = !task.box || !image.isLoaded;
+  for (const input of document.querySelectorAll("input[name=task]")) input.disabled = Boolean(input.value) && !image.isLoaded;
   showReady();
 }
 
 function showReady() {
   const task = chosenTask();
-  const enough = $("question").value.trim() || (picture.isLoaded && task.optional && (!task.box || picture.drawn));
-  $("send").disabled = !enough;
+  const isEnough = $("question").value.trim() || (image.isLoaded && task.optional && (!task.box || image.drawn));
+  $("send").disabled = !isEnough;
   $("send").hidden = Boolean(running);
   $("stop").hidden = !running;
 }
@@ -94,7 +80,7 @@ function showReady() {
 const BOX_INPUTS = ["box-x1", "box-y1", "box-x2", "box-y2"].map($);
 
 function showBoxFields(box) {
-  const sides = [picture.width, picture.height, picture.width, picture.height];
+  const sides = [image.width, image.height, image.width, image.height];
   BOX_INPUTS.forEach((input, i) => {
     if (document.activeElement !== input) input.value = box ? Math.floor((box[i] / sides[i]) * 100) : "";
   });
@@ -104,74 +90,100 @@ function showBoxFields(box) {
 for (const input of BOX_INPUTS) {
   input.addEventListener("input", () => {
     const [x1, y1, x2, y2] = BOX_INPUTS.map((field) => field.valueAsNumber);
-    picture.setDrawn(x2 > x1 && y2 > y1 ? picture.toPixels([x1, y1, x2, y2]) : null);
+    image.setDrawn(x2 > x1 && y2 > y1 ? image.toPixels([x1, y1, x2, y2]) : null);
   });
 }
 
-// ---------------------------------------------------------------- pictures
+// ---------------------------------------------------------------- images and scenes
 
-async function openPicture(file, name) {
-  running?.abort();
+/** Show an image and start over; false where it is none. */
+async function openImage(file, name, { isOwn = true } = {}) {
   try {
-    await picture.load(file, name);
+    await image.load(file, name);
   } catch (error) {
     conversation.error(error.message);
     return false;
   }
-  turns = [];
-  conversation.clear();
+  scene = null;
+  startOver();
   $("empty").hidden = true;
   $("stage").hidden = false;
-  $("caption").textContent = `${name ? `${name} · ` : ""}${picture.width} × ${picture.height} pixels`;
+  $("caption").textContent = `${name ? `${name} · ` : ""}${image.width} × ${image.height} pixels`;
   chooseTask(chosenTask().id);
-  // On a touch screen this would open the keyboard over the picture.
+  if (isOwn && model.scope === DRAWN) {
+    conversation.note(
+      "This model knows drawn scenes only: what it says about a photograph is wrong. For photographs, convert the released weights (README, “The released model”) and serve them:",
+      "python jobs/serve_http.py artifact=DIR",
+    );
+  }
+  // On a touch screen this would open the keyboard over the image.
   if (matchMedia("(pointer: fine)").matches) $("question").focus({ preventScroll: true });
   return true;
 }
 
-function newChat() {
+async function showScene() {
+  $("new-scene").disabled = true;
+  try {
+    const drawn = await newScene();
+    if (!(await openImage(drawn.file, "drawn scene", { isOwn: false }))) return;
+    scene = drawn;
+    chooseTask(drawn.task);
+    $("question").value = drawn.question;
+    grow($("question"));
+    showReady();
+  } catch (error) {
+    await report(error, showScene);
+  } finally {
+    $("new-scene").disabled = false;
+  }
+}
+
+for (const example of EXAMPLES) {
+  const task = TASKS.find(({ id }) => id === example.task);
+  const button = document.createElement("button");
+  button.type = "button";
+  const thumbnail = Object.assign(document.createElement("img"), { src: example.file, alt: "Example image" });
+  const words = document.createElement("span");
+  words.append(Object.assign(document.createElement("em"), { textContent: task.name }), example.text || "no words needed");
+  button.append(thumbnail, words);
+  button.addEventListener("click", async () => {
+    const blob = await (await fetch(example.file)).blob();
+    if (!(await openImage(blob, "example", { isOwn: false }))) return;
+    chooseTask(example.task);
+    $("question").value = example.text;
+    await ask();
+  });
+  const item = document.createElement("li");
+  item.append(button);
+  $("examples").append(item);
+}
+
+/** Give up the answer that is being written. */
+function interrupt() {
   running?.abort();
+  running = null;
+  showReady();
+}
+
+/** Clear the conversation; the image stays. */
+function startOver() {
+  interrupt();
   turns = [];
   conversation.clear();
-  picture.clear();
+  if (image.isLoaded) image.showBoxes([]);
+}
+
+function removeImage() {
+  startOver();
+  scene = null;
+  image.clear();
   $("empty").hidden = false;
   $("stage").hidden = true;
   $("question").value = "";
   chooseTask("");
 }
 
-$("file").addEventListener("change", (event) => {
-  const [file] = event.target.files;
-  if (file) openPicture(file, file.name);
-  event.target.value = "";
-});
-
-document.addEventListener("paste", (event) => {
-  const file = [...event.clipboardData.files].find(({ type }) => type.startsWith("image/"));
-  if (file) {
-    event.preventDefault();
-    openPicture(file, "pasted picture");
-  }
-});
-
-let dragDepth = 0;
-const hasFiles = (event) => [...event.dataTransfer.types].includes("Files");
-document.addEventListener("dragenter", (event) => {
-  if (hasFiles(event)) dragDepth += 1;
-  $("drop").hidden = dragDepth === 0;
-});
-document.addEventListener("dragleave", (event) => {
-  if (hasFiles(event)) dragDepth -= 1;
-  $("drop").hidden = dragDepth <= 0;
-});
-document.addEventListener("dragover", (event) => event.preventDefault());
-document.addEventListener("drop", (event) => {
-  event.preventDefault();
-  dragDepth = 0;
-  $("drop").hidden = true;
-  const [file] = event.dataTransfer.files;
-  if (file) openPicture(file, file.name);
-});
+listenForImages({ input: $("file"), drop: $("drop"), onImage: openImage });
 
 // ---------------------------------------------------------------- questions and answers
 
@@ -179,74 +191,130 @@ async function ask() {
   const task = chosenTask();
   const text = $("question").value.trim();
   if (running || (!text && !task.optional)) return;
-  const content = [];
-  if (picture.isLoaded && turns.length === 0) content.push({ type: "image_url", image_url: { url: picture.url } });
-  if (text) content.push({ type: "text", text });
-  const options = {};
-  if (task.id) options.task = task.id;
-  if (task.box && picture.drawn) options.box = picture.drawn;
-  conversation.question(text || task.name, task.id && text ? task.name : "");
+  const asked = { task, text, box: task.box ? image.drawn : null };
   $("question").value = "";
-  grow();
-  await answer({ role: "user", content }, options);
+  grow($("question"));
+  await answer(asked, showQuestion(asked));
 }
 
-async function answer(question, options) {
+/** Put a question on the screen, with the way back to it. */
+function showQuestion(asked) {
+  const numTurns = turns.length;
+  const item = conversation.question(asked.text || asked.task.name, asked.task.id && asked.text ? asked.task.name : "", () => {
+    interrupt();
+    turns = turns.slice(0, numTurns);
+    conversation.removeFrom(item);
+    chooseTask(asked.task.id);
+    if (asked.box) image.setDrawn(asked.box);
+    $("question").value = asked.text;
+    grow($("question"));
+    showReady();
+    $("question").focus();
+  });
+  return item;
+}
+
+function requestFor(asked, history, sampling) {
+  const messages = [...history, { role: "user", content: asked.text }].map(({ role, content }) => ({ role, content }));
+  if (image.isLoaded) {
+    const url = { type: "image_url", image_url: { url: image.url } };
+    const [first] = messages;
+    first.content = first.content ? [url, { type: "text", text: first.content }] : [url];
+  }
+  const body = { model: model.id, messages, ...sampling };
+  if (asked.task.id) body.task = asked.task.id;
+  if (asked.box) body.box = asked.box;
+  return body;
+}
+
+function chosenSampling() {
+  return { temperature: Number($("temperature").value), max_tokens: Math.max(1, $("max-tokens").valueAsNumber || 256) };
+}
+
+/** Ask the model; `sampling` changes what the options say. */
+async function answer(asked, questionItem, sampling = {}) {
   running = new AbortController();
+  const { signal } = running;
   showReady();
-  const writing = conversation.answer();
-  let reason = null;
-  let boxes = [];
-  let usage = null;
+  const isChat = !asked.task.id;
+  const options = { ...chosenSampling(), ...sampling };
+  const writing = conversation.answer(asked.text || "here");
+  const state = { reason: null, boxes: [], usage: null };
   try {
-    const body = {
-      model,
-      messages: [...turns, question],
-      temperature: Number($("temperature").value),
-      max_tokens: Math.max(1, $("max-tokens").valueAsNumber || 256),
-      ...options,
-    };
-    for await (const event of streamAnswer(body, running.signal)) {
-      if (event.text) writing.push(event.text);
-      reason = event.finishReason ?? reason;
-      boxes = event.boxes ?? boxes;
-      usage = event.usage ?? usage;
-    }
-    keep(question, options, writing.text);
-    writing.finish({ boxes, usage, reason });
+    await read(asked, isChat, options, writing, state, signal);
+    finish(asked, questionItem, isChat, options, writing, state);
   } catch (error) {
     if (error.name === "AbortError") {
-      if (writing.text) keep(question, options, writing.text);
-      writing.finish({ boxes, usage, reason: "stopped" });
+      if (questionItem.isConnected) finish(asked, questionItem, isChat, options, writing, { ...state, reason: "stopped" });
+      else writing.remove();
     } else {
       writing.remove();
-      await report(error, () => answer(question, options));
+      await report(error, () => answer(asked, questionItem, sampling), asked);
     }
   } finally {
-    running = null;
+    if (running?.signal === signal) running = null;
     showReady();
   }
 }
 
-/** Remember a turn. The task's field goes with the last question only, so an earlier one carries its tag in the text. */
-function keep({ content }, { task, box }, text) {
-  const images = content.filter(({ type }) => type === "image_url");
-  const words = content.find(({ type }) => type === "text")?.text ?? "";
-  const asked = [task ? `[${task}]` : "", words, box ? picture.boxText(box) : ""].filter(Boolean).join(" ");
-  turns.push({ role: "user", content: [...images, { type: "text", text: asked }] }, { role: "assistant", content: text });
+/** Read the answer into `writing`; a chat that does not fit leaves out its oldest turns. */
+async function read(asked, isChat, options, writing, state, signal) {
+  for (;;) {
+    try {
+      for await (const event of streamAnswer(requestFor(asked, isChat ? turns : [], options), signal)) {
+        if (event.text) writing.push(event.text);
+        state.reason = event.finishReason ?? state.reason;
+        state.boxes = event.boxes ?? state.boxes;
+        state.usage = event.usage ?? state.usage;
+      }
+      return;
+    } catch (error) {
+      if (error.code !== "context_length_exceeded" || !isChat || turns.length === 0) throw error;
+      turns = turns.slice(2);
+      state.hasLeftOut = true;
+    }
+  }
 }
 
-async function report(error, retry) {
-  if (error instanceof ApiError && error.status === 401) {
+function finish(asked, questionItem, isChat, options, writing, { reason, boxes, usage, hasLeftOut }) {
+  if (isChat && writing.text) turns.push({ role: "user", content: asked.text }, { role: "assistant", content: writing.text });
+  const notes = [];
+  const isFull = usage && model.context_length && usage.total_tokens >= model.context_length;
+  if (reason === "length") notes.push(isFull ? "cut: the context is full" : `cut at ${options.max_tokens} tokens (Options)`);
+  if (reason === "stopped") notes.push("stopped");
+  if (hasLeftOut) notes.push("earlier turns were left out: the context was full");
+  const numTurns = turns.length;
+  const canRegenerate = () => {
+    if (running) return;
+    conversation.removeFrom(questionItem.nextElementSibling);
+    if (isChat) turns = turns.slice(0, Math.max(0, numTurns - 2));
+    const warmer = options.temperature ? {} : { temperature: REGENERATE_TEMPERATURE };
+    answer(asked, questionItem, warmer);
+  };
+  if (options.temperature && !Number($("temperature").value)) notes.push(`temperature ${options.temperature}`);
+  writing.finish({ boxes, usage, notes, onRegenerate: canRegenerate });
+  if (scene && asked.text === scene.question && asked.task.id === scene.task && reason === "stop") showTruth(writing);
+}
+
+function showTruth(writing) {
+  if (scene.box) {
+    image.showTruth(scene.box);
+    writing.addLine("Truth:", `${inPixels(scene.box)} (dashed)`);
+  } else {
+    writing.addLine("Truth:", scene.answer);
+  }
+}
+
+async function report(error, retry, asked) {
+  if (!(error instanceof ApiError)) throw error;
+  if (error.status === 401) {
     if (await askForKey()) retry();
     return;
   }
-  if (error instanceof ApiError && error.retryAfter) {
-    conversation.error(`${error.message} (in about ${error.retryAfter} s)`, retry);
-    return;
-  }
-  const message = error instanceof ApiError ? error.message : "The server cannot be reached.";
-  conversation.error(message, retry);
+  if (error.code === "context_length_exceeded" && asked) $("question").value = asked.text; // to shorten it
+  const wait = error.retryAfter ? ` Try again in about ${error.retryAfter} s.` : "";
+  conversation.error(error.message + wait, error.canRetry ? retry : null);
+  showReady();
 }
 
 function askForKey() {
@@ -272,9 +340,12 @@ $("form").addEventListener("submit", (event) => {
   ask();
 });
 $("stop").addEventListener("click", () => running?.abort());
-$("new-chat").addEventListener("click", newChat);
+$("new-chat").addEventListener("click", startOver);
+$("remove-image").addEventListener("click", removeImage);
+$("new-scene").addEventListener("click", showScene);
+$("another-scene").addEventListener("click", showScene);
 $("question").addEventListener("input", () => {
-  grow();
+  grow($("question"));
   showReady();
 });
 $("question").addEventListener("keydown", (event) => {
@@ -290,41 +361,54 @@ $("temperature").addEventListener("input", () => {
   $("temperature-value").textContent = $("temperature").value;
 });
 
-function grow() {
-  const field = $("question");
-  field.style.height = "auto";
-  field.style.height = `${field.scrollHeight}px`;
+// ---------------------------------------------------------------- connection
+
+function showStatus(state, text) {
+  $("status").dataset.state = state;
+  $("status-text").textContent = text;
 }
 
-// ---------------------------------------------------------------- theme and connection
-
-const savedTheme = localStorage.getItem("theme");
-if (savedTheme) document.documentElement.dataset.theme = savedTheme;
-$("theme").addEventListener("click", () => {
-  const isDark = getComputedStyle(document.documentElement).colorScheme.includes("dark")
-    ? document.documentElement.dataset.theme === "dark" || (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches)
-    : false;
-  const theme = isDark ? "light" : "dark";
-  document.documentElement.dataset.theme = theme;
-  localStorage.setItem("theme", theme);
-});
+function showModel() {
+  showStatus("ready", model.id);
+  $("scope").textContent = model.scope;
+  $("scope").hidden = !model.scope;
+  const knowsScenes = model.scope === DRAWN;
+  for (const element of document.querySelectorAll(".scenes-only")) element.hidden = !knowsScenes;
+}
 
 async function connect() {
-  const status = $("status");
   try {
     model = await firstModel();
-    status.dataset.state = "ready";
-    status.textContent = model;
+    showModel();
   } catch (error) {
-    if (error instanceof ApiError && error.status === 401 && (await askForKey())) {
+    if (error.status === 401 && (await askForKey())) {
       await connect();
       return;
     }
-    status.dataset.state = "gone";
-    status.textContent = error instanceof ApiError ? "not ready" : "not reachable";
+    showStatus("gone", error.status ? "not ready" : "not reachable");
     setTimeout(connect, 3000);
+    return;
   }
+  setTimeout(watch, HEALTH_EVERY_MS);
 }
 
+/** Follow the server: the dot tells whether the model can answer now. */
+async function watch() {
+  if (document.visibilityState === "visible") {
+    if (await isHealthy()) {
+      if ($("status").dataset.state !== "ready") model = await firstModel().catch(() => model);
+      showModel();
+    } else {
+      showStatus("gone", "not ready");
+    }
+  }
+  setTimeout(watch, $("status").dataset.state === "ready" ? HEALTH_EVERY_MS : 3000);
+}
+
+document.addEventListener("visibilitychange", () => {
+  if (document.visibilityState === "visible" && model.id) isHealthy().then((ok) => (ok ? showModel() : showStatus("gone", "not ready")));
+});
+
+startTheme($("theme"));
 showTask();
 connect();

@@ -1,12 +1,12 @@
 // The conversation on the screen: messages, phrases tied to boxes, what screen readers hear.
 
-import { colourOf, parseAnswer } from "./markup.js";
+import { colourOf, parseAnswer, wordsOf } from "./markup.js";
 
 export class Conversation {
-  constructor({ list, announcer, picture }) {
+  constructor({ list, announcer, image }) {
     this.list = list;
     this.announcer = announcer;
-    this.picture = picture;
+    this.image = image;
   }
 
   clear() {
@@ -14,17 +14,23 @@ export class Conversation {
     this.announcer.textContent = "";
   }
 
-  /** A line that nobody said. */
-  note(text) {
-    this.add("note").textContent = text;
+  /** A line of the page itself; `code` is a command to copy. */
+  note(text, code) {
+    const item = this.add("note");
+    item.append(text);
+    if (code) item.append(Object.assign(document.createElement("code"), { textContent: code }));
   }
 
-  question(text, tag) {
+  /** A question; `onEdit` puts it back into the composer. */
+  question(text, tag, onEdit) {
     const item = this.add("user");
     if (tag) item.append(Object.assign(document.createElement("span"), { className: "tag", textContent: tag }));
-    item.append(text);
+    item.append(Object.assign(document.createElement("span"), { className: "words", textContent: text }));
+    item.append(actions([["Edit", "Edit this question and ask again", onEdit]]));
+    return item;
   }
 
+  /** Why there is no answer; `retry` where asking again may help. */
   error(text, retry) {
     const item = this.add("error");
     item.setAttribute("role", "alert");
@@ -37,11 +43,21 @@ export class Conversation {
       });
       item.append(" ", button);
     }
+    this.scroll();
   }
 
-  /** An empty answer that is being written. */
-  answer() {
-    return new Answer(this);
+  /** An empty answer that is being written; `phrase` is what a box without words of its own is about. */
+  answer(phrase) {
+    return new Answer(this, phrase);
+  }
+
+  /** Remove a message and all that came after it. */
+  removeFrom(item) {
+    while (item) {
+      const next = item.nextElementSibling;
+      item.remove();
+      item = next;
+    }
   }
 
   add(kind) {
@@ -58,8 +74,9 @@ export class Conversation {
 }
 
 class Answer {
-  constructor(conversation) {
+  constructor(conversation, phrase) {
     this.conversation = conversation;
+    this.phrase = phrase;
     this.text = "";
     this.item = conversation.add("assistant");
     this.body = document.createElement("span");
@@ -73,19 +90,35 @@ class Answer {
     this.render(false);
   }
 
-  /** The answer is over. `boxes` are the server's, in pixels of the picture. */
-  finish({ boxes, usage, reason }) {
+  /** The answer is over. `boxes` are the server's, in pixels of the image; `notes` go into the footer. */
+  finish({ boxes, usage, notes, onRegenerate }) {
     this.body.classList.remove("writing");
     this.render(true, boxes);
     const seconds = (performance.now() - this.started) / 1000;
-    const facts = [];
-    if (usage) facts.push(`${usage.completion_tokens} ${usage.completion_tokens === 1 ? "token" : "tokens"} in ${seconds.toFixed(1)} s`);
-    if (reason === "length") facts.push("cut at the longest length");
-    if (reason === "stopped") facts.push("stopped");
+    const facts = usage ? [`${usage.completion_tokens} ${usage.completion_tokens === 1 ? "token" : "tokens"} in ${seconds.toFixed(1)} s`] : [];
     const footer = document.createElement("footer");
-    footer.append(facts.join(" · "));
+    footer.append(Object.assign(document.createElement("span"), { textContent: [...facts, ...notes].join(" · ") }));
+    footer.append(
+      actions([
+        ["Copy", "Copy the answer", (event) => copy(this.shownText(), event.currentTarget)],
+        ["Regenerate", "Answer this question again", onRegenerate],
+      ]),
+    );
     this.item.append(footer);
-    this.conversation.announcer.textContent = `Answer: ${this.body.textContent || "empty"}`;
+    this.conversation.announcer.textContent = `Answer: ${this.shownText() || "empty"}`;
+    this.conversation.scroll();
+  }
+
+  /** What a reader sees: words, and coordinates of boxes. */
+  shownText() {
+    return this.body.textContent;
+  }
+
+  /** A line under the answer, such as the truth of a drawn scene. */
+  addLine(label, text) {
+    const line = Object.assign(document.createElement("p"), { className: "truth-line" });
+    line.append(Object.assign(document.createElement("strong"), { textContent: label }), ` ${text}`);
+    this.item.querySelector("footer").before(line);
     this.conversation.scroll();
   }
 
@@ -93,42 +126,77 @@ class Answer {
     this.item.remove();
   }
 
-  render(finished, boxes) {
-    const { picture } = this.conversation;
-    const parts = parseAnswer(this.text, finished);
-    this.body.replaceChildren(...parts.map((part) => (part.text === undefined ? this.phrase(part) : part.text)));
-    if (finished && !this.body.textContent) this.body.textContent = "(no answer)";
-    if (!picture.isLoaded) return;
-    const found = parts
-      .filter((part) => part.boxes)
-      .flatMap(({ phrase, entity, boxes: own }) =>
-        own.map((box) => ({ label: phrase, entity, box: picture.toPixels(box), colour: colourOf(entity) })),
-      );
-    picture.showBoxes(boxes?.length ? boxes : found);
+  render(isFinished, boxes) {
+    const { image } = this.conversation;
+    const parts = parseAnswer(this.text, isFinished);
+    this.body.replaceChildren(...parts.map((part) => (part.text === undefined ? this.phraseElement(part) : part.text)));
+    if (isFinished && !wordsOf(this.text) && !parts.some((part) => part.boxes)) this.body.textContent = "(no answer)";
+    if (!image.isLoaded) return;
+    image.showBoxes(boxes?.length ? boxes.map((box) => ({ ...box, label: box.label || this.phrase })) : this.found(parts));
     this.conversation.scroll();
   }
 
-  phrase({ phrase, entity }) {
-    const button = Object.assign(document.createElement("button"), { type: "button", className: "phrase", textContent: phrase || "here" });
+  found(parts) {
+    const { image } = this.conversation;
+    return parts
+      .filter((part) => part.boxes)
+      .flatMap(({ phrase, entity, boxes }) =>
+        boxes.map((box) => ({ label: phrase || this.phrase, entity, box: image.toPixels(box), colour: colourOf(entity) })),
+      );
+  }
+
+  phraseElement({ phrase, entity, boxes }) {
+    const { image } = this.conversation;
+    const button = Object.assign(document.createElement("button"), { type: "button", className: "phrase", textContent: phrase || this.phrase });
     button.style.setProperty("--colour", colourOf(entity));
-    const light = (on) => () => this.conversation.picture.light(on ? entity : null);
+    const light = (on) => () => image.light(on ? entity : null);
     for (const [event, on] of [["mouseenter", true], ["focus", true], ["mouseleave", false], ["blur", false]]) {
       button.addEventListener(event, light(on));
     }
     button.addEventListener("click", () => {
-      const found = parseAnswer(this.text, true).filter((part) => part.boxes);
-      this.conversation.picture.showBoxes(
-        found.flatMap((part) =>
-          part.boxes.map((box) => ({
-            label: part.phrase,
-            entity: part.entity,
-            box: this.conversation.picture.toPixels(box),
-            colour: colourOf(part.entity),
-          })),
-        ),
-      );
-      this.conversation.picture.light(entity);
+      image.showBoxes(this.found(parseAnswer(this.text, true)));
+      image.light(entity);
     });
-    return button;
+    const wrapper = document.createElement("span");
+    wrapper.append(button);
+    // A sentence with phrases stays readable; an answer that is a box says where it is.
+    if (!phrase && image.isLoaded) {
+      const places = boxes.map((box) => inPixels(image.toPixels(box))).join("; ");
+      wrapper.append(Object.assign(document.createElement("span"), { className: "coordinates", textContent: ` at ${places}` }));
+    }
+    return wrapper;
   }
+}
+
+/** A box as a person reads it. */
+export function inPixels(box) {
+  const [x1, y1, x2, y2] = box.map(Math.round);
+  return `(${x1}, ${y1}) – (${x2}, ${y2}) px`;
+}
+
+function actions(entries) {
+  const group = Object.assign(document.createElement("span"), { className: "actions" });
+  for (const [text, label, onClick] of entries) {
+    if (!onClick) continue;
+    const button = Object.assign(document.createElement("button"), { type: "button", className: "quiet", textContent: text });
+    button.setAttribute("aria-label", label);
+    button.addEventListener("click", onClick);
+    group.append(button);
+  }
+  return group;
+}
+
+async function copy(text, button) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // Pages that do not come over https or from this machine have no clipboard.
+    const field = Object.assign(document.createElement("textarea"), { value: text });
+    document.body.append(field);
+    field.select();
+    document.execCommand("copy");
+    field.remove();
+  }
+  button.textContent = "Copied";
+  setTimeout(() => (button.textContent = "Copy"), 1500);
 }

@@ -16,12 +16,12 @@ document.getElementById("python").textContent = `from openai import OpenAI
 import base64
 
 client = OpenAI(base_url="${base}", api_key="none")
-picture = base64.b64encode(open("photo.jpg", "rb").read()).decode()
+image = base64.b64encode(open("photo.jpg", "rb").read()).decode()
 answer = client.chat.completions.create(
     model="tinygpt-v",
     messages=[{"role": "user", "content": [
         {"type": "text", "text": "the dog"},
-        {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{picture}"}},
+        {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{image}"}},
     ]}],
     extra_body={"task": "refer"},
 )

@@ -17,6 +17,8 @@ from tinygptv.data.image_structure import MAX_JPEG_SCANS, MAX_PNG_CHUNKS, START_
 from tinygptv.data.images import open_image
 from tinygptv.data.truncated_jpeg import complete_jpeg
 
+pytestmark = pytest.mark.security
+
 
 def saved(image, kind="JPEG", **options):
     file = io.BytesIO()

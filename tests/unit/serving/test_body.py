@@ -12,6 +12,8 @@ from pipelines.serving import body as bodies
 from pipelines.serving.service import CLIENT_CLOSED_REQUEST
 from tests.serving_api import CHAT, Client, FakeBackend, ask, scope_of, words
 
+pytestmark = pytest.mark.security
+
 
 def exchange(client, messages, pause_s=0.0, scope=None):
     """Send ASGI messages with a pause before each; returns status, headers and body."""

@@ -13,6 +13,8 @@ from pipelines.serving.clients import KEYS_VARIABLE, digest_of, key_digests
 from pipelines.settings import ServeSettings, SettingsError
 from tests.serving_api import CHAT, Client, ask, words
 
+pytestmark = pytest.mark.security
+
 
 def bearer(key):
     return {"Authorization": f"Bearer {key}"}

@@ -13,6 +13,8 @@ import uvicorn
 from pipelines.serving import connections
 from tests.serving_api import CHAT, Client
 
+pytestmark = pytest.mark.security
+
 GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 
 

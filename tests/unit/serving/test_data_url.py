@@ -9,6 +9,8 @@ import pytest
 
 from pipelines.serving.data_url import DataURL, DataURLError
 
+pytestmark = pytest.mark.security
+
 DATA = bytes(range(256)) * 3
 TEXT = base64.b64encode(DATA).decode()
 

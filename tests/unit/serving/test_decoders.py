@@ -17,6 +17,8 @@ from pipelines.serving.decoders import DecoderBusy, ImageDecoders
 from tests.serving_model import data_url, make_image
 from tinygptv.data.conversation import ChatImage
 
+pytestmark = pytest.mark.security
+
 
 def job(data=None, side=16, max_bytes=10**7, max_pixels=10**7):
     return DecodeJob(make_image() if data is None else data, side, max_bytes, max_pixels)

@@ -13,6 +13,8 @@ import pytest
 from pipelines.serving import fetch as fetching
 from pipelines.serving.fetch import FetchError, fetch, is_public
 
+pytestmark = pytest.mark.security
+
 BODY = b"x" * 5000
 
 

@@ -15,6 +15,8 @@ from pipelines.settings import ServeSettings
 from tests.serving_api import Client
 from tests.serving_model import data_url, make_image, save_checkpoint
 
+pytestmark = pytest.mark.security
+
 VALID = {
     "model": "tinygpt-v",
     "max_tokens": 2,

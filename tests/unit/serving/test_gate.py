@@ -10,6 +10,8 @@ from pipelines.serving import gate as gates
 from pipelines.serving.errors import ProtocolError
 from pipelines.serving.gate import Gate
 
+pytestmark = pytest.mark.security
+
 
 def fill(gate, client, count):
     stack = ExitStack()

@@ -21,6 +21,8 @@ from pipelines.settings import ServeSettings
 from tests.serving_api import decoders
 from tests.serving_model import data_url, make_image
 
+pytestmark = pytest.mark.security
+
 
 def load(*urls, side=16, **settings):
     loader = MediaLoader(ServeSettings(**settings), decoders())

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 
 from pipelines.serving.protocol import ChatRequest
+from pipelines.settings import ServeSettings
+from tests.paths import ROOT
 from tests.serving_api import IMAGE, Client, FakeBackend, ask, words
 from tests.serving_model import data_url, make_image
 
@@ -158,3 +161,10 @@ def test_boxes_name_the_image_they_lie_on():
     fake.items = (fake.items[0], type(fake.items[1])("<p>it</p> {<0><0><50><50>}", finish_reason="stop"))
     (box,) = Client(fake).chat(ask(IMAGE, IMAGE, words("where")), timeout=60).json()["choices"][0]["message"]["boxes"]
     assert box["image"] == 1 and box["box"] == [0, 0, 30, 20]
+
+
+def test_the_docs_ask_for_the_served_name():
+    """Other harnesses' command lines of docs/evaluation.md name the model that the documented command serves."""
+    text = (ROOT / "docs/evaluation.md").read_text()
+    names = re.findall(r"model_version=([\w./-]+)", text) + re.findall(r'"model": "([^"]+)"', text)
+    assert len(names) >= 2 and set(names) == {ServeSettings().model_name}

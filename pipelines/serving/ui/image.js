@@ -1,10 +1,10 @@
-// The picture: reading it, the boxes on it, and the box that a person draws on it.
+// The image: reading it, the boxes on it, and the box that a person draws on it.
 
 const SVG = "http://www.w3.org/2000/svg";
 const LARGEST_SIDE = 2048; // more than the model can use; larger photographs are shrunk before they are sent
 const LARGEST_BYTES = 6_000_000;
 
-export class Picture {
+export class ImageView {
   /** @param {{frame: HTMLElement, image: HTMLImageElement, overlay: SVGElement, onBox: (box: number[]|null) => void}} parts */
   constructor({ frame, image, overlay, onBox }) {
     this.frame = frame;
@@ -29,7 +29,7 @@ export class Picture {
     try {
       bitmap = await createImageBitmap(file, { imageOrientation: "from-image" });
     } catch {
-      throw new Error(`${name || "This file"} is not a picture that this browser can read (JPEG, PNG, WebP, GIF, BMP).`);
+      throw new Error(`${name || "This file"} is not an image that this browser can read (JPEG, PNG, WebP, GIF, BMP).`);
     }
     let { width, height } = bitmap;
     if (Math.max(width, height) > LARGEST_SIDE || file.size > LARGEST_BYTES) {
@@ -42,7 +42,7 @@ export class Picture {
     bitmap.close();
     Object.assign(this, { url, width, height });
     this.image.src = url;
-    this.image.alt = name ? `Your picture: ${name}` : "Your picture";
+    this.image.alt = name ? `Your image: ${name}` : "Your image";
     await this.image.decode();
     this.overlay.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.showBoxes([]);
@@ -56,7 +56,7 @@ export class Picture {
     this.setDrawn(null);
   }
 
-  /** Pixels of the picture from the model's 0..100 grid. */
+  /** Pixels of the image from the model's 0..100 grid. */
   toPixels([x1, y1, x2, y2]) {
     return [(x1 / 100) * this.width, (y1 / 100) * this.height, (x2 / 100) * this.width, (y2 / 100) * this.height];
   }
@@ -71,6 +71,13 @@ export class Picture {
   showBoxes(boxes) {
     this.overlay.replaceChildren(...boxes.map((found, index) => this.boxElement(found, index)));
     if (this.drawnElement) this.overlay.append(this.drawnElement);
+  }
+
+  /** Draw the true box of a scene beside the model's. */
+  showTruth([x1, y1, x2, y2]) {
+    const truth = element("rect", { class: "truth", x: x1, y: y1, width: x2 - x1, height: y2 - y1 });
+    truth.append(element("title", {}, "the true box"));
+    this.overlay.append(truth);
   }
 
   /** Make the boxes of one phrase stand out; null for none. */
@@ -94,7 +101,7 @@ export class Picture {
   }
 
   labelElement(label, place, colour) {
-    // Letters keep their size on the screen, whatever the picture's.
+    // Letters keep their size on the screen, whatever the image's.
     const shown = this.frame.getBoundingClientRect();
     const scale = Math.max(this.width / (shown.width || 1), this.height / (shown.height || 1)) || 1;
     const height = 20 * scale;
@@ -151,7 +158,7 @@ export class Picture {
     this.overlay.addEventListener("pointercancel", end);
   }
 
-  /** Where a pointer is, in pixels of the picture. */
+  /** Where a pointer is, in pixels of the image. */
   positionOf(event) {
     const point = new DOMPoint(event.clientX, event.clientY).matrixTransform(this.overlay.getScreenCTM().inverse());
     return [Math.max(0, Math.min(point.x, this.width)), Math.max(0, Math.min(point.y, this.height))];
