@@ -98,9 +98,9 @@ def measure_floor(tars: Path) -> list[str]:
     """Decode, shrink and encode in one thread: what no arrangement of processes can beat."""
     import cv2
     import simplejpeg
-
     from pipelines.data.ingest.checks import check_image
     from pipelines.data.ingest.unit import process_unit
+
     from pipelines.data.sources import locate
     from pipelines.settings import PrepareDataSettings
 

@@ -25,7 +25,8 @@ from note import LoadWatch, versions, write_note
 from photo_tars import SIZE, make_pictures
 from PIL import Image
 
-from pipelines.data.shards import MANIFEST, Manifest, ShardSet, ShardWriter, record_batch
+from pipelines.data.shard_format import MANIFEST, Manifest, ShardWriter, record_batch
+from pipelines.data.shards import ShardSet
 from tinygptv.data.images import open_image, resize_pixels
 from tinygptv.data.sample import SampleRow, Turn
 

@@ -10,7 +10,7 @@ from ray.data.block import Block
 from ray.data.datasource import FileBasedDatasource
 
 from pipelines import storage
-from pipelines.data.shards import MANIFEST, Manifest
+from pipelines.data.shard_format import MANIFEST, Manifest
 
 
 class ArrowFileDatasource(FileBasedDatasource):
@@ -36,7 +36,8 @@ def read_shards(uri: str) -> ray.data.Dataset:
     shards = Manifest.read(uri).shards
     if not shards:
         raise FileNotFoundError(f"{uri} has a {MANIFEST} but no rows.")
-    filesystem, _ = storage.resolve(uri)
-    paths = [storage.resolve(storage.join(uri, shard.file))[1] for shard in shards]
+    folder = storage.Location.parse(uri)
+    filesystem, _ = storage.resolve(folder)
+    paths = [storage.resolve(folder / shard.file)[1] for shard in shards]
     source = ArrowFileDatasource(paths, filesystem=filesystem)
     return ray.data.read_datasource(source, override_num_blocks=len(paths))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pipelines import storage
-from pipelines.data.shards import MANIFEST, Manifest, ShardWriter, record_batch
+from pipelines.data.shard_format import MANIFEST, Manifest, ShardWriter, record_batch
 from pipelines.settings import TrainSettings
 from tinygptv.checkpoint.checkpoint import save_checkpoint
 from tinygptv.data.processing import TinyGPTVProcessor

@@ -78,5 +78,5 @@ def prepare_world(
                 images=str(world / files["images"]) if files["images"] else "",
                 output=str(shards / name),
             )
-            rows += int(ingest(settings)["rows_out"])
+            rows += int(ingest(settings, replaces_other=True)["rows_out"])  # a world may be drawn again
     return rows

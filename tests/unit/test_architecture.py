@@ -49,7 +49,7 @@ _PIPELINES: dict[str, set[str]] = {
     "settings": set(),
     "progress": set(),
     "cluster": {"settings"},
-    "storage": {"settings"},
+    "storage": {"settings", "redact"},
     "units": {"settings", "cluster"},
     "redact": set(),
     "json_files": {"settings", "storage"},

@@ -1,14 +1,24 @@
-"""Places: patterns, folders, paths that climb, files that are whole or absent."""
+"""Locations, patterns, compressed files, and files that are complete or absent."""
 
 from __future__ import annotations
 
+import bz2
 import errno
+import gzip
+import json
+import lzma
 import os
+import pickle
 
+import pyarrow as pa
 import pytest
+from pyarrow.fs import LocalFileSystem
 
 from pipelines import storage
 from pipelines.settings import SettingsError
+from pipelines.storage import Location
+from pipelines.storage import files as files_module
+from pipelines.storage import location as location_module
 
 
 @pytest.mark.parametrize(
@@ -34,10 +44,68 @@ def test_patterns_find_files_in_order(tmp_path, root):
         storage.write_atomically(storage.join(place, name), b"x" * 3)
     found = storage.find_files(storage.join(place, "*", "?.tar"))
     assert [file.name for file in found] == ["a/1.tar", "b/1.tar", "b/2.tar"]
-    assert [storage.read_bytes(file.place) for file in found] == [b"xxx"] * 3
+    assert [storage.read_bytes(file.location) for file in found] == [b"xxx"] * 3
     assert [file.name for file in storage.find_files(storage.join(place, "b/1.tar"))] == ["1.tar"]
     assert storage.find_files(storage.join(place, "c*", "1.tar")) == []
     assert storage.list_names(storage.join(place, "a")) == {"1.tar": 3, "1.txt": 3}
+
+
+@pytest.mark.parametrize("root", ["local", "memory"])
+@pytest.mark.parametrize("folder", ["b[v1]", "c{a,b}", "d*", "e?", "f{0..2}"])
+def test_what_exists_is_taken_as_it_is_named(tmp_path, root, folder):
+    place = str(tmp_path) if root == "local" else f"memory://brackets-{folder[0]}"
+    for name in (f"{folder}/own.jsonl", f"{folder}/x[1].jsonl", "ca/own.jsonl", "dd/own.jsonl", "f1/own.jsonl"):
+        storage.make_folder(storage.parent(storage.join(place, name)))
+        storage.write_atomically(storage.join(place, name), name.encode())
+
+    def found(pattern):
+        return [storage.read_bytes(file.location).decode() for file in storage.find_files(f"{place}/{pattern}")]
+
+    assert found(f"{folder}/own.jsonl") == [f"{folder}/own.jsonl"]
+    assert found(f"{folder}/x[1].jsonl") == [f"{folder}/x[1].jsonl"]
+    if folder[1] in "[{":
+        assert found(f"{folder}/*.jsonl") == [f"{folder}/own.jsonl", f"{folder}/x[1].jsonl"]
+    assert found(folder) == []
+
+
+def test_hidden_files_match_only_a_pattern_of_their_own(tmp_path):
+    for name in ("a.tar", "._a.tar", ".hidden/b.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert [file.name for file in storage.find_files(str(tmp_path / "*.tar"))] == ["a.tar"]
+    assert [file.name for file in storage.find_files(str(tmp_path / "*" / "*.tar"))] == []
+    assert [file.name for file in storage.find_files(str(tmp_path / ".*.tar"))] == ["._a.tar"]
+    assert [file.name for file in storage.find_files(str(tmp_path / "._a.tar"))] == ["._a.tar"]
+
+
+PACKED = {
+    "": lambda data: data,
+    "gzip": gzip.compress,
+    "bz2": bz2.compress,
+    "zstd": lambda data: pa.compress(data, "zstd", asbytes=True),
+    "xz": lzma.compress,
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_compressed_files_are_known_by_their_bytes(tmp_path, kind):
+    data = b"some words " * 5000
+    (tmp_path / "file.tar").write_bytes(PACKED[kind](data))
+    assert storage.compression_of(str(tmp_path / "file.tar")) == kind
+    assert storage.unpack(str(tmp_path / "file.tar"), tmp_path / "plain") == ""
+    assert (tmp_path / "plain").read_bytes() == data
+    with storage.open_unpacked(str(tmp_path / "file.tar")) as stream:
+        assert stream.read(11) == b"some words "
+
+
+@pytest.mark.parametrize("kind", ["gzip", "xz"])
+def test_damaged_compression_gives_what_comes_before(tmp_path, kind):
+    data = os.urandom(200_000)
+    packed = PACKED[kind](data)
+    (tmp_path / "file").write_bytes(packed[: len(packed) // 2])
+    assert "damaged or cut off" in storage.unpack(str(tmp_path / "file"), tmp_path / "plain")
+    kept = (tmp_path / "plain").read_bytes()
+    assert data.startswith(kept) and len(kept) > 50_000
 
 
 def test_files_that_are_named_and_missing_are_told(tmp_path, caplog):
@@ -58,19 +126,102 @@ def test_one_connection_serves_a_remote_folder(monkeypatch):
     for number in range(5):
         storage.write_atomically(f"memory://connected/folder/{number}", b"x")
         assert storage.read_bytes(f"memory://connected/folder/{number}") == b"x"
-    assert opened == ["memory://connected/folder"]
+    assert opened == ["memory://connected"]
 
 
-@pytest.mark.parametrize("name", ["../a", "a/../../b", "/etc/passwd", "..", "", "a\\..\\..\\b"])
-def test_paths_that_climb_out(name):
-    assert storage.safe_path("/data", name) is None
+@pytest.mark.parametrize("folder", ["/data", "s3://bucket/data?region=x"])
+@pytest.mark.parametrize("name", ["../a", "a/../../b", "/etc/passwd", "..", "", ".", "a\0b"])
+def test_names_that_lead_out_of_a_folder(folder, name):
+    with pytest.raises(ValueError, match="no path below a folder"):
+        Location.parse(folder) / name
 
 
 @pytest.mark.parametrize(
-    ("name", "place"), [("a.jpg", "/data/a.jpg"), ("./a/b c.jpg", "/data/a/b c.jpg"), ("a..b", "/data/a..b")]
+    ("name", "path"), [("a.jpg", "/data/a.jpg"), ("./a/b c.jpg", "/data/a/b c.jpg"), ("a..b", "/data/a..b")]
 )
-def test_paths_that_stay(name, place):
-    assert storage.safe_path("/data", name) == place
+def test_names_that_stay(name, path):
+    assert (Location.parse("/data") / name).path == path
+
+
+ODD_NAMES = [
+    "a.jpg?endpoint_override=evil:9000&scheme=http",
+    "a#b",
+    "a%2e%2e%2fb",
+    "a:b@c",
+    "a b",
+    "x=1&y=2",
+    "caf\u00e9",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_name_never_becomes_part_of_the_address(name, monkeypatch):
+    """A file system that is asked for something else than its root would contact whom the name says."""
+    asked = []
+    monkeypatch.setattr(
+        location_module, "_connect", lambda root: (asked.append(root), (LocalFileSystem(), "bucket"))[1]
+    )
+    folder = Location.parse("s3://bucket/images?region=x")
+    _, path = storage.resolve(folder / name)
+    assert asked == ["s3://bucket?region=x"]
+    assert path == f"bucket/images/{name}"
+    assert pickle.loads(pickle.dumps(folder / name)) == folder / name
+
+
+def test_text_joins_only_names_of_ours():
+    with pytest.raises(ValueError, match="would be read as options"):
+        storage.join("s3://bucket/images", "a.jpg?endpoint_override=evil:9000")
+    with pytest.raises(ValueError, match="no path below a folder"):
+        storage.join("s3://bucket/images", "../a.jpg")
+    assert storage.join("/data", "a?b=c") == "/data/a?b=c"
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_odd_names_are_found_and_read_in_a_bucket(name):
+    import fsspec
+
+    fsspec.filesystem("memory").pipe(f"/odd/data/{name}", name.encode())
+    (found,) = storage.find_files("memory://odd/data/*")
+    assert storage.read_bytes(found.location) == name.encode()
+    assert found.location == Location("memory://odd", f"data/{name}")
+    storage.remove_file(found.location)
+    assert not storage.exists(found.location)
+
+
+@pytest.mark.parametrize(
+    ("text", "root", "path", "uri"),
+    [
+        ("/a/b/", "", "/a/b", "/a/b"),
+        ("file:///a/b", "", "/a/b", "/a/b"),
+        ("file://localhost/a", "", "/a", "/a"),
+        ("s3://bucket", "s3://bucket", "", "s3://bucket"),
+        ("s3://bucket/a/b/?region=x", "s3://bucket?region=x", "a/b", "s3://bucket/a/b?region=x"),
+        ("s3://bucket/?.tar", "s3://bucket", "?.tar", "s3://bucket/?.tar"),
+        ("gs://bucket/a#b", "gs://bucket", "a#b", "gs://bucket/a#b"),
+        ("abfs://c@account.dfs.core.windows.net/a", "abfs://c@account.dfs.core.windows.net", "a", None),
+        ("zip://a.csv::s3://bucket/x.zip", "zip://a.csv::s3://bucket/x.zip", "", None),
+    ],
+)
+def test_text_is_parsed_once_and_written_back(text, root, path, uri):
+    location = Location.parse(text)
+    assert location == Location(root, path)
+    assert location.uri == (uri or text)
+    assert Location.parse(location) is location
+
+
+def test_relative_paths_become_absolute_because_workers_run_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Location.parse("a/b").path == f"{tmp_path}/a/b"
+    assert Location.parse("~/a").path.startswith("/")
+    assert Location.parse("/a").parent.parent == Location("", "/")
+    assert Location.parse("s3://bucket/a").parent == Location("s3://bucket", "")
+    assert Location.parse("s3://bucket/x/a.b").name == "a.b"
+
+
+def test_passwords_are_not_shown():
+    shown = str(Location.parse("s3://key:secret@bucket/a?secret_key=hush&region=x"))
+    assert "secret@" not in shown and "hush" not in shown
+    assert "region=x" in shown
 
 
 def test_query_of_a_uri_stays_at_its_end():
@@ -93,13 +244,45 @@ def test_full_disk_becomes_one_sentence_and_other_errors_pass():
         raise PermissionError
 
 
-def test_device_that_is_really_full(tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_device_that_is_really_full(tmp_path, monkeypatch, size):
     full = tmp_path / "draft"
     full.symlink_to("/dev/full")
-    monkeypatch.setattr(storage, "draft_of", lambda target: full)
-    with pytest.raises(storage.DiskFullError, match="run the same command again"):
-        storage.write_atomically(str(tmp_path / "a"), b"x" * 100_000)
-    assert not (tmp_path / "a").exists()
+    monkeypatch.setattr(files_module, "draft_of", lambda target: full)
+    (tmp_path / "a").write_bytes(b"before")
+    for write in (
+        lambda: storage.write_atomically(str(tmp_path / "a"), b"x" * size),
+        lambda: storage.write_lines(str(tmp_path / "a"), [{"x": "y" * size}]),
+    ):
+        with pytest.raises(storage.DiskFullError, match="run the same command again"):
+            write()
+    assert (tmp_path / "a").read_bytes() == b"before", "an earlier file stays as it was"
+
+
+@pytest.mark.parametrize("root", ["local", "memory"])
+def test_a_write_that_fails_leaves_nothing(tmp_path, root):
+    """Closing a stream of an object storage would publish what was written so far."""
+    folder = str(tmp_path) if root == "local" else "memory://failing"
+    storage.make_folder(folder)
+
+    def lines():
+        yield {"a": 1}
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        storage.write_lines(storage.join(folder, "lines.jsonl"), lines())
+    assert storage.list_names(folder) == {}
+    assert storage.write_lines(storage.join(folder, "lines.jsonl"), [{"a": 1}, {"b": 2}]) == 2
+    assert list(storage.list_names(folder)) == ["lines.jsonl"]
+
+
+def test_json_lines_are_lines_for_every_reader(tmp_path):
+    texts = ["a\u2028b", "a\u2029b", "a\x85b", "a\nb", "caf\u00e9", "\ud800"]
+    path = str(tmp_path / "lines.jsonl")
+    storage.write_lines(path, [{"text": text} for text in texts])
+    lines = storage.read_bytes(path).decode().splitlines()
+    assert [json.loads(line)["text"] for line in lines[:5]] == texts[:5]
+    assert len(lines) == len(texts)
 
 
 def test_two_writers_of_one_file_do_not_write_into_each_other(tmp_path):

@@ -1,12 +1,14 @@
 """Bounds on the structure of an encoded image, checked before a decoder sees it.
 
 A few bytes can make a decoder work for minutes: each scan of a progressive JPEG costs a pass over all pixels (250,000
-empty scans fit into 10 MB), and each chunk of a PNG a round of Python code. Counting them takes milliseconds.
+empty scans fit into 10 MB), each chunk of a PNG and each block of a GIF a round of Python code, and the tags of a TIFF
+may all point at the same megabytes. Counting them takes milliseconds.
 """
 
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +17,13 @@ MAX_JPEG_SCANS = 100
 
 MAX_JPEG_SEGMENTS = 5_000
 MAX_PNG_CHUNKS = 50_000
+MAX_GIF_BLOCKS = 50_000
+"""Before the first frame."""
+
+MAX_TIFF_TAGS = 2_000
+"""In the first directory."""
+
+_TIFF_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 
 START_OF_SCAN, PROGRESSIVE, _END_OF_IMAGE = 0xDA, 0xC2, 0xD9
 _STANDALONE = {0x01, 0xD8, *range(0xD0, 0xD8)}
@@ -26,7 +35,7 @@ def check_structure(data: bytes) -> None:
     """Refuse an image that is cheap to send and dear to decode.
 
     Args:
-        data: an encoded image of any format; formats other than JPEG and PNG pass.
+        data: an encoded image; formats other than JPEG, PNG, GIF and TIFF pass, and so does what is damaged.
 
     Raises:
         ValueError: which part there is too much of, and the bound.
@@ -35,6 +44,12 @@ def check_structure(data: bytes) -> None:
         _check_jpeg(data)
     elif data[:8] == b"\x89PNG\r\n\x1a\n":
         _check_png(data)
+    elif data[:4] == b"GIF8":
+        _check_gif(data)
+    elif data[:4] in (b"II*\0", b"MM\0*"):
+        _check_tiff(data)
+    elif data[:4] in (b"II+\0", b"MM\0+"):
+        raise ValueError("a BigTIFF is not decoded: convert it to JPEG or PNG.")
 
 
 @dataclass(frozen=True)
@@ -76,3 +91,45 @@ def _check_png(data: bytes) -> None:
             return
         at += 12 + int.from_bytes(data[at : at + 4], "big")
     raise ValueError(f"a PNG with more than {MAX_PNG_CHUNKS} chunks is not decoded.")
+
+
+def _check_gif(data: bytes) -> None:
+    """Blocks before the first frame; PIL takes them one by one, unknown bytes between them, too."""
+    flags = data[10] if len(data) > 10 else 0
+    position = 13 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
+    blocks = 0
+    while position < len(data) and blocks <= MAX_GIF_BLOCKS:
+        kind = data[position]
+        blocks += 1
+        position += 1
+        if kind in (0x2C, 0x3B):  # a frame, or the end
+            return
+        if kind == 0x21:  # an extension: a label, then sub-blocks up to an empty one
+            position += 1
+            while position < len(data) and data[position] and blocks <= MAX_GIF_BLOCKS:
+                position += 1 + data[position]
+                blocks += 1
+            position += 1
+    if blocks > MAX_GIF_BLOCKS:
+        raise ValueError(f"a GIF with more than {MAX_GIF_BLOCKS} blocks before its first frame is not decoded.")
+
+
+def _check_tiff(data: bytes) -> None:
+    order = "<" if data[:2] == b"II" else ">"
+    if len(data) < 8:
+        return
+    (offset,) = struct.unpack_from(f"{order}I", data, 4)
+    if offset + 2 > len(data):
+        return
+    (count,) = struct.unpack_from(f"{order}H", data, offset)
+    if count > MAX_TIFF_TAGS:
+        raise ValueError(f"a TIFF with more than {MAX_TIFF_TAGS} tags is not decoded.")
+    referred = 0
+    for number in range(count):
+        entry = offset + 2 + 12 * number
+        if entry + 12 > len(data):
+            return
+        _, kind, values = struct.unpack_from(f"{order}HHI", data, entry)
+        referred += _TIFF_TYPE_BYTES.get(kind, 0) * values
+    if referred > 4 * len(data):
+        raise ValueError("a TIFF whose tags refer to more data than the file has is not decoded.")

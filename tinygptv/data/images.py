@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from tinygptv.data.image_orientation import turn_upright
 from tinygptv.data.image_structure import check_structure
 
 PixelsT = TypeVar("PixelsT")
@@ -29,6 +30,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are decoded (MPO opens as JPEG); anything else is refused before a decoder sees it."""
 
+_BITS_PER_SAMPLE = 258  # tag of a TIFF
 _DOWNLOAD_TIMEOUT_S = 30
 _LONGEST_PATH = 4096
 
@@ -44,7 +46,7 @@ def load_image(source: Any) -> Image.Image:
         ValueError: it is none of these, or no image.
     """
     if isinstance(source, Image.Image):
-        return to_rgb(_turn_upright(source))
+        return to_rgb(turn_upright(source))
     if isinstance(source, bytes | bytearray):
         return open_image(bytes(source))
     if isinstance(source, str | os.PathLike):
@@ -103,8 +105,8 @@ def _to_uint8(numbers: np.ndarray) -> np.ndarray:
 def open_image(data: bytes, name: str = "the file") -> Image.Image:
     """Decode image bytes to RGB, upright.
 
-    EXIF rotation is applied; palette, grey, CMYK and 16-bit images are converted; transparency is laid on white; of an
-    animation the first frame is taken.
+    Its orientation is applied (Exif's, else XMP's); palette, grey, CMYK and 16-bit images are converted; transparency
+    is laid on white; of an animation the first frame is taken.
 
     Args:
         data: an encoded image.
@@ -116,23 +118,18 @@ def open_image(data: bytes, name: str = "the file") -> Image.Image:
     Raises:
         ValueError: the bytes are no image in a known format, are damaged, or exceed ``image_structure``'s bounds.
     """
-    check_structure(data)
     try:
+        check_structure(data)
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not an image (JPEG, PNG, WebP, GIF, BMP).") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot decode {name} of {len(data)} bytes: {error}") from error
-    return to_rgb(_turn_upright(image))
-
-
-def _turn_upright(image: Image.Image) -> Image.Image:
-    """Apply EXIF rotation; an image with damaged EXIF data stays as it is."""
     try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # PIL's EXIF parser raises many kinds of errors, SyntaxError among them
-        return image
+        return to_rgb(turn_upright(image))
+    except ValueError as error:  # numbers that are no brightness
+        raise ValueError(f"cannot use {name}: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -144,7 +141,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image, dtype=np.uint16) / 257.0).round().astype(np.uint8)).convert("RGB")
+        full = (1 << _stored_bits(image)) - 1
+        numbers = np.asarray(image, dtype=np.uint16).clip(max=full) * (255.0 / full)
+        return Image.fromarray(numbers.round().astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -152,6 +151,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         background = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(background, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _stored_bits(image: Image.Image) -> int:
+    """Bits of a grey value: 16, or what a TIFF declares (12 of a scanner)."""
+    declared = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
+    bits = declared[0] if isinstance(declared, tuple) else declared
+    return bits if bits in (10, 12, 14) else 16
 
 
 def resize_pixels(image: Image.Image, image_size: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Ingest: source files -> checked, resized, deduplicated samples -> Arrow shards. The Ray Data graph.
 
     plan      input -> units: one per tar, or per slice of an annotation file          (driver, reads no image)
-    units     each unit -> staged rows, an index and a record                          (one Ray task per unit)
-    finish    duplicates over all units -> shards -> lists, report, manifest           (driver, and one task per shard)
+    stage     each unit -> staged rows, an index and a record                          (one Ray task per unit)
+    publish   duplicates over all units -> shards -> lists, report, manifest           (driver, and one task per shard)
 
 A unit is done from its first byte to its last by one task that writes its own files, so no image travels through the
 object store, memory is one record batch per worker, and the speed is that of the decoder. The result is a function of
@@ -12,43 +12,49 @@ the input and the settings: number of workers, order of tasks and interruptions 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipelines import storage
 from pipelines.cluster import start_ray
-from pipelines.data.ingest.publish import NEAR_DUPLICATES, QUARANTINE, REMOVED, ShardPlan, Staging, publish, write_shard
+from pipelines.data.ingest.inputs import INPUTS, LOCK, QUARANTINE, STAGING, SetInputs, check_output
+from pipelines.data.ingest.publish import (
+    NEAR_DUPLICATES,
+    REMOVED,
+    NothingKeptError,
+    ShardPlan,
+    Staging,
+    publish,
+    write_shard,
+)
 from pipelines.data.ingest.report import REPORT_HTML, REPORT_JSON
-from pipelines.data.ingest.unit import content_settings, fingerprint, stage_unit
-from pipelines.data.shards import MANIFEST, ShardError, ShardInfo, ShardSet
+from pipelines.data.ingest.staging import content_settings, stage_unit
+from pipelines.data.shard_format import MANIFEST, ShardError, ShardInfo
+from pipelines.data.shards import ShardSet
 from pipelines.data.sources import locate
 from pipelines.data.sources.base import SourceUnit
 from pipelines.progress import Bar
+from pipelines.redact import redact
 from pipelines.settings import PrepareDataSettings, SettingsError
 from pipelines.tracking.base import open_tracker
 from pipelines.units import Workers, map_units
 
 logger = logging.getLogger(__name__)
 
-STAGING = "_staging"
-INPUTS = "inputs.json"
-"""Says which input and settings a finished folder was made from."""
-
 
 class UnreadableError(ValueError):
     """A file that was there when the work was planned cannot be read now."""
 
 
-def ingest(settings: PrepareDataSettings, *, parent_run_id: str = "") -> dict[str, Any]:
+def ingest(settings: PrepareDataSettings, *, parent_run_id: str = "", replaces_other: bool = False) -> dict[str, Any]:
     """Prepare one source.
 
     Finished work of an interrupted run is verified and kept; a finished set is verified and returned as it is.
@@ -56,30 +62,37 @@ def ingest(settings: PrepareDataSettings, *, parent_run_id: str = "") -> dict[st
     Args:
         settings: source, input, output, filters. ``output`` is a folder (default ``data/<name>``) that all workers see.
         parent_run_id: tracker run to nest under.
+        replaces_other: a set that was made from other input is replaced, as ``overwrite`` would; a finished one of the
+            same input is kept.
 
     Returns:
-        ``rows_in, rows_out, duplicates, filtered, quarantined`` (rows_in is the sum of the others), counts per filter,
-        places of everything that was written, ``seconds``, and ``result``: where this is written as JSON.
+        ``rows_in, rows_out, duplicates, filtered, quarantined`` (rows_in is the sum of the others), counts per filter
+        and per change, locations of everything that was written, ``seconds``, and ``result``: where this is written as
+        JSON.
 
     Raises:
-        SettingsError: the source is unknown or its input is missing.
-        DiskFullError: there is no room; the same command goes on from there.
+        SettingsError: the source is unknown, its input is missing, or the output holds something else.
+        NothingKeptError: no sample could be kept.
+        DiskFullError: there is no room; the same command resumes.
         UnreadableError: an input file is no longer there, or a network storage fails; likewise.
     """
     started = time.perf_counter()
-    source, location = locate(settings)
-    units = list(source.reader.plan(location))
-    mark = hashlib.sha256("".join(fingerprint(unit, settings) for unit in units).encode()).hexdigest()
-    output = _output_place(settings, location.name)
+    source, source_input = locate(settings)
+    units = list(source.reader.plan(source_input))
+    if not units:
+        raise SettingsError(f"input={settings.input!r} holds no entries: is it the right file?")
+    inputs = SetInputs.of(source_input, units, settings)
+    output = _output_folder(settings, source_input.name)
     storage.make_folder(output)
     with _alone(output):
+        check_output(output, inputs, replaces_other=replaces_other or settings.overwrite)
         storage.remove_drafts(output)
-        counts = None if settings.overwrite else _finished_before(output, mark)
+        counts = None if settings.overwrite else _finished_before(output, inputs)
         if counts is None:
-            counts = _prepare(settings, location.name, units, output, mark)
-            _track(settings, location.name, counts, output, parent_run_id)
+            counts = _prepare(settings, source_input.name, units, output, inputs)
+            _track(settings, source_input.name, counts, output, parent_run_id)
         storage.remove_folder(storage.join(output, STAGING))
-    result = {**counts, **_places(output), "seconds": round(time.perf_counter() - started, 2)}
+    result = {**counts, **_locations(output), "seconds": round(time.perf_counter() - started, 2)}
     storage.write_atomically(result["result"], json.dumps(result, indent=1).encode() + b"\n")
     return result
 
@@ -87,7 +100,7 @@ def ingest(settings: PrepareDataSettings, *, parent_run_id: str = "") -> dict[st
 def _track(settings: PrepareDataSettings, name: str, counts: dict[str, Any], output: str, parent_run_id: str) -> None:
     """Log settings, counts and the report."""
     tracker = open_tracker(settings, f"prepare {name}", parent_run_id=parent_run_id)
-    tracker.params({"source": settings.source, "input": settings.input, **content_settings(settings)})
+    tracker.params({"source": settings.source, "input": redact(settings.input), **content_settings(settings)})
     tracker.metrics({key: value for key, value in counts.items() if isinstance(value, int)}, step=0)
     with tempfile.TemporaryDirectory(prefix="report-") as folder:
         for report in (REPORT_HTML, REPORT_JSON, QUARANTINE):
@@ -97,13 +110,13 @@ def _track(settings: PrepareDataSettings, name: str, counts: dict[str, Any], out
         tracker.close()
 
 
-def _output_place(settings: PrepareDataSettings, name: str) -> str:
-    if "://" in settings.output:
+def _output_folder(settings: PrepareDataSettings, name: str) -> str:
+    if not storage.is_local(settings.output or "."):
         return settings.output.rstrip("/")
     return str(settings.output_dir(f"data/{name}"))
 
 
-def _places(output: str) -> dict[str, str]:
+def _locations(output: str) -> dict[str, str]:
     names = {
         "result": "result.json",
         "manifest": MANIFEST,
@@ -116,39 +129,50 @@ def _places(output: str) -> dict[str, str]:
     return {"output": output, **{key: storage.join(output, name) for key, name in names.items()}}
 
 
-def _finished_before(output: str, mark: str) -> dict[str, Any] | None:
+def _finished_before(output: str, inputs: SetInputs) -> dict[str, Any] | None:
     """Counts of a finished and sound set made from the same input with the same settings; None where there is none."""
+    before = SetInputs.read(output)
+    if before is None or before.difference(inputs):
+        return None
+    if before.has_new_images():
+        logger.warning("%s: images that were missing are there now; the data is prepared again.", output)
+        return None
     try:
-        inputs = json.loads(storage.read_bytes(storage.join(output, INPUTS)))
         shards = ShardSet.open(output)
-        if inputs.get("fingerprint") != mark:
-            logger.warning("%s was made from other input or settings; it is made anew.", output)
-            return None
         shards.verify()
     except ShardError as error:
         logger.warning("%s", error)
         return None
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
         return None
-    return {**shards.manifest.counts, "reused_units": inputs["units"], "units": inputs["units"]}
+    logger.info(
+        "%s is finished already. Input files and settings are the same; images that they name were not looked at again "
+        "(overwrite=true reads everything).",
+        output,
+    )
+    return {**shards.manifest.counts, "reused_units": before.units, "units": before.units}
 
 
 def _prepare(
-    settings: PrepareDataSettings, name: str, units: Sequence[SourceUnit], output: str, mark: str
+    settings: PrepareDataSettings, name: str, units: Sequence[SourceUnit], output: str, inputs: SetInputs
 ) -> dict[str, Any]:
     """Do what is missing; the folder is complete when it has a manifest, and known when it has ``INPUTS``."""
     staging = storage.join(output, STAGING)
+    if storage.exists(storage.join(output, INPUTS)):
+        storage.remove_folder(staging)  # a finished set is replaced: nothing of it may be reused
+    storage.make_folder(staging)  # first: it marks the folder as ours
     storage.remove_file(storage.join(output, INPUTS))
     storage.remove_file(storage.join(output, MANIFEST))  # from here on the folder is not complete
-    storage.make_folder(staging)
+    staged = Staging(staging, len(units))
     with nullcontext() if settings.num_workers == 0 else start_ray(settings):
         reused = _run_units(settings, units, staging)
-        staged = Staging(staging, len(units))
-        counts = publish(settings, name, output, staged, partial(_write_shards, settings))
-    storage.write_atomically(
-        storage.join(output, INPUTS), json.dumps({"fingerprint": mark, "units": len(units)}).encode() + b"\n"
-    )
-    return {**counts, "units": len(units), "reused_units": reused}
+        try:
+            counts = publish(settings, name, output, staged, partial(_write_shards, settings))
+        except NothingKeptError:
+            storage.remove_folder(staging)
+            raise
+    inputs.write(output, staged.missing())
+    return {**asdict(counts), "units": len(units), "reused_units": reused}
 
 
 def _run_units(settings: PrepareDataSettings, units: Sequence[SourceUnit], staging: str) -> int:
@@ -166,7 +190,7 @@ def _run_units(settings: PrepareDataSettings, units: Sequence[SourceUnit], stagi
 
 @dataclass(frozen=True)
 class UnitOutcome:
-    """What a unit gave, for the progress line.
+    """Counts of a unit, for the progress line.
 
     Attributes:
         rows_in: samples read.
@@ -228,7 +252,7 @@ def _alone(output: str) -> Iterator[None]:
     if not storage.is_local(output):
         yield
         return
-    with Path(storage.resolve(output)[1], ".lock").open("w") as lock:
+    with Path(storage.resolve(output)[1], LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The end of ingest: staged units become one shard set. Deterministic, and repeatable after a kill at any moment.
+"""Publishing: staged units become one shard set. Deterministic, and repeatable after a kill at any moment.
 
 Duplicates are dropped here, because only here all rows are known. A staged file that loses no row and is large enough
 becomes a shard under a second name; the others are gathered into new files. The manifest is written last: a folder with
@@ -7,24 +7,27 @@ a manifest is complete.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipelines import storage
 from pipelines.data.ingest.deduplicate import find_near_duplicates, first_occurrences
+from pipelines.data.ingest.inputs import QUARANTINE
 from pipelines.data.ingest.report import Totals, write_report
-from pipelines.data.ingest.unit import UnitRecord, content_settings, read_index, read_record
-from pipelines.data.shards import MANIFEST, Manifest, ShardInfo, ShardSet, ShardWriter
+from pipelines.data.ingest.staging import UnitRecord, content_settings, read_index, read_record
+from pipelines.data.shard_format import MANIFEST, Manifest, ShardInfo, ShardWriter
+from pipelines.data.shards import ShardSet
 from pipelines.data.sources.base import Rejected
 from pipelines.settings import PrepareDataSettings
 
-QUARANTINE = "quarantine.jsonl"
+logger = logging.getLogger(__name__)
+
 REMOVED = "removed.jsonl"
 NEAR_DUPLICATES = "near_duplicates.jsonl"
 
@@ -33,18 +36,21 @@ _SMALL_SHARE = 16
 
 _OPEN_UNITS = 128
 
+_MUCH = 0.1
+"""Share of quarantined samples above which a warning tells the commonest reason."""
+
 
 @dataclass(frozen=True)
 class Piece:
     """Rows of one staged file.
 
     Attributes:
-        place: the file.
+        location: the file.
         info: its name, size and hash.
         rows: which rows stay; None for all.
     """
 
-    place: str
+    location: str
     info: ShardInfo
     rows: np.ndarray | None
 
@@ -61,14 +67,43 @@ class Piece:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard to be: where it goes and what it is made of."""
+    """One shard to be written: its location and the pieces that it is made of."""
 
-    place: str
+    location: str
     pieces: tuple[Piece, ...]
 
 
 Write = Callable[[list[ShardPlan]], Iterable[ShardInfo]]
-"""Writes shards, on the cluster or here, and gives their facts in the same order."""
+"""Writes shards, on the cluster or here, and gives their lines of the manifest in the same order."""
+
+
+class NothingKeptError(ValueError):
+    """No sample of the input could be kept; the text says what was wrong with most of them."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the samples; ``rows_in`` is the sum of the four below it.
+
+    Attributes:
+        rows_in: input samples.
+        rows_out: rows kept.
+        duplicates: dropped, because an earlier row is the same.
+        filtered: removed by filters.
+        quarantined: set apart, because something is wrong with them.
+        near_duplicates: rows that were kept, and hardly differ from an earlier one.
+        filters: filter -> samples that it removed.
+        changes: kind of change -> rows that were kept, but changed; see docs/data_format.md.
+    """
+
+    rows_in: int
+    rows_out: int
+    duplicates: int
+    filtered: int
+    quarantined: int
+    near_duplicates: int
+    filters: dict[str, int]
+    changes: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -76,7 +111,7 @@ class Staging:
     """The finished units of a run.
 
     Attributes:
-        folder: where their files lie.
+        folder: of their files.
         num_units: how many there are.
     """
 
@@ -84,19 +119,30 @@ class Staging:
     num_units: int
 
     def record(self, number: int) -> UnitRecord:
-        """What became of a unit."""
+        """Outcome of a unit."""
         record = read_record(self.folder, number)
         assert record is not None, f"unit {number} was reported as finished but has no record"
         return record
 
     def index(self, number: int, columns: list[str] | None = None) -> pa.Table:
-        """Facts of a unit's rows."""
+        """Index of a unit's rows."""
         return read_index(self.folder, number, columns)
 
     def rejected(self) -> Iterator[Rejected]:
         """Samples that gave no row, in order."""
         for number in range(self.num_units):
             yield from self.record(number).rejected
+
+    def changes(self) -> dict[str, int]:
+        """Rows that were kept, but changed, by the kind of change."""
+        found: Counter[str] = Counter()
+        for number in range(self.num_units):
+            found.update(self.record(number).changes)
+        return dict(sorted(found.items()))
+
+    def missing(self) -> list[tuple[str, str]]:
+        """Places of missing images, the first ones of each unit."""
+        return [place for number in range(self.num_units) for place in self.record(number).missing]
 
 
 @dataclass(frozen=True)
@@ -109,7 +155,7 @@ class _Rows:
     perceptual: np.ndarray
 
 
-def publish(settings: PrepareDataSettings, source: str, output: str, staging: Staging, write: Write) -> dict[str, Any]:
+def publish(settings: PrepareDataSettings, source: str, output: str, staging: Staging, write: Write) -> Counts:
     """Make the shard set out of the staged units.
 
     Args:
@@ -123,6 +169,7 @@ def publish(settings: PrepareDataSettings, source: str, output: str, staging: St
         Counts of the result.
 
     Raises:
+        NothingKeptError: no sample could be kept; the lists of what was set apart are written, the manifest is not.
         DiskFullError: there is no room.
     """
     rows = _read_hashes(staging)
@@ -140,14 +187,59 @@ def publish(settings: PrepareDataSettings, source: str, output: str, staging: St
         ({"id": names.row_id(n.row), "near": names.row_id(n.earlier), "bits": n.bits} for n in near),
     )
     dropped = np.flatnonzero(~stays)
-    lost = _write_lists(source, output, staging, _repeated(names, dropped, first))
-    counts = {"rows_out": int(stays.sum()), "duplicates": len(dropped), **lost, "near_duplicates": len(near)}
-    counts["rows_in"] = counts["rows_out"] + len(dropped) + lost["filtered"] + lost["quarantined"]
-    manifest = Manifest(source, shards, counts, content_settings(settings))
+    filters, num_quarantined = _write_lists(source, output, staging, _repeated(names, dropped, first))
+    num_kept, num_filtered = int(stays.sum()), sum(filters.values())
+    counts = Counts(
+        rows_in=num_kept + len(dropped) + num_filtered + num_quarantined,
+        rows_out=num_kept,
+        duplicates=len(dropped),
+        filtered=num_filtered,
+        quarantined=num_quarantined,
+        near_duplicates=len(near),
+        filters=filters,
+        changes=staging.changes(),
+    )
     _remove_stale_shards(output, {shard.file for shard in shards})
+    if num_kept == 0:
+        raise NothingKeptError(_nothing_kept(source, output, counts, totals))
+    manifest = Manifest(source, shards, asdict(counts), content_settings(settings))
     write_report(output, ShardSet(output, manifest), totals)
     storage.write_atomically(storage.join(output, MANIFEST), manifest.to_json())
+    _warn(source, output, counts, totals)
     return counts
+
+
+def _nothing_kept(source: str, output: str, counts: Counts, totals: Totals) -> str:
+    if counts.quarantined >= counts.filtered and totals.examples:
+        reason, number = totals.reasons.most_common(1)[0]
+        most = f"{number:,} of them, e.g.: {totals.examples[reason]}"
+        where = QUARANTINE
+    else:
+        most = ", ".join(f"filter {name}: {number:,}" for name, number in counts.filters.items())
+        where = REMOVED
+    return (
+        f"none of the {counts.rows_in:,} samples of {source} could be kept ({most}). Is it the right input? "
+        f"{storage.join(output, where)} lists all."
+    )
+
+
+def _warn(source: str, output: str, counts: Counts, totals: Totals) -> None:
+    """Say so where much was set apart, or texts were cut."""
+    if counts.quarantined > _MUCH * counts.rows_in:
+        reason, number = totals.reasons.most_common(1)[0]
+        logger.warning(
+            "%s: %s of %s samples (%.0f %%) are quarantined; the commonest reason (%s): %s. %s lists all.",
+            source,
+            f"{counts.quarantined:,}",
+            f"{counts.rows_in:,}",
+            100 * counts.quarantined / counts.rows_in,
+            f"{number:,}",
+            totals.examples[reason],
+            storage.join(output, QUARANTINE),
+        )
+    if counts.changes:
+        changes = ", ".join(f"{name} {number:,}" for name, number in counts.changes.items())
+        logger.info("%s: rows that were kept, but changed: %s (docs/data_format.md)", source, changes)
 
 
 def write_shard(plan: ShardPlan) -> ShardInfo:
@@ -156,11 +248,11 @@ def write_shard(plan: ShardPlan) -> ShardInfo:
     Raises:
         DiskFullError: there is no room.
     """
-    name = storage.file_name(plan.place)
+    name = storage.file_name(plan.location)
     if len(plan.pieces) == 1 and plan.pieces[0].rows is None:
-        storage.link_or_copy(plan.pieces[0].place, plan.place)
+        storage.link_or_copy(plan.pieces[0].location, plan.location)
         return replace(plan.pieces[0].info, file=name)
-    writer = ShardWriter(plan.place)
+    writer = ShardWriter(plan.location)
     try:
         for piece in plan.pieces:
             for batch in _batches(piece):
@@ -172,8 +264,8 @@ def write_shard(plan: ShardPlan) -> ShardInfo:
 
 
 def _batches(piece: Piece) -> Iterator[pa.RecordBatch]:
-    filesystem, path = storage.resolve(piece.place)
-    file = pa.memory_map(path) if storage.is_local(piece.place) else filesystem.open_input_file(path)
+    filesystem, path = storage.resolve(piece.location)
+    file = pa.memory_map(path) if storage.is_local(piece.location) else filesystem.open_input_file(path)
     with file:
         reader = pa.ipc.open_file(file)
         start = 0
@@ -221,7 +313,7 @@ def _plan_shards(
     for number in range(staging.num_units):
         record = staging.record(number)
         index = staging.index(number)
-        place = 0
+        start = 0
         for info in record.files:
             wanted = stays[row : row + info.rows]
             piece = Piece(
@@ -232,10 +324,10 @@ def _plan_shards(
                 if not (small and _fits(pieces, piece, settings)):
                     close()
                 pieces.append(piece)
-                totals.add(index.slice(place, info.rows).filter(pa.array(wanted)))
+                totals.add(index.slice(start, info.rows).filter(pa.array(wanted)))
                 if not small:
                     close()
-            place += info.rows
+            start += info.rows
             row += info.rows
         totals.add_rejected(record.rejected)
     close()
@@ -284,8 +376,14 @@ def _repeated(names: _Names, dropped: np.ndarray, first: np.ndarray) -> Iterator
         yield Rejected(key, shard, f"same as {names.row_id(int(first[row]))}", "duplicate")
 
 
-def _write_lists(source: str, output: str, staging: Staging, repeated: Iterator[Rejected]) -> dict[str, Any]:
-    """Write what gave no row, and why: quarantine.jsonl and removed.jsonl. Returns their counts."""
+def _write_lists(
+    source: str, output: str, staging: Staging, repeated: Iterator[Rejected]
+) -> tuple[dict[str, int], int]:
+    """Write what gave no row, and why: quarantine.jsonl and removed.jsonl.
+
+    Returns:
+        Samples per filter, and the number of quarantined ones.
+    """
     filters: Counter[str] = Counter()
 
     def line(found: Rejected, **more: str) -> dict[str, str]:
@@ -300,7 +398,7 @@ def _write_lists(source: str, output: str, staging: Staging, repeated: Iterator[
     quarantined = (line(found) for found in staging.rejected() if not found.filter)
     num_quarantined = storage.write_lines(storage.join(output, QUARANTINE), quarantined)
     storage.write_lines(storage.join(output, REMOVED), removed())
-    return {"filtered": filters.total(), "quarantined": num_quarantined, "filters": dict(sorted(filters.items()))}
+    return dict(sorted(filters.items())), num_quarantined
 
 
 def _remove_stale_shards(output: str, wanted: set[str]) -> None:

@@ -1,6 +1,6 @@
 """The report of an ingest: what went in, what came out, what was set apart and why; as JSON and as one page.
 
-The page needs no other file and no network: histograms are inline SVG, sample pictures are embedded.
+The page needs no other file and no network: histograms are inline SVG, sample images are embedded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.data.shards import Manifest, ShardSet
+from pipelines.data.shard_format import Manifest
+from pipelines.data.shards import ShardSet
 from pipelines.data.sources.base import Rejected
 from tinygptv.data.images import open_image
 from tinygptv.data.sample import SampleRow
@@ -28,7 +29,7 @@ from tinygptv.data.sample import SampleRow
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 
-SAMPLE_PICTURES = 24
+SAMPLE_IMAGES = 24
 _THUMBNAIL_SIDE = 168
 _MOST_REASONS = 50
 
@@ -60,6 +61,7 @@ class Totals:
         histograms: name -> rows per bin.
         kept_images: rows whose image kept its bytes.
         reasons: quarantine reason, with names and numbers taken out -> samples.
+        examples: the same -> the first such reason as it was.
     """
 
     histograms: dict[str, np.ndarray] = field(
@@ -68,6 +70,7 @@ class Totals:
     kept_images: int = 0
     images: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
     _shards: list[dict[str, Any]] = field(default_factory=list)
     _waiting: list[pa.Table] = field(default_factory=list)
 
@@ -88,7 +91,9 @@ class Totals:
         """Count why samples gave no row."""
         for found in rejected:
             if not found.filter:
-                self.reasons[general_reason(found)] += 1
+                reason = general_reason(found)
+                self.reasons[reason] += 1
+                self.examples.setdefault(reason, found.reason)
 
     def next_shard(self) -> None:
         """The rows since the last call are one shard."""
@@ -102,8 +107,8 @@ class Totals:
 
     def _count(self, name: str, values: np.ndarray) -> None:
         borders = np.array(BINS[name])
-        places = np.searchsorted(borders, values, side="right") - 1
-        self.histograms[name] += np.bincount(places, minlength=len(borders))
+        bins = np.searchsorted(borders, values, side="right") - 1
+        self.histograms[name] += np.bincount(bins, minlength=len(borders))
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
@@ -120,19 +125,16 @@ def general_reason(found: Rejected) -> str:
     return re.sub(r"\d+", "N", reason)
 
 
-def write_report(output: str, shards: ShardSet, totals: Totals) -> dict[str, str]:
+def write_report(output: str, shards: ShardSet, totals: Totals) -> None:
     """Write report.json and report.html into the output folder.
 
     Args:
         output: folder of the shard set.
         shards: the finished set; its manifest need not be written yet.
         totals: counted while it was made.
-
-    Returns:
-        ``{"report_json": place, "report_html": place}``, for the tracker.
     """
     manifest = shards.manifest
-    facts = {
+    content = {
         "source": manifest.source,
         "counts": manifest.counts,
         "settings": manifest.settings,
@@ -146,35 +148,35 @@ def write_report(output: str, shards: ShardSet, totals: Totals) -> dict[str, str
             for name, counts in totals.histograms.items()
         },
     }
-    places = {"report_json": storage.join(output, REPORT_JSON), "report_html": storage.join(output, REPORT_HTML)}
-    storage.write_atomically(places["report_json"], (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
-    storage.write_atomically(places["report_html"], _page(facts, manifest, _sample_rows(shards)).encode())
-    return places
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    storage.write_atomically(storage.join(output, REPORT_JSON), text.encode())
+    storage.write_atomically(storage.join(output, REPORT_HTML), _page(content, manifest, _sample_rows(shards)).encode())
 
 
 def _sample_rows(shards: ShardSet) -> list[SampleRow]:
     """Rows spread evenly over the set."""
-    count = min(SAMPLE_PICTURES, len(shards))
-    return shards.rows(sorted({int(place) for place in np.linspace(0, len(shards) - 1, count)})) if count else []
+    count = min(SAMPLE_IMAGES, len(shards))
+    return shards.rows(sorted({int(row) for row in np.linspace(0, len(shards) - 1, count)})) if count else []
 
 
-def _page(facts: dict[str, Any], manifest: Manifest, rows: Sequence[SampleRow]) -> str:
-    counts = facts["counts"]
-    ways = [("rows in", "rows_in"), ("rows out", "rows_out"), ("duplicates", "duplicates"), ("filtered", "filtered")]
-    tiles = [(name, counts[key]) for name, key in [*ways, ("quarantined", "quarantined")]]
-    tiles += [("near-duplicates (kept)", counts["near_duplicates"]), ("shards", facts["shards"])]
+def _page(content: dict[str, Any], manifest: Manifest, rows: Sequence[SampleRow]) -> str:
+    counts = content["counts"]
+    keys = ("rows_in", "rows_out", "duplicates", "filtered", "quarantined")
+    tiles = [(key.replace("_", " "), counts[key]) for key in keys]
+    tiles += [("near-duplicates (kept)", counts["near_duplicates"]), ("shards", content["shards"])]
     histograms = "".join(
-        _histogram(TITLES[name], BINS[name], facts["histograms"][name]["rows"])
+        _histogram(TITLES[name], BINS[name], content["histograms"][name]["rows"])
         for name in BINS
-        if sum(facts["histograms"][name]["rows"])
+        if sum(content["histograms"][name]["rows"])
     )
     return _PAGE.substitute(
         source=html.escape(manifest.source),
         tiles="".join(f"<div class=tile><b>{value:,}</b><span>{name}</span></div>" for name, value in tiles),
         filters=_table(("filter", "rows removed"), counts["filters"].items()) or "<p>No filter removed a row.</p>",
-        reasons=_table(("reason", "samples"), facts["quarantine_reasons"].items()) or "<p>Nothing was set apart.</p>",
+        reasons=_table(("reason", "samples"), content["quarantine_reasons"].items()) or "<p>Nothing was set apart.</p>",
+        changes=_table(("change", "rows"), counts["changes"].items()) or "<p>No text or box was changed.</p>",
         histograms=histograms,
-        pictures="".join(_picture(row) for row in rows),
+        samples="".join(_sample(row) for row in rows),
         settings=_table(("setting", "value"), manifest.settings.items()),
     )
 
@@ -204,20 +206,20 @@ def _histogram(title: str, borders: Sequence[float], counts: Sequence[int]) -> s
     return f"<figure><figcaption>{title}</figcaption>{drawing}</figure>"
 
 
-def _picture(row: SampleRow) -> str:
+def _sample(row: SampleRow) -> str:
     turn = row.turns[0]
     words = " - ".join(part for part in (turn.question, turn.answers[0]) if part)
     words = words if len(words) <= 160 else words[:157] + "..."
-    picture = "<div class=noimage>text only</div>"
+    shown = "<div class=noimage>text only</div>"
     if row.image is not None:
         thumbnail = open_image(row.image)
         thumbnail.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
         buffer = io.BytesIO()
         thumbnail.save(buffer, "JPEG", quality=80)
         data = base64.b64encode(buffer.getvalue()).decode()
-        picture = f'<img src="data:image/jpeg;base64,{data}" alt="">'
+        shown = f'<img src="data:image/jpeg;base64,{data}" alt="">'
     caption = f"{html.escape(words)}<i>{html.escape(row.id)}</i>"
-    return f"<figure class=sample>{picture}<figcaption>{caption}</figcaption></figure>"
+    return f"<figure class=sample>{shown}<figcaption>{caption}</figcaption></figure>"
 
 
 _PAGE = Template("""<!doctype html>
@@ -247,10 +249,11 @@ td, th { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px sol
 </style></head><body>
 <h1>$source</h1>
 <div class="tiles">$tiles</div>
-<h2>Samples</h2><div class="samples">$pictures</div>
+<h2>Samples</h2><div class="samples">$samples</div>
 <h2>Distributions</h2><div class="charts">$histograms</div>
 <h2>Filters</h2>$filters
 <h2>Quarantine</h2>$reasons
+<h2>Changes</h2>$changes
 <h2>Settings</h2>$settings
 </body></html>
 """)

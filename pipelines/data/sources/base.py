@@ -1,4 +1,4 @@
-"""What every source is made of: units of work, the rows they give, and the ways in which a sample can be set apart.
+"""The parts that all sources share: units of work, rows, and the ways in which a sample can be set apart.
 
 A reader has two halves. ``plan`` looks at the input and cuts it into units: one per tar, or one per slice of an
 annotation file. It runs once, in the driver, and reads no image. ``read`` turns one unit into rows; it runs wherever
@@ -8,7 +8,8 @@ share them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,17 +20,18 @@ from tinygptv.data.sample import SampleRow
 ENTRIES_PER_UNIT = 1000
 """Annotation entries of one unit; small enough to share out, large enough that starting a task does not matter."""
 
-_KEPT_IMAGES = 32
+LONGEST_REASON = 300
+LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
 class SourceInput:
-    """Where a source's files lie, and what own data is called.
+    """The input of one ingest.
 
     Attributes:
         source: key of ``SOURCES``.
         input: tar glob, annotation file or folder.
-        images: image folder; empty where the input holds the images or leads to them.
+        images: image folder; empty where the input holds the images, or where they are looked for beside it.
         name: data set name of the rows.
         task: task of rows that name none.
     """
@@ -46,9 +48,9 @@ class SourceUnit:
     """A piece of work: what one task reads. Small and picklable.
 
     Attributes:
-        location: of the source.
-        place: file to read.
-        shard: short name of that file, for messages.
+        source: the ingest's input.
+        file: the file to read, or the folder of files.
+        shard: short name of that file, for ids and messages.
         start: first byte, or first row, of the slice.
         stop: one past the last; 0 is the end of the file.
         first: number of the slice's first entry in the file.
@@ -57,8 +59,8 @@ class SourceUnit:
         details: whatever else the reader needs.
     """
 
-    location: SourceInput
-    place: str
+    source: SourceInput
+    file: storage.Location
     shard: str
     start: int = 0
     stop: int = 0
@@ -66,6 +68,18 @@ class SourceUnit:
     num_bytes: int = 0
     modified_ns: int = 0
     details: Any = field(default=None, repr=False)
+
+    @classmethod
+    def of_file(cls, source: SourceInput, file: storage.FoundFile, details: Any = None) -> SourceUnit:
+        """A whole file."""
+        return cls(
+            source,
+            file.location,
+            file.name,
+            num_bytes=file.num_bytes,
+            modified_ns=file.modified_ns,
+            details=details,
+        )
 
     def row_id(self, key: str) -> str:
         """Id of a row: the file without its ending, then the key within it."""
@@ -79,32 +93,47 @@ class Rejected:
     Attributes:
         key: of the sample within its shard; empty where a whole shard, or the rest of one, cannot be read.
         shard: file that holds it.
-        reason: one clear phrase.
-        filter: name of the filter that left it out; empty is quarantine: something is wrong with the sample.
+        reason: one short phrase; what cannot be printed in it is escaped.
+        filter: name of the filter that removed it; empty is quarantine: something is wrong with the sample.
+        missing: where its image was looked for, as pairs of ``Location``'s fields, where it is missing.
     """
 
     key: str
     shard: str
     reason: str
     filter: str = ""
+    missing: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Make names from data harmless: they may be of any length and hold any bytes."""
+        object.__setattr__(self, "key", shorten(self.key))
+        object.__setattr__(self, "reason", shorten(self.reason, LONGEST_REASON))
 
 
 ReadResult = SampleRow | Rejected
 """What reading yields, once per input sample."""
 
+Changes = Counter[str]
+"""Counts of samples that were kept, but changed: name of the change -> samples. See docs/data_format.md."""
+
 
 class Reader(Protocol):
     """A family of file formats."""
 
-    def plan(self, location: SourceInput) -> Iterator[SourceUnit]:
+    def plan(self, source: SourceInput) -> Iterator[SourceUnit]:
         """Cut the input into units, in a fixed order.
 
         Raises:
-            SettingsError: the input is missing or of another kind; names the mend.
+            SettingsError: the input is missing or of another kind; names the fix.
         """
 
-    def read(self, unit: SourceUnit) -> Iterator[ReadResult]:
-        """Rows of a unit: images as their original bytes, width and height still 0."""
+    def read(self, unit: SourceUnit, changes: Changes | None = None) -> Iterator[ReadResult]:
+        """Rows of a unit: images as their original bytes, width and height still 0.
+
+        Args:
+            unit: from ``plan``.
+            changes: counts what was changed in the samples that are kept.
+        """
 
 
 @dataclass(frozen=True)
@@ -123,118 +152,96 @@ class Source:
 
 
 class Malformed(ValueError):
-    """An entry is not as its format says; the text is the reason for the quarantine."""
+    """A sample cannot be used; the text is the reason for the quarantine."""
+
+
+class MissingImage(Malformed):
+    """The image that a sample names is not there.
+
+    Attributes:
+        looked_for: where it could be.
+    """
+
+    def __init__(self, reason: str, looked_for: Sequence[storage.Location] = ()) -> None:
+        super().__init__(reason)
+        self.looked_for = tuple(looked_for)
 
 
 class Filtered(ValueError):
-    """An entry is sound, but the data set does not train on it (``filter`` says why)."""
+    """A sample is sound, but not trained on."""
 
     def __init__(self, filter_name: str, reason: str) -> None:
         super().__init__(reason)
         self.filter = filter_name
 
 
-def find_input(location: SourceInput, default: str = "") -> list[storage.FoundFile]:
+def rejection(unit: SourceUnit, key: str, error: Exception) -> Rejected:
+    """Set a sample apart for an error that reading it raised.
+
+    Whatever is in a row, it costs that row alone. Only what is not the row's fault is raised again: no memory, a full
+    disk, a disk or network that fails.
+    """
+    if isinstance(error, MemoryError | OSError | storage.DiskFullError):
+        raise error
+    if isinstance(error, MissingImage):
+        return Rejected(key, unit.shard, str(error), missing=tuple((at.root, at.path) for at in error.looked_for))
+    if isinstance(error, Malformed | Filtered):
+        return Rejected(key, unit.shard, str(error), getattr(error, "filter", ""))
+    return Rejected(key, unit.shard, f"malformed entry: {type(error).__name__} {error}")
+
+
+def shorten(text: str, longest: int = LONGEST_NAME) -> str:
+    """Text that can be written as UTF-8 on one line of bounded length, whatever it was made of."""
+    text = " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())
+    return text if len(text) <= longest else f"{text[: longest - 25]} .. ({len(text):,} characters)"
+
+
+def find_input(source: SourceInput, *defaults: str) -> list[storage.FoundFile]:
     """Files of a source.
 
     Args:
-        location: of the source; its input may be a file, a pattern, or a folder that holds ``default``.
-        default: official name, or pattern, of the files in such a folder.
+        source: its input may be a file, a pattern, or a folder.
+        defaults: official names, or patterns, of the files in such a folder; the first that matches counts.
 
     Raises:
         SettingsError: there are none.
     """
-    if not location.input:
-        raise SettingsError(f"source={location.source} needs input=: {default or 'an annotation file'}, or its folder.")
-    pattern = location.input
-    if default and storage.is_folder(pattern):
-        pattern = storage.join(pattern, default)
-    files = storage.find_files(pattern)
-    if not files:
+    if not source.input:
         raise SettingsError(
-            f"input={location.input!r} matches no file ({pattern!r}); check the path of {location.source}."
+            f"source={source.source} needs input=: {defaults[0] if defaults else 'an annotation file'}, or its folder."
         )
-    return files
+    given = storage.Location.parse(source.input)
+    patterns = [given / default for default in defaults] if defaults and storage.is_folder(given) else [given]
+    for pattern in patterns:
+        if files := storage.find_files(pattern, tells_missing=pattern == given):
+            _refuse_archives(files)
+            return files
+    if patterns[0] != given and (files := _find_one_folder_down(source, given, defaults)):
+        return files
+    looked = ", ".join(str(pattern) for pattern in patterns)
+    raise SettingsError(f"input={source.input!r} matches no file (looked for {looked}); check the path.")
 
 
-def image_folder(location: SourceInput, default: str = "") -> str:
-    """The folder of a source's images.
-
-    Raises:
-        SettingsError: none is given, or it is missing.
-    """
-    folder = location.images or default
-    if not folder:
-        raise SettingsError(f"source={location.source} needs images=: the folder that holds its images.")
-    if not storage.is_folder(folder):
-        raise SettingsError(f"images={folder!r} is no folder; give the one that holds the images of {location.source}.")
-    return folder
-
-
-_MAGIC: tuple[tuple[str, bytes, frozenset[str]], ...] = (
-    ("JPEG", b"\xff\xd8\xff", frozenset({"jpg", "jpeg", "jpe", "jfif", "mpo"})),
-    ("PNG", b"\x89PNG\r\n\x1a\n", frozenset({"png", "apng"})),
-    ("GIF", b"GIF8", frozenset({"gif"})),
-    ("BMP", b"BM", frozenset({"bmp"})),
-    ("TIFF", b"II*\x00", frozenset({"tif", "tiff"})),
-    ("TIFF", b"MM\x00*", frozenset({"tif", "tiff"})),
-    ("WEBP", b"RIFF", frozenset({"webp"})),
-)
-IMAGE_EXTENSIONS = frozenset().union(*(names for _, _, names in _MAGIC))
-
-
-def check_image_name(name: str, data: bytes) -> None:
-    """Refuse image bytes that are empty or of another format than their name says.
+def _find_one_folder_down(
+    source: SourceInput, folder: storage.Location, defaults: tuple[str, ...]
+) -> list[storage.FoundFile]:
+    """Official files in a folder below the one that was given, as ``annotations/``.
 
     Raises:
-        Malformed: they are.
+        SettingsError: several folders have them.
     """
-    if not data:
-        raise Malformed(f"image {name} is empty (0 bytes)")
-    extension = name.rsplit(".", 1)[-1].lower()
-    if extension not in IMAGE_EXTENSIONS:
-        return  # the name says nothing
-    kind = next((kind for kind, magic, _ in _MAGIC if data.startswith(magic)), None)
-    if kind is None:
-        raise Malformed(f"image {name} does not hold an image in a known format")
-    if not any(extension in names for label, _, names in _MAGIC if label == kind):
-        raise Malformed(f"image {name} has a wrong extension: it holds a {kind}")
+    for default in defaults:
+        files = storage.find_files(folder / "*" / default, tells_missing=False)
+        folders = sorted({file.location.parent for file in files})
+        if len(folders) > 1:
+            names = " and ".join(str(found) for found in folders)
+            raise SettingsError(f"input={source.input!r} holds {default} more than once, in {names}: name one of them.")
+        if files:
+            return files
+    return []
 
 
-class ImageFolder:
-    """Images that annotations name. Keeps the last few, because neighbouring entries often ask for the same one."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self._kept: dict[str, bytes] = {}
-
-    def read(self, name: str) -> bytes:
-        """Bytes of an image.
-
-        Args:
-            name: path below the folder, as the annotation says.
-
-        Raises:
-            Malformed: the path climbs out of the folder, or the file is missing, empty, or of another format.
-        """
-        if name not in self._kept:
-            data = self._read(name)
-            while len(self._kept) >= _KEPT_IMAGES:
-                del self._kept[next(iter(self._kept))]
-            self._kept[name] = data
-        return self._kept[name]
-
-    def _read(self, name: str) -> bytes:
-        if not self.folder:
-            raise Malformed(f"image {name} is a path, and images= names no folder")
-        place = storage.safe_path(self.folder, name)
-        if place is None:
-            raise Malformed(f"image path {name!r} climbs out of the image folder")
-        try:
-            data = storage.read_bytes(place)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise Malformed(f"image {name} is missing") from error
-        except (OSError, ValueError) as error:
-            raise Malformed(f"image {name} cannot be read: {error}") from error
-        check_image_name(name, data)
-        return data
+def _refuse_archives(files: list[storage.FoundFile]) -> None:
+    for file in files:
+        if file.name.lower().endswith((".zip", ".rar", ".7z")):
+            raise SettingsError(f"{file.location} is an archive: unpack it, and give the unpacked file or folder.")

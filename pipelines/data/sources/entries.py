@@ -1,17 +1,18 @@
 """What an entry of each data set says: one function per file format, entry -> drafts of samples.
 
-Text is cleaned where the release cleans it when it reads, so that rendering gives the release's strings. An entry that
-lacks a field raises whatever Python raises; the reader turns that into a quarantine with the reason.
+Text is cleaned where the release cleans it when it reads (``cleans_questions``, ``cleans_answers``), so that rendering
+gives the release's strings. An entry that lacks a field raises whatever Python raises; the reader turns that into a
+quarantine with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipelines.data.sources.annotations import Draft
-from pipelines.data.sources.base import Filtered, Malformed
-from tinygptv.data.prompts import clean_caption
+from pipelines.data.sources.base import Filtered, Malformed, shorten
+from pipelines.data.sources.conversations import Conversation, read_conversation
+from pipelines.data.sources.drafts import Describe, Draft
 from tinygptv.data.sample import Turn
 
 
@@ -26,19 +27,26 @@ def align(entry: Any, key: str) -> Iterator[Draft]:
 
 
 def coco_caption(entry: Any, key: str) -> Iterator[Draft]:
-    """COCO captions, Karpathy split: ``image``, ``caption``; entries on validation images are left out."""
-    if "train" not in entry["image"]:
-        raise Filtered("split", f"image {entry['image']} is not of the training split")
-    yield Draft((Turn("", (clean_caption(text_of(entry, "caption")),)),), basename(entry["image"]))
+    """COCO captions: LAVIS's Karpathy list (``image``, ``caption``), or COCO's own annotations (``image_id``).
+
+    Entries on validation images are left out, as in the release.
+    """
+    image = image_of(entry)
+    if "image" in entry and "train" not in image:
+        raise Filtered("split", f"image {shorten(image)} is not of the training split")
+    yield Draft((Turn("", (text_of(entry, "caption"),)),), image, cleans_answers=True)
 
 
 def textcaps(entry: Any, key: str) -> Iterator[Draft]:
     """TextCaps: ``image_id``, ``caption_str``."""
-    yield Draft((Turn("", (clean_caption(text_of(entry, "caption_str")),)),), f"{entry['image_id']}.jpg")
+    yield Draft((Turn("", (text_of(entry, "caption_str"),)),), f"{entry['image_id']}.jpg", cleans_answers=True)
 
 
-def vqa(answers: str, *, whole_path: bool = False) -> Callable[[Any, str], Iterator[Draft]]:
-    """Questions with one answer or a list of them: ``image``, ``question`` and the field ``answers``.
+def vqa(answers: str, *, whole_path: bool = False) -> Describe:
+    """Questions with one answer or a list of them: ``question``, the field ``answers``, and an image.
+
+    The image is ``image`` as LAVIS writes it, ``image_id`` as COCO's publishers do (VQAv2, OK-VQA, A-OKVQA), or
+    ``imageId`` as GQA does.
 
     Args:
         answers: name of the field; an answer that is given twice is drawn twice as often.
@@ -46,13 +54,45 @@ def vqa(answers: str, *, whole_path: bool = False) -> Callable[[Any, str], Itera
     """
 
     def describe(entry: Any, key: str) -> Iterator[Draft]:
-        given = entry[answers]
-        given = [given] if isinstance(given, str) else given
-        cleaned = tuple(clean_caption(answer) for answer in given)
-        image = entry["image"] if whole_path else basename(entry["image"])
-        yield Draft((Turn(clean_caption(text_of(entry, "question")), cleaned),), image)
+        if "image" not in entry and entry.get("split", "train") != "train":
+            raise Filtered("split", f"split {shorten(str(entry['split']))} does not train")
+        image = image_of(entry)
+        given = answers_of(entry, answers)
+        turn = Turn(text_of(entry, "question"), given)
+        yield Draft((turn,), image if whole_path else basename(image), cleans_questions=True, cleans_answers=True)
 
     return describe
+
+
+def image_of(entry: Any) -> str:
+    """The image that an entry names: LAVIS's ``image``, COCO's ``image_id`` or GQA's ``imageId``.
+
+    Raises:
+        Malformed: it is no name.
+    """
+    if "image" in entry:
+        return text_of(entry, "image")
+    if "imageId" in entry:
+        return f"{entry['imageId']}.jpg"
+    if not isinstance(entry.get("image_id"), int | str):
+        raise Malformed("the entry names no image: it has no 'image', 'image_id' or 'imageId'")
+    return f"{int(entry['image_id']):012d}.jpg"
+
+
+def answers_of(entry: Any, name: str) -> tuple[str, ...]:
+    """Answers of a question: a text, a list of texts, or a list of ``{"answer": ..}`` as VQA's publishers write them.
+
+    Raises:
+        Malformed: it is something else, or there is none.
+    """
+    if name not in entry:
+        name = next((other for other in ("answers", "answer", "direct_answers") if other in entry), name)
+    given = entry[name]
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, Sequence) or not given:
+        raise Malformed(f"{name} is no list of answers")
+    return tuple(text_of(answer, "answer") if isinstance(answer, Mapping) else _text(answer, name) for answer in given)
 
 
 def ocrvqa(entry: Any, key: str) -> Iterator[Draft]:
@@ -62,7 +102,14 @@ def ocrvqa(entry: Any, key: str) -> Iterator[Draft]:
     for question, answer in zip(entry["questions"], entry["answers"], strict=True):
         if entry["split"] != 1:
             raise Filtered("split", f"split {entry['split']} does not train")
-        yield Draft((Turn(clean_caption(question), (clean_caption(answer),)),), image)
+        turn = Turn(_text(question, "question"), (_text(answer, "answer"),))
+        yield Draft((turn,), image, cleans_questions=True, cleans_answers=True)
+
+
+def ocrvqa_names(name: str) -> tuple[str, ...]:
+    """OCR-VQA's images by their own ending, or as ``.jpg``, which its download script makes of all of them."""
+    stem = name.rpartition(".")[0] or name
+    return tuple(dict.fromkeys([name, f"images/{name}", f"{stem}.jpg", f"images/{stem}.jpg"]))
 
 
 def grounded_caption(entry: Any, key: str) -> Iterator[Draft]:
@@ -88,7 +135,8 @@ def unnatural(entry: Any, key: str) -> Iterator[Draft]:
     instruction = text_of(instance, "instruction_with_input")
     if instance["constraints"] is not None:
         instruction = f"{instruction} {text_of(instance, 'constraints')}"
-    yield Draft((Turn(clean_caption(instruction), (clean_caption(text_of(instance, "output")),)),))
+    turn = Turn(instruction, (text_of(instance, "output"),))
+    yield Draft((turn,), cleans_questions=True, cleans_answers=True)
 
 
 def llava_image(entry: Any) -> str:
@@ -98,29 +146,23 @@ def llava_image(entry: Any) -> str:
 
 def llava_single(entry: Any, key: str) -> Iterator[Draft]:
     """LLaVA detail and reasoning: the first question, cleaned, and its answer as it is."""
-    turns = conversation_turns(entry["conversations"])
-    yield Draft((Turn(clean_caption(turns[0].question), turns[0].answers),), llava_image(entry))
+    conversation = _llava_conversation(entry)
+    yield Draft(conversation.turns[:1], llava_image(entry), cleans_questions=True, changes=conversation.changes)
 
 
 def llava_conversation(entry: Any, key: str) -> Iterator[Draft]:
     """LLaVA and multi-task conversations: every turn, not cleaned."""
-    yield Draft(conversation_turns(entry["conversations"]), llava_image(entry))
+    conversation = _llava_conversation(entry)
+    yield Draft(conversation.turns, llava_image(entry), changes=conversation.changes)
 
 
-def conversation_turns(conversations: Any) -> tuple[Turn, ...]:
-    """Turns of ``[{"from": .., "value": ..}, ..]``: questions and answers take turns, whoever ``from`` names.
-
-    The image's mark and line breaks go from the first question. A last question without an answer is left out: nothing
-    could be learned from it.
-
-    Raises:
-        Malformed: there is no question with an answer.
-    """
-    texts = [text_of(message, "value") for message in conversations]
-    if len(texts) < 2:
-        raise Malformed("the conversation has no question with an answer")
-    texts[0] = texts[0].replace("<image>", "").replace("\n", "").strip()
-    return tuple(Turn(question, (answer,)) for question, answer in zip(texts[::2], texts[1::2], strict=False))
+def _llava_conversation(entry: Any) -> Conversation:
+    """A conversation about one image, as the release reads it: the mark of the image and all line breaks go from the
+    first question, later ones stay as they are."""
+    conversation = read_conversation(entry["conversations"], takes_marks=False)
+    first, *rest = conversation.turns
+    first = Turn(first.question.replace("<image>", "").replace("\n", "").strip(), first.answers)
+    return Conversation((first, *rest), 1, conversation.changes)
 
 
 def text_of(entry: Any, name: str) -> str:
@@ -130,7 +172,10 @@ def text_of(entry: Any, name: str) -> str:
         Malformed: it is something else.
         KeyError: it is missing.
     """
-    value = entry[name]
+    return _text(entry[name], name)
+
+
+def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise Malformed(f"{name} is no text but {type(value).__name__}")
     return value

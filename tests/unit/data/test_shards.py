@@ -13,7 +13,8 @@ import pytest
 
 from pipelines import storage
 from pipelines.data.shard_cache import ShardCache
-from pipelines.data.shards import BATCH_ROWS, SCHEMA, Manifest, ShardError, ShardSet, ShardWriter, record_batch
+from pipelines.data.shard_format import BATCH_ROWS, SCHEMA, Manifest, ShardError, ShardWriter, record_batch
+from pipelines.data.shards import ShardSet
 from tinygptv.data.sample import SampleRow, Turn
 
 
@@ -150,7 +151,7 @@ def test_damaged_shards_are_named(tmp_path, uri, damage):
 )
 def test_manifest_of_another_kind(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
-    with pytest.raises(ShardError, match="prepare the data anew"):
+    with pytest.raises(ShardError, match=r"run jobs/prepare_data\.py again"):
         ShardSet.open(str(tmp_path))
 
 
@@ -178,7 +179,9 @@ def remote(uri):
 def test_remote_shards_are_fetched_once_and_only_when_needed(tmp_path, remote, monkeypatch):
     fetched = []
     download = storage.download
-    monkeypatch.setattr(storage, "download", lambda place, target: (fetched.append(place), download(place, target)))
+    monkeypatch.setattr(
+        storage, "download", lambda place, target: (fetched.append(str(place)), download(place, target))
+    )
     for _ in range(2):
         shards = ShardSet.open(remote, ShardCache(tmp_path))
         assert [shards.row(k) for k in (131, 194, 140)] == [make_row(k) for k in (131, 194, 140)]

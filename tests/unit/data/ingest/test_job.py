@@ -19,6 +19,8 @@ import pytest
 from pipelines import storage
 from pipelines.data.ingest import job as ingest_module
 from pipelines.data.ingest.job import ingest
+from pipelines.data.ingest.publish import NothingKeptError
+from pipelines.data.ingest.staging import CONTENT_SETTINGS
 from pipelines.data.shards import ShardSet
 from pipelines.settings import PrepareDataSettings, SettingsError
 from pipelines.tracking.base import NullTracker
@@ -150,11 +152,51 @@ def test_small_units_are_gathered_and_rows_keep_their_order(tmp_path):
     assert [row.turns[0].answers[0] for row in shards] == [f"picture number {n}" for n in range(108)]
 
 
-def test_nothing_usable_gives_an_empty_set(tmp_path):
-    write_tar(tmp_path / "0.tar", sample("a", b"junk", "x"))
-    result = ingest(settings(tmp_path))
-    assert (result["rows_in"], result["rows_out"], result["quarantined"]) == (1, 0, 1)
-    assert len(ShardSet.open(result["output"])) == 0
+def test_an_ingest_that_keeps_nothing_fails_with_the_commonest_reason(tmp_path):
+    junk = [member for n in range(9) for member in sample(f"{n}", b"junk", "x")]
+    write_tar(tmp_path / "0.tar", [*junk, *sample("empty", b"", "x")])
+    for _ in range(2):
+        with pytest.raises(
+            NothingKeptError, match=r"none of the 10 samples .*9 of them, e\.g\.: image 0\.jpg does not"
+        ):
+            ingest(settings(tmp_path))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"quarantine.jsonl", "removed.jsonl", "near_duplicates.jsonl", ".lock"}
+    assert len(lines(tmp_path / "out/quarantine.jsonl")) == 10
+    write_web_tar(tmp_path / "0.tar", 0, 3)
+    assert ingest(settings(tmp_path))["rows_out"] == 3
+
+
+def test_an_ingest_whose_filters_remove_everything_fails_too(tmp_path):
+    write_web_tar(tmp_path / "0.tar", 0, 5)
+    with pytest.raises(NothingKeptError, match=r"filter min_words: 5.*removed\.jsonl"):
+        ingest(settings(tmp_path, min_words=4))
+
+
+@pytest.mark.parametrize(("bad", "warns"), [(1, False), (2, True)])
+def test_much_quarantine_is_warned_of_with_the_commonest_reason(tmp_path, caplog, bad, warns):
+    good = [member for n in range(10) for member in sample(f"g{n}", jpeg(n), f"number {n}")]
+    write_tar(tmp_path / "0.tar", [*good, *(m for n in range(bad) for m in sample(f"b{n}", b"junk", "x"))])
+    ingest(settings(tmp_path))
+    told = [record.getMessage() for record in caplog.records if "quarantined" in record.getMessage()]
+    assert bool(told) is warns
+    if warns:
+        assert "2 of 12 samples (17 %)" in told[0] and "known format" in told[0]
+
+
+@pytest.mark.parametrize("source", ["jsonl", "parquet", "hf", "coco_vqa"])
+def test_input_without_entries_is_one_sentence(tmp_path, source):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "images").mkdir()
+    if source in ("parquet", "hf"):
+        pq.write_table(pa.table({"question": pa.array([], pa.string())}), tmp_path / "own.parquet")
+    else:
+        (tmp_path / "own.jsonl").write_bytes(b"" if source == "jsonl" else b"\n \n")
+    given = next(path for path in tmp_path.iterdir() if path.is_file())
+    with pytest.raises(SettingsError, match="holds no entries"):
+        ingest(settings(tmp_path, source=source, input=str(given), images=str(tmp_path / "images")))
 
 
 def test_finished_set_is_verified_and_not_made_again(tmp_path):
@@ -174,18 +216,98 @@ def test_finished_set_is_verified_and_not_made_again(tmp_path):
     assert content(tmp_path / "out") == expected
 
 
-def test_changed_input_or_settings_make_the_set_anew(tmp_path):
+CHANGED = {
+    "image_size": 64,
+    "jpeg_quality": 80,
+    "shard_rows": 3,
+    "shard_mb": 1,
+    "min_side": 9,
+    "max_aspect_ratio": 19.0,
+    "max_megapixels": 99.0,
+    "min_words": 2,
+    "min_letters": 0.2,
+    "max_repetition": 0.6,
+    "duplicates": "keep",
+    "near_duplicate_bits": 3,
+}
+
+
+@pytest.mark.parametrize("key", sorted(PrepareDataSettings.model_fields))
+def test_every_setting_is_known_to_change_the_content_or_not_to(key):
+    where = {"source", "input", "images", "output", "name", "task"}  # part of the input, or of where the set is
+    how = {"recipe", "seed", "tracking_uri", "experiment", "ray_address", "num_cpus", "object_store_mb", "quiet"}
+    assert (key in CONTENT_SETTINGS) == (key in CHANGED) == (key not in where | how | {"num_workers", "overwrite"})
+
+
+@pytest.mark.parametrize("key", CHANGED)
+def test_a_set_of_other_settings_is_refused_with_the_difference_and_replaced_on_demand(tmp_path, key):
     write_web_tar(tmp_path / "0.tar", 0, 5)
     ingest(settings(tmp_path))
-    write_web_tar(tmp_path / "1.tar", 5, 5)
-    assert ingest(settings(tmp_path))["rows_out"] == 10
-    assert ingest(settings(tmp_path, min_words=4))["rows_out"] == 0
-    assert not list((tmp_path / "out").glob("*.arrow"))
+    before = content(tmp_path / "out")
+    changed = {key: CHANGED[key]}
+    with pytest.raises(SettingsError, match=rf"{key} was .* and is {CHANGED[key]!r}.*overwrite=true"):
+        ingest(settings(tmp_path, **changed))
+    assert content(tmp_path / "out") == before
+    assert ingest(settings(tmp_path, **changed, overwrite=True))["reused_units"] == 0
+    assert ShardSet.open(str(tmp_path / "out")).manifest.settings[key] == CHANGED[key]
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda folder: write_web_tar(folder / "1.tar", 5, 5), r"1 more files, e\.g\. 1\.tar"),
+        (lambda folder: write_web_tar(folder / "0.tar", 7, 4), r"file 0\.tar was changed"),
+    ],
+)
+def test_a_set_of_other_input_is_refused_and_replaced_on_demand(tmp_path, change, difference):
+    write_web_tar(tmp_path / "0.tar", 0, 5)
+    ingest(settings(tmp_path))
+    change(tmp_path)
+    with pytest.raises(SettingsError, match=difference):
+        ingest(settings(tmp_path))
+    replaced = ingest(settings(tmp_path), replaces_other=True)
+    assert replaced["rows_out"] != 5
+    assert ingest(settings(tmp_path))["reused_units"] == replaced["units"]
+
+
+def test_other_sources_and_names_are_refused(tmp_path):
+    write_web_tar(tmp_path / "0.tar", 0, 5)
+    ingest(settings(tmp_path))
+    with pytest.raises(SettingsError, match="source was 'laion' and is 'cc_sbu'"):
+        ingest(settings(tmp_path, source="cc_sbu"))
+    with pytest.raises(SettingsError, match="name was 'laion' and is 'mine'"):
+        ingest(settings(tmp_path, name="mine"))
+
+
+def test_a_folder_with_other_peoples_files_is_refused(tmp_path):
+    write_web_tar(tmp_path / "0.tar", 0, 5)
+    (tmp_path / "out").mkdir()
+    for name in ("part-00000.arrow", "manifest.json"):
+        (tmp_path / "out" / name).write_text("{}")
+        with pytest.raises(SettingsError, match=r"holds other files, e\.g\."):
+            ingest(settings(tmp_path, overwrite=True))
+        assert (tmp_path / "out" / name).read_text() == "{}"
+    with pytest.raises(SettingsError, match="holds other files"):
+        ingest(settings(tmp_path, "."))  # the folder of the input itself
+
+
+def test_images_that_were_missing_and_are_there_now_are_read(tmp_path, caplog):
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"image": f"{n}.jpg", "caption": f"c {n}"}) + "\n" for n in range(3)))
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    given = settings(tmp_path, source="jsonl", input=str(own))
+    assert ingest(given)["rows_out"] == 1
+    with caplog.at_level("INFO"):
+        assert ingest(given)["reused_units"] == 1
+    assert "images that they name were not looked at again" in caplog.text
+    (tmp_path / "2.jpg").write_bytes(jpeg(2))
+    assert ingest(given)["rows_out"] == 2
+    assert "images that were missing are there now" in caplog.text
 
 
 def test_leftovers_of_another_run_are_removed(tmp_path):
     write_web_tar(tmp_path / "0.tar", 0, 5)
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out/_staging").mkdir(parents=True)
     for name in ("part-00007.arrow", ".part-00001.arrow.tmp"):
         (tmp_path / "out" / name).write_bytes(b"old")
     ingest(settings(tmp_path))
@@ -260,9 +382,9 @@ def test_a_crash_never_lets_a_set_pass_for_one_of_other_settings(tmp_path):
         shutil.copytree(tmp_path / "whole", tmp_path / output)
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Crash):
             crash_at(patch, number)
-            ingest(settings(tmp_path, output, min_words=2))
+            ingest(settings(tmp_path, output, min_words=2, overwrite=True))
             break
-        ingest(settings(tmp_path, output))
+        ingest(settings(tmp_path, output), replaces_other=True)
         assert content(tmp_path / output) == content(tmp_path / "whole"), number
     assert number > 15
 
@@ -297,15 +419,16 @@ def test_full_disk_is_one_sentence_and_the_run_goes_on_later(tmp_path, monkeypat
     ingest(settings(tmp_path, "whole"))
     written = 0
 
-    def write(self, data, original=storage.Path.write_bytes):
+    def commit(self, original=storage.AtomicFile.commit):
         nonlocal written
         written += 1
-        if written == 4:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return original(self, data)
+        if written == 5:
+            with storage.disk_full_as_error(self.location):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage.Path, "write_bytes", write)
+        patch.setattr(storage.AtomicFile, "commit", commit)
         with pytest.raises(storage.DiskFullError, match=r"no space left .* run the same command again"):
             ingest(settings(tmp_path))
     assert ingest(settings(tmp_path))["reused_units"] == 1

@@ -8,7 +8,7 @@ from collections import defaultdict
 import pytest
 from safetensors.numpy import load_file
 
-from pipelines.data.ingest.checks import check_image
+from pipelines.data.ingest.check_images import check_image
 from pipelines.data.sources import SOURCES, locate
 from pipelines.data.sources.base import Rejected
 from pipelines.settings import PrepareDataSettings

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.ingest.checks import check_row
-from pipelines.data.shards import record_batch
-from pipelines.data.sources import entries, locate
+from pipelines.data.ingest.check_rows import check_row
+from pipelines.data.shard_format import record_batch
+from pipelines.data.sources import entries, json_entries, locate
 from pipelines.data.sources.base import Rejected
 from pipelines.settings import PrepareDataSettings, SettingsError
 from tests.paths import ROOT
@@ -88,9 +88,9 @@ def test_task_of_rows_that_name_none(folder):
     [
         ("{broken\n", "no valid JSON"),
         ('"text"\n', "no object"),
-        ({"image": "a.jpg"}, "no turns, conversations, question or caption"),
+        ({"image": "a.jpg"}, "no turns, conversations"),
         ({"image": 3, "caption": "x"}, "no path"),
-        ({"image": "../a.jpg", "caption": "x"}, "climbs out"),
+        ({"image": "../a.jpg", "caption": "x"}, "is outside of the image folder"),
         ({"image": "a.jpg", "question": "q", "answers": "not a list"}, "not a list"),
         ({"image": "a.jpg", "turns": [{"question": "q"}]}, "answer"),
         ({"image": "a.jpg", "question": "q", "answer": "a", "boxes": [[1, 2]]}, "malformed"),
@@ -105,7 +105,7 @@ def test_broken_line_is_set_apart_with_its_number(folder, line, reason):
 
 
 def test_lines_are_cut_into_units_without_loss(folder, monkeypatch):
-    monkeypatch.setattr("pipelines.data.sources.own.ENTRIES_PER_UNIT", 4)
+    monkeypatch.setattr(json_entries.plan_entries, "__kwdefaults__", {"about": None, "entries_per_unit": 4})
     monkeypatch.setattr("pipelines.storage.COPY_BYTES", 10)
     path = write_lines(folder / "own.jsonl", [{"question": f"q{n}", "answer": "a"} for n in range(10)])
     path.write_text(path.read_text().rstrip("\n"))
@@ -179,7 +179,8 @@ def test_examples_of_the_guide_are_read(folder):
     names = dict(vars(entries))
     exec(textwrap.dedent(code), names)
     draft = next(names["vizwiz"]({"image": "a.jpg", "question": "What?", "answers": [{"answer": "A Cat."}]}, "0"))
-    assert (draft.turns, draft.image) == ((Turn("what?", ("a cat",)),), "a.jpg")
+    assert (draft.turns, draft.image) == ((Turn("What?", ("A Cat.",)),), "a.jpg")
+    assert draft.cleans_questions and draft.cleans_answers
 
 
 def test_own_data_in_object_storage(folder):
@@ -204,7 +205,7 @@ def test_damaged_tables(folder):
     with pytest.raises(SettingsError, match=r"neither .arrow nor .parquet"):
         read("hf", folder / "set")
     (folder / "set/data.arrow").write_bytes(b"junk")
-    assert "cannot be read after row 0" in read("hf", folder / "set")[0].reason
+    assert "no readable Parquet or Arrow file" in read("hf", folder / "set")[0].reason
 
 
 def test_damaged_pages_cost_their_row_group_alone(folder):

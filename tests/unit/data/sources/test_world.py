@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from pipelines.data.ingest.checks import check_image, check_row
+from pipelines.data.ingest.check_images import check_image
+from pipelines.data.ingest.check_rows import check_row
 from pipelines.data.sources import SOURCES, locate
 from pipelines.data.sources.base import Rejected
 from pipelines.settings import PrepareDataSettings

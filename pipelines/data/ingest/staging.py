@@ -1,17 +1,17 @@
 """One unit of ingest: read, check, write. Pure work on files, without Ray; the same unit always gives the same bytes.
 
-A finished unit leaves three things in the staging folder, the record last, so that a record means that all is there:
+A finished unit leaves three things in the staging folder, the record last, so that a record means that all are there:
 
     unit-000003-000.arrow     rows (several files where one would exceed the bounds)
     unit-000003.index.arrow   per row: content hash, image hash, perceptual hash, sizes, words
-    unit-000003.json          the record: counts, hashes of the files, and what was set apart and why
+    unit-000003.json          the record: counts, hashes of the files, what was set apart and why
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,15 +19,16 @@ import cv2
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.data.ingest.checks import CheckedImage, check_image, check_row
-from pipelines.data.shards import BATCH_ROWS, ShardInfo, ShardWriter, record_batch
+from pipelines.data.ingest.check_images import CheckedImage, check_image
+from pipelines.data.ingest.check_rows import check_boxes, check_row
+from pipelines.data.shard_format import BATCH_ROWS, ShardInfo, ShardWriter, record_batch
 from pipelines.data.sources import SOURCES
-from pipelines.data.sources.base import Filtered, Malformed, Rejected, SourceUnit
+from pipelines.data.sources.base import Changes, Rejected, SourceUnit, rejection
 from pipelines.settings import PrepareDataSettings
 from tinygptv.data.sample import SampleRow
 from tinygptv.lru import LRU
 
-STAGING_VERSION = 2
+STAGING_VERSION = 3
 """Part of every fingerprint: raise it when what a unit writes changes."""
 
 CONTENT_SETTINGS = (
@@ -62,22 +63,27 @@ INDEX_SCHEMA = pa.schema(
 
 _KEPT_IMAGES = 32
 
+_MOST_MISSING = 100
+"""Missing images of a unit that its record names: enough to notice that they were added."""
+
 _ROW_BYTES = 256
 """What a row takes besides its image, roughly; only for the bound on a shard's size."""
 
 
 @dataclass
 class UnitRecord:
-    """What became of a unit.
+    """Outcome of a unit.
 
     Attributes:
-        fingerprint: of its input and the settings; another one means that the unit must be done again.
+        fingerprint: of its input and the settings; another one means that the unit must be read again.
         shard: input file.
         id_prefix: what the ids of its rows have before the key.
         rows_in: input samples.
         files: shard files in the staging folder, in row order.
         index_sha256: of the index file.
         rejected: samples that gave no row.
+        changes: samples that were kept, but changed, by the kind of change.
+        missing: places of missing images, as pairs of ``Location``'s fields; the first ones alone.
     """
 
     fingerprint: str
@@ -87,6 +93,14 @@ class UnitRecord:
     files: list[ShardInfo] = field(default_factory=list)
     index_sha256: str = ""
     rejected: list[Rejected] = field(default_factory=list)
+    changes: dict[str, int] = field(default_factory=dict)
+    missing: list[tuple[str, str]] = field(default_factory=list)
+
+    def reject(self, found: Rejected) -> None:
+        """Add a sample that gave no row."""
+        if len(self.missing) < _MOST_MISSING:
+            self.missing += found.missing
+        self.rejected.append(replace(found, missing=()))
 
     @property
     def rows(self) -> int:
@@ -97,8 +111,9 @@ class UnitRecord:
     def from_json(cls, content: dict[str, Any]) -> UnitRecord:
         """Read what ``dataclasses.asdict`` gave."""
         files = [ShardInfo(**file) for file in content.pop("files")]
-        rejected = [Rejected(**entry) for entry in content.pop("rejected")]
-        return cls(files=files, rejected=rejected, **content)
+        rejected = [Rejected(**{**entry, "missing": ()}) for entry in content.pop("rejected")]
+        missing = [(str(root), str(path)) for root, path in content.pop("missing")]
+        return cls(files=files, rejected=rejected, missing=missing, **content)
 
 
 def unit_name(number: int) -> str:
@@ -107,14 +122,14 @@ def unit_name(number: int) -> str:
 
 
 def fingerprint(unit: SourceUnit, settings: PrepareDataSettings) -> str:
-    """Hash of everything that decides what a unit gives. The content of image folders is not looked at."""
+    """Hash of everything that decides what a unit gives, but for the images that it names."""
     known = {
         "version": STAGING_VERSION,
-        "unit": {name: value for name, value in vars(unit).items() if name not in ("details", "location")},
-        "location": asdict(unit.location),
+        "unit": asdict(replace(unit, details=None)),
+        "details": repr(unit.details),
         "settings": content_settings(settings),
     }
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def content_settings(settings: PrepareDataSettings) -> dict[str, Any]:
@@ -123,11 +138,11 @@ def content_settings(settings: PrepareDataSettings) -> dict[str, Any]:
 
 
 def stage_unit(unit: SourceUnit, number: int, settings: PrepareDataSettings, staging: str) -> tuple[UnitRecord, bool]:
-    """Do one unit, or find that it is done.
+    """Read one unit into the staging folder, or find that this was done.
 
     Args:
         unit: what to read.
-        number: its place among all units.
+        number: its number among all units.
         settings: checks, filters, sizes.
         staging: folder for its files.
 
@@ -136,25 +151,28 @@ def stage_unit(unit: SourceUnit, number: int, settings: PrepareDataSettings, sta
 
     Raises:
         DiskFullError: there is no room.
+        OSError: an input file cannot be read.
     """
     mark = fingerprint(unit, settings)
     done = read_record(staging, number)
-    if done is not None and done.fingerprint == mark and _files_are_sound(done, staging, number):
+    if done is not None and done.fingerprint == mark and _is_current(done, staging, number):
         return done, True
     cv2.setNumThreads(1)  # a task owns one CPU
     record = UnitRecord(mark, unit.shard, unit.row_id(""))
+    changes: Changes = Changes()
     output = _StagedFiles(storage.join(staging, unit_name(number)), settings)
     try:
-        for found in _checked_rows(unit, settings):
+        for found in _checked_rows(unit, settings, changes):
             record.rows_in += 1
             if isinstance(found, Rejected):
-                record.rejected.append(found)
+                record.reject(found)
             else:
                 output.add(*found)
         record.files = output.close()
     except BaseException:
         output.abort()
         raise
+    record.changes = dict(sorted(changes.items()))
     record.index_sha256 = _write_index(storage.join(staging, f"{unit_name(number)}.index.arrow"), output.index)
     content = json.dumps(asdict(record), ensure_ascii=True)
     storage.write_atomically(storage.join(staging, f"{unit_name(number)}.json"), content.encode())
@@ -170,63 +188,92 @@ def read_record(staging: str, number: int) -> UnitRecord | None:
 
 
 def read_index(staging: str, number: int, columns: list[str] | None = None) -> pa.Table:
-    """Per-row facts of a finished unit."""
+    """Index of a finished unit: one line per row."""
     filesystem, path = storage.resolve(storage.join(staging, f"{unit_name(number)}.index.arrow"))
     with filesystem.open_input_file(path) as file:
         table = pa.ipc.open_file(file).read_all()
     return table.select(columns) if columns else table
 
 
-def _files_are_sound(record: UnitRecord, staging: str, number: int) -> bool:
+def _is_current(record: UnitRecord, staging: str, number: int) -> bool:
+    """Whether a unit's files are sound, and the images that were missing still are."""
     expected = {file.file: file.sha256 for file in record.files}
     expected[f"{unit_name(number)}.index.arrow"] = record.index_sha256
-    return all(storage.sha256(storage.join(staging, name)) == digest for name, digest in expected.items())
+    if not all(storage.sha256(storage.join(staging, name)) == digest for name, digest in expected.items()):
+        return False
+    return not any_exists(record.missing)
+
+
+def any_exists(places: Iterable[tuple[str, str]]) -> bool:
+    """Whether any of several files is there; they are given as pairs of ``Location``'s fields."""
+    return any(storage.exists(storage.Location(root, path)) for root, path in places)
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """A row's line of the index; see ``INDEX_SCHEMA``.
+
+    Attributes:
+        id: of the row.
+        content_hash: of its image, texts and boxes.
+        image_hash: of the encoded image; 0 where there is none.
+        perceptual_hash: of the image.
+        width: of the original image in pixels.
+        height: the same.
+        image_bytes: size of the stored image.
+        words: of the first answers.
+        kept: the image kept its bytes.
+    """
+
+    id: str
+    content_hash: bytes
+    image_hash: int = 0
+    perceptual_hash: int = 0
+    width: int = 0
+    height: int = 0
+    image_bytes: int = 0
+    words: int = 0
+    kept: bool = False
 
 
 def _checked_rows(
-    unit: SourceUnit, settings: PrepareDataSettings
-) -> Iterator[tuple[SampleRow, dict[str, Any]] | Rejected]:
+    unit: SourceUnit, settings: PrepareDataSettings, changes: Changes
+) -> Iterator[tuple[SampleRow, IndexEntry] | Rejected]:
     """Rows that passed every check, with their line of the index; everything else as ``Rejected``."""
-    source = SOURCES[unit.location.source]
+    source = SOURCES[unit.source.source]
     images = _ImageChecker(settings)
-    for found in source.reader.read(unit):
+    for found in source.reader.read(unit, changes):
         if isinstance(found, Rejected):
             yield found
             continue
         try:
-            yield _finish_row(check_row(found, web=source.web, settings=settings), images)
-        except (Malformed, Filtered) as error:
-            key = found.id.removeprefix(unit.row_id(""))
-            yield Rejected(_printable(key), unit.shard, _printable(str(error)), getattr(error, "filter", ""))
+            row = check_row(found, web=source.web, settings=settings, changes=changes)
+            yield _check_image(row, images, changes)
+        except Exception as error:  # whatever is in a row costs that row alone
+            yield rejection(unit, found.id.removeprefix(unit.row_id("")), error)
 
 
-def _finish_row(row: SampleRow, images: _ImageChecker) -> tuple[SampleRow, dict[str, Any]]:
-    facts = {
-        "id": row.id,
-        "image_hash": 0,
-        "perceptual_hash": 0,
-        "width": 0,
-        "height": 0,
-        "image_bytes": 0,
-        "words": sum(len(turn.answers[0].split()) for turn in row.turns),
-        "kept": False,
-    }
-    digest = b""
+def _check_image(row: SampleRow, images: _ImageChecker, changes: Changes) -> tuple[SampleRow, IndexEntry]:
+    digest, entry = b"", IndexEntry(row.id, b"")
     if row.image is not None:
         digest = hashlib.sha256(row.image).digest()[:16]  # a processor has instructions for this one
         image = images.check(row.image, digest)
         row = replace(row, image=image.data, width=image.width, height=image.height)
-        facts |= {
-            "image_hash": int.from_bytes(digest[:8], "big"),
-            "perceptual_hash": image.perceptual_hash,
-            "width": image.width,
-            "height": image.height,
-            "image_bytes": len(image.data),
-            "kept": image.kept,
-        }
-    said = json.dumps([row.task, [[turn.question, *turn.answers] for turn in row.turns], row.boxes])
-    facts["content_hash"] = hashlib.blake2b(digest + said.encode(), digest_size=16).digest()
-    return row, facts
+        entry = IndexEntry(
+            row.id,
+            b"",
+            int.from_bytes(digest[:8], "big"),
+            image.perceptual_hash,
+            image.width,
+            image.height,
+            len(image.data),
+            kept=image.kept,
+        )
+    row = check_boxes(row, changes)
+    content = json.dumps([row.task, [[turn.question, *turn.answers] for turn in row.turns], row.boxes])
+    content_hash = hashlib.blake2b(digest + content.encode(), digest_size=16).digest()
+    words = sum(len(turn.answers[0].split()) for turn in row.turns)
+    return row, replace(entry, content_hash=content_hash, words=words)
 
 
 class _ImageChecker:
@@ -247,17 +294,17 @@ class _StagedFiles:
         self.stem = stem
         self.max_rows = settings.shard_rows
         self.max_bytes = settings.shard_mb << 20
-        self.index: list[dict[str, Any]] = []
+        self.index: list[IndexEntry] = []
         self._rows: list[SampleRow] = []
         self._num_bytes = 0  # of the file that is being written, waiting rows included
         self._writer: ShardWriter | None = None
         self._done: list[ShardInfo] = []
 
-    def add(self, row: SampleRow, facts: dict[str, Any]) -> None:
+    def add(self, row: SampleRow, entry: IndexEntry) -> None:
         num_bytes = len(row.image or b"") + _ROW_BYTES
         if self._num_bytes and self._num_bytes + num_bytes > self.max_bytes:
             self._finish_file()
-        self.index.append(facts)
+        self.index.append(entry)
         self._rows.append(row)
         self._num_bytes += num_bytes
         if len(self._rows) == BATCH_ROWS:
@@ -287,15 +334,12 @@ class _StagedFiles:
         self._writer, self._num_bytes = None, 0
 
 
-def _write_index(place: str, facts: list[dict[str, Any]]) -> str:
+def _write_index(location: str, entries: list[IndexEntry]) -> str:
     """Write the index of a unit; returns its SHA-256."""
     sink = pa.BufferOutputStream()
+    columns = [pa.array([getattr(entry, f.name) for entry in entries], f.type) for f in INDEX_SCHEMA]
     with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
-        writer.write_table(pa.Table.from_pylist(facts, INDEX_SCHEMA))
+        writer.write_table(pa.Table.from_arrays(columns, schema=INDEX_SCHEMA))
     data = sink.getvalue().to_pybytes()
-    storage.write_atomically(place, data)
+    storage.write_atomically(location, data)
     return hashlib.sha256(data).hexdigest()
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,36 +1,31 @@
-"""Is this sample fit for training? Checks and repairs of one sample, without Ray and without files.
+"""Images fit for training: checks and repairs, without Ray and without files.
 
 An image leaves here as a plain upright RGB or grey JPEG. One that is that already, and small enough, keeps its bytes;
-every other one is decoded and encoded once.
+every other one is decoded and encoded once. Which way up it is, and what a decoder is spared, is decided by the code
+that the loader uses (``tinygptv.data.image_orientation`` and ``image_structure``), so that both see the same image.
 """
 
 from __future__ import annotations
 
 import io
-import math
-import re
 import warnings
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import Image, UnidentifiedImageError
 
 from pipelines.data.sources.base import Filtered, Malformed
 from pipelines.settings import PrepareDataSettings
+from tinygptv.data.image_orientation import is_plain_jpeg, read_orientation
+from tinygptv.data.image_structure import check_structure
 from tinygptv.data.images import FORMATS, open_image
-from tinygptv.data.prompts import INSTRUCTIONS, escape_markers
-from tinygptv.data.sample import SampleRow, Turn
 
 HASH_SIDE = 32
-"""Side in pixels of the grey picture that the perceptual hash looks at."""
+"""Side in pixels of the grey image that the perceptual hash looks at."""
 
 _LITTLE_SHRINKING = 1.3
-
-BOX_TASKS = ("refer", "identify")
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class CheckedImage:
         data: JPEG bytes.
         width: of the original, upright, in pixels.
         height: the same for the height.
-        perceptual_hash: 64 bits that hardly change when the picture is scaled or encoded anew.
+        perceptual_hash: 64 bits that hardly change when the image is scaled or encoded again.
         kept: the bytes are the original's.
     """
 
@@ -63,9 +58,12 @@ def check_image(data: bytes, settings: PrepareDataSettings) -> CheckedImage:
         Malformed: it cannot be decoded, or is a decompression bomb.
         Filtered: a filter on its size or shape removes it.
     """
-    header = _read_plain_header(data) or _read_header(data)
+    try:
+        check_structure(data)
+    except ValueError as error:
+        raise Malformed(f"cannot decode image: {error}") from error
+    header = _read_plain_header(data, settings) or _read_header(data, settings)
     width, height = header.width, header.height
-    _check_area(width, height, settings)
     _filter_size(width, height, settings)
     if header.colours:
         try:
@@ -74,11 +72,11 @@ def check_image(data: bytes, settings: PrepareDataSettings) -> CheckedImage:
                 return CheckedImage(data, width, height, perceptual_hash(grey), kept=True)
             return _encode(_decode_shrunk(data, header, settings), width, height, settings)
         except ValueError:
-            pass  # libjpeg warns; PIL decides below whether the picture can be used, and it is then encoded anew
+            pass  # libjpeg warns; PIL decides below whether the image can be used, and it is then encoded again
     try:
-        pixels = np.asarray(open_image(data))
-        return _encode(_shrink(pixels, settings.image_size), width, height, settings)
-    except Exception as error:  # whatever a decoder raises on a stranger's bytes must not stop the other samples
+        image = open_image(data, "image")
+        return _encode(_shrink(np.asarray(image), settings.image_size), image.width, image.height, settings)
+    except Exception as error:  # whatever a decoder raises on untrusted bytes must not stop the other samples
         raise Malformed(str(error).replace("\n", " ")) from error
 
 
@@ -94,31 +92,33 @@ class _Header:
     colours: str = ""
 
 
-def _read_plain_header(data: bytes) -> _Header | None:
-    """The header of a JPEG that is certainly upright and of one picture, several times faster than PIL; else None."""
-    place = 2
-    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":  # up to the pixels
-        if data[place + 4 : place + 8] in (b"Exif", b"MPF\0"):  # may be turned, or hold several pictures
-            return None
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+def _read_plain_header(data: bytes, settings: PrepareDataSettings) -> _Header | None:
+    """The header of a JPEG that is certainly upright and of one image, several times faster than PIL; else None."""
+    if not is_plain_jpeg(data):
+        return None
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
     colours = {"YCbCr": "RGB", "Gray": "GRAY"}.get(space)
+    if colours:
+        _check_area(width, height, settings)
     return _Header(width, height, colours) if colours else None
 
 
-def _read_header(data: bytes) -> _Header:
+def _read_header(data: bytes, settings: PrepareDataSettings) -> _Header:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             header = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise Malformed(f"decompression bomb: {error}") from error
+    except UnidentifiedImageError as error:
+        raise Malformed("cannot decode image: it is damaged, or no JPEG, PNG, WebP, GIF, BMP or TIFF") from error
     except Exception as error:  # PIL's parsers raise many kinds of errors on damaged bytes
         raise Malformed(f"cannot decode image: {error}".replace("\n", " ")) from error
-    orientation = _orientation(header)
+    _check_area(*header.size, settings)
+    orientation = read_orientation(header)
     width, height = header.size if orientation < 5 else header.size[::-1]
     plain = orientation == 1 and header.format == "JPEG"
     return _Header(width, height, {"RGB": "RGB", "L": "GRAY"}.get(header.mode, "") if plain else "")
@@ -131,17 +131,6 @@ def _check_area(width: int, height: int, settings: PrepareDataSettings) -> None:
         )
     if width < 1 or height < 1:
         raise Malformed(f"the image has {width} x {height} pixels")
-
-
-def _orientation(header: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) to 8; 1 where it is missing or makes no sense."""
-    if "exif" not in header.info and header.format not in ("PNG", "WEBP", "TIFF", "MPO"):
-        return 1
-    try:
-        value = header.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF data; the picture may be sound
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _filter_size(width: int, height: int, settings: PrepareDataSettings) -> None:
@@ -201,7 +190,7 @@ def _resize_for_hash(grey: np.ndarray) -> np.ndarray:
 
 
 def perceptual_hash(grey: np.ndarray) -> int:
-    """64 bits of a picture's coarse structure: signs of its lowest frequencies around their median.
+    """64 bits of a image's coarse structure: signs of its lowest frequencies around their median.
 
     Args:
         grey: uint8 [height, width].
@@ -214,65 +203,3 @@ def perceptual_hash(grey: np.ndarray) -> int:
     middle = len(lowest) // 2 - 1
     bits = lowest > np.partition(lowest[1:], middle)[middle]  # their median; the first one is the mean brightness
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
-
-
-def check_row(row: SampleRow, *, web: bool, settings: PrepareDataSettings) -> SampleRow:
-    """Check the words and boxes of a row.
-
-    Args:
-        row: as its source gives it.
-        web: its captions are from the open web: filters for captions apply.
-        settings: bounds of those filters.
-
-    Returns:
-        The row; marks that would be read as a picture or as the end of the text are made harmless.
-
-    Raises:
-        Malformed: it cannot be trained on.
-        Filtered: a filter removes it.
-    """
-    if row.task not in INSTRUCTIONS:
-        raise Malformed(f"task {row.task!r} is unknown; known: {', '.join(INSTRUCTIONS)}")
-    if not row.turns or not all(turn.answers for turn in row.turns):
-        raise Malformed("there is a question without an answer" if row.turns else "there are no turns")
-    if row.image is None and row.task != "text":
-        raise Malformed(f"task {row.task} needs an image, and there is none")
-    if row.task in BOX_TASKS and not row.boxes:
-        raise Malformed(f"task {row.task} needs a box, and there is none")
-    if not all(math.isfinite(corner) for box in row.boxes for corner in box):
-        raise Malformed("a box has a corner that is no number")
-    for text in _texts(row):
-        _check_text(text)
-    if web:
-        for turn in row.turns:
-            _filter_caption(turn.answers[0], settings)
-    turns = tuple(
-        Turn(escape_markers(turn.question), tuple(escape_markers(answer) for answer in turn.answers))
-        for turn in row.turns
-    )
-    return replace(row, turns=turns)
-
-
-def _texts(row: SampleRow) -> list[str]:
-    return [row.id, *(text for turn in row.turns for text in (turn.question, *turn.answers))]
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise Malformed("text holds half of a surrogate pair, which is no character") from error
-
-
-def _filter_caption(caption: str, settings: PrepareDataSettings) -> None:
-    """Filters that know no language: they count words, letters of any script, and repetitions."""
-    words = caption.split()
-    if len(words) < settings.min_words:
-        raise Filtered("min_words", f"{len(words)} words")
-    characters = [character for character in caption if not character.isspace()]
-    letters = sum(character.isalnum() for character in characters)
-    if characters and letters < settings.min_letters * len(characters):
-        raise Filtered("min_letters", f"{letters} letters among {len(characters)} characters")
-    commonest = Counter(_WORD.findall(caption)).most_common(1)
-    if len(words) >= 8 and commonest and commonest[0][1] > settings.max_repetition * len(words):
-        raise Filtered("max_repetition", f"{commonest[0][0]!r} is {commonest[0][1]} of {len(words)} words")

@@ -1,4 +1,4 @@
-"""Is a sample fit for training? Image repairs, bombs, filters, words."""
+"""Images fit for training: repairs, bombs, filters, perceptual hashes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import pytest
 from PIL import Image
 from PIL.ExifTags import Base
 
-from pipelines.data.ingest.checks import check_image, check_row, perceptual_hash
+from pipelines.data.ingest.check_images import check_image, perceptual_hash
 from pipelines.data.sources.base import Filtered, Malformed
 from pipelines.settings import PrepareDataSettings
 from tests.source_files import encode, jpeg, picture
 from tinygptv.data.images import open_image
-from tinygptv.data.sample import SampleRow, Turn
 
 SETTINGS = PrepareDataSettings(image_size=64)
 
@@ -188,58 +187,3 @@ def test_perceptual_hash_survives_scaling_and_encoding_and_tells_pictures_apart(
 
 def test_perceptual_hash_of_a_flat_picture_is_defined():
     assert 0 <= perceptual_hash(np.full((20, 20), 255, dtype=np.uint8)) < 2**64
-
-
-# ---------------------------------------------------------------- words
-
-
-def row(**changes) -> SampleRow:
-    return SampleRow(
-        **{"id": "a", "source": "s", "task": "vqa", "turns": (Turn("q", ("a",)),), "image": b"x", **changes}
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"task": "painting"}, "unknown"),
-        ({"turns": ()}, "no turns"),
-        ({"turns": (Turn("q", ()),)}, "without an answer"),
-        ({"image": None}, "needs an image"),
-        ({"task": "refer"}, "needs a box"),
-        ({"task": "refer", "boxes": ((0, 0, float("nan"), 1),)}, "no number"),
-        ({"turns": (Turn("q", ("\ud800",)),)}, "surrogate"),
-    ],
-)
-def test_rows_that_cannot_be_trained_on(changes, reason):
-    with pytest.raises(Malformed, match=reason):
-        check_row(row(**changes), web=False, settings=SETTINGS)
-
-
-def test_markers_in_strangers_texts_are_made_harmless():
-    checked = check_row(row(turns=(Turn("what is <ImageHere>?", ("<|endoftext|>",)),)), web=False, settings=SETTINGS)
-    assert "<ImageHere>" not in checked.turns[0].question
-    assert "<|endoftext|>" not in checked.turns[0].answers[0]
-
-
-@pytest.mark.parametrize(
-    ("caption", "name"),
-    [
-        ("", "min_words"),
-        ("---- ==== //// $$$$ a", "min_letters"),
-        ("buy now " * 5, ""),
-        ("buy buy buy buy buy buy buy now", "max_repetition"),
-        ("一只狗在草地上奔跑", ""),
-        ("ein Hund läuft über die Wiese", ""),
-        ("собака бежит по траве", ""),
-    ],
-)
-def test_caption_filters_know_no_language(caption, name):
-    given = row(task="pair", turns=(Turn("", (caption,)),))
-    check_row(given, web=False, settings=SETTINGS)
-    if not name:
-        check_row(given, web=True, settings=SETTINGS)
-        return
-    with pytest.raises(Filtered) as error:
-        check_row(given, web=True, settings=SETTINGS)
-    assert error.value.filter == name

@@ -1,0 +1,174 @@
+"""Texts and boxes fit for training: checks and repairs of one row, without Ray and without files."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import replace
+
+from pipelines.data.sources.base import Changes, Filtered, Malformed, shorten
+from pipelines.settings import PrepareDataSettings
+from tinygptv.data.prompts import INSTRUCTIONS, TEMPLATES, escape_markers
+from tinygptv.data.sample import SampleRow, Turn
+
+BOX_TASKS = ("refer", "identify")
+
+BOX_TOLERANCE = 0.02
+"""How far a box may reach out of its image, as a share of the image's side; it is then clipped."""
+
+_LEAST_TOLERANCE = 2.0
+"""The same in pixels, for small images."""
+
+_WORD = re.compile(r"\w+")
+_BOX_TEXT = re.compile(r"\{<\s*-?[\d.][^{}]*\}")
+_GOOD_BOX_TEXT = re.compile(r"\{<(\d{1,3})><(\d{1,3})><(\d{1,3})><(\d{1,3})>\}")
+
+Box = tuple[float, float, float, float]
+
+
+def check_row(row: SampleRow, *, web: bool, settings: PrepareDataSettings, changes: Changes | None = None) -> SampleRow:
+    """Check the texts of a row.
+
+    Args:
+        row: as its source gives it.
+        web: its captions are from the open web: filters for captions apply.
+        settings: bounds of those filters.
+        changes: counts what is changed.
+
+    Returns:
+        The row. Marks that would be read as an image or as the end of an answer are made harmless; of several answers,
+        empty ones are dropped.
+
+    Raises:
+        Malformed: it cannot be trained on.
+        Filtered: a filter removes it.
+    """
+    if row.task not in INSTRUCTIONS:
+        raise Malformed(f"task {shorten(row.task)!r} is unknown; known: {', '.join(INSTRUCTIONS)}")
+    if not row.turns or not all(turn.answers for turn in row.turns):
+        raise Malformed("there is a question without an answer" if row.turns else "there are no turns")
+    if row.image is None and row.task != "text":
+        raise Malformed(f"task {row.task} needs an image, and there is none")
+    if row.task in BOX_TASKS and not row.boxes:
+        raise Malformed(f"task {row.task} needs a box, and there is none")
+    for text in _texts(row):
+        _check_text(text)
+    if web:
+        for turn in row.turns:
+            _filter_caption(turn.answers[0], settings)
+    found: set[str] = set()
+    turns = tuple(_check_turn(row, turn, found) for turn in row.turns)
+    if changes is not None:
+        changes.update(found)
+    return replace(row, turns=turns)
+
+
+def _check_turn(row: SampleRow, turn: Turn, changes: set[str]) -> Turn:
+    question = escape_markers(turn.question.replace("\r\n", "\n"))
+    if row.image is None and not question.strip():
+        raise Malformed("a question is empty, and there is no image to ask about")
+    kept = [answer for answer in turn.answers if answer.strip()]
+    if not kept:
+        raise Malformed("an answer is empty")
+    if len(kept) < len(turn.answers):
+        changes.add("empty_answer_dropped")
+    answers = []
+    for answer in kept:
+        plain = escape_markers(answer.replace("\r\n", "\n"))
+        harmless = _escape_end_symbols(row.task, plain)
+        if harmless != plain:
+            changes.add("end_symbol_escaped")
+        answers.append(harmless)
+    if row.image is not None:
+        for text in (question, *answers):
+            _check_box_text(text)
+    return Turn(question, tuple(answers))
+
+
+def _escape_end_symbols(task: str, answer: str) -> str:
+    """Keep an answer's own words from ending it: what follows an end symbol could never be generated."""
+    answer = TEMPLATES["human"].escape_end_symbol(answer)
+    return TEMPLATES["caption"].escape_end_symbol(answer).strip() if task == "pair" else answer
+
+
+def _texts(row: SampleRow) -> list[str]:
+    return [row.id, *(text for turn in row.turns for text in (turn.question, *turn.answers))]
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Malformed("text holds half of a surrogate pair, which is no character") from error
+
+
+def _check_box_text(text: str) -> None:
+    """Refuse box text that a model could learn and nobody could read.
+
+    Raises:
+        Malformed: its corners are not whole numbers of 0 to 100, or not in order.
+    """
+    for found in _BOX_TEXT.findall(text):
+        match = _GOOD_BOX_TEXT.fullmatch(found)
+        x1, y1, x2, y2 = (int(corner) for corner in match.groups()) if match else (1, 1, 0, 0)
+        if not (x1 <= x2 <= 100 and y1 <= y2 <= 100):
+            raise Malformed(
+                f"box text {shorten(found, 60)} is not {{<x1><y1><x2><y2>}} with whole numbers of 0 to 100, x1 <= x2 "
+                "and y1 <= y2"
+            )
+
+
+def check_boxes(row: SampleRow, changes: Changes | None = None) -> SampleRow:
+    """Check the boxes of a row against its image.
+
+    Args:
+        row: with the width and height of the original image.
+        changes: counts rows with clipped boxes.
+
+    Returns:
+        The row, boxes clipped to the image where they reach a little out of it.
+
+    Raises:
+        Malformed: a box has no numbers, is turned round, has no area, or reaches far outside of the image.
+    """
+    if not row.boxes:
+        return row
+    if row.image is None:
+        raise Malformed("the row has boxes and no image")
+    boxes = tuple(_check_box(box, row.width, row.height) for box in row.boxes)
+    if boxes != row.boxes and changes is not None:
+        changes.update(["box_clipped"])
+    return replace(row, boxes=boxes)
+
+
+def _check_box(box: Box, width: int, height: int) -> Box:
+    x1, y1, x2, y2 = box
+    what = f"box {x1:g}, {y1:g}, {x2:g}, {y2:g}"
+    if not all(math.isfinite(corner) for corner in box):
+        raise Malformed(f"{what} has a corner that is no number")
+    if max(box) <= 1 and min(box) >= 0 and (width > 2 or height > 2):
+        raise Malformed(f"{what} is given in shares of the image: give pixels, of {width} x {height}")
+    if x2 < x1 or y2 < y1:
+        raise Malformed(f"{what} is turned round: give x1, y1, x2, y2 with x1 < x2 and y1 < y2, not width and height")
+    near_x, near_y = (max(_LEAST_TOLERANCE, BOX_TOLERANCE * side) for side in (width, height))
+    if x1 < -near_x or y1 < -near_y or x2 > width + near_x or y2 > height + near_y:
+        raise Malformed(f"{what} reaches out of the image of {width} x {height} pixels")
+    clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
+    if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+        raise Malformed(f"{what} has no area in the image of {width} x {height} pixels")
+    return clipped
+
+
+def _filter_caption(caption: str, settings: PrepareDataSettings) -> None:
+    """Filters that know no language: they count words, letters of any script, and repetitions."""
+    words = caption.split()
+    if len(words) < settings.min_words:
+        raise Filtered("min_words", f"{len(words)} words")
+    characters = [character for character in caption if not character.isspace()]
+    letters = sum(character.isalnum() for character in characters)
+    if characters and letters < settings.min_letters * len(characters):
+        raise Filtered("min_letters", f"{letters} letters among {len(characters)} characters")
+    commonest = Counter(_WORD.findall(caption)).most_common(1)
+    if len(words) >= 8 and commonest and commonest[0][1] > settings.max_repetition * len(words):
+        raise Filtered("max_repetition", f"{commonest[0][0]!r} is {commonest[0][1]} of {len(words)} words")

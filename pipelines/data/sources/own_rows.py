@@ -1,0 +1,189 @@
+"""A row of one's own data -> a draft. The same fields are read from JSON and from tables.
+
+    {"image": "a.jpg", "turns": [{"question": "what is it?", "answers": ["a dog"]}], "task": "vqa"}
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": ".."}, {"from": "gpt", "value": ".."}]}
+    {"image": "a.jpg", "messages": [{"role": "user", "content": ".."}, {"role": "assistant", "content": ".."}]}
+    {"image": "a.jpg", "question": "what is it?", "answer": "a dog"}
+    {"image": "a.jpg", "caption": "a dog"}
+
+Words are kept as they are written; only the mark of the image is taken out of questions. A row that names an image,
+or asks about one, and has none that can be read is malformed: it is never trained on as text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pipelines.data.sources.base import Filtered, Malformed, SourceUnit, shorten
+from pipelines.data.sources.conversations import read_conversation, refuse_marks_in_answer, take_marks
+from pipelines.data.sources.drafts import Draft
+from pipelines.data.sources.entries import text_of
+from pipelines.data.sources.images import IMAGE_EXTENSIONS, check_image_name
+from tinygptv.data.sample import Turn
+
+CONVERSATIONS = ("conversations", "messages", "conversation", "texts")
+TEXTS = ("caption", "text", "description")
+ROW_FIELDS = ("turns", *CONVERSATIONS, "question", *TEXTS)
+"""Fields that a row has one of."""
+
+_IMAGE_FIELDS = (
+    "image",
+    "images",
+    "img",
+    "image_path",
+    "image_file",
+    "img_path",
+    "file_name",
+    "image_name",
+    "picture",
+    "photo",
+    *sorted(IMAGE_EXTENSIONS),
+)
+"""Fields that name or hold the image; those of img2dataset's tables are called by the format."""
+
+_NAMES_IMAGE = re.compile(r"(?:^|_)(?:image|images|img|picture|photo|video)(?:_|$|s$)", re.IGNORECASE)
+_LINK_FIELDS = ("url", "image_url", "img_url", "link", "coco_url", "flickr_url")
+
+
+def own_draft(fields: Any, default_task: str) -> Draft:
+    """Read a row.
+
+    Args:
+        fields: columns or JSON members.
+        default_task: task where the row names none; empty decides by the form.
+
+    Raises:
+        Malformed: it has none of the forms above, or a field is of a wrong type, or its image is lost.
+        Filtered: it is a row of img2dataset without an image, because the download failed.
+    """
+    if not isinstance(fields, Mapping):
+        raise Malformed(f"the row is no object but {type(fields).__name__}")
+    image = _own_image(fields)
+    draft, form, num_marks = _own_turns(fields)
+    if num_marks > (image is not None):
+        has = "1 image" if image is not None else "no image"
+        raise Malformed(f"the questions have {num_marks} marks of images (<image>), and the row has {has}")
+    if image is None:
+        _refuse_lost_image(fields)
+    boxes = tuple(_own_box(box) for box in _list_of(fields, "boxes"))
+    if not (task := fields.get("task") or default_task):
+        task = form or ("text" if image is None else "conversation" if len(draft.turns) > 1 else "instruct")
+    return replace(draft, image=image, boxes=boxes, task=str(task))
+
+
+def _own_turns(fields: Mapping[str, Any]) -> tuple[Draft, str, int]:
+    """A draft with the turns, the task that the form stands for, and the number of marks of images."""
+    if fields.get("turns") is not None:
+        return _marked([(text_of(turn, "question"), _answers(turn)) for turn in _list_of(fields, "turns")], "")
+    for name in CONVERSATIONS:
+        if fields.get(name) is not None:
+            conversation = read_conversation(fields[name])
+            return Draft(conversation.turns, changes=conversation.changes), "", conversation.num_marks
+    if fields.get("question") is not None:
+        return _marked([(text_of(fields, "question"), _answers(fields))], "")
+    for name in TEXTS:
+        if fields.get(name) is not None:
+            return _marked([("", (text_of(fields, name),))], "caption")
+    names = shorten(", ".join(map(str, fields)) or "no fields")
+    raise Malformed(f"no {', '.join(ROW_FIELDS[:-1])} or {ROW_FIELDS[-1]} among {names}")
+
+
+def _marked(pairs: Sequence[tuple[str, tuple[str, ...]]], form: str) -> tuple[Draft, str, int]:
+    turns, num_marks = [], 0
+    for question, answers in pairs:
+        text, marks = take_marks(question)
+        num_marks += marks
+        for answer in answers:
+            refuse_marks_in_answer(answer)
+        turns.append(Turn(text, answers))
+    return Draft(tuple(turns)), form, num_marks
+
+
+def _answers(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    if fields.get("answers") is None:
+        return (text_of(fields, "answer"),)
+    answers = fields["answers"]
+    if isinstance(answers, str) or not all(isinstance(answer, str) for answer in answers):
+        raise Malformed("answers is not a list of texts")
+    return tuple(answers)
+
+
+def _own_box(box: Any) -> tuple[float, float, float, float]:
+    x1, y1, x2, y2 = (float(corner) for corner in box)
+    return (x1, y1, x2, y2)
+
+
+def _list_of(fields: Mapping[str, Any], name: str) -> Sequence[Any]:
+    value = fields.get(name)
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise Malformed(f"{name} is no list but {type(value).__name__}")
+    return value
+
+
+def _own_image(fields: Mapping[str, Any]) -> str | bytes | None:
+    """The row's image: a name, or its bytes.
+
+    Raises:
+        Malformed: there are several, or it is neither.
+    """
+    for name in _IMAGE_FIELDS:
+        found = [image for image in _flat(fields.get(name)) if image is not None]
+        if len(found) > 1:
+            raise Malformed(f"{name} holds {len(found)} images; a sample has one")
+        if found:
+            return _image_of(found[0], name)
+    return None
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        yield from value
+    else:
+        yield value
+
+
+def _image_of(value: Any, field: str) -> str | bytes | None:
+    """A name, bytes, or the struct of both that ``datasets`` writes."""
+    name = ""
+    if isinstance(value, Mapping):
+        name, value = str(value.get("path") or value.get("url") or ""), value.get("bytes")
+        value = value if value is not None else name or None
+    if isinstance(value, bytes):
+        check_image_name(name or f"in {field}", value)
+        return value
+    if value is None or isinstance(value, str):
+        return value
+    raise Malformed(f"{field} is no path but {type(value).__name__}")
+
+
+def _refuse_lost_image(fields: Mapping[str, Any]) -> None:
+    """Refuse a row that names an image which is not there to be read.
+
+    Raises:
+        Malformed: it does.
+        Filtered: img2dataset could not download it.
+    """
+    if isinstance(fields.get("status"), str) and "url" in fields:
+        if fields["status"] != "success":
+            raise Filtered("not_downloaded", f"img2dataset: {fields.get('error_message') or fields['status']}")
+        raise Malformed(
+            "this table holds img2dataset's notes on its downloads, not the images: use source=webdataset with the "
+            "tars or folders beside it"
+        )
+    for name, value in fields.items():
+        if not value or not isinstance(name, str):
+            continue
+        if name in _LINK_FIELDS:
+            raise Malformed(f"the row has a link in {name!r} but no image: download it, and name the file in 'image'")
+        if _NAMES_IMAGE.search(name):
+            raise Malformed(f"the row has {name!r} but no 'image': name the image's file in 'image'")
+
+
+def read_own_row(unit: SourceUnit, fields: Any) -> Iterator[Draft]:
+    """The drafts of a row, as ``read_drafts`` asks for them."""
+    yield own_draft(fields, unit.source.task)

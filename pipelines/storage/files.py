@@ -1,0 +1,281 @@
+"""Reading and writing whole files. A file that this writes is absent or complete, also after a kill or a full disk."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any, Self
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from pipelines.storage.location import Location, resolve
+
+COPY_BYTES = 8 << 20
+DRAFT_ENDING = ".tmp"
+
+
+class DiskFullError(ValueError):
+    """There is no room for the output; finished parts are kept, and the same command resumes.
+
+    A ``ValueError`` like every mistake that the user can fix, so that entry scripts show its sentence alone.
+    """
+
+
+class disk_full_as_error:
+    """Turn "no space left on device" into one clear sentence."""
+
+    def __init__(self, location: object) -> None:
+        self.location = location
+
+    def __enter__(self) -> None:
+        """Nothing to set up."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        """Raise ``DiskFullError`` instead of the system's error."""
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"no space left while writing {self.location}: free some, and run the same command again; "
+                "what is finished is kept."
+            ) from error
+
+
+def exists(location: str | Location) -> bool:
+    """Whether a file or folder is there."""
+    filesystem, path = resolve(location)
+    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def is_folder(location: str | Location) -> bool:
+    """Whether a folder is there."""
+    filesystem, path = resolve(location)
+    return filesystem.get_file_info(path).type == pafs.FileType.Directory
+
+
+def num_bytes(location: str | Location) -> int:
+    """Size of a file; -1 where there is none."""
+    filesystem, path = resolve(location)
+    info = filesystem.get_file_info(path)
+    return info.size if info.type == pafs.FileType.File and info.size is not None else -1
+
+
+def list_names(folder: str | Location) -> dict[str, int]:
+    """Names of the files directly in a folder, with their sizes in bytes; empty where the folder is missing."""
+    return {info.base_name: info.size or 0 for info in _list(folder) if info.type == pafs.FileType.File}
+
+
+def list_folders(folder: str | Location) -> list[str]:
+    """Names of the folders directly in a folder, sorted; empty where the folder is missing."""
+    return sorted(info.base_name for info in _list(folder) if info.type == pafs.FileType.Directory)
+
+
+def _list(folder: str | Location) -> list[pafs.FileInfo]:
+    filesystem, path = resolve(folder)
+    return filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+
+
+def read_bytes(location: str | Location) -> bytes:
+    """A whole file, as it is.
+
+    Raises:
+        FileNotFoundError: it is missing.
+    """
+    filesystem, path = resolve(location)
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        return stream.read()
+
+
+def sha256(location: str | Location) -> str:
+    """SHA-256 of a file in hexadecimal; empty where it is missing."""
+    filesystem, path = resolve(location)
+    digest = hashlib.sha256()
+    try:
+        with filesystem.open_input_stream(path, compression=None) as stream:
+            while chunk := stream.read(COPY_BYTES):
+                digest.update(chunk)
+    except FileNotFoundError:
+        return ""
+    return digest.hexdigest()
+
+
+def draft_of(target: Path) -> Path:
+    """A new name beside a file, to write it under before it is renamed.
+
+    No two drafts share a name: a worker that a dead run left behind must not write into the file of its successor.
+    """
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}{DRAFT_ENDING}")
+
+
+def remove_drafts(folder: str | Location) -> None:
+    """Remove what interrupted runs left unfinished in a folder."""
+    folder = Location.parse(folder)
+    for name in list_names(folder):
+        if name.startswith(".") and name.endswith(DRAFT_ENDING):
+            remove_file(folder / name)
+
+
+class AtomicFile:
+    """A file to be written that appears under its name when it is complete.
+
+    Use it as a context manager: it is committed at the end, and left without a trace where the block fails. Closing a
+    stream of an object storage would publish what was written so far, so that a draft is written there, too.
+    """
+
+    def __init__(self, location: str | Location) -> None:
+        self.location = Location.parse(location)
+        self._filesystem, self._target = resolve(self.location)
+        self._draft = str(draft_of(Path(self._target)))
+        self.closed = False
+        with disk_full_as_error(self.location):
+            if self.location.is_local:
+                self._file: IO[bytes] | pa.NativeFile = Path(self._draft).open("wb")  # noqa: SIM115 - closed later
+            else:
+                self._file = self._filesystem.open_output_stream(self._draft)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append bytes."""
+        self._file.write(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Hand on what is buffered."""
+        self._file.flush()
+
+    def commit(self) -> None:
+        """Make the file visible under its name.
+
+        Raises:
+            DiskFullError: there is no room; nothing is left.
+        """
+        try:
+            with disk_full_as_error(self.location):
+                self._file.close()
+                self.closed = True
+                if self.location.is_local:
+                    Path(self._draft).replace(self._target)
+                else:
+                    self._filesystem.move(self._draft, self._target)
+        except (Exception, KeyboardInterrupt):
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        self.closed = True
+        try:
+            self._file.close()
+        except OSError:
+            pass  # a full disk, which was told already
+        finally:
+            if self._filesystem.get_file_info(self._draft).type == pafs.FileType.File:
+                self._filesystem.delete_file(self._draft)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        """Commit, or abort where the block failed."""
+        if error is None:
+            self.commit()
+            return
+        self.abort()
+        with disk_full_as_error(self.location):
+            if isinstance(error, OSError):
+                raise error
+
+
+def write_atomically(location: str | Location, data: bytes | memoryview) -> None:
+    """Write a file.
+
+    Raises:
+        DiskFullError: there is no room; an earlier file stays as it was.
+    """
+    location = Location.parse(location)
+    if location.is_local:
+        with AtomicFile(location) as file:
+            file.write(data)
+        return
+    filesystem, path = resolve(location)  # one write: object storage shows an object only when it is complete
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(data)
+
+
+def write_lines(location: str | Location, lines: Iterable[Mapping[str, Any]]) -> int:
+    """Write JSON lines; returns how many."""
+    count = 0
+    with AtomicFile(location) as file:
+        for count, line in enumerate(lines, start=1):  # noqa: B007 - counted
+            file.write(_json_line(line))
+    return count
+
+
+def _json_line(line: Mapping[str, Any]) -> bytes:
+    """One line. The separators of Unicode are escaped, because some readers take them for the end of a line."""
+    text = json.dumps(line, ensure_ascii=False)
+    for separator in "\u2028\u2029\x85":
+        text = text.replace(separator, f"\\u{ord(separator):04x}")
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def make_folder(location: str | Location) -> None:
+    """Make a folder and those above it."""
+    filesystem, path = resolve(location)
+    filesystem.create_dir(path, recursive=True)
+
+
+def remove_folder(location: str | Location) -> None:
+    """Remove a folder with everything in it; a missing one is fine."""
+    filesystem, path = resolve(location)
+    if filesystem.get_file_info(path).type == pafs.FileType.Directory:
+        filesystem.delete_dir(path)
+
+
+def remove_file(location: str | Location) -> None:
+    """Remove a file; a missing one is fine."""
+    filesystem, path = resolve(location)
+    if filesystem.get_file_info(path).type == pafs.FileType.File:
+        filesystem.delete_file(path)
+
+
+def link_or_copy(source: str | Location, target: str | Location) -> None:
+    """Give a file a second name; a copy where the storage has no hard links. Replaces ``target``."""
+    source, target = Location.parse(source), Location.parse(target)
+    filesystem, path = resolve(source)
+    _, target_path = resolve(target)
+    with disk_full_as_error(target):
+        if not source.is_local:
+            filesystem.copy_file(path, target_path)
+            return
+        draft = draft_of(Path(target_path))
+        try:
+            draft.hardlink_to(path)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            _copy_whole(Path(path), draft)
+        draft.replace(target_path)
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(source, target)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def download(location: str | Location, target: Path) -> None:
+    """Copy a file of any storage, as it is, to a local path."""
+    filesystem, path = resolve(location)
+    with (
+        disk_full_as_error(target),
+        filesystem.open_input_stream(path, compression=None) as source,
+        target.open("wb") as sink,
+    ):
+        while chunk := source.read(COPY_BYTES):
+            sink.write(chunk)

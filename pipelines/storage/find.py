@@ -1,0 +1,149 @@
+"""Files by pattern: wildcards, alternatives and number ranges, on a disk or in an object storage, in a fixed order."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import pyarrow.fs as pafs
+
+from pipelines.storage.location import Location, resolve
+
+logger = logging.getLogger(__name__)
+
+_WILDCARD = re.compile(r"[*?\[]")
+_SPECIAL = re.compile(r"[*?\[{]")
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """One input file.
+
+    Attributes:
+        location: the file.
+        name: path relative to the folder that all found files share; for messages and ids.
+        num_bytes: its size.
+        modified_ns: when it was changed last, 0 where the storage does not say.
+    """
+
+    location: Location
+    name: str
+    num_bytes: int
+    modified_ns: int
+
+
+def find_files(pattern: str | Location, *, tells_missing: bool = True) -> list[FoundFile]:
+    """All files that a pattern names, in a fixed order.
+
+    Args:
+        pattern: with ``*``, ``?``, ``[..]``, ``{a,b}`` and ``{00000..00012}``. A file or folder that exists is taken as
+            it is named, whatever characters its name holds. Hidden files match only a pattern that begins with a dot.
+        tells_missing: warn of what the pattern names one by one and is missing.
+
+    Returns:
+        Files, sorted by location; empty where nothing matches.
+    """
+    location = Location.parse(pattern)
+    filesystem, path = resolve(location)
+    found: dict[str, pafs.FileInfo] = {}
+    itself = filesystem.get_file_info(path)
+    if itself.type == pafs.FileType.File:
+        found[path] = itself
+    elif itself.type == pafs.FileType.NotFound:
+        base, rest = _split_existing(filesystem, path)
+        names = expand_braces(rest)
+        missing: list[str] = []
+        for name, infos in zip(names, _matching(filesystem, base, names), strict=True):
+            found |= {info.path: info for info in infos}
+            if not infos:
+                missing.append(name)
+        if found and missing and tells_missing:
+            logger.warning("%d of %d are missing: %s ..", len(missing), len(names), ", ".join(missing[:3]))
+    if not found:
+        return []
+    prefix = path.removesuffix(location.path)  # what the file system puts before the path
+    common = _common_folder(list(found))
+    return [
+        FoundFile(
+            Location(location.root, _without_prefix(found_path, prefix)),
+            found_path[len(common) :].lstrip("/"),
+            info.size or 0,
+            info.mtime_ns or 0,
+        )
+        for found_path, info in sorted(found.items())
+    ]
+
+
+def _without_prefix(path: str, prefix: str) -> str:
+    """Some file systems begin the paths that they list with a slash of their own, some leave it out."""
+    return path.removeprefix(prefix) if path.startswith(prefix) else path.lstrip("/").removeprefix(prefix.lstrip("/"))
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """``{a,b}`` and ``{000..012}`` written out, leftmost first; numbers keep the width of the first bound."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if numbers:
+        width = len(numbers[1])
+        parts = [f"{n:0{width}d}" for n in range(int(numbers[1]), int(numbers[2]) + 1)]
+    elif "," in match[1]:
+        parts = match[1].split(",")
+    else:
+        return [pattern]
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return list(itertools.chain.from_iterable(expand_braces(head + part + tail) for part in parts))
+
+
+def _split_existing(filesystem: pafs.FileSystem, path: str) -> tuple[str, str]:
+    """A pattern as a folder that exists, whatever characters its name holds, and the rest, which is a pattern."""
+    parts = path.split("/")
+    number = 0
+    for number, part in enumerate(parts):
+        if not _SPECIAL.search(part):
+            continue
+        folder = "/".join(parts[: number + 1])
+        if _WILDCARD.match(part) or filesystem.get_file_info(folder).type != pafs.FileType.Directory:
+            break
+    return "/".join(parts[:number]), "/".join(parts[number:])
+
+
+def _matching(filesystem: pafs.FileSystem, base: str, names: list[str]) -> Iterator[list[pafs.FileInfo]]:
+    """Files below ``base`` that each name stands for. Asks once for all names without wildcards."""
+    plain = [name for name in names if not _WILDCARD.search(name)]
+    infos = dict(zip(plain, filesystem.get_file_info([f"{base}/{name}" for name in plain]), strict=True))
+    for name in names:
+        if name in infos:
+            yield [infos[name]] if infos[name].type == pafs.FileType.File else []
+        else:
+            yield list(_walk(filesystem, base, name.split("/")))
+
+
+def _walk(filesystem: pafs.FileSystem, folder: str, parts: list[str]) -> Iterator[pafs.FileInfo]:
+    """Files below ``folder`` whose path matches ``parts``, one pattern per level."""
+    infos = filesystem.get_file_info(pafs.FileSelector(folder or "/", allow_not_found=True))
+    exact = [info for info in infos if info.base_name == parts[0]]
+    for info in exact or infos:
+        if not exact and not _matches(info.base_name, parts[0]):
+            continue
+        if len(parts) > 1 and info.type == pafs.FileType.Directory:
+            yield from _walk(filesystem, info.path, parts[1:])
+        elif len(parts) == 1 and info.type == pafs.FileType.File:
+            yield info
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """``*`` does not match hidden files: macOS leaves ``._name`` beside files on other systems' disks."""
+    return fnmatchcase(name, pattern) and not (name.startswith(".") and not pattern.startswith("."))
+
+
+def _common_folder(paths: list[str]) -> str:
+    folders = [path.rsplit("/", 1)[0].split("/") for path in paths]
+    common = [parts[0] for parts in zip(*folders, strict=False) if len(set(parts)) == 1]
+    prefix = next((i for i, parts in enumerate(zip(*folders, strict=False)) if len(set(parts)) > 1), len(common))
+    return "/".join(common[:prefix]) + "/"

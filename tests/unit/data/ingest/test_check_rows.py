@@ -1,0 +1,170 @@
+"""Texts and boxes fit for training."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines.data.ingest.check_rows import check_boxes, check_row
+from pipelines.data.sources.base import Changes, Filtered, Malformed
+from pipelines.settings import PrepareDataSettings
+from tinygptv.data.boxes import parse_boxes
+from tinygptv.data.sample import SampleRow, Turn, render_sample
+
+SETTINGS = PrepareDataSettings(image_size=64)
+
+
+def row(**changes) -> SampleRow:
+    return SampleRow(
+        **{"id": "a", "source": "s", "task": "vqa", "turns": (Turn("q", ("a",)),), "image": b"x", **changes}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"task": "painting"}, "unknown"),
+        ({"turns": ()}, "no turns"),
+        ({"turns": (Turn("q", ()),)}, "without an answer"),
+        ({"image": None}, "needs an image"),
+        ({"task": "refer"}, "needs a box"),
+        ({"turns": (Turn("q", ("\ud800",)),)}, "surrogate"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on(changes, reason):
+    with pytest.raises(Malformed, match=reason):
+        check_row(row(**changes), web=False, settings=SETTINGS)
+
+
+def test_markers_in_texts_are_made_harmless():
+    checked = check_row(row(turns=(Turn("what is <ImageHere>?", ("<|endoftext|>",)),)), web=False, settings=SETTINGS)
+    assert "<ImageHere>" not in checked.turns[0].question
+    assert "<|endoftext|>" not in checked.turns[0].answers[0]
+
+
+@pytest.mark.parametrize(
+    ("caption", "name"),
+    [
+        ("", "min_words"),
+        ("---- ==== //// $$$$ a", "min_letters"),
+        ("buy now " * 5, ""),
+        ("buy buy buy buy buy buy buy now", "max_repetition"),
+        ("一只狗在草地上奔跑", ""),
+        ("ein Hund läuft über die Wiese", ""),
+        ("собака бежит по траве", ""),
+    ],
+)
+def test_caption_filters_know_no_language(caption, name):
+    given = row(task="pair", turns=(Turn("", (caption,)),))
+    if caption:
+        check_row(given, web=False, settings=SETTINGS)
+    if not name:
+        check_row(given, web=True, settings=SETTINGS)
+        return
+    with pytest.raises(Filtered) as error:
+        check_row(given, web=True, settings=SETTINGS)
+    assert error.value.filter == name
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "stored"),
+    [
+        ("instruct", "## Summary\n### Objects\n- a star", "## Summary\n# # # Objects\n- a star"),
+        ("instruct", "#####", "# # # # #"),
+        ("instruct", "line one\r\nline two", "line one\nline two"),
+        ("pair", "a star\nand a moon", "a star and a moon"),
+    ],
+)
+def test_end_symbols_in_answers_are_escaped_and_counted(task, answer, stored):
+    changes = Changes()
+    checked = check_row(row(task=task, turns=(Turn("q", (answer,)),)), web=False, settings=SETTINGS, changes=changes)
+    assert checked.turns[0].answers == (stored,)
+    assert changes == ({} if "\r" in answer else {"end_symbol_escaped": 1})
+
+
+def test_empty_answers_are_dropped_where_there_are_others():
+    changes = Changes()
+    checked = check_row(row(turns=(Turn("q", ("", "a", " ", "a")),)), web=False, settings=SETTINGS, changes=changes)
+    assert checked.turns[0].answers == ("a", "a")
+    assert changes == {"empty_answer_dropped": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"turns": (Turn("q", ("  ",)),)}, "an answer is empty"),
+        ({"turns": (Turn("q", ("a",)), Turn("r", ("",)))}, "an answer is empty"),
+        ({"turns": (Turn(" ", ("a",)),), "image": None, "task": "text"}, "a question is empty"),
+        ({"turns": (Turn("q", ("<p>a</p> {<1><2><300><4>}",)),)}, "box text"),
+        ({"turns": (Turn("q", ("{<50><2><30><4>}",)),)}, "box text"),
+        ({"turns": (Turn("where is {<0.1><0.2><0.3><0.4>}", ("a",)),)}, "box text"),
+        ({"turns": (Turn("q", ("{<-1><2><3><4>}",)),)}, "box text"),
+    ],
+)
+def test_texts_that_nothing_good_could_be_learned_from(changes, reason):
+    with pytest.raises(Malformed, match=reason):
+        check_row(row(**changes), web=False, settings=SETTINGS)
+
+
+def test_box_text_of_every_task_that_is_kept_can_be_read():
+    answer = "<p>two dogs</p> {<0><0><100><100>}<delim>{<5><6><7><8>} and {braces} {<no box>}"
+    checked = check_row(row(task="grounding", turns=(Turn("", (answer,)),)), web=False, settings=SETTINGS)
+    assert len(parse_boxes(checked.turns[0].answers[0])) == 2
+
+
+# ---------------------------------------------------------------- boxes
+
+
+def boxed(*boxes, size=(96, 64)):
+    return row(task="refer", turns=(Turn("", ("the star",)),), boxes=boxes, width=size[0], height=size[1])
+
+
+@pytest.mark.parametrize(
+    ("box", "reason"),
+    [
+        ((0.1, 0.2, 0.5, 0.6), "shares of the image: give pixels, of 96 x 64"),
+        ((0, 0, 1, 1), "shares of the image"),
+        ((300, 200, 620, 460), "reaches out of the image of 96 x 64"),
+        ((-30, -5, 40, 40), "reaches out"),
+        ((10, 10, 40, 66.1), "reaches out"),
+        ((50, 60, 10, 20), "turned round"),
+        ((10, 20, 30, 5), "turned round"),
+        ((10, 10, 10, 10), "no area"),
+        ((10, 10, 10, 40), "no area"),
+        ((96, 10, 98, 20), "no area"),
+        ((0, 0, float("nan"), 1), "no number"),
+        ((0, 0, float("inf"), 1), "no number"),
+        ((float("-inf"), 0, 10, 10), "no number"),
+    ],
+)
+def test_boxes_that_cannot_be_meant(box, reason):
+    with pytest.raises(Malformed, match=reason):
+        check_boxes(boxed((1, 2, 30, 40), box))
+
+
+@pytest.mark.parametrize(
+    ("box", "stored"),
+    [
+        ((0, 0, 96, 64), (0, 0, 96, 64)),
+        ((-2, -2, 98, 66), (0, 0, 96, 64)),
+        ((10.5, 3, 97.9, 64.0), (10.5, 3, 96, 64)),
+        ((0, 0, 0.5, 2), (0, 0, 0.5, 2)),
+    ],
+)
+def test_boxes_a_little_outside_are_clipped_and_counted(box, stored):
+    changes = Changes()
+    checked = check_boxes(boxed(box), changes)
+    assert checked.boxes == (stored,)
+    assert changes == ({} if box == stored else {"box_clipped": 1})
+    answer = render_sample(checked, lambda options: options[0])[0].answer
+    assert len(parse_boxes(answer)) == 1
+
+
+def test_the_tolerance_grows_with_the_image():
+    assert check_boxes(boxed((0, 0, 1020, 10), size=(1000, 500))).boxes == ((0, 0, 1000, 10),)
+    with pytest.raises(Malformed, match="reaches out"):
+        check_boxes(boxed((0, 0, 1021, 10), size=(1000, 500)))
+
+
+def test_boxes_without_an_image_are_refused():
+    with pytest.raises(Malformed, match="boxes and no image"):
+        check_boxes(row(task="text", image=None, boxes=((1, 2, 3, 4),)))

@@ -1,0 +1,185 @@
+"""Images that annotations name: which names are there, which lead out, and which folder holds them."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import os
+
+import pytest
+
+from pipelines import storage
+from pipelines.data.sources.base import Malformed, MissingImage, SourceInput
+from pipelines.data.sources.images import (
+    COCO,
+    ImageFolder,
+    ImageLayout,
+    check_image_name,
+    coco_names,
+    find_image_folder,
+)
+from pipelines.settings import SettingsError
+from pipelines.storage import Location
+from tests.source_files import encode, jpeg, picture
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "secret.jpg").write_bytes(jpeg(1))
+    return tmp_path / "images"
+
+
+def reader(folder, **more):
+    return ImageFolder(Location.parse(str(folder)), **more)
+
+
+def test_names_below_the_folder(folder):
+    images = reader(folder)
+    for name in ("a.jpg", "./a.jpg", str(folder / "a.jpg"), f"file://{folder}/a.jpg"):
+        assert images.read(name) == jpeg(0)
+    (folder / "sub").mkdir()
+    (folder / "sub/b.jpg").write_bytes(jpeg(2))
+    assert images.read("sub\\b.jpg") == images.read("sub/b.jpg") == jpeg(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("../secret.jpg", "outside of the image folder"),
+        ("sub/../../secret.jpg", "outside of the image folder"),
+        ("..\\secret.jpg", "outside of the image folder"),
+        ("/etc/passwd", "give the folder that holds it as images="),
+        ("", "name is empty"),
+        ("  ", "name is empty"),
+        ("https://example.com/a.jpg", "is a URL: download it"),
+        ("s3://bucket/a.jpg", "is a URL"),
+        ("b.jpg", "is missing in"),
+        ("a" * 5000 + ".jpg", "cannot be read"),
+        ("a\0b.jpg", "outside of the image folder"),
+        ("\ud800.jpg", "half a surrogate pair"),
+        (".", "outside of the image folder"),
+        ("data:image/jpeg;base64,!!!", "cannot be decoded"),
+        ("data:image/jpeg,abc", "is not base64"),
+        ("data:image/jpeg;base64", "no comma"),
+    ],
+)
+def test_names_that_cannot_be_read(folder, name, reason):
+    with pytest.raises(Malformed, match=reason) as error:
+        reader(folder).read(name)
+    assert len(str(error.value)) < 320 + len(str(folder))
+
+
+def test_a_name_that_looks_like_options_is_a_file_name(folder):
+    name = "a.jpg?endpoint_override=evil:9000&scheme=http"
+    with pytest.raises(MissingImage, match="is missing"):
+        reader(folder).read(name)
+    (folder / name).write_bytes(jpeg(3))
+    assert reader(folder).read(name) == jpeg(3)
+
+
+def test_data_urls_hold_the_image(folder):
+    text = base64.b64encode(jpeg(4)).decode()
+    wrapped = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
+    for url in (f"data:image/jpeg;base64,{text}", f"DATA:;base64,{wrapped}", f"data:;base64,{text.replace('+', '-')}"):
+        assert reader(folder).read(url) == jpeg(4)
+
+
+def test_errors_of_the_disk_are_not_the_rows_fault(folder, monkeypatch):
+    def failing(location):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(storage, "read_bytes", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        reader(folder).read("a.jpg")
+
+
+def test_missing_images_say_where_they_were_looked_for(folder):
+    with pytest.raises(MissingImage) as error:
+        reader(folder, alternatives=lambda name: (name, f"sub/{name}")).read("b.jpg")
+    assert error.value.looked_for == (Location.parse(f"{folder}/b.jpg"), Location.parse(f"{folder}/sub/b.jpg"))
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", r"empty \(0 bytes\)"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html>", "HTML page"),
+        (b"<?xml version='1.0'?><Error>", "XML"),
+        (b"<svg xmlns=", "SVG"),
+        (b"\x00\x00\x00\x18ftypheic", "HEIC"),
+        (b"\x00\x00\x00\x1cftypavif", "AVIF"),
+        (b"anything", "known format"),
+        (encode(picture(0), "PNG"), "wrong extension: it holds a PNG"),
+    ],
+)
+def test_bytes_that_are_no_such_image_are_called_what_they_are(data, what):
+    with pytest.raises(Malformed, match=what):
+        check_image_name("a.jpg", data)
+
+
+# ---------------------------------------------------------------- COCO, in every layout
+
+
+@pytest.mark.parametrize(
+    "asked",
+    ["COCO_train2014_000000000009.jpg", "000000000009.jpg", "train2014/COCO_train2014_000000000009.jpg", "9.jpg"],
+)
+@pytest.mark.parametrize(
+    "there",
+    [
+        "COCO_train2014_000000000009.jpg",
+        "train2014/COCO_train2014_000000000009.jpg",
+        "train2017/000000000009.jpg",
+        "val2014/COCO_val2014_000000000009.jpg",
+        "val2017/000000000009.jpg",
+        "000000000009.jpg",
+    ],
+)
+def test_a_coco_image_is_found_under_every_name_that_it_has(tmp_path, asked, there):
+    path = tmp_path / there
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(jpeg(0))
+    images = reader(tmp_path, alternatives=coco_names)
+    assert images.read(asked) == jpeg(0)
+
+
+def test_the_name_that_was_found_last_is_tried_first(tmp_path, monkeypatch):
+    (tmp_path / "train2017").mkdir()
+    for n in range(3):
+        (tmp_path / f"train2017/{n:012d}.jpg").write_bytes(jpeg(n))
+    tried = []
+    original = storage.read_bytes
+    monkeypatch.setattr(storage, "read_bytes", lambda at: (tried.append(at.path), original(at))[1])
+    images = reader(tmp_path, alternatives=coco_names)
+    for n in range(3):
+        images.read(f"COCO_train2014_{n:012d}.jpg")
+    assert [path.endswith(f"train2017/{n:012d}.jpg") for n, path in enumerate(tried[-2:], 1)] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("annotations", "images", "found"),
+    [
+        ("vqa/vqa_train.json", "vqa/train2014", "vqa"),
+        ("vqa/vqa_train.json", "coco/train2014", "coco"),
+        ("coco/annotations/captions_train2014.json", "coco/train2014", "coco"),
+        ("coco/annotations/captions_train2014.json", "coco/images/train2017", "coco/images"),
+        ("llava/conversation_58k.json", "coco/train2017", "coco"),
+        ("a/b/c.json", "coco/images", "coco/images"),
+    ],
+)
+def test_coco_folders_are_looked_for_beside_and_above(tmp_path, annotations, images, found):
+    (tmp_path / images).mkdir(parents=True)
+    file = Location.parse(str(tmp_path / annotations))
+    source = SourceInput("coco_vqa", "", "", "coco_vqa", "vqa")
+    assert find_image_folder(source, file, COCO).path == str(tmp_path / found)
+
+
+def test_folders_that_are_not_there_are_listed(tmp_path):
+    file = Location.parse(str(tmp_path / "x/y.json"))
+    with pytest.raises(SettingsError, match=r"needs images=: .*x/pictures.*folders above"):
+        find_image_folder(SourceInput("gqa", "", "", "gqa", "vqa"), file, ImageLayout(("pictures",)))
+    with pytest.raises(SettingsError, match=r"images='.*nowhere' is no folder"):
+        find_image_folder(SourceInput("gqa", "", str(tmp_path / "nowhere"), "gqa", "vqa"), file, ImageLayout())

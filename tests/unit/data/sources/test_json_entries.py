@@ -1,0 +1,180 @@
+"""Annotation files of every form, encoding and compression: no entry is lost, whatever the file is called."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+
+import pytest
+
+from pipelines import storage
+from pipelines.data.sources import json_entries, json_items
+from pipelines.data.sources.base import Rejected, SourceInput
+from pipelines.data.sources.json_entries import detect_form, plan_entries, read_entries
+from pipelines.settings import SettingsError
+
+ENTRIES = [{"a": n, "text": f"caf\u00e9 \u2028 {n}"} for n in range(7)]
+KEYED = {f"k{n}": entry for n, entry in enumerate(ENTRIES)}
+LIST = json.dumps(ENTRIES, ensure_ascii=False)
+LINES = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in ENTRIES)
+
+
+def read(path, data, member="", row_fields=(), per_unit=3):
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    (file,) = storage.find_files(str(path))
+    form = detect_form(file, member, row_fields)
+    source = SourceInput("x", str(path), "", "x", "")
+    units = list(plan_entries(source, file, form, entries_per_unit=per_unit))
+    return [found for unit in units for found in read_entries(unit)], len(units)
+
+
+FORMS = {
+    "list": (LIST, 3),
+    "list over lines": (json.dumps(ENTRIES, indent=1, ensure_ascii=False), 3),
+    "lines": (LINES, 3),
+    "lines without a last break": (LINES.rstrip("\n"), 3),
+    "lines with blank ones and CRLF": (LINES.replace("\n", "\r\n\r\n"), 5),
+    "lines with a byte order mark": ("\ufeff" + LINES, 3),
+    "list with a byte order mark": ("\ufeff" + LIST, 3),
+    "data": (json.dumps({"info": {"a": 1}, "data": ENTRIES}, ensure_ascii=False), 3),
+    "any other list": (json.dumps({"version": "1", "things": ENTRIES, "tags": ["x"]}, ensure_ascii=False), 3),
+    "keyed": (json.dumps(KEYED, ensure_ascii=False), 3),
+    "two lists": (json.dumps(ENTRIES[:4], ensure_ascii=False) + "\n" + json.dumps(ENTRIES[4:], ensure_ascii=False), 3),
+    "two keyed objects": (
+        "\n".join(json.dumps(dict(list(KEYED.items())[part]), indent=1) for part in (slice(4), slice(4, 7))),
+        3,
+    ),
+    "objects one after the other": ("".join(json.dumps(entry) for entry in ENTRIES), None),
+}
+
+
+@pytest.mark.parametrize("name", ["own.json", "own.jsonl"])
+@pytest.mark.parametrize("form", [name for name in FORMS if name != "objects one after the other"])
+def test_what_is_in_the_file_decides_and_not_its_name(tmp_path, form, name):
+    text, num_units = FORMS[form]
+    found, units = read(tmp_path / name, text)
+    assert [entry for _, entry in found] == ENTRIES
+    assert units == num_units
+    assert len({key for key, _ in found}) == len(ENTRIES)
+
+
+@pytest.mark.parametrize("form", ["list", "lines", "data", "keyed"])
+@pytest.mark.parametrize(
+    "pack",
+    [
+        gzip.compress,
+        bz2.compress,
+        lzma.compress,
+        lambda data: data.decode().encode("utf-16"),
+        lambda data: b"\xfe\xff" + data.decode().encode("utf-16-be"),
+        lambda data: data.decode().encode("utf-32"),
+        lambda data: gzip.compress(data.decode().encode("utf-16")),
+    ],
+    ids=["gzip", "bz2", "xz", "utf-16", "utf-16-be", "utf-32", "both"],
+)
+def test_compressed_and_transcoded_files_give_the_same_entries(tmp_path, form, pack, monkeypatch):
+    monkeypatch.setattr("pipelines.storage.COPY_BYTES", 11)
+    found, units = read(tmp_path / "own.json.gz", pack(FORMS[form][0].encode()))
+    assert [entry for _, entry in found] == ENTRIES
+    assert units == 1
+
+
+def test_escapes_survive_in_packed_files(tmp_path):
+    text = '[{"a": "\\u4e2d \u4e2d \\ud83d\\ude00 caf\u00e9"}]'
+    found, _ = read(tmp_path / "a.json", gzip.compress(text.encode()))
+    assert found[0][1] == {"a": "\u4e2d \u4e2d \U0001f600 caf\u00e9"}
+
+
+def test_one_row_is_a_row_and_no_container(tmp_path):
+    row = {"image": "a.jpg", "conversations": [{"from": "human", "value": "q"}]}
+    found, _ = read(tmp_path / "own.json", json.dumps(row), row_fields=("conversations",))
+    assert [entry for _, entry in found] == [row]
+    found, _ = read(tmp_path / "one.jsonl", json.dumps({"a": 1}))
+    assert [entry for _, entry in found] == [{"a": 1}]
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ('{"a": "\\x"}', "no valid JSON"),
+        ('{"a": 1,}', "no valid JSON"),
+        ("oops", "no valid JSON"),
+        ('{"a": ' + "9" * 5000 + "}", "no valid JSON"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deep"),
+    ],
+    ids=["escape", "comma", "word", "digits", "depth"],
+)
+@pytest.mark.parametrize("form", ["list", "lines", "packed"])
+def test_a_broken_entry_costs_itself_alone(tmp_path, broken, reason, form):
+    good = '{"a": 1}'
+    text = f"{good}\n{broken}\n{good}\n" if form == "lines" else f"[{good}, {broken}, {good}]"
+    name = "own.jsonl" if form == "lines" else "own.json"
+    found, _ = read(tmp_path / name, gzip.compress(text.encode()) if form == "packed" else text)
+    assert [isinstance(entry, Rejected) for _, entry in found] == [False, True, False]
+    assert reason in found[1][1].reason
+    assert len(found[1][1].reason) < 320
+
+
+@pytest.mark.parametrize(
+    ("text", "last"),
+    [
+        (LIST[:-30], "cut off or no valid JSON"),
+        (LIST + " and more words", "text that belongs to no entry"),
+        (LIST + "]", "text that belongs to no entry"),
+        (json.dumps({"data": ENTRIES})[:-3], "cut off"),
+    ],
+)
+def test_bytes_that_belong_to_no_entry_are_counted(tmp_path, text, last):
+    found, _ = read(tmp_path / "own.json", text)
+    assert isinstance(found[-1][1], Rejected)
+    assert last in found[-1][1].reason
+    assert len(found) >= len(ENTRIES)
+
+
+def test_damaged_compression_keeps_what_comes_before(tmp_path):
+    import random
+
+    noise = random.Random(0)
+    text = "".join(json.dumps({"n": n, "x": noise.random()}) + "\n" for n in range(5000))
+    packed = gzip.compress(text.encode())
+    found, _ = read(tmp_path / "own.jsonl.gz", packed[: len(packed) // 2])
+    assert "compressed data" in found[-1][1].reason
+    assert len(found) > 1000
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "holds no entries: it is empty"),
+        (b" \n\n", "holds no entries: it is empty"),
+        (b"[]", "holds no entries"),
+        (b"{}", "holds no entries"),
+        (b"hello", "does not start as JSON"),
+        (b"<html>", "does not start as JSON"),
+        (b'{"a": 1, "b": "x"}', "holds no entries: its members are a, b"),
+        (b'{"one": [{"a": 1}], "two": [{"a": 2}]}', "several lists"),
+        ("[1]".encode("utf-16-le"), None),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(tmp_path, data, message):
+    if message is None:
+        data, message = b"\0[\x001\0]", "zero byte"
+    with pytest.raises(SettingsError, match=message):
+        read(tmp_path / "own.json", data)
+
+
+def test_the_official_list_is_taken_where_there_are_several(tmp_path, caplog):
+    text = json.dumps({"images": [{"id": 1}], "annotations": ENTRIES, "licenses": [{"id": 1}]})
+    assert [entry for _, entry in read(tmp_path / "a.json", text, member="annotations")[0]] == ENTRIES
+    assert [entry for _, entry in read(tmp_path / "a.json", text)[0]] == ENTRIES
+    assert "entries are read from 'annotations' alone" in caplog.text
+
+
+def test_slices_of_a_file_larger_than_the_window_parse_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_items, "_CHUNK_BYTES", 40)
+    monkeypatch.setattr(json_entries, "_HEAD_BYTES", 10)
+    for form in ("list", "data", "keyed", "two lists"):
+        found, _ = read(tmp_path / "own.json", FORMS[form][0])
+        assert [entry for _, entry in found] == ENTRIES, form

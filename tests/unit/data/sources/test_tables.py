@@ -1,0 +1,158 @@
+"""Which tables of a folder are the data set, and what img2dataset's tables hold."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.data.sources import locate
+from pipelines.data.sources.base import Rejected
+from pipelines.settings import PrepareDataSettings, SettingsError
+from tests.source_files import jpeg
+
+
+def read(source, given, **more):
+    chosen, source_input = locate(PrepareDataSettings(source=source, input=str(given), **more))
+    return [found for unit in chosen.reader.plan(source_input) for found in chosen.reader.read(unit)]
+
+
+def questions(found):
+    return [entry.reason if isinstance(entry, Rejected) else entry.turns[0].question for entry in found]
+
+
+def write(path, *names):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"question": list(names), "answer": ["a"] * len(names)})
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+        return
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
+def test_a_saved_set_is_what_its_list_says(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    saved = datasets.Dataset.from_dict({"question": ["one", "two"], "answer": ["1", "2"]})
+    saved.save_to_disk(tmp_path / "set", num_shards=2)
+    loaded = datasets.load_from_disk(tmp_path / "set")
+    loaded.map(lambda row: {"question": f"draft {row['question']}"})
+    loaded.shuffle(seed=1)
+    assert len(list((tmp_path / "set").glob("*.arrow"))) > 2
+    assert questions(read("hf", tmp_path / "set")) == ["one", "two"]
+    (tmp_path / "set/data-00001-of-00002.arrow").unlink()
+    with pytest.raises(SettingsError, match=r"incomplete: its state\.json lists data-00001"):
+        read("hf", tmp_path / "set")
+    (tmp_path / "set/state.json").write_text("{}")
+    with pytest.raises(SettingsError, match="not as `save_to_disk` writes it"):
+        read("hf", tmp_path / "set")
+
+
+def test_arrow_does_not_shut_out_parquet(tmp_path):
+    write(tmp_path / "a.parquet", "from parquet")
+    write(tmp_path / "b.arrow", "from arrow")
+    for source in ("hf", "parquet"):
+        assert questions(read(source, tmp_path)) == ["from parquet", "from arrow"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (
+            "data/train-00000-of-00001.parquet",
+            "data/validation-00000-of-00001.parquet",
+            "data/test-00000-of-00001.parquet",
+        ),
+        ("set-train.arrow", "set-validation.arrow", "set-test.arrow"),
+        ("train/0000.parquet", "validation/0000.parquet", "test/0000.parquet"),
+        ("default/train/0000.parquet", "default/test/0000.parquet", "default/validation/0000.parquet"),
+        ("train.parquet", "val.parquet", "dev.parquet"),
+    ],
+)
+def test_the_training_split_alone_is_read(tmp_path, names):
+    for name in names:
+        write(tmp_path / name, name)
+    assert questions(read("hf", tmp_path)) == [names[0]]
+
+
+def test_leftovers_of_a_cache_are_no_data(tmp_path):
+    for name in ("set-train.arrow", "cache-0123456789abcdef.arrow", "tmpx8f2.arrow", "._set-train.arrow"):
+        write(tmp_path / name, name)
+    assert questions(read("hf", tmp_path)) == ["set-train.arrow"]
+
+
+def test_splits_without_a_training_one_are_named(tmp_path):
+    write(tmp_path / "validation-0.parquet", "v")
+    assert questions(read("hf", tmp_path)) == ["v"], "the only split"
+    write(tmp_path / "test-0.parquet", "t")
+    with pytest.raises(SettingsError, match="splits test, validation and no train"):
+        read("hf", tmp_path)
+    assert questions(read("hf", tmp_path / "test-*.parquet")) == ["t"]
+
+
+def test_empty_tables_are_told(tmp_path):
+    write(tmp_path / "a.parquet")
+    write(tmp_path / "b.arrow")
+    with pytest.raises(SettingsError, match="its tables have no rows"):
+        read("parquet", tmp_path)
+    write(tmp_path / "c.parquet", "q")
+    (tmp_path / "d.parquet").write_bytes(b"")
+    found = read("parquet", tmp_path)
+    assert questions(found[:1]) == ["q"]
+    assert "no readable" in found[1].reason
+
+
+def img2dataset(path, rows):
+    columns = ("url", "key", "status", "error_message", "caption", "width", "height", "jpg")
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), path)
+
+
+def test_img2datasets_table_of_images(tmp_path):
+    good = {"url": "http://x/a", "key": "0", "status": "success", "caption": "A star", "jpg": jpeg(0)}
+    gone = {
+        "url": "http://x/b",
+        "key": "1",
+        "status": "failed_to_download",
+        "error_message": "HTTP 404",
+        "caption": "b",
+    }
+    img2dataset(tmp_path / "00000.parquet", [good, gone])
+    row, removed = read("parquet", tmp_path, name="mine")
+    assert (row.image, row.task, row.turns[0].answers) == (jpeg(0), "caption", ("A star",))
+    assert (removed.filter, removed.reason) == ("not_downloaded", "img2dataset: HTTP 404")
+
+
+def test_img2datasets_table_of_notes_says_where_the_images_are(tmp_path):
+    img2dataset(
+        tmp_path / "00000.parquet", [{"url": "http://x/a", "key": "0", "status": "success", "caption": "A star"}]
+    )
+    (found,) = read("parquet", tmp_path)
+    assert "source=webdataset" in found.reason
+
+
+def test_img2datasets_folders_of_files(tmp_path):
+    for shard in (0, 1):
+        folder = tmp_path / f"{shard:05d}"
+        folder.mkdir()
+        for n in range(2):
+            key = f"{shard:05d}{n:04d}"
+            (folder / f"{key}.jpg").write_bytes(jpeg(n))
+            (folder / f"{key}.json").write_text(json.dumps({"caption": f"star {key}", "key": key}))
+            (folder / f"{key}.txt").write_text(f"star {key}")
+        (tmp_path / f"{shard:05d}.parquet").write_bytes(b"PAR1")
+        (tmp_path / f"{shard:05d}_stats.json").write_text("{}")
+    (tmp_path / "00001/000010001.jpg").write_bytes(b"")
+    for source in ("laion", "webdataset"):
+        found = read(source, tmp_path)
+        assert [entry.reason if isinstance(entry, Rejected) else entry.id for entry in found] == [
+            "00000/000000000",
+            "00000/000000001",
+            "00001/000010000",
+            "image 000010001.jpg is empty (0 bytes)",
+        ]
+    with pytest.raises(SettingsError, match="neither tars nor images with captions"):
+        (tmp_path / "none").mkdir()
+        read("laion", tmp_path / "none")
