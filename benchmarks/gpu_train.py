@@ -33,6 +33,7 @@ import torch
 from gpu_memory import memory_section
 from gpu_model import CAP_BYTES, checkpointing, random_model, train_step
 from gpu_rows import GIB, Clock, Row, Rows, memory_cap, synchronize, table
+from torch.profiler import ProfilerActivity, profile
 from train_step import make_samples, plain_batch
 
 from tinygptv.config import TinyGPTVConfig
@@ -114,15 +115,16 @@ class TrainBench:
         self._language_share(cached)
         self._case("ours, inline", 45, self._ours(inline), self.size.batch)
         self._plain_case("plain", short)
-        self._case("ours, cached, not compiled", 10, self._ours(cached, compiled=False), self.size.batch)
-        self._compiled_loss(cached[0])
+        self._profile("ours, cached", self._ours(cached)[0])
+        self._profile("ours, inline", self._ours(inline)[0])
         self._encoder(self.size.batch)
-        self._mixed()
+        self._case("ours, cached, not compiled", 10, self._ours(cached, compiled=False), self.size.batch)
+        self._mixed(cached[0])
         for case, floor in (("ours, cached", 4.0), ("ours, inline", 2.5)):
             self._compare(case, "plain", floor)
 
-    def _mixed(self) -> None:
-        """Samples of 20 to 800 tokens at 448 px."""
+    def _mixed(self, short: MicroBatch) -> None:
+        """Samples of 20 to 800 tokens at 448 px; then the losses of a short batch, which compile once more."""
         self.model.set_image_size(self.size.large_image_size)
         mixed = self._batches(MIXED_SAMPLES, self.size.mixed)
         longest = max(len(s.encoded.input_ids) for batch in mixed for s in batch)
@@ -132,6 +134,7 @@ class TrainBench:
         self._plain_case("448 px mix, plain", mixed)
         for case in ("448 px mix, ours, inline", "448 px mix, ours, cached"):
             self._compare(case, "448 px mix, plain", 3.0)
+        self._compiled_loss(short)
 
     def _batches(self, count: int, lengths: tuple[int, int], batches: int = 3) -> list[list[LoadedSample]]:
         """Different batches, as in training: their lengths differ."""
@@ -237,7 +240,7 @@ class TrainBench:
 
     def _compiled_loss(self, batch: MicroBatch) -> None:
         """Loss and gradient of one batch, compiled and not, without dropout."""
-        if not self.clock.allows("loss of compiled and uncompiled steps", 5 if self.size.product > 1000 else 0):
+        if not self.clock.allows("loss, compiled - uncompiled", 30 if self.size.product > 1000 else 0):
             return
         losses, gradients = [], []
         with self._noting_errors("loss, compiled - uncompiled"):
@@ -253,6 +256,22 @@ class TrainBench:
             note = f"{losses[0]:.5f} and {losses[1]:.5f}; gradients differ by {change:.2%} of their norm"
             self.rows.put("loss, compiled - uncompiled", abs(losses[0] - losses[1]), "nats", note=note)
         self.model.train()
+
+    def _profile(self, what: str, run: Callable[[], object]) -> None:
+        """Time that the device works in one step, and its longest kernels."""
+        if self.device.type != "cuda" or not self.clock.allows(f"{what}: device busy", 10):
+            return
+        with self._noting_errors(f"{what}: device busy"):
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                run()
+                synchronize(self.device)
+            events = profiler.key_averages()
+            launches = sum(event.count for event in events)
+            busy = sum(event.self_device_time_total for event in events) / 1e3
+            self.rows.put(f"{what}: device busy", busy, "ms", note=f"{launches} kernels and copies in one step")
+            longest = sorted(events, key=lambda event: -event.self_device_time_total)[:25]
+            for event in longest:
+                print(f"{event.self_device_time_total / 1e3:9.2f} ms {event.count:6}  {event.key[:110]}")
 
     def _encoder(self, images: int) -> None:
         side = self.model.config.vision_config.image_size

@@ -187,9 +187,11 @@ def normalise_pixels(pixels: PixelsT) -> PixelsT:
     if isinstance(given, np.ndarray):
         mean, std = (np.array(v, dtype=np.float32).reshape(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
         return cast(PixelsT, (given.astype(np.float32) / np.float32(255.0) - mean) / std)
-    floats = given.float()
-    mean, std = (floats.new_tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    return cast(PixelsT, (floats / 255.0 - mean) / std)
+    floats = given.float() / 255.0
+    # Channel by channel: tensors of the statistics would have to be copied to a GPU, which waits for the copy.
+    for channel, (channel_mean, channel_std) in enumerate(zip(IMAGE_MEAN, IMAGE_STD, strict=True)):
+        floats[..., channel, :, :].sub_(channel_mean).div_(channel_std)
+    return cast(PixelsT, floats)
 
 
 def stack_pixels(images: Sequence[Image.Image], image_size: int) -> np.ndarray:

@@ -220,6 +220,8 @@ class TrainStep:
             inputs_embeds = self.model.embed(
                 ids.unsqueeze(0), query_features=query_features, image_positions=image_positions
             )
+            if not inputs_embeds.requires_grad:
+                inputs_embeds.requires_grad_()  # text alone: the first layer's graph is that of the others
             return self.model.token_losses(
                 inputs_embeds,
                 supervised_positions,
@@ -318,6 +320,6 @@ class TrainStep:
 
     def _to_device(self, array: object) -> Tensor:
         tensor = torch.as_tensor(array)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not tensor.is_cuda:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
