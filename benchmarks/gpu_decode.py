@@ -293,7 +293,7 @@ def first_token_section(deadline_s: float, size: str = "paper", device: str = "c
 # ---------------------------------------------------------------------------------------------------- answers
 
 
-PROMPTS, ANSWER = 5, 24
+PROMPTS, ANSWER = 4, 12
 """Prompts, and tokens of each answer."""
 
 

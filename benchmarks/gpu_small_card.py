@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+"""Answering on a small card: the whole system under a hard memory cap. Random weights, no Ray.
+
+    python benchmarks/gpu_small_card.py                              # paper's size, NF4, 8 GiB
+    python benchmarks/gpu_small_card.py --size tiny --device cpu     # the same code in seconds
+
+One and four conversations about 448 px images fill their contexts of 1,024 tokens; image encoder, CUDA graphs and
+cache are those of the server. Measured is the most that torch's allocator held, what it took from the device, and what
+the device lacked in all, CUDA's own share included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu_decode import SIZES, pack_language, random_model, sentence
+from gpu_rows import GIB, Clock, Row, Rows, memory_cap, table
+from serving_common import make_tokenizer
+
+from tinygptv.inference.engine import Engine, Request
+from tinygptv.inference.graphed_encoder import GraphedEncoder
+from tinygptv.inference.sampling import SamplingParams
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+
+CAP_BYTES = 8 * GIB
+MOST_BYTES = 4.5 * GIB
+"""Wanted for one conversation."""
+
+
+def small_card_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
+    """Peak memory of one and four full contexts."""
+    rows, where = Rows("small card"), torch.device(device)
+    clock = Clock(rows, deadline_s)
+    context = 1024 if size == "paper" else SIZES[size].context
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16} if where.type == "cuda" else {"fp32": torch.float32}
+    for name, dtype in dtypes.items():
+        for clients in (1, 4):
+            what = f"NF4, {name}, {clients} x {context} tokens"
+            if not clock.allows(what, 15.0 if size == "paper" else 0.1):
+                continue
+            model = random_model(SIZES[size].config(), where, dtype)
+            pack_language(model, "nf4", dtype)
+            try:
+                with memory_cap(where, CAP_BYTES) as peak:
+                    seconds = fill(model, clients, context)
+            except torch.cuda.OutOfMemoryError as error:
+                rows.put(what, None, "GiB", note=sentence(error))
+                continue
+            wanted = f"; wanted: at most {MOST_BYTES / GIB}" if clients == 1 else ""
+            note = f"reserved {peak.reserved / GIB:.2f} GiB; {seconds:.1f} s{wanted}"
+            rows.put(what, peak.allocated / GIB, "GiB", note=note)
+            del model
+    return rows
+
+
+def fill(model: TinyGPTVForConditionalGeneration, clients: int, context: int) -> float:
+    """Answer so many questions about images until their contexts are full; returns the seconds."""
+    started = time.perf_counter()
+    device, config = model.device, model.config
+    encoder = GraphedEncoder(model)
+    engine = Engine(model, make_tokenizer(), max_batch_size=clients, context_length=context, runner="graph")
+    side, queries, token = config.vision_config.image_size, config.num_query_tokens, config.image_token_id
+    rng = np.random.default_rng(0)
+    for index in range(clients):
+        pixels = torch.from_numpy(rng.integers(0, 256, (1, 3, side, side), dtype=np.uint8))
+        embeds = torch.stack(encoder.encode(pixels))
+        text = rng.integers(1, config.text_config.vocab_size, context - queries - context // 8)
+        ids = np.concatenate([text[:4], np.full(queries, token), text[4:]])
+        with torch.inference_mode():
+            inputs = model.embed(torch.from_numpy(ids).to(device).unsqueeze(0), image_embeds=embeds)[0]
+        named = np.where(ids == token, -1 - index, ids)
+        engine.add(Request(named, inputs, SamplingParams(max_tokens=context, ignore_end=True)))
+    while engine.has_work:
+        for _, delta in engine.step():
+            if delta.error:
+                raise RuntimeError(delta.error)
+    return time.perf_counter() - started
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sorted(SIZES), default="paper")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--limit-s", type=float, default=90)
+    arguments = parser.parse_args()
+    print(table(small_card_section(arguments.limit_s, arguments.size, arguments.device)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
