@@ -46,10 +46,8 @@ from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGenerat
 from tinygptv.quantization.linear_packed import PackedLinear
 from tinygptv.training.memory_plan import build_on_meta
 
-FORMATS = ("bf16", "nf4", "int4", "int8")
 BITS = {"bf16": 16.0, "nf4": 4.25, "int4": 4.5, "int8": 8.0}
 """Bits that a weight of the language layers takes on the device, scales included; the head stays bf16."""
-CLIENTS = (1, 4, 16, 32)
 FLOORS = {("bf16", 1): 300, ("nf4", 1): 400, ("int4", 1): 400, ("bf16", 16): 3000, ("bf16", 32): 5500}
 """Tokens per second that the engine has to reach on an H100."""
 
@@ -63,14 +61,16 @@ class Size:
     tokens: int
     steps: int
     copy_bytes: int
+    clients: tuple[int, ...]
+    formats: tuple[str, ...]
 
     def config(self, image_size: int = 448) -> TinyGPTVConfig:
         return TinyGPTVConfig.phi2(image_size=image_size) if self.context > 256 else tiny_config()
 
 
 SIZES: dict[str, Size] = {
-    "paper": Size(context=512, prompt=64, tokens=160, steps=60, copy_bytes=4 * GIB),
-    "tiny": Size(context=64, prompt=8, tokens=6, steps=2, copy_bytes=2**20),
+    "paper": Size(512, 64, 160, 60, 4 * GIB, (1, 4, 16, 32), ("bf16", "nf4", "int4", "int8")),
+    "tiny": Size(64, 8, 6, 2, 2**20, (1, 2), ("bf16", "nf4")),
 }
 
 
@@ -162,7 +162,7 @@ def decode_section(deadline_s: float, size: str = "paper", device: str = "cuda")
     clock, sizes = Clock(rows, deadline_s), SIZES[size]
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     rate = copy_rate(where, sizes.copy_bytes)
-    for kind in FORMATS:
+    for kind in sizes.formats:
         if not clock.allows(f"{kind}", 15.0 if size == "paper" else 0.1):
             break
         try:
@@ -183,7 +183,7 @@ def _decode_cases(
     rows: Rows, clock: Clock, sizes: Size, kind: str, model: TinyGPTVForConditionalGeneration, rate: float
 ) -> None:
     started = time.perf_counter()
-    engine = Engine(model, make_tokenizer(), max_batch_size=CLIENTS[-1], context_length=sizes.context, runner="graph")
+    engine = Engine(model, make_tokenizer(), max_batch_size=sizes.clients[-1], context_length=sizes.context, runner="graph")
     synchronize(engine.decoder.device)
     ready_s = time.perf_counter() - started
     text = model.config.text_config
@@ -191,7 +191,7 @@ def _decode_cases(
     layers = text.num_hidden_layers * (4 * text.hidden_size**2 + 2 * text.hidden_size * text.intermediate_size)
     weights = layers * BITS[kind] / 8 + 2 * head
     bare = {}
-    for clients in CLIENTS:
+    for clients in sizes.clients:
         seconds, length = bare_step(engine, clients, sizes)
         bare[clients] = seconds
         cache = clients * length * 4 * text.num_hidden_layers * text.hidden_size
@@ -199,12 +199,12 @@ def _decode_cases(
         note = f"{seconds * 1e3:.2f} ms at {length} positions; limit {limit * 1e3:.2f} ms, {limit / seconds:.0%} of it"
         rows.put(f"{kind}, bare step, {clients}", clients / seconds, "tokens/s", note=note)
     loop = EngineLoop(engine)
-    for clients in CLIENTS:
+    for clients in sizes.clients:
         if not clock.allows(f"{kind}, engine, {clients}", 3.0 if sizes.context > 256 else 0):
             continue
         per_second = serve(loop, clients, sizes)
         note = f"{bare[clients] * per_second / clients:.0%} of the bare step's rate while all answer"
-        note += f"; graphs captured in {ready_s:.0f} s" if clients == CLIENTS[0] else ""
+        note += f"; graphs captured in {ready_s:.0f} s" if clients == sizes.clients[0] else ""
         rows.put(f"{kind}, engine, {clients}", per_second, "tokens/s", floor=FLOORS.get((kind, clients)), note=note)
     loop.close()
 

@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu_decode import (
     BITS,
-    FORMATS,
     SIZES,
     copy_rate,
     pack_language,
@@ -51,8 +50,8 @@ def products_section(deadline_s: float, size: str = "paper", device: str = "cuda
     rate = copy_rate(where, SIZES[size].copy_bytes)
     rows.put("copy", rate / 1e12, "TB/s", note="bytes read and written")
     shapes = product_shapes(SIZES[size].config())
-    for tokens in (1, 4, 16, 32, 64) if size == "paper" else (1, 4):
-        for kind in (*FORMATS, "tinygemm") if tokens < 64 else FORMATS:
+    for tokens in (1, 4, 16, 32, 64) if size == "paper" else (1, 2):
+        for kind in (*SIZES[size].formats, "tinygemm"):
             if not clock.allows(f"{kind}, {tokens} tokens", 1.0):
                 return rows
             total, parts = 0.0, []
