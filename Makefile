@@ -6,7 +6,7 @@ CONFIG ?= configs/mini.yaml
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup demo serve mlflow test test-unit test-integration test-security test-slow lint format lock clean
+.PHONY: help setup demo serve mlflow test test-unit test-integration test-security test-gpu test-slow lint format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -46,6 +46,9 @@ test-integration: setup ## tests that start Ray, Serve and MLflow on loopback
 
 test-security: setup ## the tests that hold the promises of SECURITY.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "security and not slow" tests
+
+test-gpu: setup ## tests that need a CUDA card
+	@$(BIN)/python -m pytest tests/gpu tests/unit/kernels
 
 test-slow: setup ## the tests that take minutes each: kills, several workers, the whole way
 	@$(BIN)/python -m pytest -m slow tests/integration

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""All claims about GPUs in one call: answering, training, memory. Random weights at the paper's size; no Ray, no network.
+"""All claims about GPUs in one call: answering, training, memory. Random weights at the paper's size, no Ray.
 
     python benchmarks/gpu.py                                 # about eight minutes on an H100
     python benchmarks/gpu.py --only decode,train             # some sections
@@ -7,7 +7,8 @@
     python benchmarks/gpu.py --output benchmarks/results/gpu.md
 
 Needs torch 2.11 or newer, transformers, timm and peft. Each section has a time limit; what does not fit is said in the
-table. Numbers are printed as lines of JSON as they come, and as one table with the wanted values beside them at the end.
+table. Numbers are printed as lines of JSON as they come, and at the end as one table with the wanted values beside
+them.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Each row is printed as a line of JSON as soon as it is known, so that what was m
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
@@ -137,6 +138,7 @@ def memory_cap(device: torch.device, cap_bytes: int) -> Iterator[Peak]:
         yield peak
         return
     torch.cuda.synchronize()
+    gc.collect()  # what an earlier case left behind would count as free memory that cannot be taken
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
     left = cap_bytes - CUDA_CONTEXT_BYTES - torch.cuda.memory_reserved()

@@ -76,9 +76,17 @@ class Assistant:
         self._layout = processor.layout()
 
     @classmethod
-    def load(cls, path: str | Path, **options: Any) -> Assistant:
-        """Load a checkpoint or artifact folder; ``options`` are those of the constructor."""
-        model, processor = load_for_inference(path)
+    def load(cls, path: str | Path, device: str = "auto", **options: Any) -> Assistant:
+        """Load a checkpoint or artifact folder.
+
+        Args:
+            path: of the folder.
+            device: ``cpu``, ``cuda``, or ``auto``: a CUDA card where there is one.
+            options: those of the constructor.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, processor = load_for_inference(path, device)
         return cls(model, processor, **options)
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ Notation: T tokens of a step, G slots, L cache length, N heads, H head width, D 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,11 @@ from transformers.activations import NewGELUActivation
 from tinygptv.model.language_model import LanguageModel, PhiAttention, PhiDecoderLayer, matrix_input
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.quantization.linear_packed import PackedLinear
+
+logger = logging.getLogger(__name__)
+
+WORKSPACE_BYTES = 3 * 2**28
+"""What steps, graphs and the image encoder take of a GPU beside weights and cache, about."""
 
 attend = nn.functional.scaled_dot_product_attention
 
@@ -71,6 +77,47 @@ class StepPlan:
     segments: list[Segment] = field(default_factory=list)
     num_decoding: int = 0
     output_rows: Tensor | None = None
+
+
+def slots_that_fit(
+    model: TinyGPTVForConditionalGeneration, wanted: int, cache_length: int, cache_dtype: torch.dtype | None = None
+) -> int:
+    """How many sequences' keys and values fit into a GPU's free memory, at most ``wanted``.
+
+    Room is left for the steps' own tensors, for graphs, and for encoding images. On a CPU the cache takes memory as it
+    is written, and ``wanted`` is returned.
+
+    Args:
+        model: where its weights are.
+        wanted: most slots.
+        cache_length: positions of each.
+        cache_dtype: as for ``FlatDecoder``.
+
+    Raises:
+        ValueError: not even one fits.
+    """
+    text = model.config.text_config
+    device = cast(Tensor, model.get_input_embeddings().weight).device
+    if device.type != "cuda":
+        return wanted
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    dtype = cache_dtype or _matrix_dtype(model)
+    slot = 2 * text.num_hidden_layers * text.hidden_size * cache_length * dtype.itemsize
+    room = free - WORKSPACE_BYTES - total // 50
+    if room < slot:
+        raise ValueError(
+            f"the cache of one sequence of {cache_length} tokens takes {slot / 2**30:.2f} GiB, and {free / 2**30:.2f} "
+            f"GiB are free on {device}, of which {(free - room) / 2**30:.2f} GiB are needed for other things: choose a "
+            "smaller context_length, or an artifact of fewer bits."
+        )
+    num_slots = min(wanted, room // slot)
+    if num_slots < wanted:
+        logger.warning(
+            "%d answers of %d tokens are generated together, not %d: %.1f GiB of the GPU's memory are free",
+            num_slots, cache_length, wanted, free / 2**30,
+        )  # fmt: skip
+    return num_slots
 
 
 class FlatDecoder:

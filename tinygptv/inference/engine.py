@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tinygptv.inference.decoder import CACHE_DTYPES, FlatDecoder
+from tinygptv.inference.decoder import CACHE_DTYPES, FlatDecoder, slots_that_fit
 from tinygptv.inference.prefix_cache import PrefixCache
 from tinygptv.inference.runner import Drawn, FlatRunner, Launch, Piece, Row, Runner
 from tinygptv.inference.sampling import SamplingParams, TokenLogprobs
@@ -149,7 +149,8 @@ class Engine:
         Args:
             model: in evaluation mode.
             tokenizer: a byte-level one.
-            max_batch_size: answers generated together; also the number of cache slots.
+            max_batch_size: answers generated together, also the number of cache slots; fewer where a GPU's memory is
+                too small for them, which is logged.
             context_length: most tokens of prompt and answer; 0 takes the model's, at most 2,048.
             prefill_tokens: most prompt tokens of a step in which answers are waiting for their next token; 0 takes 128
                 on a CPU and 512 on a GPU.
@@ -158,7 +159,8 @@ class Engine:
             runner: ``graph`` on a GPU and ``flat`` elsewhere, or one of them (see ``runner``).
 
         Raises:
-            ValueError: ``context_length`` is more than the model's positions, or ``kv_cache_dtype`` is unknown.
+            ValueError: ``context_length`` is more than the model's positions, ``kv_cache_dtype`` is unknown, or a GPU's
+                memory is too small for one sequence.
         """
         positions = model.config.text_config.max_position_embeddings
         if context_length > positions:
@@ -166,15 +168,16 @@ class Engine:
         if kv_cache_dtype not in CACHE_DTYPES:
             raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; choose one of {', '.join(CACHE_DTYPES)}.")
         self.context_length = context_length or min(positions, 2048)
-        self.max_batch_size = max_batch_size
+        cache_dtype = CACHE_DTYPES[kv_cache_dtype]
+        self.max_batch_size = slots_that_fit(model, max_batch_size, self.context_length, cache_dtype)
         self.stop = stop
         self.token_bytes = TokenBytes(tokenizer)
         self.end_ids = frozenset({tokenizer.eos_token_id, model.config.text_config.eos_token_id} - {None})
-        self.decoder = FlatDecoder(model, max_batch_size, self.context_length, CACHE_DTYPES[kv_cache_dtype])
+        self.decoder = FlatDecoder(model, self.max_batch_size, self.context_length, cache_dtype)
         is_cuda = self.decoder.device.type == "cuda"
         self.prefill_tokens = prefill_tokens or (512 if is_cuda else 128)
         self.runner = _build_runner(self.decoder, use_graph=runner == "graph" or (runner == "auto" and is_cuda))
-        self.prefix_cache = PrefixCache(max_batch_size, self.context_length)
+        self.prefix_cache = PrefixCache(self.max_batch_size, self.context_length)
         self.stats = EngineStats()
         self._waiting: deque[_Sequence] = deque()
         self._reading: list[_Sequence] = []
