@@ -171,11 +171,8 @@ def tuning_section(deadline_s: float, size: str = "paper", device: str = "cuda")
     def products(kind: str, tokens: int) -> Callable[[], float]:
         return lambda: sum(time_product(kind, shape, tokens, where) for shape in shapes)
 
-    for tile in ((16, 64, 4), (8, 64, 4), (16, 32, 4), (4, 64, 2), (8, 128, 8), (16, 16, 2), (32, 16, 4)):
-        values = dict(zip(("ROW_OUTPUTS", "ROW_WORDS", "ROW_WARPS"), tile, strict=True))
-        attempt("nf4, 1 token", lowbit, values, products("nf4", 1))
-    for tokens in (8, 64):
-        for tile in ((64, 4, 2), (64, 4, 3), (128, 8, 2), (32, 4, 2)):
+    for tokens in (1, 8, 64):
+        for tile in ((64, 4, 2), (64, 4, 3), (128, 8, 2), (32, 4, 2), (32, 2, 3)):
             values = dict(zip(("TILE_OUTPUTS", "TILE_WARPS", "TILE_STAGES"), tile, strict=True))
             attempt(f"nf4, {tokens} tokens", lowbit, values, products("nf4", tokens))
     for clients, length in ((1, 1000), (32, 500)):

@@ -23,76 +23,20 @@ WANTED_PROGRAMS, WANTED8_PROGRAMS = 1056, 528
 MOST_PARTS = 8
 
 TILE_OUTPUTS, TILE_WARPS, TILE_STAGES = 64, 4, 2
-"""Outputs, warps and pipeline stages of a program for several tokens, 4 bits."""
+"""Outputs, warps and pipeline stages of a program, 4 bits."""
 TILE8_OUTPUTS, TILE8_INPUTS, TILE8_WARPS, TILE8_STAGES = 32, 128, 4, 4
 """The same for 8 bits, and the inputs of a step."""
-ROW_OUTPUTS, ROW_WORDS, ROW_WARPS = 16, 64, 4
-"""Outputs, words of each and warps of a program for one token, 4 bits."""
-ROW8_OUTPUTS, ROW8_INPUTS, ROW8_WARPS = 8, 512, 8
-"""Outputs, inputs of each and warps of a program for one token, 8 bits."""
 
 
 def partial_products(x_TI: Tensor, weight: PackedWeight) -> Tensor:
     """Multiply few tokens: [T, I] to float32 [P, T, O], whose sum over P is the product."""
-    if weight.table is None:
-        return _rows_8(x_TI, weight) if len(x_TI) == 1 else _tiles_8(x_TI, weight)
-    return _rows_4(x_TI, weight) if len(x_TI) == 1 else _tiles_4(x_TI, weight)
+    return _tiles_8(x_TI, weight) if weight.table is None else _tiles_4(x_TI, weight)
 
 
 # ---------------------------------------------------------------------------------------------------- 4 bits
 
 
-def _rows_4(x_1I: Tensor, weight: PackedWeight) -> Tensor:
-    """One token, without tensor cores: each thread adds up its own share of some rows."""
-    outputs, words = weight.codes.shape
-    parts, steps = _parts(outputs, ROW_OUTPUTS, words, ROW_WORDS, WANTED_PROGRAMS)
-    products = torch.empty(parts, 1, outputs, dtype=torch.float32, device=x_1I.device)
-    _row_4_kernel[(triton.cdiv(outputs, ROW_OUTPUTS), parts)](
-        x_1I, weight.codes, weight.scale, _or(weight.offset, weight.scale), *_table(weight), products,
-        outputs, weight.inputs, words, steps, weight.scale.shape[1], LOOKUP=_lookup(weight),
-        HAS_OFFSET=weight.offset is not None, PLANES=weight.group // BLOCK_WORDS,
-        BLOCK_O=ROW_OUTPUTS, WORDS=ROW_WORDS, num_warps=ROW_WARPS,
-    )  # fmt: skip
-    return products
-
-
-@triton.jit(do_not_specialize=["steps"])
-def _row_4_kernel(
-    x, codes, scale, offset, table, products, outputs, inputs, words, steps, groups, LOOKUP: tl.constexpr,
-    HAS_OFFSET: tl.constexpr, PLANES: tl.constexpr, BLOCK_O: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
-    o = (tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
-    part = tl.program_id(1)
-    is_output = o < outputs
-    accumulated = tl.zeros([BLOCK_O, WORDS], tl.float32)
-    w = part * steps * WORDS + tl.arange(0, WORDS)
-    mask = is_output[:, None] & (w < words)[None, :]
-    following = tl.load(codes + o[:, None] * words + w[None, :], mask=mask, other=0)
-    for step in range(part * steps, (part + 1) * steps):
-        w = step * WORDS + tl.arange(0, WORDS)
-        block = w // 16
-        mask = is_output[:, None] & (w < words)[None, :]
-        loaded = following  # the next words are on their way while these are computed with
-        is_next = is_output[:, None] & (w + WORDS < words)[None, :]
-        following = tl.load(codes + o[:, None] * words + (w + WORDS)[None, :], mask=is_next, other=0)
-        pairs = _look_up(loaded, table, LOOKUP)
-        for first in tl.static_range(0, 8, PLANES):  # the planes of one group share its scale
-            product = tl.zeros([BLOCK_O, WORDS], tl.float32)
-            total = tl.zeros([WORDS], tl.float32)
-            for k in tl.static_range(first, first + PLANES):
-                i = block * 128 + k * 16 + w % 16
-                token = tl.load(x + i, mask=i < inputs, other=0.0).to(tl.float32)
-                product += _half(pairs[k // 2], k % 2) * token[None, :]
-                total += token
-            place = o[:, None] * groups + (block * (8 // PLANES) + first // PLANES)[None, :]
-            accumulated += product * tl.load(scale + place, mask=mask, other=0.0).to(tl.float32)
-            if HAS_OFFSET:
-                accumulated += total[None, :] * tl.load(offset + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(products + part * outputs + o, tl.sum(accumulated, 1), mask=is_output)
-
-
 def _tiles_4(x_TI: Tensor, weight: PackedWeight) -> Tensor:
-    """Several tokens, on tensor cores."""
     num_tokens = len(x_TI)
     outputs, words = weight.codes.shape
     parts, steps = _parts(outputs, TILE_OUTPUTS, words, BLOCK_WORDS, WANTED_PROGRAMS)
@@ -254,35 +198,7 @@ def _unpack_kernel(
 # ---------------------------------------------------------------------------------------------------- 8 bits
 
 
-def _rows_8(x_1I: Tensor, weight: PackedWeight) -> Tensor:
-    """One token, without tensor cores."""
-    outputs, inputs = weight.shape
-    parts, steps = _parts(outputs, ROW8_OUTPUTS, inputs, ROW8_INPUTS, WANTED8_PROGRAMS)
-    products = torch.empty(parts, 1, outputs, dtype=torch.float32, device=x_1I.device)
-    _row_8_kernel[(triton.cdiv(outputs, ROW8_OUTPUTS), parts)](
-        x_1I, weight.codes, weight.scale, products, outputs, inputs, steps,
-        BLOCK_O=ROW8_OUTPUTS, INPUTS=ROW8_INPUTS, num_warps=ROW8_WARPS,
-    )  # fmt: skip
-    return products
-
-
-@triton.jit(do_not_specialize=["steps"])
-def _row_8_kernel(x, codes, scale, products, outputs, inputs, steps, BLOCK_O: tl.constexpr, INPUTS: tl.constexpr):
-    o = (tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
-    part = tl.program_id(1)
-    is_output = o < outputs
-    accumulated = tl.zeros([BLOCK_O, INPUTS], tl.float32)
-    for step in range(part * steps, (part + 1) * steps):
-        i = step * INPUTS + tl.arange(0, INPUTS)
-        mask = is_output[:, None] & (i < inputs)[None, :]
-        token = tl.load(x + i, mask=i < inputs, other=0.0).to(tl.float32)
-        accumulated += tl.load(codes + o[:, None] * inputs + i[None, :], mask=mask, other=0).to(tl.float32) * token
-    result = tl.sum(accumulated, 1) * tl.load(scale + o, mask=is_output, other=0.0).to(tl.float32)
-    tl.store(products + part * outputs + o, result, mask=is_output)
-
-
 def _tiles_8(x_TI: Tensor, weight: PackedWeight) -> Tensor:
-    """Several tokens, on tensor cores."""
     num_tokens = len(x_TI)
     outputs, inputs = weight.shape
     parts, steps = _parts(outputs, TILE8_OUTPUTS, inputs, TILE8_INPUTS, WANTED8_PROGRAMS)
