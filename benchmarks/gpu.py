@@ -87,7 +87,7 @@ def description(arguments: argparse.Namespace) -> str:
             found.append(f"{package} not installed")
     return "\n".join(
         [
-            f"- Command: `python benchmarks/gpu.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+            f"- Command: `{' '.join(['python benchmarks/gpu.py', *sys.argv[1:]])}`",
             f"- {card}; {datetime.datetime.now(datetime.UTC):%Y-%m-%d}; {', '.join(found)}.",
         ]
     )

@@ -5,8 +5,8 @@
     python benchmarks/gpu_kernels.py --size tiny --device cpu     # the same code in seconds
     python benchmarks/gpu_kernels.py --only tuning                # other shapes of the kernels' programs
 
-``products`` times one product of each of Phi-2's four matrices, for 1 to 64 tokens, with torch's own 4-bit kernel
-(``_weight_int4pack_mm``) beside ours. ``kernels`` lists the kernels of a step.
+``products`` times one product of each of Phi-2's four matrices, for 1 to 64 tokens. ``kernels`` lists the kernels of a
+step.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from gpu_decode import (
     SIZES,
     copy_rate,
     pack_language,
+    random_layer,
     random_model,
-    random_packed,
     sentence,
     time_on_device,
 )
@@ -40,7 +40,6 @@ from gpu_rows import Clock, Row, Rows, table
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.inference.decoder import FlatDecoder
 from tinygptv.inference.graph_runner import GraphRunner, bucket_of
-from tinygptv.quantization.linear_packed import PackedLinear
 
 
 def products_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
@@ -51,7 +50,7 @@ def products_section(deadline_s: float, size: str = "paper", device: str = "cuda
     rows.put("copy", rate / 1e12, "TB/s", note="bytes read and written")
     shapes = product_shapes(SIZES[size].config())
     for tokens in (1, 4, 16, 32, 64) if size == "paper" else (1, 2):
-        for kind in (*SIZES[size].formats, "tinygemm"):
+        for kind in SIZES[size].formats:
             if not clock.allows(f"{kind}, {tokens} tokens", 1.0):
                 return rows
             total, parts = 0.0, []
@@ -83,7 +82,6 @@ def time_product(kind: str, shape: tuple[int, int], tokens: int, device: torch.d
     x = torch.randn(tokens, inputs, device=device, dtype=torch.bfloat16)
     makers: dict[str, Callable[[], Callable[[], Tensor]]] = {
         "bf16": lambda: _plain(outputs, inputs, x),
-        "tinygemm": lambda: _tinygemm(outputs, inputs, x),
     }
     make = makers.get(kind, lambda: _packed(kind, outputs, inputs, x))
     functions = [make() for _ in range(count)]
@@ -102,15 +100,8 @@ def _plain(outputs: int, inputs: int, x: Tensor) -> Callable[[], Tensor]:
 
 
 def _packed(kind: str, outputs: int, inputs: int, x: Tensor) -> Callable[[], Tensor]:
-    layer = PackedLinear(random_packed(kind, outputs, inputs, x.device), None, x.dtype)
+    layer = random_layer(kind, outputs, inputs, None, x.device)
     return lambda: layer.partial_products(x)
-
-
-def _tinygemm(outputs: int, inputs: int, x: Tensor) -> Callable[[], Tensor]:
-    codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=x.device)
-    packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
-    scales = torch.full((inputs // 64, outputs, 2), 0.01, device=x.device, dtype=x.dtype)
-    return lambda: torch.ops.aten._weight_int4pack_mm(x, packed, 64, scales)
 
 
 def kernels_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:

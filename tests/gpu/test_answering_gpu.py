@@ -18,6 +18,9 @@ from tinygptv.inference.sampling import SamplingParams
 from tinygptv.kernels import lowbit_ops, reference
 from tinygptv.kernels.shapes import PackedWeight, pack_codes
 from tinygptv.quantization.artifact import METHODS, write_artifact
+from tinygptv.quantization.linear_cpu import Int4Linear
+from tinygptv.quantization.linear_packed import PackedLinear, from_int4
+from tinygptv.quantization.linear_tinygemm import TinygemmLinear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
 
@@ -95,6 +98,21 @@ def test_products_with_packed_weights(kind, tokens, dtype):
     torch.testing.assert_close(products, expected, atol=0.02, rtol=0.01)
     torch.testing.assert_close(
         lowbit_ops("cuda").unpack(weight, torch.float32), reference.unpack(weight, torch.float32)
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 200])
+def test_torchs_four_bit_kernel(tokens):
+    linear = torch.nn.Linear(256, 64).requires_grad_(False)
+    stored = Int4Linear.pack(linear, "cpu")
+    fast = from_int4(stored, "cuda", torch.bfloat16)
+    assert isinstance(fast, TinygemmLinear)
+    plain = from_int4({key: tensor.clone() for key, tensor in stored.items()}, "cuda", torch.float32)
+    assert isinstance(plain, PackedLinear)
+    x = torch.randn(tokens, 256, device="cuda").bfloat16()
+    torch.testing.assert_close(fast(x).float(), plain(x.float()), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(
+        fast.unpack().float(), reference.unpack(plain.packed, torch.float32), atol=1e-3, rtol=1e-2
     )
 
 

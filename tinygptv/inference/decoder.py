@@ -29,6 +29,7 @@ from transformers.activations import NewGELUActivation
 from tinygptv.model.language_model import LanguageModel, PhiAttention, PhiDecoderLayer, matrix_input
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.quantization.linear_packed import PackedLinear
+from tinygptv.quantization.linear_tinygemm import TinygemmLinear
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +256,7 @@ def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
 def _matrix_dtype(model: TinyGPTVForConditionalGeneration) -> torch.dtype:
     """Dtype in which the language model's matrix products come out, and so of keys and values."""
     module = model.language_model.layers[0].self_attn.qkv_proj
-    if isinstance(module, PackedLinear):
+    if isinstance(module, PackedLinear | TinygemmLinear):
         return module.dtype
     weight = module.weight
     return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else model.dtype

@@ -25,6 +25,9 @@ from tinygptv.kernels import step_ops
 from tinygptv.kernels.shapes import AttentionWeights, Branch, Cache
 from tinygptv.model.language_model import Float32LayerNorm, Float32RMSNorm, PhiDecoderLayer
 from tinygptv.quantization.linear_packed import PackedLinear
+from tinygptv.quantization.linear_tinygemm import TinygemmLinear
+
+PACKED_LAYERS = (PackedLinear, TinygemmLinear)
 
 attend = nn.functional.scaled_dot_product_attention
 
@@ -196,14 +199,14 @@ class Projection:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self.plain = module if type(module) is nn.Linear else None
-        bias = module.bias if self.plain is not None or isinstance(module, PackedLinear) else None
+        bias = module.bias if self.plain is not None or isinstance(module, PACKED_LAYERS) else None
         self.bias = None if bias is None else cast(Tensor, bias).detach().float()
 
     def partials(self, x_TI: Tensor) -> Tensor:
         """[T, I] to [P, T, O], whose sum over P, plus the bias, is the layer's output."""
         if self.plain is not None:
             return nn.functional.linear(x_TI.to(self.plain.weight.dtype), self.plain.weight).unsqueeze(0)
-        if isinstance(self._module, PackedLinear):
+        if isinstance(self._module, PACKED_LAYERS):
             return self._module.partial_products(x_TI)
         return self._module(x_TI).unsqueeze(0)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tinygptv.kernels import lowbit_ops
 from tinygptv.kernels.shapes import PackedWeight, pack_codes, pad_groups
+from tinygptv.quantization.linear_tinygemm import TinygemmLinear, find_layout
 
 MOST_TOKENS = 64
 """Beyond so many tokens unpacking the matrix and multiplying plainly is faster."""
@@ -121,10 +122,15 @@ def from_int8(tensors: dict[str, Tensor], device: str | torch.device, dtype: tor
     return PackedLinear(weight, _moved(tensors.get("bias"), device), dtype)
 
 
-def from_int4(tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype) -> PackedLinear:
+def from_int4(
+    tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype
+) -> PackedLinear | TinygemmLinear:
     """Build from 4-bit groups with scale and offset (``linear_cpu.Int4Linear.pack``)."""
     pairs, scales = tensors["weight"].to(device), tensors["scale"].to(device)
     codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(1)
+    layout = find_layout(codes.device)
+    if layout is not None and TinygemmLinear.usable(codes, scales, dtype):
+        return TinygemmLinear(codes, scales.bfloat16(), _moved(tensors.get("bias"), device), layout)
     group = codes.shape[1] // len(scales)
     scale, offset = (pad_groups(part.T, group) for part in scales.unbind(-1))
     table = torch.arange(-8.0, 8.0, device=device)
