@@ -10,7 +10,7 @@ import pickle
 import queue
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,24 @@ class LoadPlan:
         return replace(self, rank=rank, world_size=world_size)
 
 
+@dataclass(frozen=True)
+class CutCount:
+    """Samples of a source, and how many of them were longer than the stage's limits.
+
+    Attributes:
+        samples: all of them.
+        questions: whose first question was cut (``stage.limits.max_context_tokens``).
+        answers: whose answer, or later turns, were cut (``stage.limits.max_text_tokens``).
+    """
+
+    samples: int = 0
+    questions: int = 0
+    answers: int = 0
+
+    def __add__(self, other: CutCount) -> CutCount:
+        return CutCount(self.samples + other.samples, self.questions + other.questions, self.answers + other.answers)
+
+
 @dataclass
 class StepBatch:
     """One worker's share of one optimizer step.
@@ -77,12 +95,14 @@ class StepBatch:
         step: its number.
         micro_batches: ready arrays.
         sample_ids: ``source/id`` of all samples of the step, over all workers.
+        cut: how many samples of this worker's share were cut, by source.
         wait_s: seconds the trainer waited for it.
     """
 
     step: int
     micro_batches: list[MicroBatch]
     sample_ids: list[str]
+    cut: dict[str, CutCount]
     wait_s: float = 0.0
 
 
@@ -149,7 +169,16 @@ class BatchMaker:
         pieces = cut(lengths, plan.micro_batch_size, plan.micro_batch_tokens, padded=plan.padded)
         pad = self.tokenizer.pad_token_id
         micro_batches = [collate(samples[piece], pad, pack_length=plan.pack_length) for piece in pieces]
-        return StepBatch(step, micro_batches, self.sample_ids(step) if self.plan.rank == 0 else [])
+        sample_ids = self.sample_ids(step) if plan.rank == 0 else []
+        return StepBatch(step, micro_batches, sample_ids, self._count_cut(samples))
+
+    def _count_cut(self, samples: Sequence[LoadedSample]) -> dict[str, CutCount]:
+        counts: dict[str, CutCount] = {}
+        for sample in samples:
+            name, encoded = self.names[sample.source], sample.encoded
+            one = CutCount(1, int(encoded.question_cut), int(encoded.answer_cut))
+            counts[name] = counts.get(name, CutCount()) + one
+        return counts
 
     def load(self, ref: SampleRef) -> LoadedSample:
         """Read, draw, encode and decode one sample."""

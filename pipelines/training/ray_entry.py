@@ -26,7 +26,7 @@ def train_worker(config: dict[str, bytes]) -> None:
     outcome: dict[str, object] = {}
     try:
         result = train_loop(job)
-        outcome = vars(result) if result else {}
+        outcome = result.to_dict() if result else {}
     except TrainingStopped as stopped:  # trying again would end there again
         if ray.train.get_context().get_world_rank() == 0:
             outcome = {"stopped": str(stopped)}

@@ -14,13 +14,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from pipelines.data.loader import BatchMaker, StepBatch
+from pipelines.data.loader import BatchMaker, CutCount, StepBatch
 from pipelines.json_files import write_json
 from pipelines.progress import PROGRESS_FILE, StepProgress
 from pipelines.tracking.base import NullTracker, Tracker, open_tracker
 from pipelines.training.job import TrainJob
 from pipelines.training.record import RECORD_FILE, StepEntry, StepRecord
-from pipelines.training.result import WorkerResult
+from pipelines.training.result import WorkerResult, cut_sentence
 from pipelines.training.sample_predictions import SamplePredictor
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.training.train_step import StepResult
@@ -189,12 +189,14 @@ class Reporter:
         self.record.close()
         self.tracker.close("FAILED")
 
-    def finish(self, checkpoint: str) -> WorkerResult:
+    def finish(self, checkpoint: str, cut: dict[str, CutCount]) -> WorkerResult:
         """Close everything.
 
         Args:
             checkpoint: folder or URI of the final checkpoint.
+            cut: samples of the whole stage that were longer than its limits, by source.
         """
         self.record.close()
+        self.tracker.tags({f"cut.{name}": cut_sentence(name, count) for name, count in cut.items() if count.questions})
         self.tracker.close()
-        return WorkerResult(checkpoint, self.record.first_loss, self.record.last_loss, self.job.num_steps)
+        return WorkerResult(checkpoint, self.record.first_loss, self.record.last_loss, self.job.num_steps, cut)

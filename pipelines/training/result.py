@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
+from pipelines.data.loader import CutCount
 from pipelines.json_files import read_json_object, write_json
 from pipelines.training.record import number
 
 RESULT_FILE = "result.json"
+
+
+def cut_sentence(source: str, count: CutCount) -> str:
+    """How many questions of a source were cut, and the setting that decides it."""
+    return (
+        f"{source}: the first question of {count.questions:,} of {count.samples:,} samples was longer than "
+        "stage.limits.max_context_tokens, and its end was cut"
+    )
 
 
 class StageResult(TypedDict):
@@ -20,6 +29,7 @@ class StageResult(TypedDict):
         first_loss: loss of the first step, in nats per token.
         last_loss: loss of the last step.
         steps: optimizer steps of the run.
+        cut: samples that were longer than the stage's limits, by source.
         seconds: time of the command that finished it.
         result: path of the file.
     """
@@ -28,6 +38,7 @@ class StageResult(TypedDict):
     first_loss: float
     last_loss: float
     steps: int
+    cut: dict[str, dict[str, int]]
     seconds: float
     result: str
 
@@ -41,17 +52,25 @@ class WorkerResult:
         first_loss: loss of the first step, in nats per token.
         last_loss: loss of the last step.
         steps: optimizer steps of the run.
+        cut: samples that were longer than the stage's limits, by source.
     """
 
     checkpoint: str
     first_loss: float
     last_loss: float
     steps: int
+    cut: dict[str, CutCount] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """From the values of a JSON file."""
-        return cls(values["checkpoint"], number(values["first_loss"]), number(values["last_loss"]), values["steps"])
+        cut = {name: CutCount(**count) for name, count in values.get("cut", {}).items()}
+        first, last = number(values["first_loss"]), number(values["last_loss"])
+        return cls(values["checkpoint"], first, last, values["steps"], cut)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return asdict(self)
 
     def to_stage_result(self, output: Path, seconds: float) -> StageResult:
         """Add what the driver knows."""
@@ -60,6 +79,7 @@ class WorkerResult:
             first_loss=self.first_loss,
             last_loss=self.last_loss,
             steps=self.steps,
+            cut={name: asdict(count) for name, count in self.cut.items()},
             seconds=round(seconds, 1),
             result=str(output / RESULT_FILE),
         )

@@ -24,7 +24,7 @@ from pipelines.training.guard import TrainingStopped
 from pipelines.training.job import TrainJob, resolve_job, resolve_stage, resolved_config
 from pipelines.training.ray_entry import WORKER_RESULT, train_worker
 from pipelines.training.record import RECORD_FILE
-from pipelines.training.result import StageResult, WorkerResult, read_result, write_result
+from pipelines.training.result import StageResult, WorkerResult, cut_sentence, read_result, write_result
 from pipelines.training.states import StateStore
 from pipelines.training.worker import train_loop
 from tinygptv.checkpoint.checkpoint import MANIFEST, CheckpointError, read_stage, verify_folder
@@ -66,6 +66,9 @@ def run_stage(settings: TrainSettings, number: int, *, parent_run_id: str = "") 
     result = trained.to_stage_result(output, time.perf_counter() - started)
     write_result(output, result)
     _log_outcome(job, output, result)
+    for name, count in trained.cut.items():
+        if count.questions:
+            logger.warning("%s.", cut_sentence(name, count))
     return result
 
 

@@ -129,7 +129,8 @@ class StateStore:
 
     def _mean_loss(self, folder: str) -> float:
         try:
-            return float(json.loads(storage.read_bytes(storage.join(folder, "state.json"))).get("mean_loss", "inf"))
+            loss = json.loads(storage.read_bytes(storage.join(folder, "state.json"))).get("mean_loss")
+            return float("inf") if loss is None else float(loss)
         except (OSError, ValueError):
             return float("inf")  # incomplete
 

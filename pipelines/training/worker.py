@@ -6,17 +6,18 @@ Every worker runs it; rank 0 writes files. The stage is data: nothing here asks 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from pipelines import storage
-from pipelines.data.loader import BatchMaker, StepBatch, iterate_steps
+from pipelines.data.loader import BatchMaker, CutCount, StepBatch, iterate_steps
 from pipelines.json_files import to_json
 from pipelines.training.fit import device_capacity, fit_to_device
 from pipelines.training.guard import Diagnosis, Fault, Guard, TrainingStopped, describe, diagnose
@@ -32,6 +33,8 @@ from tinygptv.training.stages import set_trainable
 from tinygptv.training.train_step import PRECISIONS, StepResult, TrainStep, set_dtypes
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 GUARD_FILE = "guard.jsonl"
 """Faults that the guard found, in the output folder: one line each."""
@@ -89,6 +92,7 @@ class TrainWorker:
             storage.join(job.storage, "states"), settings.keep_checkpoints, keep_best=settings.keep_best
         )
         self.reporter: Reporter | None = None
+        self.cut: dict[str, CutCount] = {}
         self.left_out: set[int] = set()
         self.rollbacks: Counter[int] = Counter()
 
@@ -117,6 +121,7 @@ class TrainWorker:
             self.reporter.compiling()
         for batch in batches:
             learning_rate = stage.schedule.learning_rate(batch.step)
+            self.cut = add_counts(self.cut, batch.cut)
             if batch.step in self.left_out:
                 if self.reporter:
                     self.reporter.add_skipped(batch, learning_rate)
@@ -134,6 +139,8 @@ class TrainWorker:
                 if rolled_back_to is not None:
                     batches.close()
                     return rolled_back_to
+            if saves or last:
+                self.cut = self._gather_cut()
             if saves and self.rank == 0:
                 self.save(batch.step + 1)
             if self.reporter and _due(batch.step, settings.predict_every, last):
@@ -204,7 +211,7 @@ class TrainWorker:
         torch.manual_seed(_dropout_seed(self.job.settings.seed, fault.step, self.rank))
         batches = maker.make(fault.step).micro_batches
         found = diagnose(self.train_step, list(zip(ids, batches, strict=True)), spike=fault.kind == "spike")
-        return Diagnosis.merge(_gather(found))
+        return Diagnosis.merge(gather(found))
 
     def save(self, next_step: int) -> None:
         """Save a training state in the background; called on rank 0."""
@@ -213,14 +220,24 @@ class TrainWorker:
         self._mirror_record()  # first: a record may be ahead of the state, never behind it
         tensors, extra = collect_state(self.train_step)
         tensors |= {f"guard/{name}": tensor for name, tensor in self.guard.state().items()}
-        self.store.save(next_step, tensors, {**extra, "mean_loss": mean_loss})
+        counts = {name: asdict(count) for name, count in self.cut.items()}
+        loss = mean_loss if math.isfinite(mean_loss) else None
+        self.store.save(next_step, tensors, {**extra, "mean_loss": loss, "cut": counts})
+
+    def _gather_cut(self) -> dict[str, CutCount]:
+        """Cut samples of all workers on rank 0; other ranks count again from zero."""
+        found = gather(self.cut)
+        return add_counts(*found) if self.rank == 0 else {}
 
     def _restore(self) -> int:
+        self.cut = {}
         found = self.store.newest()
         if found is None:
             return 0
         next_step, tensors, extra = found
         restore_state(self.train_step, tensors, extra)
+        if self.rank == 0:
+            self.cut = {name: CutCount(**count) for name, count in extra.get("cut", {}).items()}
         prefix = "guard/"
         self.guard.load_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         return next_step
@@ -259,7 +276,7 @@ class TrainWorker:
             remote = storage.join(self.job.storage, "checkpoint")
             upload_folder(Path(checkpoint), remote)
             checkpoint = remote
-        return self.reporter.finish(checkpoint)
+        return self.reporter.finish(checkpoint, self.cut)
 
     def _metadata(self) -> dict[str, Any]:
         """``stage.json`` of the checkpoint."""
@@ -325,10 +342,19 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _gather(found: Diagnosis) -> list[Diagnosis]:
-    """The diagnoses of all workers, by rank."""
+def gather(value: T) -> list[T]:
+    """The values of all workers, by rank; all workers must call it."""
     if _world_size() == 1:
-        return [found]
+        return [value]
     everyone: list[Any] = [None] * _world_size()
-    dist.all_gather_object(everyone, found)
+    dist.all_gather_object(everyone, value)
     return everyone
+
+
+def add_counts(*counts: dict[str, CutCount]) -> dict[str, CutCount]:
+    """Sums by source."""
+    total: dict[str, CutCount] = {}
+    for each in counts:
+        for name, count in each.items():
+            total[name] = total.get(name, CutCount()) + count
+    return total

@@ -13,14 +13,15 @@ Labels are unshifted: the model scores its output at s on the label at s + 1. So
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from tinygptv.data.boxes import format_box
-from tinygptv.data.prompt_layout import Exchange, PromptLayout
+from tinygptv.data.prompt_layout import Exchange, PromptLayout, TurnIds
 from tinygptv.data.prompts import INSTRUCTIONS
 
 IGNORE_INDEX = -100
@@ -135,7 +136,8 @@ class TextLimits:
 
     Attributes:
         max_text_tokens: tokens of the answer (single turn) or of everything after the first question (several turns).
-        max_context_tokens: tokens of the first question with its image; the right end is cut.
+        max_context_tokens: tokens of the first question with its image and the template's words; the end of the
+            question's own words is cut.
         mask_inner_bos: hide the BOS tokens between turns from attention, as the release does because BOS is also PAD.
     """
 
@@ -146,11 +148,21 @@ class TextLimits:
 
 @dataclass
 class EncodedSample:
-    """Token ids, labels and attention of one sequence; equal lengths, no padding."""
+    """Token ids, labels and attention of one sequence; equal lengths, no padding.
+
+    Attributes:
+        input_ids: the sequence.
+        labels: the same where the loss counts, else ``IGNORE_INDEX``.
+        attention_mask: 0 where a token is hidden.
+        question_cut: the first question was longer than the stage's limit, and its end is missing.
+        answer_cut: the answer, or what follows the first question, was longer than the limit, and its end is missing.
+    """
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     attention_mask: list[int] = field(default_factory=list)
+    question_cut: bool = False
+    answer_cut: bool = False
 
     def add(self, ids: Sequence[int], *, learn: bool = False, attend: bool = True) -> None:
         """Append tokens."""
@@ -173,18 +185,44 @@ class SampleEncoder:
 
         Returns:
             Ids, labels and attention; the last answer's end symbol is missing where the limit cut it off.
+
+        Raises:
+            ValueError: the limit of the first question has no room for the image and the template's words.
         """
         encoded = EncodedSample()
         first, *following = self.layout.encode_turns(exchanges)
+        encoded.question_cut = len(first.question) > self.limits.max_context_tokens
+        if encoded.question_cut:
+            first = self._shortened(exchanges[0])
         encoded.add(first.bos)
-        encoded.add(first.question[: self.limits.max_context_tokens])
+        encoded.add(first.question)
         end = len(encoded.input_ids) + self.limits.max_text_tokens
         encoded.add(first.answer or [], learn=True)
         for turn in following:
             encoded.add(turn.bos, attend=not self.limits.mask_inner_bos)
             encoded.add(turn.question)
             encoded.add(turn.answer or [], learn=True)
-        return EncodedSample(encoded.input_ids[:end], encoded.labels[:end], encoded.attention_mask[:end])
+        encoded.answer_cut = len(encoded.input_ids) > end
+        for values in (encoded.input_ids, encoded.labels, encoded.attention_mask):
+            del values[end:]
+        return encoded
+
+    def _shortened(self, exchange: Exchange) -> TurnIds:
+        """A turn with as many of its instruction's first characters as the limit has room for."""
+        words, room = exchange.instruction or "", self.limits.max_context_tokens
+
+        def turn(length: int) -> TurnIds:
+            (ids,) = self.layout.encode_turns([replace(exchange, instruction=words[:length].rstrip())])
+            return ids
+
+        length = bisect_left(range(len(words)), True, key=lambda count: len(turn(count + 1).question) > room)
+        shortened = turn(length)
+        if len(shortened.question) > room:
+            raise ValueError(
+                f"max_context_tokens={room} has no room for the image and the words of template "
+                f"{self.layout.template.name!r}: raise it."
+            )
+        return shortened
 
 
 def chooser(generator: np.random.Generator) -> Chooser:

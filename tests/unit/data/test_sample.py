@@ -198,3 +198,34 @@ def test_packing_refuses_hidden_tokens():
     with pytest.raises(ValueError, match="cannot be packed"):
         collate([hidden], 0, pack_length=100)
     assert collate([hidden], 0).attention_mask is not None
+
+
+# ---------------------------------------------------------------------- limits
+
+
+def test_a_question_beyond_the_limit_loses_its_own_last_words_and_no_word_of_the_template():
+    question = "[vqa] what is the colour of the very long thing?"
+    whole = encoder().encode([Exchange(question, "a dog", 1)])
+    assert not whole.question_cut and not whole.answer_cut
+    length = len(whole.input_ids) - len("a dog###") - 1  # BOS does not count
+    exact = encoder(max_context_tokens=length).encode([Exchange(question, "a dog", 1)])
+    assert exact == whole, "what just fits is not cut"
+    encoded = encoder(max_context_tokens=length - 10).encode([Exchange(question, "a dog", 1)])
+    expected = "<|endoftext|>###Human: <Img><I></Img> [vqa] what is the colour of the very l  ###Assistant: a dog###"
+    assert encoded.question_cut and not encoded.answer_cut
+    assert text_of(encoded.input_ids) == expected
+    assert len(encoded.input_ids) == length - 10 + 1 + len("a dog###")
+    assert text_of([i for i in encoded.labels if i != IGNORE_INDEX]) == "a dog###"
+
+
+def test_a_limit_without_room_for_the_template_is_refused():
+    with pytest.raises(ValueError, match=r"max_context_tokens=20 has no room for the image .* template 'human'"):
+        encoder(max_context_tokens=20).encode([Exchange("what?", "a dog", 1)])
+
+
+def test_an_answer_beyond_the_limit_says_so():
+    encoded = encoder(limit=4).encode([Exchange("what?", "a dog", 1)])
+    assert encoded.answer_cut and not encoded.question_cut
+    assert text_of([i for i in encoded.labels if i != IGNORE_INDEX]) == "a do"
+    assert len(encoded.labels) == len(encoded.attention_mask) == len(encoded.input_ids)
+    assert not encoder(limit=8).encode([Exchange("what?", "a dog", 1)]).answer_cut, "it just fits"
