@@ -138,7 +138,8 @@ class TextLimits:
         max_text_tokens: tokens of the answer (single turn) or of everything after the first question (several turns).
         max_context_tokens: tokens of the first question with its image and the template's words; the end of the
             question's own words is cut.
-        mask_inner_bos: hide the BOS tokens between turns from attention, as the release does because BOS is also PAD.
+        mask_inner_bos: lay out as the release does: the BOS tokens between turns are hidden from attention, because its
+            BOS is also its PAD, and a question beyond its limit loses its last tokens, the template's words included.
     """
 
     max_text_tokens: int
@@ -193,7 +194,7 @@ class SampleEncoder:
         first, *following = self.layout.encode_turns(exchanges)
         encoded.question_cut = len(first.question) > self.limits.max_context_tokens
         if encoded.question_cut:
-            first = self._shortened(exchanges[0])
+            first = self._shortened(exchanges[0], first)
         encoded.add(first.bos)
         encoded.add(first.question)
         end = len(encoded.input_ids) + self.limits.max_text_tokens
@@ -207,9 +208,11 @@ class SampleEncoder:
             del values[end:]
         return encoded
 
-    def _shortened(self, exchange: Exchange) -> TurnIds:
+    def _shortened(self, exchange: Exchange, turn_ids: TurnIds) -> TurnIds:
         """A turn with as many of its instruction's first characters as the limit has room for."""
         words, room = exchange.instruction or "", self.limits.max_context_tokens
+        if self.limits.mask_inner_bos:
+            return replace(turn_ids, question=turn_ids.question[:room])
 
         def turn(length: int) -> TurnIds:
             (ids,) = self.layout.encode_turns([replace(exchange, instruction=words[:length].rstrip())])

@@ -218,6 +218,12 @@ def test_a_question_beyond_the_limit_loses_its_own_last_words_and_no_word_of_the
     assert text_of([i for i in encoded.labels if i != IGNORE_INDEX]) == "a dog###"
 
 
+def test_the_releases_layout_cuts_the_template_too_and_says_so():
+    encoded = encoder(max_context_tokens=30, mask_inner_bos=True).encode([Exchange("what is it?", "a dog", 1)])
+    assert encoded.question_cut and len(encoded.input_ids) == 1 + 30 + len("a dog###")
+    assert "Assistant" not in text_of(encoded.input_ids)
+
+
 def test_a_limit_without_room_for_the_template_is_refused():
     with pytest.raises(ValueError, match=r"max_context_tokens=20 has no room for the image .* template 'human'"):
         encoder(max_context_tokens=20).encode([Exchange("what?", "a dog", 1)])
