@@ -139,7 +139,7 @@ def plain_batch(samples: list[LoadedSample], pad: int) -> dict[str, torch.Tensor
 def cached(bench: Bench, samples: list[LoadedSample]) -> list[LoadedSample]:
     """The samples with query features in place of pixels."""
     with torch.inference_mode():
-        pixels = torch.from_numpy(np.stack([s.pixels for s in samples]))
+        pixels = np.stack([s.pixels for s in samples])
         features = bench.model.encode_query_features(bench.step.pixel_values(pixels)).float().cpu().numpy()
     return [replace(s, pixels=None, query_features=f) for s, f in zip(samples, features, strict=True)]
 

@@ -240,8 +240,8 @@ class TrainStep:
             return None
         # Weights that are 16-bit already need no autocast, whose float32 norms cost a tenth of the encoder's time.
         weights = self.model.qformer.query_tokens.dtype
-        config = cast(TinyGPTVConfig, self.model.config)
-        images = self._to_device(batch.pixels).split(images_at_a_time(config))
+        size = images_at_a_time(cast(TinyGPTVConfig, self.model.config))
+        images = [batch.pixels[start : start + size] for start in range(0, len(batch.pixels), size)]
         with self._autocast(self.encoder_dtype if self.encoder_dtype != weights else torch.float32):
             features = [self.model.encode_query_features(self.pixel_values(part)) for part in images]
         return features[0] if len(features) == 1 else torch.cat(features)
@@ -310,7 +310,7 @@ class TrainStep:
             dist.all_reduce(count)
         return count.clamp(min=1.0)
 
-    def pixel_values(self, pixels: object) -> Tensor:
+    def pixel_values(self, pixels: np.ndarray) -> Tensor:
         """Normalised float images on the device, from uint8 [N, 3, R, R]."""
         return normalise_pixels(self._to_device(pixels))
 
@@ -318,7 +318,7 @@ class TrainStep:
         """Integer arrays on the device, in one transfer."""
         return self._to_device(np.concatenate(arrays)).split([len(array) for array in arrays])
 
-    def _to_device(self, array: object) -> Tensor:
+    def _to_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.as_tensor(array)
         if self.device.type == "cuda" and not tensor.is_cuda:
             return tensor.pin_memory().to(self.device, non_blocking=True)

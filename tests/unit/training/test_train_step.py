@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from peft.tuners import lora
@@ -221,6 +222,19 @@ def test_images_are_encoded_a_few_at_a_time(monkeypatch):
     step.model.vision_encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     torch.testing.assert_close(step._query_features(padded()), together)
     assert seen == [2, 2]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_only_arrays_are_sent_to_the_device(monkeypatch, flat):
+    """On a GPU they are pinned first, which tensors that are there already cannot be."""
+    sent = []
+    original = TrainStep._to_device
+    monkeypatch.setattr(TrainStep, "_to_device", lambda self, array: sent.append(type(array)) or original(self, array))
+    batch = padded()
+    make_step(tiny_model(), flat=flat).run([batch], 0.0)
+    batch.query_features, batch.pixels = np.zeros((4, 4, 24), dtype=np.float16), None
+    make_step(tiny_model(), flat=flat).run([batch], 0.0)
+    assert set(sent) == {np.ndarray}
 
 
 def test_hooks_see_every_layer_of_a_step_as_written(monkeypatch):
