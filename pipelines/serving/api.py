@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -22,7 +22,7 @@ from pipelines.serving.backend import Backend
 from pipelines.serving.clients import ClientIdentifier, key_digests
 from pipelines.serving.decoders import ImageDecoders
 from pipelines.serving.errors import ProtocolError, server_failed
-from pipelines.serving.metrics import Metrics
+from pipelines.serving.metrics import IngressMetrics, Metrics, render
 from pipelines.serving.pages import add_pages
 from pipelines.serving.protocol import ChatRequest
 from pipelines.serving.scenes import DrawnScene, draw_scene
@@ -31,6 +31,7 @@ from pipelines.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 CHAT = "/v1/chat/completions"
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -62,6 +63,7 @@ def build_api(
     *,
     digests: Sequence[bytes] | None = None,
     decoders: ImageDecoders | None = None,
+    all_metrics: Callable[[], Awaitable[Sequence[IngressMetrics]]] | None = None,
 ) -> FastAPI:
     """The ASGI application.
 
@@ -71,9 +73,11 @@ def build_api(
         metrics: counters that the backend shares with the API.
         digests: of the accepted API keys; None takes the settings' keys.
         decoders: processes that several applications share.
+        all_metrics: counters of every ingress, where there are several.
     """
+    metrics = metrics or Metrics()
     clients = ClientIdentifier(key_digests(settings) if digests is None else digests, settings.trusted_proxies)
-    service = ChatService(settings, backend, metrics or Metrics(), clients, decoders)
+    service = ChatService(settings, backend, metrics, clients, decoders)
     app = FastAPI(
         title="TinyGPT-V",
         description="Chat about images, in the shape of OpenAI's chat completions.",
@@ -130,13 +134,10 @@ def build_api(
     )
     async def show_metrics() -> Response:
         """Counters, for Prometheus."""
-        try:
-            async with asyncio.timeout(3):
-                replicas = await backend.stats()
-        except Exception:
-            logger.warning("no statistics from the model", exc_info=True)
-            replicas = []
-        return Response(service.metrics.render(replicas), media_type="text/plain; version=0.0.4; charset=utf-8")
+        replicas = await _within(3, backend.stats(), "the model", [])
+        own = [metrics.snapshot()]
+        ingresses = await _within(3, all_metrics(), "other ingresses", own) if all_metrics else own
+        return Response(render(ingresses, replicas), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(operator_page)])
     async def openapi() -> JSONResponse:
@@ -176,6 +177,16 @@ class HeadAsGet:
             await send(message)
 
         await self.app({**scope, "method": "GET"}, receive, send_head)
+
+
+async def _within(seconds: float, result: Awaitable[T], source: str, default: T) -> T:
+    """A result, or the default where there is none in time."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await result
+    except Exception:
+        logger.warning("no counters from %s", source, exc_info=True)
+        return default
 
 
 def _add_errors(app: FastAPI, service: ChatService) -> None:

@@ -24,7 +24,7 @@ from pipelines.serving.api import build_api
 from pipelines.serving.backend import ChatJob, Failure, Item, ModelInfo, Piece, PromptRead, ReplicaStats
 from pipelines.serving.clients import key_digests
 from pipelines.serving.errors import model_unavailable, too_busy
-from pipelines.serving.metrics import Metrics
+from pipelines.serving.metrics import IngressMetrics, Metrics
 from pipelines.serving.model_backend import ModelBackend
 from pipelines.settings import ServeSettings
 
@@ -131,10 +131,24 @@ class Ingress:
             model: the replicas.
         """
         self.settings, self.digests, self.model = settings, digests, model
+        self.metrics = Metrics()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        metrics = Metrics()
-        return build_api(self.settings, HandleBackend(self.model, metrics), metrics, digests=self.digests)
+        backend = HandleBackend(self.model, self.metrics)
+        return build_api(
+            self.settings, backend, self.metrics, digests=self.digests, all_metrics=self._metrics_of_all_ingresses
+        )
+
+    def own_metrics(self) -> IngressMetrics:
+        """Counters of this ingress, for another one to show."""
+        return self.metrics.snapshot(serve.get_replica_context().replica_tag)
+
+    async def _metrics_of_all_ingresses(self) -> list[IngressMetrics]:
+        context = serve.get_replica_context()
+        ingresses = serve.get_deployment_handle(context.deployment, context.app_name)
+        results = await ingresses.broadcast("own_metrics").results_async(return_exceptions=True)
+        found = [result for result in results if isinstance(result, IngressMetrics)]
+        return found or [self.own_metrics()]
 
 
 def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:

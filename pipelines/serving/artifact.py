@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.settings import ServeSettings
+from pipelines.settings import AnswerSettings
 
 
-def resolve_artifact(settings: ServeSettings) -> Path:
+def resolve_artifact(settings: AnswerSettings) -> Path:
     """The folder that ``settings.artifact`` names.
 
     Raises:

@@ -127,9 +127,16 @@ Item = PromptRead | Piece | Failure
 
 @dataclass(frozen=True)
 class ReplicaStats:
-    """Counters of one replica, by the names of ``metrics.ENGINE_COUNTERS`` and ``ENGINE_GAUGES``."""
+    """Counters of one replica.
+
+    Attributes:
+        replica: its process id.
+        node: name of its machine.
+        values: by the names of ``metrics.ENGINE_COUNTERS`` and ``ENGINE_GAUGES``.
+    """
 
     replica: str
+    node: str
     values: dict[str, float]
 
 

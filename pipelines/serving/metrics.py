@@ -1,11 +1,17 @@
-"""What ``GET /metrics`` shows, in Prometheus' text format: the ingress's own counters and each replica's engine."""
+"""What ``GET /metrics`` shows, in Prometheus' text format: the counters of every ingress and of each replica's engine.
+
+Any of several ingresses may answer, so each shows them all: otherwise counters would jump from one answer to the next.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter as Tally
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
 
 from pipelines.serving.backend import ReplicaStats
 
@@ -46,17 +52,56 @@ class Metrics:
         self.tokens = Counter("tokens", "tokens of finished requests", ["kind"], **options)
         self.retries = Counter("retries", "requests sent to another replica because the first one died", **options)
 
-    def render(self, replicas: Sequence[ReplicaStats]) -> bytes:
-        """The page.
+    def snapshot(self, ingress: str = "") -> IngressMetrics:
+        """The counters now, to be shown by whichever ingress is asked.
 
         Args:
-            replicas: ``Backend.stats``.
+            ingress: name of this one among several.
         """
-        engine = CollectorRegistry()
-        for name, text in (ENGINE_COUNTERS | ENGINE_GAUGES).items():
-            full_name = f"engine_{name}" + ("_total" if name in ENGINE_COUNTERS else "")
-            # A gauge may be set; the replica has done the counting.
-            gauge = Gauge(full_name, text, ["replica"], namespace="tinygptv", registry=engine)
-            for stats in replicas:
-                gauge.labels(stats.replica).set(stats.values[name])
-        return generate_latest(self.registry) + generate_latest(engine)
+        return IngressMetrics(ingress, list(self.registry.collect()))
+
+
+@dataclass(frozen=True)
+class IngressMetrics:
+    """Counters of one ingress."""
+
+    ingress: str
+    families: list[Metric]
+
+
+def render(ingresses: Sequence[IngressMetrics], replicas: Sequence[ReplicaStats]) -> bytes:
+    """The page.
+
+    Args:
+        ingresses: all of them; where there are several, their samples get the label ``ingress``.
+        replicas: ``Backend.stats``.
+    """
+    engine = CollectorRegistry()
+    same_name = Tally(stats.replica for stats in replicas)  # process ids, which two nodes may both have
+    for name, text in (ENGINE_COUNTERS | ENGINE_GAUGES).items():
+        full_name = f"engine_{name}" + ("_total" if name in ENGINE_COUNTERS else "")
+        # A gauge may be set; the replica has done the counting.
+        gauge = Gauge(full_name, text, ["replica"], namespace="tinygptv", registry=engine)
+        for stats in replicas:
+            label = stats.replica if same_name[stats.replica] == 1 else f"{stats.replica}@{stats.node}"
+            gauge.labels(label).set(stats.values[name])
+    return generate_latest(_Merged(ingresses)) + generate_latest(engine)
+
+
+class _Merged(CollectorRegistry):
+    """The ingresses' families, each once, with the samples of all."""
+
+    def __init__(self, ingresses: Sequence[IngressMetrics]) -> None:
+        super().__init__()
+        self.ingresses = ingresses
+
+    def collect(self) -> Iterator[Metric]:
+        """Families by name."""
+        merged: dict[str, Metric] = {}
+        for ingress in self.ingresses:
+            for family in ingress.families:
+                known = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    labels = {**sample.labels, "ingress": ingress.ingress} if len(self.ingresses) > 1 else sample.labels
+                    known.samples.append(sample._replace(labels=labels))
+        yield from merged.values()

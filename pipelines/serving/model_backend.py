@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -58,7 +59,6 @@ class ModelBackend:
             kept_images=settings.kept_images,
         )
         self.stuck_after_s = settings.stuck_after_s
-        self.name = f"{os.getpid()}"
         self.created = int(time.time())
 
     async def describe(self) -> ModelInfo:
@@ -103,7 +103,7 @@ class ModelBackend:
             "images_reused": images.num_reused,
             "slots": self.assistant.max_batch_size,
         }
-        return [ReplicaStats(self.name, values)]
+        return [ReplicaStats(str(os.getpid()), platform.node(), values)]
 
     async def check_health(self) -> None:
         """Raises where a thread that answers depend on has ended or is stuck; Serve then starts another replica."""

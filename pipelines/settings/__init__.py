@@ -21,12 +21,14 @@ from pipelines.settings.jobs import (
     ScoreSettings,
     TrainSettings,
 )
-from pipelines.settings.serve import ServeSettings
+from pipelines.settings.serve import AnswerSettings, BatchSettings, ServeSettings
 
 __all__ = [
     "ROOT",
     "SECTIONS",
     "AblateSettings",
+    "AnswerSettings",
+    "BatchSettings",
     "CacheFeaturesSettings",
     "DemoSettings",
     "MiniatureSettings",

@@ -1,4 +1,4 @@
-"""Settings of the HTTP service."""
+"""Settings of the HTTP service, and of answering a file of requests."""
 
 from __future__ import annotations
 
@@ -11,30 +11,16 @@ from pydantic import Field, SecretStr, field_validator
 from pipelines.settings.base import Settings, SettingsError
 
 
-class ServeSettings(Settings):
-    """``jobs/serve_http.py``: artifact -> HTTP."""
-
-    section = "serve"
+class AnswerSettings(Settings):
+    """Which model answers requests, and the bounds of a request."""
 
     artifact: str = Field(
         "", description="artifact or checkpoint folder, or models:/name@alias; empty is the shipped one"
     )
     model_name: str = Field("tinygpt-v", min_length=1, description="name that requests call the model by")
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    num_replicas: int = Field(1, ge=1, description="copies of the model")
-    max_replicas: int = Field(0, ge=0, description="autoscale from num_replicas up to this; 0 keeps the number fixed")
     num_gpus: float = Field(0, ge=0, description="GPUs of a replica; a fraction lets replicas share one")
-    cpus_per_replica: float = Field(1.0, ge=0, description="logical CPUs of a replica")
     threads: int = Field(0, ge=0, description="torch threads of a replica; 0: one for a small model, else all cores")
     max_batch_size: int = Field(16, ge=1, description="answers generated together in one replica")
-    max_queue: int = Field(64, ge=0, description="requests that may wait; more are refused with 429")
-    max_per_client: int = Field(
-        0, ge=0, description="requests in flight of one API key or address; 0: all places, while nobody else asks"
-    )
-    trusted_proxies: list[str] = Field(
-        default_factory=list, description="addresses of reverse proxies whose X-Forwarded-For names the client"
-    )
     context_length: int = Field(0, ge=0, description="tokens of prompt and answer; 0 is the model's, at most 2048")
     prefill_tokens: int = Field(128, ge=1, description="prompt tokens read per step while answers are being written")
     kv_cache_dtype: Literal["auto", "bfloat16"] = Field(
@@ -42,8 +28,40 @@ class ServeSettings(Settings):
     )
     max_tokens: int = Field(256, ge=1, description="answer length where a request names none")
     temperature: float = Field(0.0, ge=0, le=2, description="temperature where a request names none; 0 is greedy")
-    stream_interval_ms: float = Field(25, ge=0, description="shortest time between two events of a stream")
     request_timeout_s: float = Field(300, gt=0, description="longest time of a request, waiting included")
+    allowed_image_hosts: list[str] = Field(
+        default_factory=list, description="hosts that images may be fetched from; none by default"
+    )
+    max_messages: int = Field(256, ge=1, description="messages of one request")
+    max_images: int = Field(8, ge=0, description="images of one request")
+    max_image_mb: float = Field(10, gt=0, description="size of an encoded image")
+    max_image_megapixels: float = Field(24, gt=0, description="width x height of an image")
+    max_body_mb: float = Field(16, gt=0, description="size of a request; base64 makes an image a third larger")
+    image_timeout_s: float = Field(
+        10, gt=0, description="time to fetch an image, to wait for a decoder, and to decode it, each"
+    )
+    image_decoders: int = Field(2, ge=1, description="processes that decode images; each decodes one at a time")
+    kept_images: int = Field(256, ge=1, description="images whose embeddings a replica keeps for later turns")
+
+
+class ServeSettings(AnswerSettings):
+    """``jobs/serve_http.py``: artifact -> HTTP."""
+
+    section = "serve"
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    num_replicas: int = Field(1, ge=1, description="copies of the model")
+    max_replicas: int = Field(0, ge=0, description="autoscale from num_replicas up to this; 0 keeps the number fixed")
+    cpus_per_replica: float = Field(1.0, ge=0, description="logical CPUs of a replica")
+    max_queue: int = Field(64, ge=0, description="requests that may wait; more are refused with 429")
+    max_per_client: int = Field(
+        0, ge=0, description="requests in flight of one API key or address; 0: all places, while nobody else asks"
+    )
+    trusted_proxies: list[str] = Field(
+        default_factory=list, description="addresses of reverse proxies whose X-Forwarded-For names the client"
+    )
+    stream_interval_ms: float = Field(25, ge=0, description="shortest time between two events of a stream")
     api_keys: list[SecretStr] = Field(
         default_factory=list,
         description="accepted bearer tokens, in a YAML file; none accepts everybody. Also: TINYGPTV_API_KEYS",
@@ -55,25 +73,12 @@ class ServeSettings(Settings):
     cors_origins: list[str] = Field(
         default_factory=list, description="web origins that may call the API; none by default"
     )
-    allowed_image_hosts: list[str] = Field(
-        default_factory=list, description="hosts that images may be fetched from; none by default"
-    )
-    max_messages: int = Field(256, ge=1, description="messages of one request")
-    max_images: int = Field(8, ge=0, description="images of one request")
-    max_image_mb: float = Field(10, gt=0, description="size of an encoded image")
-    max_image_megapixels: float = Field(24, gt=0, description="width x height of an image")
-    max_body_mb: float = Field(16, gt=0, description="size of a request; base64 makes an image a third larger")
     body_timeout_s: float = Field(60, gt=0, description="time to receive a request")
-    image_timeout_s: float = Field(
-        10, gt=0, description="time to fetch an image, to wait for a decoder, and to decode it, each"
-    )
-    image_decoders: int = Field(2, ge=1, description="processes that decode images; each decodes one at a time")
     stuck_after_s: float = Field(
         300,
         gt=0,
         description="longest step or batch of images; beyond it the replica is unhealthy and is replaced",
     )
-    kept_images: int = Field(256, ge=1, description="images whose embeddings a replica keeps for later turns")
 
     @classmethod
     def load(cls, config: str | Path | None, overrides: Sequence[str] = ()) -> Self:
@@ -91,3 +96,12 @@ class ServeSettings(Settings):
         if not all(isinstance(text, str) and text.strip() == text != "" for text in texts):
             raise ValueError("an API key must be a text, not empty, without white space at its ends")
         return value
+
+
+class BatchSettings(AnswerSettings):
+    """``jobs/batch.py``: a file of requests -> answers."""
+
+    section = "batch"
+
+    input: str = Field("", description="JSON Lines file of requests, as OpenAI's batch API takes it")
+    overwrite: bool = Field(False, description="answer again, even if the output has answers of other settings")

@@ -7,9 +7,11 @@ import re
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
+from pipelines.serving.backend import ReplicaStats
 from pipelines.serving.clients import KEYS_VARIABLE, key_digests
-from pipelines.serving.metrics import Metrics
+from pipelines.serving.metrics import ENGINE_COUNTERS, ENGINE_GAUGES, Metrics, render
 from pipelines.serving.run import ENVIRONMENT
 from pipelines.settings import ServeSettings, SettingsError, TrainSettings
 from tests.paths import ROOT
@@ -76,14 +78,35 @@ def test_what_listens_on_every_address_has_keys():
         assert variables[name]["value"] == ENVIRONMENT[name]
 
 
-def test_every_metric_of_the_dashboard_exists():
+def test_every_query_of_the_dashboard_finds_something():
+    """Metrics and labels that it names are exported; counters are read as rates."""
     dashboard = json.loads((ROOT / "deploy/grafana_dashboard.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    used = {name for expression in expressions for name in re.findall(r"tinygptv_\w+", expression)}
-    page = Metrics().render([]).decode()
-    known = set(re.findall(r"^# TYPE (tinygptv_\w+)", page, re.MULTILINE))
-    known |= {f"{name}_bucket" for name in known}
-    assert len(used) > 10 and used <= known, used - known
+    metrics = Metrics()
+    for status in (200, 429):
+        metrics.requests.labels(status).inc()
+    for kind in ("prompt", "answer", "cached"):
+        metrics.tokens.labels(kind).inc()
+    values = dict.fromkeys((*ENGINE_COUNTERS, *ENGINE_GAUGES), 1.0)
+    page = render([metrics.snapshot("a"), metrics.snapshot("b")], [ReplicaStats("1", "node", values)]).decode()
+    samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    exported: dict[str, dict[str, set[str]]] = {}
+    for sample in samples:
+        for label, value in sample.labels.items():
+            exported.setdefault(sample.name, {}).setdefault(label, set()).add(value)
+        exported.setdefault(sample.name, {})
+    num_names = 0
+    for expression in expressions:
+        for name, selector in re.findall(r"(tinygptv_\w+)(?:\{([^}]*)\})?", expression):
+            num_names += 1
+            assert name in exported, expression
+            for label, value in re.findall(r'(\w+)="([^"]*)"', selector):
+                assert value in exported[name][label], expression
+            for label in re.findall(r"by \((\w+)\)", expression):
+                assert label in exported[name], expression
+            is_counter = name.endswith(("_total", "_bucket"))
+            assert is_counter == ("rate(" in expression), f"a counter is read as a rate: {expression}"
+    assert num_names > 10
 
 
 def test_what_the_image_copies_is_there():

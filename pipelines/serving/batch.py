@@ -1,0 +1,280 @@
+"""Answer a file of requests, in the form of OpenAI's batch API, without a server; a killed run continues.
+
+    {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...], ...}}
+
+Each request passes the API as it would over HTTP: the same bounds, tasks, boxes and errors. Beside data URLs, an image
+may be a path, relative to the file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim
+from pipelines.json_files import write_json
+from pipelines.progress import Bar
+from pipelines.serving.api import CHAT, build_api
+from pipelines.serving.artifact import resolve_artifact
+from pipelines.serving.backend import Backend
+from pipelines.serving.model_backend import ModelBackend
+from pipelines.settings import AnswerSettings, BatchSettings, ServeSettings, SettingsError
+
+ANSWERS, RESULT = "answers.jsonl", "result.json"
+TRIES = 5
+CHANGES_ANSWERS = ("context_length", "kv_cache_dtype", "max_tokens", "temperature")
+"""Settings that the same request gets another answer with."""
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """A line of the input.
+
+    Attributes:
+        id: ``custom_id``, or ``line-<number>``.
+        digest: SHA-256 of the line; an answer belongs to it.
+        start: where the line begins in the file, in bytes.
+        size: of the line, in bytes.
+        error: why the line is no request; empty where it is one.
+    """
+
+    id: str
+    digest: str
+    start: int
+    size: int
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a run did: requests of the file, how many of them have an answer, and where; also ``result.json``."""
+
+    requests: int
+    answered: int
+    failed: int
+    earlier: int
+    seconds: float
+    answers: str
+    result: str
+
+
+def run_batch(settings: BatchSettings, backend: Backend | None = None) -> BatchResult:
+    """Answer what has no answer yet.
+
+    Args:
+        settings: the model, the input and the output folder.
+        backend: a model that is loaded already.
+
+    Returns:
+        Counts; answers are in ``answers.jsonl`` of the output folder, in the order in which they were finished.
+
+    Raises:
+        SettingsError: the input is missing, or the output has answers of another model or other settings.
+    """
+    started = time.perf_counter()
+    path = Path(settings.input).expanduser()
+    if not settings.input or not path.is_file():
+        raise SettingsError(f"input={settings.input!r} is no file: give a JSON Lines file of requests.")
+    try:
+        artifact = resolve_artifact(settings)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    output = settings.output_dir("outputs/batch")
+    fingerprint = Fingerprint.of(
+        "batch",
+        artifact=checkpoint_digest(artifact),
+        settings={name: getattr(settings, name) for name in CHANGES_ANSWERS},
+    )
+    claim(output, fingerprint, [ANSWERS, RESULT], overwrite=settings.overwrite, inputs=[str(path)])
+    requests = list(read_requests(path))
+    done = finished_answers(output / ANSWERS)
+    waiting = [request for request in requests if (request.id, request.digest) not in done]
+    if waiting:
+        asyncio.run(_answer_all(settings, backend or _load(settings, artifact), waiting, output / ANSWERS, path))
+    statuses = finished_answers(output / ANSWERS)
+    answered = sum(statuses.get((request.id, request.digest)) == 200 for request in requests)
+    result = BatchResult(
+        requests=len(requests),
+        answered=answered,
+        failed=len(requests) - answered,
+        earlier=len(requests) - len(waiting),
+        seconds=round(time.perf_counter() - started, 1),
+        answers=str(output / ANSWERS),
+        result=str(output / RESULT),
+    )
+    write_json(output / RESULT, asdict(result))
+    return result
+
+
+def read_requests(path: Path) -> Iterator[BatchRequest]:
+    """Requests of a file; a line that is none becomes one with an error.
+
+    Raises:
+        SettingsError: two lines have the same ``custom_id``.
+    """
+    seen: dict[str, int] = {}
+    start = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                identity, error = f"line-{number}", ""
+                try:
+                    data = _parse(line)
+                    identity = str(data.get("custom_id", identity))
+                    _body_of(data)
+                except ValueError as caught:
+                    error = f"line {number} {caught}."
+                if identity in seen:
+                    raise SettingsError(
+                        f"{path}: lines {seen[identity]} and {number} have the same custom_id {identity!r}."
+                    )
+                seen[identity] = number
+                yield BatchRequest(identity, hashlib.sha256(line.strip()).hexdigest(), start, len(line), error)
+            start += len(line)
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """The object of a line.
+
+    Raises:
+        ValueError: the line has none.
+    """
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"is a {type(data).__name__}, not an object")
+    return data
+
+
+def _body_of(data: dict[str, Any]) -> dict[str, Any]:
+    """The request's body, which may be wrapped.
+
+    Raises:
+        ValueError: it has none.
+    """
+    body = data.get("body", data)
+    if not isinstance(body, dict) or "messages" not in body or data.get("url", CHAT) != CHAT:
+        raise ValueError(f"is no request for {CHAT}")
+    return {key: value for key, value in body.items() if key != "custom_id"}
+
+
+def finished_answers(path: Path) -> dict[tuple[str, str], int]:
+    """Status by id and digest of what is answered; a line that was cut off by a kill is removed from the file.
+
+    Refusals (400 to 499) count as finished: the same request would be refused again.
+    """
+    if not path.is_file():
+        return {}
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    rows = [json.loads(line) for line in whole.splitlines()]
+    statuses = {(row["custom_id"], row["request_sha256"]): int(row["response"]["status_code"]) for row in rows}
+    return {key: status for key, status in statuses.items() if status < 500 and status not in (408, 429)}
+
+
+def _load(settings: AnswerSettings, artifact: Path) -> ModelBackend:
+    return ModelBackend(_serve_settings(settings, artifact=str(artifact)))
+
+
+def _serve_settings(settings: AnswerSettings, **changes: Any) -> ServeSettings:
+    """The API's settings: one client that may have as many requests in flight as are useful."""
+    shared = {name: getattr(settings, name) for name in AnswerSettings.model_fields}
+    return ServeSettings(**{**shared, "max_queue": settings.max_batch_size, **changes})
+
+
+async def _answer_all(
+    settings: BatchSettings, backend: Backend, requests: list[BatchRequest], answers: Path, path: Path
+) -> None:
+    app = build_api(_serve_settings(settings), backend, digests=())
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    waiting, num_done, num_failed = iter(requests), 0, 0
+    async with httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None) as client:
+        with answers.open("a") as file, Bar("answering", quiet=settings.quiet) as bar:
+
+            async def work() -> None:
+                nonlocal num_done, num_failed
+                for request in waiting:
+                    row = await _answer(client, request, settings.model_name, path)
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.flush()
+                    num_done += 1
+                    num_failed += row["response"]["status_code"] != 200
+                    bar.update(num_done, len(requests), f"{num_failed} failed" if num_failed else "")
+
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(min(2 * settings.max_batch_size, len(requests))):
+                    workers.create_task(work())
+
+
+async def _answer(client: httpx.AsyncClient, request: BatchRequest, model: str, path: Path) -> dict[str, Any]:
+    status, content = 400, _error_body(request.error)
+    if not request.error:
+        try:
+            with path.open("rb") as file:
+                file.seek(request.start)
+                body = _body_of(_parse(file.read(request.size)))
+            status, content = await _post(client, {"model": model, **_with_files(body, path.parent), "stream": False})
+        except OSError as error:
+            content = _error_body(f"{error.filename} cannot be read: {error.strerror}.")
+    return {
+        "id": f"batch_req_{request.digest[:24]}",
+        "custom_id": request.id,
+        "request_sha256": request.digest,
+        "response": {"status_code": status, "request_id": request.digest[:24], "body": content},
+        "error": None,
+    }
+
+
+async def _post(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    for attempt in range(1, TRIES + 1):
+        response = await client.post(CHAT, json=body)
+        if response.status_code not in (429, 503) or attempt == TRIES:
+            break
+        await asyncio.sleep(float(response.headers.get("retry-after", 1)))
+    return response.status_code, response.json()
+
+
+def _error_body(message: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}}
+
+
+def _with_files(body: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The request with the images that it names by path as data URLs.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    messages = body["messages"]
+    if not isinstance(messages, list):
+        return body  # the API says what is wrong
+    return {**body, "messages": [_message_with_files(message, folder) for message in messages]}
+
+
+def _message_with_files(message: Any, folder: Path) -> Any:
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": [_part_with_file(part, folder) for part in content]}
+
+
+def _part_with_file(part: Any, folder: Path) -> Any:
+    image = part.get("image_url") if isinstance(part, dict) else None
+    url = image.get("url") if isinstance(image, dict) else image
+    if not isinstance(url, str) or "://" in url.removeprefix("file://") or url[:5].lower() == "data:":
+        return part
+    data = (folder / url.removeprefix("file://")).read_bytes()
+    return {"type": "image_url", "image_url": {"url": "data:;base64," + base64.b64encode(data).decode()}}

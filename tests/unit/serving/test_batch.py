@@ -1,0 +1,171 @@
+"""A file of requests answered without a server: what a line may be, and that a killed run loses and repeats nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from pipelines.serving.backend import Failure
+from pipelines.serving.batch import ANSWERS, finished_answers, read_requests, run_batch
+from pipelines.settings import BatchSettings, SettingsError
+from tests.serving_api import READ, FakeBackend, said, words
+from tests.serving_model import data_url, make_image, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def body(*content, **fields):
+    return {"messages": [{"role": "user", "content": list(content)}], **fields}
+
+
+class Files:
+    def __init__(self, folder, artifact):
+        self.input, self.output, self.artifact = folder / "requests.jsonl", folder / "out", artifact
+        self.backend = FakeBackend()
+
+    def write(self, *lines):
+        self.input.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+
+    def run(self, **settings):
+        options = {"artifact": str(self.artifact), "input": str(self.input), "output": str(self.output), "quiet": True}
+        return run_batch(BatchSettings(**{**options, **settings}), self.backend)
+
+    def answers(self):
+        rows = [json.loads(line) for line in (self.output / ANSWERS).read_text().splitlines()]
+        return {row["custom_id"]: row["response"] for row in rows}
+
+
+@pytest.fixture
+def files(tmp_path, artifact):
+    return Files(tmp_path, artifact)
+
+
+def test_requests_are_answered_in_openais_form(files):
+    (files.input.parent / "a.png").write_bytes(make_image())
+    image = {"type": "image_url", "image_url": {"url": data_url(make_image(1))}}
+    files.write(
+        {"custom_id": "wrapped", "method": "POST", "url": "/v1/chat/completions", "body": body(words("hi"), image)},
+        {"custom_id": "path", "body": body(words("it"), {"type": "image_url", "image_url": "a.png"}, task="refer")},
+        body(words("bare"), stream=True),
+    )
+    result = files.run()
+    assert (result.requests, result.answered, result.failed) == (3, 3, 0)
+    assert set(files.answers()) == {"wrapped", "path", "line-3"}
+    answer = files.answers()["path"]
+    assert answer["status_code"] == 200 and answer["body"]["choices"][0]["message"]["content"] == "fine"
+    texts = {job.messages[-1].text: job for job in files.backend.jobs}
+    assert texts["[refer] give me the location of it"].messages[0].images[0].width == 60
+    assert json.loads((files.output / "result.json").read_text())["answered"] == 3
+
+
+def test_wrong_lines_are_answered_with_their_error_and_stop_nothing(files):
+    files.write(
+        "{",
+        "[1]",
+        {"custom_id": "no request", "body": {"prompt": "x"}},
+        {"custom_id": "other url", "url": "/v1/embeddings", "body": body(words("x"))},
+        {"custom_id": "no file", "body": body({"type": "image_url", "image_url": {"url": "missing.png"}})},
+        {"custom_id": "no messages", "body": {"messages": "x"}},
+        {"custom_id": "other model", "body": body(words("x"), model="gpt-4o")},
+        {"custom_id": "remote", "body": body({"type": "image_url", "image_url": {"url": "http://10.0.0.1/x"}})},
+        {"custom_id": "good", "body": body(words("hi"))},
+    )
+    result = files.run()
+    assert (result.answered, result.failed) == (1, 8)
+    answers = files.answers()
+    assert {"line-1", "line-2", "no request", "other url"} < set(answers)
+    assert "line 1 is not valid JSON" in answers["line-1"]["body"]["error"]["message"]
+    assert "missing.png cannot be read" in answers["no file"]["body"]["error"]["message"]
+    assert answers["other model"]["status_code"] == 404
+    assert all(answer["status_code"] < 500 for answer in answers.values())
+
+
+def test_a_killed_run_continues(files):
+    requests = [{"custom_id": str(i), "body": body(words(f"question {i}"))} for i in range(6)]
+    files.write(*requests[:3])
+    files.run()
+    path = files.output / ANSWERS
+    path.write_text(path.read_text() + '{"custom_id": "3", "resp')  # killed while it wrote
+    files.write(*requests)  # and three more requests
+    files.backend.jobs.clear()
+    result = files.run()
+    assert sorted(job.messages[0].text for job in files.backend.jobs) == [f"question {i}" for i in (3, 4, 5)]
+    assert (result.answered, result.earlier) == (6, 3)
+    assert len(path.read_text().splitlines()) == 6
+    files.backend.jobs.clear()
+    assert files.run().answered == 6 and not files.backend.jobs, "nothing is left to do"
+
+
+def test_a_changed_request_is_asked_again(files):
+    files.write({"custom_id": "a", "body": body(words("one"))})
+    files.run()
+    files.write({"custom_id": "a", "body": body(words("two"))})
+    files.run()
+    assert [job.messages[0].text for job in files.backend.jobs] == ["one", "two"]
+
+
+def test_failures_of_the_model_are_tried_again_by_the_next_run(files):
+    files.write({"custom_id": "a", "body": body(words("hi"))})
+    files.backend.items = (Failure("out of memory"),)
+    assert files.run().failed == 1 and files.answers()["a"]["status_code"] == 500
+    files.backend.items = (READ, said("now", "stop"))
+    assert files.run().answered == 1 and files.answers()["a"]["status_code"] == 200
+
+
+def test_a_busy_server_is_waited_for(files, monkeypatch):
+    monkeypatch.setattr("pipelines.serving.batch.asyncio.sleep", lambda _: _nothing())
+    files.write({"custom_id": "a", "body": body(words("hi"))})
+
+    class Busy(FakeBackend):
+        async def complete(self, job):
+            self.jobs.append(job)
+            return [Failure("busy", "unavailable")] if len(self.jobs) < 3 else [READ, said("fine", "stop")]
+
+    files.backend = Busy()
+    assert files.run().answered == 1 and len(files.backend.jobs) == 3
+
+
+async def _nothing():
+    pass
+
+
+def test_answers_of_other_settings_are_refused(files):
+    files.write({"custom_id": "a", "body": body(words("hi"))})
+    files.run()
+    with pytest.raises(SettingsError, match="max_tokens was 256, is now 5"):
+        files.run(max_tokens=5)
+    assert files.run(max_tokens=5, overwrite=True).answered == 1
+
+
+def test_a_missing_input_and_equal_ids_are_one_sentence(files):
+    with pytest.raises(SettingsError, match="is no file"):
+        files.run()
+    files.write({"custom_id": "a", "body": body(words("x"))}, {"custom_id": "a", "body": body(words("y"))})
+    with pytest.raises(SettingsError, match="lines 1 and 2 have the same custom_id 'a'"):
+        list(read_requests(files.input))
+
+
+def test_no_answers_yet(tmp_path):
+    assert finished_answers(tmp_path / "nothing") == {}
+
+
+def test_there_is_an_end_to_requests_in_flight(files):
+    in_flight, most = [0], [0]
+
+    class Counting(FakeBackend):
+        async def complete(self, job):
+            in_flight[0] += 1
+            most[0] = max(most[0], in_flight[0])
+            await asyncio.sleep(0.001)
+            in_flight[0] -= 1
+            return [READ, said("fine", "stop")]
+
+    files.backend = Counting()
+    files.write(*[{"custom_id": str(i), "body": body(words(str(i)))} for i in range(200)])
+    assert files.run(max_batch_size=2).answered == 200
+    assert most[0] == 4, "twice a batch"
