@@ -197,6 +197,7 @@ def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:
     ingress = serve.deployment(
         Ingress,
         name="ingress",
+        num_replicas=settings.num_ingresses,
         max_ongoing_requests=100_000,  # its own gate refuses, in OpenAI's shape
         ray_actor_options={"num_cpus": 0},
         max_surge_percent=100,

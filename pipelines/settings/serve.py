@@ -52,6 +52,7 @@ class ServeSettings(AnswerSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     num_replicas: int = Field(1, ge=1, description="copies of the model")
+    num_ingresses: int = Field(1, ge=1, description="processes that check requests; one serves some hundred per second")
     max_replicas: int = Field(0, ge=0, description="autoscale from num_replicas up to this; 0 keeps the number fixed")
     cpus_per_replica: float = Field(1.0, ge=0, description="logical CPUs of a replica")
     max_queue: int = Field(64, ge=0, description="requests that may wait; more are refused with 429")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
+import random
+import re
 import signal
 import socket
 import subprocess
@@ -175,6 +177,42 @@ def registry(tmp_path, monkeypatch):
     result = export(QuantizeSettings(checkpoint=str(checkpoint), output=str(tmp_path / "artifact"), **options))
     assert result["version"] == 1
     return uri
+
+
+def test_clients_that_leave_while_their_images_are_encoded_harm_nobody(address):
+    """Sixteen leaving clients once ended all images: their cancelled futures ended the encoder thread."""
+    host, port = address.removeprefix("http://").split(":")
+
+    def leave(number):
+        image = {"type": "image_url", "image_url": {"url": data_url(make_image(1000 + number))}}
+        content = {**BODY, "messages": [{"role": "user", "content": [image]}]}
+        body = json.dumps(content).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(head + body)
+            time.sleep(random.uniform(0.005, 0.1))
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(leave, range(48)))
+    wait_for(lambda: engine_counter(address, "running") == engine_counter(address, "waiting") == 0)
+    image = {"type": "image_url", "image_url": {"url": data_url(make_image(2000))}}
+    assert text_of(post(address, {**BODY, "messages": [{"role": "user", "content": [image]}]}, timeout=30))
+    assert httpx.get(f"{address}/healthz", timeout=30, trust_env=False).status_code == 200
+    page = httpx.get(f"{address}/metrics", timeout=30, trust_env=False).text
+    assert 'tinygptv_requests_total{status="500"}' not in page, "a client that leaves is no error of the server"
+
+
+def test_several_ingresses_show_the_same_counters(address, settings):
+    from pipelines.serving.run import deploy
+
+    deploy(settings.model_copy(update={"num_ingresses": 2}))
+    for _ in range(6):
+        text_of(post(address))
+    pattern = re.compile(r'tinygptv_requests_total\{ingress="(\w+)",status="200"\} (\d+)')
+    pages = [pattern.findall(httpx.get(f"{address}/metrics", timeout=30, trust_env=False).text) for _ in range(6)]
+    assert pages[0] and all(sorted(page) == sorted(pages[0]) for page in pages), "no jumps from one to the other"
+    assert sum(float(value) for _, value in pages[0]) == 6
+    deploy(settings)
 
 
 def test_the_registrys_champion_replaces_the_old_model_without_a_lost_request(address, settings, registry):

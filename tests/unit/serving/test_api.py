@@ -95,6 +95,21 @@ def test_openais_client_works_unchanged(client):
     assert unknown.code == "model_not_found" and wrong.param == "temperature"
 
 
+def test_keys_do_not_see_each_others_prompts_in_the_cache(backend):
+    """``cached_tokens`` would tell a client token by token what another one asked."""
+    client = Client(backend, api_keys=["one", "two"])
+    body = ask(words("a secret question about this image"), IMAGE, max_tokens=2)
+
+    def cached(key):
+        answer = client.chat(body, headers={"Authorization": f"Bearer {key}"}).json()
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    encoded = backend.assistant.images.num_encoded
+    assert [cached(key) for key in ("one", "two")] == [0, 0]
+    assert cached("one") >= 8 and cached("two") >= 8
+    assert backend.assistant.images.num_encoded == encoded + 2, "nor in the time that an image takes"
+
+
 def test_sampling_fields_reach_the_model(client):
     body = ask(words("hi"), temperature=1.5, seed=3, max_tokens=30)
     first, again = client.chat(body).json(), client.chat(body).json()
