@@ -268,6 +268,7 @@ def test_mistakes_are_answered_in_openais_shape(client, change, status, param):
 def test_a_full_context_has_openais_code(client):
     error = client.chat(ask(words("word " * 1000))).json()["error"]
     assert error["code"] == "context_length_exceeded"
+    assert error["message"].startswith("This model's maximum context length is 256 tokens")
     assert re.search(r"has \d+ tokens .* context is 256 tokens", error["message"])
 
 
