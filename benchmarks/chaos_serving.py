@@ -4,7 +4,7 @@
     python benchmarks/chaos_serving.py --only overload --scale 1
 
 Starts a local Ray cluster and a small model with random weights, whose right answers are computed beforehand in this
-process. Prints one line of facts per scenario; exits with 1 where one of them is not as it must be.
+process. Prints one line of results per scenario; exits with 1 where one of them fails.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Tally:
         return len(self.seconds) - self.wrong
 
     def line(self) -> str:
-        """Facts in words."""
+        """The counts in one line."""
         slow = f"p50 {percentile(self.seconds, 0.5):.2f} s, p95 {percentile(self.seconds, 0.95):.2f} s"
         statuses = ", ".join(f"{n} x {status}" for status, n in sorted(self.statuses.items(), key=str))
         return f"{statuses}; right {self.right}, wrong {self.wrong}, lost {self.lost}; {slow}"
@@ -355,11 +355,11 @@ def main() -> int:
         service = Service(Path(folder), options.scale)
         for name in options.only:
             started = time.perf_counter()
-            good, facts = asyncio.run(SCENARIOS[name](service))
+            good, counts = asyncio.run(SCENARIOS[name](service))
             failed += [] if good else [name]
             verdict = "as it must be" if good else "NOT AS IT MUST BE"
             took = f"{time.perf_counter() - started:.0f} s, load {os.getloadavg()[0]:.1f}"
-            print(f"* **{name}** ({SCENARIOS[name].__doc__.strip('.')}): {verdict}. {facts}. [{took}]", flush=True)
+            print(f"* **{name}** ({SCENARIOS[name].__doc__.strip('.')}): {verdict}. {counts}. [{took}]", flush=True)
     return 1 if failed else 0
 
 

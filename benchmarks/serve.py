@@ -8,7 +8,7 @@
 * ``static batches``: what waits is padded and given to ``generate`` together (at most 16), the transformers way.
 * ``engine``: this project's continuous batching.
 
-Every client asks its next question when it has its answer; every question has a picture of its own, encoded anew, so
+Every client asks its next question when it has its answer; every question has an image of its own, which is encoded, so
 nothing is reused. Answer lengths are forced, so that random weights do for all of them. Questions are the same. CPU
 time per answer is what stays comparable on a machine where others work too.
 """

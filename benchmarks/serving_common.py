@@ -45,7 +45,7 @@ class Question:
 
     Attributes:
         text: the question.
-        image: encoded picture.
+        image: encoded image.
         num_tokens: length of its answer.
     """
 
@@ -84,7 +84,7 @@ def make_config(size: str) -> TinyGPTVConfig:
 
 
 def make_checkpoint(path: Path, size: str = "mini", seed: int = 0) -> Path:
-    """Save a model with random weights, large enough that its answers depend on the question and the picture."""
+    """Save a model with random weights, large enough that its answers depend on the question and the image."""
     torch.manual_seed(seed)
     config = make_config(size)
     model = TinyGPTVForConditionalGeneration(config)
@@ -99,9 +99,9 @@ def make_checkpoint(path: Path, size: str = "mini", seed: int = 0) -> Path:
 
 
 def make_questions(count: int, num_images: int, seed: int = 0) -> list[Question]:
-    """Questions of 4 to 9 words about pictures of 160 x 120 pixels, answers of 8 to 40 tokens."""
+    """Questions of 4 to 9 words about images of 160 x 120 pixels, answers of 8 to 40 tokens."""
     rng = np.random.default_rng(seed)
-    images = [_picture(rng) for _ in range(num_images)]
+    images = [_make_image(rng) for _ in range(num_images)]
     return [
         Question(
             "[vqa] " + " ".join(rng.choice(WORDS, int(rng.integers(4, 10)))),
@@ -117,7 +117,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return float(np.quantile(values, share)) if values else float("nan")
 
 
-def _picture(rng: np.random.Generator) -> bytes:
+def _make_image(rng: np.random.Generator) -> bytes:
     coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(coarse).resize((160, 120), Image.Resampling.BICUBIC).save(file, "JPEG")

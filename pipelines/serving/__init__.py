@@ -1,1 +1,1 @@
-"""The model over HTTP: Ray Serve, OpenAI's protocol, images from strangers, the web page."""
+"""The model over HTTP: Ray Serve, OpenAI's API, untrusted images, the web page."""

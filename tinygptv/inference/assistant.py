@@ -1,4 +1,4 @@
-"""A model that answers conversations with pictures: tokenizer, image encoder and engine put together.
+"""A model that answers conversations with images: tokenizer, image encoder and engine put together.
 
 assistant = Assistant.load("outputs/stage4")
 message = ChatMessage("user", "[vqa] what colour is the ball?", (assistant.open(image_bytes),))
@@ -180,7 +180,7 @@ class Assistant:
     ) -> tuple[np.ndarray, list[ChatImage], list[Future[Tensor]]]:
         self._check_bounds(messages)
         ids, images = encode_conversation(messages, self._layout)
-        self.engine.check_length(len(ids))  # before an image is encoded in vain
+        self.engine.check_length(len(ids))  # before an image is encoded for nothing
         return ids, images, [self.images.encode(image, salt) for image in images]
 
     def _check_bounds(self, messages: Sequence[ChatMessage]) -> None:

@@ -95,9 +95,9 @@ class Answer {
     this.body.classList.remove("writing");
     this.render(true, boxes);
     const seconds = (performance.now() - this.started) / 1000;
-    const facts = usage ? [`${usage.completion_tokens} ${usage.completion_tokens === 1 ? "token" : "tokens"} in ${seconds.toFixed(1)} s`] : [];
+    const counts = usage ? [`${usage.completion_tokens} ${usage.completion_tokens === 1 ? "token" : "tokens"} in ${seconds.toFixed(1)} s`] : [];
     const footer = document.createElement("footer");
-    footer.append(Object.assign(document.createElement("span"), { textContent: [...facts, ...notes].join(" · ") }));
+    footer.append(Object.assign(document.createElement("span"), { textContent: [...counts, ...notes].join(" · ") }));
     footer.append(
       actions([
         ["Copy", "Copy the answer", (event) => copy(this.shownText(), event.currentTarget)],

@@ -131,7 +131,7 @@ def test_messages_are_regrouped(client):
     assert client.chat(body).json()["choices"] == plain["choices"]
 
 
-def test_boxes_are_given_in_pixels_of_the_sent_picture():
+def test_boxes_are_given_in_pixels_of_the_sent_image():
     text = "<p>a dog</p> {<10><20><50><60>}<delim>{<0><0><100><120>} and {<1><2><3><4>}"
     fake = FakeBackend(READ, said(text[:30]), said(text[30:], "stop"))
     wanted = [
