@@ -3,7 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV := uv==0.13.9
 CONFIG ?= configs/mini.yaml
-export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: help setup demo serve mlflow test test-unit test-integration test-security test-gpu test-slow lint format lock clean

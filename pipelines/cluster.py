@@ -1,15 +1,21 @@
 """Join or start a Ray cluster; stop only what was started here.
 
-Token authentication: Ray turns it on by itself where ``RAY_AUTH_MODE`` is unset and then refuses processes that were
-started without it, so every process of ours says explicitly what it uses.
+Whoever reaches Ray's ports runs code as the cluster's user. So a cluster that is started here asks for a token and
+listens on the loopback interface alone. The token is where Ray itself looks, ``~/.ray/auth_token`` (readable by its
+owner only): ``ray start``, ``ray job submit`` and every process of the same user find it without being told. Clusters
+of others are joined as they are: with the token where there is one, with a warning where they ask for none.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
+import stat
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.settings import Settings, SettingsError
@@ -17,13 +23,65 @@ from pipelines.settings import Settings, SettingsError
 if TYPE_CHECKING:
     import ray.data
 
+logger = logging.getLogger(__name__)
+
 ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Workers run in the environment of the driver, also where the driver was started through `uv run`.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 """Set before Ray starts, unless the user's environment says otherwise."""
+
+AUTH_MODE = "RAY_AUTH_MODE"
+"""Ray's own variable: ``token``, or ``disabled`` as an explicit choice. Where it is not set, tokens are on for a
+cluster that is started, and for one that is joined if there is a token."""
+
+_LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+_TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+_IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch for machines that are no cluster: switched off, all its processes listen on 127.0.0.1."""
+
+
+def token_path() -> Path:
+    """Where Ray looks for the token of this user's clusters."""
+    return Path.home() / ".ray" / "auth_token"
+
+
+def ensure_token(path: Path | None = None) -> None:
+    """Have a token that only this user can read: make one where there is none, and take others' rights from a file.
+
+    Args:
+        path: of the file; None is Ray's own place, unless the environment names another token.
+    """
+    if path is None and any(os.environ.get(name) for name in _TOKEN_VARIABLES):
+        return
+    path = path or token_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _write_once(path, secrets.token_hex(32))
+        if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            path.chmod(0o600)
+    except OSError as error:  # no home folder to write to: a token for this process and its children
+        folder = tempfile.mkdtemp(prefix="ray-token-")
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(folder, "auth_token"))
+        _write_once(Path(folder, "auth_token"), secrets.token_hex(32))
+        logger.warning("the Ray token cannot be kept in %s (%s); it is in %s", path, error, folder)
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Write a private file whole, unless it is there: of several processes one wins."""
+    if path.exists():
+        return
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".auth_token")  # mode 0600
+    try:
+        with os.fdopen(handle, "w") as stream:
+            stream.write(text)
+        os.link(draft, path)
+    except FileExistsError:
+        pass
+    finally:
+        Path(draft).unlink(missing_ok=True)
 
 
 def quiet_ray_data() -> ray.data.DataContext:
@@ -47,40 +105,106 @@ def start_ray(settings: Settings) -> Iterator[None]:
     started, which is stopped when the block ends.
 
     Args:
-        settings: uses ``ray_address``, ``num_cpus``, ``object_store_mb``, ``quiet``.
+        settings: uses ``ray_address``, ``ray_loopback``, ``num_cpus``, ``object_store_mb``, ``quiet``.
 
     Raises:
-        SettingsError: no cluster answers at the address.
+        SettingsError: no cluster answers at the address, or it asks for another token.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    address = settings.ray_address or os.environ.get("RAY_ADDRESS", "")
+    if address and _IN_A_JOB in os.environ:
+        os.environ.setdefault(AUTH_MODE, "disabled")  # a cluster with tokens says so to its jobs
     import ray
 
     if ray.is_initialized():
         yield
         return
+    # Ray tells in five lines what the next ones say in one.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    with _join(address) if address else _start(settings):
+        yield
+
+
+@contextmanager
+def _join(address: str) -> Iterator[None]:
+    import ray
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray's command line does
+    is_here = address.rpartition(":")[0] in _LOOPBACK_HOSTS
     try:
-        ray.init(**_init_arguments(settings))
-    except ConnectionError as error:
-        address = settings.ray_address or os.environ.get("RAY_ADDRESS", "")
+        with _loopback() if is_here else nullcontext():  # else the driver gives an address that the cluster is not at
+            ray.init(address=address, **_quiet_workers())
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        mode = os.environ.get(AUTH_MODE, "disabled")
         raise SettingsError(
-            f"no Ray cluster answers at ray_address={address!r}: start one with `ray start --head`, or leave it empty."
+            f"no Ray cluster answers at ray_address={address!r}, or it takes another token than this process has "
+            f"({AUTH_MODE}={mode}): start one with `ray start --head`, give the cluster's token in {token_path()}, or, "
+            f"for a cluster without tokens, set {AUTH_MODE}=disabled."
         ) from error
+    if os.environ.get(AUTH_MODE, "disabled").lower() != "token":
+        _warn_without_token(f"the Ray cluster at {address}")
     try:
         yield
     finally:
         ray.shutdown()
 
 
+@contextmanager
+def _start(settings: Settings) -> Iterator[None]:
+    import ray
+
+    if os.environ.get(AUTH_MODE, "token").lower() == "token":
+        ensure_token()
+    else:
+        _warn_without_token(f"this Ray cluster ({AUTH_MODE}={os.environ[AUTH_MODE]})")
+    with _loopback() if settings.ray_loopback else _every_interface():
+        ray.init(**_init_arguments(settings))
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Have what is started in the block, and its processes, be at 127.0.0.1 alone."""
+    from ray._private import ray_constants
+
+    before = os.environ.get(_LOOPBACK_VARIABLE)
+    os.environ[_LOOPBACK_VARIABLE] = "0"
+    switch = ray_constants.ENABLE_RAY_CLUSTER  # read when Ray was imported
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = switch
+        if before is None:
+            os.environ.pop(_LOOPBACK_VARIABLE, None)
+        else:
+            os.environ[_LOOPBACK_VARIABLE] = before
+
+
+@contextmanager
+def _every_interface() -> Iterator[None]:
+    logger.warning("ray_loopback=false: Ray's ports listen on the network; whoever has the token runs code here.")
+    yield
+
+
+def _warn_without_token(what: str) -> None:
+    logger.warning("%s asks for no token: whoever reaches its ports can run code as its user and read its keys.", what)
+
+
+def _quiet_workers() -> dict[str, Any]:
+    """What workers print is for debugging (Ray keeps it in its session folder); progress comes by our own lines."""
+    return {"logging_level": logging.WARNING, "log_to_driver": "TINYGPTV_RAY_LOGS" in os.environ}
+
+
 def _init_arguments(settings: Settings) -> dict[str, Any]:
-    """Arguments of ``ray.init``; sizes apply only to a cluster that it starts."""
-    # What workers print is for debugging (Ray keeps it in its session folder); progress comes through our own lines.
-    common = {"logging_level": logging.WARNING, "log_to_driver": "TINYGPTV_RAY_LOGS" in os.environ}
-    address = settings.ray_address or os.environ.get("RAY_ADDRESS", "")
-    if address:
-        return {"address": address, **common}
+    """Arguments of ``ray.init`` for a cluster that it starts."""
     # The dashboard's eight processes are for clusters that stay: `ray start --head` has it.
-    arguments: dict[str, Any] = {"address": "local", "include_dashboard": False, **common}
+    arguments: dict[str, Any] = {"address": "local", "include_dashboard": False, **_quiet_workers()}
     if settings.num_cpus:
         arguments["num_cpus"] = settings.num_cpus
     if settings.object_store_mb:

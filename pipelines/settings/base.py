@@ -45,6 +45,9 @@ class Settings(BaseModel):
     tracking_uri: str = Field("", description="MLflow tracking URI; empty is sqlite:///<root>/mlflow.db; 'none' is off")
     experiment: str = Field("", description="MLflow experiment; empty is tinygptv-<recipe>")
     ray_address: str = Field("", description="Ray cluster to join; empty joins the current one or starts a local one")
+    ray_loopback: bool = Field(
+        True, description="Ray's ports of a local cluster listen on 127.0.0.1 alone; false: on the network"
+    )
     num_cpus: int = Field(0, ge=0, description="logical CPUs of a local cluster; 0 takes the machine's")
     object_store_mb: int = Field(0, ge=0, description="object store of a local cluster in MB; 0 leaves it to Ray")
     quiet: bool = Field(False, description="no progress bars")

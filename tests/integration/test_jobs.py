@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.cluster import ENVIRONMENT
+from pipelines.cluster import ENVIRONMENT, ensure_token
 from pipelines.miniature.tiny_training import command_changes, command_line, make_world, train_settings
 from pipelines.training.run import run_stage
 from tests.paths import ROOT
@@ -39,6 +39,7 @@ def world(tmp_path_factory):
 def head(tmp_path_factory):
     """A head node of its own, apart from the session's cluster; yields the environment in which to talk to it."""
     home = tmp_path_factory.mktemp("home")
+    ensure_token(home / ".ray/auth_token")  # ray start, ray job submit and the jobs find it here
     sockets = Path("/tmp") / f"ray-jobs-{os.getpid()}"  # socket paths must be short
     port, dashboard, agent = free_port(), free_port(), free_port()
     environment = {

@@ -16,6 +16,9 @@ from pipelines.data.sources.images import ImageFolder, ImageLayout, find_image_f
 from pipelines.data.sources.json_entries import detect_form, plan_entries, read_entries
 from pipelines.data.sources.questions import ImagesAndAnswers, has_questions_alone, plan_questions, with_answers
 
+_ENTRY_FIELDS = ("image", "image_id", "imageId", "question", "caption", "conversations", "instances")
+"""An object on one line that has one of these fields is an entry, not a container of entries."""
+
 
 @dataclass(frozen=True)
 class AnnotationReader:
@@ -37,7 +40,7 @@ class AnnotationReader:
         """One unit per ``ENTRIES_PER_UNIT`` entries of each file."""
         for file in find_input(source, *self.files):
             folder = find_image_folder(source, file.location, self.images) if self.images else None
-            form = detect_form(file, self.member)
+            form = detect_form(file, self.member, _ENTRY_FIELDS)
             if has_questions_alone(file, form):
                 yield from plan_questions(source, file, form, folder)
             else:

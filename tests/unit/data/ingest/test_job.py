@@ -235,7 +235,17 @@ CHANGED = {
 @pytest.mark.parametrize("key", sorted(PrepareDataSettings.model_fields))
 def test_every_setting_is_known_to_change_the_content_or_not_to(key):
     where = {"source", "input", "images", "output", "name", "task"}  # part of the input, or of where the set is
-    how = {"recipe", "seed", "tracking_uri", "experiment", "ray_address", "num_cpus", "object_store_mb", "quiet"}
+    how = {
+        "recipe",
+        "seed",
+        "tracking_uri",
+        "experiment",
+        "ray_address",
+        "ray_loopback",
+        "num_cpus",
+        "object_store_mb",
+        "quiet",
+    }
     assert (key in CONTENT_SETTINGS) == (key in CHANGED) == (key not in where | how | {"num_workers", "overwrite"})
 
 
