@@ -139,7 +139,8 @@ def test_the_cluster_file_names_the_installed_ray():
     config = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
     assert f":{ray.__version__}-" in config["docker"]["image"]
     commands = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
-    assert all("RAY_AUTH_MODE" in command for command in commands if "ray start" in command)
+    assert all("RAY_AUTH_MODE=token" in command for command in commands if "ray start" in command)
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token", "every node needs the same token"
 
 
 @pytest.mark.parametrize("path", RAYJOBS, ids=[path.stem for path in RAYJOBS])
@@ -156,7 +157,8 @@ def test_a_rayjob_runs_a_script_with_settings_that_it_takes(path):
     assert settings.data and settings.init_from and settings.output
     cluster = spec["rayClusterSpec"]
     assert cluster["rayVersion"] == ray.__version__
-    assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_AUTH_MODE"]
+    assert cluster["authOptions"]["mode"] == "token"
+    assert "RAY_AUTH_MODE" not in yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
     groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
     limits = groups["gpu-24gb"]["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert limits["nvidia.com/gpu"] == 1
