@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import stat
+import tempfile
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,7 @@ from pipelines import storage
 from pipelines.data.shard_cache import ShardCache
 from pipelines.data.shard_format import BATCH_ROWS, SCHEMA, Manifest, ShardError, ShardWriter, record_batch
 from pipelines.data.shards import ShardSet
+from pipelines.settings import SettingsError
 from tinygptv.data.sample import SampleRow, Turn
 
 
@@ -212,6 +215,104 @@ def test_download_that_does_not_match_is_refused(tmp_path, remote):
     with pytest.raises(ShardError, match="does not match the manifest"):
         ShardSet.open(remote, ShardCache(tmp_path)).row(130)
     assert list(tmp_path.glob("*")) == []
+
+
+def mode_of(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_the_cache_is_a_private_folder(tmp_path, remote, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.delenv("TINYGPTV_CACHE", raising=False)
+    cache = ShardCache()
+    ShardSet.open(remote, cache).row(0)
+    assert cache.folder == tmp_path / f"tinygptv-shards-{os.getuid()}"
+    assert mode_of(cache.folder) == 0o700
+    assert {mode_of(path) for path in cache.folder.iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize("trap", ["others write", "link"])
+def test_a_cache_into_which_others_could_put_files_is_refused(tmp_path, remote, trap):
+    folder = tmp_path / "cache"
+    if trap == "link":
+        (tmp_path / "elsewhere").mkdir()
+        folder.symlink_to(tmp_path / "elsewhere")
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
+    with pytest.raises(SettingsError, match=r"can be written by others: set TINYGPTV_CACHE"):
+        ShardSet.open(remote, ShardCache(folder)).row(0)
+
+
+def test_a_copy_with_another_content_is_fetched_again(tmp_path, remote):
+    info = Manifest.read(remote).shards[1]
+    planted = tmp_path / f"{info.sha256}.arrow"
+    planted.write_bytes(b"planted")
+    shards = ShardSet.open(remote, ShardCache(tmp_path))
+    assert shards.row(130) == make_row(130)
+    assert planted.stat().st_size == info.bytes
+
+
+@pytest.mark.parametrize(
+    "name", ["../part-00000.arrow", "/etc/passwd", "a/b.arrow", "..", "", "a\\b", "x\0y", 3, None, ["a"]]
+)
+def test_a_manifests_names_do_not_lead_out_of_its_folder(tmp_path, uri, name):
+    shutil.copytree(uri, tmp_path / "set")
+    content = json.loads((tmp_path / "set/manifest.json").read_text())
+    content["shards"][0]["file"] = name
+    (tmp_path / "set/manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ShardError, match=r"is damaged .*no file name"):
+        ShardSet.open(str(tmp_path / "set"))
+
+
+def test_a_name_that_looks_like_options_is_a_name(tmp_path, uri):
+    import fsspec
+
+    name = "part-00000.arrow?endpoint_override=evil:9000"
+    content = json.loads(storage.read_bytes(f"{uri}/manifest.json"))
+    content["shards"] = [{**content["shards"][0], "file": name}]
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/odd-set/manifest.json", json.dumps(content).encode())
+    memory.pipe(f"/odd-set/{name}", storage.read_bytes(f"{uri}/part-00000.arrow"))
+    assert ShardSet.open("memory://odd-set", ShardCache(tmp_path)).row(3) == make_row(3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.pop("shards"),
+        lambda content: content.update(shards=3),
+        lambda content: content.update(shards=["x"]),
+        lambda content: content.update(batch_rows=0),
+        lambda content: content.update(batch_rows="64"),
+        lambda content: content["shards"][0].update(rows=-1),
+        lambda content: content["shards"][0].update(bytes=1.5),
+        lambda content: content["shards"][0].pop("sha256"),
+        lambda content: content.update(counts=None),
+    ],
+)
+def test_a_malformed_manifest_is_one_sentence(tmp_path, uri, change):
+    shutil.copytree(uri, tmp_path / "set")
+    content = json.loads((tmp_path / "set/manifest.json").read_text())
+    change(content)
+    (tmp_path / "set/manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ShardError, match=r"manifest\.json is damaged .*run jobs/prepare_data\.py again"):
+        ShardSet.open(str(tmp_path / "set"))
+
+
+def test_a_file_of_other_columns_or_fewer_rows_is_named(tmp_path, uri):
+    for number, table in enumerate([pa.table({"a": [1]}), ShardSet.open(uri).table().slice(0, 64)]):
+        folder = tmp_path / str(number)
+        shutil.copytree(uri, folder)
+        with pa.ipc.new_file(str(folder / "part-00000.arrow"), table.schema) as writer:
+            for batch in table.to_batches():
+                writer.write_batch(batch)
+        content = json.loads((folder / "manifest.json").read_text())
+        content["shards"][0]["bytes"] = (folder / "part-00000.arrow").stat().st_size
+        (folder / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(ShardError, match=r"part-00000\.arrow cannot be read \(it has 1 record batches, not 3"):
+            ShardSet.open(str(folder)).row(0)
 
 
 # ---------------------------------------------------------------- plain readers

@@ -1,0 +1,154 @@
+"""The feature cache: what is computed again, what is refused, and which row gets which features."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.data import features as module
+from pipelines.data.features import FeatureError, FeatureSet, FeatureWriter, cache_features, feature_key
+from pipelines.data.shards import ShardSet
+from pipelines.miniature.tiny_training import make_rows, make_world, write_shard_set
+from pipelines.settings import CacheFeaturesSettings, SettingsError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    world = make_world(tmp_path_factory.mktemp("world"))
+    cache(world, tmp_path_factory.mktemp("out"))
+    return world
+
+
+def cache(world, output, **changes):
+    fields = {
+        "data": world["data"],
+        "checkpoint": world["init_from"],
+        "image_size": 28,
+        "num_workers": 0,
+        "quiet": True,
+    }
+    return cache_features(CacheFeaturesSettings(**{**fields, "output": str(output), **changes}))
+
+
+@pytest.fixture
+def world(made, tmp_path):
+    shutil.copytree(made["data"], tmp_path / "shards")
+    return {**made, "data": str(tmp_path / "shards")}
+
+
+def folder(world, source="questions") -> Path:
+    (found,) = Path(world["data"], source, "features").iterdir()
+    return found
+
+
+def test_each_row_has_the_features_of_its_own_image(made):
+    key = feature_key(made["init_from"], 28)
+    writer = FeatureWriter(made["init_from"], 28, batch_size=3)
+    uri = f"{made['data']}/questions"
+    cached, shards = FeatureSet.open(uri, key), ShardSet.open(uri)
+    assert len(shards.shard_rows) == 3, "several parts"
+    for index in range(len(shards)):
+        image = shards.row(index).image
+        if image is None:
+            assert not cached.row(index).any()
+        else:
+            alone = writer._encode(np.stack([writer._pixels(image)]))[0]
+            assert np.abs(cached.row(index) - alone).max() < 1e-4
+    assert len({cached.row(index).tobytes() for index in range(len(shards))}) > 10
+
+
+def test_one_image_is_encoded_once(made, tmp_path, monkeypatch):
+    rows = make_rows("pairs", 3)
+    write_shard_set(tmp_path / "shards/twice", [*rows, *rows, *rows], rows_per_shard=4)
+    encoded = []
+    original = FeatureWriter._encode
+    monkeypatch.setattr(FeatureWriter, "_encode", lambda self, p: (encoded.append(len(p)), original(self, p))[1])
+    cache({**made, "data": str(tmp_path / "shards")}, tmp_path / "out", batch_size=2)
+    assert sum(encoded) == 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.with_name("part-00001.npy").unlink(),
+        lambda path: path.with_name("part-00001.npy").write_bytes(b"short"),
+        lambda path: path.with_name("part-00001.npy.json").unlink(),
+        lambda path: path.with_name("part-00001.npy.json").write_text("{"),
+        lambda path: path.with_name("part-00001.npy.json").write_text(
+            path.with_name("part-00001.npy.json").read_text().replace('"shard_sha256": "', '"shard_sha256": "0')
+        ),
+    ],
+    ids=["missing", "cut off", "no record", "damaged record", "of another shard"],
+)
+def test_a_part_that_is_not_whole_is_computed_again_and_no_other(world, tmp_path, damage):
+    before = {path.name: path.read_bytes() for path in folder(world).glob("*.npy")}
+    damage(folder(world) / "manifest.json")
+    again = cache(world, tmp_path / "out")
+    assert (again["parts"], again["reused"]) == (1, 6)
+    assert {path.name: path.read_bytes() for path in folder(world).glob("*.npy")} == before
+
+
+def test_features_of_other_data_are_not_taken_for_these(world, tmp_path):
+    shutil.rmtree(Path(world["data"], "questions"), ignore_errors=False, onerror=None)
+    shutil.copytree(Path(world["data"], "pairs"), Path(world["data"], "questions"))
+    key = feature_key(world["init_from"], 28)
+    FeatureSet.open(f"{world['data']}/questions", key)
+    kept = folder(world)
+    rows = make_rows("questions", 22)
+    saved = tmp_path / "saved"
+    shutil.move(kept, saved)
+    shutil.rmtree(Path(world["data"], "questions"))
+    write_shard_set(Path(world["data"], "questions"), rows)
+    shutil.copytree(saved, Path(world["data"], "questions/features", key))
+    with pytest.raises(FeatureError, match=r"lack part-00000\.arrow: the data changed"):
+        FeatureSet.open(f"{world['data']}/questions", key)
+    assert cache(world, tmp_path / "out")["parts"] == 3
+
+
+def test_another_dtype_is_refused_until_it_may_overwrite(world, tmp_path):
+    with pytest.raises(SettingsError, match=r"holds these features as float32, and dtype=float16 .* overwrite=true"):
+        cache(world, tmp_path / "out", dtype="float16")
+    assert cache(world, tmp_path / "out", dtype="float16", overwrite=True)["parts"] == 7
+    cached = FeatureSet.open(f"{world['data']}/questions", feature_key(world["init_from"], 28))
+    assert cached.row(0).dtype == np.float16
+    assert {part.dtype for part in cached.parts} == {"float16"}
+
+
+def test_another_image_size_is_another_cache(world, tmp_path):
+    assert feature_key(world["init_from"], 28) != feature_key(world["init_from"], 56)
+    assert cache(world, tmp_path / "out", image_size=56)["reused"] == 0
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"parts": [{}]}', '{"parts": [{"shard_sha256": "x"}]}'])
+def test_a_damaged_manifest_is_one_sentence(world, content):
+    (folder(world) / "manifest.json").write_text(content)
+    with pytest.raises(FeatureError, match=r"run jobs/cache_features\.py again"):
+        FeatureSet.open(f"{world['data']}/questions", feature_key(world["init_from"], 28))
+
+
+def test_a_part_that_was_cut_off_is_noticed_when_it_is_opened(world):
+    path = folder(world) / "part-00001.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(FeatureError, match=r"part-00001\.npy is missing or cut off"):
+        FeatureSet.open(f"{world['data']}/questions", feature_key(world["init_from"], 28))
+
+
+def test_names_of_parts_do_not_lead_out_of_the_cache(world):
+    path = folder(world) / "manifest.json"
+    content = json.loads(path.read_text())
+    content["parts"][0]["name"] = "../../part-00000.arrow"
+    path.write_text(json.dumps(content))
+    with pytest.raises(FeatureError, match="is missing or cut off"):
+        FeatureSet.open(f"{world['data']}/questions", feature_key(world["init_from"], 28))
+
+
+def test_mistakes_are_one_sentence(made, tmp_path):
+    with pytest.raises(SettingsError, match="holds no shard sets"):
+        cache({**made, "data": str(tmp_path)}, tmp_path / "out")
+    with pytest.raises(SettingsError, match="give data=DIR"):
+        cache({**made, "data": ""}, tmp_path / "out")
+    assert module.FEATURES == "features"
