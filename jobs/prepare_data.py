@@ -4,7 +4,7 @@
     python jobs/prepare_data.py --config configs/mini.yaml source=laion input='DIR/*.tar' output=DIR
     python jobs/prepare_data.py source=jsonl input=own.jsonl name=own output=DIR
 
-The same command goes on where an interrupted one stopped.
+Run the same command again to resume an interrupted one.
 """
 
 from __future__ import annotations

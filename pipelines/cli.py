@@ -26,7 +26,7 @@ def run_main(work: Callable[[], object]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last finished part.", file=sys.stderr)
+        print("Interrupted. Run the same command to resume.", file=sys.stderr)
         return 130
     return 0
 

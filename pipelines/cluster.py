@@ -2,7 +2,7 @@
 
 Whoever reaches Ray's ports runs code as the cluster's user. So a cluster that is started here asks for a token and
 listens on the loopback interface alone. The token is where Ray itself looks, ``~/.ray/auth_token`` (readable by its
-owner only): ``ray start``, ``ray job submit`` and every process of the same user find it without being told. Clusters
+owner only): ``ray start``, ``ray job submit`` and every process of the same user find it by themselves. Clusters
 of others are joined as they are: with the token where there is one, with a warning where they ask for none.
 """
 
@@ -52,7 +52,7 @@ def ensure_token(path: Path | None = None) -> None:
     """Have a token that only this user can read: make one where there is none, and take others' rights from a file.
 
     Args:
-        path: of the file; None is Ray's own place, unless the environment names another token.
+        path: of the file; None is Ray's default, unless the environment names another token.
     """
     if path is None and any(os.environ.get(name) for name in _TOKEN_VARIABLES):
         return
@@ -120,7 +120,7 @@ def start_ray(settings: Settings) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # Ray tells in five lines what the next ones say in one.
+    # Ray's own warning has five lines; ours has one.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     with _join(address) if address else _start(settings):
         yield

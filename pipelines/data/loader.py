@@ -123,11 +123,11 @@ def open_shards(data: str, stage: Stage) -> dict[str, ShardSet]:
     """
     opened, missing = {}, []
     for source in stage.sources:
-        place = f"{data.rstrip('/')}/{source.name}"
+        folder = f"{data.rstrip('/')}/{source.name}"
         try:
-            opened[source.name] = ShardSet.open(place)
+            opened[source.name] = ShardSet.open(folder)
         except FileNotFoundError:
-            missing.append(place)
+            missing.append(folder)
     if missing:
         raise FileNotFoundError(
             f"stage {stage.number} needs prepared data in {', '.join(missing)}: "

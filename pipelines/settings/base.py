@@ -195,7 +195,7 @@ def _read_text(text: str, kinds: Iterable[Any]) -> Any:
 
 
 def _takes_plain_text(kinds: Iterable[Any]) -> bool:
-    """Whether text stands beside the list: ``str | list[str]``, not ``list[str]``."""
+    """Whether plain text is allowed beside the list: ``str | list[str]``, not ``list[str]``."""
     return list(kinds).count(str) > 1
 
 

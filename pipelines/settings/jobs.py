@@ -18,11 +18,11 @@ class PrepareDataSettings(Settings):
 
     source: str = Field("", description="data set name, e.g. laion, refcoco; own data: jsonl, hf, parquet, webdataset")
     input: str = Field("", description="tar glob, annotation file or folder, local or any pyarrow / fsspec URI")
-    images: str = Field("", description="image folder, for sources whose annotations lie elsewhere")
+    images: str = Field("", description="image folder, for sources whose annotations are elsewhere")
     name: str = Field("", description="name of own data in the rows; empty is the source's")
     task: str = Field("", description="task of own data that names none (key of tinygptv.data.prompts.INSTRUCTIONS)")
     image_size: int = Field(448, ge=14, description="shrink images whose shorter side is larger than this, in pixels")
-    jpeg_quality: int = Field(90, ge=1, le=100, description="quality of images that had to be encoded anew")
+    jpeg_quality: int = Field(90, ge=1, le=100, description="quality of images that had to be encoded again")
     shard_rows: int = Field(10_000, ge=1, description="most rows of an Arrow shard")
     shard_mb: int = Field(256, ge=1, description="most megabytes of an Arrow shard")
     min_side: int = Field(8, ge=1, description="filter: least pixels of an image's shorter side")
@@ -139,9 +139,9 @@ class ScoreSettings(Settings):
     metric: Literal["official", "released"] = Field(
         "official", description="released: the original's prompts and scoring, defects included"
     )
-    baselines: bool = Field(True, description="also answer with a blank picture and with another question's")
+    baselines: bool = Field(True, description="also answer with a blank image and with another question's")
     compare_with: str = Field("", description="output folder of another score run, for a paired comparison")
-    page_cases: int = Field(24, ge=0, description="pictures per benchmark on the report page")
+    page_cases: int = Field(24, ge=0, description="images per benchmark on the report page")
     overwrite: bool = Field(False, description="remove the results of an earlier run in the output folder first")
 
 

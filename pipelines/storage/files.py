@@ -170,7 +170,7 @@ class AtomicFile:
         try:
             self._file.close()
         except OSError:
-            pass  # a full disk, which was told already
+            pass  # a full disk, which was reported already
         finally:
             if self._filesystem.get_file_info(self._draft).type == pafs.FileType.File:
                 self._filesystem.delete_file(self._draft)

@@ -114,7 +114,7 @@ def _split_existing(filesystem: pafs.FileSystem, path: str) -> tuple[str, str]:
 
 
 def _matching(filesystem: pafs.FileSystem, base: str, names: list[str]) -> Iterator[list[pafs.FileInfo]]:
-    """Files below ``base`` that each name stands for. Asks once for all names without wildcards."""
+    """Files below ``base`` that each name matches. Asks once for all names without wildcards."""
     plain = [name for name in names if not _WILDCARD.search(name)]
     infos = dict(zip(plain, filesystem.get_file_info([f"{base}/{name}" for name in plain]), strict=True))
     for name in names:

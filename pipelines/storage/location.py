@@ -111,7 +111,7 @@ def resolve(location: str | Location) -> tuple[pafs.FileSystem, str]:
 
 @functools.lru_cache(maxsize=256)
 def _connect(root: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of an address and the path that the address stands for; kept: a connection takes round trips."""
+    """The file system of an address and its path in there; cached: a connection takes round trips."""
     address = f"{root}/" if root.partition("://")[0] in _ROOTED_PROTOCOLS and "?" not in root else root
     try:
         return pafs.FileSystem.from_uri(address)

@@ -1,4 +1,5 @@
-"""Compressed files, recognised by their first bytes: names lie (a gzip file named .tar, a plain one named .gz)."""
+"""Compressed files, recognised by their first bytes: names are often wrong
+(a gzip file named .tar, a plain one named .gz)."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ def apply_stage_settings(stage: Stage, changes: dict[str, Any]) -> Stage:
         try:
             values[key] = _stage_value(stage, key, _numbers(value))
         except (TypeError, ValueError) as error:
-            raise SettingsError(f"stage.{key}={value!r} is not usable: {error}.") from error
+            raise SettingsError(f"stage.{key}={value!r} is not usable: {str(error).rstrip('.')}.") from error
     try:
         return dataclasses.replace(stage, **values)
     except ValueError as error:

@@ -30,11 +30,12 @@ LAYERS = {
 
 _LIBRARY: dict[str, set[str]] = {
     "lru": set(),
+    "bounds": set(),
     "config": set(),
-    "data": {"config", "lru"},
+    "data": {"config", "lru", "bounds"},
     "metrics": {"data"},
     "model": {"config", "data"},
-    "training": {"config", "data", "model"},
+    "training": {"bounds", "config", "data", "model"},
     "checkpoint": {"config", "data", "model"},
     "convert": {"config", "data", "model", "training", "checkpoint"},
     "kernels": set(),

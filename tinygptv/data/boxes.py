@@ -15,7 +15,9 @@ Box = tuple[float, float, float, float]
 
 GRID = 100
 _BOX = re.compile(r"\{<(\d{1,3})><(\d{1,3})><(\d{1,3})><(\d{1,3})>\}")
-_PHRASE = re.compile(r"<p>(?P<phrase>.*?)</p>\s*(?P<boxes>\{<[\d<>]*\}(?:\s*(?:<delim>)?\s*\{<[\d<>]*\})*)", re.DOTALL)
+_PHRASE = re.compile(
+    r"<p>(?P<phrase>(?:(?!<p>).)*?)</p>\s*(?P<boxes>\{<[\d<>]*\}(?:\s*(?:<delim>)?\s*\{<[\d<>]*\})*)", re.DOTALL
+)
 
 COLOURS: tuple[tuple[int, int, int], ...] = (
     (230, 57, 70),

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from tinygptv.bounds import check_number
 from tinygptv.data.boxes import format_box
 from tinygptv.data.prompt_layout import Exchange, PromptLayout, TurnIds
 from tinygptv.data.prompts import INSTRUCTIONS
@@ -145,6 +146,10 @@ class TextLimits:
     max_text_tokens: int
     max_context_tokens: int = 3800
     mask_inner_bos: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_text_tokens", "max_context_tokens"):
+            check_number(f"limits.{name}", getattr(self, name), 1, whole=True)
 
 
 @dataclass

@@ -9,6 +9,8 @@ import math
 import warnings
 from dataclasses import dataclass
 
+from tinygptv.bounds import check_number
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -35,10 +37,13 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
             raise ValueError(f"schedule kind is {self.kind!r}; known kinds: {sorted(SCHEDULES)}.")
+        for name, least in (("steps_per_epoch", 1), ("epochs", 1), ("warmup_steps", 0)):
+            check_number(f"schedule.{name}", getattr(self, name), least, whole=True)
+        for name in ("peak", "minimum"):
+            check_number(f"schedule.{name}", getattr(self, name), 0)
+        check_number("schedule.warmup_start", self.warmup_start, -math.inf)
         if self.warmup_start < 0:
             object.__setattr__(self, "warmup_start", self.peak)
-        if self.steps_per_epoch < 1 or self.epochs < 1:
-            raise ValueError(f"a schedule of {self.epochs} epochs x {self.steps_per_epoch} steps has no steps.")
 
     @property
     def num_steps(self) -> int:

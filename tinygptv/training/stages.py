@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from tinygptv.bounds import check_number
 from tinygptv.data.prompts import TEMPLATES, Template
 from tinygptv.data.sample import TextLimits
 from tinygptv.training.schedule import Schedule
@@ -52,6 +53,10 @@ class StageSource:
     name: str
     weight: float
     batch_size: int
+
+    def __post_init__(self) -> None:
+        check_number(f"weight of source {self.name!r}", self.weight, 0)
+        check_number(f"batch_size of source {self.name!r}", self.batch_size, 1, whole=True)
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,15 @@ class Stage:
             )
         if self.template not in TEMPLATES:
             raise ValueError(f"stage {self.number} has template {self.template!r}; known: {sorted(TEMPLATES)}.")
+        if not sum(source.weight for source in self.sources) > 0:
+            raise ValueError(f"stage {self.number} has no source with a weight above 0: nothing could be drawn.")
+        for name, least in (("draws_per_step", 1), ("image_size", 1), ("lora_rank", 0), ("lora_alpha", 1)):
+            check_number(name, getattr(self, name), least, whole=name != "lora_alpha")
+        check_number("lora_dropout", self.lora_dropout, 0, 1)
+        check_number("weight_decay", self.weight_decay, 0)
+        check_number("beta2", self.beta2, 0, 1)
+        if self.max_grad_norm is not None:
+            check_number("max_grad_norm", self.max_grad_norm, 0)
 
     @property
     def prompt_template(self) -> Template:

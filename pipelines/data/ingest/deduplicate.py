@@ -101,7 +101,7 @@ def _nearest_earlier(hashes: np.ndarray, max_bits: int) -> tuple[np.ndarray, np.
 def _bounded(hashes: np.ndarray, group: np.ndarray) -> list[np.ndarray]:
     """A group cut into parts of bounded size, neighbours by value together: pairs grow with the square of a group.
 
-    Groups of this size are made by flat pictures; what lies in different parts is then not compared in this band.
+    Groups of this size come from flat images; rows of different parts are then not compared in this band.
     """
     if len(group) <= _LARGEST_GROUP:
         return [group] if len(group) > 1 else []

@@ -40,7 +40,7 @@ class SetInputs:
         source: of the rows, as fields of ``SourceInput``; passwords in URIs are left out.
         files: of the input.
         settings: those that decide what the set holds.
-        missing: places of images that were missing, as pairs of ``Location``'s fields; the first ones.
+        missing: locations of images that were missing, as pairs of ``Location``'s fields; the first ones.
     """
 
     fingerprint: str

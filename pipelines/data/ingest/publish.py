@@ -37,7 +37,7 @@ _SMALL_SHARE = 16
 _OPEN_UNITS = 128
 
 _MUCH = 0.1
-"""Share of quarantined samples above which a warning tells the commonest reason."""
+"""Share of quarantined samples above which a warning gives the commonest reason."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ class Staging:
         return dict(sorted(found.items()))
 
     def missing(self) -> list[tuple[str, str]]:
-        """Places of missing images, the first ones of each unit."""
-        return [place for number in range(self.num_units) for place in self.record(number).missing]
+        """Locations of missing images, the first ones of each unit."""
+        return [at for number in range(self.num_units) for at in self.record(number).missing]
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class UnitRecord:
         index_sha256: of the index file.
         rejected: samples that gave no row.
         changes: samples that were kept, but changed, by the kind of change.
-        missing: places of missing images, as pairs of ``Location``'s fields; the first ones alone.
+        missing: locations of missing images, as pairs of ``Location``'s fields; the first ones alone.
     """
 
     fingerprint: str
@@ -204,9 +204,9 @@ def _is_current(record: UnitRecord, staging: str, number: int) -> bool:
     return not any_exists(record.missing)
 
 
-def any_exists(places: Iterable[tuple[str, str]]) -> bool:
+def any_exists(locations: Iterable[tuple[str, str]]) -> bool:
     """Whether any of several files is there; they are given as pairs of ``Location``'s fields."""
-    return any(storage.exists(storage.Location(root, path)) for root, path in places)
+    return any(storage.exists(storage.Location(root, path)) for root, path in locations)
 
 
 @dataclass(frozen=True)

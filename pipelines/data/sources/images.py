@@ -35,7 +35,7 @@ _OF_ONE_FILE = {
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """How a data set's images lie on disks.
+    """Folders and names of a data set's images.
 
     Attributes:
         folders: image folders relative to the annotation file's folder and those above it, as publishers and read-mes
@@ -61,7 +61,7 @@ _COCO_SPLITS = (
 
 
 def coco_names(name: str) -> tuple[str, ...]:
-    """Names under which a COCO image may lie: with the prefix of 2014 or without, in a folder per split or not.
+    """Names that a COCO image may have: with the prefix of 2014 or without, in a folder per split or not.
 
     COCO's numbers are unique over all its splits, and the images of 2014 and 2017 are the same. An image that is named
     as one of validation or test is not looked for among those: like the release, nothing is trained on what is not in
@@ -77,7 +77,7 @@ def coco_names(name: str) -> tuple[str, ...]:
 
 
 def below(*folders: str) -> Callable[[str], tuple[str, ...]]:
-    """Alternatives for images that may lie in one of several folders below the image folder."""
+    """Alternatives for images that may be in one of several folders below the image folder."""
     return lambda name: tuple(dict.fromkeys([name, *(f"{folder}/{name}" for folder in folders)]))
 
 
@@ -97,7 +97,7 @@ def find_image_folder(source: SourceInput, file: storage.Location, layout: Image
     Args:
         source: the ingest's input.
         file: annotation file.
-        layout: where images may lie.
+        layout: where images may be.
 
     Raises:
         SettingsError: none is given and none found, or what is given is no folder; lists where it looked.

@@ -175,7 +175,7 @@ def _form_of_object(file: storage.FoundFile, members: dict[str, str], member: st
     if any(kind == "object" for kind in members.values()):
         return JsonForm("members")
     if not members:
-        return JsonForm("members")  # damaged or empty: told when it is planned
+        return JsonForm("members")  # damaged or empty: reported when it is planned
     raise SettingsError(
         f"{file.location} holds no entries: its members are {shorten(', '.join(members))}. Is it the right file?"
     )
@@ -242,7 +242,7 @@ def _all_items(file: storage.FoundFile, form: JsonForm) -> list[Item]:
                 found += (Item(0, 0, 0, None, _parsed(line)) for line in _lines(stream))
             else:
                 found += iterate_items(stream, form.member)
-    except (JsonDamage, OSError) as error:  # told when the entries are read
+    except (JsonDamage, OSError) as error:  # reported when the entries are read
         if isinstance(error, OSError) and error.errno is not None:
             raise
     return found

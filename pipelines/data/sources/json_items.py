@@ -171,7 +171,7 @@ class _Scanner:
         """First byte, one past the last, and the value that comes next; None for one that is no valid JSON.
 
         Raises:
-            JsonDamage: where it ends cannot be told.
+            JsonDamage: where it ends is not known.
         """
         self.peek_mark()
         while True:
@@ -179,11 +179,11 @@ class _Scanner:
                 value, stop = _DECODER.raw_decode(self.text, self.position)
             except (ValueError, RecursionError) as error:
                 value, stop = None, self._end_of_broken_value()
-                if stop < 0:  # it may go on behind the window
+                if stop < 0:  # it may continue behind the window
                     if len(self.text) - self.position < _LONGEST_ENTRY and self._more():
                         continue
                     raise self._damage() from error
-            # "1.5e" at the end of the window reads as 1.5, but the number may go on behind it
+            # "1.5e" at the end of the window reads as 1.5, but the number may continue behind it
             if not _NUMBER_REST.match(self.text, stop) or not self._more():
                 break
         start, self.position = self.position, stop

@@ -2,7 +2,7 @@
 
     000000000.jpg  000000000.json  000000000.txt  000000001.jpg ..
 
-A scan finds where each member is, then samples are read one by one. So members of a sample may lie apart, memory does
+A scan finds where each member is, then samples are read one by one. So members of a sample may be apart, memory does
 not grow with the images, and a tar that is cut off or damaged gives all that can still be found.
 """
 

@@ -1,4 +1,4 @@
-"""Finding the members of a tar without reading its data: bounded, and going on behind what is damaged.
+"""Finding the members of a tar without reading its data: bounded, and continuing behind what is damaged.
 
 Header blocks are parsed by ``tarfile``; the walk from one to the next is ours. ``tarfile``'s own walk goes backward on
 a header with a negative size (for ever: CVE-2025-8194), recurses into long-name headers without bound, and takes a

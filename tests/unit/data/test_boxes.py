@@ -38,3 +38,8 @@ def test_overlap():
     assert iou((0, 0, 9, 9), (0, 0, 9, 9)) == 1.0
     assert iou((0, 0, 4, 4), (10, 10, 20, 20)) == 0.0
     assert iou((0, 0, 2, 2), (1, 0, 3, 2), pixel_grid=False) == pytest.approx(1 / 3)
+
+
+def test_a_phrase_without_a_box_does_not_swallow_the_next_one():
+    found = parse_boxes("<p>two people</p> stand beside <p>a dog</p> {<1><2><3><4>}")
+    assert [(box.phrase, box.box) for box in found] == [("a dog", (1, 2, 3, 4))]
