@@ -5,7 +5,7 @@
     python jobs/miniature.py --config configs/mini.yaml task=pretrain output=outputs/miniature
     python jobs/miniature.py task=ship backbones=outputs/miniature/backbones stages=outputs/demo
 
-Interrupted, pretraining goes on from its last training state, at most a minute back.
+Interrupted, pretraining resumes from its last training state, at most a minute back.
 """
 
 from __future__ import annotations

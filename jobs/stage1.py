@@ -4,7 +4,7 @@
     python jobs/stage1.py --config configs/mini.yaml data=data/miniature/shards init_from=outputs/miniature/backbones
     ray job submit --working-dir . -- python jobs/stage1.py --config configs/mini.yaml data=... init_from=... output=...
 
-Interrupted, the same command goes on from the last training state. The last line printed is the path of result.json.
+Interrupted, the same command resumes from the last training state. The last line printed is the path of result.json.
 """
 
 from __future__ import annotations
