@@ -12,8 +12,10 @@ import pytest
 from pipelines import storage
 from pipelines.data.sources import json_entries, json_items
 from pipelines.data.sources.base import Rejected, SourceInput
+from pipelines.data.sources.drafts import Draft, read_drafts
 from pipelines.data.sources.json_entries import detect_form, plan_entries, read_entries
 from pipelines.settings import SettingsError
+from tinygptv.data.sample import Turn
 
 ENTRIES = [{"a": n, "text": f"caf\u00e9 \u2028 {n}"} for n in range(7)]
 KEYED = {f"k{n}": entry for n, entry in enumerate(ENTRIES)}
@@ -178,3 +180,14 @@ def test_slices_of_a_file_larger_than_the_window_parse_back(tmp_path, monkeypatc
     for form in ("list", "data", "keyed", "two lists"):
         found, _ = read(tmp_path / "own.json", FORMS[form][0])
         assert [entry for _, entry in found] == ENTRIES, form
+
+
+def test_samples_of_one_entry_have_different_ids(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps([{}]))
+    (file,) = storage.find_files(str(tmp_path / "x.json"))
+    source = SourceInput("x", str(tmp_path / "x.json"), "", "x", "")
+    (unit,) = plan_entries(source, file, detect_form(file, "", ()), entries_per_unit=3)
+    drafts = [Draft((Turn("", (f"answer {number}",)),), None) for number in range(3)]
+    rows = list(read_drafts(unit, "0", lambda: iter(drafts), None, None))
+    assert [row.turns[0].answers[0] for row in rows] == ["answer 0", "answer 1", "answer 2"]
+    assert len({row.id for row in rows}) == 3
