@@ -18,9 +18,10 @@ def check_number(name: str, value: object, least: float, most: float = math.inf,
     Raises:
         ValueError: it is refused; names the value and the bounds.
     """
-    kinds = (int,) if whole else (int, float)
-    is_number = isinstance(value, kinds) and not isinstance(value, bool)
-    if not is_number or not least <= value <= most:  # also refuses NaN
+    number = math.nan  # within no bounds
+    if isinstance(value, int | float) and not isinstance(value, bool) and not (whole and isinstance(value, float)):
+        number = value
+    if not least <= number <= most:
         kind = "a whole number" if whole else "a number"
         bounds = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
         raise ValueError(f"{name} is {value!r}; it must be {kind} {bounds}.")

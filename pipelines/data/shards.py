@@ -126,7 +126,7 @@ class ShardSet:
         return {"uri": self.uri, "manifest": self.manifest, "cache": self._cache}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["uri"], state["manifest"], state["cache"])
+        ShardSet.__init__(self, state["uri"], state["manifest"], state["cache"])
 
     def _locate(self, index: int) -> tuple[pa.RecordBatch, int]:
         if not 0 <= index < len(self):

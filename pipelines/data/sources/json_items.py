@@ -150,7 +150,9 @@ class _Scanner:
     def next_mark(self) -> str:
         """The next character that is no white space; empty at the end of the text."""
         while True:
-            self.position = _SPACE.match(self.text, self.position).end()
+            space = _SPACE.match(self.text, self.position)
+            assert space is not None, "the pattern fits everywhere"
+            self.position = space.end()
             if self.position < len(self.text):
                 self.position += 1
                 return self.text[self.position - 1]

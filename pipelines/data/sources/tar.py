@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -240,7 +241,7 @@ def _folder_groups(folder: storage.Location) -> list[Group]:
         if dot and key and not name.startswith(".") and extension.lower() in {*IMAGE_EXTENSIONS, "json", "txt"}:
             location = folder / name
             group = groups.setdefault(key, Group(key))
-            group.members[extension.lower()] = lambda location=location: storage.read_bytes(location)
+            group.members[extension.lower()] = partial(storage.read_bytes, location)
     return list(groups.values())
 
 
