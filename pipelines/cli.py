@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
@@ -15,9 +17,11 @@ def run_main(work: Callable[[], object]) -> int:
     """Run a job's work.
 
     Returns:
-        The process's exit status: 0, 2 for a user's mistake, 130 for Ctrl-C.
+        The process's exit status: 0, 2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM (``ray job stop``).
     """
     quiet_libraries()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
     try:
         work()
     except USER_ERRORS as error:
@@ -25,10 +29,18 @@ def run_main(work: Callable[[], object]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("Interrupted. Run the same command to resume.", file=sys.stderr)
-        return 130
+        return 143 if isinstance(interrupt, Terminated) else 130
     return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM."""
+
+
+def _stop(*_: object) -> None:
+    raise Terminated
 
 
 def run_stage_main(number: int, argv: Sequence[str] | None, description: str) -> int:

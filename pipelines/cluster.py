@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -134,7 +136,8 @@ def _join(address: str) -> Iterator[None]:
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray's command line does
     is_here = address.rpartition(":")[0] in _LOOPBACK_HOSTS
     try:
-        with _loopback() if is_here else nullcontext():  # else the driver gives an address that the cluster is not at
+        # Elsewhere than here, a driver on loopback would give an address that the cluster is not at.
+        with _sigterm_handler_kept(), _loopback() if is_here else nullcontext():
             ray.init(address=address, **_quiet_workers())
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         mode = os.environ.get(AUTH_MODE, "disabled")
@@ -160,7 +163,8 @@ def _start(settings: Settings) -> Iterator[None]:
     else:
         _warn_without_token(f"this Ray cluster ({AUTH_MODE}={os.environ[AUTH_MODE]})")
     with _loopback() if settings.ray_loopback else _every_interface():
-        ray.init(**_init_arguments(settings))
+        with _sigterm_handler_kept():
+            ray.init(**_init_arguments(settings))
         try:
             yield
         finally:
@@ -199,6 +203,18 @@ def _warn_without_token(what: str) -> None:
 def _quiet_workers() -> dict[str, Any]:
     """What workers print is for debugging (Ray keeps it in its session folder); progress comes by our own lines."""
     return {"logging_level": logging.WARNING, "log_to_driver": "TINYGPTV_RAY_LOGS" in os.environ}
+
+
+@contextmanager
+def _sigterm_handler_kept() -> Iterator[None]:
+    """Keep the process's own handler of SIGTERM: the one that Ray sets prints a stack of addresses."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before):
+        signal.signal(signal.SIGTERM, before)
 
 
 def _init_arguments(settings: Settings) -> dict[str, Any]:

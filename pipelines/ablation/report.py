@@ -11,11 +11,12 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from pipelines import storage
 from pipelines.ablation.findings import VANISHED, WINDOW, StageOutcome
 from pipelines.ablation.variants import Variant
 from pipelines.evaluation.scoring import BenchmarkScore
 from pipelines.settings import AblateSettings
-from pipelines.training.plots import smooth
+from pipelines.training.plots import save_figure, smooth
 from pipelines.training.record import StepEntry
 
 
@@ -87,8 +88,9 @@ def write_report(output: Path, rows: Sequence[AblationRow], settings: AblateSett
             draw_depths(output / f"gradients_{precision}.png", own, precision),
         ]
     text = _markdown(rows, precisions, plots, settings, seconds)
-    (output / "report.md").write_text(text)
-    (output / "report.html").write_text(_page(rows, precisions, plots, settings, seconds))
+    storage.write_atomically(str(output / "report.md"), text.encode())
+    page = _page(rows, precisions, plots, settings, seconds)
+    storage.write_atomically(str(output / "report.html"), page.encode())
     return {
         "report": str(output / "report.md"),
         "page": str(output / "report.html"),
@@ -184,7 +186,7 @@ def draw_losses(path: Path, rows: Sequence[AblationRow], title: str) -> Path:
     Returns:
         ``path``.
     """
-    plt, figure, axes = _panels(rows, title, height=3.6)
+    figure, axes = _panels(rows, title, height=3.6)
     for axis, outcome in zip(axes, rows[0].outcomes, strict=True):
         for colour, row in zip(_colours(len(rows)), rows, strict=True):
             records = [r for r in row.records.get(outcome.stage, []) if math.isfinite(r["loss"])]
@@ -195,9 +197,7 @@ def draw_losses(path: Path, rows: Sequence[AblationRow], title: str) -> Path:
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("loss (nats per token)")
     axes[-1].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save_figure(figure, path)
 
 
 def draw_depths(path: Path, rows: Sequence[AblationRow], title: str) -> Path:
@@ -206,7 +206,7 @@ def draw_depths(path: Path, rows: Sequence[AblationRow], title: str) -> Path:
     Returns:
         ``path``.
     """
-    plt, figure, axes = _panels(rows, title, height=3.6)
+    figure, axes = _panels(rows, title, height=3.6)
     for place, axis in enumerate(axes):
         for colour, row in zip(_colours(len(rows)), rows, strict=True):
             depth = row.outcomes[place].depth
@@ -219,12 +219,10 @@ def draw_depths(path: Path, rows: Sequence[AblationRow], title: str) -> Path:
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("gradient norm, median over the stage")
     axes[-1].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save_figure(figure, path)
 
 
-def _panels(rows: Sequence[AblationRow], title: str, height: float) -> tuple[Any, Any, list[Any]]:
+def _panels(rows: Sequence[AblationRow], title: str, height: float) -> tuple[Any, list[Any]]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -233,7 +231,7 @@ def _panels(rows: Sequence[AblationRow], title: str, height: float) -> tuple[Any
     count = len(rows[0].outcomes)
     figure, axes = plt.subplots(1, count, figsize=(3.1 * count + 1, height), layout="constrained", squeeze=False)
     figure.suptitle(title)
-    return plt, figure, list(axes[0])
+    return figure, list(axes[0])
 
 
 def _colours(count: int) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
@@ -38,11 +39,18 @@ class disk_full_as_error:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         """Raise ``DiskFullError`` instead of the system's error."""
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error is not None and _is_disk_full(error):
             raise DiskFullError(
                 f"no space left while writing {self.location}: free some, and run the same command again; "
                 "what is finished is kept."
             ) from error
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Whether the system had no room; some libraries say so only in the text of their own errors."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def exists(location: str | Location) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Any
 
+from pipelines.json_files import write_json
 from pipelines.settings import PlanMemorySettings, TrainSettings
 from pipelines.training.fit import computation_of
 from pipelines.training.job import apply_stage_settings
@@ -55,7 +55,7 @@ def plan_memory(settings: PlanMemorySettings) -> dict[str, Any]:
         "inference": inference,
     }
     output = settings.output_dir(f"outputs/{settings.recipe}/plan_memory")
-    (output / "result.json").write_text(json.dumps(result, indent=1))
+    write_json(output / "result.json", result)
     return {**result, "table": _table(settings, train, result), "result": str(output / "result.json")}
 
 

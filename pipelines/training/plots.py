@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pipelines import storage
 from pipelines.training.record import read_record
 from tinygptv.training.stages import Stage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PAPER_LOSSES = {1: (7.152, 2.620), 2: (2.726, 2.343), 3: (1.992, 1.125), 4: (2.720, 1.399)}
 """Start and end loss of each stage as the paper reports them (section 4.2)."""
@@ -45,8 +51,24 @@ def loss_curve(metrics: Path, path: Path, stage: Stage, recipe: str) -> Path:
     rates.plot(steps, [e["lr"] for e in entries], color="#6a9a3d", linewidth=0.8, alpha=0.8)
     rates.set_ylabel("learning rate", color="#6a9a3d")
     axis.legend(loc="upper right")
-    figure.savefig(path, dpi=110)
+    return save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG and close it; the file is either absent or complete.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        DiskFullError: there is no room.
+    """
+    import matplotlib.pyplot as plt
+
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110)
     plt.close(figure)
+    storage.write_atomically(str(path), stream.getvalue())
     return path
 
 

@@ -18,6 +18,7 @@ def train_worker(config: dict[str, bytes]) -> None:
 
     from pipelines import storage
     from pipelines.json_files import write_json
+    from pipelines.settings import SettingsError
     from pipelines.training.guard import TrainingStopped
     from pipelines.training.job import TrainJob
     from pipelines.training.worker import train_loop
@@ -27,9 +28,12 @@ def train_worker(config: dict[str, bytes]) -> None:
     try:
         result = train_loop(job)
         outcome = result.to_dict() if result else {}
-    except TrainingStopped as stopped:  # trying again would end there again
-        if ray.train.get_context().get_world_rank() == 0:
-            outcome = {"stopped": str(stopped)}
+    except (TrainingStopped, SettingsError, storage.DiskFullError) as error:  # trying again would end there again
+        context = ray.train.get_context()
+        if not isinstance(error, TrainingStopped) and context.get_world_size() > 1:
+            raise  # the other workers do not know of it, and would wait
+        if context.get_world_rank() == 0:
+            outcome = {"stopped": str(error)}
     if outcome:
         storage.make_folder(job.storage)
         write_json(storage.join(job.storage, WORKER_RESULT), outcome)

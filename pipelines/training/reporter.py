@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
+from pipelines import storage
 from pipelines.data.loader import BatchMaker, CutCount, StepBatch
 from pipelines.json_files import write_json
 from pipelines.progress import PROGRESS_FILE, StepProgress
@@ -60,13 +62,13 @@ class Reporter:
     def compiling(self) -> None:
         """Say that the first step takes longer than the others."""
         self.clock = time.perf_counter()
-        self.progress_file.write_text(f"{self.progress.title}: compiling the layers in the first step")
+        self._show(f"{self.progress.title}: compiling the layers in the first step")
 
     def compiled(self) -> None:
         """Say how long the first step took; it does not count in the time left."""
         seconds = time.perf_counter() - self.clock
         logger.info("the first step took %.1f s, in which the layers were compiled", seconds)
-        self.progress_file.write_text(f"{self.progress.title}: layers compiled in {seconds:.0f} s")
+        self._show(f"{self.progress.title}: layers compiled in {seconds:.0f} s")
         self.progress.began = self.clock = time.perf_counter()
 
     def add(self, batch: StepBatch, result: StepResult, learning_rate: float) -> None:
@@ -101,8 +103,13 @@ class Reporter:
             rates["samples_per_second"],
             rates["data_wait_share"],
         )
-        self.progress_file.write_text(line)  # the driver shows it
+        self._show(line)
         self.pending.clear()
+
+    def _show(self, line: str) -> None:
+        """Write the progress line, which the driver shows; training goes on without it."""
+        with suppress(OSError):
+            self.progress_file.write_text(line)
 
     def _rates(self) -> dict[str, float]:
         now = time.perf_counter()
@@ -155,11 +162,11 @@ class Reporter:
             self._predictor = SamplePredictor(BatchMaker(self.job.plan))
         try:
             answers = self._predictor.predict(model)
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, [{**vars(answer), "image": None} for answer in answers])
         except Exception:  # a look at the answers must not stop training
             logger.exception("no sample predictions at step %d", step + 1)
             return
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, [{**vars(answer), "image": None} for answer in answers])
         self.tracker.table([vars(answer) for answer in answers], f"predictions/{path.stem}")
         for number, answer in enumerate(answers):
             if answer.image is not None:
@@ -186,7 +193,8 @@ class Reporter:
 
     def abort(self) -> None:
         """Close everything before the end of the stage; the tracker's run is marked as failed."""
-        self.record.close()
+        with suppress(OSError, storage.DiskFullError):  # half a line is dropped when the run resumes
+            self.record.close()
         self.tracker.close("FAILED")
 
     def finish(self, checkpoint: str, cut: dict[str, CutCount]) -> WorkerResult:

@@ -7,14 +7,17 @@ import json
 import logging
 import os
 import pickle
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines import storage
 from pipelines.cluster import start_ray
 from pipelines.data.loader import data_path
 from pipelines.progress import PROGRESS_FILE, follow
+from pipelines.redact import redact
 from pipelines.settings import SettingsError, TrainSettings
 from pipelines.tracking.base import Tracker, continue_tracker, open_tracker
 from pipelines.tracking.identity import RunIdentity, read_identity
@@ -28,6 +31,9 @@ from pipelines.training.result import StageResult, WorkerResult, cut_sentence, r
 from pipelines.training.states import StateStore
 from pipelines.training.worker import train_loop
 from tinygptv.checkpoint.checkpoint import MANIFEST, CheckpointError, read_stage, verify_folder
+
+if TYPE_CHECKING:
+    from ray.train import WorkerGroupError
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +66,9 @@ def run_stage(settings: TrainSettings, number: int, *, parent_run_id: str = "") 
         return finished
     job = dataclasses.replace(job, run=_begin_tracking(job, output, parent_run_id))
     logger.info("\n%s", describe_stage(job.settings, job.stage))
+    next_step = StateStore(storage.join(job.storage, "states"), 1).newest_step()
+    if next_step:
+        logger.info("resuming at step %d of %d from %s/states", next_step, job.num_steps, redact(job.storage))
     job.stage.schedule.warn_if_rising()
     with follow(output / PROGRESS_FILE, quiet=settings.quiet):
         trained = _run_inline(job) if settings.num_workers == 0 else _run_on_ray(job)
@@ -147,7 +156,7 @@ def _run_inline(job: TrainJob) -> WorkerResult:
 
 
 def _run_on_ray(job: TrainJob) -> WorkerResult:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
     settings = job.settings
@@ -169,20 +178,57 @@ def _run_on_ray(job: TrainJob) -> WorkerResult:
                 **gpu_options,
             ),
         )
-        trainer.fit()
+        try:
+            call_in_thread(trainer.fit)
+        except WorkerGroupError as error:
+            raise _cause(error) from error
     outcome = json.loads(storage.read_bytes(storage.join(job.storage, WORKER_RESULT)))
     if "stopped" in outcome:
         raise TrainingStopped(outcome["stopped"])
     return WorkerResult.from_dict(outcome)
 
 
+def call_in_thread(function: Callable[[], object]) -> None:
+    """Call a function in a thread and wait for it; an error of its is raised here.
+
+    Ray Train's handler of Ctrl-C, which it sets only in the main thread, ends the process without a word and stays set
+    for whatever the process does next.
+    """
+    failures: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=call, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.5)  # a wait without end would not hear Ctrl-C on every system
+    if failures:
+        raise failures[0]
+
+
+def _cause(error: WorkerGroupError) -> Exception:
+    """The first mistake of the user's that a worker met; Ray's own error where there is none."""
+    for failure in error.worker_failures.values():
+        cause: BaseException | None = failure
+        while cause is not None and not isinstance(cause, ValueError):
+            cause = getattr(cause, "_base_exc", None) or cause.__cause__
+        if cause is not None:
+            return TrainingStopped(str(cause))
+    return error
+
+
 def _log_outcome(job: TrainJob, output: Path, result: StageResult) -> None:
-    if not job.run:
+    """Draw the loss curve, and log it with the checkpoint; a quiet run without tracking has nobody to look at it."""
+    if not job.run and job.settings.quiet:
         return
     from pipelines.training.plots import loss_curve
 
-    tracker = _continue_tracker(job, output)
     curve = loss_curve(output / RECORD_FILE, output / "loss.png", job.stage, job.settings.recipe)
+    tracker = _continue_tracker(job, output)
     tracker.artifact(curve)
     tracker.artifact(output / RECORD_FILE)
     tracker.tags({"checkpoint": result["checkpoint"]})

@@ -105,15 +105,19 @@ class StateStore:
 
     def _write(self, next_step: int, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
         try:
-            folder = storage.join(self.location, f"step-{next_step:08d}")
-            if storage.is_local(folder):
-                save_training_state(folder.removeprefix("file://"), tensors, extra)
-            else:
-                with tempfile.TemporaryDirectory() as local:
-                    upload_folder(save_training_state(Path(local) / "state", tensors, extra), folder)
+            with storage.disk_full_as_error(f"the training state of step {next_step} in {self.location}"):
+                self._write_state(next_step, tensors, extra)
             self._thin_out()
         except BaseException as error:
             self._error = error
+
+    def _write_state(self, next_step: int, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
+        folder = storage.join(self.location, f"step-{next_step:08d}")
+        if storage.is_local(folder):
+            save_training_state(folder.removeprefix("file://"), tensors, extra)
+        else:
+            with tempfile.TemporaryDirectory() as local:
+                upload_folder(save_training_state(Path(local) / "state", tensors, extra), folder)
 
     def _thin_out(self) -> None:
         folders = [folder for _, folder in self._folders()]

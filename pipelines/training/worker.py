@@ -19,6 +19,7 @@ import torch.distributed as dist
 from pipelines import storage
 from pipelines.data.loader import BatchMaker, CutCount, StepBatch, iterate_steps
 from pipelines.json_files import to_json
+from pipelines.redact import redact
 from pipelines.training.fit import device_capacity, fit_to_device
 from pipelines.training.guard import Diagnosis, Fault, Guard, TrainingStopped, describe, diagnose
 from pipelines.training.job import TrainJob
@@ -173,7 +174,8 @@ class TrainWorker:
             if self.rank == 0:
                 logger.warning("guard (%s): %s", settings.guard, sentences[-1])
                 line = to_json({**asdict(fault), **asdict(diagnosis), "action": settings.guard}) + "\n"
-                with (Path(self.job.output) / GUARD_FILE).open("a") as stream:
+                path = Path(self.job.output) / GUARD_FILE
+                with storage.disk_full_as_error(path), path.open("a") as stream:
                     stream.write(line)
         if settings.guard == "stop" or out_of_patience:
             more = f"; {self.guard.faults_in_a_row} steps in a row failed" if out_of_patience else ""
@@ -269,14 +271,18 @@ class TrainWorker:
         self.store.wait()
         self.reporter.flush()
         self._mirror_record()
-        checkpoint = str(
-            save_checkpoint(Path(self.job.output) / "checkpoint", self.model, self.processor, self._metadata())
-        )
-        if self.job.settings.storage_path:
-            remote = storage.join(self.job.storage, "checkpoint")
-            upload_folder(Path(checkpoint), remote)
-            checkpoint = remote
-        return self.reporter.finish(checkpoint, self.cut)
+        return self.reporter.finish(self._save_checkpoint(), self.cut)
+
+    def _save_checkpoint(self) -> str:
+        """Write the whole model; returns its folder or URI."""
+        folder = Path(self.job.output) / "checkpoint"
+        with storage.disk_full_as_error(folder):
+            save_checkpoint(folder, self.model, self.processor, self._metadata())
+        if not self.job.settings.storage_path:
+            return str(folder)
+        remote = storage.join(self.job.storage, "checkpoint")
+        upload_folder(folder, remote)
+        return remote
 
     def _metadata(self) -> dict[str, Any]:
         """``stage.json`` of the checkpoint."""
@@ -287,7 +293,7 @@ class TrainWorker:
             "title": job.stage.title,
             "steps": job.num_steps,
             "seed": job.settings.seed,
-            "init_from": job.settings.init_from,
+            "init_from": redact(job.settings.init_from),
             **({"tracking_parent": job.run.parent} if job.run and job.run.parent else {}),
         }
 

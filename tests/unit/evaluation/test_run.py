@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from pipelines.evaluation.run import evaluate
 from pipelines.evaluation.worker import UnitAnswerer, _other_images
 from pipelines.fingerprint import OtherInputsError
 from pipelines.settings import ScoreSettings, SettingsError
+from pipelines.storage import DiskFullError
+from pipelines.storage.files import AtomicFile
 from tests import benchmark_files
 from tests.serving_model import make_image, save_checkpoint
 from tinygptv.metrics.metrics import exact_match
@@ -258,6 +262,29 @@ def test_files_that_are_not_official_are_named(checkpoint, tmp_path):
     benchmark_files.put(tmp_path / "test.jsonl", '{"image": "a.jpg"}\n')
     with pytest.raises(FileNotFoundError, match=r"test\.jsonl is another's: its entries have no 'caption'"):
         evaluate(settings(checkpoint, tmp_path, tmp_path / "out", benchmark="vsr"))
+
+
+@pytest.mark.parametrize("name", ["predictions.jsonl", "report.html", "result.json", ".jsonl"])
+def test_a_full_disk_leaves_nothing_truncated(checkpoint, world, tmp_path, monkeypatch, name):
+    """The last name stands for the answers of a unit."""
+    run = settings(checkpoint, world, tmp_path, limit=4)
+    expected = None if name == ".jsonl" else evaluate(run)
+    original = AtomicFile.write
+
+    def write(self, data):
+        if str(self.location).endswith(name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(self, data)
+
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch, pytest.raises(DiskFullError, match="no space left while writing"):
+        patch.setattr(AtomicFile, "write", write)
+        evaluate(run)
+    now = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "fingerprint" not in path.name}
+    changed = {path.name for path in now if now[path] != before.get(path)}
+    assert changed <= {"report.html", "predictions.jsonl"} - {name}, "only whole files of the new run"
+    again = evaluate(run)["benchmarks"]
+    assert again["miniature_vqa"]["n"] and (expected is None or again == expected["benchmarks"])
 
 
 def test_shuffled_pictures_are_never_ones_own():
