@@ -199,7 +199,7 @@ def random_model(image_size: int) -> TinyGPTVForConditionalGeneration:
 
 
 def bench_system(options: argparse.Namespace) -> None:
-    from tinygptv.checkpoint.checkpoint import write_folder
+    from tinygptv.checkpoint.folders import write_folder
     from tinygptv.quantization.artifact import write_artifact
 
     with tempfile.TemporaryDirectory() as temporary:

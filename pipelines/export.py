@@ -24,7 +24,7 @@ from pipelines.json_files import read_json_object, write_json
 from pipelines.settings import QuantizeSettings, SettingsError
 from pipelines.tracking.base import NullTracker, open_tracker
 from pipelines.tracking.registry import register_model
-from tinygptv.checkpoint.checkpoint import CheckpointError, verify_folder
+from tinygptv.checkpoint.folders import CheckpointError, verify_folder
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +184,8 @@ def _write(
     """Measure the full model, write the artifact, measure that, accept or refuse it."""
     from torch import nn
 
-    from tinygptv.checkpoint.checkpoint import load_checkpoint, write_folder
+    from tinygptv.checkpoint.checkpoint import load_checkpoint
+    from tinygptv.checkpoint.folders import write_folder
     from tinygptv.inference.drift import compare, measure
     from tinygptv.quantization.artifact import bits_per_weight, load_artifact, write_artifact, write_facts
 
@@ -216,7 +217,7 @@ def _write(
         write_json(staging / FINGERPRINT_FILE, dict(fingerprint.inputs))
 
     with storage.disk_full_as_error(str(folder)):
-        write_folder(folder, fill)
+        write_folder(folder, fill, also_ours=(RESULT_FILE,))
 
 
 def _device(settings: QuantizeSettings) -> torch.device:

@@ -11,6 +11,9 @@ from typing import Any, Literal
 from transformers import AutoConfig, Blip2QFormerConfig, PhiConfig
 from transformers.configuration_utils import PretrainedConfig
 
+ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
+"""Attention of transformers that the language model runs with; others could name code to download."""
+
 LORA_TARGETS = ("qkv_proj", "dense")
 """Linear layers of each language layer that carry a LoRA adapter: the fused q/k/v projection and the output one."""
 
@@ -80,6 +83,7 @@ class TinyGPTVConfig(PretrainedConfig):
         lora_rank: rank of the LoRA adapters; 0 builds a model without them.
         lora_alpha: LoRA scale numerator; the adapter's output is multiplied by ``lora_alpha / lora_rank``.
         lora_dropout: dropout on the adapter's input, active in training only.
+        lora_merged: adapters were folded into the weights, which are no longer Phi-2's.
     """
 
     model_type = "tinygptv"
@@ -100,6 +104,7 @@ class TinyGPTVConfig(PretrainedConfig):
     lora_rank: int = 64
     lora_alpha: int = 16
     lora_dropout: float = 0.05
+    lora_merged: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from pipelines.settings import SettingsError
-from tinygptv.checkpoint.checkpoint import CheckpointError, read_stage, save_checkpoint, verify_folder
+from tinygptv.checkpoint.checkpoint import read_stage, save_checkpoint
+from tinygptv.checkpoint.folders import CheckpointError, verify_folder
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.training.stages import Stage
 

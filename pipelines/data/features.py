@@ -28,7 +28,7 @@ from pipelines.data.shards import ShardSet, find_shard_sets
 from pipelines.progress import Bar
 from pipelines.settings import CacheFeaturesSettings, SettingsError
 from pipelines.units import Workers, map_units
-from tinygptv.checkpoint.checkpoint import verify_folder
+from tinygptv.checkpoint.folders import verify_folder
 from tinygptv.lru import LRU
 
 if TYPE_CHECKING:
@@ -217,9 +217,9 @@ def cache_features(settings: CacheFeaturesSettings) -> dict[str, Any]:
 
 
 def _image_size(checkpoint: str) -> int:
-    from tinygptv.config import TinyGPTVConfig
+    from tinygptv.checkpoint.config_file import read_config
 
-    return TinyGPTVConfig.from_pretrained(checkpoint).vision_config.image_size
+    return read_config(Path(checkpoint)).vision_config.image_size
 
 
 def _find_units(settings: CacheFeaturesSettings, key: str) -> Iterator[FeatureUnit]:

@@ -32,7 +32,7 @@ from pipelines.progress import Bar
 from pipelines.settings import ScoreSettings, SettingsError
 from pipelines.tracking.base import continue_tracker
 from pipelines.units import Workers, map_units
-from tinygptv.checkpoint.checkpoint import hash_file
+from tinygptv.checkpoint.folders import hash_file
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from pipelines.settings import SettingsError, TrainSettings
 from pipelines.tracking.base import absolute_uri
 from pipelines.tracking.identity import RunIdentity
 from pipelines.training.states import download_folder
-from tinygptv.checkpoint.checkpoint import MANIFEST, CheckpointError, verify_folder
-from tinygptv.config import TinyGPTVConfig
+from tinygptv.checkpoint.config_file import read_config
+from tinygptv.checkpoint.folders import MANIFEST, CheckpointError, verify_folder
 from tinygptv.training.stages import Stage, StageSource, get_stage
 
 
@@ -170,7 +170,7 @@ def fetch_start(uri: str, folder: Path) -> Path:
 
 
 def _load_plan(settings: TrainSettings, stage: Stage) -> LoadPlan:
-    config = TinyGPTVConfig.from_pretrained(settings.init_from)
+    config = read_config(Path(settings.init_from))
     return LoadPlan(
         data=settings.data,
         tokenizer=settings.init_from,

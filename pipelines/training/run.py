@@ -30,7 +30,8 @@ from pipelines.training.record import RECORD_FILE
 from pipelines.training.result import StageResult, WorkerResult, cut_sentence, read_result, write_result
 from pipelines.training.states import StateStore
 from pipelines.training.worker import train_loop
-from tinygptv.checkpoint.checkpoint import MANIFEST, CheckpointError, read_stage, verify_folder
+from tinygptv.checkpoint.checkpoint import read_stage
+from tinygptv.checkpoint.folders import MANIFEST, CheckpointError, verify_folder
 
 if TYPE_CHECKING:
     from ray.train import WorkerGroupError

@@ -23,7 +23,8 @@ import pyarrow.fs as pafs
 import torch
 
 from pipelines import storage
-from tinygptv.checkpoint.checkpoint import MANIFEST, CheckpointError, load_training_state, save_training_state
+from tinygptv.checkpoint.checkpoint import load_training_state, save_training_state
+from tinygptv.checkpoint.folders import MANIFEST, CheckpointError
 from tinygptv.training.train_step import TrainStep
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.serving_model import make_image, make_model, make_processor, make_tokenizer
-from tinygptv.checkpoint.checkpoint import write_folder
+from tinygptv.checkpoint.folders import write_folder
 from tinygptv.data.conversation import ChatMessage
 from tinygptv.inference.assistant import Assistant
 from tinygptv.inference.engine import Engine, Request

@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.fingerprint import FINGERPRINT_FILE, Fingerprint, OtherInputsError, checkpoint_digest, claim, digest_of
 from pipelines.settings import SettingsError
-from tinygptv.checkpoint.checkpoint import write_folder
+from tinygptv.checkpoint.folders import write_folder
 
 RESULTS = ("result.json", "states")
 

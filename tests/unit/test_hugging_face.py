@@ -322,3 +322,33 @@ def test_chat_template_is_the_layout_of_training(processor):
 def test_a_tokenizer_folder_that_is_none_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"no tokenizer in {tmp_path}"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"bos_token": None}, ("</s>", "</s>", "</s>")),
+        ({"bos_token": None, "eos_token": None}, ("<|endoftext|>", "<|endoftext|>", "</s>")),
+        ({"eos_token": None, "pad_token": None}, ("<s>", "<s>", "<s>")),
+        ({}, ("<s>", "</s>", "</s>")),
+    ],
+)
+def test_a_tokenizer_that_names_no_bos_or_eos_is_completed(tmp_path, changes, wanted):
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"})
+    for role, token in changes.items():
+        setattr(tokenizer, role, token)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == wanted
+    assert all(isinstance(getattr(loaded, f"{role}_token_id"), int) for role in ("bos", "eos", "pad"))
+
+
+def test_a_tokenizer_without_any_such_token_is_refused(tmp_path):
+    config = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    config["model"]["vocab"] = {k: v for k, v in config["model"]["vocab"].items() if k != "<|endoftext|>"}
+    config["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ValueError, match=r"'<\|endoftext\|>' is not in its vocabulary: set bos_token"):
+        load_tokenizer(tmp_path)

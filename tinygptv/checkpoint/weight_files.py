@@ -1,13 +1,15 @@
-"""Reading foreign weight files, lazily: .pth, .bin, .safetensors, sharded folders. Knows files, not models.
+"""Reads foreign weight files lazily: .pth, .bin, .safetensors, sharded folders. Knows files, not models.
 
-Nothing here holds more than one tensor at a time: each read maps the file anew, so that the pages of earlier reads are
-given back. Pickles are read with ``weights_only``, so a file cannot run code.
+At most one tensor is held at a time: each read maps the file again, so that the pages of earlier reads are given back.
+Pickles are checked opcode by opcode and read with ``weights_only``: a file can neither run code nor use up memory.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,8 +21,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tinygptv.checkpoint.file_kinds import missing_bytes, wrong_kind
+from tinygptv.checkpoint.pickle_check import PickleError, check_pickle
+
 _WRAPPERS = ("model", "state_dict", "module")
 _PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.pth", "*.pt", "*.bin")
+_FORBIDDEN = ("builtins.bytearray", "__builtin__.bytearray")
+"""The one thing beside tensors that torch would make of any size that a pickle names."""
 _NOT_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng_state")
 
 
@@ -60,6 +67,8 @@ def open_weights(path: str | Path) -> dict[str, LazyTensor]:
     path = Path(path)
     tensors: dict[str, LazyTensor] = {}
     for file in _files(path):
+        if kind := wrong_kind(file):
+            raise WeightFileError(f"{file} is {kind}.")
         opener = _open_safetensors if file.suffix == ".safetensors" else _open_torch
         for tensor in opener(file):
             if tensor.key in tensors:
@@ -91,7 +100,7 @@ def _files(path: Path) -> list[Path]:
 def _indexed_files(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise WeightFileError(f"{index} is no index of weight shards: {error}.") from error
     files = [index.parent / Path(name).name for name in names]
     missing = [str(file) for file in files if not file.is_file()]
@@ -105,7 +114,9 @@ def _open_safetensors(file: Path) -> Iterator[LazyTensor]:
         with safe_open(file, framework="pt") as opened:
             shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise WeightFileError(f"{file} is no complete safetensors file: {error}.") from error
+        missing = missing_bytes(file)
+        reason = f"it is cut off ({missing}): download it again" if missing else str(error)
+        raise WeightFileError(f"{file} is no complete safetensors file: {reason}.") from error
 
     def load(key: str) -> Tensor:
         with safe_open(file, framework="pt") as opened:
@@ -117,6 +128,12 @@ def _open_safetensors(file: Path) -> Iterator[LazyTensor]:
 
 def _open_torch(file: Path) -> Iterator[LazyTensor]:
     mapped = zipfile.is_zipfile(file)  # the format before torch 1.6 is no zip file, and cannot be mapped
+    try:
+        _check_zip(file) if mapped else _check_old_format(file)
+    except (PickleError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise WeightFileError(
+            f"{file} is damaged or no file of tensors, and was not opened further: {error}"
+        ) from error
     content = _unwrap(_load_torch(file, mapped), file)
 
     def load(key: Any) -> Tensor:
@@ -129,19 +146,45 @@ def _open_torch(file: Path) -> Iterator[LazyTensor]:
         yield LazyTensor(file, str(key), shape, partial(load, key))
 
 
+def _check_zip(file: Path) -> None:
+    """Check the pickle inside a torch file, and that no entry unpacks to more than the file holds."""
+    with zipfile.ZipFile(file) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
+            raise PickleError("its entries unpack to more than the file.")
+        pickles = [entry for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
+        if not pickles:
+            raise PickleError("it is a zip archive without data.pkl.")
+        for entry in pickles:
+            check_pickle(archive.read(entry), forbidden=_FORBIDDEN)
+
+
+def _check_old_format(file: Path) -> None:
+    """Check the pickles at the start of a file of torch before 1.6: magic number, protocol, system, content, keys."""
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if not data[:2] == b"\x80\x02":
+            raise PickleError("it begins like no torch file.")
+        place = 0
+        for _ in range(5):
+            place = check_pickle(data, place, forbidden=_FORBIDDEN)
+
+
 def _load_torch(file: Path, mapped: bool) -> Any:
     size = file.stat().st_size
-    if size == 0:
-        raise WeightFileError(f"{file} is empty.")
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise WeightFileError(
-            f"{file} is no file of tensors alone, or is damaged ({_first_line(error)}); it was not opened further, "
-            "because a pickle can run code."
+            f"{file} is no file of tensors alone, or is damaged; it was not opened further, because a pickle can run "
+            f"code ({_reason(error)})."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
         raise WeightFileError(f"{file} ({size} bytes) is truncated or no torch file: {_first_line(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What a refused pickle asked for, without torch's advice to read it unsafely."""
+    found = re.search(r"(?:global|class|function)\S* (?:GLOBAL )?([\w.]+)", str(error))
+    return f"it refers to {found[1]}" if found else "it holds more than tensors"
 
 
 def _first_line(error: Exception) -> str:

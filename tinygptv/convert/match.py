@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tinygptv.checkpoint.folders import QUANTIZATION_FILE
 from tinygptv.checkpoint.weight_files import LazyTensor, WeightFileError, open_weights
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.convert.layouts import (
@@ -141,7 +142,20 @@ def match_release(
     return Release(config, report, pieces)
 
 
+def _refuse_own_folder(role: str, path: Path) -> None:
+    """A folder of this project is no foreign weights, though some of its names look like them."""
+    if (path / QUANTIZATION_FILE).is_file():
+        raise WeightFileError(f"{path}, given as {role}=, is a quantized artifact: give the original weights.")
+    settings = language_settings(path) if path.is_dir() else {}
+    if settings.get("model_type") == TinyGPTVConfig.model_type:
+        raise WeightFileError(
+            f"{path}, given as {role}=, is a checkpoint of this project, which needs no conversion: give the original "
+            f"file, {_EXPECTED[role]}."
+        )
+
+
 def _match_file(role: str, path: Path, report: LoadReport) -> dict[str, list[Piece]]:
+    _refuse_own_folder(role, path)
     tensors = open_weights(path)
     keys = [plain_key(key) for key in tensors]
     mappers = _mappers(role, keys)

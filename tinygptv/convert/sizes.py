@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import Blip2QFormerConfig
 
+from tinygptv.checkpoint.file_kinds import FileKindError, read_json_object
 from tinygptv.checkpoint.weight_files import WeightFileError
 from tinygptv.config import EvaVisionConfig, TinyGPTVConfig, TinyGPTVTextConfig
 
 RELEASE_VISION_HEAD = 88
 RELEASE_QFORMER_HEAD = 64
 PHI2_HEAD = 80
+_LARGEST_SETTING = 1 << 22
 """Head widths of the release's parts, which no tensor shows."""
 
 
@@ -24,9 +25,14 @@ def language_settings(language: str | Path | None) -> dict[str, Any]:
     folder = Path(language) if Path(language).is_dir() else Path(language).parent
     file = folder / "config.json"
     try:
-        return json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        raise WeightFileError(f"{file} is no valid JSON: {error}.") from error
+        settings = read_json_object(file) if file.is_file() else {}
+    except FileKindError as error:
+        raise WeightFileError(str(error)) from error
+    for name in ("num_attention_heads", "n_head", "rotary_dim", "max_position_embeddings", "n_positions"):
+        value = settings.get(name)
+        if value is not None and not (isinstance(value, int) and 0 < value < _LARGEST_SETTING):
+            raise WeightFileError(f"{file} has {name}={value!r:.40}; it must be a positive whole number.")
+    return settings
 
 
 class Sizes:

@@ -95,8 +95,7 @@ class TinyGPTVProcessor(ProcessorMixin):
         self.image_token_id = image_token_id
         self.template = template
         self.image_token = IMAGE_PLACEHOLDER
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        complete_special_tokens(tokenizer)
         tokenizer.padding_side = "left"  # for those who pad by the tokenizer's word, as transformers' pipelines do
         super().__init__(image_processor, tokenizer, chat_template=jinja_template(TEMPLATES[template]))
 
@@ -351,19 +350,44 @@ def _can_be_piece(text: str, symbol: str) -> bool:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer folder, with ``<|endoftext|>`` as BOS, EOS and PAD where the folder names none (Phi-2's do not).
+    """Load a tokenizer folder; where it names no BOS, EOS or PAD (Phi-2's names none), ``<|endoftext|>`` is all three.
 
     Raises:
-        ValueError: the folder holds no tokenizer.
+        ValueError: the folder holds no tokenizer, or one without these tokens.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer in {path}: it needs tokenizer.json, or vocab.json and merges.txt.") from error
-    for role in ("bos_token", "eos_token", "pad_token"):
-        if getattr(tokenizer, role) is None:
-            setattr(tokenizer, role, "<|endoftext|>")
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare exceptions on damaged files
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"the tokenizer in {path} needs code of its own (auto_map), which is never run."
+            ) from error
+        raise ValueError(
+            f"no tokenizer in {path}, or a damaged one: it needs tokenizer.json, or vocab.json and merges.txt."
+        ) from error
+    try:
+        complete_special_tokens(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return tokenizer
+
+
+def complete_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Fill in BOS, EOS and PAD where a tokenizer names none, in place; in the release all three are one token.
+
+    Raises:
+        ValueError: the tokenizer has no token that could be one of them.
+    """
+    fallback = tokenizer.eos_token or tokenizer.bos_token or "<|endoftext|>"
+    for role in ("bos_token", "eos_token", "pad_token"):
+        token = getattr(tokenizer, role) or fallback
+        if token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"the tokenizer names {getattr(tokenizer, role)!r} as {role}, and {token!r} is not in its vocabulary: "
+                f"set {role} in tokenizer_config.json."
+            )
+        if getattr(tokenizer, role) is None:
+            setattr(tokenizer, role, token)
 
 
 AutoImageProcessor.register(

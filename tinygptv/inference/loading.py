@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,11 +10,15 @@ if TYPE_CHECKING:
     from tinygptv.data.processing import TinyGPTVProcessor
     from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
+logger = logging.getLogger(__name__)
+
 
 def load_for_inference(
     path: str | Path, device: str = "cpu"
 ) -> tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor]:
-    """Load an artifact, or a folder that ``save_pretrained`` wrote; the LoRA adapters of the latter are merged.
+    """Load an artifact or a checkpoint, strictly (``checkpoint.load_model``); LoRA adapters of a checkpoint are merged.
+
+    A folder that ``save_pretrained`` wrote has no manifest; its hashes cannot be compared, all else is checked.
 
     Args:
         path: checkpoint or artifact folder.
@@ -24,33 +28,26 @@ def load_for_inference(
         The model in evaluation mode, and its processor.
 
     Raises:
-        ValueError: the folder is missing, is no TinyGPT-V checkpoint, or does not load.
+        CheckpointError: the folder is missing, is no TinyGPT-V checkpoint, or is damaged.
     """
     import torch
     from torch import nn
 
-    from tinygptv.data.processing import TinyGPTVProcessor
-    from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+    from tinygptv.checkpoint.config_file import read_config
+    from tinygptv.checkpoint.folders import MANIFEST, verify_folder
+    from tinygptv.checkpoint.load_model import load_model
     from tinygptv.quantization.artifact import compute_dtype, is_artifact, load_artifact
 
     folder = Path(path)
-    config = folder / "config.json"
-    if not folder.is_dir():
-        raise ValueError(
-            f"artifact {path} does not exist: give a checkpoint folder of a stage, or an exported artifact."
-        )
-    if not config.is_file() or json.loads(config.read_text()).get("model_type") != "tinygptv":
-        raise ValueError(f"{path} is no TinyGPT-V checkpoint: it needs a config.json whose model_type is 'tinygptv'.")
+    read_config(folder)
     if is_artifact(folder):
         return load_artifact(folder, device)[:2]
-    try:
-        model = TinyGPTVForConditionalGeneration.from_pretrained(
-            str(folder), local_files_only=True, dtype=compute_dtype(torch.device(device))
-        )
-        processor = TinyGPTVProcessor.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} cannot be loaded: {error}") from error
-    model.eval().requires_grad_(False)
+    if (folder / MANIFEST).is_file():
+        verify_folder(folder)
+    else:
+        logger.warning("%s has no %s: the hashes of its files are not checked.", folder, MANIFEST)
+    model, processor = load_model(folder, compute_dtype(torch.device(device)))
+    model.requires_grad_(False)
     if model.config.lora_rank:
         model.merge_lora()
     nn.Module.to(model, device)

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tinygptv.checkpoint.checkpoint import hash_file, load_checkpoint, read_stage, save_checkpoint, verify_folder
+from tinygptv.checkpoint.checkpoint import load_checkpoint, read_stage, save_checkpoint
+from tinygptv.checkpoint.folders import hash_file, verify_folder
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration

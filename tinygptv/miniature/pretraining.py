@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tinygptv.checkpoint.checkpoint import CheckpointError, load_training_state, save_training_state
+from tinygptv.checkpoint.checkpoint import load_training_state, save_training_state
+from tinygptv.checkpoint.folders import CheckpointError
 
 SAVE_EVERY_S = 60.0
 

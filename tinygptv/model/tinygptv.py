@@ -351,6 +351,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         """Fold the LoRA adapters into the base weights, in place; returns how many there were."""
         merged = merge_lora(self.language_model)
         self.config.lora_rank = 0
+        self.config.lora_merged = self.config.lora_merged or merged > 0
         return merged
 
     def add_lora(self, rank: int, alpha: int, dropout: float) -> None:

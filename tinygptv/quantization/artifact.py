@@ -30,15 +30,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
-from tinygptv.checkpoint.checkpoint import CheckpointError, verify_folder
-from tinygptv.config import TinyGPTVConfig
+from tinygptv.checkpoint.config_file import read_config
+from tinygptv.checkpoint.folders import QUANTIZATION_FILE, CheckpointError, check_weight_file, verify_folder
+from tinygptv.checkpoint.load_model import load_processor
 from tinygptv.data.processing import TinyGPTVProcessor
 from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
 from tinygptv.quantization.host_memory import returning_memory
 from tinygptv.quantization.linear_cpu import HalfEmbedding
 from tinygptv.quantization.linear_packed import from_int4, from_int8, from_llm_int8, from_nf4
 
-QUANTIZATION_FILE = "quantization.json"
 FORMAT_VERSION = 1
 SHARD_BYTES = 2**28
 """Size of a file: loading has few of them mapped at a time, and their pages count as used memory."""
@@ -259,15 +259,14 @@ def load_artifact(
         verify_folder(folder)
     facts = read_facts(folder)
     formats = {part: entry["format"] for part, entry in facts["parts"].items()}
-    config = TinyGPTVConfig.from_pretrained(folder, local_files_only=True)
+    config = read_config(folder)
     with torch.device("meta"):
         model = TinyGPTVForConditionalGeneration(config)
     with returning_memory() if device.type == "cpu" else nullcontext():
         _fill(model, _StoredTensors(folder), formats, device)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    processor = TinyGPTVProcessor.from_pretrained(folder, local_files_only=True)
-    return model.eval().requires_grad_(False), processor, facts
+    return model.eval().requires_grad_(False), load_processor(folder), facts
 
 
 class _StoredTensors:
@@ -280,6 +279,7 @@ class _StoredTensors:
         self._modules: dict[str, dict[str, Any]] = {}
         self.folder = folder
         for path in sorted(folder.glob("model-*.safetensors")):
+            check_weight_file(path)
             try:
                 opened = safe_open(path, framework="pt")
             except Exception as error:  # safetensors has an error type of its own for each kind of damage
@@ -332,6 +332,7 @@ def _fill(
             is_embedding = name == EMBEDDING and device.type == "cpu"
             owner = _halve_embedding(model, cast(nn.Embedding, module)) if is_embedding else module
             for leaf, tensor in tensors.take(name).items():
+                _check_shape(tensors.folder, f"{name}.{leaf}", tensor, getattr(module, leaf, None))
                 is_full = FLOAT32_NAMES.match(f"{name}.{leaf}") or (device.type == "cpu" and not is_embedding)
                 target = torch.float32 if is_full else torch.float16 if is_embedding else dtype
                 setattr(owner, leaf, nn.Parameter(tensor.to(device, target), requires_grad=False))
@@ -343,6 +344,13 @@ def _fill(
     missing = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if missing:
         raise CheckpointError(f"{tensors.folder} lacks {missing[0]}: export the artifact again.")
+
+
+def _check_shape(folder: Path, name: str, tensor: Tensor, needed: Any) -> None:
+    if isinstance(needed, Tensor) and needed.shape != tensor.shape:
+        raise CheckpointError(
+            f"{name} in {folder} has the shape {list(tensor.shape)}, but its config.json needs {list(needed.shape)}."
+        )
 
 
 def _halve_embedding(model: TinyGPTVForConditionalGeneration, embedding: nn.Embedding) -> nn.Module:

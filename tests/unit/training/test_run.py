@@ -14,7 +14,8 @@ from pipelines.settings import CacheFeaturesSettings, SettingsError, TrainSettin
 from pipelines.training.job import apply_stage_settings
 from pipelines.training.run import dry_run, run_stage
 from pipelines.training.states import StateStore
-from tinygptv.checkpoint.checkpoint import CheckpointError, load_checkpoint
+from tinygptv.checkpoint.checkpoint import load_checkpoint
+from tinygptv.checkpoint.folders import CheckpointError
 from tinygptv.training.stages import get_stage
 
 

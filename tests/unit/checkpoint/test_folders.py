@@ -1,0 +1,171 @@
+"""Folders are whole or absent, replace only what this project wrote, and say what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tinygptv.checkpoint.folders import MANIFEST, CheckpointError, check_output, verify_folder, write_folder
+
+
+def fill(text):
+    def write(folder):
+        (folder / "a.bin").write_bytes(text)
+        (folder / "sub").mkdir()
+        (folder / "sub/b.txt").write_text("b")
+
+    return write
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "ours", fill(b"first"))
+
+
+# ------------------------------------------------------------------ what may be replaced
+
+
+def test_our_own_folder_is_replaced(folder):
+    write_folder(folder, fill(b"second"))
+    assert (folder / "a.bin").read_bytes() == b"second"
+    verify_folder(folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["ours"], "nothing temporary stays"
+
+
+def test_new_and_empty_folders_are_filled(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new", "deep/er/new"):
+        verify_folder(write_folder(tmp_path / name, fill(b"x")))
+
+
+def test_what_others_wrote_stays(tmp_path, folder):
+    notes = tmp_path / "models"
+    notes.mkdir()
+    (notes / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="was not written by this project"):
+        write_folder(notes, fill(b"x"))
+    assert [path.name for path in notes.iterdir()] == ["notes.txt"]
+
+    file = tmp_path / "file.pth"
+    file.write_text("mine")
+    with pytest.raises(CheckpointError, match="is a file that would be deleted"):
+        write_folder(file, fill(b"x"))
+    with pytest.raises(CheckpointError, match=r"file\.pth is a file"):
+        write_folder(file / "below", fill(b"x"))
+    assert file.read_text() == "mine"
+
+    (folder / "sub/mine.txt").write_text("mine")  # one's own file in a folder of ours
+    with pytest.raises(CheckpointError, match=r"holds sub/mine\.txt, which this project did not write"):
+        write_folder(folder, fill(b"second"))
+    assert (folder / "a.bin").read_bytes() == b"first"
+    write_folder(folder, fill(b"second"), also_ours=["sub/mine.txt"])
+
+    shards = tmp_path / "shards"  # a manifest of prepared data is not one of a checkpoint
+    shards.mkdir()
+    (shards / MANIFEST).write_text('{"format_version": 1, "shards": []}')
+    with pytest.raises(CheckpointError, match="lists no files"):
+        write_folder(shards, fill(b"x"))
+
+
+def test_an_output_is_never_an_input(tmp_path, folder):
+    for output, given in (
+        (folder, folder),
+        (folder / "below", folder),
+        (folder.parent, folder),
+        (folder, folder / "a.bin"),
+    ):
+        with pytest.raises(CheckpointError, match="would change the input"):
+            check_output(output, [given])
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(CheckpointError, match="would change the input"):
+        check_output(tmp_path / "link", [folder])
+    check_output(tmp_path / "ours2", [folder])
+
+
+def test_a_link_stays_a_link(tmp_path, folder):
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    assert write_folder(link, fill(b"second")) == link
+    assert link.is_symlink() and (folder / "a.bin").read_bytes() == b"second"
+
+
+def test_a_failure_leaves_what_was_there(folder):
+    def fail(staging):
+        fill(b"second")(staging)
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_folder(folder, fail)
+    verify_folder(folder)
+    assert (folder / "a.bin").read_bytes() == b"first" and [path.name for path in folder.parent.iterdir()] == ["ours"]
+
+
+# ------------------------------------------------------------------ verification
+
+
+def test_a_flipped_byte_of_equal_size_is_found(folder):
+    (folder / "a.bin").write_bytes(b"fjrst")
+    verify_folder(folder, hashes=False)
+    with pytest.raises(CheckpointError, match=r"a\.bin does not match the hash"):
+        verify_folder(folder)
+
+
+def test_what_a_file_is_instead_is_said(folder):
+    for content, reason in (
+        (b"fir", "is cut off (3 bytes; its manifest says 5)"),
+        (b"", "is an empty file"),
+        (b"longer than before", "is another file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer"),
+        (b"  <!DOCTYPE html><html>", "is a web page (HTML)"),
+    ):
+        (folder / "a.bin").write_bytes(content)
+        with pytest.raises(CheckpointError) as error:
+            verify_folder(folder, hashes=False)
+        assert reason in str(error.value)
+    (folder / "a.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks a\.bin"):
+        verify_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "no valid JSON"),
+        ("", "an empty file"),
+        ("<html>", "a web page"),
+        ("[1]", "holds a list"),
+        ("{}", "lists no files"),
+        ('{"files": {}}', "lists no files"),
+        ('{"files": ["a.bin"]}', "lists no files"),
+        ('{"files": {"a.bin": 5}}', r"entry of a\.bin has no size"),
+        ('{"files": {"a.bin": {"bytes": "5", "sha256": "x"}}}', "has no size"),
+        ('{"files": {"a.bin": {"bytes": true, "sha256": "x"}}}', "has no size"),
+        ('{"files": {"a.bin": {"bytes": 5}}}', "has no size and SHA-256"),
+        ('{"files": {"../secret": {"bytes": 5, "sha256": "x"}}}', "outside of its folder"),
+        ('{"files": {"/etc/passwd": {"bytes": 5, "sha256": "x"}}}', "outside of its folder"),
+        ('{"files": {"": {"bytes": 5, "sha256": "x"}}}', "outside of its folder"),
+        ("[" * 100_000, "no valid JSON"),
+    ],
+)
+def test_a_malformed_manifest_is_one_sentence(folder, text, reason):
+    (folder / MANIFEST).write_text(text)
+    with pytest.raises(CheckpointError, match=reason) as error:
+        verify_folder(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_was_never_finished_is_named(tmp_path, folder):
+    (folder / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="never finished"):
+        verify_folder(folder)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        verify_folder(tmp_path / "nowhere")
+
+
+def test_the_manifest_lists_size_and_hash(folder):
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    assert files["sub/b.txt"] == {
+        "bytes": 1,
+        "sha256": "3e23e8160039594a33894f6564e1b1348bbd7a0088d42c4acb73eeaed59c009d",
+    }

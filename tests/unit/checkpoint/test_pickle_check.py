@@ -1,0 +1,132 @@
+"""A few bytes of a pickle cannot ask for gigabytes: opcodes are read before anything unpickles them."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pipelines.data.sources.pickles import load_plain_pickle
+from tests.paths import ROOT
+from tinygptv.checkpoint.pickle_check import PickleError, check_pickle
+from tinygptv.checkpoint.weight_files import WeightFileError, open_weights
+
+HUGE = b"\xff\xff\xff\x7f"
+BOMBS = {
+    "memo index": b"\x80\x02r" + HUGE + b".",
+    "memo index in text": b"p999999999\n.",
+    "memo get": b"\x80\x02j" + HUGE + b".",
+    "byte array": b"\x80\x05\x96" + b"\xff" * 7 + b"\x00abc.",
+    "bytes": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x00abc.",
+    "text": b"\x80\x04\x8d" + b"\xff" * 7 + b"\x00abc.",
+    "frame": b"\x80\x04\x95" + b"\xff" * 7 + b"\x00.",
+    "long": b"\x80\x02\x8b" + HUGE + b"1.",
+    "cut off": b"\x80\x02]",
+    "no pickle": b"hello",
+    "empty": b"",
+}
+
+VALUE = [{"a": [1, 2.5, "x" * 300, b"y" * 70_000, 10**50, (None, True)]}, {3, 4}, "ä\n", -5]
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_what_pickle_writes_passes(protocol):
+    data = pickle.dumps([VALUE] * 3 + [object], protocol=protocol)
+    assert check_pickle(data) == len(data)
+    assert check_pickle(b"xx" + data + b"more", 2) == len(data) + 2
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_are_refused(name):
+    with pytest.raises(PickleError):
+        check_pickle(BOMBS[name])
+    with pytest.raises(ValueError, match="not a readable pickle"):
+        load_plain_pickle(BOMBS[name])
+
+
+def test_the_number_of_opcodes_is_bounded():
+    with pytest.raises(PickleError, match="more than 100 opcodes"):
+        check_pickle(b"N" * 200 + b".", max_opcodes=100)
+
+
+def test_reading_a_bomb_takes_no_memory(tmp_path):
+    """In a process that may not take more than a gigabyte beyond what its libraries need."""
+    (tmp_path / "refs.p").write_bytes(BOMBS["memo index"])
+    code = f"""
+import resource
+from pipelines.data.sources.pickles import load_plain_pickle
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    load_plain_pickle(open({str(tmp_path / "refs.p")!r}, "rb").read())
+except ValueError as error:
+    print("refused", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000)
+"""
+    limit = 3 << 30
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    assert done.stdout.split() == ["refused", "True"], done.stderr
+
+
+# ------------------------------------------------------------------ weight files
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+class Big:
+    def __reduce__(self):
+        return (bytearray, (1 << 40,))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(("thing", "reason"), [(Evil(), "it refers to print"), (Big(), "it refers to .*bytearray")])
+def test_a_weight_file_neither_runs_code_nor_takes_memory(tmp_path, capsys, zipped, thing, reason):
+    torch.save({"a": thing}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(WeightFileError, match=reason) as error:
+        open_weights(tmp_path / "x.pth")
+    assert "weights_only" not in str(error.value) and "must not run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_as_weights_is_refused(tmp_path, name):
+    (tmp_path / "x.pth").write_bytes(BOMBS[name])
+    with pytest.raises(WeightFileError, match=r"x\.pth is (damaged|an empty)"):
+        open_weights(tmp_path / "x.pth")
+
+
+def test_a_zip_that_unpacks_to_more_than_itself_is_refused(tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", b"N" * 10_000_000)
+    with pytest.raises(WeightFileError, match="unpack to more than the file"):
+        open_weights(tmp_path / "x.pth")
+    with zipfile.ZipFile(tmp_path / "y.pth", "w") as archive:
+        archive.writestr("readme.txt", b"hello")
+    with pytest.raises(WeightFileError, match=r"without data\.pkl"):
+        open_weights(tmp_path / "y.pth")
+
+
+def test_a_tar_given_as_weights_never_reaches_torch(tmp_path):
+    """torch's oldest format is a tar, and a crafted one loops for ever in unpatched interpreters."""
+    import tarfile
+
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+    (tmp_path / "x.pth").write_bytes(file.getvalue())
+    with pytest.raises(WeightFileError, match="is a tar archive"):
+        open_weights(tmp_path / "x.pth")

@@ -1,0 +1,74 @@
+"""config.json of a model folder, checked before a model is built from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tinygptv.checkpoint.file_kinds import FileKindError, read_json_object
+from tinygptv.checkpoint.folders import CheckpointError
+from tinygptv.config import ATTENTION_IMPLEMENTATIONS, TinyGPTVConfig
+
+_LARGEST = {
+    "num_hidden_layers": 1_000,
+    "hidden_size": 1 << 16,
+    "intermediate_size": 1 << 18,
+    "encoder_hidden_size": 1 << 16,
+    "projector_hidden_size": 1 << 18,
+    "vocab_size": 1 << 22,
+    "num_attention_heads": 1 << 12,
+    "image_size": 1 << 13,
+    "max_position_embeddings": 1 << 22,
+    "num_query_tokens": 1 << 13,
+    "lora_rank": 1 << 13,
+}
+"""Largest values that config.json may ask for: a few times those of any model of this kind."""
+
+
+def read_config(folder: Path) -> TinyGPTVConfig:
+    """The configuration of a model folder, after checking its sizes.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, of another model, or asks for what cannot be.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist: give a checkpoint folder of a stage, or an exported artifact.")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no TinyGPT-V checkpoint: it has no config.json.")
+    content = read_object(path)
+    if content.get("model_type") != TinyGPTVConfig.model_type:
+        raise CheckpointError(
+            f"{folder} is no TinyGPT-V checkpoint: model_type in its config.json is {content.get('model_type')!r}, not "
+            f"{TinyGPTVConfig.model_type!r}."
+        )
+    _check_values(path, content)
+    try:
+        return TinyGPTVConfig.from_dict(content)
+    except Exception as error:  # transformers checks types with errors of its own
+        raise CheckpointError(f"{path} is no usable configuration: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint's file.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or no object.
+    """
+    try:
+        return read_json_object(path)
+    except FileKindError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _check_values(path: Path, content: dict[str, Any]) -> None:
+    for name, value in content.items():
+        if isinstance(value, dict):
+            _check_values(path, value)
+        largest = _LARGEST.get(name)
+        if largest is not None and not (isinstance(value, int) and 0 <= value <= largest):
+            raise CheckpointError(f"{path} has {name}={value!r:.60}; it must be a whole number of at most {largest}.")
+        if name in ("_attn_implementation", "attn_implementation") and value not in (None, *ATTENTION_IMPLEMENTATIONS):
+            raise CheckpointError(
+                f"{path} has {name}={value!r:.60}; choose one of {', '.join(ATTENTION_IMPLEMENTATIONS)}."
+            )
