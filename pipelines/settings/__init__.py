@@ -10,6 +10,7 @@ Unknown keys are errors. Every field is documented by its description, and ``--h
 """
 
 from pipelines.settings.base import ROOT, SECTIONS, Settings, SettingsError
+from pipelines.settings.fetch import FetchSettings, ReleasedSettings
 from pipelines.settings.jobs import (
     AblateSettings,
     CacheFeaturesSettings,
@@ -31,10 +32,12 @@ __all__ = [
     "BatchSettings",
     "CacheFeaturesSettings",
     "DemoSettings",
+    "FetchSettings",
     "MiniatureSettings",
     "PlanMemorySettings",
     "PrepareDataSettings",
     "QuantizeSettings",
+    "ReleasedSettings",
     "ScoreSettings",
     "ServeSettings",
     "Settings",

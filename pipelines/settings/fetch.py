@@ -1,0 +1,57 @@
+"""Settings of downloads, and of the released model in one command."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from pipelines.settings.base import Settings
+
+
+class FetchSettings(Settings):
+    """``jobs/fetch.py``: published weights and data sets by name -> a folder with checked files."""
+
+    section = "fetch"
+
+    what: list[str] = Field(
+        default_factory=list,
+        description="weights: released, start, stages or a part of docs/weights.md; data sets: names of "
+        "docs/datasets.md, stage1 .. stage4 of a recipe as data1 .. data4; list",
+    )
+    local: list[str] = Field(
+        default_factory=list, description="folders where files may lie already; they are linked or copied, and checked"
+    )
+    offline: bool = Field(False, description="download nothing: take what is in output= and local=, and say what lacks")
+    mirror: str = Field("", description="base address instead of https://HOST of every address outside the hub")
+    hub: str = Field("", description="address of the Hugging Face hub; empty is HF_ENDPOINT, or the hub itself")
+    verify: bool = Field(False, description="hash again what was fetched before")
+    accept_changed: bool = Field(
+        False, description="take files whose size or hash differ from the recorded ones, and record the new ones"
+    )
+    dry_run: bool = Field(False, description="print the files, their sizes and what is missing; download nothing")
+
+    @field_validator("what", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class ReleasedSettings(Settings):
+    """``jobs/released.py``: fetch, convert, quantize and serve the released model."""
+
+    section = "released"
+
+    stage: Literal[1, 2, 3, 4] = Field(4, description="which of the released stages")
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="where it answers; auto: a GPU where it fits")
+    method: Literal["", "nf4", "int8", "int4", "cpu", "cpu4"] = Field(
+        "", description="low-bit weights; empty: what fits the device's memory, the most exact first"
+    )
+    language: Literal["phi-2", "phi-2-susnato"] = Field("phi-2", description="whose copy of Phi-2 (docs/weights.md)")
+    weights: str = Field("", description="folder of the downloads; empty is <output>/weights")
+    drift_samples: int = Field(8, ge=1, description="samples of the check that low-bit weights answer as the full ones")
+    vision_heads: int | None = Field(None, ge=1, description="attention heads of the encoder; empty: the release's")
+    qformer_heads: int | None = Field(None, ge=1, description="attention heads of the Q-Former; empty: the release's")
+    serve: bool = Field(True, description="serve at the end; false: only make the artifact")
+    fetch: dict[str, Any] = Field(default_factory=dict, description="keys of the fetch section, e.g. fetch.mirror=..")
+    server: dict[str, Any] = Field(default_factory=dict, description="keys of the serve section, e.g. server.port=8000")
