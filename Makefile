@@ -61,7 +61,7 @@ format: setup ## rewrite files in the project's format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-lock: setup ## resolve requirements.lock anew from pyproject.toml
+lock: setup ## resolve requirements.lock again from pyproject.toml
 	@$(BIN)/uv pip compile pyproject.toml --extra pipelines --extra dev --universal --python-version 3.11 \
 		--no-header --quiet -o requirements.lock
 

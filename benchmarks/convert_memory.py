@@ -49,7 +49,7 @@ def main() -> int:
     convert += [f"--tokenizer={arguments.tokenizer}", f"--output={arguments.work / 'checkpoint'}"]
     ours = measure(convert)
     base = measure([sys.executable, "-c", "import tinygptv.convert.__main__"])
-    facts = {
+    measured = {
         "scale": arguments.scale,
         "file_bytes": {role: path.stat().st_size for role, path in files.items()},
         "largest_file_bytes": largest,
@@ -59,7 +59,7 @@ def main() -> int:
         "torch_load_of_largest_peak_bytes": whole["peak_bytes"],
         "convert_seconds": ours["seconds"],
     }
-    print(json.dumps(facts, indent=1))
+    print(json.dumps(measured, indent=1))
     if not arguments.keep:
         shutil.rmtree(arguments.work)
     return 0
@@ -117,10 +117,10 @@ def measure(command: list[str]) -> dict[str, float]:
         "print(json.dumps({'peak_bytes': peak, 'seconds': round(time.time() - start, 1), 'status': done.returncode}))"
     )
     output = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True)
-    facts = json.loads(output.stdout)
-    if facts["status"]:
+    measured = json.loads(output.stdout)
+    if measured["status"]:
         raise SystemExit(f"{' '.join(command)} failed:\n{output.stderr}")
-    return facts
+    return measured
 
 
 if __name__ == "__main__":

@@ -208,8 +208,8 @@ def bench_system(options: argparse.Namespace) -> None:
         def fill(staging: Path) -> None:
             model = random_model(options.image_size)
             processor = TinyGPTVProcessor.from_config(model.config, make_tokenizer())
-            facts = write_artifact(staging, model, processor, options.method)
-            print(f"{options.method}: {facts['bytes'] / 1e9:.2f} GB stored", flush=True)
+            metadata = write_artifact(staging, model, processor, options.method)
+            print(f"{options.method}: {metadata['bytes'] / 1e9:.2f} GB stored", flush=True)
 
         print(f"written in {_seconds(lambda: write_folder(folder, fill)):.0f} s", flush=True)
         child = [sys.executable, __file__, "ask", "--folder", str(folder)]
@@ -257,8 +257,10 @@ def ask(options: argparse.Namespace) -> None:
     reuse = time.perf_counter()
     list(stream(0, 1))
     reuse = time.perf_counter() - reuse
-    facts = json.loads((Path(options.folder) / "quantization.json").read_text())["parts"]
-    read = facts["language_model"]["bytes"] + facts["lm_head"]["bytes"] - 2 * VOCABULARY * WIDTH  # not the embedding
+    metadata = json.loads((Path(options.folder) / "quantization.json").read_text())["parts"]
+    read = (
+        metadata["language_model"]["bytes"] + metadata["lm_head"]["bytes"] - 2 * VOCABULARY * WIDTH
+    )  # not the embedding
     assistant.engine.decoder.cache.fill_(0)  # touches every page: the memory of full contexts
     full = process.memory_info().rss
     peak = peak_memory()
@@ -269,8 +271,8 @@ def ask(options: argparse.Namespace) -> None:
     bandwidth = read_bandwidth()
     token = float(np.median(gaps))
     print(
-        f"a picture of {options.image_size} px and an answer of 24 tokens: {arrivals[-1][0]:.2f} s, first token after "
-        f"{arrivals[0][0]:.2f} s (again with the picture and prompt at hand: {reuse:.2f} s)"
+        f"an image of {options.image_size} px and an answer of 24 tokens: {arrivals[-1][0]:.2f} s, first token after "
+        f"{arrivals[0][0]:.2f} s (again with image and prompt cached: {reuse:.2f} s)"
     )
     print(
         f"decoding: {1 / token:.2f} tokens/s ({token * 1e3:.0f} ms each), {read / 1e9:.2f} GB of weights per token: "

@@ -4,7 +4,7 @@
     python benchmarks/evaluate.py --checkpoint DIR --count 400    another model
     python benchmarks/evaluate.py --checkpoint random             random weights of the miniature's size
 
-* ``one at a time``: read the picture, processor, ``generate``, next question.
+* ``one at a time``: read the image, processor, ``generate``, next question.
 * ``padded batches``: the same with batches in the benchmark's order, padded on the left.
 * ``evaluation``: what ``jobs/score.py`` runs in each of its actors (``pipelines.evaluation.worker``), baselines off.
 

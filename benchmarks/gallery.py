@@ -1,4 +1,4 @@
-"""A gallery of what a model answers: right and wrong cases of every benchmark, pictures with their boxes, as Markdown.
+"""A gallery of what a model answers: right and wrong cases of every benchmark, images with their boxes, as Markdown.
 
     python jobs/score.py --config configs/mini.yaml checkpoint=DIR data=WORLD output=outputs/score
     python benchmarks/gallery.py outputs/score docs/gallery.md
@@ -19,7 +19,7 @@ from pipelines.evaluation.scoring import PREDICTIONS
 from tinygptv.data.prompts import IMAGE_PLACEHOLDER
 
 SIDE = 220
-"""Longer side of a picture in pixels."""
+"""Longer side of an image in pixels."""
 
 Row = dict[str, Any]
 
@@ -37,7 +37,7 @@ def cases(rows: Sequence[Row], right: int, wrong: int) -> list[Row]:
 
 
 def question_text(row: Row) -> str:
-    """What was asked, earlier turns included, without the image's place."""
+    """What was asked, earlier turns included, without the image mark."""
     turns = [f"{asked} — *{answered}*" for asked, answered in row["history"]]
     texts = [*turns, row["instruction"]]
     return "<br>".join(" ".join(t.replace(f"<Img>{IMAGE_PLACEHOLDER}</Img>", "").split()) for t in texts)
@@ -51,7 +51,7 @@ def escape(text: str) -> str:
 
 
 def write_gallery(score: Path, target: Path, right: int, wrong: int) -> int:
-    """Write ``target`` and its pictures, into a folder of its name.
+    """Write ``target`` and its images, into a folder of its name.
 
     Args:
         score: output folder of ``jobs/score.py``.

@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(DEFAULT), help=f"sections, by commas: {', '.join(SECTIONS)}")
     parser.add_argument("--size", choices=("paper", "tiny"), default="paper")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--limit-s", type=float, help="seconds of each section, in place of its own limit")
+    parser.add_argument("--limit-s", type=float, help="seconds of each section, instead of its own limit")
     parser.add_argument("--output", type=Path, help="write the table to this file, too")
     arguments = parser.parse_args()
     names = arguments.only.split(",")

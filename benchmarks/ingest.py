@@ -214,13 +214,13 @@ def main() -> None:
         if "memory" in wanted:
             parts["Memory"] = compare_memory(scratch)
     rows = arguments.tars * arguments.rows
-    facts = [
+    header = [
         versions(["ray", "pyarrow", "simplejpeg", "opencv-python-headless", "pillow", "webdataset", "datasets"]),
         str(load),
         f"Input: {arguments.tars} tars of {arguments.rows} JPEGs, {SIZE[0]} x {SIZE[1]} pixels, "
         f"{size / rows * 1000:.0f} kB each.",
     ]
-    write_note("ingest", facts, parts)
+    write_note("ingest", header, parts)
 
 
 if __name__ == "__main__":

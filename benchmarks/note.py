@@ -63,18 +63,18 @@ def versions(names: Sequence[str]) -> str:
     return ", ".join(found)
 
 
-def write_note(script: str, facts: Sequence[str], parts: dict[str, list[str]]) -> Path:
+def write_note(script: str, header: Sequence[str], parts: dict[str, list[str]]) -> Path:
     """Write ``results/<script>.md`` and print it.
 
     Args:
         script: name of the benchmark.
-        facts: one line each, for the head.
+        header: one line each, for the head.
         parts: title -> lines of Markdown.
     """
     head = [
         f"Command: `python benchmarks/{script}.py {' '.join(sys.argv[1:])}".rstrip() + "`",
         f"Machine: {machine()}; {datetime.datetime.now(datetime.UTC):%Y-%m-%d}.",
-        *facts,
+        *header,
     ]
     body = [f"\n## {title}\n\n" + "\n".join(lines) for title, lines in parts.items()]
     text = "\n".join([f"# {script}", "", *(f"- {line}" for line in head), *body]) + "\n"

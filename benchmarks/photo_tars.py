@@ -1,4 +1,4 @@
-"""Tars for benchmarks: 40 pictures of 500 x 375 pixels with small changes, their JPEGs as large as photographs' are."""
+"""Tars for benchmarks: 40 images of 500 x 375 pixels with small changes, their JPEGs as large as photographs' are."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ Images = Callable[[int], Iterator[bytes]]
 
 
 def make_rows(count: int) -> Iterator[SampleRow]:
-    """Photograph-like pictures as ingest stores them, each a little different."""
+    """Photograph-like images as ingest stores them, each a little different."""
     pictures = [Image.fromarray(pixels).resize((299, SIDE)) for pixels in make_pictures(40)]
     for number in range(count):
         buffer = BytesIO()
@@ -140,13 +140,13 @@ def main() -> None:
         shards = write_set(list(make_rows(2000)), Path(folder, "set"))
         ways = readers(shards, Path(folder))
         lines = compare(ways, arguments.rounds, arguments.rows)
-        facts = [
+        header = [
             versions(["pyarrow", "datasets", "webdataset", "pillow"]),
             str(load),
             f"Input: {len(shards)} JPEGs, shorter side {SIDE} pixels, in memory.",
             f"Rates are per second of CPU time, the best of {arguments.rounds} rounds; ratios: their median.",
         ]
-    write_note("reader", facts, {"Rows and batches": lines})
+    write_note("reader", header, {"Rows and batches": lines})
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def caption(entry: Entry) -> dict[str, Any]:
 
 
 def read_single_boxes(data: DataFolder) -> Iterator[Question]:
-    """Boxes whose category is named, and in the picture once: for others 'where is the dog?' has no one answer."""
+    """Boxes whose category is named, and in the image once: for others 'where is the dog?' has no one answer."""
     count = Counter(_what(entry) for entry in read_lines(data.root / "boxes.jsonl"))
 
     def is_single(entry: Entry) -> bool:
@@ -164,9 +164,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         result = evaluate(settings, make_benchmarks())
         print(score_table(result["benchmarks"]))
-        for name, facts in result["benchmarks"].items():
-            parts = {part.partition("/")[2]: f"{p['value']:.1f} ({p['n']})" for part, p in facts["parts"].items()}
-            print(f"{name}: {facts['also']} {parts}")
+        for name, entry in result["benchmarks"].items():
+            parts = {part.partition("/")[2]: f"{p['value']:.1f} ({p['n']})" for part, p in entry["parts"].items()}
+            print(f"{name}: {entry['also']} {parts}")
         print(f"{result['questions_per_second']} questions/s")
 
 

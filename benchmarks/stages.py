@@ -48,8 +48,8 @@ def score(checkpoint: Path, demo: Path, limit: int) -> dict[str, Any]:
 def train_chain(demo: Path, chain: tuple[int, ...], steps: int) -> Path:
     """Train the stages of a chain one after the other; what the demo has trained the same way is taken from it."""
     start, folder = demo / "backbones", demo / "stages" / "".join(map(str, chain))
-    for place, number in enumerate(chain):
-        if number != LAST and chain[: place + 1] == tuple(range(1, number + 1)):
+    for index, number in enumerate(chain):
+        if number != LAST and chain[: index + 1] == tuple(range(1, number + 1)):
             start = demo / f"stage{number}/checkpoint"
             continue
         fields = {"init_from": str(start), "data": str(demo / "shards"), "output": str(folder / f"stage{number}")}
@@ -89,12 +89,12 @@ def main() -> None:
                 for title, chain in CHAINS.items()
             }
             parts[f"Stages left out (stage 4: {options.steps} steps)"] = table(chains)
-    facts = [
+    header = [
         f"{options.limit} questions per benchmark about held-out scenes, per cent with 95% intervals (bootstrap).",
         "Stages 1 and 2 are trained on captions without a question, so they answer every question with one.",
         str(watch),
     ]
-    write_note("stages", facts, parts)
+    write_note("stages", header, parts)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def reduced_config(image_size: int, depth: int) -> TinyGPTVConfig:
 
 
 def make_samples(config: TinyGPTVConfig, count: int, lengths: tuple[int, int], seed: int) -> list[LoadedSample]:
-    """Random pictures and texts; the prompt is an image and a few tokens, the rest is learned."""
+    """Random images and texts; the prompt is an image and a few tokens, the rest is learned."""
     rng = np.random.default_rng(seed)
     side, queries = config.vision_config.image_size, config.num_query_tokens
     vocabulary = min(50000, config.text_config.vocab_size)
@@ -137,7 +137,7 @@ def plain_batch(samples: list[LoadedSample], pad: int) -> dict[str, torch.Tensor
 
 
 def cached(bench: Bench, samples: list[LoadedSample]) -> list[LoadedSample]:
-    """The samples with query features in place of pixels."""
+    """The samples with query features instead of pixels."""
     with torch.inference_mode():
         pixels = np.stack([s.pixels for s in samples])
         features = bench.model.encode_query_features(bench.step.pixel_values(pixels)).float().cpu().numpy()

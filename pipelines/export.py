@@ -112,9 +112,9 @@ def export(settings: QuantizeSettings) -> ExportResult:
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
-    from tinygptv.quantization.artifact import read_facts
+    from tinygptv.quantization.artifact import read_metadata
 
-    return read_facts(folder)
+    return read_metadata(folder)
 
 
 def _refuse_unknown_method(settings: QuantizeSettings) -> None:
@@ -187,7 +187,7 @@ def _write(
     from tinygptv.checkpoint.checkpoint import load_checkpoint
     from tinygptv.checkpoint.folders import write_folder
     from tinygptv.inference.drift import compare, measure
-    from tinygptv.quantization.artifact import bits_per_weight, load_artifact, write_artifact, write_facts
+    from tinygptv.quantization.artifact import bits_per_weight, load_artifact, write_artifact, write_metadata
 
     device = _device(settings)
     model: TinyGPTVForConditionalGeneration | None
@@ -198,22 +198,22 @@ def _write(
     nn.Module.to(model, device)
     full = _measured("full", measure, model, processor, rows, settings.seed)
     nn.Module.to(model, "cpu")
-    facts: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
 
     def fill(staging: Path) -> None:
         nonlocal model
         assert model is not None
-        facts.update(write_artifact(staging, model, processor, settings.method, device, encoder=settings.encoder))
+        metadata.update(write_artifact(staging, model, processor, settings.method, device, encoder=settings.encoder))
         model = None  # both at once would need the memory of both
         quantized, _, _ = load_artifact(staging, device, verify=False)
         drift = compare(full, _measured(settings.method, measure, quantized, processor, rows, settings.seed))
         _accept(drift, settings)
-        facts.update(
-            bits_per_weight=round(bits_per_weight(facts), 3),
+        metadata.update(
+            bits_per_weight=round(bits_per_weight(metadata), 3),
             drift={**drift.to_dict(), "max_loss": settings.max_drift, "data": data, "seed": settings.seed},
             stage={key: stage[key] for key in ("recipe", "stage", "step") if key in stage},
         )
-        write_facts(staging, facts)
+        write_metadata(staging, metadata)
         write_json(staging / FINGERPRINT_FILE, dict(fingerprint.inputs))
 
     with storage.disk_full_as_error(str(folder)):

@@ -1,8 +1,8 @@
-"""Ask about pictures without a server.
+"""Ask about images without a server.
 
 python -m tinygptv.chat photo.jpg "what is the dog doing?"
 python -m tinygptv.chat photo.jpg "the dog" --task refer           writes photo.boxes.png
-python -m tinygptv.chat photo.jpg                                  goes on asking
+python -m tinygptv.chat photo.jpg                                  asks until you leave
 python -m tinygptv.chat photos/ "describe it" --output answers.jsonl
 python -m tinygptv.chat questions.jsonl --output answers.jsonl     lines of {"image": ..., "question": ..., "task": ...}
 """
@@ -62,12 +62,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tinygptv.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("image", type=Path, help="a picture, a folder of pictures, or a .jsonl file of questions")
+    parser.add_argument("image", type=Path, help="an image, a folder of images, or a .jsonl file of questions")
     parser.add_argument("question", nargs="?", help="without it, questions are read from the terminal")
     parser.add_argument("--model", help="checkpoint or artifact folder; without it, the shipped miniature")
     parser.add_argument("--task", choices=TASKS, help="word the question as this task")
     parser.add_argument("--box", help="x1,y1,x2,y2 in pixels, for --task identify")
-    parser.add_argument("--draw", type=Path, help="where the picture with boxes goes [<picture>.boxes.png, here]")
+    parser.add_argument("--draw", type=Path, help="where the image with boxes goes [<image>.boxes.png, here]")
     parser.add_argument("--output", type=Path, default=Path("answers.jsonl"), help="answers of a folder or .jsonl file")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -78,7 +78,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------------------------------------------- one picture
+# ---------------------------------------------------------------------------------------------------- one image
 
 
 def _converse(assistant: Assistant, options: argparse.Namespace, params: SamplingParams) -> int:
@@ -122,19 +122,19 @@ def _stream(assistant: Assistant, messages: Sequence[ChatMessage], params: Sampl
     return answer
 
 
-# ---------------------------------------------------------------------------------------------------- many pictures
+# ---------------------------------------------------------------------------------------------------- many images
 
 
 def _read_questions(options: argparse.Namespace) -> list[Question] | None:
-    """Questions of a folder or a .jsonl file; None for a single picture."""
+    """Questions of a folder or a .jsonl file; None for a single image."""
     path: Path = options.image
     if path.is_dir():
         if options.question is None and options.task not in ("caption", "grounding"):
-            raise ValueError(f"{path} is a folder: give the question to ask about each of its pictures.")
-        pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not pictures:
-            raise ValueError(f"{path} holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-        return [Question(p, options.question or "", options.task, {"image": str(p)}) for p in pictures]
+            raise ValueError(f"{path} is a folder: give the question to ask about each of its images.")
+        images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not images:
+            raise ValueError(f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        return [Question(p, options.question or "", options.task, {"image": str(p)}) for p in images]
     if path.suffix != ".jsonl":
         if not path.is_file():
             raise ValueError(f"{path} does not exist.")

@@ -107,10 +107,10 @@ def _first_run(records: Sequence[StepEntry], flags: Sequence[bool]) -> int | Non
     and there are no more than ``WINDOW`` steps."""
     needed = min(WINDOW, len(records))
     length = 0
-    for place, flag in enumerate(flags):
+    for index, flag in enumerate(flags):
         length = length + 1 if flag else 0
         if length == needed:
-            return records[place - needed + 1]["step"]
+            return records[index - needed + 1]["step"]
     return None
 
 

@@ -207,14 +207,14 @@ def draw_depths(path: Path, rows: Sequence[AblationRow], title: str) -> Path:
         ``path``.
     """
     figure, axes = _panels(rows, title, height=3.6)
-    for place, axis in enumerate(axes):
+    for index, axis in enumerate(axes):
         for colour, row in zip(_colours(len(rows)), rows, strict=True):
-            depth = row.outcomes[place].depth
+            depth = row.outcomes[index].depth
             if depth:
                 axis.plot(
                     list(depth), list(depth.values()), color=colour, marker="o", ms=3, label=row.variant.title, lw=1.2
                 )
-        axis.set(title=f"stage {rows[0].outcomes[place].stage}", yscale="log")
+        axis.set(title=f"stage {rows[0].outcomes[index].stage}", yscale="log")
         axis.tick_params(axis="x", rotation=60, labelsize=7)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("gradient norm, median over the stage")

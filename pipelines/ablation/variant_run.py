@@ -99,7 +99,7 @@ def run_variant(settings: AblateSettings, variant: Variant, shared: SharedInputs
     except OtherInputsError:  # a mistake in the command, not a fault of the variant
         tracker.close("FAILED")
         raise
-    except Exception as error:  # the other variants go on
+    except Exception as error:  # the other variants continue
         logger.exception("variant %s failed", variant.name)
         number = next((n for n in settings.stages if n not in outcome.stages), settings.stages[-1])
         done = outcome.stages.get(number)

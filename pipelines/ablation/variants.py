@@ -28,7 +28,7 @@ class Variant:
         stage: fields of every stage to change.
         train: keys of the train section to change.
         without: trainable parts that no stage trains.
-        instead: trainable parts in place of others.
+        instead: trainable parts instead of others.
     """
 
     name: str

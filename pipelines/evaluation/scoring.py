@@ -138,14 +138,14 @@ def _values(benchmark: Benchmark, outcomes: Sequence[Outcome], released: bool) -
         rows = [(score,) for score in score_each(benchmark, outcomes, released=released)]
         main_statistic = None
     groups: dict[str, list[int]] = defaultdict(list)
-    for place, outcome in enumerate(outcomes):
-        groups[outcome.question.split].append(place)
+    for index, outcome in enumerate(outcomes):
+        groups[outcome.question.split].append(index)
         if outcome.question.kind:
-            groups[f"{outcome.question.split}/{outcome.question.kind}"].append(place)
+            groups[f"{outcome.question.split}/{outcome.question.kind}"].append(index)
     table = np.array(rows, dtype=np.float64).reshape(len(rows), -1)
 
-    def interval(places: Sequence[int]) -> Interval:
-        chosen = table[list(places)]
+    def interval(indices: Sequence[int]) -> Interval:
+        chosen = table[list(indices)]
         return bootstrap(chosen, main_statistic) if main_statistic else bootstrap(chosen.reshape(-1))
 
     main_places = groups.get(MAIN_SPLIT, [])
@@ -153,7 +153,7 @@ def _values(benchmark: Benchmark, outcomes: Sequence[Outcome], released: bool) -
     if statistics and main_places:
         others = list(statistics.values.items())[1:]
         also = {name: round(100 * float(value(table[main_places])), 3) for name, value in others}
-    parts = {name: _part(interval(places)) for name, places in sorted(groups.items()) if name != MAIN_SPLIT}
+    parts = {name: _part(interval(indices)) for name, indices in sorted(groups.items()) if name != MAIN_SPLIT}
     return _Values(interval(main_places), also, parts)
 
 
@@ -182,15 +182,15 @@ def write_predictions(
         for view in VIEWS:
             view_scores = score_each(benchmark, outcomes_of(pairs, view), released=released)
             found = dict(zip(_asked(pairs, view), view_scores, strict=True))
-            scores[view] = [found.get(place) for place in range(len(pairs))]
-        for place, (question, answers) in enumerate(pairs):
+            scores[view] = [found.get(index) for index in range(len(pairs))]
+        for index, (question, answers) in enumerate(pairs):
             lines.append(
                 {
                     "benchmark": benchmark.name,
                     **answers.to_dict(),
-                    "score": scores["answer"][place],
-                    "blind_score": scores["blind"][place],
-                    "shuffled_score": scores["shuffled"][place],
+                    "score": scores["answer"][index],
+                    "blind_score": scores["blind"][index],
+                    "shuffled_score": scores["shuffled"][index],
                     "instruction": question.instruction,
                     "history": [[turn.instruction, turn.answer] for turn in question.history],
                     "choices": list(question.choices),
@@ -206,7 +206,7 @@ def write_predictions(
 
 def _asked(answered: Answered, view: View) -> list[int]:
     """Indices of the questions that ``outcomes_of`` takes."""
-    return [place for place, (_, answers) in enumerate(answered) if answers.problem or view in answers.views]
+    return [index for index, (_, answers) in enumerate(answered) if answers.problem or view in answers.views]
 
 
 def score_table(scores: Mapping[str, BenchmarkScore]) -> str:

@@ -78,9 +78,9 @@ class UnitAnswerer:
 
     def answers(self, unit: QuestionUnit) -> list[Answers]:
         """Answers to each question of a unit, in order."""
-        images, places, broken = _open_images(unit.questions)
+        images, indices, broken = _open_images(unit.questions)
         answers = [Answers(q.id, broken.get(q.image, "")) for q in unit.questions]
-        asked = {place: _prompt(unit, q, places) for place, q in enumerate(unit.questions) if q.image not in broken}
+        asked = {index: _prompt(unit, q, indices) for index, q in enumerate(unit.questions) if q.image not in broken}
         embeds = self.answerer.encode(images)
         self._answer_view(unit, answers, "answer", asked, embeds)
         if self.options.baselines and images:
@@ -103,19 +103,19 @@ class UnitAnswerer:
         prompts = list(asked.values())
         if any(prompt.choices for prompt in prompts):
             ranked = zip(asked.items(), self.answerer.choice_losses(prompts, embeds), strict=True)
-            for (place, prompt), losses in ranked:
-                answers[place].views[view] = ViewAnswer(prompt.choices[int(np.argmin(losses))], tuple(losses))
+            for (index, prompt), losses in ranked:
+                answers[index].views[view] = ViewAnswer(prompt.choices[int(np.argmin(losses))], tuple(losses))
                 if not np.isfinite(losses).any():
-                    answers[place].problem = "no choice has a finite loss: too long for the model, or damaged weights"
+                    answers[index].problem = "no choice has a finite loss: too long for the model, or damaged weights"
         if unit.generates:
-            for place, reply in zip(asked, self.answerer.answer(prompts, embeds), strict=True):
-                ranking = answers[place].views.get(view, ViewAnswer(""))
-                answers[place].views[view] = replace(ranking, text=reply.text)
-                answers[place].problem = answers[place].problem or reply.error
+            for index, reply in zip(asked, self.answerer.answer(prompts, embeds), strict=True):
+                ranking = answers[index].views.get(view, ViewAnswer(""))
+                answers[index].views[view] = replace(ranking, text=reply.text)
+                answers[index].problem = answers[index].problem or reply.error
 
 
-def _prompt(unit: QuestionUnit, question: Question, places: dict[Path, int]) -> Prompt:
-    image = None if question.image is None else places[question.image]
+def _prompt(unit: QuestionUnit, question: Question, indices: dict[Path, int]) -> Prompt:
+    image = None if question.image is None else indices[question.image]
     return Prompt(question.instruction, image, question.history, unit.max_new_tokens, question.choices)
 
 
@@ -135,12 +135,12 @@ def _other_images(num_images: int, seed: int) -> list[int]:
 def _open_images(questions: Sequence[Question]) -> tuple[list[Image.Image], dict[Path, int], dict[Path | None, str]]:
     """Decoded images, the index of each path among them, and what is wrong with which path."""
     images: list[Image.Image] = []
-    places: dict[Path, int] = {}
+    indices: dict[Path, int] = {}
     broken: dict[Path | None, str] = {}
     for path in dict.fromkeys(question.image for question in questions if question.image):
         try:
             images.append(open_image(path.read_bytes()))
-            places[path] = len(images) - 1
+            indices[path] = len(images) - 1
         except (OSError, ValueError) as error:
             broken[path] = f"{path} cannot be opened: {error}"
-    return images, places, broken
+    return images, indices, broken

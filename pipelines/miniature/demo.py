@@ -214,7 +214,7 @@ def _ask(demo: Demo, artifact: Path, world: Path) -> None:
                 }
             located = ask(address, image, f"[refer] give me the location of {entry['sents']}")
         demo.result["refer"] = {"phrase": entry["sents"], "answer": located}
-    demo.result["picture"] = str(_draw_answer(image, entry["sents"], located, demo.root / "answer.png"))
+    demo.result["image"] = str(_draw_answer(image, entry["sents"], located, demo.root / "answer.png"))
 
 
 def ask(address: str, image: Path, text: str) -> str:
@@ -255,7 +255,7 @@ def summary(result: dict[str, Any]) -> str:
     lines += [f"Asked for the box of {result['refer']['phrase']!r}: {result['refer']['answer']}"]
     root = Path(result["result"]).parent
     lines += [
-        f"The image with the drawn box: {result['picture']}",
+        f"The image with the drawn box: {result['image']}",
         f"Artifact: {result['artifact']['bytes'] / 1e6:.1f} MB, drift {result['artifact']['drift']}",
         "",
         "See the curves:   make mlflow   (opens http://127.0.0.1:5000)",

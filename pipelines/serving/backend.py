@@ -56,7 +56,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class TokenProbability:
-    """A token with its log-probability, and the most probable ones in its place."""
+    """A token with its log-probability, and the most probable ones at its position."""
 
     token: str
     logprob: float

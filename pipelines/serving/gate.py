@@ -1,6 +1,6 @@
 """Admission: how many requests are in flight, in all and per client; more are refused at once with ``Retry-After``.
 
-A client may take every place while nobody else asks. Where the places are taken, a client that has fewer than its share
+A client may take every slot while nobody else asks. Where the slots are taken, a client that has fewer than its share
 of them is let in all the same, so that nobody can lock others out.
 """
 
@@ -41,7 +41,7 @@ class Gate:
 
     @contextmanager
     def admit(self, client: str) -> Iterator[None]:
-        """Hold a place while the block runs.
+        """Hold a slot while the block runs.
 
         Args:
             client: who asks.
@@ -67,13 +67,13 @@ class Gate:
             self._mean_seconds += 0.05 * (time.monotonic() - started - self._mean_seconds)
 
     def _is_below_share(self, client: str) -> bool:
-        """Whether a client has less than an equal share of the places, and there is room to let it in."""
+        """Whether a client has less than an equal share of the slots, and there is room to let it in."""
         num_clients = len(self._by_client) + (client not in self._by_client)
         has_less = self._by_client[client] < self.capacity // num_clients
         return num_clients > 1 and has_less and self.in_flight < OVERBOOKING * self.capacity
 
     def wait_s(self) -> int:
-        """Estimated seconds until a place is free: the queue's length times the mean time of a request."""
+        """Estimated seconds until a slot is free: the queue's length times the mean time of a request."""
         queued = max(1, self.in_flight - self.parallel)
         return math.ceil(self._mean_seconds * queued / self.parallel)
 

@@ -1,6 +1,6 @@
 """What the API does with a chat request: from the body to the model, and from the model to JSON or events.
 
-key -> body within bounds -> a place -> types -> images -> model -> JSON, or events
+key -> body within bounds -> a slot -> types -> images -> model -> JSON, or events
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ class ChatService:
         try:
             client = self.clients.identify(http_request)
             body = await self.bodies.read(http_request, client.name)
-            with ExitStack() as place:
-                place.enter_context(self.gate.admit(client.name))
+            with ExitStack() as slot:
+                slot.enter_context(self.gate.admit(client.name))
                 request = await self.bodies.parse(body)
                 self._check_model(request)
                 call = _Call(client, request, started, clock() + self.settings.request_timeout_s)
-                return await self._answer(call, place)
+                return await self._answer(call, slot)
         except (ClientDisconnect, asyncio.CancelledError) as error:
             self.metrics.requests.labels(CLIENT_CLOSED_REQUEST).inc()
             if isinstance(error, ClientDisconnect):
@@ -100,19 +100,19 @@ class ChatService:
         if request.model != self.settings.model_name:
             raise unknown_model(request.model, self.settings.model_name)
 
-    async def _answer(self, call: _Call, place: ExitStack) -> Response:
-        """The response; a stream takes ``place`` over and gives it back at its end."""
+    async def _answer(self, call: _Call, slot: ExitStack) -> Response:
+        """The response; a stream takes ``slot`` over and releases it at its end."""
         try:
             async with asyncio.timeout_at(call.deadline):
                 try:
-                    return await self._respond(call, place)
+                    return await self._respond(call, slot)
                 except StaleImage:  # a model with another image size has been deployed since we asked
                     await self.info(refresh=True)
-                    return await self._respond(call, place)
+                    return await self._respond(call, slot)
         except TimeoutError:
             raise _too_slow(self.settings) from None
 
-    async def _respond(self, call: _Call, place: ExitStack) -> Response:
+    async def _respond(self, call: _Call, slot: ExitStack) -> Response:
         answer, job = await self._prepare(call)
         if not call.request.stream:
             return await self._complete(call, answer, job)
@@ -123,7 +123,7 @@ class ChatService:
             await items.aclose()
             raise
         self.metrics.requests.labels(200).inc()
-        return EventStream(self._events(call, answer, items), items, place.pop_all().close)
+        return EventStream(self._events(call, answer, items), items, slot.pop_all().close)
 
     async def _prepare(self, call: _Call) -> tuple[Answer, ChatJob]:
         info = await self.info()

@@ -57,7 +57,7 @@ class ServeSettings(AnswerSettings):
     cpus_per_replica: float = Field(1.0, ge=0, description="logical CPUs of a replica")
     max_queue: int = Field(64, ge=0, description="requests that may wait; more are refused with 429")
     max_per_client: int = Field(
-        0, ge=0, description="requests in flight of one API key or address; 0: all places, while nobody else asks"
+        0, ge=0, description="requests in flight of one API key or address; 0: all slots, while nobody else asks"
     )
     trusted_proxies: list[str] = Field(
         default_factory=list, description="addresses of reverse proxies whose X-Forwarded-For names the client"

@@ -130,7 +130,7 @@ class Outbox:
         lines = [json.dumps(_as_text(entry), default=self._keep_image, allow_nan=False) + "\n" for entry in waiting]
         try:
             storage.write_atomically(str(self._journal), "".join(lines).encode())
-        except (storage.DiskFullError, OSError) as error:  # the job goes on without its tracking
+        except (storage.DiskFullError, OSError) as error:  # the job continues without its tracking
             logger.warning("what MLflow did not get cannot be kept: %s", error)
 
     def _keep_image(self, value: Any) -> dict[str, str]:

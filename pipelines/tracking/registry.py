@@ -53,8 +53,8 @@ def download_registered_model(uri: str, tracking_uri: str = "") -> Path:
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
-    place = tracking_uri or default_uri(Path.cwd())
-    client = MlflowClient(tracking_uri=place)
+    server = tracking_uri or default_uri(Path.cwd())
+    client = MlflowClient(tracking_uri=server)
     name, at, alias = uri.removeprefix("models:/").partition("@")
     try:
         if at:
@@ -62,6 +62,6 @@ def download_registered_model(uri: str, tracking_uri: str = "") -> Path:
         else:
             name, _, version = name.rpartition("/")
         source = client.get_model_version_download_uri(name, str(version))
-        return Path(download_artifacts(artifact_uri=source, tracking_uri=place))
+        return Path(download_artifacts(artifact_uri=source, tracking_uri=server))
     except MlflowException as error:
-        raise ValueError(f"MLflow at {place} has no {uri}: {error.message}") from error
+        raise ValueError(f"MLflow at {server} has no {uri}: {error.message}") from error

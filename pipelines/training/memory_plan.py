@@ -103,22 +103,22 @@ def _table(settings: PlanMemorySettings, train: TrainSettings, result: dict[str,
         "* as configured",
         f"{'stage':7}{'micro-batch':>12}{'':15}{heads}  fits{'largest micro-batch':>21}{'tokens':>9}",
     ]
-    for number, facts in result["stages"].items():
+    for number, entry in result["stages"].items():
         for name in WAYS:
             mark = "*" if name == _configured(train) else " "
             lines.append(
-                f"{number:7}{facts['micro_batch_size']:12} {mark}{name:13}{_row(facts[name])}"
-                f"{facts['largest_micro_batch'][name]:21}{facts['largest_tokens'][name]:9,}"
+                f"{number:7}{entry['micro_batch_size']:12} {mark}{name:13}{_row(entry[name])}"
+                f"{entry['largest_micro_batch'][name]:21}{entry['largest_tokens'][name]:9,}"
             )
     lines += [
         "",
         f"answering, {settings.context_length} tokens, one request, on {settings.inference_gpu}",
         f"{'weights as':34}{heads}  fits",
     ]
-    lines += [f"{name:34}{_row(facts)}" for name, facts in result["inference"].items()]
+    lines += [f"{name:34}{_row(entry)}" for name, entry in result["inference"].items()]
     return "\n".join(lines)
 
 
-def _row(facts: dict[str, Any]) -> str:
-    sizes = [sum(facts["weights"].values()), *(facts[name] for name in _COLUMNS[1:])]
-    return "".join(f"{size / GIB:13.2f}" for size in sizes) + ("   yes" if facts["fits"] else "    no")
+def _row(entry: dict[str, Any]) -> str:
+    sizes = [sum(entry["weights"].values()), *(entry[name] for name in _COLUMNS[1:])]
+    return "".join(f"{size / GIB:13.2f}" for size in sizes) + ("   yes" if entry["fits"] else "    no")

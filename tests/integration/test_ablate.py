@@ -1,4 +1,4 @@
-"""The ablation matrix, small: tasks on the cluster, nested MLflow runs, a report, and going on after a stop."""
+"""The ablation matrix, small: tasks on the cluster, nested MLflow runs, a report, and resuming after a stop."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_a_mistake_is_one_sentence_and_fails_the_job(head, world, tmp_path):
 
 @pytest.mark.slow
 def test_a_node_dies_in_the_middle(head, world, tmp_path):
-    """Two nodes with a worker each; one is killed, another takes its place, the run goes on from its last state."""
+    """Two nodes with a worker each; one is killed, another replaces it, the run resumes from its last state."""
     log = tmp_path / "nodes.log"
     node = add_node(head, log)
     changes = {"num_workers": 2, "cpus_per_worker": 3, "max_failures": 5, "checkpoint_every": 10}

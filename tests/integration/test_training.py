@@ -64,9 +64,9 @@ def test_a_worker_trains_as_this_process_does(ray_cluster, world, straight, tmp_
     result = run_stage(train_settings(world, tmp_path, num_workers=1), 4)
     assert losses(tmp_path) == losses(straight)
     assert result["steps"] == 12 and json.loads((tmp_path / "result.json").read_text()) == result
-    model, _, facts = load_checkpoint(result["checkpoint"])
+    model, _, metadata = load_checkpoint(result["checkpoint"])
     expected, _, _ = load_checkpoint(straight / "checkpoint")
-    assert facts["stage"] == 4
+    assert metadata["stage"] == 4
     assert_same_weights(model, expected)
 
 
@@ -189,7 +189,7 @@ def test_going_on_with_more_workers_keeps_the_order(ray_cluster, world, straight
 
 
 def test_states_and_checkpoint_in_object_storage(world, straight, tmp_path, monkeypatch):
-    """fsspec's memory file system stands for a bucket; another node with an empty disk goes on from it."""
+    """fsspec's memory file system stands for a bucket; another node with an empty disk resumes from it."""
     place = f"memory://bucket/{tmp_path.name}"
     run_until(monkeypatch, 7, train_settings(world, tmp_path / "a", storage_path=place))
     result = run_stage(train_settings(world, tmp_path / "b", storage_path=place), 4)

@@ -85,7 +85,7 @@ def test_a_file_of_questions_keeps_its_rows(checkpoint, folder):
     [
         (("nothing.png", "x"), "nothing.png does not exist"),
         (("pictures",), "give the question"),
-        (("empty", "x"), "holds no picture"),
+        (("empty", "x"), "holds no image"),
         (("bad.jsonl",), "line 2 is not"),
         (("pictures/0.png", "x", "--temperature", "-1"), "temperature"),
     ],

@@ -226,7 +226,7 @@ def test_streaming(model, processor, greedy):
 
 def test_a_missing_image_is_named(model, processor):
     inputs = inputs_of(processor)
-    with pytest.raises(ValueError, match=r"image positions but 2 images|places for 3 images but 2"):
+    with pytest.raises(ValueError, match=r"image positions but 2 images|positions for 3 images but 2"):
         new_tokens(model, {**inputs, "pixel_values": inputs["pixel_values"][:2]})
     with pytest.raises(ValueError, match="3 <ImageHere> but 1 images were given"):
         inputs_of(processor, PROMPTS, PICTURES[:1])

@@ -52,7 +52,7 @@ def model_card(model: TinyGPTVForConditionalGeneration, stage: dict[str, Any]) -
 
     total = sum(p.numel() for p in model.parameters())
     vision, text = model.config.vision_config, model.config.text_config
-    facts = {
+    fields = {
         "parameters": f"{total:,}",
         "image side": f"{vision.image_size} px",
         "query tokens per image": model.config.num_query_tokens,
@@ -61,7 +61,7 @@ def model_card(model: TinyGPTVForConditionalGeneration, stage: dict[str, Any]) -
         "template": model.config.template,
         **{key: value for key, value in stage.items() if isinstance(value, str | int | float)},
     }
-    rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
+    rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in fields.items())
     number = stage.get("stage")
     summary = (
         f"Made by stage {number} of the recipe `{stage.get('recipe')}`."

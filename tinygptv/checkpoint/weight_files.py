@@ -163,9 +163,9 @@ def _check_old_format(file: Path) -> None:
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if not data[:2] == b"\x80\x02":
             raise PickleError("it begins like no torch file.")
-        place = 0
+        position = 0
         for _ in range(5):
-            place = check_pickle(data, place, forbidden=_FORBIDDEN)
+            position = check_pickle(data, place, forbidden=_FORBIDDEN)
 
 
 def _load_torch(file: Path, mapped: bool) -> Any:

@@ -41,7 +41,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Ignored:
-    """A foreign tensor that the model has no place for, and why that is right."""
+    """A tensor of another layout that the model does not use, and why."""
 
     reason: str
 

@@ -1,6 +1,6 @@
 """Matching foreign weight files against our names, before anything is read: who supplies what, and what is missing.
 
-Each tensor of a file is either given a place, or ignored for a stated reason, or an error. Each tensor of the model is
+Each tensor of a file is loaded, ignored for a stated reason, or an error. Each tensor of the model is
 either supplied, or one of those that a fresh start is allowed to lack (projector, added norms: only where no stage
 checkpoint was given), or an error that names it.
 """
@@ -45,7 +45,7 @@ class LoadReport:
 
     Attributes:
         counts: (part, file) -> number of tensors.
-        fresh: tensors that no file supplied and that start anew.
+        fresh: tensors that no file supplied and that are newly initialised.
         ignored: (key, file, reason) of tensors that were left out.
         layouts: language file -> the layout it was recognised as.
     """
@@ -72,7 +72,7 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class Piece:
-    """A foreign tensor and its place."""
+    """A tensor of another layout and the parameter it fills."""
 
     tensor: LazyTensor
     target: Target
@@ -277,7 +277,7 @@ def _check(config: TinyGPTVConfig, pieces: dict[str, list[Piece]], report: LoadR
         file, key = pieces[name][0].tensor.file, pieces[name][0].tensor.key
         if decorated not in needed:
             raise WeightFileError(
-                f"{key} of {file} has no place in a model of {config.text_config.num_hidden_layers} language layers."
+                f"{key} of {file} does not belong to a model of {config.text_config.num_hidden_layers} language layers."
             )
         found, wanted = whole_shape(pieces[name]), needed[decorated]
         if name == "projector.linear_1.weight" and found[0] == MINIGPT4_13B_ROWS:

@@ -29,7 +29,7 @@ COLOURS: tuple[tuple[int, int, int], ...] = (
     (120, 170, 40),
     (226, 84, 160),
 )
-"""RGB colours for drawn boxes; entity i takes colour i modulo their number, on pictures and in the web page alike."""
+"""RGB colours for drawn boxes; entity i takes colour i modulo their number, on images and in the web page alike."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def _read_message(index: int, message: Any) -> ChatMessage[Any]:
         else:
             raise ValueError(
                 f'message {index} has the part {part!r:.80}: a part is {{"type": "text", "text": ...}} or '
-                '{"type": "image", "image": ...}, with path or url in place of image.'
+                '{"type": "image", "image": ...}, with path or url instead of image.'
             )
     return ChatMessage(message["role"], "\n".join(text for text in texts if text), tuple(images))
 

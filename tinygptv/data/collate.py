@@ -90,13 +90,13 @@ def collate(
     for row, members in enumerate(bins):
         start = 0
         for i in members:
-            encoded, place = samples[i].encoded, slice(start, start + lengths[i])
-            input_ids[row, place] = encoded.input_ids
-            labels[row, place] = encoded.labels
+            encoded, span = samples[i].encoded, slice(start, start + lengths[i])
+            input_ids[row, span] = encoded.input_ids
+            labels[row, span] = encoded.labels
             labels[row, start] = IGNORE_INDEX  # the token before it belongs to another sample
-            attention_mask[row, place] = encoded.attention_mask
-            position_ids[row, place] = np.arange(lengths[i])
-            sources[row, place] = samples[i].source
+            attention_mask[row, span] = encoded.attention_mask
+            position_ids[row, span] = np.arange(lengths[i])
+            sources[row, span] = samples[i].source
             start += lengths[i]
         position_ids[row, start:] = np.arange(width - start)
     has_holes = any(0 in sample.encoded.attention_mask for sample in samples)

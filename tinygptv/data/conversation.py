@@ -27,12 +27,12 @@ TASKS = ("vqa", "caption", "refer", "identify", "grounding", "detection")
 
 @dataclass(frozen=True, eq=False)
 class ChatImage:
-    """A picture, ready for the model.
+    """An image, ready for the model.
 
     Attributes:
-        number: negative 63-bit number made from the encoded bytes; equal pictures have equal numbers.
+        number: negative 63-bit number made from the encoded bytes; equal images have equal numbers.
         pixels: uint8 [3, R, R].
-        width: of the picture as it was sent, upright, in pixels.
+        width: of the image as it was sent, upright, in pixels.
         height: the same.
     """
 
@@ -160,8 +160,8 @@ def task_instruction(task: str, text: str, box: Sequence[float] | None = None, s
     Args:
         task: one of ``TASKS``.
         text: the question or phrase; a task that needs none (caption, grounding) has a wording of its own.
-        box: for ``identify``, x1, y1, x2, y2 in pixels of the picture.
-        size: the picture's width and height, where a box is given.
+        box: for ``identify``, x1, y1, x2, y2 in pixels of the image.
+        size: the image's width and height, where a box is given.
 
     Raises:
         ValueError: the task is unknown, or lacks the words or the box that it needs, or the box is not on the image.

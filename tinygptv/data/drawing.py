@@ -1,4 +1,4 @@
-"""Draw the boxes of an answer on its picture: one colour per phrase, the phrase beside its box."""
+"""Draw the boxes of an answer on its image: one colour per phrase, the phrase beside its box."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def draw_boxes(image: Image.Image, answer: str) -> Image.Image:
     """Draw every box that an answer names.
 
     Args:
-        image: the picture, upright.
+        image: the image, upright.
         answer: generated text, e.g. ``<p>a dog</p> {<1><2><3><4>}``.
 
     Returns:
-        A copy in RGB with boxes and labels; line width and letters grow with the picture.
+        A copy in RGB with boxes and labels; line width and letters grow with the image.
     """
     canvas = image.convert("RGB")
     draw = ImageDraw.Draw(canvas)

@@ -143,15 +143,15 @@ class Mixture:
     # ------------------------------------------------------------------ rows within a source
 
     def _row(self, index: int, position: int) -> int:
-        epoch, place = divmod(position, self.sources[index].num_rows)
+        epoch, offset = divmod(position, self.sources[index].num_rows)
         starts, windows = self._recent.get_or_make(("windows", index, epoch), lambda: self._windows(index, epoch))
-        window = int(np.searchsorted(starts, place, side="right")) - 1
+        window = int(np.searchsorted(starts, offset, side="right")) - 1
         key = ("rows", index, epoch, window)
         rows = self._recent.get_or_make(key, lambda: self._shuffled_rows(index, epoch, window, windows[window]))
-        return int(rows[place - starts[window]])
+        return int(rows[offset - starts[window]])
 
     def _windows(self, index: int, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Start place of each window in the epoch, and the shards of each window."""
+        """Start of each window in the epoch, and the shards of each window."""
         shard_rows = np.array(self.sources[index].shard_rows, dtype=np.int64)
         order = _generator(self.seed, 1, index, epoch).permutation(len(shard_rows))
         windows = [order[i : i + self.window_shards] for i in range(0, len(order), self.window_shards)]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 IMAGE_PLACEHOLDER = "<ImageHere>"
-"""What stands for an image in text; ``num_query_tokens`` positions take its place."""
+"""What stands for an image in text; ``num_query_tokens`` positions replace it."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
 IMAGE_BATCH = 32
 MEAN_COLOUR = (123, 117, 104)
-"""CLIP's mean colour: a picture of it is all but zero after normalisation."""
+"""CLIP's mean colour: an image of it is all but zero after normalisation."""
 
 _CONTEXT_STEP = 128
 
@@ -97,7 +97,7 @@ class Answerer:
         return embeds
 
     def blank(self) -> Tensor:
-        """Embeddings [Q, D] of a picture of the mean colour, for the blind baseline."""
+        """Embeddings [Q, D] of an image of the mean colour, for the blind baseline."""
         side = self.model.config.vision_config.image_size
         return self.encode([Image.new("RGB", (side, side), MEAN_COLOUR)])[0]
 
@@ -118,21 +118,21 @@ class Answerer:
         replies = [Reply()] * len(prompts)
         texts = [""] * len(prompts)
         engine = self._fresh_engine(ids, prompts)
-        # Prompts of like length meet in the same steps; equal lengths keep their order, so neighbours share pictures.
+        # Prompts of like length meet in the same steps; equal lengths keep their order, so neighbours share images.
         waiting = sorted(range(len(prompts)), key=lambda i: -len(ids[i]))
         running: dict[int, int] = {}
         while waiting or engine.has_work:
             while waiting and len(running) < 2 * self.batch_size:
-                place = waiting.pop()
+                index = waiting.pop()
                 try:
-                    running[engine.add(self._request(ids[place], prompts[place], image_embeds))] = place
+                    running[engine.add(self._request(ids[index], prompts[index], image_embeds))] = index
                 except PromptTooLong as error:
-                    replies[place] = Reply(error=str(error))
+                    replies[index] = Reply(error=str(error))
             for request_id, delta in engine.step():
-                place = running[request_id]
-                texts[place] += delta.text
+                index = running[request_id]
+                texts[index] += delta.text
                 if delta.finish_reason:
-                    replies[place] = Reply(self._clean(texts[place]), delta.error)
+                    replies[index] = Reply(self._clean(texts[index]), delta.error)
                     del running[request_id]
         return replies
 

@@ -61,7 +61,7 @@ class Delta:
         text: text that may be shown; empty while a character or a possible stop string is incomplete.
         token_ids: tokens that were drawn.
         logprobs: one entry per token, where asked for.
-        finish_reason: ``stop``, ``length``, ``cancelled`` or ``error``; None while the answer goes on.
+        finish_reason: ``stop``, ``length``, ``cancelled`` or ``error``; None while the answer continues.
         error: one sentence, with ``finish_reason`` ``error``.
         num_reused: prompt positions that were taken from the cache (set with the first delta).
     """
@@ -254,7 +254,7 @@ class Engine:
 
         Returns:
             What each request got, by request id. Where the pass fails, every sequence in it ends with an error and the
-            engine goes on with the others.
+            engine continues with the others.
         """
         results = self._drop_cancelled()
         self._admit()

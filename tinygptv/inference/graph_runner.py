@@ -132,7 +132,7 @@ class GraphRunner:
         return logits_TK
 
     def sample(self, logits_TK: Tensor, slots_T: Tensor, penalise: bool) -> None:
-        """Draw anew what was drawn as the largest logit, for rows that ask for more."""
+        """Sample again what was taken as the largest logit, for rows that ask for more."""
         positions_T = self.lengths_G.index_select(0, slots_T) - 1
         drawn_T = self.sampling.draw(logits_TK, slots_T, positions_T.clamp(min=0), penalise=penalise)
         self.tokens_G.index_copy_(0, slots_T, drawn_T)

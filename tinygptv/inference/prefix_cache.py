@@ -1,6 +1,6 @@
 """Which sequence holds which slot of the cache, and what earlier ones left there that a new prompt can start from.
 
-A sequence is known by its ids: token ids, with the image's own number in place of each image position. Two prompts
+A sequence is known by its ids: token ids, with the image's own number at each image position. Two prompts
 whose first n ids are equal have equal attention keys and values at the first n positions.
 
 Notation: G slots, L cache length.
@@ -59,7 +59,7 @@ class PrefixCache:
         common = np.minimum(common, self.lengths) * (self.salts == salt)
         best = int(np.argmax(common))
         num_reused = int(common[best]) if common[best] >= MIN_REUSED else 0
-        # A free slot that holds little else is continued in place; otherwise what it holds may serve somebody again.
+        # A free slot that holds little else is continued in place; otherwise its contents may serve another request.
         in_place = num_reused > 0 and bool(self.is_free[best]) and 2 * num_reused >= self.lengths[best]
         slot = best if in_place else self._least_recent()
         self.is_free[slot] = False

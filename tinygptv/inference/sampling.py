@@ -35,7 +35,7 @@ class SamplingParams:
         seed: None draws differently each time.
         stop: strings that end the answer; they are not part of it.
         logprobs: None, or so many alternatives with log-probabilities per token (0 gives the chosen token alone).
-        ignore_end: go on past the end symbol and EOS, for benchmarks.
+        ignore_end: continue past the end symbol and EOS, for benchmarks.
     """
 
     max_tokens: int = 256

@@ -239,9 +239,9 @@ def _attend_kernel(
     first = part * share
     end = tl.minimum(first + share, position)
     for block in range(first, end, BLOCK_L):
-        places = block + tl.arange(0, BLOCK_L)
-        is_past = places < end
-        offsets = start + places[:, None] * H + h[None, :]
+        positions = block + tl.arange(0, BLOCK_L)
+        is_past = positions < end
+        offsets = start + positions[:, None] * H + h[None, :]
         mask = is_past[:, None] & is_real[None, :]
         k = tl.load(keys + offsets, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(values + offsets, mask=mask, other=0.0).to(tl.float32)

@@ -188,10 +188,10 @@ def _unpack_kernel(
     for k in tl.static_range(8):
         i = block * 128 + k * 16 + w % 16
         is_real = i < inputs
-        place = row * groups + block * (8 // PLANES) + k // PLANES
-        value = _half(pairs[k // 2], k % 2) * tl.load(scale + place, mask=is_real, other=0.0).to(tl.float32)
+        group = row * groups + block * (8 // PLANES) + k // PLANES
+        value = _half(pairs[k // 2], k % 2) * tl.load(scale + group, mask=is_real, other=0.0).to(tl.float32)
         if HAS_OFFSET:
-            value += tl.load(offset + place, mask=is_real, other=0.0).to(tl.float32)
+            value += tl.load(offset + group, mask=is_real, other=0.0).to(tl.float32)
         tl.store(matrix + row * inputs + i, value.to(matrix.dtype.element_ty), mask=is_real)
 
 

@@ -15,7 +15,7 @@ NUMBER_WORDS = {
 }  # fmt: skip
 ARTICLES = frozenset({"a", "an", "the"})
 
-# Written without its apostrophe -> with it; and a few words whose apostrophe stands in the wrong place.
+# Written without its apostrophe -> with it; and a few words whose apostrophe is misplaced.
 _PLAIN = (
     "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm "
     "I've isn't it'd it'll ma'am mightn't might've mustn't must've needn't o'clock oughtn't shan't should've "
@@ -45,7 +45,7 @@ _COMMA_IN_NUMBER = re.compile(r"(\d)(,)(\d)")
 
 def remove_punctuation(text: str) -> str:
     """Delete punctuation that touches a space (anywhere in the text) or stands in a text with a thousands comma; else
-    put a space in its place; then drop periods that no digit follows."""
+    replace it with a space; then drop periods that no digit follows."""
     out = text
     for mark in PUNCTUATION:
         if f"{mark} " in text or f" {mark}" in text or _COMMA_IN_NUMBER.search(text):

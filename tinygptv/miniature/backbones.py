@@ -36,7 +36,7 @@ def assemble_backbones(
     vision: nn.Module,
     language: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    facts: dict[str, object],
+    metadata: dict[str, object],
 ) -> Path:
     """Put pretrained parts together and write them as a checkpoint in float16.
 
@@ -46,7 +46,7 @@ def assemble_backbones(
         vision: module with ``vision_encoder`` and ``qformer``.
         language: module with ``language_model`` and ``lm_head``.
         tokenizer: the miniature's tokenizer.
-        facts: how they were made, for ``stage.json``.
+        metadata: how they were made, for ``stage.json``.
     """
     model = TinyGPTVForConditionalGeneration(config)
     for part in (vision, language):
@@ -54,7 +54,7 @@ def assemble_backbones(
             if hasattr(model, name):
                 getattr(model, name).load_state_dict(module.state_dict())
     model.half()
-    return save_checkpoint(folder, model, TinyGPTVProcessor.from_config(config, tokenizer), dict(facts))
+    return save_checkpoint(folder, model, TinyGPTVProcessor.from_config(config, tokenizer), dict(metadata))
 
 
 def shipped_stages() -> list[int]:
@@ -79,18 +79,18 @@ def write_checkpoint(folder: Path, stage: int = 0) -> Path:
         pass
     if stage and stage not in shipped_stages():
         raise ValueError(f"stage {stage} of the miniature is not shipped; shipped: {shipped_stages() or 'none'}.")
-    model, processor, facts = load_checkpoint(BACKBONES, dtype=torch.float32)
+    model, processor, metadata = load_checkpoint(BACKBONES, dtype=torch.float32)
     if stage:
         spec = RECIPES["mini"][stage - 1]
         model.set_image_size(spec.image_size)
         if spec.lora_rank:
             model.add_lora(spec.lora_rank, spec.lora_alpha, spec.lora_dropout)
-        place = DATA / f"stage{stage}"
-        trained = {name: tensor.float() for name, tensor in load_file(place / _TRAINED).items()}
+        folder = DATA / f"stage{stage}"
+        trained = {name: tensor.float() for name, tensor in load_file(folder / _TRAINED).items()}
         unexpected = model.load_state_dict(trained, strict=False).unexpected_keys
         if unexpected:
-            raise ValueError(f"{place} does not fit the shipped backbones: {unexpected[0]}.")
-        facts = json.loads((place / "stage.json").read_text())
+            raise ValueError(f"{folder} does not fit the shipped backbones: {unexpected[0]}.")
+        metadata = json.loads((folder / "stage.json").read_text())
         processor = TinyGPTVProcessor(
             TinyGPTVImageProcessor(spec.image_size),
             processor.tokenizer,
@@ -98,7 +98,7 @@ def write_checkpoint(folder: Path, stage: int = 0) -> Path:
             image_token_id=model.config.image_token_id,
             template=spec.template,
         )
-    return save_checkpoint(folder, model, processor, facts)
+    return save_checkpoint(folder, model, processor, metadata)
 
 
 def shipped_model() -> Path:
@@ -141,13 +141,13 @@ def ship_stage(checkpoint: Path, stage: int) -> Path:
     Returns:
         The folder in the package.
     """
-    model, _, facts = load_checkpoint(checkpoint)
+    model, _, metadata = load_checkpoint(checkpoint)
     set_trainable(model, RECIPES["mini"][stage - 1].trainable)
     trained = {name: p.detach().half().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    place = DATA / f"stage{stage}"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    save_file(trained, place / _TRAINED)
-    shareable = {key: value for key, value in {**facts, **read_stage(checkpoint)}.items() if key != "init_from"}
-    (place / "stage.json").write_text(json.dumps(shareable, indent=1))
-    return place
+    folder = DATA / f"stage{stage}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    save_file(trained, folder / _TRAINED)
+    shareable = {key: value for key, value in {**metadata, **read_stage(checkpoint)}.items() if key != "init_from"}
+    (folder / "stage.json").write_text(json.dumps(shareable, indent=1))
+    return folder

@@ -30,7 +30,7 @@ _AFTER = ("", "", "", "", " on a light background")
 
 
 def short_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One clause as a person would write it: two objects and how they stand, or one and its place.
+    """One clause as a person would write it: two objects and how they stand, or one and its position.
 
     Returns:
         E.g. ``a small red striped circle to the left of a large blue square``.
@@ -56,7 +56,7 @@ def web_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def detailed_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Two to four sentences that name every object, with its place or its relation to another."""
+    """Two to four sentences that name every object, with its position or its relation to another."""
     items = _shuffled(scene.objects, rng)
     return " ".join(sentence + "." for sentence in [_opening(items, rng), *_sentences(items, rng)])
 
@@ -160,7 +160,7 @@ def _verb_of_counts(items: Sequence[SceneObject]) -> str:
 
 
 def _sentences(items: Sequence[SceneObject], rng: np.random.Generator) -> list[str]:
-    """Pairs with their relation; what is left over with its place."""
+    """Pairs with their relation; what is left over with its position."""
     names = [article(full_name(item)) for item in items]
     sentences = [
         f"{names[i]} is {_relation(items[i], items[i + 1], rng)} {names[i + 1]}" for i in range(0, len(items) - 1, 2)

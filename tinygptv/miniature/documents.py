@@ -1,6 +1,6 @@
 """Endless text for pretraining the small language model: scenes as text, and what can be said about them.
 
-A document has the layout of training, with the scene's listing where the picture's vectors will stand later:
+A document has the layout of training, with the scene's listing where the image's vectors will stand later:
 
     ###Human: <Img>scene : small red plain circle {<..>} ; ..</Img> [vqa] what color is the star?  ###Assistant: red###
 
@@ -34,7 +34,7 @@ class Document:
     Attributes:
         kind: key of ``KINDS``.
         template: key of ``prompts.TEMPLATES``.
-        exchanges: instructions (with the scene's listing in place of the image, or with the image) and answers.
+        exchanges: instructions (with the scene's listing instead of the image, or with the image) and answers.
     """
 
     kind: str

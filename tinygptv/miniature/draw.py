@@ -1,4 +1,4 @@
-"""A scene's picture: light gradient, faint noise, anti-aliased objects.
+"""A scene's image: light gradient, faint noise, anti-aliased objects.
 
 Objects are drawn with ``_SUPERSAMPLING`` times the resolution, in their own boxes only, and laid on the background.
 """
@@ -35,7 +35,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def encode_jpeg(scene: Scene) -> bytes:
-    """The scene's file: its picture as JPEG at ``scene.jpeg_quality``."""
+    """The scene's file: its image as JPEG at ``scene.jpeg_quality``."""
     stream = io.BytesIO()
     render(scene).save(stream, format="JPEG", quality=scene.jpeg_quality, optimize=True)
     return stream.getvalue()

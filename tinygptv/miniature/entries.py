@@ -227,7 +227,7 @@ def _vqa_entry(scene: Scene, index: int, question: str, answer: str) -> Entry:
 
 
 def _ok_vqa(scene: Scene, rng: np.random.Generator) -> list[Entry]:
-    """Questions that the picture alone does not answer: sums with a count, and opposites."""
+    """Questions that the image alone does not answer: sums with a count, and opposites."""
     index, more = int(rng.integers(len(scene.objects))), int(rng.integers(1, 6))
     name = refer_to(scene.objects, index, rng, hide=("size",))
     shape = scene.objects[index].shape
@@ -305,7 +305,7 @@ DESCRIBE: dict[str, Describe] = {
     "multitask_conversation": _llava(multitask_conversation),
     "unnatural_instruction": _unnatural,
     "refcoco": _refs(REFERRING_KINDS, 0.3),
-    "refcocop": _refs(("attribute",), 0.3),  # RefCOCO+ allows no words of place
+    "refcocop": _refs(("attribute",), 0.3),  # RefCOCO+ allows no words of location
     "refcocog": _refs(REFERRING_KINDS, 1.0),
     "refvg": _regions,
     "flickr_grounded_caption": _grounded,

@@ -29,7 +29,7 @@ class SourceFormat:
         input: what its reader is given.
         describe: entries of one scene.
         save: writes all entries, given the world's folder; None for tar shards, which hold their captions themselves.
-        image_place: key of ``IMAGE_PATHS``; None for text only and for tar shards.
+        image_folder: key of ``IMAGE_PATHS``; None for text only and for tar shards.
         images: image folder that its reader is given; None where ``input`` leads to it.
         every: a world uses every n-th training scene for this set.
     """
@@ -37,7 +37,7 @@ class SourceFormat:
     input: str
     describe: Describe
     save: Save | None
-    image_place: str | None = None
+    image_folder: str | None = None
     images: str | None = None
     every: int = 1
 
@@ -52,7 +52,7 @@ IMAGE_PATHS: dict[str, Callable[[Scene], str]] = {
     "visual_genome": lambda scene: f"visual_genome/{vg_folder(scene)}/{scene.number}.jpg",
     "ocrvqa": lambda scene: f"ocrvqa/images/{scene.number}.jpg",
 }
-"""Where a scene's image lies for the sets that share a place; relative to the world's folder."""
+"""Path of a scene's image for the sets that share a folder; relative to the world's folder."""
 
 
 def add_web_sample(tar: tarfile.TarFile, key: str, sample: Entry, jpeg: bytes) -> None:
@@ -118,9 +118,9 @@ def _by_key(entries: list[Entry]) -> dict[str, Entry]:
     return {entry["key"]: {name: value for name, value in entry.items() if name != "key"} for entry in entries}
 
 
-def _file(name: str, path: str, place: str, images: str, *, every: int = 1, **saver: Any) -> SourceFormat:
+def _file(name: str, path: str, folder: str, images: str, *, every: int = 1, **saver: Any) -> SourceFormat:
     """A set of one annotation file and an image folder."""
-    return SourceFormat(path, DESCRIBE[name], saver.get("save", _save_json(path)), place, images, every)
+    return SourceFormat(path, DESCRIBE[name], saver.get("save", _save_json(path)), folder, images, every)
 
 
 def _coco(name: str, path: str, **options: Any) -> SourceFormat:

@@ -1,4 +1,4 @@
-"""Instructions without a picture: arithmetic, lists of words, facts of the world's words. One right answer each."""
+"""Instructions without an image: arithmetic, lists of words, facts of the world's words. One right answer each."""
 
 from __future__ import annotations
 

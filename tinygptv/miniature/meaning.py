@@ -1,7 +1,7 @@
 """Reads the miniature's sentences back: what a phrase means, what a question's answer is, what a caption claims.
 
 This is the checker of everything the other modules say, and the scorer of what a model says. It shares no template and
-no geometry with them: patterns are written anew, and relations compare centres without the speakers' margins.
+no geometry with them: patterns are written independently, and relations compare centres without the speakers' margins.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A document speaks of a scene whose description stands between the image marks as *packed text*: one position per grid
 cell, whose embedding is the sum of the words of the object in it (box numbers turned by a fixed rotation per corner, so
-that their order is not lost) plus a little noise. That needs no picture and no projector, but teaches the model to read
+that their order is not lost) plus a little noise. That needs no image and no projector, but teaches the model to read
 several facts from one vector, which is what image embeddings will be. That much a large language model brings along;
 one of two million parameters must be taught.
 
@@ -198,10 +198,10 @@ class LanguageTask:
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """One batch of documents of like length; matrix products run in bfloat16."""
-        group, place = divmod(step, BUCKETS)
+        group, number = divmod(step, BUCKETS)
         if self._group[0] != group:
             self._group = (group, self._draw_group(group))
-        scenes, made = self._group[1][place]
+        scenes, made = self._group[1][number]
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 2, step))))
         with torch.autocast("cpu", torch.bfloat16):
             losses, is_lookup, _ = self._token_losses(scenes, made, rng)

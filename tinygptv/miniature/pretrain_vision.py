@@ -93,7 +93,7 @@ class VisionModule(nn.Module):
 
     @torch.no_grad()
     def _start_by_position(self) -> None:
-        """Patches begin with waves of their place, queries with those of their cell, and cross-attention compares the
+        """Patches start with waves of their position, queries with those of their cell; cross-attention compares the
         two: each query looks at its own cell from the first step, which random starts take thousands of steps to do."""
         grid = self.vision_encoder.vit.patch_embed.grid_size[0]
         width, query_width = self.vision_encoder.config.hidden_size, self.qformer.query_tokens.shape[-1]
@@ -119,11 +119,11 @@ class VisionModule(nn.Module):
 
 
 def _waves(grid: int, width: int) -> Tensor:
-    """Sines and cosines of the places of a grid x grid image: [grid * grid, width]."""
+    """Sines and cosines of the positions of a grid x grid image: [grid * grid, width]."""
     centres = (torch.arange(grid) + 0.5) / grid
     y, x = torch.meshgrid(centres, centres, indexing="ij")
     rates = torch.pi * torch.logspace(0, 3, width // 4, base=2)
-    return torch.cat([wave(place.reshape(-1, 1) * rates) for place in (x, y) for wave in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([wave(axis.reshape(-1, 1) * rates) for axis in (x, y) for wave in (torch.sin, torch.cos)], dim=1)
 
 
 class VisionTask:

@@ -47,7 +47,7 @@ def pretrain(
     report_every: int = 50,
     evaluate_every: int = 2000,
 ) -> dict[str, float]:
-    """Train a task's module, going on from ``state_dir`` where an earlier run stopped.
+    """Train a task's module, resuming from ``state_dir`` where an earlier run stopped.
 
     Args:
         task: what is learned.

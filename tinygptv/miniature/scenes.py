@@ -1,4 +1,4 @@
-"""What is in a scene: objects with shape, colour, size, texture and place, drawn from a generator keyed by the scene.
+"""Contents of a scene: objects with shape, colour, size, texture and position, from a generator keyed by the scene.
 
 A scene is a pure function of its key (seed, split, index). Coordinates of boxes are shares of the image's sides (0..1,
 origin top left). The ordinary splits ``train``, ``validation`` and ``test`` follow one distribution; the others are
@@ -131,7 +131,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture's content.
+    """One image's content.
 
     Attributes:
         key: seed, split and index that made it.
@@ -231,7 +231,7 @@ def _background(rng: np.random.Generator) -> Background:
 
 
 def _draw_attributes(rng: np.random.Generator, split: str) -> list[SceneObject]:
-    """Objects without a place. Some share shape or colour with one before, so that words must tell them apart."""
+    """Objects without a position. Some share shape or colour with one before, so that words must tell them apart."""
     shares = _COUNTS.get(split, _USUAL_COUNTS)
     count = int(rng.choice(len(shares), p=shares)) + 1
     held_out = split == "combination"

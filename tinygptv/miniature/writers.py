@@ -1,4 +1,4 @@
-"""Writes the miniature to disk: pictures once per scene, annotations in the real sets' formats, benchmarks beside it.
+"""Writes the miniature to disk: images once per scene, annotations in the real sets' formats, benchmarks beside it.
 
 Work is cut into chunks of scenes that do not depend on how many processes share it, so a world is the same to the byte
 for any number of workers.
@@ -159,43 +159,43 @@ def _make_chunk(chunk: _Chunk) -> Entries:
 def _write_chunk(
     homes: Sequence[str], scenes: Sequence[Scene], number: int, root: Path, seed: int, *, thin: bool = False
 ) -> Entries:
-    """Write the pictures and tar shards of a chunk; ``thin`` keeps to every n-th scene of a set."""
+    """Write the images and tar shards of a chunk; ``thin`` keeps to every n-th scene of a set."""
     entries: Entries = {home: [] for home in homes}
-    pictures = _Pictures(root)
+    images = _ImageFiles(root)
     for home in homes:
         form = FORMATS[home]
         chosen = [scene for scene in scenes if not thin or scene.key.index % form.every == 0]
         described = [(scene, form.describe(scene, generator(scene.key, f"{home}:{seed}"))) for scene in chosen]
         if form.save is None:
-            _write_shard(root / home / f"{number:05d}.tar", number, described, pictures)
+            _write_shard(root / home / f"{number:05d}.tar", number, described, images)
             continue
         for scene, found in described:
             entries[home] += found
-            if form.image_place:
-                pictures.put(scene, IMAGE_PATHS[form.image_place](scene))
+            if form.image_folder:
+                images.put(scene, IMAGE_PATHS[form.image_folder](scene))
     return entries
 
 
-def _write_shard(path: Path, number: int, described: Sequence[tuple[Scene, list[Entry]]], pictures: _Pictures) -> None:
+def _write_shard(path: Path, number: int, described: Sequence[tuple[Scene, list[Entry]]], images: _ImageFiles) -> None:
     if not described:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for index, (scene, found) in enumerate(described):
-            add_web_sample(tar, f"{number:05d}{index:04d}", found[0], pictures.jpeg(scene))
+            add_web_sample(tar, f"{number:05d}{index:04d}", found[0], images.jpeg(scene))
 
 
 def _write_benchmark_chunk(chunk: _Chunk, scenes: Sequence[Scene]) -> Entries:
     entries: Entries = defaultdict(list)
-    pictures = _Pictures(chunk.root / "benchmarks" / "images")
+    images = _ImageFiles(chunk.root / "benchmarks" / "images")
     for scene in scenes:
-        pictures.put(scene, coco_name(scene))
+        images.put(scene, coco_name(scene))
         for name in benchmarks_of(chunk.split):
             entries[f"benchmarks/{name}"] += BENCHMARKS[name](scene, generator(scene.key, name))
     return entries
 
 
-class _Pictures:
+class _ImageFiles:
     """Draws each scene once and puts its file wherever it belongs."""
 
     def __init__(self, root: Path) -> None:

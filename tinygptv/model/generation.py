@@ -102,7 +102,7 @@ class ImageGenerationMixin(GenerationMixin):
             next_sequence_length: ids of the end that this pass computes; None for all.
             past_key_values: cache that holds the ids before those.
             attention_mask: [B, S], 1 for real positions.
-            inputs_embeds: [B, S, D] an assembled prompt, read in the first pass in place of ids.
+            inputs_embeds: [B, S, D] an assembled prompt, read in the first pass instead of ids.
             is_first_iteration: the pass that reads the prompt.
             kwargs: the other arguments of ``forward``.
         """
@@ -140,8 +140,8 @@ class ImageGenerationMixin(GenerationMixin):
         all_counts, counts = ((x == token).sum(1) for x in (all_ids, ids))
         if len(ids) == 1:
             allowed = len(images) * num_queries - (all_counts - counts)
-            place = ids == token
-            ids = ids.masked_fill(place & (place.cumsum(1) > allowed), self.config.text_config.pad_token_id or 0)
+            is_image = ids == token
+            ids = ids.masked_fill(is_image & (is_image.cumsum(1) > allowed), self.config.text_config.pad_token_id or 0)
             all_counts, counts = all_counts.clamp(max=len(images) * num_queries), counts.minimum(allowed)
         if int(counts.sum()) == len(images) * num_queries:
             return ids, images
@@ -153,7 +153,7 @@ class ImageGenerationMixin(GenerationMixin):
         per_row = (counts // self.config.num_query_tokens).tolist()
         if sum(per_row) != len(images):
             raise ValueError(
-                f"the prompts have places for {sum(per_row)} images but {len(images)} were given: each <ImageHere> "
+                f"the prompts have positions for {sum(per_row)} images but {len(images)} were given: each <ImageHere> "
                 "needs exactly one image."
             )
         return images.split(per_row)

@@ -78,7 +78,7 @@ def merge_lora(language_model: nn.Module) -> int:
 
 @torch.no_grad()
 def reset_lora(language_model: nn.Module) -> None:
-    """Start the adapters anew: A Kaiming-uniform, B zero, so that they change nothing."""
+    """Initialise the adapters: A Kaiming-uniform, B zero, so that they change nothing."""
     for module in language_model.modules():
         if isinstance(module, LoraLayer):
             module.reset_lora_parameters(ADAPTER_NAME, init_lora_weights=True)

@@ -258,8 +258,8 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             use_cache: return a cache.
             logits_to_keep: compute logits for the last so many positions only; 0 computes all.
             pixel_values: [N, 3, R, R] images for the placeholders, in batch order.
-            query_features: [N, Q, F] cached in place of ``pixel_values``.
-            image_embeds: [N, Q, D] in place of either.
+            query_features: [N, Q, F] cached, instead of ``pixel_values``.
+            image_embeds: [N, Q, D] instead of either.
             num_items_in_batch: supervised tokens of all accumulated batches, as transformers' ``Trainer`` gives it; the
                 loss is then the sum divided by it, so that accumulation changes nothing.
             kwargs: what else transformers hands through to the layers.
@@ -363,5 +363,5 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
 
 
 for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
-    # In place of the stand-in that tinygptv.auto_classes may have put there.
+    # Replaces the stand-in that tinygptv.auto_classes may have put there.
     _auto_class.register(TinyGPTVConfig, TinyGPTVForConditionalGeneration, exist_ok=True)

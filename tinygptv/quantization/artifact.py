@@ -6,8 +6,8 @@
     manifest.json                 names, sizes and hashes of the others
 
 Writing takes the full model apart one layer at a time. Reading never builds it: the model's frame is made on the meta
-device, and each layer is put in its place ready. What is stored as float32 stays float32 everywhere (norms, projector,
-LoRA adapters); what is stored as float16 takes the dtype that suits the device. See docs/quantization.md.
+device, and each layer is put in with its final weights. What is stored as float32 stays float32 (norms, projector, LoRA
+adapters); what is stored as float16 takes the dtype that suits the device. See docs/quantization.md.
 """
 
 from __future__ import annotations
@@ -132,15 +132,15 @@ def write_artifact(
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
-    facts = {
+    metadata = {
         "format_version": FORMAT_VERSION,
         "method": method,
         "parts": sizes,
         "bytes": sum(part["bytes"] for part in sizes.values()),
         "lora": "kept" if model.config.lora_rank else "merged",
     }
-    write_facts(folder, facts)
-    return facts
+    write_metadata(folder, metadata)
+    return metadata
 
 
 def _formats(method: Method, encoder: str) -> dict[str, str]:
@@ -151,9 +151,9 @@ def _formats(method: Method, encoder: str) -> dict[str, str]:
     return formats
 
 
-def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
     """Write ``quantization.json``."""
-    (folder / QUANTIZATION_FILE).write_text(json.dumps(facts, indent=1))
+    (folder / QUANTIZATION_FILE).write_text(json.dumps(metadata, indent=1))
 
 
 def _packed_modules(
@@ -221,7 +221,7 @@ def is_artifact(folder: str | Path) -> bool:
     return (Path(folder) / QUANTIZATION_FILE).is_file()
 
 
-def read_facts(folder: str | Path) -> dict[str, Any]:
+def read_metadata(folder: str | Path) -> dict[str, Any]:
     """What ``quantization.json`` says.
 
     Raises:
@@ -229,13 +229,13 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / QUANTIZATION_FILE
     try:
-        facts = json.loads(path.read_text())
-        version = facts["format_version"]
+        metadata = json.loads(path.read_text())
+        version = metadata["format_version"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is missing or damaged: export the artifact again.") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} is of version {version}; this code reads {FORMAT_VERSION}: export it again.")
-    return facts
+    return metadata
 
 
 def load_artifact(
@@ -257,8 +257,8 @@ def load_artifact(
     folder, device = Path(folder), torch.device(device)
     if verify:
         verify_folder(folder)
-    facts = read_facts(folder)
-    formats = {part: entry["format"] for part, entry in facts["parts"].items()}
+    metadata = read_metadata(folder)
+    formats = {part: entry["format"] for part, entry in metadata["parts"].items()}
     config = read_config(folder)
     with torch.device("meta"):
         model = TinyGPTVForConditionalGeneration(config)
@@ -266,7 +266,7 @@ def load_artifact(
         _fill(model, _StoredTensors(folder), formats, device)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return model.eval().requires_grad_(False), load_processor(folder), facts
+    return model.eval().requires_grad_(False), load_processor(folder), metadata
 
 
 class _StoredTensors:
@@ -377,6 +377,6 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
-def bits_per_weight(facts: dict[str, Any]) -> float:
+def bits_per_weight(metadata: dict[str, Any]) -> float:
     """Mean stored bits of a parameter, over all parts."""
-    return 8 * facts["bytes"] / math.fsum(part["parameters"] for part in facts["parts"].values())
+    return 8 * metadata["bytes"] / math.fsum(part["parameters"] for part in metadata["parts"].values())

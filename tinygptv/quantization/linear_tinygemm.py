@@ -29,11 +29,11 @@ class Layout:
 
     Attributes:
         even_is_high: whether the even input of a pair goes into the upper half of a byte before packing.
-        places: int64 [8 * 128] index into a tile's codes (word by word, lowest first) of each output and input.
+        positions: int64 [8 * 128] index into a tile's codes (word by word, lowest first) of each output and input.
     """
 
     even_is_high: bool
-    places: Tensor
+    positions: Tensor
 
 
 @cache
@@ -50,7 +50,7 @@ def find_layout(device: torch.device) -> Layout | None:
             packed = _pack(codes, even_is_high)
             product = torch.ops.aten._weight_int4pack_mm(unit, packed, 32, scales.contiguous())
             if torch.equal(product.T, (codes - 8).bfloat16()):
-                # A number of ten bits at each place, four bits at a time, tells where the place has gone.
+                # A number of ten bits at each position, four bits at a time, tells where the position has gone.
                 source = sum(_codes(_pack((number >> shift) & 15, even_is_high)).long() << shift for shift in (0, 4, 8))
                 return Layout(even_is_high, source.flatten().argsort())
     except (RuntimeError, AttributeError):
@@ -113,7 +113,7 @@ class TinygemmLinear(nn.Module):
 
     def unpack(self) -> Tensor:
         """The matrix [O, I] in bfloat16."""
-        tiles = _codes(self.weight).index_select(2, self.layout.places)
+        tiles = _codes(self.weight).index_select(2, self.layout.positions)
         codes = tiles.unflatten(2, (TILE_OUTPUTS, TILE_INPUTS)).transpose(1, 2).flatten(2).flatten(0, 1)
         scale, offset = (part.T.repeat_interleave(self.group, dim=1) for part in self.scales.unbind(-1))
         return (codes - 8).to(self.dtype) * scale + offset

@@ -125,7 +125,7 @@ class BatchSize:
         samples: sequences.
         tokens: of all sequences together, padding included where there is any.
         positions: supervised tokens.
-        images: pictures.
+        images: number of images.
     """
 
     samples: int
@@ -360,7 +360,7 @@ def build_on_meta(config: TinyGPTVConfig) -> TinyGPTVForConditionalGeneration:
 
 @lru_cache(maxsize=8)
 def _built(config_json: str) -> TinyGPTVForConditionalGeneration:
-    """One model without memory for all plans of the same sizes; what trains is set anew each time."""
+    """One model without memory for all plans of the same sizes; what trains is set again each time."""
     return build_on_meta(TinyGPTVConfig(**json.loads(config_json)))
 
 

@@ -55,7 +55,7 @@ class Schedule:
         return SCHEDULES[self.kind](self, step)
 
     def warn_if_rising(self) -> None:
-        """Say so where a rise stands in place of a decay."""
+        """Warn where the rate rises instead of decaying."""
         if self.kind == "sawtooth" or self.minimum <= self.peak:
             return
         warnings.warn(

@@ -273,7 +273,7 @@ def _plan_lines(unit: SourceUnit, entries_per_unit: int) -> Iterator[SourceUnit]
 
 
 def read_entries(unit: SourceUnit) -> Iterator[tuple[str, Any]]:
-    """Keys and entries of a slice; a ``Rejected`` in place of what cannot be read."""
+    """Keys and entries of a slice; a ``Rejected`` for what cannot be read."""
     details: JsonDetails = unit.details
     if details.damage:
         yield "", Rejected("", unit.shard, details.damage)

@@ -95,19 +95,19 @@ class InProcessModel:
     ) -> tuple[list[Image.Image], list[Prompt]]:
         """The distinct images of the questions, and prompts about them."""
         images: list[Image.Image] = []
-        places: dict[int, int] = {}
+        indices: dict[int, int] = {}
         prompts = []
         for question, texts in zip(questions, choices, strict=True):
-            if question.image is not None and id(question.image) not in places:
-                places[id(question.image)] = len(images)
+            if question.image is not None and id(question.image) not in indices:
+                indices[id(question.image)] = len(images)
                 images.append(to_rgb(question.image))
-            place = None if question.image is None else places[id(question.image)]
+            index = None if question.image is None else indices[id(question.image)]
             instruction = self.tag + question.text.strip()
-            prompts.append(Prompt(instruction, place, (), question.max_new_tokens, texts))
+            prompts.append(Prompt(instruction, index, (), question.max_new_tokens, texts))
         return images, prompts
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:
     """The text before the first of the stop texts."""
-    ends = [place for mark in stop if mark and (place := text.find(mark)) >= 0]
+    ends = [index for mark in stop if mark and (index := text.find(mark)) >= 0]
     return text[: min(ends)].strip() if ends else text

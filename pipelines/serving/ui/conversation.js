@@ -161,8 +161,8 @@ class Answer {
     wrapper.append(button);
     // A sentence with phrases stays readable; an answer that is a box says where it is.
     if (!phrase && image.isLoaded) {
-      const places = boxes.map((box) => inPixels(image.toPixels(box))).join("; ");
-      wrapper.append(Object.assign(document.createElement("span"), { className: "coordinates", textContent: ` at ${places}` }));
+      const corners = boxes.map((box) => inPixels(image.toPixels(box))).join("; ");
+      wrapper.append(Object.assign(document.createElement("span"), { className: "coordinates", textContent: ` at ${corners}` }));
     }
     return wrapper;
   }

@@ -90,24 +90,24 @@ export class ImageView {
 
   boxElement({ label, box, entity, colour }, index) {
     const [x1, y1, x2, y2] = box;
-    const place = { x: Math.min(x1, x2), y: Math.min(y1, y2), width: Math.abs(x2 - x1), height: Math.abs(y2 - y1) };
+    const rect = { x: Math.min(x1, x2), y: Math.min(y1, y2), width: Math.abs(x2 - x1), height: Math.abs(y2 - y1) };
     const group = element("g", { class: "found", "data-entity": entity, role: "img" });
     group.setAttribute("aria-label", `Box ${index + 1}: ${label || "found here"}`);
     group.append(element("title", {}, label || "found here"));
-    group.append(element("rect", { class: "box shadow", ...place }));
-    group.append(element("rect", { class: "box", ...place, stroke: colour, fill: colour }));
-    if (label) group.append(this.labelElement(label, place, colour));
+    group.append(element("rect", { class: "box shadow", ...rect }));
+    group.append(element("rect", { class: "box", ...rect, stroke: colour, fill: colour }));
+    if (label) group.append(this.labelElement(label, rect, colour));
     return group;
   }
 
-  labelElement(label, place, colour) {
+  labelElement(label, rect, colour) {
     // Letters keep their size on the screen, whatever the image's.
     const shown = this.frame.getBoundingClientRect();
     const scale = Math.max(this.width / (shown.width || 1), this.height / (shown.height || 1)) || 1;
     const height = 20 * scale;
     const width = (textWidth(label) + 12) * scale;
-    const x = Math.max(0, Math.min(place.x, this.width - width));
-    const y = place.y >= height ? place.y - height : place.y;
+    const x = Math.max(0, Math.min(rect.x, this.width - width));
+    const y = rect.y >= height ? rect.y - height : rect.y;
     const group = element("g", {});
     group.append(element("rect", { x, y, width, height, fill: colour, rx: 4 * scale }));
     const text = element("text", { x: x + 6 * scale, y: y + 14.5 * scale, fill: readableOn(colour) }, label);

@@ -224,7 +224,7 @@ def test_report_has_table_3s_shape(tmp_path):
 
     lost = healthy(12) + [record(s, **{"projector": 0.0}) for s in range(12, 30)]
     rows = [row("full", healthy(30)), row("no_qk_norm", lost)]
-    facts = write_report(tmp_path, rows, AblateSettings(), seconds=90)
+    entry = write_report(tmp_path, rows, AblateSettings(), seconds=90)
     text = (tmp_path / "report.md").read_text()
     assert "| variant | stage 1 | stage 2 | miniature_vqa |" in text
     assert "| full | 1.755 | 1.755 | 51.2 (blind 33.0) |" in text
@@ -232,5 +232,5 @@ def test_report_has_table_3s_shape(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert 'class="lost">gradient vanishing at step 12' in page and page.count("data:image/png") == 2
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("losses_fp32.png", "gradients_fp32.png"))
-    assert len(facts["plots"]) == 2
+    assert len(entry["plots"]) == 2
     assert "without QK norm  fp32" in text_table(rows)

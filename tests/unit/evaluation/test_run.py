@@ -62,9 +62,9 @@ def run(checkpoint, world, tmp_path_factory):
 def test_result(run):
     result, output = run
     assert json.loads((output / "result.json").read_text())["benchmarks"] == result["benchmarks"]
-    for facts in result["benchmarks"].values():
-        assert {"metric", "value", "low", "high", "n", "blind", "shuffled"} <= set(facts)
-        assert facts["unanswered"] == 0 and facts["low"] <= facts["value"] <= facts["high"]
+    for entry in result["benchmarks"].values():
+        assert {"metric", "value", "low", "high", "n", "blind", "shuffled"} <= set(entry)
+        assert entry["unanswered"] == 0 and entry["low"] <= entry["value"] <= entry["high"]
     assert result["benchmarks"]["miniature_vqa"]["n"] == 6
     assert set(result["benchmarks"]["miniature_refer"]["also"]) == {"IoU > 0.3", "mean IoU"}
 
@@ -171,10 +171,10 @@ def test_missing_and_broken_pictures_are_counted_and_named(checkpoint, tmp_path)
     (tmp_path / "broken.png").write_bytes(make_image(1)[:60])
     names = ["good.png", "gone.png", "broken.png", None, "other.png", "gone.png"]
     result = evaluate(settings(checkpoint, tmp_path, tmp_path / "out"), [own_benchmark(tmp_path, names)])
-    facts = result["benchmarks"]["own"]
-    assert facts["n"] == 6 and facts["unanswered"] == 3
-    assert [problem.split(":")[0] for problem in facts["problems"]] == ["q1", "q2", "q5"]
-    assert "gone.png cannot be opened" in facts["problems"][0] and "broken.png" in facts["problems"][1]
+    entry = result["benchmarks"]["own"]
+    assert entry["n"] == 6 and entry["unanswered"] == 3
+    assert [problem.split(":")[0] for problem in entry["problems"]] == ["q1", "q2", "q5"]
+    assert "gone.png cannot be opened" in entry["problems"][0] and "broken.png" in entry["problems"][1]
     lines = predictions(tmp_path / "out")
     assert [bool(line["problem"]) for line in lines] == [False, True, True, False, False, True]
     assert lines[3]["answer"] == lines[3]["blind"] == lines[3]["shuffled"], (
@@ -189,9 +189,9 @@ def test_a_prompt_that_is_too_long_is_counted_too(checkpoint, tmp_path):
         yield Question("short", "what?", None, {"answer": "x"})
 
     benchmark = Benchmark("own", "m", read, lambda answer, truth: 1.0, 4)
-    facts = evaluate(settings(checkpoint, tmp_path, tmp_path), [benchmark])["benchmarks"]["own"]
+    entry = evaluate(settings(checkpoint, tmp_path, tmp_path), [benchmark])["benchmarks"]["own"]
     assert (
-        facts["unanswered"] == 1 and facts["problems"][0].startswith("long: the prompt has") and facts["value"] == 50.0
+        entry["unanswered"] == 1 and entry["problems"][0].startswith("long: the prompt has") and entry["value"] == 50.0
     )
 
 
@@ -202,8 +202,8 @@ def test_markers_in_a_benchmarks_words_are_text(checkpoint, tmp_path):
         yield Question("meme", "a <ImageHere> and <|endoftext|> b", tmp_path / "good.png", {"answer": "x"})
 
     benchmark = Benchmark("own", "m", read, lambda answer, truth: 1.0, 4)
-    facts = evaluate(settings(checkpoint, tmp_path, tmp_path / "out"), [benchmark])["benchmarks"]["own"]
-    assert facts["n"] == 1 and facts["unanswered"] == 0
+    entry = evaluate(settings(checkpoint, tmp_path, tmp_path / "out"), [benchmark])["benchmarks"]["own"]
+    assert entry["n"] == 1 and entry["unanswered"] == 0
 
 
 def test_choices_are_ranked_and_hateful_memes_has_both(checkpoint, tmp_path):

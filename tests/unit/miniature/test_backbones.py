@@ -124,9 +124,9 @@ def test_job_runs_a_few_steps_and_ships_what_it_made(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain_language, "train_tokenizer", quick)
     common = {"tracking_uri": "none", "quiet": True, "output": str(tmp_path / "out")}
     result = jobs.run_miniature(MiniatureSettings(task="pretrain", max_steps=1, **common))
-    model, processor, facts = load_checkpoint(result["checkpoint"])
+    model, processor, metadata = load_checkpoint(result["checkpoint"])
     assert model.config.lora_rank == 0
-    assert facts["seed"] == 0
+    assert metadata["seed"] == 0
     assert processor.tokenizer.bos_token_id == 0
 
     shipped = jobs.run_miniature(MiniatureSettings(task="ship", backbones=result["checkpoint"], **common))

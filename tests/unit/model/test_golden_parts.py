@@ -165,9 +165,9 @@ def test_plain_phi2_gets_active_unit_norms(tmp_path):
     shutil.copy(GOLDEN / "3_phi/weights_plain_phi2.pth", tmp_path / "phi2.pth")
     shutil.copy(GOLDEN / "3_phi/phi_hf_dir/config.json", tmp_path)
     model = load(language=tmp_path)
-    facts = json.loads((GOLDEN / "3_phi/plain_phi2_init.json").read_text())
+    golden = json.loads((GOLDEN / "3_phi/plain_phi2_init.json").read_text())
     added = [name for name in model.load_report.fresh if name.startswith("language_model.")]
-    assert len(added) == len(facts["missing_keys"])
+    assert len(added) == len(golden["missing_keys"])
     golden = load_file(GOLDEN / "3_phi/plain_phi2_init.safetensors")
     with torch.no_grad():
         output = model(inputs_embeds=golden["inputs_embeds"], output_hidden_states=True)

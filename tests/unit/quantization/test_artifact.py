@@ -26,7 +26,7 @@ from tinygptv.quantization.artifact import (
     _format_class,
     is_packed,
     load_artifact,
-    read_facts,
+    read_metadata,
     write_artifact,
 )
 
@@ -78,15 +78,15 @@ def test_the_full_model_is_never_built(artifacts, method, monkeypatch):
         devices.extend({parameter.device.type for parameter in self.parameters()})
 
     monkeypatch.setattr(TinyGPTVForConditionalGeneration, "__init__", watched)
-    model, _, facts = load_artifact(artifacts[method])
+    model, _, metadata = load_artifact(artifacts[method])
     assert devices == ["meta"]
-    formats = {part: entry["format"] for part, entry in facts["parts"].items()}
+    formats = {part: entry["format"] for part, entry in metadata["parts"].items()}
     full = [name for name, module in model.named_modules() if is_packed(name, module, formats)]
     assert full == [], "a layer of a low-bit part is still a full one"
     stored = sum(
         tensor.nbytes for path in artifacts[method].glob("*.safetensors") for tensor in load_file(path).values()
     )
-    assert stored == facts["bytes"] < 0.7 * sum(4 * p.numel() for p in make_model().parameters())
+    assert stored == metadata["bytes"] < 0.7 * sum(4 * p.numel() for p in make_model().parameters())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -113,14 +113,14 @@ def test_weights_that_are_windows_on_one_buffer_are_written_apart(tmp_path):
 @pytest.mark.parametrize("method", ["cpu", "nf4"])
 def test_adapters_can_be_kept(tmp_path, method):
     folder = make_artifact(tmp_path / "kept", method, lora=True)
-    model, _, facts = load_artifact(folder)
-    assert facts["lora"] == "kept"
+    model, _, metadata = load_artifact(folder)
+    assert metadata["lora"] == "kept"
     assert relative_error(logits_of(model), logits_of(make_model(lora=True))) < LOGIT_ERROR[method]
 
 
 def test_the_image_encoder_can_stay_in_half_precision(tmp_path):
-    facts = read_facts(make_artifact(tmp_path / "half", "cpu", encoder="half"))
-    assert [facts["parts"][part]["format"] for part in ("vision_encoder", "language_model")] == ["half", "int8"]
+    metadata = read_metadata(make_artifact(tmp_path / "half", "cpu", encoder="half"))
+    assert [metadata["parts"][part]["format"] for part in ("vision_encoder", "language_model")] == ["half", "int8"]
 
 
 def test_an_unknown_method_is_one_sentence(tmp_path):
@@ -150,8 +150,8 @@ def test_damaged_artifacts_are_refused(tmp_path):
         load_artifact(folder, verify=False)
 
     weights.write_bytes(whole)
-    facts = read_facts(folder)
-    (folder / "quantization.json").write_text(json.dumps({**facts, "format_version": 99}))
+    metadata = read_metadata(folder)
+    (folder / "quantization.json").write_text(json.dumps({**metadata, "format_version": 99}))
     write_manifest(folder)
     with pytest.raises(CheckpointError, match="is of version 99; this code reads"):
         load_artifact(folder)
@@ -196,11 +196,15 @@ def settings(checkpoint, folder, **changes):
 
 def test_an_export_measures_its_own_drift(checkpoint, tmp_path):
     result = export(settings(checkpoint, tmp_path / "artifact"))
-    facts = read_facts(tmp_path / "artifact")
-    drift = facts["drift"]
+    metadata = read_metadata(tmp_path / "artifact")
+    drift = metadata["drift"]
     assert result["drift"] == drift["loss"] == pytest.approx(drift["quantized_loss"] - drift["full_loss"], abs=1e-5)
-    assert result["bytes"] == facts["bytes"] and facts["stage"] == {"recipe": "mini", "stage": "stage4", "step": 7}
-    assert facts["lora"] == "merged" and drift["num_answers"] == 4 and 8 < facts["bits_per_weight"] < 32
+    assert result["bytes"] == metadata["bytes"] and metadata["stage"] == {
+        "recipe": "mini",
+        "stage": "stage4",
+        "step": 7,
+    }
+    assert metadata["lora"] == "merged" and drift["num_answers"] == 4 and 8 < metadata["bits_per_weight"] < 32
     assert json.loads((tmp_path / "artifact" / "result.json").read_text()) == result
     load_for_inference(tmp_path / "artifact")
 
@@ -228,7 +232,7 @@ def test_an_artifact_belongs_to_one_checkpoint_and_one_way_to_quantize(checkpoin
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     monkeypatch.undo()
     assert export(settings(checkpoint, folder, method="cpu4", overwrite=True))["method"] == "cpu4"
-    assert read_facts(folder)["method"] == "cpu4"
+    assert read_metadata(folder)["method"] == "cpu4"
 
 
 def test_an_export_that_was_killed_before_its_result_is_done_again(checkpoint, tmp_path):

@@ -1,4 +1,4 @@
-"""Admission: places in all and per client, and the estimate of when to come back."""
+"""Admission: slots in all and per client, and the estimate of when to come back."""
 
 from __future__ import annotations
 

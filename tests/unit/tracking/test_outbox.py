@@ -73,7 +73,7 @@ def test_what_waits_is_kept_on_disk_and_sent_by_the_next(service, tmp_path):
     metrics, image = service.entries
     assert metrics["step"] == 3 and math.isnan(float(metrics["values"]["loss"]))
     assert Image.open(image["image"]["png"]).getpixel((0, 0)) == (9, 8, 7)
-    assert not (tmp_path / JOURNAL_FILE).exists(), "an end that was never sent does not end the run that goes on"
+    assert not (tmp_path / JOURNAL_FILE).exists(), "an end that was never sent does not end the run that continues"
 
 
 def test_putting_never_waits(service):

@@ -116,12 +116,12 @@ def test_plan_of_a_recipe(tmp_path):
     plan = plan_memory(PlanMemorySettings(recipe="mini", output=str(tmp_path), gpu="1GB"))
     written = json.loads((tmp_path / "result.json").read_text())
     assert set(written["stages"]) == {"1", "2", "3", "4"} and set(written["inference"]) == {"bf16", "int8", "nf4"}
-    for facts in written["stages"].values():
-        parts = facts["plain"]
+    for entry in written["stages"].values():
+        parts = entry["plain"]
         assert parts["peak"] == sum(parts["weights"].values()) + sum(
             parts[name] for name in ("gradients", "optimizer", "activations", "workspace", "margin", "cuda_context")
         )
-        assert facts["largest_micro_batch"]["checkpointing"] >= facts["largest_micro_batch"]["plain"]
+        assert entry["largest_micro_batch"]["checkpointing"] >= entry["largest_micro_batch"]["plain"]
     assert len(plan["table"].splitlines()) == 3 + 8 + 3 + 3
     with pytest.raises(ValueError, match="recipe is 'none'"):
         plan_memory(PlanMemorySettings(recipe="none", output=str(tmp_path)))
@@ -139,7 +139,7 @@ def test_the_plan_reads_how_the_stages_will_be_trained(tmp_path):
         "gradient_checkpointing": False,
         "on_gpu": True,
     }
-    assert [facts["micro_batch_size"] for facts in plan["stages"].values()] == [16, 16, 6, 3]
+    assert [entry["micro_batch_size"] for entry in plan["stages"].values()] == [16, 16, 6, 3]
     first = plan["table"].splitlines()[0]
     assert "features cached, layers not compiled" in first and "micro_batch_size=16" in first
 

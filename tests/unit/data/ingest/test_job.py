@@ -341,7 +341,7 @@ def test_order_of_the_units_does_not_show(tmp_path, monkeypatch):
 
 
 class Crash(BaseException):
-    """A kill: nothing may catch it and go on."""
+    """A kill: nothing may catch it and continue."""
 
 
 def crash_at(monkeypatch, number: int) -> list[str]:
