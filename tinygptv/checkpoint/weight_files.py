@@ -165,7 +165,7 @@ def _check_old_format(file: Path) -> None:
             raise PickleError("it begins like no torch file.")
         position = 0
         for _ in range(5):
-            position = check_pickle(data, place, forbidden=_FORBIDDEN)
+            position = check_pickle(data, position, forbidden=_FORBIDDEN)
 
 
 def _load_torch(file: Path, mapped: bool) -> Any:

@@ -190,7 +190,7 @@ def _resize_for_hash(grey: np.ndarray) -> np.ndarray:
 
 
 def perceptual_hash(grey: np.ndarray) -> int:
-    """64 bits of a image's coarse structure: signs of its lowest frequencies around their median.
+    """64 bits of an image's coarse structure: signs of its lowest frequencies around their median.
 
     Args:
         grey: uint8 [height, width].
