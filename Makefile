@@ -30,10 +30,9 @@ serve: setup ## serve the model that the demo trained, or else the shipped one, 
 	@artifact=outputs/demo/artifact; test -f $$artifact/config.json || artifact=; \
 		$(BIN)/python jobs/serve_http.py --config $(CONFIG) artifact=$$artifact
 
-mlflow: setup ## open the MLflow page of the demo's runs
-	@db=outputs/demo/mlflow.db; test -f $$db || db=mlflow.db; \
-		echo "MLflow (Ctrl-C stops it): http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"; \
-		$(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$$db
+mlflow: setup ## open the MLflow page of all runs that were started in this folder
+	@echo "MLflow (Ctrl-C stops it): http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"; \
+		$(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
 
 test: test-unit test-integration ## all tests
 

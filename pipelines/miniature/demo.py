@@ -66,7 +66,7 @@ class Demo:
         """Settings of a phase: its section of the configuration, and what the demo decides."""
         common = {
             "quiet": self.settings.quiet,
-            "tracking_uri": self.settings.tracking_uri or f"sqlite:///{self.root}/mlflow.db",
+            "tracking_uri": self.settings.tracking_uri,
         }
         if "overwrite" in kind.model_fields and self.settings.overwrite:
             common["overwrite"] = True

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
@@ -14,17 +12,19 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
+from pipelines.settings.command_line import parse_words, print_help
+from pipelines.settings.errors import SettingsError
+from pipelines.settings.near_match import near_match
 from pipelines.settings.plain_yaml import load_text_list, load_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 """The project's folder."""
 
+_JOB_FOLDER = "working_dir_files"
+"""Ray unpacks the working directories of submitted jobs below a folder of this name."""
+
 SECTIONS: dict[str, type[Settings]] = {}
 """Section of a configuration file -> settings of the job that reads it."""
-
-
-class SettingsError(ValueError):
-    """A user's mistake in a configuration: one sentence that names the value, its location and the fix."""
 
 
 class Settings(BaseModel):
@@ -42,7 +42,9 @@ class Settings(BaseModel):
     recipe: str = Field("mini", description="paper, released or mini: which stages (tinygptv.training.stages)")
     seed: int = Field(0, ge=0, description="everything random follows from it")
     output: str = Field("", description="folder (or URI, where the job says so) for the results")
-    tracking_uri: str = Field("", description="MLflow tracking URI; empty is sqlite:///<root>/mlflow.db; 'none' is off")
+    tracking_uri: str = Field(
+        "", description="MLflow tracking URI; empty is sqlite:///mlflow.db in the working directory; none is off"
+    )
     experiment: str = Field("", description="MLflow experiment; empty is tinygptv-<recipe>")
     ray_address: str = Field("", description="Ray cluster to join; empty joins the current one or starts a local one")
     ray_loopback: bool = Field(
@@ -87,17 +89,20 @@ class Settings(BaseModel):
         if unknown:
             raise SettingsError(_unknown_key(unknown[0], str(config), {*Settings.model_fields, *SECTIONS}))
         merged = {**common, **own}
+        locations = {key: str(config) for key in common} | {key: f"{config}, section {cls.section}" for key in own}
         for override in overrides:
             cls._apply_override(merged, override)
-        return cls.parse(merged, str(config) if config else "the command line")
+            locations[override.partition("=")[0].partition(".")[0]] = "the command line"
+        return cls.parse(merged, str(config) if config else "the command line", locations)
 
     @classmethod
-    def parse(cls, values: dict[str, Any], location: str) -> Self:
+    def parse(cls, values: dict[str, Any], location: str, locations: Mapping[str, str] | None = None) -> Self:
         """Validate a plain mapping.
 
         Args:
             values: by key.
             location: where they come from, for the error.
+            locations: where single keys come from, if from elsewhere.
 
         Raises:
             SettingsError: a key is unknown, or a value is of the wrong kind.
@@ -105,33 +110,41 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise SettingsError(cls._describe(error.errors()[0], location)) from None
+            first = error.errors()[0]
+            name = str(first["loc"][0]) if first["loc"] else ""
+            raise SettingsError(cls._describe(first, (locations or {}).get(name, location))) from None
 
     @classmethod
     def from_command_line(cls, argv: Sequence[str] | None, description: str | None) -> Self:
-        """Parse ``--config FILE [key=value ...]``; a mistake ends the program with one sentence on stderr."""
-        lines = [f"  {name:22} {field.description} [{field.default!r}]" for name, field in cls.model_fields.items()]
-        parser = argparse.ArgumentParser(
-            description=description,
-            epilog="keys:\n" + "\n".join(lines),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        parser.add_argument("--config", help="YAML file, e.g. configs/mini.yaml")
-        flags = [name for name, field in cls.model_fields.items() if field.annotation is bool]
-        for name in flags:
-            parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=argparse.SUPPRESS)
-        parser.add_argument("overrides", nargs="*", metavar="key=value")
-        parsed = parser.parse_intermixed_args(argv)
-        overrides = parsed.overrides + [f"{name}=true" for name in flags if getattr(parsed, name)]
+        """Parse ``--config FILE [key=value ...]``; a mistake ends the program with one sentence on stderr.
+
+        ``--help`` lists the keys with the values that the configuration and the overrides beside it give them.
+        """
         try:
-            return cls.load(parsed.config, overrides)
+            words = parse_words(cls.model_fields, sys.argv[1:] if argv is None else argv)
+            settings = cls.load(words.config, words.overrides)
         except SettingsError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
+        if words.help:
+            values = {name: getattr(settings, name) for name in cls.model_fields}
+            print_help(cls.model_fields, values, description or "", words.config)
+            raise SystemExit(0)
+        return settings
 
     def output_dir(self, default: str) -> Path:
-        """The output folder as an absolute path, made where it is missing."""
-        path = Path(self.output or default).expanduser().absolute()
+        """The output folder as an absolute path, made where it is missing.
+
+        Raises:
+            SettingsError: it would lie in the folder of a submitted job, which Ray removes after the job.
+        """
+        path = Path(self.output or default).expanduser()
+        if not path.is_absolute() and _JOB_FOLDER in Path.cwd().parts:
+            raise SettingsError(
+                f"output={self.output or default} is relative, and Ray removes the working directory of a submitted "
+                "job after it: give an absolute path that stays, e.g. output=/data/run1."
+            )
+        path = path.absolute()
         path.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -140,6 +153,8 @@ class Settings(BaseModel):
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise SettingsError(f"cannot read {override!r}: write settings as key=value.")
+        if key.partition(".")[0] not in cls.model_fields:
+            raise SettingsError(cls._unknown_override(key, override))
         *parents, last = key.split(".")
         field = None if parents else cls.model_fields.get(key)
         try:
@@ -147,10 +162,19 @@ class Settings(BaseModel):
         except yaml.YAMLError as error:
             raise SettingsError(f"cannot read the value of {override!r}: {' '.join(str(error).split())}.") from error
         for parent in parents:
-            values = values.setdefault(parent, {})
+            if values.setdefault(parent, {}) is None:
+                values[parent] = {}
+            values = values[parent]
             if not isinstance(values, dict):
                 raise SettingsError(f"cannot set {key!r}: {parent!r} is a plain value, not a group of settings.")
         values[last] = value
+
+    @classmethod
+    def _unknown_override(cls, key: str, override: str) -> str:
+        section, _, rest = key.partition(".")
+        if section == cls.section and rest.partition(".")[0] in cls.model_fields:
+            return f"the command line: {override!r} names the section; write {override.partition('.')[2]!r}."
+        return _unknown_key(section if rest else key, "the command line", set(cls.model_fields))
 
     @classmethod
     def _describe(cls, error: ErrorDetails, location: str) -> str:
@@ -214,6 +238,4 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _unknown_key(key: str, location: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}."
-    return f"{location}: unknown key {key!r}; {hint}"
+    return f"{location}: unknown key {key!r}; {near_match(key, known)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,16 @@ from pipelines.data.loader import LoadPlan, build_mixture, data_path, open_shard
 from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim
 from pipelines.redact import redact
 from pipelines.settings import SettingsError, TrainSettings
+from pipelines.settings.near_match import near_match
 from pipelines.tracking.base import absolute_uri
 from pipelines.tracking.identity import RunIdentity
 from pipelines.training.states import download_folder
 from tinygptv.checkpoint.config_file import read_config
 from tinygptv.checkpoint.folders import MANIFEST, CheckpointError, verify_folder
+from tinygptv.config import TinyGPTVConfig
 from tinygptv.training.stages import Stage, StageSource, get_stage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,9 @@ def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, Path]:
     settings = resolve_paths(settings, number, output)
     shards = open_shards(settings.data, stage)
     build_mixture(stage, shards, settings.seed)
-    plan = _load_plan(settings, stage)
+    config = read_config(Path(settings.init_from))
+    stage = with_start_adapters(stage, config)
+    plan = _load_plan(settings, stage, config)
     if plan.feature_key:
         for shard_set in shards.values():
             FeatureSet.open(shard_set.uri, plan.feature_key)
@@ -94,8 +101,8 @@ def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, Path]:
     fingerprint = training_fingerprint(settings, stage, {name: s.manifest.digest for name, s in shards.items()})
     for folder in dict.fromkeys((job.storage, job.output)):
         claim(folder, fingerprint, RESULTS, overwrite=settings.overwrite, inputs=given)
-    config = yaml.safe_dump(resolved_config(settings, stage), sort_keys=False)
-    storage.write_atomically(str(output / "config.yaml"), config.encode())
+    resolved = yaml.safe_dump(resolved_config(settings, stage), sort_keys=False)
+    storage.write_atomically(str(output / "config.yaml"), resolved.encode())
     return job, output
 
 
@@ -169,8 +176,28 @@ def fetch_start(uri: str, folder: Path) -> Path:
     return download_folder(uri, folder)
 
 
-def _load_plan(settings: TrainSettings, stage: Stage) -> LoadPlan:
-    config = read_config(Path(settings.init_from))
+def with_start_adapters(stage: Stage, config: TinyGPTVConfig) -> Stage:
+    """The stage with the LoRA adapters that will train: those of its start, where it has some.
+
+    Their rank and alpha belong to their weights. The dropout is the stage's own.
+    """
+    if not config.lora_rank or not stage.lora_rank:
+        return stage
+    for name in ("lora_rank", "lora_alpha"):
+        told, known = getattr(stage, name), getattr(config, name)
+        if told != known:
+            logger.warning(
+                "stage.%s=%s is ignored: the start has LoRA adapters of %s %s, and these are trained. "
+                "A start without them (merged) gets new ones.",
+                name,
+                told,
+                name.removeprefix("lora_"),
+                known,
+            )
+    return dataclasses.replace(stage, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
+
+
+def _load_plan(settings: TrainSettings, stage: Stage, config: TinyGPTVConfig) -> LoadPlan:
     return LoadPlan(
         data=settings.data,
         tokenizer=settings.init_from,
@@ -200,8 +227,8 @@ def apply_stage_settings(stage: Stage, changes: dict[str, Any]) -> Stage:
     values: dict[str, Any] = {}
     for key, value in changes.items():
         if key not in {field.name for field in dataclasses.fields(Stage)}:
-            known = ", ".join(field.name for field in dataclasses.fields(Stage))
-            raise SettingsError(f"stage.{key} is no field of a stage; known: {known}.")
+            known = [field.name for field in dataclasses.fields(Stage)]
+            raise SettingsError(f"stage.{key} is no field of a stage; {near_match(key, known)}")
         try:
             values[key] = _stage_value(stage, key, _numbers(value))
         except (TypeError, ValueError) as error:
@@ -224,11 +251,24 @@ def _numbers(value: Any) -> Any:
 def _stage_value(stage: Stage, key: str, value: Any) -> Any:
     if key == "sources":
         return _sources_value(stage, value)
-    if key == "schedule":
-        return dataclasses.replace(stage.schedule, **value)
-    if key == "limits":
-        return dataclasses.replace(stage.limits, **value)
+    if key in ("schedule", "limits"):
+        return _with_fields(getattr(stage, key), value)
     return tuple(value) if key == "trainable" else value
+
+
+def _with_fields(whole: Any, changes: Any) -> Any:
+    """A dataclass with some of its fields changed.
+
+    Raises:
+        ValueError: ``changes`` is no mapping, or has an unknown field.
+    """
+    known = [field.name for field in dataclasses.fields(whole)]
+    if not isinstance(changes, dict):
+        raise ValueError(f"a mapping of {', '.join(known)} is wanted")
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"{name!r} is unknown; {near_match(name, known)}")
+    return dataclasses.replace(whole, **changes)
 
 
 def _sources_value(stage: Stage, value: Any) -> tuple[StageSource, ...]:

@@ -24,13 +24,14 @@ from pipelines.tracking.identity import RunIdentity, read_identity
 from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.training.describe import describe_stage
 from pipelines.training.guard import TrainingStopped
-from pipelines.training.job import TrainJob, resolve_job, resolve_stage, resolved_config
+from pipelines.training.job import TrainJob, resolve_job, resolve_stage, resolved_config, with_start_adapters
 from pipelines.training.ray_entry import WORKER_RESULT, train_worker
 from pipelines.training.record import RECORD_FILE
 from pipelines.training.result import StageResult, WorkerResult, cut_sentence, read_result, write_result
 from pipelines.training.states import StateStore
 from pipelines.training.worker import train_loop
 from tinygptv.checkpoint.checkpoint import read_stage
+from tinygptv.checkpoint.config_file import read_config
 from tinygptv.checkpoint.folders import MANIFEST, CheckpointError, verify_folder
 
 if TYPE_CHECKING:
@@ -92,7 +93,10 @@ def dry_run(settings: TrainSettings, number: int) -> str:
     if settings.init_from and storage.is_local(settings.init_from):
         settings = settings.model_copy(update={"init_from": data_path(settings.init_from)})
         verify_folder(settings.init_from, hashes=False)
-    return describe_stage(settings, resolve_stage(settings, number))
+    stage = resolve_stage(settings, number)
+    if settings.init_from:
+        stage = with_start_adapters(stage, read_config(Path(settings.init_from)))
+    return describe_stage(settings, stage)
 
 
 def _begin_tracking(job: TrainJob, output: Path, parent_run_id: str) -> RunIdentity | None:

@@ -308,12 +308,8 @@ def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
     model.set_image_size(stage.image_size)
     if stage.lora_rank and not model.config.lora_rank:
         model.add_lora(stage.lora_rank, stage.lora_alpha, stage.lora_dropout)
-    elif stage.lora_rank and stage.lora_rank != model.config.lora_rank:
-        logger.warning(
-            "the start has LoRA adapters of rank %d, and these are trained: stage.lora_rank=%d is ignored.",
-            model.config.lora_rank,
-            stage.lora_rank,
-        )
+    elif stage.lora_rank:
+        model.set_lora_dropout(stage.lora_dropout)
     set_trainable(model, stage.trainable)
     set_dtypes(model, device, settings.encoder_precision or settings.precision)
     torch.nn.Module.to(model, device).train()

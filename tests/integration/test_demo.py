@@ -27,7 +27,8 @@ SMALL = {
 
 
 def _run(config, output, timeout=500):
-    command = [sys.executable, "jobs/demo.py", "--config", str(config), f"output={output}", "port=0"]
+    store = f"tracking_uri=sqlite:///{output}/mlflow.db"
+    command = [sys.executable, "jobs/demo.py", "--config", str(config), f"output={output}", "port=0", store]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
 
 

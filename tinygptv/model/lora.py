@@ -60,6 +60,13 @@ def add_lora(language_model: nn.Module, rank: int, alpha: int, dropout: float) -
         parameter.requires_grad_("lora_" in name or name.replace("base_layer.", "") in trainable)
 
 
+def set_lora_dropout(language_model: nn.Module, dropout: float) -> None:
+    """Change the dropout on the adapters' input, in place; no weight changes."""
+    for module in language_model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout[ADAPTER_NAME] = nn.Dropout(dropout) if dropout else nn.Identity()
+
+
 def merge_lora(language_model: nn.Module) -> int:
     """Add every adapter's product to its base weight and remove the adapters, in place.
 

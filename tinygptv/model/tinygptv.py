@@ -29,7 +29,7 @@ from tinygptv.data.sample import IGNORE_INDEX
 from tinygptv.model.generation import ImageGenerationMixin
 from tinygptv.model.head_loss import Scorer, frozen_head_losses
 from tinygptv.model.language_model import LanguageModel, matrix_input
-from tinygptv.model.lora import add_lora, merge_lora, reset_lora
+from tinygptv.model.lora import add_lora, merge_lora, reset_lora, set_lora_dropout
 from tinygptv.model.projector import Projector
 from tinygptv.model.qformer import QFormer
 from tinygptv.model.vision_encoder import VisionEncoder
@@ -360,6 +360,11 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             raise ValueError(f"the model already has LoRA adapters of rank {self.config.lora_rank}: merge them first.")
         add_lora(self.language_model, rank, alpha, dropout)
         self.config.lora_rank, self.config.lora_alpha, self.config.lora_dropout = rank, alpha, dropout
+
+    def set_lora_dropout(self, dropout: float) -> None:
+        """Change the dropout on the adapters' input while training, in place."""
+        set_lora_dropout(self.language_model, dropout)
+        self.config.lora_dropout = dropout
 
 
 for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):

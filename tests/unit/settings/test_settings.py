@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipelines.settings import (
+    SECTIONS,
     AblateSettings,
     CacheFeaturesSettings,
     PrepareDataSettings,
@@ -163,6 +164,54 @@ def test_the_command_line_ends_with_one_sentence(capsys):
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("error: the command line: min_side='0'")
     assert PrepareDataSettings.from_command_line(["--quiet", "input=a b"], "x").quiet
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["max_step=3"], "the command line: unknown key 'max_step'; did you mean 'max_steps'"),
+        (["train.max_steps=3"], "'train.max_steps=3' names the section; write 'max_steps=3'"),
+        (["keep_checkpoints=x"], "the command line: keep_checkpoints='x' is not usable"),
+        (["--max-steps=3"], "--max-steps=3 is no option: write settings as max_steps=VALUE"),
+        (["nonsense.x=1"], "the command line: unknown key 'nonsense'"),
+        (["data"], "cannot read 'data': write settings as key=value"),
+    ],
+)
+def test_mistakes_on_the_command_line_say_where_and_what_was_meant(tmp_path, capsys, words, message):
+    config = write(tmp_path, "train: {max_steps: 4}")
+    with pytest.raises(SystemExit):
+        TrainSettings.from_command_line(["--config", str(config), *words], "x")
+    assert message in capsys.readouterr().err
+
+
+def test_mistakes_in_a_section_name_file_and_section(tmp_path):
+    config = write(tmp_path, "train: {max_steps: -4}\nseed: 1")
+    with pytest.raises(SettingsError, match=r"config.yaml, section train: max_steps=-4"):
+        TrainSettings.load(config)
+    with pytest.raises(SettingsError, match=r"^the command line: seed='x'"):
+        TrainSettings.load(config, ["max_steps=1", "seed=x"])
+
+
+@pytest.mark.parametrize("kind", SECTIONS.values(), ids=SECTIONS)
+def test_help_shows_every_key_with_the_value_that_will_be_used(tmp_path, capsys, kind):
+    config = write(tmp_path, f"seed: 7\n{kind.section}: {{num_cpus: 3}}")
+    with pytest.raises(SystemExit) as ended:
+        kind.from_command_line(["--help", "--config", str(config), "quiet=true"], "what it does")
+    assert ended.value.code == 0
+    keys = capsys.readouterr().out.partition("\nkeys, with the values of ")[2].splitlines()[1:]
+    assert [key.strip().partition("=")[0] for key in keys] == list(kind.model_fields)
+    starts = [key.split()[0] for key in keys]
+    assert {"seed=7", "num_cpus=3", "quiet=true"} <= set(starts)
+    assert not any("Undefined" in key or "None" in key for key in keys)
+
+
+def test_a_relative_output_of_a_submitted_job_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "runtime_resources/working_dir_files/_ray_pkg_1"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    with pytest.raises(SettingsError, match="output=outputs/x is relative, and Ray removes"):
+        TrainSettings().output_dir("outputs/x")
+    assert TrainSettings(output=str(tmp_path / "kept")).output_dir("x") == tmp_path / "kept"
 
 
 def test_every_section_belongs_to_one_job():

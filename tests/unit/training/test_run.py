@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 
 from pipelines.data.features import FeatureError, cache_features
 from pipelines.miniature.tiny_training import make_world, train_settings
@@ -192,6 +193,13 @@ def test_features_of_other_weights_are_refused(world, tmp_path, straight):
         ({"init_from": "/nowhere"}, CheckpointError, "/nowhere does not exist"),
         ({"data": "/nowhere"}, FileNotFoundError, "/nowhere/pairs, /nowhere/questions: run jobs/prepare_data"),
         ({"stage": {"nonsense": 1}}, SettingsError, r"stage\.nonsense is no field"),
+        (
+            {"stage": {"lora_rnak": 1}},
+            SettingsError,
+            r"stage\.lora_rnak is no field of a stage; did you mean 'lora_rank'",
+        ),
+        ({"stage": {"schedule": {"pek": 1}}}, SettingsError, "'pek' is unknown; did you mean 'peak'"),
+        ({"stage": {"limits": 3}}, SettingsError, "stage.limits=3 .* a mapping of max_text_tokens"),
         ({"stage": {"template": "x"}}, SettingsError, "template 'x'"),
         ({"precision": "fp8"}, ValueError, "'fp32', 'bf16', 'fp16'"),
         ({"features": "magic"}, ValueError, "'inline' or 'cached'"),
@@ -213,6 +221,21 @@ def test_fields_of_a_stage_are_changed_as_people_write_them():
     assert [source.name for source in apply_stage_settings(stage, {"sources": [own]}).sources] == ["own"]
     with pytest.raises(SettingsError, match="a new one needs weight and batch_size"):
         apply_stage_settings(stage, {"sources": {"own": {"weight": 1}}})
+
+
+def test_adapters_of_the_start_are_the_ones_that_train_and_are_shown(straight, tmp_path, world, caplog):
+    told = {"lora_rank": 4, "lora_alpha": 64, "lora_dropout": 0.5}
+    start = str(straight[1] / "checkpoint")
+    settings = train_settings({**world, "init_from": start}, tmp_path, stage=told, max_steps=1)
+    shown = dry_run(settings, 4)
+    assert "rank 2, alpha 16, dropout 0.5" in shown
+    assert "stage.lora_rank=4 is ignored" in caplog.text and "adapters of alpha 16" in caplog.text
+    run_stage(settings, 4)
+    stage = yaml.safe_load((tmp_path / "config.yaml").read_text())["stage"]
+    assert (stage["lora_rank"], stage["lora_alpha"], stage["lora_dropout"]) == (2, 16, 0.5)
+    model = load_checkpoint(tmp_path / "checkpoint")[0]
+    assert (model.config.lora_alpha, model.config.lora_dropout) == (16, 0.5)
+    assert sum(isinstance(module, torch.nn.Dropout) and module.p == 0.5 for module in model.modules()) > 0
 
 
 @pytest.mark.parametrize("recipe", ["paper", "mini"])

@@ -1,0 +1,5 @@
+"""What wrong settings raise."""
+
+
+class SettingsError(ValueError):
+    """A user's mistake in a configuration: one sentence that names the value, its location and the fix."""

@@ -1,0 +1,12 @@
+"""What a mistyped name was probably meant to be."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+
+def near_match(name: str, known: Collection[str]) -> str:
+    """``did you mean 'x'?``, or the known names where none is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}."
