@@ -1,10 +1,12 @@
 """Ask about images without a server.
 
 python -m tinygptv.chat photo.jpg "what is the dog doing?"
-python -m tinygptv.chat photo.jpg "the dog" --task refer           writes photo.boxes.png
-python -m tinygptv.chat photo.jpg                                  asks until you leave
+python -m tinygptv.chat photo.jpg --task refer "the dog"           writes photo.boxes.png
+python -m tinygptv.chat photo.jpg                                  asks until an empty line
 python -m tinygptv.chat photos/ "describe it" --output answers.jsonl
-python -m tinygptv.chat questions.jsonl --output answers.jsonl     lines of {"image": ..., "question": ..., "task": ...}
+python -m tinygptv.chat questions.jsonl --output answers.jsonl
+
+A line of questions.jsonl is {"image": FILE, "question": TEXT}, with "task" and "box" as --task and --box.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from tinygptv.data.boxes import parse_boxes, to_pixels
-from tinygptv.data.conversation import TASKS, ChatImage, ChatMessage, task_instruction
+from tinygptv.data.conversation import TASKS, ChatImage, ChatMessage, task_instruction, task_of
 from tinygptv.data.drawing import draw_boxes
 from tinygptv.data.images import open_image
 from tinygptv.inference.assistant import Assistant
@@ -40,6 +44,14 @@ class Question:
     row: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class LoadedImage:
+    """A single image: its file's bytes, and itself, upright."""
+
+    data: bytes
+    image: Image.Image
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parse(argv)
@@ -47,15 +59,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         params = SamplingParams(
             max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
         )
-        questions = _read_questions(options)
+        # All files and options are checked before the model is loaded, which may take minutes.
+        source = _read_questions(options)
+        box = _read_box(options)
+        if isinstance(source, LoadedImage) and options.question is not None:
+            _worded(options, source, options.question, box)
+        _check_device(options.device)
+        _check_output(options, options.output if isinstance(source, list) else options.draw)
         model, processor = load_for_inference(options.model or shipped_model(), options.device)
         assistant = Assistant(model, processor, max_batch_size=options.batch_size)
-        if questions is not None:
-            return _answer_batch(assistant, questions, params, options.output)
-        return _converse(assistant, options, params)
+        if isinstance(source, list):
+            return _answer_batch(assistant, source, params, options.output)
+        return _converse(assistant, options, source, box, params)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -75,26 +96,99 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--batch-size", type=int, default=16, help="answers generated together")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # options may stand between the image and the question
+
+
+# ---------------------------------------------------------------------------------------------------- checks
+
+
+def _read_box(options: argparse.Namespace) -> tuple[float, ...] | None:
+    if options.box is None:
+        return None
+    try:
+        box = tuple(float(value) for value in options.box.split(","))
+    except ValueError:
+        box = ()
+    if len(box) != 4 or options.task != "identify":
+        raise ValueError(f"--box {options.box} must be x1,y1,x2,y2 in pixels, and goes with --task identify.")
+    return box
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"--device {device} is unknown: give cpu, cuda or cuda:<number>.") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch {torch.__version__} finds no CUDA GPU here.")
+
+
+def _check_output(options: argparse.Namespace, path: Path | None) -> None:
+    """The file that will be written: its folder exists, and it is not the input."""
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: {'it is a folder' if path.is_dir() else 'its folder is missing'}.")
+    if path.exists() and options.image.exists() and path.samefile(options.image):
+        raise ValueError(f"{path} is the input: give another file to write to.")
+    if path == options.draw:
+        if path.suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"--draw {path} is no name of an image file: end it with .png or .jpg.")
+    elif path.exists() and not _is_answers(path):
+        raise ValueError(f"{path} exists and holds no answers of this command: give another --output.")
+
+
+def _is_answers(path: Path) -> bool:
+    """Whether a file is empty or what an earlier run wrote, and may be replaced."""
+    with path.open("rb") as file:
+        line = file.readline()
+    try:
+        return not line or not {"answer", "error"}.isdisjoint(json.loads(line))
+    except (ValueError, TypeError):
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------- one image
 
 
-def _converse(assistant: Assistant, options: argparse.Namespace, params: SamplingParams) -> int:
-    data = options.image.read_bytes()
-    image = assistant.open(data)
-    messages: list[ChatMessage] = []
+def _worded(options: argparse.Namespace, loaded: LoadedImage, text: str, box: Sequence[float] | None) -> str:
+    """The question, worded as the task of the command line."""
+    size = loaded.image.width, loaded.image.height
+    return task_instruction(options.task, text, box, size) if options.task else text
+
+
+def _converse(
+    assistant: Assistant,
+    options: argparse.Namespace,
+    loaded: LoadedImage,
+    box: Sequence[float] | None,
+    params: SamplingParams,
+) -> int:
+    image = assistant.open(loaded.data)
+    turns: list[ChatMessage] = []
     for text in [options.question] if options.question is not None else _prompted():
-        if options.task:
-            box = [float(v) for v in options.box.split(",")] if options.box else None
-            question = task_instruction(options.task, text, box, (image.width, image.height))
-        messages.append(ChatMessage("user", question if options.task else text, () if messages else (image,)))
+        try:
+            question = _worded(options, loaded, text, box)
+        except ValueError as error:
+            if options.question is not None:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        is_task = task_of(question) is not None  # asked without the turns before: no checkpoint was trained on these
+        messages = [*([] if is_task else turns)]
+        messages.append(ChatMessage("user", question, () if messages else (image,)))
         answer = _stream(assistant, messages, params)
-        messages.append(ChatMessage("assistant", answer))
+        if not is_task:
+            turns = [*messages, ChatMessage("assistant", answer)]
         if parse_boxes(answer):
             path = options.draw or Path(f"{options.image.stem}.boxes.png")
-            draw_boxes(open_image(data), answer).save(path)
+            draw_boxes(loaded.image, answer).save(path)
             print(f"boxes drawn in {path}", file=sys.stderr)
     return 0
 
@@ -125,8 +219,8 @@ def _stream(assistant: Assistant, messages: Sequence[ChatMessage], params: Sampl
 # ---------------------------------------------------------------------------------------------------- many images
 
 
-def _read_questions(options: argparse.Namespace) -> list[Question] | None:
-    """Questions of a folder or a .jsonl file; None for a single image."""
+def _read_questions(options: argparse.Namespace) -> list[Question] | LoadedImage:
+    """Questions of a folder or a .jsonl file, or a single image."""
     path: Path = options.image
     if path.is_dir():
         if options.question is None and options.task not in ("caption", "grounding"):
@@ -138,7 +232,8 @@ def _read_questions(options: argparse.Namespace) -> list[Question] | None:
     if path.suffix != ".jsonl":
         if not path.is_file():
             raise ValueError(f"{path} does not exist.")
-        return None
+        data = path.read_bytes()
+        return LoadedImage(data, open_image(data, str(path)))
     questions = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip():
@@ -161,13 +256,18 @@ def _answer_batch(assistant: Assistant, questions: list[Question], params: Sampl
             num_failed += "error" in row
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print(f"{len(questions) - num_failed} answers, {num_failed} failures: {output}")
-    return 0
+    return int(num_failed == len(questions) > 0)
 
 
 def _answer_one(assistant: Assistant, question: Question, params: SamplingParams) -> dict[str, Any]:
     try:
         image: ChatImage = assistant.open(question.image.read_bytes())
-        text = task_instruction(question.task, question.text) if question.task else question.text
+        text = question.text
+        if question.task:
+            box = question.row.get("box")
+            if box is not None and not _is_box(box):
+                raise ValueError(f"box {box!r:.80} must be [x1, y1, x2, y2] in pixels.")
+            text = task_instruction(question.task, text, box, (image.width, image.height))
         answer = assistant.answer([ChatMessage("user", text, (image,))], params)
     except (OSError, ValueError, RuntimeError) as error:
         return {**question.row, "error": str(error)}

@@ -65,6 +65,9 @@ def test_a_folder_is_asked_one_question(checkpoint, folder, capsys):
     assert [row["image"] for row in rows] == [f"pictures/{name}" for name in ("0.png", "1.png", "2.png", "broken.jpg")]
     assert all(row["answer"] for row in rows[:3]) and "is not an image (JPEG, PNG, WebP, GIF, BMP)" in rows[3]["error"]
     assert "3 answers, 1 failures" in capsys.readouterr().out
+    (folder / "broken").mkdir()
+    (folder / "pictures/broken.jpg").rename(folder / "broken/broken.jpg")
+    assert run(checkpoint, "broken", "what is it?") == 1, "not one answer"
 
 
 def test_a_file_of_questions_keeps_its_rows(checkpoint, folder):
@@ -80,20 +83,79 @@ def test_a_file_of_questions_keeps_its_rows(checkpoint, folder):
     assert "needs words" in answers[2]["error"]
 
 
+def test_a_box_of_a_row_is_asked_about(checkpoint, folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(chat.Assistant, "answer", lambda self, messages, params: asked.append(messages) or "it")
+    rows = [
+        {"image": "pictures/0.png", "task": "identify", "box": box}
+        for box in ([6, 4, 30, 20], [600, 4, 700, 20], [1, 2], None)
+    ]
+    (folder / "boxes.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert run(checkpoint, "boxes.jsonl") == 0
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert [message.text for (message,) in asked] == ["[identify] what object is in this location {<10><10><50><50>}"]
+    errors = [row.get("error", "") for row in answers]
+    assert "outside of the image" in errors[1] and "[x1, y1, x2, y2]" in errors[2] and "needs a box" in errors[3]
+
+
+def test_options_may_stand_before_the_question(checkpoint, folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(chat, "_stream", lambda assistant, messages, params: asked.append(messages[0].text) or "")
+    assert run(checkpoint, "pictures/0.png", "--task", "refer", "the dog") == 0
+    assert run(checkpoint, "--task", "refer", "pictures/0.png", "the dog") == 0
+    assert asked == ["[refer] give me the location of the dog"] * 2
+
+
+def test_tasks_are_asked_without_the_turns_before(checkpoint, folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(chat, "_stream", lambda assistant, messages, params: asked.append(messages) or "yes")
+    lines = iter(["hello", "[vqa] what colour?", "sure?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert run(checkpoint, "pictures/0.png") == 0
+    assert [[m.text for m in messages] for messages in asked] == [
+        ["hello"],
+        ["[vqa] what colour?"],
+        ["hello", "yes", "sure?"],
+    ]
+    assert [[len(m.images) for m in messages] for messages in asked] == [[1], [1], [1, 0, 0]]
+
+
+def test_a_task_that_lacks_words_asks_again(checkpoint, folder, monkeypatch, capsys):
+    monkeypatch.setattr(chat, "_stream", lambda *_: "yes")
+    monkeypatch.setattr(chat, "_prompted", lambda: iter(["", "the dog"]))
+    assert run(checkpoint, "pictures/0.png", "--task", "refer") == 0
+    assert "needs words" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("nothing.png", "x"), "nothing.png does not exist"),
+        (("pictures/notes.txt", "x"), "pictures/notes.txt is not an image (JPEG, PNG, WebP, GIF, BMP)."),
         (("pictures",), "give the question"),
         (("empty", "x"), "holds no image"),
         (("bad.jsonl",), "line 2 is not"),
         (("pictures/0.png", "x", "--temperature", "-1"), "temperature"),
+        (("pictures/0.png", "", "--task", "identify", "--box", "1,2,3"), "must be x1,y1,x2,y2"),
+        (("pictures/0.png", "", "--task", "identify", "--box", "a,b,c,d"), "must be x1,y1,x2,y2"),
+        (("pictures/0.png", "", "--task", "identify", "--box", "100,100,120,120"), "outside of the image of 60 x 40"),
+        (("pictures/0.png", "x", "--box", "1,2,3,4"), "goes with --task identify"),
+        (("pictures/0.png", "", "--task", "refer"), "needs words"),
+        (("pictures/0.png", "x", "--device", "gpu"), "--device gpu is unknown"),
+        (("pictures", "x", "--output", "missing/answers.jsonl"), "its folder is missing"),
+        (("pictures", "x", "--output", "pictures"), "it is a folder"),
+        (("pictures", "x", "--output", "pictures/notes.txt"), "holds no answers"),
+        (("good.jsonl", "--output", "good.jsonl"), "is the input"),
+        (("pictures/0.png", "x", "--draw", "pictures/0.png"), "is the input"),
+        (("pictures/0.png", "x", "--draw", "boxes"), "no name of an image file"),
     ],
 )
-def test_mistakes_are_one_sentence(checkpoint, folder, capsys, arguments, message):
+def test_mistakes_are_one_sentence_before_a_model_is_loaded(folder, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(chat, "load_for_inference", lambda *_: pytest.fail("a model was loaded"))
     (folder / "empty").mkdir()
+    (folder / "good.jsonl").write_text('{"image": "pictures/0.png", "question": "x"}\n')
     (folder / "bad.jsonl").write_text('{"image": "pictures/0.png", "question": "x"}\nnonsense\n')
-    assert run(checkpoint, *arguments) == 1
+    assert run("unused", *arguments) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
 

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -60,10 +61,11 @@ def _load_named(name: str) -> Image.Image:
     if name.startswith(("http://", "https://")):
         with urllib.request.urlopen(name, timeout=_DOWNLOAD_TIMEOUT_S) as response:
             return open_image(response.read())
+    path = unquote(name.removeprefix("file://")) if name.startswith("file://") else name
     if name[:5].lower() == "data:":
         name = name.partition(",")[2]
-    elif len(name) < _LONGEST_PATH and Path(name.removeprefix("file://")).is_file():
-        return open_image(Path(name.removeprefix("file://")).read_bytes(), name)
+    elif len(path) < _LONGEST_PATH and Path(path).is_file():
+        return open_image(Path(path).read_bytes(), path)
     try:
         return open_image(base64.b64decode(name, validate=True))
     except ValueError:

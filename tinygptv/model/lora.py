@@ -12,6 +12,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from tinygptv.config import LORA_TARGETS
@@ -23,11 +25,34 @@ class AdaptedLinear(lora.Linear):
     """peft's LoRA layer with a forward that is nothing but its formula: one adapter, no copies between dtypes.
 
     Under autocast peft casts the input to the adapter's float32, which autocast casts back at once.
+
+    Attributes:
+        is_own: the adapter belongs to the model. Where peft puts adapters of a user on top (``get_peft_model``), it is
+            added to the base weight first: peft would replace an adapter of the same name, and switch off any other.
     """
+
+    is_own = False
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter."""
+        self._merge_own()
+        super().update_layer(adapter_name, *args, **kwargs)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the adapters that are used; peft calls it whenever it has added some, on every layer."""
+        self._merge_own()
+        super().set_adapter(adapter_names, inference_mode)
+
+    def _merge_own(self) -> None:
+        if self.is_own:
+            self.is_own = False
+            self.merge(safe_merge=True)
+            self.merged_adapters.clear()
+            self.delete_adapter(ADAPTER_NAME)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``base(x) + B(scale * A(dropout(x)))``: scaled where it is narrow, so that no wide gradient is copied."""
-        if self.disable_adapters or self.merged or kwargs or self.active_adapters != [ADAPTER_NAME]:
+        if not self.is_own or self.disable_adapters or self.merged or kwargs:
             return super().forward(x, *args, **kwargs)
         down, up = self.lora_A[ADAPTER_NAME], self.lora_B[ADAPTER_NAME]
         result = self.base_layer(x)
@@ -58,6 +83,26 @@ def add_lora(language_model: nn.Module, rank: int, alpha: int, dropout: float) -
     # peft freezes everything else; which parameters train is the stage's business, so put that back.
     for name, parameter in language_model.named_parameters():
         parameter.requires_grad_("lora_" in name or name.replace("base_layer.", "") in trainable)
+    for module in language_model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.is_own = True
+
+
+def freeze_below_adapters(model: nn.Module) -> None:
+    """Freeze everything but peft's adapters, in place.
+
+    ``get_peft_model`` does so itself, except on a model that has adapters already.
+    """
+    adapters = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        for name, parameter in module.named_parameters()
+        if not name.startswith(("base_layer.", "original_module."))
+    }
+    for parameter in model.parameters():
+        if id(parameter) not in adapters:
+            parameter.requires_grad_(False)
 
 
 def set_lora_dropout(language_model: nn.Module, dropout: float) -> None:

@@ -29,7 +29,7 @@ from tinygptv.data.sample import IGNORE_INDEX
 from tinygptv.model.generation import ImageGenerationMixin
 from tinygptv.model.head_loss import Scorer, frozen_head_losses
 from tinygptv.model.language_model import LanguageModel, matrix_input
-from tinygptv.model.lora import add_lora, merge_lora, reset_lora, set_lora_dropout
+from tinygptv.model.lora import add_lora, freeze_below_adapters, merge_lora, reset_lora, set_lora_dropout
 from tinygptv.model.projector import Projector
 from tinygptv.model.qformer import QFormer
 from tinygptv.model.vision_encoder import VisionEncoder
@@ -353,6 +353,21 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         self.config.lora_rank = 0
         self.config.lora_merged = self.config.lora_merged or merged > 0
         return merged
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Adapters of a user by name; set by ``peft.get_peft_model``, absent before."""
+        return cast(dict[str, Any], self._peft_config)
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, Any]) -> None:
+        self._peft_config = configs
+        self.config.lora_rank = 0  # the model's own adapters are part of its weights now
+        freeze_below_adapters(self)
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self._peft_config
 
     def add_lora(self, rank: int, alpha: int, dropout: float) -> None:
         """Add fresh LoRA adapters to a model that has none, in place; they start as a zero change."""
