@@ -85,12 +85,12 @@ def write_checkpoint(folder: Path, stage: int = 0) -> Path:
         model.set_image_size(spec.image_size)
         if spec.lora_rank:
             model.add_lora(spec.lora_rank, spec.lora_alpha, spec.lora_dropout)
-        folder = DATA / f"stage{stage}"
-        trained = {name: tensor.float() for name, tensor in load_file(folder / _TRAINED).items()}
+        shipped = DATA / f"stage{stage}"
+        trained = {name: tensor.float() for name, tensor in load_file(shipped / _TRAINED).items()}
         unexpected = model.load_state_dict(trained, strict=False).unexpected_keys
         if unexpected:
-            raise ValueError(f"{folder} does not fit the shipped backbones: {unexpected[0]}.")
-        metadata = json.loads((folder / "stage.json").read_text())
+            raise ValueError(f"{shipped} does not fit the shipped backbones: {unexpected[0]}.")
+        metadata = json.loads((shipped / "stage.json").read_text())
         processor = TinyGPTVProcessor(
             TinyGPTVImageProcessor(spec.image_size),
             processor.tokenizer,
@@ -105,11 +105,14 @@ def shipped_model() -> Path:
     """The shipped model after its last stage, as an ordinary checkpoint folder in the user's cache folder.
 
     Raises:
-        ValueError: no stage is shipped with this installation.
+        ValueError: the shipped weights are missing.
     """
     stages = shipped_stages()
     if not stages:
-        raise ValueError("no trained stage ships with this installation: name a checkpoint or artifact folder instead.")
+        raise ValueError(
+            f"the shipped weights ({DATA}) are missing from this installation or upload: check .rayignore, or name a "
+            "checkpoint or artifact folder."
+        )
     parts = (DATA / f"stage{stages[-1]}" / _TRAINED, BACKBONES / "manifest.json")
     version = "-".join(hash_file(part)[:8] for part in parts)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

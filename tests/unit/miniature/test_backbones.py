@@ -146,7 +146,7 @@ def test_a_shipped_stage_comes_back_as_it_was(tmp_path, monkeypatch):
         tmp_path / "start", model, TinyGPTVProcessor.from_config(model.config, tiny_tokenizer()), {}
     )
     backbones.ship_backbones(start)
-    with pytest.raises(ValueError, match="no trained stage ships"):
+    with pytest.raises(ValueError, match=r"the shipped weights .* are missing .* check \.rayignore"):
         backbones.shipped_model()
 
     stage = RECIPES["mini"][3]
@@ -181,3 +181,13 @@ def test_unknown_task_is_refused():
         jobs.run_miniature(MiniatureSettings(task="paint", tracking_uri="none"))
     with pytest.raises(SettingsError, match="backbones=DIR"):
         jobs.run_miniature(MiniatureSettings(task="ship", tracking_uri="none"))
+
+
+@pytest.mark.skipif(not backbones.shipped_stages(), reason="the miniature's stages are not shipped")
+def test_the_shipped_model_becomes_a_checkpoint_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = backbones.shipped_model()
+    assert folder.parent == tmp_path / "tinygptv" and (folder / "manifest.json").is_file()
+    model, _, metadata = load_checkpoint(folder, dtype=torch.float32)
+    assert model.config.lora_rank and metadata["stage"] == backbones.shipped_stages()[-1]
+    assert backbones.shipped_model() == folder
