@@ -60,10 +60,13 @@ def flat_inputs(width: int) -> dict:
     }
 
 
-def kept_by_autograd(depth: int, rank: int) -> int:
-    """Bytes that autograd keeps for a flat sequence, weights not counted; without dropout, whose masks are CUDA's."""
+def kept_by_autograd(depth: int, rank: int, dropout: float = 0.0, *, fused: bool = False) -> int:
+    """Bytes that autograd keeps for a flat sequence, weights not counted.
+
+    Dropout's masks have another size on CUDA; fused layers have none.
+    """
     with as_on_a_gpu():
-        model = language_model(depth, rank, 0.0)
+        model = language_model(depth, rank, dropout)
         kept = {parameter.untyped_storage()._cdata: 0 for parameter in model.parameters()}
         alive = []
 
@@ -74,7 +77,7 @@ def kept_by_autograd(depth: int, rank: int) -> int:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(**flat_inputs(model.config.hidden_size))
+            model(**flat_inputs(model.config.hidden_size), fused=fused)
     return sum(kept.values())
 
 

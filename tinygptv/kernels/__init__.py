@@ -1,7 +1,8 @@
-"""Operations of a decoding or prefill step: Triton kernels for a GPU, and the same arithmetic in plain torch.
+"""Operations of a decoding, prefill or training step: Triton kernels for a GPU, and the same arithmetic in torch.
 
-``fused`` and ``lowbit`` hold the Triton kernels, ``reference`` the torch functions that they must agree with. Nothing
-here knows the model: tensors in, tensors out.
+``fused`` and ``lowbit`` hold the Triton kernels of the engine, ``reference`` the torch functions that they must agree
+with; ``training_rows``, ``training_heads`` and ``training_reference`` are the same for training, and
+``training_functions`` joins them to autograd. Nothing here knows the model: tensors in, tensors out.
 """
 
 from __future__ import annotations

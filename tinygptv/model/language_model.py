@@ -15,7 +15,7 @@ Notation: B batch, S sequence, D width, N heads, H head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -35,6 +35,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from tinygptv.config import TinyGPTVTextConfig
+from tinygptv.kernels.training_functions import draw_seeds
+from tinygptv.model.fused_layer import can_fuse, fused_layer
 from tinygptv.model.varlen_attention import varlen_attention
 
 
@@ -175,8 +177,16 @@ class PhiDecoderLayer(GradientCheckpointingLayer):
         )
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """Map the residual stream [B, S, D] (float32) to the next one; kwargs go to the attention."""
+    def forward(self, hidden_states: Tensor, dropout_seeds: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Map the residual stream [B, S, D] (float32) to the next one.
+
+        Args:
+            hidden_states: the stream.
+            dropout_seeds: of this layer; computes it with fused kernels (``fused_layer``).
+            kwargs: for the attention.
+        """
+        if dropout_seeds is not None:
+            return fused_layer(self, hidden_states, dropout_seeds, **kwargs)
         normed = self.input_layernorm(hidden_states)
         attention_output, _ = self.self_attn(normed, **kwargs)
         attention_output = self.resid_dropout(self.attention_rmsnorm(attention_output))
@@ -217,6 +227,7 @@ class LanguageModel(PreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        fused: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run all layers.
@@ -228,6 +239,7 @@ class LanguageModel(PreTrainedModel):
             past_key_values: cache to extend.
             inputs_embeds: [B, S, D].
             use_cache: make a cache where none is given.
+            fused: compute the layers with fused kernels (``fused_layer``) where all norms and ``cu_seq_lens_q`` exist.
             kwargs: for the layers; with ``cu_seq_lens_q`` and ``max_length_q`` (``PhiAttention``) there is one row of
                 several sequences, whose ``position_ids`` restart.
 
@@ -255,9 +267,13 @@ class LanguageModel(PreTrainedModel):
             )
         hidden_states = inputs_embeds.float()  # the residual stream
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer in self.layers:
+        seeds: Sequence[Tensor | None] = [None] * len(self.layers)
+        if fused and kwargs.get("cu_seq_lens_q") is not None and can_fuse(cast(TinyGPTVTextConfig, self.config)):
+            seeds = draw_seeds(len(self.layers), hidden_states.device)
+        for layer, dropout_seeds in zip(self.layers, seeds, strict=True):
             hidden_states = layer(
                 hidden_states,
+                dropout_seeds=dropout_seeds,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,

@@ -52,14 +52,46 @@ class AdaptedLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``base(x) + B(scale * A(dropout(x)))``: scaled where it is narrow, so that no wide gradient is copied."""
-        if not self.is_own or self.disable_adapters or self.merged or kwargs:
+        if kwargs or not self.is_adapted:
             return super().forward(x, *args, **kwargs)
-        down, up = self.lora_A[ADAPTER_NAME], self.lora_B[ADAPTER_NAME]
         result = self.base_layer(x)
         if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(cast(Tensor, down.weight).dtype)
-        narrow = down(self.lora_dropout[ADAPTER_NAME](x)) * self.scaling[ADAPTER_NAME]
-        return (result + up(narrow)).to(result.dtype)
+            x = x.to(self.adapter[0].weight.dtype)
+        return self._add_update(result, self.lora_dropout[ADAPTER_NAME](x))
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether this model's adapter, and no other, is added in ``forward``."""
+        return self.is_own and not self.disable_adapters and not self.merged
+
+    @property
+    def input_dropout(self) -> float:
+        """Dropout on the adapter's input, 0 outside training."""
+        dropout = self.lora_dropout[ADAPTER_NAME]
+        return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+
+    @property
+    def adapter(self) -> tuple[nn.Linear, nn.Linear]:
+        """A and B."""
+        return cast(nn.Linear, self.lora_A[ADAPTER_NAME]), cast(nn.Linear, self.lora_B[ADAPTER_NAME])
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapter's product."""
+        return self.scaling[ADAPTER_NAME]
+
+    def forward_dropped(self, x: Tensor, dropped: Tensor) -> Tensor:
+        """``forward`` of an adapted layer under autocast, where the caller has dropped from the adapter's input.
+
+        Args:
+            x: input of the frozen matrix.
+            dropped: input of the adapter.
+        """
+        return self._add_update(self.base_layer(x), dropped)
+
+    def _add_update(self, result: Tensor, dropped: Tensor) -> Tensor:
+        down, up = self.adapter
+        return (result + up(down(dropped) * self.scale)).to(result.dtype)
 
 
 def add_lora(language_model: nn.Module, rank: int, alpha: int, dropout: float) -> None:

@@ -23,6 +23,7 @@ import torch
 
 from tinygptv.config import TinyGPTVConfig, TinyGPTVTextConfig
 from tinygptv.data.flatten import SEQUENCES_MULTIPLE, TOKENS_MULTIPLE
+from tinygptv.model.fused_layer import can_fuse
 from tinygptv.model.head_loss import CHUNK_ROWS
 from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
 from tinygptv.training.stages import Stage, set_trainable
@@ -96,6 +97,7 @@ class Computation:
         precision: key of ``train_step.PRECISIONS``; the 16-bit ones keep what trains in float32.
         features: ``inline`` encodes images in each step, ``cached`` does not (the encoder stays loaded).
         compiled: language layers are compiled: less is kept.
+        fused: language layers are computed with fused kernels (``model.fused_layer``): still less.
         gradient_checkpointing: language layers are computed again in the backward pass.
         on_gpu: as on a GPU: no padding in 16 bits, and no logits kept where the language head is frozen.
     """
@@ -103,6 +105,7 @@ class Computation:
     precision: str = "bf16"
     features: str = "inline"
     compiled: bool = True
+    fused: bool = False
     gradient_checkpointing: bool = False
     on_gpu: bool = True
 
@@ -203,7 +206,12 @@ class TrainingMemory:
         tokens = -(-batch.tokens // TOKENS_MULTIPLE) * TOKENS_MULTIPLE if how.on_gpu else batch.tokens
         residual = 4 * tokens * text.hidden_size
         layer = tokens * layer_activation_bytes(
-            text, self.config.lora_rank, self.config.lora_dropout, half=how.half, compiled=how.compiled
+            text,
+            self.config.lora_rank,
+            self.config.lora_dropout,
+            half=how.half,
+            compiled=how.compiled,
+            fused=how.fused and how.half and how.on_gpu and can_fuse(text),
         )
         width = self.config.qformer_config.hidden_size + self.config.projector_hidden_size
         kept = (
@@ -279,12 +287,12 @@ def _stored_bytes(name: str, parameter: torch.nn.Parameter, form: str) -> float:
 
 
 def layer_activation_bytes(
-    text: TinyGPTVTextConfig, lora_rank: int, lora_dropout: float, *, half: bool, compiled: bool
+    text: TinyGPTVTextConfig, lora_rank: int, lora_dropout: float, *, half: bool, compiled: bool, fused: bool = False
 ) -> int:
     """What one language layer keeps for its backward pass, in bytes per token, with fused attention.
 
     Frozen linear layers keep nothing: the gradient of their input needs their weight alone. A compiled layer computes
-    float32 copies and normalised values again.
+    float32 copies and normalised values again, a fused one masks of dropout and means of heads, too.
 
     Args:
         text: sizes, and which norms there are.
@@ -292,6 +300,7 @@ def layer_activation_bytes(
         lora_dropout: dropout on the adapters' input; keeps a mask and the input.
         half: 16-bit matrices under autocast; else float32.
         compiled: as the compiler's partition of the layer saves.
+        fused: as the operations of ``kernels.training_functions`` save.
     """
     width, heads, element = text.hidden_size, text.num_attention_heads, 2 if half else 4
     total = 4 * width  # the residual
@@ -300,19 +309,21 @@ def layer_activation_bytes(
     if text.input_layernorm:
         total += 8
     if text.qk_layernorm:
-        total += 2 * width * element + 16 * heads  # q and k after rotation; mean and deviation of each head
-        total += 8 * width if half and not compiled else 0  # float32 copies
+        total += 2 * width * element  # q and k after rotation
+        total += 0 if fused else 16 * heads  # mean and deviation of each head
+        total += 8 * width if half and not compiled and not fused else 0  # float32 copies
     else:
         total += 2 * width * element
     if text.attention_rmsnorm:
         total += 4
-        total += width * element if compiled else 8 * width
-    if text.resid_pdrop:
+        total += width * element if compiled or fused else 8 * width
+    if text.resid_pdrop and not fused:
         total += 2 * width  # a byte per element and branch
     if lora_rank:
         total += 2 * lora_rank * element + width * element  # both narrow activations; the input of q, k and v
         if lora_dropout:
-            total += width * element + 2 * width  # the other adapter's input; masks
+            total += width * element  # the other adapter's input
+            total += 0 if fused else 2 * width  # masks
     return total
 
 

@@ -22,6 +22,7 @@ from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.collate import MicroBatch
 from tinygptv.data.flatten import FlatBatch, flatten
 from tinygptv.data.images import normalise_pixels
+from tinygptv.kernels.training_functions import HAS_TRITON
 from tinygptv.model.head_loss import Scorer, score_logits
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.training.compilation import Compile, compile_layers, compiled_scorer, run_eagerly, wants_compilation
@@ -30,6 +31,9 @@ from tinygptv.training.stages import TRAINABLE_PARTS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16_range": torch.float32}
 """Precision -> dtype of the matrices; ``fp16_range`` computes in float32 and rounds to fp16 (``fp16_emulation``)."""
+
+FUSED_LAYERS = False
+"""Whether language layers are computed with fused kernels where that is possible."""
 
 MOST_PATCHES = 64 * 257
 """Patch tokens that the encoder reads at a time: 64 images of 224 px, 16 of 448."""
@@ -63,6 +67,11 @@ def is_flat(model: TinyGPTVForConditionalGeneration, precision: str) -> bool:
     """Whether batches are computed without padding: on CUDA in 16 bits, where attention has a kernel for it."""
     sixteen_bits = PRECISIONS[precision] in (torch.bfloat16, torch.float16)
     return model.device.type == "cuda" and sixteen_bits and model.language_model.config._attn_implementation == "sdpa"
+
+
+def is_fused(model: TinyGPTVForConditionalGeneration, precision: str) -> bool:
+    """Whether flat batches are computed with the fused kernels of ``kernels.training_functions``."""
+    return FUSED_LAYERS and HAS_TRITON and is_flat(model, precision)
 
 
 @dataclass
@@ -102,6 +111,7 @@ class TrainStep:
         max_grad_norm: float | None = None,
         reject: Callable[[Tensor], Tensor] | None = None,
         flat: bool | None = None,
+        fused: bool | None = None,
         compile: Compile = "off",
     ) -> None:
         """Prepare the gradient buffer.
@@ -117,6 +127,7 @@ class TrainStep:
             reject: says on the device whether the step of a loss must be left out (loss -> bool scalar); all workers
                 see the same loss, so all say the same.
             flat: compute batches without their padding (``data.flatten``); None: on CUDA in 16 bits.
+            fused: compute flat batches with fused kernels (``model.fused_layer``); None: on CUDA in 16 bits.
             compile: ``on`` compiles the model's layers in place (``compilation``), ``auto`` does on CUDA; the first
                 step then takes longer.
 
@@ -135,6 +146,7 @@ class TrainStep:
         self.autocast_dtype = PRECISIONS[precision]
         self.encoder_dtype = PRECISIONS[encoder_precision or precision]
         self.flat = flat if flat is not None else is_flat(model, precision)
+        self.fused = fused if fused is not None else is_fused(model, precision)
         self.compiled = wants_compilation(compile, self.device)
         if self.compiled:
             compile_layers(model)
@@ -157,12 +169,12 @@ class TrainStep:
     @contextmanager
     def as_written(self) -> Iterator[None]:
         """Inside, every module of the language model is called one by one: for hooks that look at them."""
-        scorer, self.scorer = self.scorer, None
+        (scorer, self.scorer), (fused, self.fused) = (self.scorer, None), (self.fused, False)
         try:
             with run_eagerly():
                 yield
         finally:
-            self.scorer = scorer
+            self.scorer, self.fused = scorer, fused
 
     def _attach_gradients(self) -> None:
         start = 0
@@ -228,6 +240,7 @@ class TrainStep:
                 supervised_ids,
                 position_ids=positions.unsqueeze(0),
                 scorer=self.scorer,
+                fused=self.fused,
                 cu_seq_lens_q=cu_seqlens.int(),
                 max_length_q=flat.max_length,
             )

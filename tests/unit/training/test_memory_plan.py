@@ -27,10 +27,10 @@ from tinygptv.training.stages import get_stage
 TEXT = TinyGPTVConfig.phi2().text_config
 
 
-def counted(rank, dropout, *, compiled):
+def counted(rank, dropout, *, compiled, fused=False):
     text = TinyGPTVConfig.phi2().text_config
     text.resid_pdrop = dropout
-    return layer_activation_bytes(text, rank, dropout, half=True, compiled=compiled)
+    return layer_activation_bytes(text, rank, dropout, half=True, compiled=compiled, fused=fused)
 
 
 def adapter_copies(rank):
@@ -43,6 +43,14 @@ def test_counted_activations_are_what_autograd_keeps(rank):
     """The difference of models of 3 and 1 layers is that of 2 layers, whatever the ends keep."""
     kept = (kept_by_autograd(3, rank) - kept_by_autograd(1, rank)) / 2 / TOKENS
     assert kept == pytest.approx(counted(rank, 0.0, compiled=False) + adapter_copies(rank), rel=0.005)
+
+
+@pytest.mark.parametrize(("rank", "dropout"), [(0, 0.0), (64, 0.0), (64, 0.1)])
+def test_counted_activations_are_what_a_fused_layer_keeps(rank, dropout):
+    kept = (kept_by_autograd(3, rank, dropout, fused=True) - kept_by_autograd(1, rank, dropout, fused=True)) / 2
+    assert kept / TOKENS == pytest.approx(
+        counted(rank, dropout, compiled=False, fused=True) + adapter_copies(rank), rel=0.005
+    )
 
 
 @pytest.mark.parametrize(
