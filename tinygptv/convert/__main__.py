@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from tinygptv.checkpoint.file_kinds import wrong_kind
 from tinygptv.checkpoint.folders import check_output
 from tinygptv.convert.match import match_release
 from tinygptv.convert.sizes import language_settings
@@ -84,6 +85,9 @@ def _release(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--template {arguments.template} is unknown; there are: {', '.join(TEMPLATES)}.")
     given = {role: getattr(arguments, role) for role in _ROLES}
     check_output(arguments.output, [path for path in (*given.values(), arguments.tokenizer) if path])
+    for path in (Path(given[role]) for role in _ROLES if given[role]):
+        if path.is_file() and (kind := wrong_kind(path)):
+            raise ValueError(f"{path} is {kind}.")
     if not (arguments.tokenizer or arguments.language):
         raise ValueError("give --tokenizer, the folder of Phi-2's tokenizer.")
     language_settings(arguments.language)  # a damaged config.json would be blamed on the tokenizer

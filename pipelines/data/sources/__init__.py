@@ -106,7 +106,7 @@ SOURCES: dict[str, Source] = {
     "aok_vqa": Source("vqa", AnnotationReader(entries.vqa("direct_answers"), ("aokvqa_v1p0_train.json",), images=COCO)),
     "gqa": Source(
         "vqa",
-        AnnotationReader(entries.vqa("answer", whole_path=True), ("train_balanced_questions.json",), images=_GQA),
+        AnnotationReader(entries.vqa("answer"), ("train_balanced_questions.json",), images=_GQA),
     ),
     "ocrvqa": Source("vqa", AnnotationReader(entries.ocrvqa, ("dataset.json",), images=_OCRVQA)),
     # one's own data

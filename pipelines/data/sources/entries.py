@@ -42,7 +42,7 @@ def textcaps(entry: Any, key: str) -> Iterator[Draft]:
     yield Draft((Turn("", (text_of(entry, "caption_str"),)),), f"{entry['image_id']}.jpg", cleans_answers=True)
 
 
-def vqa(answers: str, *, whole_path: bool = False) -> Describe:
+def vqa(answers: str) -> Describe:
     """Questions with one answer or a list of them: ``question``, the field ``answers``, and an image.
 
     The image is ``image`` as LAVIS writes it, ``image_id`` as COCO's publishers do (VQAv2, OK-VQA, A-OKVQA), or
@@ -50,7 +50,6 @@ def vqa(answers: str, *, whole_path: bool = False) -> Describe:
 
     Args:
         answers: name of the field; an answer that is given twice is drawn twice as often.
-        whole_path: the image's path counts, not its file name alone.
     """
 
     def describe(entry: Any, key: str) -> Iterator[Draft]:
@@ -59,7 +58,7 @@ def vqa(answers: str, *, whole_path: bool = False) -> Describe:
         image = image_of(entry)
         given = answers_of(entry, answers)
         turn = Turn(text_of(entry, "question"), given)
-        yield Draft((turn,), image if whole_path else basename(image), cleans_questions=True, cleans_answers=True)
+        yield Draft((turn,), image, cleans_questions=True, cleans_answers=True)
 
     return describe
 

@@ -64,16 +64,19 @@ def coco_names(name: str) -> tuple[str, ...]:
     """Names that a COCO image may have: with the prefix of 2014 or without, in a folder per split or not.
 
     COCO's numbers are unique over all its splits, and the images of 2014 and 2017 are the same. An image that is named
-    as one of validation or test is not looked for among those: like the release, nothing is trained on what is not in
-    the training images' folder.
+    as one of validation or test is looked for there alone: below ``images=coco`` such a list trains on both, below
+    ``images=coco/train2014`` on what is in the training images' folder, as in the release.
     """
     match = _COCO_NUMBER.fullmatch(name)
-    if match is None or "COCO_val" in name or "COCO_test" in name:
-        return tuple(dict.fromkeys([name.rsplit("/", 1)[-1], name]))
+    base = name.rsplit("/", 1)[-1]
+    if match is None:
+        return tuple(dict.fromkeys([base, name]))
+    if held_out := re.match(r"COCO_((?:val|test)\d{4})_", base):
+        return tuple(dict.fromkeys([base, name, f"{held_out[1]}/{base}"]))
     number = f"{int(match[1]):012d}.jpg"
     files = [f"{prefix}{number}" for _, prefix in _COCO_SPLITS]
     folders = [f"{folder}/{prefix}{number}" for folder, prefix in _COCO_SPLITS]
-    return tuple(dict.fromkeys([name.rsplit("/", 1)[-1], *folders, *files, name]))
+    return tuple(dict.fromkeys([base, *folders, *files, name]))
 
 
 def below(*folders: str) -> Callable[[str], tuple[str, ...]]:

@@ -57,6 +57,21 @@ def test_a_dip_shorter_than_the_window_is_no_event():
     assert find_event(records, typical_norms(healthy(20))).step == 20
 
 
+def test_the_reference_is_the_median_of_the_first_steps():
+    """``WINDOW`` of them: what comes later, and what is not finite, does not count."""
+    early = [record(step, **{"projector": norm}) for step, norm in enumerate([1.0] * 4 + [3.0] * 6)]
+    late = [record(step, **{"projector": 100.0}) for step in range(WINDOW, 40)]
+    assert typical_norms(early + late)["projector"] == 3.0
+    assert typical_norms([record(0, projector=math.inf), *early, *late])["projector"] == 3.0
+    assert typical_norms(early[:3])["projector"] == 1.0
+
+
+def test_vanishing_is_below_a_thousandth_of_the_reference():
+    reference = {"projector": 2.0}
+    for norm, event in ((2e-3, None), (1.999e-3, Event("vanishing", 0, "projector"))):
+        assert find_event([record(step, **{"projector": norm}) for step in range(WINDOW)], reference) == event
+
+
 def test_gradients_that_are_small_from_the_start_are_seen_by_the_full_models_measure():
     records = [record(step, **{"lora/layer_01": 1e-5}) for step in range(30)]
     assert find_event(records, typical_norms(healthy(30))) == Event("vanishing", 0, "layer_01")

@@ -370,6 +370,7 @@ def test_mistakes_are_found_before_anything_is_read(files, tmp_path, capsys):
         others = [argument for argument in arguments if "--vision" not in argument]
         error = fails(capsys, "release", *others, f"--vision={tmp_path / 'other.pth'}", out)
         assert reason in error and "weights_only" not in error
+        assert reason in fails(capsys, "release", f"--vision={tmp_path / 'other.pth'}", out), "before the tokenizer"
 
 
 def test_adapters_are_merged_on_the_way(checkpoints, tmp_path):

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygptv.data.mixture import Mixture, MixtureSource
+from tinygptv.data.mixture import _BLOCK, Mixture, MixtureSource, SampleRef
+
+PINNED = [
+    [(1, 0, 0), (1, 3, 1)],
+    [(0, 5, 0), (0, 3, 1), (0, 4, 2), (0, 7, 3)],
+    [(0, 0, 15048), (0, 1, 15049), (0, 2, 15050), (0, 7, 15051)],
+]
+PINNED_DRAWS = [293, 247, 711]
 
 shard_rows = st.lists(st.integers(0, 7), min_size=1, max_size=12).filter(lambda rows: sum(rows) > 0)
 sources = st.lists(st.tuples(st.floats(0.1, 100), st.integers(1, 4), shard_rows), min_size=1, max_size=4).map(
@@ -84,6 +91,86 @@ def test_random_choices_depend_on_the_draw_alone():
     one, two = (m.generator(m.step(9)[1]).integers(1 << 30, size=4).tolist() for m in (mixture, again))
     assert one == two
     assert one != mixture.generator(mixture.step(9)[0]).integers(1 << 30, size=4).tolist()
+
+
+def test_the_order_is_pinned():
+    """Another numpy, or another key, must not change which samples a seed means: runs would not resume."""
+    sources = (MixtureSource("a", 3, 2, (3, 2, 4)), MixtureSource("b", 1, 1, (2, 2)))
+    mixture = Mixture(sources, seed=5, draws_per_step=2, window_shards=2)
+    found = [[(ref.source, ref.row, ref.position) for ref in mixture.step(k)] for k in (0, 1, 5000)]
+    assert found == PINNED
+    assert mixture.generator(mixture.step(0)[0]).integers(1000, size=3).tolist() == PINNED_DRAWS
+
+
+def rows_of_epoch(mixture, epoch, source=0):
+    count = mixture.sources[source].num_rows
+    return [mixture.step(k)[0].row for k in range(epoch * count, (epoch + 1) * count)]
+
+
+def test_shards_come_in_another_order_in_each_epoch():
+    """One row per shard and one shard per window: the order of rows is the order of shards."""
+    mixture = Mixture((MixtureSource("a", 1, 1, (1,) * 30),), seed=1, window_shards=1)
+    orders = [rows_of_epoch(mixture, epoch) for epoch in range(3)]
+    assert len({tuple(order) for order in orders}) == 3
+    other = Mixture(mixture.sources, seed=2, window_shards=1)
+    assert rows_of_epoch(other, 0) != orders[0], "and with each seed"
+
+
+def test_rows_are_shuffled_in_another_way_in_each_epoch_and_window():
+    mixture = Mixture((MixtureSource("a", 1, 1, (30,)),), seed=1)
+    orders = [rows_of_epoch(mixture, epoch) for epoch in range(3)]
+    assert len({tuple(order) for order in orders}) == 3 and all(order != sorted(order) for order in orders)
+    assert rows_of_epoch(Mixture(mixture.sources, seed=2), 0) != orders[0]
+    two = Mixture((MixtureSource("a", 1, 1, (30, 30)),), seed=1, window_shards=1)
+    rows = rows_of_epoch(two, 0)
+    first, second = rows[:30], rows[30:]
+    assert [row % 30 for row in first] != [row % 30 for row in second], "two windows of one epoch"
+
+
+def test_sources_of_equal_shape_come_in_different_orders():
+    sources = tuple(MixtureSource(name, 1, 1, (1,) * 30) for name in "ab")
+    mixture = Mixture(sources, seed=1, window_shards=1)
+    orders = [[], []]
+    for k in range(200):
+        ref = mixture.step(k)[0]
+        orders[ref.source].append(ref.row)
+    assert orders[0][:30] != orders[1][:30]
+
+
+def test_draws_differ_between_epochs_sources_and_seeds():
+    mixture = Mixture((MixtureSource("a", 1, 1, (3,)), MixtureSource("b", 1, 1, (3,))), seed=1)
+
+    def draws(source, position, seed=1):
+        ref = SampleRef(source, 0, position)
+        return Mixture(mixture.sources, seed=seed).generator(ref).integers(1 << 30, size=4).tolist()
+
+    assert draws(0, 1) != draws(0, 4), "the same row in the next epoch"
+    assert draws(0, 1) != draws(1, 1) and draws(0, 1) != draws(0, 1, seed=2)
+
+
+def test_blocks_of_steps_draw_differently():
+    mixture = Mixture((MixtureSource("a", 1, 1, (9,)), MixtureSource("b", 1, 1, (9,))), seed=1)
+    first, second = ([mixture.step(k)[0].source for k in range(start, start + 64)] for start in (0, _BLOCK))
+    assert first != second
+    other = Mixture(mixture.sources, seed=2)
+    assert [other.step(k)[0].source for k in range(64)] != first
+
+
+def test_positions_count_on_over_many_blocks():
+    mixture = Mixture((MixtureSource("a", 1, 2, (7,)), MixtureSource("b", 2, 3, (5,))), seed=3)
+    k = 3 * _BLOCK + 17
+    before = [0, 0]
+    for block in range(4):
+        draws = mixture._draws(block)[: k - block * _BLOCK].ravel()
+        for index, source in enumerate(mixture.sources):
+            before[index] += int((draws == index).sum()) * source.batch_size
+    ref = mixture.step(k)[0]
+    assert ref.position == before[ref.source] > 7000
+
+
+def test_a_negative_step_is_refused():
+    with pytest.raises(ValueError, match="step -1 is negative"):
+        Mixture((MixtureSource("a", 1, 1, (1,)),), seed=0).step(-1)
 
 
 def test_bad_sources_are_named():

@@ -122,6 +122,24 @@ def test_choice_that_does_not_fit_is_never_chosen(answerer, embeds):
     assert losses[0][0] == float("inf") and losses[0][1] < 1e4
 
 
+def test_a_choice_that_just_fits_has_its_loss(answerer, embeds):
+    """256 positions: prompt, choice and end symbol together may fill all of them."""
+    prompt = Prompt("which?", 0)
+    tokenizer = answerer.processor.tokenizer
+    (word,) = tokenizer.encode(" red", add_special_tokens=False)[:1]
+    end = len(tokenizer.encode("###", add_special_tokens=False))
+    room = 256 - len(answerer.prompt_ids(prompt)) - end
+    fits = next(
+        text
+        for count in range(room, 0, -1)
+        if len(answerer.layout.encode_answer(text := tokenizer.decode([word] * count).strip())) == room + end
+    )
+    longer = fits + tokenizer.decode([word])
+    assert len(answerer.layout.encode_answer(longer)) == room + end + 1
+    losses = answerer.choice_losses([replace(prompt, choices=(fits, longer))], embeds)
+    assert 0 < losses[0][0] < 1e4 and losses[0][1] == float("inf")
+
+
 def test_released_prompts_are_the_releases_own():
     released = Answerer(make_model(), make_processor(), released=True)
     layout = make_processor().layout()

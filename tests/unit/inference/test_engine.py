@@ -221,6 +221,22 @@ def test_end_of_text_token_ends_an_answer():
     assert (ids[key], texts[key], reasons[key]) == ([0], "", "stop")
 
 
+def test_ignore_end_runs_past_the_end_of_text_and_the_stop_string():
+    model, bias = make_model(), ((0, 1000.0),)
+    engine = Engine(model, make_tokenizer(), max_batch_size=1, stop=("###",))
+    key = engine.add(request(model, [11, 12, 13], max_tokens=7, ignore_end=True, logit_bias=bias))
+    ids, _, reasons, _ = run(engine)
+    assert (ids[key], reasons[key]) == ([0] * 7, "length")
+    (hash_id,) = make_tokenizer().encode("#", add_special_tokens=False)
+    said = ((hash_id, 1000.0),)
+    key = engine.add(request(model, [11, 12, 13], max_tokens=7, ignore_end=True, logit_bias=said))
+    ids, texts, reasons, _ = run(engine)
+    assert (ids[key], texts[key], reasons[key]) == ([hash_id] * 7, "#" * 7, "length")
+    key = engine.add(request(model, [11, 12, 13], max_tokens=7, logit_bias=said))
+    _, texts, reasons, _ = run(engine)
+    assert (texts[key], reasons[key]) == ("", "stop")
+
+
 def test_the_context_bounds_prompt_and_answer():
     model = make_model()
     engine = Engine(model, make_tokenizer(), max_batch_size=1, context_length=32)

@@ -59,6 +59,13 @@ def test_normalisation_by_hand(text, expected):
     assert normalise_answer(text) == expected
 
 
+def test_every_number_word_is_its_digit():
+    words = ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    assert [normalise_answer(word) for word in words] == ["0", *(str(number) for number in range(11))]
+    assert normalise_answer("eleven twenty once") == "eleven twenty once"
+    assert normalise_answer("Ten dogs, nine cats") == "10 dogs 9 cats"
+
+
 def test_contractions_are_those_of_the_published_table():
     assert len(CONTRACTIONS) == 120
     assert CONTRACTIONS["couldve"] == "could've" and CONTRACTIONS["notve"] == "not've" and "let's" in CONTRACTIONS

@@ -131,6 +131,57 @@ def test_diagnoses_of_several_workers_become_one():
     assert merged == Diagnosis("layer", "forward", ["a/1", "b/2"])
 
 
+def test_a_loss_that_is_not_finite_leaves_the_statistics_as_they_are():
+    guard = make_guard()
+    judge(guard, calm(30))
+    before = guard.statistics.clone()
+    assert judge(guard, [math.inf, -math.inf, math.nan]) == [True, True, True]
+    assert torch.equal(guard.statistics, before) and before[2] == 30
+
+
+def test_a_spike_enters_the_statistics_clipped_to_the_threshold():
+    guard, other = make_guard(), make_guard()
+    judge(guard, calm(40)), judge(other, calm(40))
+    mean, variance, _ = guard.statistics.tolist()
+    limit = mean + 8.0 * max(math.sqrt(variance), 0.02 * mean)
+    assert judge(guard, [1e9]) == [True]
+    judge(other, [limit])
+    torch.testing.assert_close(guard.statistics, other.statistics)
+    assert guard.statistics[0] == pytest.approx(mean + 0.05 * (limit - mean)) and guard.statistics[2] == 41
+
+
+def test_statistics_are_a_mean_at_first_and_a_running_one_later():
+    guard, losses = make_guard(spike=0.0), calm(20)
+    judge(guard, losses)
+    assert guard.statistics[0] == pytest.approx(np.mean(losses))
+    assert guard.statistics[1] == pytest.approx(np.var(losses))
+    for loss in calm(60, mean=3.0):
+        mean = guard.statistics[0].item()
+        judge(guard, [loss])
+        assert guard.statistics[0] == pytest.approx(mean + max(0.05, 1 / guard.statistics[2].item()) * (loss - mean))
+
+
+def test_spikes_are_looked_for_from_the_21st_loss_on():
+    for count, rejected in ((19, False), (20, True)):
+        guard = make_guard()
+        judge(guard, calm(count))
+        assert judge(guard, [9.0]) == [rejected], count
+
+
+def test_a_vanishing_gradient_is_no_bad_step(worker, monkeypatch):
+    """Its step is trained: nothing is rolled back, whatever ``guard`` says, and no patience is lost."""
+    from pipelines.training.guard import Fault
+
+    monkeypatch.setattr(
+        worker, "job", replace(worker.job, settings=worker.job.settings.model_copy(update={"guard": "rollback"}))
+    )
+    monkeypatch.setattr(worker, "_roll_back", lambda steps: pytest.fail(f"rolled back for {steps}"))
+    fault = Fault(3, "vanishing_gradient", 2.0, 0.5, "lora/layer_01")
+    assert worker._handle([fault]) is None
+    monkeypatch.setattr(worker, "_roll_back", min)
+    assert worker._handle([fault, Fault(5, "spike", 9.0, 0.5)]) == 5
+
+
 # ---------------------------------------------------------------------- training with planted faults
 
 

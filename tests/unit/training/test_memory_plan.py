@@ -11,15 +11,20 @@ from pipelines.settings import PlanMemorySettings, SettingsError
 from pipelines.training.memory_plan import INFERENCE_FORMATS, plan_memory, recipe_config
 from tests.saved_activations import TOKENS, kept_by_autograd, kept_by_the_compiler
 from tinygptv.config import TinyGPTVConfig
+from tinygptv.data.flatten import TOKENS_MULTIPLE
 from tinygptv.data.sample import TextLimits
 from tinygptv.miniature.tiny import tiny_config
 from tinygptv.training.memory_plan import (
     GIB,
+    LIBRARY_BYTES,
     BatchSize,
     Computation,
     TrainingMemory,
+    attention_workspace_bytes,
+    encoder_workspace_bytes,
     inference_memory,
     layer_activation_bytes,
+    layer_workspace_bytes,
     parse_bytes,
 )
 from tinygptv.training.stages import get_stage
@@ -110,6 +115,29 @@ def test_what_saves_memory_saves_it():
     bf16 = INFERENCE_FORMATS["bf16"]
     half, full = inference_memory(tiny_config(), bf16), inference_memory(tiny_config(), dict.fromkeys(bf16, "full"))
     assert half.peak < full.peak and half.gradients == half.optimizer == 0
+
+
+def test_what_encoding_an_image_holds():
+    """224 px: 257 tokens of 1408 and 6144 numbers, and the image twice in float32."""
+    config = TinyGPTVConfig.phi2(image_size=224)
+    assert encoder_workspace_bytes(config, 2) == 257 * (2 * (2 * 1408 + 2 * 6144) + 4 * 1408) + 2 * 4 * 3 * 224**2
+    assert encoder_workspace_bytes(config, 4) == 257 * (4 * (2 * 1408 + 2 * 6144) + 4 * 1408) + 2 * 4 * 3 * 224**2
+    larger = TinyGPTVConfig.phi2(image_size=448)
+    assert encoder_workspace_bytes(larger, 2) == 1025 * (2 * (2 * 1408 + 2 * 6144) + 4 * 1408) + 2 * 4 * 3 * 448**2
+
+
+def test_checkpointing_keeps_a_residual_per_layer_and_holds_one_layer_for_a_moment():
+    plain, checkpointed = (paper(4, features="cached", gradient_checkpointing=on) for on in (False, True))
+    batch = plain.longest(2)
+    tokens = -(-batch.tokens // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
+    layer = tokens * layer_activation_bytes(plain.config.text_config, 64, 0.05, half=True, compiled=True)
+    residual = 4 * tokens * 2560
+    kept = plain.plan(batch).activations - checkpointed.plan(batch).activations
+    assert kept == 32 * (layer - residual)
+    workspaces = [how.plan(batch).workspace for how in (plain, checkpointed)]
+    backward = tokens * layer_workspace_bytes(TEXT) + attention_workspace_bytes(TEXT, batch) + LIBRARY_BYTES
+    assert workspaces[1] == backward + layer
+    assert workspaces[0] >= backward
 
 
 def test_sizes_of_cards():

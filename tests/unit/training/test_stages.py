@@ -133,3 +133,53 @@ def test_recipes_have_four_stages():
         assert [stage.number for stage in stages] == [1, 2, 3, 4], recipe
     with pytest.raises(ValueError, match="recipe is 'none'"):
         get_stage("none", 1)
+
+
+MIX = {
+    "multitask_conversation": (50, 1), "llava_conversation": (30, 1), "unnatural_instruction": (10, 1),
+    "refvg": (40, 3), "llava_detail": (20, 2), "llava_reason": (80, 2), "flickr_grounded_caption": (80, 1),
+    "flickr_CaptionToPhrase": (80, 1), "flickr_ObjectToPhrase": (80, 1), "refcoco": (25, 3), "refcocop": (25, 3),
+    "refcocog": (25, 3), "invrefcoco": (10, 3), "invrefcocop": (10, 3), "invrefcocog": (10, 3),
+    "textcaps_caption": (30, 3), "coco_vqa": (15, 3), "ok_vqa": (8, 3), "aok_vqa": (12, 3), "gqa": (50, 3),
+}  # fmt: skip
+"""Stage 4 of the release: source -> sample ratio and batch size."""
+
+
+@pytest.mark.parametrize("recipe", ["paper", "released"])
+def test_the_mix_of_stage_4_is_the_releases(recipe):
+    stage = get_stage(recipe, 4)
+    assert {source.name: (source.weight, source.batch_size) for source in stage.sources} == MIX
+    assert stage.draws_per_step == 1 and stage.max_step_samples == 3
+
+
+SCHEDULES = {
+    1: ("warmup_cosine", 1e-4, 8e-5, 1e-6, 1000, 5000, 1), 2: ("warmup_cosine", 1e-4, 8e-5, 1e-6, 5000, 5000, 4),
+    3: ("warmup_cosine", 3e-5, 1e-5, 1e-6, 200, 200, 5), 4: ("warmup_cosine", 1e-5, 8e-5, 1e-6, 1000, 1000, 50),
+}  # fmt: skip
+OTHERS = {
+    1: {"laion": (115, 64), "cc_sbu": (14, 64)}, 2: {"laion": (115, 64), "cc_sbu": (14, 64)},
+    3: {"cc_sbu_align": (1, 6)}, 4: MIX,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_numbers_of_the_release(number):
+    stage = get_stage("released", number)
+    s = stage.schedule
+    found = (s.kind, s.peak, s.minimum, s.warmup_start, s.warmup_steps, s.steps_per_epoch, s.epochs)
+    assert found == SCHEDULES[number]
+    assert {source.name: (source.weight, source.batch_size) for source in stage.sources} == OTHERS[number]
+    assert (stage.image_size, stage.template) == (
+        (448, "inst") if number == 4 else (224, "human" if number == 3 else "caption")
+    )
+    assert stage.limits.max_text_tokens == {1: 32, 2: 32, 3: 160, 4: 1024}[number] and stage.limits.mask_inner_bos
+    assert (stage.lora_rank, stage.lora_alpha, stage.lora_dropout) == (64, 16, 0.05)
+    assert (stage.weight_decay, stage.beta2, stage.max_grad_norm) == (0.05, 0.999, None)
+
+
+def test_the_papers_first_stage_is_a_saw_tooth_without_adapters():
+    stage = get_stage("paper", 1)
+    assert stage.trainable == ("projector", "language_norms") and stage.lora_rank == 0
+    s = stage.schedule
+    assert (s.kind, s.peak, s.warmup_start, s.steps_per_epoch, s.epochs) == ("sawtooth", 1e-4, 1e-5, 1000, 17)
+    assert get_stage("paper", 4).template == "human"

@@ -146,6 +146,19 @@ def test_a_coco_image_is_found_under_every_name_that_it_has(tmp_path, asked, the
     assert images.read(asked) == jpeg(0)
 
 
+@pytest.mark.parametrize("asked", ["COCO_val2014_000000000009.jpg", "val2014/COCO_val2014_000000000009.jpg"])
+def test_a_coco_image_of_validation_is_found_in_its_own_folder_alone(tmp_path, asked):
+    for folder in ("train2014", "val2014"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "train2014/COCO_train2014_000000000009.jpg").write_bytes(jpeg(1))
+    with pytest.raises(MissingImage):
+        reader(tmp_path, alternatives=coco_names).read(asked)
+    (tmp_path / "val2014/COCO_val2014_000000000009.jpg").write_bytes(jpeg(0))
+    assert reader(tmp_path, alternatives=coco_names).read(asked) == jpeg(0)
+    with pytest.raises(MissingImage):
+        reader(tmp_path / "train2014", alternatives=coco_names).read(asked)
+
+
 def test_the_name_that_was_found_last_is_tried_first(tmp_path, monkeypatch):
     (tmp_path / "train2017").mkdir()
     for n in range(3):

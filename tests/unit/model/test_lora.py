@@ -1,0 +1,105 @@
+"""LoRA adapters: what they compute, what they leave as it was, and which parameters train."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tinygptv.miniature.tiny import tiny_config
+from tinygptv.model.lora import add_lora, merge_lora, reset_lora
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.training.stages import RECIPES, set_trainable
+
+IDS = torch.arange(1, 13).reshape(2, 6)
+
+
+def make_model(rank=0, seed=0):
+    torch.manual_seed(seed)
+    return TinyGPTVForConditionalGeneration(tiny_config(lora_rank=rank)).eval()
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("trained", [(), ("layers.0.mlp.fc1.weight", "layers.1.self_attn.dense.weight")])
+def test_adding_adapters_leaves_what_trains_as_it_was(trained):
+    language = make_model().language_model
+    for name, parameter in language.named_parameters():
+        parameter.requires_grad_(name in trained)
+    add_lora(language, 2, 16, 0.0)
+    training = {name for name, p in language.named_parameters() if p.requires_grad and ".lora_" not in name}
+    assert training == {name.replace("dense.weight", "dense.base_layer.weight") for name in trained}
+    adapters = [p for name, p in language.named_parameters() if ".lora_" in name]
+    assert len(adapters) == 2 * 2 * 2 and all(p.requires_grad for p in adapters)
+
+
+def test_fresh_adapters_change_nothing_and_trained_ones_add_their_scaled_product():
+    model = make_model()
+    before = logits_of(model)
+    model.add_lora(4, 16, 0.0)
+    assert torch.equal(logits_of(model), before)
+    dense = model.language_model.layers[0].self_attn.dense
+    with torch.no_grad():
+        dense.lora_B["default"].weight.normal_()
+    x = torch.randn(3, 32)
+    product = x @ dense.lora_A["default"].weight.T @ dense.lora_B["default"].weight.T
+    torch.testing.assert_close(dense(x) - dense.base_layer(x), 16 / 4 * product)
+    assert not torch.allclose(logits_of(model), before)
+
+
+def test_merged_adapters_answer_alike_and_are_gone():
+    model = make_model(rank=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                parameter.normal_(std=0.1)
+    before = logits_of(model)
+    assert model.merge_lora() == 4, "two adapters in each of two layers"
+    torch.testing.assert_close(logits_of(model), before, rtol=1e-4, atol=1e-5)
+    assert not any(".lora_" in name or "base_layer" in name for name, _ in model.named_parameters())
+    assert (model.config.lora_rank, model.config.lora_merged) == (0, True)
+    assert merge_lora(model.language_model) == 0 and model.merge_lora() == 0 and model.config.lora_merged
+
+
+def test_reset_adapters_change_nothing():
+    model = make_model(rank=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.fill_(1.0)
+    reset_lora(model.language_model)
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            assert not parameter.any(), name
+        elif ".lora_A" in name:
+            assert parameter.std() > 0, name
+
+
+def test_mistakes_are_refused():
+    with pytest.raises(ValueError, match="lora_rank is 0"):
+        add_lora(make_model().language_model, 0, 16, 0.0)
+    with pytest.raises(ValueError, match="already has LoRA adapters of rank 4"):
+        make_model(rank=4).add_lora(2, 16, 0.0)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_adapters_train_where_the_stage_says_so_and_are_frozen_elsewhere(recipe):
+    model = make_model(rank=4)
+    for stage in RECIPES[recipe]:
+        set_trainable(model, stage.trainable)
+        training = {name for name, p in model.named_parameters() if p.requires_grad}
+        adapters = {name for name, _ in model.named_parameters() if ".lora_" in name}
+        assert adapters <= training if "lora" in stage.trainable else not adapters & training, stage.number
+        assert not any(name.startswith(("vision_encoder.", "qformer.", "lm_head.")) for name in training)
+
+
+def test_a_language_model_that_trains_takes_no_adapters_along():
+    model = make_model(rank=4)
+    counts = set_trainable(model, ("language_model",))
+    assert all(not p.requires_grad for name, p in model.named_parameters() if ".lora_" in name)
+    assert counts["language_model"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    both = set_trainable(model, ("language_model", "lora"))
+    assert both["lora"] == sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    assert both["language_model"] == counts["language_model"]
