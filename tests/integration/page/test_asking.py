@@ -1,0 +1,110 @@
+"""An image, a question, an answer: uploads, streams, errors, keys."""
+
+from __future__ import annotations
+
+import base64
+import time
+
+from pipelines.serving.backend import Failure
+from tests.page import HEIGHT, WIDTH, Server, ask, expect, upload, wait_for_answer
+from tests.serving_model import make_image
+
+
+def test_upload_ask_and_stream(page, server):
+    server.model.text, server.model.pause_s = "one two three four five six seven eight nine ten", 0.1
+    upload(page)
+    ask(page, "count")
+    lengths = set()
+    while page.locator(".message.assistant footer").count() == 0:
+        lengths.add(len(page.locator(".message.assistant > span").inner_text()))
+    assert wait_for_answer(page) == server.model.text
+    assert len(lengths) > 2, "the answer grows as it comes"
+    (job,) = server.model.jobs
+    assert job.messages[0].text == "count" and (job.messages[0].images[0].width, job.messages[0].images[0].height) == (
+        WIDTH,
+        HEIGHT,
+    )
+    assert "Answer: one two" in page.locator("#announcer").text_content(), "screen readers hear the whole answer"
+
+
+def test_the_stop_button_stops_the_model(page, server):
+    server.model.text, server.model.pause_s = "word " * 500, 0.02
+    upload(page)
+    ask(page, "go on")
+    expect(page.locator(".message.assistant > span")).to_contain_text("word word word")
+    page.click("#stop")
+    assert "stopped" in page.locator(".message.assistant footer").inner_text()
+    deadline = time.monotonic() + 5
+    while not server.model.closed and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert server.model.closed == 1
+    assert page.is_visible("#send")
+
+
+def test_an_error_is_shown_and_can_be_tried_again(page, server):
+    server.model.error = Failure("the model is busy.", "unavailable")
+    upload(page)
+    ask(page, "hi")
+    page.wait_for_selector(".message.error")
+    assert "the model is busy. Try again in about 5 s." in page.locator(".message.error").inner_text()
+    page.click(".message.error button")
+    assert wait_for_answer(page) == "hello"
+    assert page.locator(".message.error").count() == 0
+
+
+def test_pasted_and_dropped_images_are_taken(page):
+    data = base64.b64encode(make_image(width=50, height=30)).decode()
+    for kind in ("paste", "drop"):
+        page.evaluate(
+            """([kind, data]) => {
+            const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0)), transfer = new DataTransfer();
+            transfer.items.add(new File([bytes], 'cat.png', {type: 'image/png'}));
+            const event = kind === 'paste' ? new ClipboardEvent('paste', {clipboardData: transfer, bubbles: true})
+                                           : new DragEvent('drop', {dataTransfer: transfer, bubbles: true});
+            document.body.dispatchEvent(event); }""",
+            [kind, data],
+        )
+        page.wait_for_selector("#stage:not([hidden])")
+        assert "50 × 30" in page.locator("#caption").inner_text()
+
+
+def test_what_is_no_image_is_refused_with_a_sentence(page):
+    page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"hello"})
+    page.wait_for_selector(".message.error")
+    assert "notes.txt is not an image" in page.locator(".message.error").inner_text()
+
+
+def test_a_huge_photograph_is_shrunk_before_it_is_sent(page, server):
+    upload(page, 2600, 650)
+    ask(page, "hi")
+    wait_for_answer(page)
+    image = server.model.jobs[0].messages[0].images[0]
+    assert (image.width, image.height) == (2048, 512)
+
+
+def test_an_error_is_seen_above_the_composer(page, server):
+    upload(page)
+    server.model.text = "a line\n" * 60
+    ask(page, "long")
+    wait_for_answer(page)
+    page.locator("#messages").evaluate("e => { e.scrollTop = 0; }")
+    server.model.error = Failure("the model is busy.", "unavailable")
+    ask(page, "again")
+    page.wait_for_selector(".message.error")
+    error, form = page.locator(".message.error").bounding_box(), page.locator("#form").bounding_box()
+    assert error["y"] + error["height"] <= form["y"] + 1
+
+
+def test_a_key_is_asked_for(browser):
+    server = Server(api_keys=["open sesame"])
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(server.url)
+    page.wait_for_selector("#key-dialog[open]")
+    page.fill("#key", "open sesame")
+    page.click("#key-dialog button[value=ok]")
+    page.wait_for_selector("#status[data-state=ready]")
+    ask(page, "hi")
+    assert wait_for_answer(page) == "hello"
+    context.close()
+    server.stop()

@@ -1,0 +1,120 @@
+"""Helpers of the tests of the web page: a model that says what it is told to, behind the real API, in a browser."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+
+import uvicorn
+
+from pipelines.serving.api import build_api
+from pipelines.serving.backend import Failure, ModelInfo, Piece, PromptRead
+from pipelines.settings import ServeSettings
+from tests.serving_model import make_image
+
+WIDTH, HEIGHT = 300, 200
+GROUNDED = "<p>a dog</p> {<10><20><50><60>} and <p>two cats</p> {<60><0><100><50>}<delim>{<0><70><20><100>}."
+
+
+class ScriptedModel:
+    """Answers with ``text``, a few characters at a time; remembers what it was asked."""
+
+    def __init__(self):
+        self.text, self.jobs, self.closed, self.pause_s, self.error = "hello", [], 0, 0.01, None
+        self.scope, self.healthy, self.most_messages = "drawn scenes", True, 99
+        self.reason, self.prompt_tokens = "stop", 5
+
+    async def describe(self):
+        return ModelInfo(16, 500, 1, self.scope)
+
+    async def stream(self, job):
+        self.jobs.append(job)
+        try:
+            if self.error:
+                error, self.error = self.error, None
+                yield error
+                return
+            if len(job.messages) > self.most_messages:
+                yield Failure("the prompt has 549 tokens but the context is 500.", "too_long")
+                return
+            yield PromptRead(self.prompt_tokens)
+            for start in range(0, len(self.text), 4):
+                await asyncio.sleep(self.pause_s)
+                last = start + 4 >= len(self.text)
+                yield Piece(self.text[start : start + 4], finish_reason=self.reason if last else None)
+        finally:
+            self.closed += 1
+
+    async def complete(self, job):
+        return [item async for item in self.stream(job)]
+
+    async def stats(self):
+        return []
+
+    async def check_health(self):
+        if not self.healthy:
+            raise RuntimeError("stuck")
+
+
+class Server:
+    def __init__(self, **settings):
+        self.model = ScriptedModel()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        app = build_api(ServeSettings(**settings), self.model)
+        self.server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="warning"))
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.02)
+        self.url = f"http://127.0.0.1:{self.port}/"
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join(10)
+
+
+def expect(locator):
+    """playwright's assertions, which wait; imported late, because a machine without a browser may lack playwright."""
+    from playwright.sync_api import expect
+
+    return expect(locator)
+
+
+def open_page(browser, server, **options):
+    context = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, **options})
+    page = context.new_page()
+    problems, addresses = [], []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: addresses.append(request.url))
+    page.goto(server.url)
+    page.wait_for_selector("#status[data-state=ready]")
+    page.problems = problems
+    yield page
+    context.close()
+    assert [text for text in problems if "status of" not in text] == []
+    own = (server.url, "data:", "blob:")
+    assert [url for url in addresses if not url.startswith(own)] == [], "the page loads nothing from elsewhere"
+
+
+def upload(page, width=WIDTH, height=HEIGHT):
+    data = make_image(width=width, height=height)
+    page.set_input_files("#file", {"name": "dog.png", "mimeType": "image/png", "buffer": data})
+    page.wait_for_selector("#stage:not([hidden])")
+    return data
+
+
+def ask(page, text, task=""):
+    page.check(f'input[name=task][value="{task}"]', force=True)
+    page.fill("#question", text)
+    page.press("#question", "Enter")
+
+
+def wait_for_answer(page, number=1):
+    # Not wait_for_function: the page's own policy forbids evaluating strings, and stays in force here.
+    expect(page.locator(".message.assistant footer")).to_have_count(number, timeout=15_000)
+    return page.locator(".message.assistant > span").nth(number - 1).inner_text()
