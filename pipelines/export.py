@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from pipelines import storage
-from pipelines.data.loader import data_path
 from pipelines.data.shards import ShardSet, find_shard_sets
 from pipelines.fingerprint import FINGERPRINT_FILE, Fingerprint, checkpoint_digest, refuse_inputs, refuse_others
 from pipelines.json_files import read_json_object, write_json
@@ -279,7 +278,7 @@ def held_out_rows(settings: QuantizeSettings) -> tuple[list[SampleRow], str]:
 
 
 def _find_shard_sets(settings: QuantizeSettings) -> list[str]:
-    folders = find_shard_sets(data_path(settings.data))
+    folders = find_shard_sets(storage.absolute(settings.data))
     if not folders:
         raise FileNotFoundError(
             f"data={settings.data} holds no shard set: make one with jobs/prepare_data.py, or leave data empty."

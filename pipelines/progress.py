@@ -7,9 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+
+from pipelines import storage
 
 _POLL_S = 0.5
+_POLL_REMOTE_S = 5.0
 
 
 def format_seconds(seconds: float) -> str:
@@ -126,17 +128,24 @@ def poll(action: Callable[[], None], every_s: float = _POLL_S) -> Iterator[None]
 
 
 @contextmanager
-def follow(path: Path, *, quiet: bool = False) -> Iterator[None]:
-    """Show the line that another process keeps writing to a file, while the block runs."""
+def follow(location: str, *, quiet: bool = False) -> Iterator[None]:
+    """Show the line that another process keeps writing to a file, while the block runs.
+
+    Args:
+        location: of the file, local or remote; an earlier one is removed.
+        quiet: show nothing.
+    """
     line = Line(quiet=quiet)
-    path.unlink(missing_ok=True)
+    is_local = storage.is_local(location)
+    if is_local or storage.exists(location):
+        storage.remove_file(location)
 
     def read() -> str:
         try:
-            return path.read_text()
+            return storage.read_bytes(location).decode(errors="replace")
         except OSError:
             return ""
 
-    with poll(lambda: line.show(read())):
+    with poll(lambda: line.show(read()), _POLL_S if is_local else _POLL_REMOTE_S):
         yield
     line.show(read(), last=True)

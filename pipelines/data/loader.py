@@ -12,13 +12,14 @@ import threading
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipelines import storage
 from pipelines.cluster import quiet_ray_data
 from pipelines.data.shards import ShardSet
+from pipelines.node_cache import local_checkpoint
 from tinygptv.data.collate import LoadedSample, MicroBatch, collate, cut
 from tinygptv.data.images import open_image, resize_pixels
 from tinygptv.data.mixture import Mixture, MixtureSource, SampleRef
@@ -36,7 +37,7 @@ class LoadPlan:
 
     Attributes:
         data: folder (or URI) with one shard set per source.
-        tokenizer: checkpoint folder whose tokenizer is used.
+        tokenizer: checkpoint folder (or URI) whose tokenizer is used.
         stage: sources, template, lengths, image size.
         seed: of the mixture.
         image_token_id: id of image positions.
@@ -123,7 +124,7 @@ def open_shards(data: str, stage: Stage) -> dict[str, ShardSet]:
     """
     opened, missing = {}, []
     for source in stage.sources:
-        folder = f"{data.rstrip('/')}/{source.name}"
+        folder = storage.join(data, source.name)
         try:
             opened[source.name] = ShardSet.open(folder)
         except FileNotFoundError:
@@ -146,7 +147,7 @@ class BatchMaker:
         self.shards = open_shards(plan.data, plan.stage)
         self.names = [source.name for source in plan.stage.sources]
         self.mixture = build_mixture(plan.stage, self.shards, plan.seed)
-        self.tokenizer = load_tokenizer(plan.tokenizer)
+        self.tokenizer = load_tokenizer(str(local_checkpoint(plan.tokenizer, weights=False)))
         layout = PromptLayout(
             self.tokenizer,
             plan.stage.prompt_template,
@@ -291,8 +292,3 @@ def _ray_steps(plan: LoadPlan, start: int, stop: int, workers: int, prefetch_ste
     for block in made.iter_batches(batch_size=None, prefetch_batches=prefetch_blocks):
         for payload in block["batch"]:
             yield pickle.loads(payload)
-
-
-def data_path(path: str) -> str:
-    """Absolute form of a local folder; URIs stay as they are."""
-    return path if "://" in path else str(Path(path).expanduser().absolute())

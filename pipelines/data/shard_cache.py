@@ -1,23 +1,13 @@
-"""Shards of remote sets on the local disk: each downloaded once, the least recently used ones removed."""
+"""Shards and cached features of remote sets on the local disk: downloaded once, the least recently used removed."""
 
 from __future__ import annotations
 
 import os
-import stat
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines import storage
-from pipelines.settings import SettingsError
-
-CACHE_VARIABLE = "TINYGPTV_CACHE"
-
-
-def _default_folder() -> Path:
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen).expanduser() if chosen else Path(tempfile.gettempdir(), f"tinygptv-shards-{os.getuid()}")
-
 
 _verified: set[tuple[int, int, int]] = set()
 """Copies whose content this process has compared with their hash: device, inode, size."""
@@ -28,15 +18,15 @@ class ShardCache:
     """A folder of downloaded shards. Several processes may share it.
 
     Attributes:
-        folder: of the copies; by default ``$TINYGPTV_CACHE``, or a private folder among the machine's temporary files.
+        folder: of the copies; by default in ``$TINYGPTV_CACHE``, or in a private folder among the temporary files.
         max_bytes: most bytes kept, not counting the file that is being fetched.
     """
 
-    folder: Path = field(default_factory=_default_folder)
+    folder: Path = field(default_factory=storage.default_cache)
     max_bytes: int = 20 << 30
 
     def fetch(self, location: storage.Location, sha256: str) -> Path:
-        """The local copy of a shard.
+        """The local copy of a shard. Processes that need the same one wait for one download.
 
         A file in use may be removed by another process: on a POSIX system whoever has it mapped keeps it.
 
@@ -49,13 +39,18 @@ class ShardCache:
             SettingsError: the folder can be written by others.
             DiskFullError: there is no room.
         """
-        self._secure_folder()
-        target = self.folder / f"{sha256}.arrow"
-        if target.is_file():
-            if _is_whole(target, sha256):
-                os.utime(target)
-                return target
-            target.unlink(missing_ok=True)
+        storage.secure_folder(self.folder)
+        target = self.folder / f"{sha256}{Path(location.name).suffix}"
+        if _is_whole(target, sha256):
+            os.utime(target)
+            return target
+        with storage.locked(self.folder / f"{sha256[:2]}.lock"):
+            if not _is_whole(target, sha256):  # else another process was faster
+                target.unlink(missing_ok=True)
+                self._download(location, sha256, target)
+        return target
+
+    def _download(self, location: storage.Location, sha256: str, target: Path) -> None:
         handle, draft = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
         os.close(handle)
         try:
@@ -66,27 +61,11 @@ class ShardCache:
             Path(draft).replace(target)
         finally:
             Path(draft).unlink(missing_ok=True)
-        return target
-
-    def _secure_folder(self) -> None:
-        """Make the folder, and refuse one into which another user could put files.
-
-        Raises:
-            SettingsError: it is a link, belongs to another user, or others can write to it.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = self.folder.lstat()
-        others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or others_write:
-            raise SettingsError(
-                f"the shard cache {self.folder} is a link, belongs to another user, or can be written by others: set "
-                f"{CACHE_VARIABLE} to a folder of your own, or run `chmod 700 {self.folder}` if it is yours."
-            )
 
     def _make_room(self, num_bytes: int) -> None:
         """Remove the least recently used copies until ``num_bytes`` fit."""
         kept = []
-        for path in self.folder.glob("*.arrow"):
+        for path in [p for p in self.folder.iterdir() if p.is_file() and p.suffix not in (".tmp", ".lock")]:
             try:
                 kept.append((path.stat().st_mtime, path.stat().st_size, path))
             except FileNotFoundError:

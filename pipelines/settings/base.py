@@ -132,19 +132,33 @@ class Settings(BaseModel):
             raise SystemExit(0)
         return settings
 
-    def output_dir(self, default: str) -> Path:
-        """The output folder as an absolute path, made where it is missing.
+    def output_location(self, default: str) -> str:
+        """The output folder: an absolute path, or a URI as it is written.
 
         Raises:
             SettingsError: it would lie in the folder of a submitted job, which Ray removes after the job.
         """
-        path = Path(self.output or default).expanduser()
+        given = self.output.removeprefix("file://") or default
+        if "://" in given:
+            return given.rstrip("/")
+        path = Path(given).expanduser()
         if not path.is_absolute() and _JOB_FOLDER in Path.cwd().parts:
             raise SettingsError(
                 f"output={self.output or default} is relative, and Ray removes the working directory of a submitted "
-                "job after it: give an absolute path that stays, e.g. output=/data/run1."
+                "job after it: give an absolute path that stays, e.g. output=/data/run1, or a URI, e.g. s3://bucket/run1."
             )
-        path = path.absolute()
+        return str(path.absolute())
+
+    def output_dir(self, default: str) -> Path:
+        """The output folder on this machine as an absolute path, made where it is missing.
+
+        Raises:
+            SettingsError: it is a URI, or would lie in the folder of a submitted job.
+        """
+        location = self.output_location(default)
+        if "://" in location:
+            raise SettingsError(f"output={location} is a URI: this job writes on this machine's disk; give a folder.")
+        path = Path(location)
         path.mkdir(parents=True, exist_ok=True)
         return path
 

@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipelines.storage.location import Location, resolve
+from pipelines.storage.retry import with_retries
 
 COPY_BYTES = 8 << 20
 DRAFT_ENDING = ".tmp"
@@ -55,20 +57,17 @@ def _is_disk_full(error: BaseException) -> bool:
 
 def exists(location: str | Location) -> bool:
     """Whether a file or folder is there."""
-    filesystem, path = resolve(location)
-    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+    return _info(location).type != pafs.FileType.NotFound
 
 
 def is_folder(location: str | Location) -> bool:
     """Whether a folder is there."""
-    filesystem, path = resolve(location)
-    return filesystem.get_file_info(path).type == pafs.FileType.Directory
+    return _info(location).type == pafs.FileType.Directory
 
 
 def num_bytes(location: str | Location) -> int:
     """Size of a file; -1 where there is none."""
-    filesystem, path = resolve(location)
-    info = filesystem.get_file_info(path)
+    info = _info(location)
     return info.size if info.type == pafs.FileType.File and info.size is not None else -1
 
 
@@ -83,8 +82,16 @@ def list_folders(folder: str | Location) -> list[str]:
 
 
 def _list(folder: str | Location) -> list[pafs.FileInfo]:
+    folder = Location.parse(folder)
     filesystem, path = resolve(folder)
-    return filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    selector = pafs.FileSelector(path, allow_not_found=True)
+    return with_retries(folder, lambda: filesystem.get_file_info(selector))
+
+
+def _info(location: str | Location) -> pafs.FileInfo:
+    location = Location.parse(location)
+    filesystem, path = resolve(location)
+    return with_retries(location, lambda: filesystem.get_file_info(path))
 
 
 def read_bytes(location: str | Location) -> bytes:
@@ -92,23 +99,34 @@ def read_bytes(location: str | Location) -> bytes:
 
     Raises:
         FileNotFoundError: it is missing.
+        StorageError: the storage refuses, or fails at every try.
     """
+    location = Location.parse(location)
     filesystem, path = resolve(location)
-    with filesystem.open_input_stream(path, compression=None) as stream:
-        return stream.read()
+
+    def read() -> bytes:
+        with filesystem.open_input_stream(path, compression=None) as stream:
+            return stream.read()
+
+    return with_retries(location, read)
 
 
 def sha256(location: str | Location) -> str:
     """SHA-256 of a file in hexadecimal; empty where it is missing."""
+    location = Location.parse(location)
     filesystem, path = resolve(location)
-    digest = hashlib.sha256()
-    try:
+
+    def read() -> str:
+        digest = hashlib.sha256()
         with filesystem.open_input_stream(path, compression=None) as stream:
             while chunk := stream.read(COPY_BYTES):
                 digest.update(chunk)
+        return digest.hexdigest()
+
+    try:
+        return with_retries(location, read)
     except FileNotFoundError:
         return ""
-    return digest.hexdigest()
 
 
 def draft_of(target: Path) -> Path:
@@ -130,20 +148,21 @@ def remove_drafts(folder: str | Location) -> None:
 class AtomicFile:
     """A file to be written that appears under its name when it is complete.
 
-    Use it as a context manager: it is committed at the end, and left without a trace where the block fails. Closing a
-    stream of an object storage would publish what was written so far, so that a draft is written there, too.
+    Use it as a context manager: it is committed at the end, and left without a trace where the block fails. What goes
+    to another storage is written to this machine's temporary files first, so that an upload that fails is tried again.
     """
 
     def __init__(self, location: str | Location) -> None:
         self.location = Location.parse(location)
-        self._filesystem, self._target = resolve(self.location)
-        self._draft = str(draft_of(Path(self._target)))
         self.closed = False
         with disk_full_as_error(self.location):
             if self.location.is_local:
-                self._file: IO[bytes] | pa.NativeFile = Path(self._draft).open("wb")  # noqa: SIM115 - closed later
+                self._draft = draft_of(Path(self.location.path))
+                self._file: IO[bytes] = self._draft.open("wb")
             else:
-                self._file = self._filesystem.open_output_stream(self._draft)
+                handle, name = tempfile.mkstemp(prefix="upload-", suffix=DRAFT_ENDING)
+                self._draft = Path(name)
+                self._file = os.fdopen(handle, "wb")
 
     def write(self, data: bytes | memoryview) -> int:
         """Append bytes."""
@@ -159,15 +178,17 @@ class AtomicFile:
 
         Raises:
             DiskFullError: there is no room; nothing is left.
+            StorageError: the storage refuses, or fails at every try; nothing is left.
         """
         try:
             with disk_full_as_error(self.location):
                 self._file.close()
                 self.closed = True
                 if self.location.is_local:
-                    Path(self._draft).replace(self._target)
+                    self._draft.replace(self.location.path)
                 else:
-                    self._filesystem.move(self._draft, self._target)
+                    upload(self._draft, self.location)
+                    self._draft.unlink()
         except (Exception, KeyboardInterrupt):
             self.abort()
             raise
@@ -180,8 +201,7 @@ class AtomicFile:
         except OSError:
             pass  # a full disk, which was reported already
         finally:
-            if self._filesystem.get_file_info(self._draft).type == pafs.FileType.File:
-                self._filesystem.delete_file(self._draft)
+            self._draft.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -202,15 +222,47 @@ def write_atomically(location: str | Location, data: bytes | memoryview) -> None
 
     Raises:
         DiskFullError: there is no room; an earlier file stays as it was.
+        StorageError: the storage refuses, or fails at every try; likewise.
     """
     location = Location.parse(location)
     if location.is_local:
         with AtomicFile(location) as file:
             file.write(data)
         return
-    filesystem, path = resolve(location)  # one write: object storage shows an object only when it is complete
-    with filesystem.open_output_stream(path) as stream:
-        stream.write(data)
+    _send(location, lambda stream: stream.write(data))
+
+
+def upload(source: Path, location: str | Location) -> None:
+    """Copy a local file to any storage; it appears there when it is complete.
+
+    Raises:
+        StorageError: the storage refuses, or fails at every try; an earlier file stays as it was.
+    """
+
+    def send(stream: pa.NativeFile) -> None:
+        with source.open("rb") as file:
+            shutil.copyfileobj(file, stream, COPY_BYTES)
+
+    _send(Location.parse(location), send)
+
+
+def _send(location: Location, send: Callable[[pa.NativeFile], object]) -> None:
+    """Write a remote file whole. Most storages show it when its stream is closed; others get a draft first."""
+    filesystem, target = resolve(location)
+    draft = str(draft_of(Path(target))) if location.shows_partial_files else target
+
+    def write() -> None:
+        with filesystem.open_output_stream(draft) as stream:
+            send(stream)
+        if draft != target:
+            filesystem.move(draft, target)
+
+    try:
+        with_retries(location, write)
+    except BaseException:
+        if draft != target and filesystem.get_file_info(draft).type == pafs.FileType.File:
+            filesystem.delete_file(draft)
+        raise
 
 
 def write_lines(location: str | Location, lines: Iterable[Mapping[str, Any]]) -> int:
@@ -231,23 +283,27 @@ def _json_line(line: Mapping[str, Any]) -> bytes:
 
 
 def make_folder(location: str | Location) -> None:
-    """Make a folder and those above it."""
+    """Make a folder and those above it. In object storages there is none to make: folders are parts of names."""
+    location = Location.parse(location)
     filesystem, path = resolve(location)
-    filesystem.create_dir(path, recursive=True)
+    if not location.is_object_store:
+        with_retries(location, lambda: filesystem.create_dir(path, recursive=True))
 
 
 def remove_folder(location: str | Location) -> None:
     """Remove a folder with everything in it; a missing one is fine."""
+    location = Location.parse(location)
     filesystem, path = resolve(location)
-    if filesystem.get_file_info(path).type == pafs.FileType.Directory:
-        filesystem.delete_dir(path)
+    if is_folder(location):
+        with_retries(location, lambda: filesystem.delete_dir(path))
 
 
 def remove_file(location: str | Location) -> None:
     """Remove a file; a missing one is fine."""
+    location = Location.parse(location)
     filesystem, path = resolve(location)
-    if filesystem.get_file_info(path).type == pafs.FileType.File:
-        filesystem.delete_file(path)
+    if num_bytes(location) >= 0:
+        with_retries(location, lambda: filesystem.delete_file(path))
 
 
 def link_or_copy(source: str | Location, target: str | Location) -> None:
@@ -257,7 +313,7 @@ def link_or_copy(source: str | Location, target: str | Location) -> None:
     _, target_path = resolve(target)
     with disk_full_as_error(target):
         if not source.is_local:
-            filesystem.copy_file(path, target_path)
+            with_retries(target, lambda: filesystem.copy_file(path, target_path))
             return
         draft = draft_of(Path(target_path))
         try:
@@ -278,12 +334,19 @@ def _copy_whole(source: Path, target: Path) -> None:
 
 
 def download(location: str | Location, target: Path) -> None:
-    """Copy a file of any storage, as it is, to a local path."""
+    """Copy a file of any storage, as it is, to a local path.
+
+    Raises:
+        DiskFullError: there is no room.
+        StorageError: the storage refuses, or fails at every try.
+    """
+    location = Location.parse(location)
     filesystem, path = resolve(location)
-    with (
-        disk_full_as_error(target),
-        filesystem.open_input_stream(path, compression=None) as source,
-        target.open("wb") as sink,
-    ):
-        while chunk := source.read(COPY_BYTES):
-            sink.write(chunk)
+
+    def copy() -> None:
+        with filesystem.open_input_stream(path, compression=None) as source, target.open("wb") as sink:
+            while chunk := source.read(COPY_BYTES):
+                sink.write(chunk)
+
+    with disk_full_as_error(target):
+        with_retries(location, copy)

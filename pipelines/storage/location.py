@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,12 @@ from pipelines.settings import SettingsError
 
 _QUERY = re.compile(r"\?\w+=")
 """Where the options of a URI begin (``?endpoint_override=..``); a lone ``?`` is a wildcard."""
+
+_OBJECT_STORES = ("s3", "gs", "gcs", "az", "abfs", "abfss")
+_FILE_SERVERS = ("hdfs", "viewfs", "webhdfs", "sftp", "ssh", "smb", "ftp")
+_AZURE_PROTOCOLS = ("az", "abfs", "abfss")
+AZURE_ACCOUNT = "AZURE_STORAGE_ACCOUNT_NAME"
+"""Environment variable of the storage account where a URI names only the container."""
 
 _ROOTED_PROTOCOLS = ("hdfs", "viewfs")
 """Protocols whose file systems begin at ``/``."""
@@ -55,6 +62,21 @@ class Location:
     def is_local(self) -> bool:
         """Whether it is on this machine's disk."""
         return not self.root
+
+    @property
+    def protocol(self) -> str:
+        """``s3``, ``gs``, ..; empty for the local disk."""
+        return self.root.partition("://")[0]
+
+    @property
+    def is_object_store(self) -> bool:
+        """Whether folders there are only parts of names."""
+        return self.protocol in _OBJECT_STORES
+
+    @property
+    def shows_partial_files(self) -> bool:
+        """Whether a file there can be seen before it is complete."""
+        return self.protocol in _FILE_SERVERS
 
     @property
     def name(self) -> str:
@@ -112,11 +134,20 @@ def resolve(location: str | Location) -> tuple[pafs.FileSystem, str]:
 @functools.lru_cache(maxsize=256)
 def _connect(root: str) -> tuple[pafs.FileSystem, str]:
     """The file system of an address and its path in there; cached: a connection takes round trips."""
-    address = f"{root}/" if root.partition("://")[0] in _ROOTED_PROTOCOLS and "?" not in root else root
+    protocol, _, rest = root.partition("://")
+    address = f"{root}/" if protocol in _ROOTED_PROTOCOLS and "?" not in root else root
+    account = os.environ.get(AZURE_ACCOUNT, "")
+    if protocol in _AZURE_PROTOCOLS and "@" not in rest and account:  # az://container/path, as adlfs writes it
+        container, _, query = rest.partition("?")
+        address = f"abfss://{container}@{account}.dfs.core.windows.net{'?' if query else ''}{query}"
     try:
         return pafs.FileSystem.from_uri(address)
-    except ValueError:
-        pass  # not one of pyarrow's own protocols; fsspec knows more
+    except ValueError as error:
+        if protocol in _AZURE_PROTOCOLS and "@" not in rest:
+            raise SettingsError(
+                f"cannot open {redact(root)}: the storage account is not known; set {AZURE_ACCOUNT} on every node."
+            ) from error
+        # else not one of pyarrow's own protocols; fsspec knows more
     except OSError as error:
         raise SettingsError(
             f"cannot open {redact(root)}: {error}; check the name, the region and the credentials."
@@ -130,6 +161,11 @@ def _connect(root: str) -> tuple[pafs.FileSystem, str]:
             f"cannot open {redact(root)}: {error}; use a local path or a URI of a known protocol."
         ) from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+def absolute(path: str) -> str:
+    """A local path as processes in other working directories need it; URIs of other storages stay as they are."""
+    return Location.parse(path).path if is_local(path) else path.rstrip("/")
 
 
 def is_local(location: str | Location) -> bool:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pipelines.redact import redact
+from pipelines.storage import is_local
 from pipelines.tracking.identity import RunIdentity, read_identity, write_identity
 from pipelines.tracking.mlflow import MLflowTracker
 
@@ -90,6 +92,27 @@ def absolute_uri(uri: str) -> str:
         return default_uri(Path.cwd())
     path = uri.removeprefix("sqlite:///")
     return uri if path == uri or path.startswith("/") else f"sqlite:///{Path.cwd() / path}"
+
+
+def reachable_uri(uri: str, output: str) -> str:
+    """The tracking URI for a job that may run on several machines.
+
+    Args:
+        uri: as the settings give it.
+        output: folder or URI of the results; a URI says that the machines share no disk.
+
+    Returns:
+        The absolute URI; ``none``, with a warning, where MLflow's files would lie on one machine's disk alone.
+    """
+    if is_local(output) or uri == "none" or uri.startswith(("http://", "https://", "databricks")):
+        return absolute_uri(uri)
+    logger.warning(
+        "this run is not tracked: tracking_uri=%s would be files of one machine, and output=%s says that there are "
+        "several; give the URI of an MLflow server, e.g. tracking_uri=http://HOST:5000.",
+        redact(uri) or "''",
+        redact(output),
+    )
+    return "none"
 
 
 def open_tracker(

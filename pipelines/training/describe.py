@@ -6,11 +6,11 @@ Nothing is loaded and no GPU is touched: parameters are counted on the meta devi
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
 from pipelines.data.loader import open_shards
+from pipelines.node_cache import local_checkpoint
 from pipelines.settings import TrainSettings
 from pipelines.training.fit import computation_of
 from tinygptv.checkpoint.config_file import read_config
@@ -42,7 +42,7 @@ def model_config(settings: TrainSettings, stage: Stage) -> TinyGPTVConfig:
         from pipelines.training.memory_plan import recipe_config
 
         return recipe_config(settings.recipe, stage)
-    config = read_config(Path(settings.init_from))
+    config = read_config(local_checkpoint(settings.init_from, weights=False))
     config.vision_config.image_size = stage.image_size
     config.lora_rank = config.lora_rank or stage.lora_rank
     return config

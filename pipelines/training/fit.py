@@ -7,6 +7,7 @@ import logging
 
 import torch
 
+from pipelines.node_cache import local_checkpoint
 from pipelines.settings import TrainSettings
 from pipelines.training.guard import TrainingStopped
 from pipelines.training.job import TrainJob
@@ -57,7 +58,8 @@ def fit_to_device(job: TrainJob, capacity: int | None) -> TrainJob:
     automatic = settings.micro_batch_size == "auto"
     if capacity is None:
         return _with_plan(job, CPU_MICRO_BATCH if automatic else int(settings.micro_batch_size), 0)
-    memory = TrainingMemory(TinyGPTVConfig.from_pretrained(settings.init_from), stage, computation_of(settings))
+    start = local_checkpoint(settings.init_from, weights=False)
+    memory = TrainingMemory(TinyGPTVConfig.from_pretrained(start), stage, computation_of(settings))
     with_checkpointing = memory.computed(gradient_checkpointing=True)
     if automatic and not memory.largest_micro_batch(capacity) and with_checkpointing.largest_micro_batch(capacity):
         logger.warning("no sample fits without gradient checkpointing, so it is switched on.")

@@ -14,16 +14,15 @@ import yaml
 
 from pipelines import storage
 from pipelines.data.features import FeatureSet, feature_key
-from pipelines.data.loader import LoadPlan, build_mixture, data_path, open_shards
+from pipelines.data.loader import LoadPlan, build_mixture, open_shards
 from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim
+from pipelines.node_cache import checked_checkpoint
 from pipelines.redact import redact
 from pipelines.settings import SettingsError, TrainSettings
 from pipelines.settings.near_match import near_match
-from pipelines.tracking.base import absolute_uri
+from pipelines.tracking.base import reachable_uri
 from pipelines.tracking.identity import RunIdentity
-from pipelines.training.states import download_folder
 from tinygptv.checkpoint.config_file import read_config
-from tinygptv.checkpoint.folders import MANIFEST, CheckpointError, verify_folder
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.training.stages import Stage, StageSource, get_stage
 
@@ -39,7 +38,7 @@ class TrainJob:
         stage: the stage with its changes applied.
         plan: how batches are made.
         num_steps: optimizer steps to reach.
-        output: output folder, absolute.
+        output: output folder, absolute, or its URI.
         run: the tracker's run to log into; None for none.
     """
 
@@ -73,9 +72,15 @@ RESULTS = (
 )
 """What a stage writes into its output folder or its storage."""
 
+DRIVER_FILES = ("run.json", "result.json", "unsent.jsonl")
+"""Those that the driver reads again when the same command is run once more."""
 
-def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, Path]:
+
+def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, storage.WorkFolder]:
     """Check everything that can be checked before work starts, and resolve what must be the same for every worker.
+
+    Returns:
+        The job, and the driver's side of its output folder.
 
     Raises:
         OtherInputsError: the output folder, or ``storage_path``, holds a run of other inputs.
@@ -83,38 +88,46 @@ def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, Path]:
         CheckpointError: the start is no checkpoint.
         FeatureError: cached features are missing.
         FileNotFoundError: data is missing.
+        StorageError: a bucket does not exist or refuses access.
     """
-    output = settings.output_dir(f"outputs/{settings.recipe}/stage{number}")
+    output = settings.output_location(f"outputs/{settings.recipe}/stage{number}")
     stage = resolve_stage(settings, number)
     given = (settings.init_from, settings.data)
     settings = resolve_paths(settings, number, output)
+    start = checked_checkpoint(settings.init_from, weights=settings.features == "cached")
+    for folder in dict.fromkeys((output, settings.storage_path)):
+        storage.check_access(folder or output, writes=True)
     shards = open_shards(settings.data, stage)
     build_mixture(stage, shards, settings.seed)
-    config = read_config(Path(settings.init_from))
+    config = read_config(start)
     stage = with_start_adapters(stage, config)
-    plan = _load_plan(settings, stage, config)
+    plan = _load_plan(settings, stage, start, config)
     if plan.feature_key:
         for shard_set in shards.values():
             FeatureSet.open(shard_set.uri, plan.feature_key)
     num_steps = min(settings.max_steps or stage.schedule.num_steps, stage.schedule.num_steps)
-    job = TrainJob(settings, stage, plan, num_steps, str(output))
-    fingerprint = training_fingerprint(settings, stage, {name: s.manifest.digest for name, s in shards.items()})
+    job = TrainJob(settings, stage, plan, num_steps, output)
+    fingerprint = training_fingerprint(settings, stage, start, {name: s.manifest.digest for name, s in shards.items()})
     for folder in dict.fromkeys((job.storage, job.output)):
         claim(folder, fingerprint, RESULTS, overwrite=settings.overwrite, inputs=given)
+    work = storage.WorkFolder(output)
+    work.fetch(*DRIVER_FILES)
     resolved = yaml.safe_dump(resolved_config(settings, stage), sort_keys=False)
-    storage.write_atomically(str(output / "config.yaml"), resolved.encode())
-    return job, output
+    storage.write_atomically(str(work.path / "config.yaml"), resolved.encode())
+    work.publish("config.yaml")
+    return job, work
 
 
-def training_fingerprint(settings: TrainSettings, stage: Stage, data: dict[str, str]) -> Fingerprint:
+def training_fingerprint(settings: TrainSettings, stage: Stage, start: Path, data: dict[str, str]) -> Fingerprint:
     """What decides the weights that a stage ends with, up to rounding.
 
     Left out is how the same steps are computed (workers, micro-batches, memory savers), how far (``max_steps``), and
     what is done at faults (``guard``): a run may be resumed with others.
 
     Args:
-        settings: with the start's path.
+        settings: of the run.
         stage: with its changes applied.
+        start: local folder of the start; its manifest is enough.
         data: digest of the shard set of each source.
     """
     fields = dataclasses.asdict(stage)
@@ -127,7 +140,7 @@ def training_fingerprint(settings: TrainSettings, stage: Stage, data: dict[str, 
         seed=settings.seed,
         precision=settings.precision,
         encoder_precision=settings.encoder_precision or settings.precision,
-        start=checkpoint_digest(settings.init_from),
+        start=checkpoint_digest(start),
         data=data,
         stage=fields,
     )
@@ -138,42 +151,24 @@ def resolve_stage(settings: TrainSettings, number: int) -> Stage:
     return apply_stage_settings(get_stage(settings.recipe, number), settings.stage)
 
 
-def resolve_paths(settings: TrainSettings, number: int, output: Path) -> TrainSettings:
-    """The settings with every path absolute; a start in object storage is copied into the output folder once.
+def resolve_paths(settings: TrainSettings, number: int, output: str) -> TrainSettings:
+    """The settings with every local path absolute; URIs stay as they are.
 
     Raises:
         SettingsError: a path is not given.
-        CheckpointError: the start is no checkpoint.
     """
     if not settings.init_from:
         raise SettingsError(f"stage {number} needs a start: give init_from=DIR, the checkpoint of the stage before.")
     if not settings.data:
         raise SettingsError(f"stage {number} needs data=DIR, the folder with one prepared shard set per source.")
-    init_from = data_path(settings.init_from)
-    if not storage.is_local(init_from):
-        init_from = str(fetch_start(init_from, output / "start"))
-    verify_folder(init_from, hashes=False)
-    storage_path = data_path(settings.storage_path) if settings.storage_path else ""
     changes = {
-        "init_from": init_from,
-        "data": data_path(settings.data),
-        "output": str(output),
-        "storage_path": storage_path,
-        "tracking_uri": absolute_uri(settings.tracking_uri),
+        "init_from": storage.absolute(settings.init_from),
+        "data": storage.absolute(settings.data),
+        "output": output,
+        "storage_path": storage.absolute(settings.storage_path) if settings.storage_path else "",
+        "tracking_uri": reachable_uri(settings.tracking_uri, settings.storage_path or output),
     }
     return settings.model_copy(update=changes)
-
-
-def fetch_start(uri: str, folder: Path) -> Path:
-    """A checkpoint of object storage as a local folder; an earlier copy is kept if it is complete and the same."""
-    try:
-        verify_folder(folder, hashes=False)
-        if (folder / MANIFEST).read_bytes() == storage.read_bytes(storage.join(uri, MANIFEST)):
-            return folder
-    except (CheckpointError, FileNotFoundError):
-        pass  # copied below; a checkpoint that is not there is named by who reads the copy
-    storage.remove_folder(str(folder))
-    return download_folder(uri, folder)
 
 
 def with_start_adapters(stage: Stage, config: TinyGPTVConfig) -> Stage:
@@ -197,7 +192,7 @@ def with_start_adapters(stage: Stage, config: TinyGPTVConfig) -> Stage:
     return dataclasses.replace(stage, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
 
 
-def _load_plan(settings: TrainSettings, stage: Stage, config: TinyGPTVConfig) -> LoadPlan:
+def _load_plan(settings: TrainSettings, stage: Stage, start: Path, config: TinyGPTVConfig) -> LoadPlan:
     return LoadPlan(
         data=settings.data,
         tokenizer=settings.init_from,
@@ -207,12 +202,8 @@ def _load_plan(settings: TrainSettings, stage: Stage, config: TinyGPTVConfig) ->
         num_query_tokens=config.num_query_tokens,
         micro_batch_size=1 if settings.micro_batch_size == "auto" else settings.micro_batch_size,
         pack_length=stage.limits.max_text_tokens if settings.packing else 0,
-        feature_key=_feature_key(settings, stage),
+        feature_key=feature_key(start, stage.image_size) if settings.features == "cached" else "",
     )
-
-
-def _feature_key(settings: TrainSettings, stage: Stage) -> str:
-    return feature_key(settings.init_from, stage.image_size) if settings.features == "cached" else ""
 
 
 def apply_stage_settings(stage: Stage, changes: dict[str, Any]) -> Stage:

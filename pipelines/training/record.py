@@ -10,8 +10,15 @@ from typing import NotRequired, TypedDict
 
 from pipelines import storage
 from pipelines.json_files import to_json
+from pipelines.tracking.outbox import JOURNAL_FILE
 
 RECORD_FILE = "metrics.jsonl"
+GUARD_FILE = "guard.jsonl"
+"""Faults that the guard found: one line each."""
+
+PREDICTIONS_FOLDER = "predictions"
+WORKER_FILES = (RECORD_FILE, GUARD_FILE, PREDICTIONS_FOLDER, JOURNAL_FILE)
+"""What rank 0 writes as it trains, beside states and checkpoint; published with every training state."""
 
 
 class StepEntry(TypedDict):

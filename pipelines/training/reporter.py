@@ -10,7 +10,6 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
@@ -21,7 +20,7 @@ from pipelines.json_files import write_json
 from pipelines.progress import PROGRESS_FILE, StepProgress
 from pipelines.tracking.base import NullTracker, Tracker, open_tracker
 from pipelines.training.job import TrainJob
-from pipelines.training.record import RECORD_FILE, StepEntry, StepRecord
+from pipelines.training.record import PREDICTIONS_FOLDER, RECORD_FILE, StepEntry, StepRecord
 from pipelines.training.result import WorkerResult, cut_sentence
 from pipelines.training.sample_predictions import SamplePredictor
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
@@ -42,17 +41,17 @@ class _Step:
 class Reporter:
     """Reports the steps of one training; on rank 0."""
 
-    def __init__(self, job: TrainJob, next_step: int, world_size: int) -> None:
-        self.job, self.world_size = job, world_size
-        self.path = Path(job.output) / RECORD_FILE
+    def __init__(self, job: TrainJob, work: storage.WorkFolder, next_step: int, world_size: int) -> None:
+        self.job, self.work, self.world_size = job, work, world_size
+        self.path = work.path / RECORD_FILE
         self.record = StepRecord(self.path, next_step)
         self.tracker: Tracker = (
-            open_tracker(job.settings, job.stage.title, identity=job.run, journal=Path(job.output))
+            open_tracker(job.settings, job.stage.title, identity=job.run, journal=work.path)
             if job.run
             else NullTracker()
         )
         self.progress = StepProgress(f"stage {job.stage.number} ({job.stage.title})", next_step, job.num_steps)
-        self.progress_file = Path(job.output) / PROGRESS_FILE
+        self.progress_file = work.path / PROGRESS_FILE
         self.pending: list[_Step] = []
         self.clock = time.perf_counter()
         self._predictor: SamplePredictor | None = None
@@ -110,6 +109,7 @@ class Reporter:
         """Write the progress line, which the driver shows; training goes on without it."""
         with suppress(OSError):
             self.progress_file.write_text(line)
+            self.work.publish_soon(PROGRESS_FILE)
 
     def _rates(self) -> dict[str, float]:
         now = time.perf_counter()
@@ -155,7 +155,7 @@ class Reporter:
 
     def predictions(self, model: TinyGPTVForConditionalGeneration, step: int) -> None:
         """Log the model's answers to the same few samples; a step that is done again is not asked again."""
-        path = Path(self.job.output) / f"predictions/step_{step + 1:06d}.json"
+        path = self.work.path / PREDICTIONS_FOLDER / f"step_{step + 1:06d}.json"
         if isinstance(self.tracker, NullTracker) or path.is_file():
             return
         if self._predictor is None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
+from pipelines import storage
 from pipelines.data.loader import CutCount
 from pipelines.json_files import read_json_object, write_json
 from pipelines.training.record import number
@@ -72,8 +73,8 @@ class WorkerResult:
         """For a JSON file."""
         return asdict(self)
 
-    def to_stage_result(self, output: Path, seconds: float) -> StageResult:
-        """Add what the driver knows."""
+    def to_stage_result(self, result: str, seconds: float) -> StageResult:
+        """Add what the driver knows: the location of ``result.json``, and the time of the command."""
         return StageResult(
             checkpoint=self.checkpoint,
             first_loss=self.first_loss,
@@ -81,7 +82,7 @@ class WorkerResult:
             steps=self.steps,
             cut={name: asdict(count) for name, count in self.cut.items()},
             seconds=round(seconds, 1),
-            result=str(output / RESULT_FILE),
+            result=result,
         )
 
 
@@ -94,6 +95,11 @@ def read_result(output: Path) -> StageResult | None:
     """The result of a finished stage; None where there is none, or its file is damaged."""
     values = read_json_object(output / RESULT_FILE)
     try:
-        return WorkerResult.from_dict(values).to_stage_result(output, values["seconds"]) if values else None
+        if not values:
+            return None
+        location = values.get("result", "")
+        if storage.is_local(location or "."):
+            location = str(output / RESULT_FILE)  # a folder may have been moved
+        return WorkerResult.from_dict(values).to_stage_result(location, values["seconds"])
     except (KeyError, TypeError, ValueError):
         return None

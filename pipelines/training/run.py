@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import storage
 from pipelines.cluster import start_ray
-from pipelines.data.loader import data_path
+from pipelines.node_cache import checked_checkpoint, local_checkpoint
 from pipelines.progress import PROGRESS_FILE, follow
 from pipelines.redact import redact
 from pipelines.settings import SettingsError, TrainSettings
 from pipelines.tracking.base import Tracker, continue_tracker, open_tracker
-from pipelines.tracking.identity import RunIdentity, read_identity
+from pipelines.tracking.identity import RUN_FILE, RunIdentity, read_identity
 from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.training.describe import describe_stage
 from pipelines.training.guard import TrainingStopped
 from pipelines.training.job import TrainJob, resolve_job, resolve_stage, resolved_config, with_start_adapters
 from pipelines.training.ray_entry import WORKER_RESULT, train_worker
-from pipelines.training.record import RECORD_FILE
-from pipelines.training.result import StageResult, WorkerResult, cut_sentence, read_result, write_result
+from pipelines.training.record import RECORD_FILE, WORKER_FILES
+from pipelines.training.result import RESULT_FILE, StageResult, WorkerResult, cut_sentence, read_result, write_result
 from pipelines.training.states import StateStore
 from pipelines.training.worker import train_loop
 from tinygptv.checkpoint.checkpoint import read_stage
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from ray.train import WorkerGroupError
 
 logger = logging.getLogger(__name__)
+
+LOSS_PLOT = "loss.png"
 
 GPU_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
 """Of training workers with a GPU: memory is taken in segments that grow, so that little is lost between tensors."""
@@ -59,24 +61,30 @@ def run_stage(settings: TrainSettings, number: int, *, parent_run_id: str = "") 
         TrainingStopped: the guard stopped.
     """
     started = time.perf_counter()
-    job, output = resolve_job(settings, number)
+    job, work = resolve_job(settings, number)
+    output = work.path
     _refuse_shorter_run(job, output)
     finished = _finished_result(output, job.num_steps)
     if finished:
-        logger.info("stage %d is finished already: %s", number, output)
+        logger.info("stage %d is finished already: %s", number, work.location)
         _send_unsent(job, output)
+        work.publish(JOURNAL_FILE)
         return finished
     job = dataclasses.replace(job, run=_begin_tracking(job, output, parent_run_id))
+    work.publish(RUN_FILE)
     logger.info("\n%s", describe_stage(job.settings, job.stage))
     next_step = StateStore(storage.join(job.storage, "states"), 1).newest_step()
     if next_step:
         logger.info("resuming at step %d of %d from %s/states", next_step, job.num_steps, redact(job.storage))
     job.stage.schedule.warn_if_rising()
-    with follow(output / PROGRESS_FILE, quiet=settings.quiet):
+    progress = storage.join(job.storage, PROGRESS_FILE)
+    with follow(progress, quiet=settings.quiet):
         trained = _run_inline(job) if settings.num_workers == 0 else _run_on_ray(job)
-    result = trained.to_stage_result(output, time.perf_counter() - started)
-    write_result(output, result)
+    _collect(job, work)
+    result = trained.to_stage_result(work.uri(RESULT_FILE), time.perf_counter() - started)
     _log_outcome(job, output, result)
+    write_result(output, result)
+    work.publish(LOSS_PLOT, RUN_FILE, RESULT_FILE)
     for name, count in trained.cut.items():
         if count.questions:
             logger.warning("%s.", cut_sentence(name, count))
@@ -90,12 +98,11 @@ def dry_run(settings: TrainSettings, number: int) -> str:
         SettingsError: a setting cannot be used.
         CheckpointError: the start is no checkpoint.
     """
-    if settings.init_from and storage.is_local(settings.init_from):
-        settings = settings.model_copy(update={"init_from": data_path(settings.init_from)})
-        verify_folder(settings.init_from, hashes=False)
     stage = resolve_stage(settings, number)
     if settings.init_from:
-        stage = with_start_adapters(stage, read_config(Path(settings.init_from)))
+        start = checked_checkpoint(settings.init_from, weights=False)
+        stage = with_start_adapters(stage, read_config(start))
+        settings = settings.model_copy(update={"init_from": str(start)})
     return describe_stage(settings, stage)
 
 
@@ -120,7 +127,7 @@ def _begin_tracking(job: TrainJob, output: Path, parent_run_id: str) -> RunIdent
 
 def _training_run(settings: TrainSettings) -> str:
     """The parent run of all stages of a training: the one of the start's stage, or a new one."""
-    known = read_stage(settings.init_from).get("tracking_parent", "")
+    known = read_stage(local_checkpoint(settings.init_from, weights=False)).get("tracking_parent", "")
     tracker = open_tracker(settings, "training", identity=RunIdentity(run_id=known))
     tracker.close()
     return tracker.run_id
@@ -132,7 +139,7 @@ def _refuse_shorter_run(job: TrainJob, output: Path) -> None:
     done = max(finished["steps"] if finished else 0, StateStore(storage.join(job.storage, "states"), 1).newest_step())
     if done > job.num_steps:
         raise SettingsError(
-            f"{output} holds a run of {done} steps, and {job.num_steps} are asked for (max_steps, stage.schedule): "
+            f"{job.output} holds a run of {done} steps, and {job.num_steps} are asked for (max_steps, stage.schedule): "
             "give another output=, or overwrite=true to begin again."
         )
 
@@ -166,6 +173,7 @@ def _run_on_ray(job: TrainJob) -> WorkerResult:
 
     settings = job.settings
     gpu_options: Any = {"worker_runtime_env": {"env_vars": dict(GPU_ENVIRONMENT)}} if settings.use_gpu else {}
+    filesystem, storage_path = storage.resolve(job.storage)
     with start_ray(settings):
         workers: Any = (settings.min_workers, settings.num_workers) if settings.min_workers else settings.num_workers
         trainer = TorchTrainer(
@@ -178,7 +186,8 @@ def _run_on_ray(job: TrainJob) -> WorkerResult:
             ),
             run_config=RunConfig(
                 name="ray_train",
-                storage_path=job.storage,
+                storage_path=storage_path,
+                storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=settings.max_failures),
                 **gpu_options,
             ),
@@ -226,13 +235,24 @@ def _cause(error: WorkerGroupError) -> Exception:
     return error
 
 
+def _collect(job: TrainJob, work: storage.WorkFolder) -> None:
+    """Have what rank 0 wrote, perhaps on another machine, in the driver's output folder."""
+    if job.storage == job.output:
+        work.fetch(*WORKER_FILES)
+        return
+    written = storage.WorkFolder(job.storage)
+    written.fetch(*WORKER_FILES)
+    storage.copy_tree(written.path, work.path, WORKER_FILES)
+    work.publish(*WORKER_FILES)
+
+
 def _log_outcome(job: TrainJob, output: Path, result: StageResult) -> None:
     """Draw the loss curve, and log it with the checkpoint; a quiet run without tracking has nobody to look at it."""
     if not job.run and job.settings.quiet:
         return
     from pipelines.training.plots import loss_curve
 
-    curve = loss_curve(output / RECORD_FILE, output / "loss.png", job.stage, job.settings.recipe)
+    curve = loss_curve(output / RECORD_FILE, output / LOSS_PLOT, job.stage, job.settings.recipe)
     tracker = _continue_tracker(job, output)
     tracker.artifact(curve)
     tracker.artifact(output / RECORD_FILE)

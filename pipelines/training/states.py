@@ -2,10 +2,10 @@
 
 <storage>/states/step-00000500/   trainable parameters, optimizer, position (tinygptv.checkpoint.checkpoint)
 <storage>/checkpoint/             the whole model, at the end of the stage
-<output>/metrics.jsonl            one line per step; cut back to the state's step when a run resumes
+<storage>/metrics.jsonl           one line per step; cut back to the state's step when a run resumes
 <output>/run.json                 identity of the tracker's run, which a resumed stage continues
 
-``storage`` is the output folder, or ``storage_path``: a folder or URI that all nodes reach.
+``storage`` is ``output``, or ``storage_path`` where that is given: a folder or URI that all nodes reach.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
 import torch
 
 from pipelines import storage
@@ -92,16 +90,14 @@ class StateStore:
 
     def _folders(self) -> list[tuple[int, str]]:
         """Step and location of every state, complete or not, oldest first."""
-        filesystem, path = storage.resolve(self.location)
-        found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-        matches = [match for info in found if (match := _FOLDER.match(info.base_name))]
+        matches = [match for name in storage.list_folders(self.location) if (match := _FOLDER.match(name))]
         return sorted((int(match[1]), storage.join(self.location, match[0])) for match in matches)
 
     def _read(self, folder: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         if storage.is_local(folder):
             return load_training_state(folder.removeprefix("file://"))
         with tempfile.TemporaryDirectory() as local:
-            download_folder(folder, Path(local))
+            storage.download_files(folder, storage.list_names(folder), Path(local))
             return load_training_state(local)
 
     def _write(self, next_step: int, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
@@ -118,7 +114,7 @@ class StateStore:
             save_training_state(folder.removeprefix("file://"), tensors, extra)
         else:
             with tempfile.TemporaryDirectory() as local:
-                upload_folder(save_training_state(Path(local) / "state", tensors, extra), folder)
+                storage.upload_folder(save_training_state(Path(local) / "state", tensors, extra), folder, MANIFEST)
 
     def _thin_out(self) -> None:
         folders = [folder for _, folder in self._folders()]
@@ -138,23 +134,6 @@ class StateStore:
             return float("inf") if loss is None else float(loss)
         except (OSError, ValueError):
             return float("inf")  # incomplete
-
-
-def upload_folder(source: Path, target: str) -> None:
-    """Copy a checkpoint folder to any storage, its manifest last: a folder without one is incomplete."""
-    storage.make_folder(target)
-    for path in sorted(source.iterdir(), key=lambda path: path.name == MANIFEST):
-        filesystem, remote = storage.resolve(storage.join(target, path.name))
-        with path.open("rb") as stream, filesystem.open_output_stream(remote) as sink:
-            shutil.copyfileobj(stream, sink, storage.COPY_BYTES)
-
-
-def download_folder(source: str, target: Path) -> Path:
-    """Copy a checkpoint folder of any storage to a local one."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in storage.list_names(source):
-        storage.download(storage.join(source, name), target / name)
-    return target
 
 
 def collect_state(train_step: TrainStep) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 from collections import Counter
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,15 +19,17 @@ import torch.distributed as dist
 from pipelines import storage
 from pipelines.data.loader import BatchMaker, CutCount, StepBatch, iterate_steps
 from pipelines.json_files import to_json
+from pipelines.node_cache import local_checkpoint
 from pipelines.redact import redact
 from pipelines.training.fit import device_capacity, fit_to_device
 from pipelines.training.guard import Diagnosis, Fault, Guard, TrainingStopped, describe, diagnose
 from pipelines.training.job import TrainJob
-from pipelines.training.record import RECORD_FILE
+from pipelines.training.record import GUARD_FILE, WORKER_FILES
 from pipelines.training.reporter import Reporter
 from pipelines.training.result import WorkerResult
-from pipelines.training.states import StateStore, collect_state, restore_state, upload_folder
+from pipelines.training.states import StateStore, collect_state, restore_state
 from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from tinygptv.checkpoint.folders import MANIFEST
 from tinygptv.data.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
 from tinygptv.training.optim import build_optimizer
 from tinygptv.training.stages import set_trainable
@@ -36,9 +38,6 @@ from tinygptv.training.train_step import PRECISIONS, StepResult, TrainStep, set_
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-GUARD_FILE = "guard.jsonl"
-"""Faults that the guard found, in the output folder: one line each."""
 
 
 def train_loop(job: TrainJob) -> WorkerResult | None:
@@ -92,6 +91,7 @@ class TrainWorker:
         self.store = StateStore(
             storage.join(job.storage, "states"), settings.keep_checkpoints, keep_best=settings.keep_best
         )
+        self.work = storage.WorkFolder(job.storage)
         self.reporter: Reporter | None = None
         self.cut: dict[str, CutCount] = {}
         self.left_out: set[int] = set()
@@ -101,8 +101,8 @@ class TrainWorker:
         """Restore the newest state; returns the step to continue with."""
         next_step = self._restore()
         if self.rank == 0:
-            self._fetch_record()
-            self.reporter = Reporter(self.job, next_step, self.world_size)
+            self.work.fetch(*WORKER_FILES)  # another node may have begun
+            self.reporter = Reporter(self.job, self.work, next_step, self.world_size)
             if next_step == 0 and self.job.settings.guard == "rollback":
                 self.save(0)  # something to roll back to
         return next_step
@@ -174,7 +174,7 @@ class TrainWorker:
             if self.rank == 0:
                 logger.warning("guard (%s): %s", settings.guard, sentences[-1])
                 line = to_json({**asdict(fault), **asdict(diagnosis), "action": settings.guard}) + "\n"
-                path = Path(self.job.output) / GUARD_FILE
+                path = self.work.path / GUARD_FILE
                 with storage.disk_full_as_error(path), path.open("a") as stream:
                     stream.write(line)
         if settings.guard == "stop" or out_of_patience:
@@ -219,7 +219,7 @@ class TrainWorker:
         """Save a training state in the background; called on rank 0."""
         assert self.reporter is not None
         mean_loss = self.reporter.flush()
-        self._mirror_record()  # first: a record may be ahead of the state, never behind it
+        self.work.publish(*WORKER_FILES)  # first: a record may be ahead of the state, never behind it
         tensors, extra = collect_state(self.train_step)
         tensors |= {f"guard/{name}": tensor for name, tensor in self.guard.state().items()}
         counts = {name: asdict(count) for name, count in self.cut.items()}
@@ -244,25 +244,12 @@ class TrainWorker:
         self.guard.load_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         return next_step
 
-    def _mirror_record(self) -> None:
-        """Copy the record to where the states are stored: another node may resume."""
-        if self.job.settings.storage_path:
-            storage.make_folder(self.job.storage)
-            data = (Path(self.job.output) / RECORD_FILE).read_bytes()
-            storage.write_atomically(storage.join(self.job.storage, RECORD_FILE), data)
-
-    def _fetch_record(self) -> None:
-        """Copy the record that another node began."""
-        mirrored, local = storage.join(self.job.storage, RECORD_FILE), Path(self.job.output) / RECORD_FILE
-        if self.job.settings.storage_path and not local.is_file() and storage.exists(mirrored):
-            local.parent.mkdir(parents=True, exist_ok=True)
-            storage.download(mirrored, local)
-
     def abort(self) -> None:
         """Close everything so that another run can resume."""
         if self.reporter:
             self.store.wait()
             self.reporter.abort()
+            self.work.publish(*WORKER_FILES)
 
     def finish(self) -> WorkerResult | None:
         """Write the whole checkpoint on rank 0; other ranks return None."""
@@ -270,19 +257,20 @@ class TrainWorker:
             return None
         self.store.wait()
         self.reporter.flush()
-        self._mirror_record()
-        return self.reporter.finish(self._save_checkpoint(), self.cut)
+        checkpoint = self._save_checkpoint()
+        result = self.reporter.finish(checkpoint, self.cut)
+        self.work.publish(*WORKER_FILES)
+        return result
 
     def _save_checkpoint(self) -> str:
         """Write the whole model; returns its folder or URI."""
-        folder = Path(self.job.output) / "checkpoint"
+        folder = self.work.path / "checkpoint"
         with storage.disk_full_as_error(folder):
             save_checkpoint(folder, self.model, self.processor, self._metadata())
-        if not self.job.settings.storage_path:
-            return str(folder)
-        remote = storage.join(self.job.storage, "checkpoint")
-        upload_folder(folder, remote)
-        return remote
+            if not self.work.location.is_local:
+                storage.upload_folder(folder, self.work.location / "checkpoint", MANIFEST)
+                shutil.rmtree(folder)
+        return self.work.uri("checkpoint")
 
     def _metadata(self) -> dict[str, Any]:
         """``stage.json`` of the checkpoint."""
@@ -302,8 +290,9 @@ def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
     """Load the start checkpoint, set the stage's image size, add LoRA where the stage has it, freeze the rest."""
     settings, stage = job.settings, job.stage
     device = torch.device("cuda", torch.cuda.current_device()) if settings.use_gpu else torch.device("cpu")
+    start = local_checkpoint(settings.init_from)
     model, processor, _ = load_checkpoint(
-        settings.init_from, dtype=PRECISIONS[settings.precision], attn_implementation=settings.attention
+        start, dtype=PRECISIONS[settings.precision], attn_implementation=settings.attention
     )
     model.set_image_size(stage.image_size)
     if stage.lora_rank and not model.config.lora_rank:

@@ -46,12 +46,13 @@ _LIBRARY: dict[str, set[str]] = {
     "auto_classes": {"config", "data", "model"},
     "chat": {"data", "inference", "miniature"},
 }
-_WIRING = {"settings", "cluster", "storage", "progress", "json_files", "redact", "units", "fingerprint"}
+_WIRING = {"settings", "cluster", "storage", "progress", "json_files", "redact", "units", "fingerprint", "node_cache"}
 _PIPELINES: dict[str, set[str]] = {
     "settings": set(),
-    "progress": set(),
+    "progress": {"storage"},
     "cluster": {"settings"},
     "storage": {"settings", "redact"},
+    "node_cache": {"storage"},
     "units": {"settings", "cluster"},
     "redact": set(),
     "json_files": {"settings", "storage"},

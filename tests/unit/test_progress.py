@@ -81,7 +81,7 @@ def test_poll_calls_until_the_end_and_once_more():
 def test_follow_shows_the_last_line_of_another_process(tmp_path, capsys):
     path = tmp_path / "progress.txt"
     path.write_text("old")
-    with follow(path):
+    with follow(str(path)):
         assert not path.exists(), "a line of an earlier run would mislead"
         path.write_text("step 7")
     assert capsys.readouterr().err.splitlines()[-1] == "step 7"

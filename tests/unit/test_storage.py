@@ -218,6 +218,12 @@ def test_relative_paths_become_absolute_because_workers_run_elsewhere(tmp_path, 
     assert Location.parse("s3://bucket/x/a.b").name == "a.b"
 
 
+def test_local_paths_become_absolute_and_uris_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("a/b") == storage.absolute(f"file://{tmp_path}/a/b") == f"{tmp_path}/a/b"
+    assert storage.absolute("s3://bucket/a/") == "s3://bucket/a"
+
+
 def test_passwords_are_not_shown():
     shown = str(Location.parse("s3://key:secret@bucket/a?secret_key=hush&region=x"))
     assert "secret@" not in shown and "hush" not in shown
@@ -247,13 +253,13 @@ def test_full_disk_becomes_one_sentence_and_other_errors_pass():
 @pytest.mark.parametrize("size", [10, 100_000])
 def test_device_that_is_really_full(tmp_path, monkeypatch, size):
     full = tmp_path / "draft"
-    full.symlink_to("/dev/full")
     monkeypatch.setattr(files_module, "draft_of", lambda target: full)
     (tmp_path / "a").write_bytes(b"before")
     for write in (
         lambda: storage.write_atomically(str(tmp_path / "a"), b"x" * size),
         lambda: storage.write_lines(str(tmp_path / "a"), [{"x": "y" * size}]),
     ):
+        full.symlink_to("/dev/full")
         with pytest.raises(storage.DiskFullError, match="run the same command again"):
             write()
     assert (tmp_path / "a").read_bytes() == b"before", "an earlier file stays as it was"

@@ -40,9 +40,9 @@ class MixtureSource:
     batch_size: int
     shard_rows: tuple[int, ...]
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
-        """Rows of one epoch."""
+        """Rows of one epoch; summed once: every sample asks, and a web-scale set has tens of thousands of shards."""
         return sum(self.shard_rows)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipelines.data import loader
-from pipelines.data.loader import BatchMaker, LoadPlan, data_path, iterate_steps, open_shards
+from pipelines.data.loader import BatchMaker, LoadPlan, iterate_steps, open_shards
 from pipelines.miniature.tiny_training import make_world, train_settings
 from pipelines.training.job import resolve_job
 from tinygptv.data.images import open_image, resize_pixels
@@ -129,10 +129,4 @@ def test_a_source_that_was_not_prepared_is_named_with_the_others(plan):
     stage = plan.stage
     with pytest.raises(FileNotFoundError, match=r"/nowhere/pairs, /nowhere/questions: run jobs/prepare_data\.py"):
         open_shards("/nowhere/", stage)
-
-
-def test_local_paths_become_absolute_and_uris_stay(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert data_path("a/b") == f"{tmp_path}/a/b"
-    assert data_path("s3://bucket/a") == "s3://bucket/a"
     assert loader.CHUNK_STEPS >= 1

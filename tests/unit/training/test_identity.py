@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import yaml
@@ -12,9 +11,8 @@ import yaml
 from pipelines.fingerprint import FINGERPRINT_FILE, OtherInputsError
 from pipelines.miniature.tiny_training import STAGE, make_rows, make_world, train_settings, write_shard_set
 from pipelines.settings import SettingsError
-from pipelines.training.job import fetch_start, resolve_job
+from pipelines.training.job import resolve_job
 from pipelines.training.run import run_stage
-from pipelines.training.states import upload_folder
 from tinygptv.checkpoint.checkpoint import load_checkpoint, read_stage, save_checkpoint
 
 
@@ -144,16 +142,3 @@ def test_the_start_is_never_overwritten(world, output):
         with pytest.raises(SettingsError, match=r"is an input, and .*checkpoint is written by this job"):
             resolve_job(train_settings(start, output, overwrite=overwrite), 4)
     assert (output / "checkpoint/manifest.json").is_file()
-
-
-def test_a_start_that_changed_in_storage_is_copied_again(world, tmp_path):
-    place = f"memory://bucket/{tmp_path.name}/start"
-    upload_folder(Path(world["init_from"]), place)
-    first = fetch_start(place, tmp_path / "copy")
-    before = (first / "manifest.json").stat().st_mtime_ns
-    assert fetch_start(place, tmp_path / "copy") == first
-    assert (first / "manifest.json").stat().st_mtime_ns == before, "an equal copy is kept"
-    changed = other_start(world, tmp_path / "other")["init_from"]
-    upload_folder(Path(changed), place)
-    fetch_start(place, tmp_path / "copy")
-    assert (first / "manifest.json").read_bytes() == (tmp_path / "other/manifest.json").read_bytes()

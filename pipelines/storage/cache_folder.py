@@ -1,0 +1,46 @@
+"""The node's cache of what lies in buckets: a private folder on this machine's disk, and locks between its users."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipelines.settings import SettingsError
+
+CACHE_VARIABLE = "TINYGPTV_CACHE"
+
+
+def default_cache() -> Path:
+    """``$TINYGPTV_CACHE``, or a folder of this user among the machine's temporary files."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen).expanduser() if chosen else Path(tempfile.gettempdir(), f"tinygptv-cache-{os.getuid()}")
+
+
+def secure_folder(folder: Path) -> Path:
+    """Make a cache folder, and refuse one into which another user could put files.
+
+    Raises:
+        SettingsError: it is a link, belongs to another user, or others can write to it.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = folder.lstat()
+    others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or others_write:
+        raise SettingsError(
+            f"the cache {folder} is a link, belongs to another user, or can be written by others: set "
+            f"{CACHE_VARIABLE} to a folder of your own, or run `chmod 700 {folder}` if it is yours."
+        )
+    return folder
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Have a lock file for this process alone while the block runs; others wait. A dead process holds none."""
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

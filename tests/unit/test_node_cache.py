@@ -1,0 +1,144 @@
+"""Checkpoints of a bucket on a node: one download for all processes, never half a copy, one sentence per mistake."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+
+import pytest
+
+from pipelines import node_cache, storage
+from pipelines.fingerprint import checkpoint_digest
+from pipelines.node_cache import local_checkpoint
+from tinygptv.checkpoint.folders import MANIFEST, CheckpointError, verify_folder, write_folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYGPTV_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache/checkpoints"
+
+
+def checkpoint(folder, content=b"weights"):
+    def fill(staging):
+        (staging / "model.safetensors").write_bytes(content)
+        (staging / "config.json").write_text("{}")
+        (staging / "tokenizer").mkdir()
+        (staging / "tokenizer/words.txt").write_text("a b")
+
+    return write_folder(folder, fill)
+
+
+@pytest.fixture
+def remote(tmp_path):
+    place = f"memory://bucket/{tmp_path.name}/start"
+    storage.upload_folder(checkpoint(tmp_path / "made"), place, MANIFEST)
+    return place
+
+
+def downloads(monkeypatch):
+    names = []
+    original = storage.download_files
+
+    def counting(source, wanted, target):
+        names.extend(wanted)
+        return original(source, wanted, target)
+
+    monkeypatch.setattr(storage, "download_files", counting)
+    return names
+
+
+def test_a_local_folder_is_itself(tmp_path):
+    folder = checkpoint(tmp_path / "made")
+    assert local_checkpoint(str(folder)) == local_checkpoint(f"file://{folder}") == folder
+
+
+def test_a_remote_one_is_fetched_once(remote, monkeypatch):
+    fetched = downloads(monkeypatch)
+    first = local_checkpoint(remote)
+    assert local_checkpoint(remote) == first and len(fetched) == 3
+    verify_folder(first)
+    assert (first / "tokenizer/words.txt").read_text() == "a b"
+
+
+def test_without_weights_little_is_fetched(remote, monkeypatch, tmp_path):
+    fetched = downloads(monkeypatch)
+    light = local_checkpoint(remote, weights=False)
+    assert "model.safetensors" not in fetched and not (light / "model.safetensors").exists()
+    assert checkpoint_digest(light) == checkpoint_digest(tmp_path / "made"), "results are known by the whole manifest"
+    whole = local_checkpoint(remote)
+    assert whole != light and (whole / "model.safetensors").is_file()
+    assert local_checkpoint(remote, weights=False) == whole
+
+
+def test_a_start_that_changed_is_another_copy(remote, tmp_path):
+    first = local_checkpoint(remote)
+    storage.upload_folder(checkpoint(tmp_path / "other", b"other weights"), remote, MANIFEST)
+    second = local_checkpoint(remote)
+    assert second != first and (second / "model.safetensors").read_bytes() == b"other weights"
+    assert (first / "model.safetensors").read_bytes() == b"weights", "who has it open keeps it"
+
+
+def test_processes_wait_for_one_download(remote, monkeypatch, tmp_path):
+    """Forked processes share the memory file system's content and the lock, not what happened since."""
+    log = tmp_path / "log"
+    original = storage.download_files
+
+    def slow(source, wanted, target):
+        with log.open("a") as file:
+            file.write("download\n")
+        threading.Event().wait(0.5)
+        return original(source, wanted, target)
+
+    monkeypatch.setattr(storage, "download_files", slow)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=local_checkpoint, args=(remote,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert log.read_text().splitlines() == ["download"]
+
+
+def test_half_a_download_is_never_used(remote, monkeypatch, cache):
+    def killed(source, wanted, target):
+        storage.download(storage.Location.parse(remote) / "config.json", target / "config.json")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(storage, "download_files", killed)
+        local_checkpoint(remote)
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == []
+    verify_folder(local_checkpoint(remote))
+
+
+def test_what_is_still_being_written_is_told(remote, tmp_path):
+    storage.remove_file(storage.join(remote, MANIFEST))
+    with pytest.raises(CheckpointError, match=rf"{remote} has files but no manifest.json.* still writing it"):
+        local_checkpoint(remote)
+    with pytest.raises(CheckpointError, match=r"checkpoint memory://bucket/nowhere does not exist"):
+        local_checkpoint("memory://bucket/nowhere")
+
+
+def test_what_changes_while_it_is_copied_is_told(remote):
+    storage.write_atomically(storage.join(remote, "model.safetensors"), b"WEIGHTS")
+    with pytest.raises(CheckpointError, match=r"memory://.*model.safetensors does not match .* another job writing it"):
+        local_checkpoint(remote)
+
+
+def test_a_manifest_does_not_lead_out_of_the_cache(remote, cache):
+    storage.write_atomically(storage.join(remote, MANIFEST), b'{"files": {"../../x": {"bytes": 1, "sha256": ""}}}')
+    with pytest.raises((CheckpointError, ValueError)):
+        local_checkpoint(remote)
+    assert not (cache.parent / "x").exists()
+
+
+def test_few_copies_are_kept(tmp_path, monkeypatch, cache):
+    monkeypatch.setattr(node_cache, "MAX_FOLDERS", 2)
+    for number in range(4):
+        place = f"memory://bucket/{tmp_path.name}/{number}"
+        storage.upload_folder(checkpoint(tmp_path / str(number), bytes([number])), place, MANIFEST)
+        newest = local_checkpoint(place)
+    copies = [path for path in cache.iterdir() if path.is_dir()]
+    assert len(copies) == 2 and newest in copies
