@@ -12,6 +12,8 @@ import pytest
 from pipelines import cluster
 from pipelines.cluster import AUTH_MODE, ensure_token, token_path
 
+pytestmark = pytest.mark.security
+
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):

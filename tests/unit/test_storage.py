@@ -129,6 +129,7 @@ def test_one_connection_serves_a_remote_folder(monkeypatch):
     assert opened == ["memory://connected"]
 
 
+@pytest.mark.security
 @pytest.mark.parametrize("folder", ["/data", "s3://bucket/data?region=x"])
 @pytest.mark.parametrize("name", ["../a", "a/../../b", "/etc/passwd", "..", "", ".", "a\0b"])
 def test_names_that_lead_out_of_a_folder(folder, name):
@@ -154,6 +155,7 @@ ODD_NAMES = [
 ]
 
 
+@pytest.mark.security
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_a_name_never_becomes_part_of_the_address(name, monkeypatch):
     """A file system that is asked for something else than its root would contact whom the name says."""

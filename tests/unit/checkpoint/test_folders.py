@@ -128,6 +128,7 @@ def test_what_a_file_is_instead_is_said(folder):
         verify_folder(folder)
 
 
+@pytest.mark.security
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -146,6 +146,7 @@ def test_files_that_are_no_weights_are_named_without_a_manifest_too(folder, cont
     assert "model.safetensors" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.security
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -186,6 +187,7 @@ def test_damaged_small_files_are_named(folder, name):
         load_checkpoint(folder)
 
 
+@pytest.mark.security
 def test_code_of_a_folder_never_runs_and_nobody_is_asked(folder, tmp_path):
     """auto_map names a Python file beside the weights; transformers would ask on the terminal whether to run it."""
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('x')\n")

@@ -16,6 +16,8 @@ from tests.paths import ROOT
 from tinygptv.checkpoint.pickle_check import PickleError, check_pickle
 from tinygptv.checkpoint.weight_files import WeightFileError, open_weights
 
+pytestmark = pytest.mark.security
+
 HUGE = b"\xff\xff\xff\x7f"
 BOMBS = {
     "memo index": b"\x80\x02r" + HUGE + b".",

@@ -239,6 +239,7 @@ class Evil:
         return (print, ("this must not run",))
 
 
+@pytest.mark.security
 def test_a_pickle_never_runs_code(tmp_path, files, capsys):
     torch.save({"cls_token": Evil()}, tmp_path / "evil.pth")
     bad(files, "no file of tensors alone", vision=tmp_path / "evil.pth")

@@ -137,6 +137,7 @@ def test_a_part_that_was_cut_off_is_noticed_when_it_is_opened(world):
         FeatureSet.open(f"{world['data']}/questions", feature_key(world["init_from"], 28))
 
 
+@pytest.mark.security
 def test_names_of_parts_do_not_lead_out_of_the_cache(world):
     path = folder(world) / "manifest.json"
     content = json.loads(path.read_text())

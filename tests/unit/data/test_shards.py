@@ -221,6 +221,7 @@ def mode_of(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
+@pytest.mark.security
 def test_the_cache_is_a_private_folder(tmp_path, remote, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
@@ -232,6 +233,7 @@ def test_the_cache_is_a_private_folder(tmp_path, remote, monkeypatch):
     assert {mode_of(path) for path in cache.folder.iterdir()} == {0o600}
 
 
+@pytest.mark.security
 @pytest.mark.parametrize("trap", ["others write", "link"])
 def test_a_cache_into_which_others_could_put_files_is_refused(tmp_path, remote, trap):
     folder = tmp_path / "cache"
@@ -245,6 +247,7 @@ def test_a_cache_into_which_others_could_put_files_is_refused(tmp_path, remote, 
         ShardSet.open(remote, ShardCache(folder)).row(0)
 
 
+@pytest.mark.security
 def test_a_copy_with_another_content_is_fetched_again(tmp_path, remote):
     info = Manifest.read(remote).shards[1]
     planted = tmp_path / f"{info.sha256}.arrow"
@@ -254,6 +257,7 @@ def test_a_copy_with_another_content_is_fetched_again(tmp_path, remote):
     assert planted.stat().st_size == info.bytes
 
 
+@pytest.mark.security
 @pytest.mark.parametrize(
     "name", ["../part-00000.arrow", "/etc/passwd", "a/b.arrow", "..", "", "a\\b", "x\0y", 3, None, ["a"]]
 )
@@ -266,6 +270,7 @@ def test_a_manifests_names_do_not_lead_out_of_its_folder(tmp_path, uri, name):
         ShardSet.open(str(tmp_path / "set"))
 
 
+@pytest.mark.security
 def test_a_name_that_looks_like_options_is_a_name(tmp_path, uri):
     import fsspec
 
@@ -278,6 +283,7 @@ def test_a_name_that_looks_like_options_is_a_name(tmp_path, uri):
     assert ShardSet.open("memory://odd-set", ShardCache(tmp_path)).row(3) == make_row(3)
 
 
+@pytest.mark.security
 @pytest.mark.parametrize(
     "change",
     [

@@ -66,6 +66,7 @@ def test_async_front_gives_the_same(assistant):
     assert asyncio.run(ask()) == assistant.answer(messages, SamplingParams(max_tokens=12))
 
 
+@pytest.mark.security
 def test_too_much_text_is_refused_before_any_work(assistant, monkeypatch):
     encoded = assistant.images.num_encoded
     image = assistant.open(make_image(99))
@@ -136,6 +137,7 @@ def chat_image(seed):
     return ChatImage.from_bytes(make_image(seed), IMAGE_SIZE)
 
 
+@pytest.mark.security
 def test_a_caller_that_leaves_hurts_neither_the_thread_nor_others(slow_encoder):
     leaving, staying = slow_encoder.encode(chat_image(1)), slow_encoder.encode(chat_image(1))
     while not slow_encoder.thread.busy_s:
@@ -175,6 +177,7 @@ def test_images_that_nobody_waits_for_are_not_encoded(slow_encoder):
     assert slow_encoder.num_encoded == 3
 
 
+@pytest.mark.security
 def test_callers_with_different_salts_share_nothing():
     encoder = ImageEncoder(make_model())
     results = [encoder.encode(chat_image(1), salt).result(10) for salt in (0, 0, 5)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from tinygptv.inference.prefix_cache import PrefixCache
 
@@ -76,6 +77,7 @@ def test_a_prompt_of_one_token():
     assert PrefixCache(1, 8).take(prompt(3)).num_reused == 0
 
 
+@pytest.mark.security
 def test_prompts_of_another_salt_are_not_reused():
     cache = PrefixCache(3, 64)
     ids = np.arange(30)

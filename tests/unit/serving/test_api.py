@@ -216,6 +216,7 @@ def test_a_box_is_clipped_to_its_image_or_refused(box, wanted):
 # ---------------------------------------------------------------------------------------------------- refusals
 
 
+@pytest.mark.security
 @pytest.mark.parametrize(
     ("change", "status", "param"),
     [

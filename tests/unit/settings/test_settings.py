@@ -151,6 +151,7 @@ def test_a_file_that_is_missing_or_of_another_encoding(tmp_path):
         PrepareDataSettings.load(write(tmp_path, "recipe: m\xefni", "latin-1"))
 
 
+@pytest.mark.security
 def test_secrets_are_never_shown_in_errors():
     with pytest.raises(SettingsError, match=r"api_keys=\.\.\. is not usable") as error:
         ServeSettings.parse({"api_keys": "hunter2"}, "config.yaml")

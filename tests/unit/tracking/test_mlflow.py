@@ -202,6 +202,7 @@ def test_a_run_that_was_never_answered_for_is_found_by_its_key(stores, tmp_path,
     assert first.run_id == second.run_id and points(stores["one"], second.run_id, "loss") == [(0, 1.0)]
 
 
+@pytest.mark.security
 def test_passwords_of_uris_are_not_logged(stores, tmp_path, caplog):
     uri = "http://me:secret@mlflow:5000"
     tracker = continue_tracker(settings(uri), "stage", tmp_path)

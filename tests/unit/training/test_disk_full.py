@@ -16,6 +16,8 @@ from pipelines.training.plots import loss_curve
 from pipelines.training.run import run_stage
 from tinygptv.training.stages import get_stage
 
+pytestmark = pytest.mark.security
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

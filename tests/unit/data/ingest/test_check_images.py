@@ -132,10 +132,19 @@ def png_bomb(width: int, height: int) -> bytes:
     )
 
 
+@pytest.mark.security
 @pytest.mark.parametrize("size", [(11_000, 10_000), (50_000, 50_000)])
 def test_decompression_bombs_are_refused_unread(size):
     with pytest.raises(Malformed, match="bomb"):
         check_image(png_bomb(*size), PrepareDataSettings())
+
+
+@pytest.mark.security
+@pytest.mark.timeout(20)
+def test_many_scans_are_refused_unread():
+    scan = bytes([0xFF, 0xDA, 0, 12, 3, 1, 0x11, 2, 0x11, 3, 0x11, 0, 0, 0])
+    with pytest.raises(Malformed, match="more than 100 scans"):
+        check_image(jpeg(0, (600, 500), progressive=True)[:-2] + scan * 100_000 + b"\xff\xd9", PrepareDataSettings())
 
 
 def jpeg_cut() -> bytes:

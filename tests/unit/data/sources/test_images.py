@@ -44,6 +44,7 @@ def test_names_below_the_folder(folder):
     assert images.read("sub\\b.jpg") == images.read("sub/b.jpg") == jpeg(2)
 
 
+@pytest.mark.security
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -71,6 +72,7 @@ def test_names_that_cannot_be_read(folder, name, reason):
     assert len(str(error.value)) < 320 + len(str(folder))
 
 
+@pytest.mark.security
 def test_a_name_that_looks_like_options_is_a_file_name(folder):
     name = "a.jpg?endpoint_override=evil:9000&scheme=http"
     with pytest.raises(MissingImage, match="is missing"):

@@ -97,6 +97,7 @@ def test_one_row_is_a_row_and_no_container(tmp_path):
     assert [entry for _, entry in found] == [{"a": 1}]
 
 
+@pytest.mark.security
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [

@@ -9,6 +9,8 @@ import pytest
 
 from pipelines.data.sources.pickles import load_plain_pickle
 
+pytestmark = pytest.mark.security
+
 
 @pytest.mark.parametrize(
     "data",

@@ -94,6 +94,7 @@ def test_duplicate_key_keeps_the_first(tmp_path):
     assert [(found.key, "duplicate key" in found.reason) for found in rejected] == [("a", True)]
 
 
+@pytest.mark.security
 def test_links_are_refused(tmp_path):
     path = tmp_path / "0.tar"
     with tarfile.open(path, "w") as tar:
@@ -247,6 +248,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.security
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_headers_are_passed_over_in_bounded_time(tmp_path, name):
@@ -288,6 +290,7 @@ def test_compressed_tars_are_known_by_their_bytes(tmp_path, name):
         assert not rejected
 
 
+@pytest.mark.security
 def test_a_tar_in_a_bucket_is_found_and_read_whatever_its_name(tmp_path):
     import fsspec
 
