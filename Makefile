@@ -5,7 +5,7 @@ UV := uv==0.13.9
 CONFIG ?= configs/mini.yaml
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup demo serve mlflow test test-unit test-integration test-security test-gpu test-slow lint format lock clean
+.PHONY: help setup demo serve mlflow test test-unit test-integration test-security test-gpu test-slow mutants lint format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -50,6 +50,9 @@ test-gpu: setup ## tests that need a CUDA card
 
 test-slow: setup ## the tests that take minutes each: kills, several workers, the whole way
 	@$(BIN)/python -m pytest -m slow tests/integration
+
+mutants: setup ## change the pure modules one operator at a time; every change must turn a test red (PIECES="gate media")
+	@$(BIN)/python -m tests.mutants $(PIECES)
 
 lint: setup ## ruff, formatting, types
 	@$(BIN)/ruff check .
