@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from pipelines.settings import SECTIONS
 from tests.import_graph import (
@@ -165,8 +166,16 @@ def test_the_controller_of_a_run_loads_no_model_library():
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_job_reads_every_configuration(config):
-    for settings in SECTIONS.values():
-        settings.load(config)
+    """Every line of the file reaches the jobs that have such a key, with the value that stands there."""
+    content = yaml.safe_load(config.read_text())
+    sections = {name: content.pop(name, None) or {} for name in SECTIONS}
+    reached = set()
+    for name, settings in SECTIONS.items():
+        loaded = settings.load(config).model_dump(mode="json")
+        wanted = {key: value for key, value in content.items() if key in settings.model_fields} | sections[name]
+        assert {key: loaded[key] for key in wanted} == wanted, name
+        reached |= wanted.keys()
+    assert reached >= content.keys(), "a key that no job takes"
 
 
 def test_jobs_are_short_and_documented():

@@ -128,9 +128,44 @@ def test_damaged_states_are_passed_over(straight, world, tmp_path, caplog):
     assert losses(tmp_path) == losses(straight[1])
 
 
-def test_states_are_thinned_out(straight):
-    assert len(list((straight[1] / "states").glob("step-*"))) <= 3
-    assert not list((straight[1] / "states").glob(".*"))
+@pytest.mark.parametrize(("every", "keep", "steps"), [(3, 9, [3, 6, 9]), (5, 9, [5, 10]), (3, 2, [6, 9]), (100, 2, [])])
+def test_states_are_saved_at_their_steps_and_the_newest_are_kept(world, tmp_path, every, keep, steps):
+    """Every so many steps; at the end of the stage the whole checkpoint takes their place."""
+    run_stage(train_settings(world, tmp_path, checkpoint_every=every, keep_checkpoints=keep), 4)
+    assert sorted(path.name for path in (tmp_path / "states").glob("*")) == [f"step-{step:08d}" for step in steps]
+    if not steps:
+        return
+    newest = json.loads((tmp_path / f"states/step-{steps[-1]:08d}/state.json").read_text())
+    losses_since = [entry["loss"] for entry in record(tmp_path)[steps[-2] : steps[-1]]]
+    assert newest["next_step"] == steps[-1] and newest["mean_loss"] == pytest.approx(
+        sum(losses_since) / len(losses_since)
+    )
+
+
+def test_dropout_draws_alike_after_an_interruption(world, tmp_path, monkeypatch):
+    from tinygptv.training.train_step import TrainStep
+
+    def settings(name):
+        return train_settings(world, tmp_path / name, stage={"lora_dropout": 0.5})
+
+    run_stage(settings("straight"), 4)
+    run_stage(train_settings(world, tmp_path / "none"), 4)
+    assert losses(tmp_path / "straight") != losses(tmp_path / "none"), "dropout does something"
+    original, calls = TrainStep.run, []
+
+    def failing(self, *arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise Stop
+        return original(self, *arguments)
+
+    monkeypatch.setattr(TrainStep, "run", failing)
+    with pytest.raises(Stop):
+        run_stage(settings("broken"), 4)
+    monkeypatch.setattr(TrainStep, "run", original)
+    run_stage(settings("broken"), 4)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
+    assert_same_weights(tmp_path / "broken", tmp_path / "straight")
 
 
 def test_micro_batches_change_rounding_only(straight, world, tmp_path):
