@@ -31,7 +31,7 @@ from pipelines.settings import AnswerSettings, BatchSettings, ServeSettings, Set
 
 ANSWERS, RESULT = "answers.jsonl", "result.json"
 TRIES = 5
-CHANGES_ANSWERS = ("context_length", "kv_cache_dtype", "max_tokens", "temperature")
+CHANGES_ANSWERS = ("context_length", "default_task", "kv_cache_dtype", "max_tokens", "temperature")
 """Settings that the same request gets another answer with."""
 
 

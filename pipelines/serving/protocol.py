@@ -45,6 +45,8 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
 }
 """Fields that would change the answer -> values that do not. Null never does; other unknown fields are ignored."""
 
+TaskName = Literal["vqa", "caption", "refer", "identify", "grounding", "detection"]
+
 Coordinates = tuple[float, float, float, float]
 
 
@@ -149,7 +151,7 @@ class ChatRequest(BaseModel):
     )
     response_format: ResponseFormat | None = None
 
-    task: Literal["vqa", "caption", "refer", "identify", "grounding", "detection"] | None = Field(
+    task: TaskName | None = Field(
         None, description="extension: word the last question as this task, without the turns before it"
     )
     box: Coordinates | None = Field(

@@ -127,8 +127,8 @@ class ChatService:
 
     async def _prepare(self, call: _Call) -> tuple[Answer, ChatJob]:
         info = await self.info()
-        request = call.request
-        turns = read_turns(request)
+        turns = read_turns(call.request)
+        request = turns.with_default_task(call.request, self.settings.default_task)
         images = await self.media.load(turns.images, info.image_size)
         answer = Answer(
             id=f"chatcmpl-{uuid.uuid4().hex}",

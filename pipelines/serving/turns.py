@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pipelines.serving.errors import ProtocolError
-from pipelines.serving.protocol import ChatRequest, ImagePart
+from pipelines.serving.protocol import ChatRequest, ImagePart, TaskName
 from tinygptv.data.conversation import ChatImage, ChatMessage, join_messages, task_instruction, task_of
 
 
@@ -29,6 +29,14 @@ class Turns:
 
     turns: list[ChatMessage[int]]
     images: list[ImageReference]
+
+    def with_default_task(self, request: ChatRequest, default: TaskName | Literal[""]) -> ChatRequest:
+        """The request, worded as the server's task where it is about an image and names no task."""
+        text = self.turns[-1].text
+        is_wordless = not text and default not in ("caption", "grounding")
+        if not default or request.task is not None or not self.images or is_wordless or task_of(text) is not None:
+            return request
+        return request.model_copy(update={"task": default})
 
     def messages(self, images: Sequence[ChatImage], request: ChatRequest) -> tuple[ChatMessage[ChatImage], ...]:
         """Put the images in, and word the last question as its task.

@@ -28,6 +28,10 @@ class AnswerSettings(Settings):
     )
     max_tokens: int = Field(256, ge=1, description="answer length where a request names none")
     temperature: float = Field(0.0, ge=0, le=2, description="temperature where a request names none; 0 is greedy")
+    default_task: Literal["", "vqa", "caption", "refer", "grounding", "detection"] = Field(
+        "",
+        description="task of questions about images that name none; vqa: short answers, as evaluation harnesses expect",
+    )
     request_timeout_s: float = Field(300, gt=0, description="longest time of a request, waiting included")
     allowed_image_hosts: list[str] = Field(
         default_factory=list, description="hosts that images may be fetched from; none by default"

@@ -100,6 +100,7 @@ class Sampler:
     _random: random.Random = field(init=False)
     _seen: Tensor | None = field(init=False, default=None)
     _counts: Tensor | None = field(init=False, default=None)
+    _bias: tuple[Tensor, Tensor] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.params.seed)
@@ -138,8 +139,11 @@ class Sampler:
             if self._counts is None:
                 self._counts = torch.zeros_like(logits_K)
             logits_K -= params.frequency_penalty * self._counts + params.presence_penalty * (self._counts > 0)
-        for token, bias in params.logit_bias:
-            logits_K[token] += bias
+        if params.logit_bias:
+            if self._bias is None:
+                ids, values = zip(*params.logit_bias, strict=True)
+                self._bias = torch.tensor(ids, device=logits_K.device), logits_K.new_tensor(values)
+            logits_K.index_add_(0, *self._bias)
         return logits_K
 
     def _draw_from(self, logits_K: Tensor) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +73,17 @@ def test_bias_forbids_and_forces():
     assert Sampler(SamplingParams(logit_bias=((0, -100.0),)), []).draw(logits) == 1
     assert Sampler(SamplingParams(logit_bias=((2, 100.0),)), []).draw(logits) == 2
     assert logits.tolist() == [3.0, 2.0, 1.0], "the engine's logits must stay as they are"
+
+
+@pytest.mark.security
+def test_the_cost_of_a_token_does_not_grow_with_the_biases():
+    """A loop over so many entries took half a second per token, on the thread that answers everybody."""
+    logits = torch.zeros(51_200)
+    sampler = Sampler(SamplingParams(logit_bias=tuple((token, 1.0 + (token == 7)) for token in range(51_200))), [])
+    assert sampler.draw(logits) == 7
+    started = time.process_time()
+    assert [sampler.draw(logits) for _ in range(5)] == [7] * 5
+    assert time.process_time() - started < 0.5
 
 
 def test_a_seed_repeats_an_answer():

@@ -17,6 +17,7 @@ from pipelines.settings import ServeSettings
 from tests.serving_api import CHAT, IMAGE, READ, Client, FakeBackend, ask, events, said, scope_of, words
 from tests.serving_model import make_image, save_checkpoint
 from tinygptv.data.conversation import ChatImage, ChatMessage
+from tinygptv.data.prompts import EVALUATION_INSTRUCTIONS
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +180,26 @@ def test_a_task_goes_without_the_turns_before_it(question, fields, text):
     client.chat({**ask(), "messages": [*HISTORY, {"role": "user", "content": question}], **fields})
     (message,) = client.backend.jobs[0].messages
     assert message.text == text and len(message.images) == 1
+
+
+def test_the_servers_default_task_words_questions_that_name_none():
+    """What evaluation harnesses need: they know no tasks, and their questions want short answers."""
+    client = Client(default_task="vqa")
+    client.chat(ask(words("what colour?"), IMAGE))
+    client.chat({**ask(), "messages": [*HISTORY, {"role": "user", "content": "how old is it?"}]})
+    client.chat(ask(words("the dog"), IMAGE, task="refer"))
+    client.chat(ask(words("[caption] a dog"), IMAGE))
+    client.chat(ask(words("no image")))
+    client.chat(ask(IMAGE))
+    assert [[message.text for message in job.messages] for job in client.backend.jobs] == [
+        [EVALUATION_INSTRUCTIONS["vqa"].replace("{}", "what colour?")],
+        [EVALUATION_INSTRUCTIONS["vqa"].replace("{}", "how old is it?")],
+        ["[refer] give me the location of the dog"],
+        ["[caption] a dog"],
+        ["no image"],
+        [""],
+    ]
+    assert [len(job.messages[0].images) for job in client.backend.jobs] == [1, 1, 1, 1, 0, 1]
 
 
 def test_chat_keeps_the_turns_before_it():
