@@ -5,7 +5,7 @@ UV := uv==0.13.9
 CONFIG ?= configs/mini.yaml
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup demo serve mlflow test test-unit test-integration test-security test-gpu test-slow mutants lint format lock clean
+.PHONY: help setup demo serve mlflow test test-unit test-integration test-security test-gpu test-slow mutants lint format lock docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -58,14 +58,19 @@ lint: setup ## ruff, formatting, types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/codespell
 
 format: setup ## rewrite files in the project's format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 lock: setup ## resolve requirements.lock again from pyproject.toml
-	@$(BIN)/uv pip compile pyproject.toml --extra pipelines --extra dev --universal --python-version 3.11 \
+	@$(BIN)/uv pip compile pyproject.toml --extra pipelines --extra dev --extra docs --universal --python-version 3.11 \
 		--no-header --quiet -o requirements.lock
+
+docs: setup ## build the documentation site into site/, offline
+	@$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 clean: ## remove results and caches, not .venv
 	@rm -rf outputs .pytest_cache .ruff_cache .mypy_cache

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The ablation matrix: which norm, and whether LoRA, in which stage (the shape of the paper's Table 3).
+r"""The ablation matrix: which norm, and whether LoRA, in which stage (the shape of the paper's Table 3).
 
     python jobs/ablate.py --config configs/mini.yaml output=outputs/ablation
     python jobs/ablate.py --config configs/mini.yaml variants='[full, no_qk_norm, "stage.lora_rank=4"]' \

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compute the frozen vision encoder's and Q-Former's outputs once, and keep them beside the shards.
+r"""Compute the frozen vision encoder's and Q-Former's outputs once, and keep them beside the shards.
 
     python jobs/cache_features.py --config configs/mini.yaml data=data/miniature/shards \
         checkpoint=outputs/miniature/backbones image_size=64

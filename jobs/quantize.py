@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Shrink a checkpoint to an artifact that is ready to serve.
+r"""Shrink a checkpoint to an artifact that is ready to serve.
 
     python jobs/quantize.py --config configs/mini.yaml checkpoint=outputs/mini/stage4/checkpoint method=cpu \
         output=outputs/mini/artifact

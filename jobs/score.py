@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Score a checkpoint or artifact on benchmarks.
+r"""Score a checkpoint or artifact on benchmarks.
 
     python jobs/score.py --config configs/mini.yaml checkpoint=outputs/mini/stage4/checkpoint \
         benchmark=miniature data=data/miniature output=outputs/mini/score

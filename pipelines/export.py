@@ -229,7 +229,7 @@ def _device(settings: QuantizeSettings) -> torch.device:
 
 def _measured(name: str, measure: Any, *arguments: Any) -> HeldOut:
     started = time.perf_counter()
-    held_out = measure(*arguments)
+    held_out: HeldOut = measure(*arguments)
     logger.info(
         "%s model: held-out loss %.4f nats per token over %d tokens (%.1f s)",
         name,

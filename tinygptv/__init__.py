@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tinygptv.auto_classes import register_when_imported
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # peft imports bitsandbytes, which on some CPUs recommends a download with every start of every process.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -171,8 +171,10 @@ class FeatureSet:
         location = storage.join(self.uri, part.name)
         try:
             if storage.is_local(location):
-                return np.load(storage.resolve(location)[1], mmap_mode="r")
-            return np.load(io.BytesIO(storage.read_bytes(location)))
+                features: np.ndarray = np.load(storage.resolve(location)[1], mmap_mode="r")
+            else:
+                features = np.load(io.BytesIO(storage.read_bytes(location)))
+            return features
         except (OSError, ValueError) as error:
             raise FeatureError(f"{location} cannot be read ({error}): {_COMPUTE_AGAIN}") from error
 

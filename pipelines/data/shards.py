@@ -90,7 +90,7 @@ class ShardSet:
     def row_id(self, index: int) -> str:
         """Id of a row, without touching its image."""
         batch, position = self._locate(index)
-        return batch.column("id")[position].as_py()
+        return str(batch.column("id")[position].as_py())
 
     def __iter__(self) -> Iterator[SampleRow]:
         for shard in range(len(self.manifest.shards)):

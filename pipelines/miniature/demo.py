@@ -224,7 +224,7 @@ def ask(address: str, image: Path, text: str) -> str:
     body = {"model": "tinygpt-v", "messages": [{"role": "user", "content": content}], "max_tokens": 64}
     response = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120, trust_env=False)
     response.raise_for_status()
-    return response.json()["choices"][0]["message"]["content"]
+    return str(response.json()["choices"][0]["message"]["content"])
 
 
 def _draw_answer(path: Path, phrase: str, answer: str, target: Path) -> Path:

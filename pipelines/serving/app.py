@@ -43,17 +43,19 @@ AFFINITY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 class HandleBackend:
     """``Backend`` over Ray Serve."""
 
-    def __init__(self, handle: DeploymentHandle, metrics: Metrics) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], metrics: Metrics) -> None:
         self.handle = handle
         self.metrics = metrics
 
     async def describe(self) -> ModelInfo:
         """What the model is."""
-        return await self._call(self.handle.describe)
+        info: ModelInfo = await self._call(self.handle.describe)
+        return info
 
     async def complete(self, job: ChatJob) -> list[Item]:
         """The whole answer."""
-        return await self._call(self.handle.options(session_id=job.conversation).complete, job)
+        items: list[Item] = await self._call(self.handle.options(session_id=job.conversation).complete, job)
+        return items
 
     async def stream(self, job: ChatJob) -> AsyncGenerator[Item, None]:
         """The answer as it grows; until the first text has come, another replica may take over."""
@@ -92,9 +94,10 @@ class HandleBackend:
 
     async def _ask_all(self, method: str) -> list[Any]:
         """Results of a method of every replica, exceptions among them."""
-        return await self.handle.broadcast(method).results_async(return_exceptions=True)
+        results: list[Any] = await self.handle.broadcast(method).results_async(return_exceptions=True)
+        return results
 
-    async def _call(self, method: DeploymentHandle, *args: Any) -> Any:
+    async def _call(self, method: DeploymentHandle[Any], *args: Any) -> Any:
         for _ in range(TRIES):
             response = method.remote(*args)
             try:
@@ -122,7 +125,7 @@ class ModelReplica(ModelBackend):
 class Ingress:
     """The HTTP side."""
 
-    def __init__(self, settings: ServeSettings, digests: Sequence[bytes], model: DeploymentHandle) -> None:
+    def __init__(self, settings: ServeSettings, digests: Sequence[bytes], model: DeploymentHandle[Any]) -> None:
         """Keep what ``__serve_build_asgi_app__`` needs.
 
         Args:

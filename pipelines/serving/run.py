@@ -151,7 +151,7 @@ def _claim_port(host: str, port: int) -> int:
             raise SettingsError(
                 f"cannot listen on {host} port {port}: {error.strerror}; choose another port=."
             ) from error
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def _url(host: str | None, port: int) -> str:

@@ -9,7 +9,8 @@ Unknown keys are errors. Every field is documented by its description, and ``--h
       num_workers: 2
 """
 
-from pipelines.settings.base import ROOT, SECTIONS, Settings, SettingsError
+from pipelines.settings.base import ROOT, SECTIONS, Settings
+from pipelines.settings.errors import SettingsError
 from pipelines.settings.fetch import FetchSettings, ReleasedSettings
 from pipelines.settings.jobs import (
     AblateSettings,

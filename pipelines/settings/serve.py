@@ -8,7 +8,8 @@ from typing import Literal, Self
 
 from pydantic import Field, SecretStr, field_validator
 
-from pipelines.settings.base import Settings, SettingsError
+from pipelines.settings.base import Settings
+from pipelines.settings.errors import SettingsError
 
 
 class AnswerSettings(Settings):

@@ -57,12 +57,12 @@ def _is_disk_full(error: BaseException) -> bool:
 
 def exists(location: str | Location) -> bool:
     """Whether a file or folder is there."""
-    return _info(location).type != pafs.FileType.NotFound
+    return bool(_info(location).type != pafs.FileType.NotFound)
 
 
 def is_folder(location: str | Location) -> bool:
     """Whether a folder is there."""
-    return _info(location).type == pafs.FileType.Directory
+    return bool(_info(location).type == pafs.FileType.Directory)
 
 
 def num_bytes(location: str | Location) -> int:
@@ -85,7 +85,7 @@ def _list(folder: str | Location) -> list[pafs.FileInfo]:
     folder = Location.parse(folder)
     filesystem, path = resolve(folder)
     selector = pafs.FileSelector(path, allow_not_found=True)
-    return with_retries(folder, lambda: filesystem.get_file_info(selector))
+    return with_retries(folder, lambda: list(filesystem.get_file_info(selector)))
 
 
 def _info(location: str | Location) -> pafs.FileInfo:
@@ -106,7 +106,7 @@ def read_bytes(location: str | Location) -> bytes:
 
     def read() -> bytes:
         with filesystem.open_input_stream(path, compression=None) as stream:
-            return stream.read()
+            return bytes(stream.read())
 
     return with_retries(location, read)
 

@@ -277,7 +277,7 @@ def _get_run(client: MlflowClient, run_id: str) -> Run | None:
 
 def _is_refusal(error: MlflowException) -> bool:
     """Whether MLflow answered that the request is wrong: sending it again would end alike."""
-    status = error.get_http_status_code()
+    status: int = error.get_http_status_code()
     return 400 <= status < 500 and status not in (401, 403, 408, 429)
 
 

@@ -106,7 +106,7 @@ class Reporter:
         self.pending.clear()
 
     def _show(self, line: str) -> None:
-        """Write the progress line, which the driver shows; training goes on without it."""
+        """Write the progress line, which the driver shows; training continues without it."""
         with suppress(OSError):
             self.progress_file.write_text(line)
             self.work.publish_soon(PROGRESS_FILE)

@@ -48,7 +48,7 @@ def wrong_kind(path: Path) -> str:
 
 
 def is_tar(head: bytes) -> bool:
-    """Whether the first 512 bytes are a tar header: its checksum is right. (torch and tarfile would try to read it.)"""
+    """Whether the first 512 bytes are a tar header: its checksum is right; torch and tarfile would try to read it."""
     if len(head) < 512:
         return False
     try:

@@ -1,6 +1,6 @@
-"""``python -m tinygptv.convert``: release files -> checkpoint, and checkpoint -> other layouts.
+r"""``python -m tinygptv.convert``: release files -> checkpoint, and checkpoint -> other layouts.
 
-    python -m tinygptv.convert release --vision eva_vit_g.pth --qformer blip2_pretrained_flant5xxl.pth \\
+    python -m tinygptv.convert release --vision eva_vit_g.pth --qformer blip2_pretrained_flant5xxl.pth \
         --language phi-2/ --checkpoint TinyGPT-V_for_Stage4.pth --image-size 448 --template inst --output checkpoint/
     python -m tinygptv.convert to-release checkpoint/ --output TinyGPT-V_for_Stage4.pth
     python -m tinygptv.convert to-phi2 checkpoint/ --merge-lora --output phi-2-split/

@@ -1,8 +1,8 @@
-"""Foreign weights -> our model, strictly; and back.
+r"""Foreign weights -> our model, strictly; and back.
 
 ``match`` decides which tensor of which file goes where; here they are read and the model is built.
 
-    python -m tinygptv.convert release --vision eva_vit_g.pth --qformer blip2_pretrained_flant5xxl.pth \\
+    python -m tinygptv.convert release --vision eva_vit_g.pth --qformer blip2_pretrained_flant5xxl.pth \
         --language phi-2/ --checkpoint TinyGPT-V_for_Stage4.pth --image-size 448 --output checkpoint/
     python -m tinygptv.convert to-release checkpoint/ --output TinyGPT-V_for_Stage4.pth
     python -m tinygptv.convert to-phi2 checkpoint/ --output phi-2-split/

@@ -115,7 +115,8 @@ class Mixture:
     @cached_property
     def _probabilities(self) -> np.ndarray:
         weights = np.array([source.weight for source in self.sources], dtype=np.float64)
-        return weights / weights.sum()
+        shares: np.ndarray = weights / weights.sum()
+        return shares
 
     @cached_property
     def _batch_sizes(self) -> np.ndarray:
@@ -128,7 +129,8 @@ class Mixture:
 
     def _taken(self, draws: np.ndarray) -> np.ndarray:
         """Samples of each source that these draws consume."""
-        return np.bincount(draws.ravel(), minlength=len(self.sources)) * self._batch_sizes
+        taken: np.ndarray = np.bincount(draws.ravel(), minlength=len(self.sources)) * self._batch_sizes
+        return taken
 
     def _consumed_before(self, block: int) -> np.ndarray:
         """Samples of each source that all blocks before this one consume."""
@@ -138,7 +140,10 @@ class Mixture:
         return consumed
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._recent.get_or_make(("block", block), lambda: (self._draws(block), self._consumed_before(block)))
+        made: tuple[np.ndarray, np.ndarray] = self._recent.get_or_make(
+            ("block", block), lambda: (self._draws(block), self._consumed_before(block))
+        )
+        return made
 
     # ------------------------------------------------------------------ rows within a source
 
@@ -167,7 +172,7 @@ class Mixture:
     # ------------------------------------------------------------------ recent computations
 
     @cached_property
-    def _recent(self) -> LRU[tuple, Any]:
+    def _recent(self) -> LRU[tuple[Any, ...], Any]:
         return LRU(8 + 4 * len(self.sources))
 
 

@@ -25,7 +25,8 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_processing_base import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from tinygptv.config import TinyGPTVConfig
@@ -299,7 +300,8 @@ class TinyGPTVProcessor(ProcessorMixin):
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
         """Texts of generated ids [B, S], as transformers' pipelines ask for them; no end symbol at the end."""
-        return self.decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        texts: list[str] = self.decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        return texts
 
     def _without_end(self, text: str) -> str:
         end = self.end_symbol

@@ -95,7 +95,7 @@ class SampleRow:
         }
 
 
-def render_sample(row: SampleRow, choose: Chooser) -> list[Exchange]:
+def render_sample(row: SampleRow, choose: Chooser[Any]) -> list[Exchange]:
     """Draw wordings, answers and phrases for one sample.
 
     Args:
@@ -121,7 +121,7 @@ def render_sample(row: SampleRow, choose: Chooser) -> list[Exchange]:
     return exchanges
 
 
-def _question_and_answer(row: SampleRow, turn: Turn, choose: Chooser) -> tuple[str, str]:
+def _question_and_answer(row: SampleRow, turn: Turn, choose: Chooser[Any]) -> tuple[str, str]:
     answer = choose(turn.answers)
     if row.task not in ("refer", "identify"):
         return turn.question, answer
@@ -233,7 +233,7 @@ class SampleEncoder:
         return shortened
 
 
-def chooser(generator: np.random.Generator) -> Chooser:
+def chooser(generator: np.random.Generator) -> Chooser[Any]:
     """A chooser that draws uniformly from a numpy generator."""
 
     def choose(options: Sequence[T]) -> T:

@@ -1,4 +1,4 @@
-"""Steps on a GPU: decoding replayed as CUDA graphs, prompts read beside it, tokens drawn on the device.
+r"""Steps on a GPU: decoding replayed as CUDA graphs, prompts read beside it, tokens drawn on the device.
 
 The last token and the length of every slot stay on the device, so a step needs nothing from the host, and the next one
 is launched before the last one's tokens are read: Python's time is hidden behind the device's. A graph belongs to a
@@ -6,7 +6,7 @@ number of rows (a bucket, filled with rows of nobody); its kernels read each seq
 every context. Graphs share their memory.
 
     launch   tokens, lengths --graph--> logits, tokens, lengths + 1      the largest logit is drawn in the graph
-                                   \\--graph--> tokens                    where requests ask for more: sampling
+                                   \--graph--> tokens                    where requests ask for more: sampling
              result --copy--> pinned host memory, event
     read     wait for the event
 

@@ -47,7 +47,8 @@ def _draw_background(ground: Background, width: int, height: int, rng: np.random
     along = np.linspace(0, dx, width, dtype=np.float32)[None, :] + np.linspace(0, dy, height, dtype=np.float32)[:, None]
     share = (along - along.min()) / max(float(np.ptp(along)), 1e-6)
     start, end = (np.array(colour, dtype=np.float32) for colour in (ground.start, ground.end))
-    return start + share[..., None] * (end - start)
+    colours: np.ndarray = start + share[..., None] * (end - start)
+    return colours
 
 
 def _draw_object(canvas: np.ndarray, item: SceneObject, phase: float, slant: float) -> None:

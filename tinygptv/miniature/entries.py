@@ -17,8 +17,8 @@ from tinygptv.miniature.instructions import text_instruction
 from tinygptv.miniature.questions import KINDS, questions
 from tinygptv.miniature.referring import KINDS as REFERRING_KINDS
 from tinygptv.miniature.referring import expressions, refer_to
-from tinygptv.miniature.scenes import SHAPES, SIZES, Scene, pick
-from tinygptv.miniature.shapes import outline
+from tinygptv.miniature.scenes import SIZES, Scene, pick
+from tinygptv.miniature.shapes import SHAPES, outline
 from tinygptv.miniature.words import VALUES, article, count_of, full_name, plural
 
 Entry = dict[str, Any]

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tinygptv.miniature.entries import DESCRIBE, Describe, Entry, coco_name, vg_folder
-from tinygptv.miniature.scenes import SHAPES, Scene
+from tinygptv.miniature.scenes import Scene
+from tinygptv.miniature.shapes import SHAPES
 
 Save = Callable[[Path, list[Entry]], None]
 

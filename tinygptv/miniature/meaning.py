@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tinygptv.data.boxes import strip_boxes
-from tinygptv.miniature.scenes import COLOURS, SHAPES, SIZES, TEXTURES, SceneObject
+from tinygptv.miniature.scenes import COLOURS, SIZES, TEXTURES, SceneObject
+from tinygptv.miniature.shapes import SHAPES
 
 Objects = Sequence[SceneObject]
 
@@ -214,7 +215,7 @@ def _yes(truth: bool) -> str:
 
 
 def _attribute(objects: Objects, word: str, phrase: str) -> str:
-    return getattr(_single(objects, phrase), _PROPERTY[word])
+    return str(getattr(_single(objects, phrase), _PROPERTY[word]))
 
 
 def _shape_beyond(objects: Objects, relation: str, landmark: str) -> str:

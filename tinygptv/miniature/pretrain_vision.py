@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.images import normalise_pixels, resize_pixels
 from tinygptv.miniature.draw import render
-from tinygptv.miniature.scenes import CELLS, COLOURS, SHAPES, SIZES, TEXTURES, Scene, SceneObject, make_scene
+from tinygptv.miniature.scenes import CELLS, COLOURS, SIZES, TEXTURES, Scene, SceneObject, make_scene
+from tinygptv.miniature.shapes import SHAPES
 from tinygptv.model.qformer import QFormer
 from tinygptv.model.vision_encoder import VisionEncoder, interpolate_position_embedding
 

@@ -10,7 +10,8 @@ from collections.abc import Collection, Sequence
 from typing import Literal
 
 from tinygptv.data.boxes import format_box
-from tinygptv.miniature.scenes import COLOURS, HELD_OUT, SHAPES, SIZES, TEXTURES, Scene, SceneObject
+from tinygptv.miniature.scenes import COLOURS, HELD_OUT, SIZES, TEXTURES, Scene, SceneObject
+from tinygptv.miniature.shapes import SHAPES
 
 Style = Literal["usual", "unseen"]
 """``unseen`` phrasings are used in the split ``wording`` and nowhere else."""

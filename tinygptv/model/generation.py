@@ -51,7 +51,7 @@ class ImageGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``generate`` (greedy, sampling, beams, assistant models, streamers), with images.
+        """``generate`` of transformers (greedy, sampling, beams, assistant models, streamers), with images.
 
         Args:
             inputs: [B, S] ids (also as ``input_ids=``); batches of unequal prompts are padded on the left.

@@ -79,7 +79,7 @@ class PhiAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
-        factor = cast(dict, config.rope_parameters)["partial_rotary_factor"]
+        factor = cast(dict[str, Any], config.rope_parameters)["partial_rotary_factor"]
         self.rotary_dim = int(self.head_dim * factor)
         if self.rotary_dim % 2:
             raise ValueError(
@@ -144,7 +144,7 @@ class PhiAttention(nn.Module):
 
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         output, weights = attend(

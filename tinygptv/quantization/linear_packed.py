@@ -82,7 +82,7 @@ def from_nf4(tensors: dict[str, Tensor], device: str | torch.device, dtype: torc
     out_features, in_features = state["shape"]
     pairs = tensors["weight"].to(device).view(out_features, in_features // 2)
     codes = torch.stack([pairs >> 4, pairs & 15], dim=-1).flatten(1)
-    # Where rows are no whole number of blocks, a block goes on in the next row: then groups are parts of a block.
+    # Where rows are no whole number of blocks, a block continues in the next row: then groups are parts of a block.
     block = state["blocksize"]
     group = math.gcd(block, in_features)
     scale = _nested_scale(tensors, state).repeat_interleave(block // group)[: codes.numel() // group]

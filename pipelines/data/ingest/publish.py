@@ -359,7 +359,7 @@ class _Names:
 
     def row_id(self, row: int) -> str:
         number = self._unit(row)
-        return self._ids(number)[row - int(self.starts[number])].as_py()
+        return str(self._ids(number)[row - int(self.starts[number])].as_py())
 
     def shard_and_key(self, row: int) -> tuple[str, str]:
         record = self._record(self._unit(row))

@@ -1,9 +1,9 @@
-"""Entries of annotation files, whatever their form: what is in the file decides, not its name.
+r"""Entries of annotation files, whatever their form: what is in the file decides, not its name.
 
     list      [{..}, {..}]                            entries are numbered from 0
     member    {"info": .., "annotations": [{..}]}     entries of one list in an object
     members   {"id": {..}, "id": {..}}                an object's own members; their keys are the entries' keys
-    lines     {..}\\n{..}\\n                            JSON lines; entries are called by the number of their line
+    lines     {..}\n{..}\n                            JSON lines; entries are called by the number of their line
 
 Plain files are cut into slices that workers read on their own. Files that are compressed, or encoded as UTF-16 or
 UTF-32, are read from their start, as one unit.

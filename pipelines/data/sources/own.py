@@ -117,7 +117,7 @@ def _plan_table(unit: SourceUnit) -> Iterator[SourceUnit]:
 def _is_parquet(location: storage.Location) -> bool:
     filesystem, path = storage.resolve(location)
     with filesystem.open_input_stream(path, compression=None) as stream:
-        return stream.read(4) == b"PAR1"
+        return bool(stream.read(4) == b"PAR1")
 
 
 def _has_rows(unit: SourceUnit) -> bool:

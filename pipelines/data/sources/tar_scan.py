@@ -160,7 +160,7 @@ _EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTY
 
 
 def _pax_records(data: bytes) -> dict[str, str]:
-    """Records ``LENGTH KEY=VALUE\\n`` of a pax header; what is malformed ends them."""
+    r"""Records ``LENGTH KEY=VALUE\n`` of a pax header; a malformed record ends them."""
     records: dict[str, str] = {}
     position = 0
     while position < len(data):

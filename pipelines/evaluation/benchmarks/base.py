@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.evaluation.benchmarks.files import DataFolder
-from tinygptv.data.sample import Exchange
+from tinygptv.data.prompt_layout import Exchange
 
 MAIN_SPLIT = "test"
 """The split whose questions make a benchmark's value; a benchmark's other splits are parts beside it."""

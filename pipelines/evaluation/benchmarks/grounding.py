@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.sources.referring import corners, load_plain_pickle
+from pipelines.data.sources.pickles import load_plain_pickle
+from pipelines.data.sources.referring import corners
 from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question, Statistics
 from pipelines.evaluation.benchmarks.files import COCO_FOLDERS, BenchmarkFiles, DataFolder, read_json
 from pipelines.evaluation.benchmarks.vqa import ask

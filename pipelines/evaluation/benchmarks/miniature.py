@@ -10,7 +10,7 @@ from pipelines.evaluation.benchmarks.base import Benchmark, Question
 from pipelines.evaluation.benchmarks.files import DataFolder, read_json
 from pipelines.evaluation.benchmarks.grounding import OVERLAPS, score_refer
 from pipelines.evaluation.benchmarks.vqa import ask
-from tinygptv.data.sample import Exchange
+from tinygptv.data.prompt_layout import Exchange
 from tinygptv.metrics.metrics import exact_match, grounded_f1
 from tinygptv.miniature.meaning import NotUnderstood, check_caption, find
 from tinygptv.miniature.scenes import SceneObject
