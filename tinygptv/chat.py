@@ -171,7 +171,7 @@ def _converse(
     params: SamplingParams,
 ) -> int:
     image = assistant.open(loaded.data)
-    turns: list[ChatMessage] = []
+    turns: list[ChatMessage[ChatImage]] = []
     for text in [options.question] if options.question is not None else _prompted():
         try:
             question = _worded(options, loaded, text, box)
@@ -205,7 +205,7 @@ def _prompted() -> Iterator[str]:
         yield line
 
 
-def _stream(assistant: Assistant, messages: Sequence[ChatMessage], params: SamplingParams) -> str:
+def _stream(assistant: Assistant, messages: Sequence[ChatMessage[ChatImage]], params: SamplingParams) -> str:
     answer = ""
     for delta in assistant.iterate(messages, params):
         if delta.finish_reason == "error":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from pipelines.serving.errors import ProtocolError
-from tinygptv.data.conversation import ChatMessage, image_number
+from tinygptv.data.conversation import ChatImage, ChatMessage, image_number
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ChatJob:
         salt: of the client; see ``clients.Client``.
     """
 
-    messages: tuple[ChatMessage, ...]
+    messages: tuple[ChatMessage[ChatImage], ...]
     sampling: dict[str, Any]
     interval_s: float = 0.0
     salt: int = 0

@@ -132,7 +132,7 @@ class Assistant:
 
     # ------------------------------------------------------------------ answers
 
-    async def prepare(self, messages: Sequence[ChatMessage], params: SamplingParams, salt: int = 0) -> Request:
+    async def prepare(self, messages: Sequence[ChatMessage[ChatImage]], params: SamplingParams, salt: int = 0) -> Request:
         """Encode a conversation, off the event loop.
 
         Args:
@@ -156,13 +156,13 @@ class Assistant:
             async for delta in deltas:
                 yield delta
 
-    def iterate(self, messages: Sequence[ChatMessage], params: SamplingParams | None = None) -> Iterator[Delta]:
+    def iterate(self, messages: Sequence[ChatMessage[ChatImage]], params: SamplingParams | None = None) -> Iterator[Delta]:
         """Answer a conversation, for code without asyncio; raises as ``prepare`` does."""
         ids, images, pending = self._tokenizing.submit(self._encode, messages).result()
         embeds = [future.result() for future in pending]
         return self.loop.iterate(self._build(ids, images, embeds, params or SamplingParams()))
 
-    def answer(self, messages: Sequence[ChatMessage], params: SamplingParams | None = None) -> str:
+    def answer(self, messages: Sequence[ChatMessage[ChatImage]], params: SamplingParams | None = None) -> str:
         """The whole answer to a conversation.
 
         Raises:
@@ -176,14 +176,14 @@ class Assistant:
         return text
 
     def _encode(
-        self, messages: Sequence[ChatMessage], salt: int = 0
+        self, messages: Sequence[ChatMessage[ChatImage]], salt: int = 0
     ) -> tuple[np.ndarray, list[ChatImage], list[Future[Tensor]]]:
         self._check_bounds(messages)
         ids, images = encode_conversation(messages, self._layout)
         self.engine.check_length(len(ids))  # before an image is encoded for nothing
         return ids, images, [self.images.encode(image, salt) for image in images]
 
-    def _check_bounds(self, messages: Sequence[ChatMessage]) -> None:
+    def _check_bounds(self, messages: Sequence[ChatMessage[ChatImage]]) -> None:
         """Refuse what cannot fit, before tokenizing it: each message takes a token at least."""
         context = self.engine.context_length
         if len(messages) > context:
