@@ -132,7 +132,9 @@ class Assistant:
 
     # ------------------------------------------------------------------ answers
 
-    async def prepare(self, messages: Sequence[ChatMessage[ChatImage]], params: SamplingParams, salt: int = 0) -> Request:
+    async def prepare(
+        self, messages: Sequence[ChatMessage[ChatImage]], params: SamplingParams, salt: int = 0
+    ) -> Request:
         """Encode a conversation, off the event loop.
 
         Args:
@@ -156,7 +158,9 @@ class Assistant:
             async for delta in deltas:
                 yield delta
 
-    def iterate(self, messages: Sequence[ChatMessage[ChatImage]], params: SamplingParams | None = None) -> Iterator[Delta]:
+    def iterate(
+        self, messages: Sequence[ChatMessage[ChatImage]], params: SamplingParams | None = None
+    ) -> Iterator[Delta]:
         """Answer a conversation, for code without asyncio; raises as ``prepare`` does."""
         ids, images, pending = self._tokenizing.submit(self._encode, messages).result()
         embeds = [future.result() for future in pending]
