@@ -158,8 +158,8 @@ def _total(response: httpx.Response, start: int) -> int:
 
 def _version(response: httpx.Response) -> str:
     """What names this version of the file in ``If-Range``: a strong ETag, or the time of its last change."""
-    tag = response.headers.get("ETag", "")
-    return tag if tag.startswith('"') else response.headers.get("Last-Modified", "")
+    tag: str = response.headers.get("ETag", "")
+    return tag if tag.startswith('"') else str(response.headers.get("Last-Modified", ""))
 
 
 def _stated_md5(response: httpx.Response) -> str:

@@ -1,4 +1,4 @@
-"""Whole folders between this machine's disk and a storage: copied, published as a job goes on, checked for access."""
+"""Whole folders between this machine's disk and a storage: copied, published as a job runs, checked for access."""
 
 from __future__ import annotations
 

@@ -357,7 +357,8 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
     @property
     def peft_config(self) -> dict[str, Any]:
         """Adapters of a user by name; set by ``peft.get_peft_model``, absent before."""
-        return cast(dict[str, Any], self._peft_config)
+        adapters: dict[str, Any] = self._peft_config
+        return adapters
 
     @peft_config.setter
     def peft_config(self, configs: dict[str, Any]) -> None:
