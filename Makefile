@@ -54,7 +54,7 @@ test-slow: setup ## the tests that take minutes each: kills, several workers, th
 mutants: setup ## change the pure modules one operator at a time; every change must turn a test red (PIECES="gate media")
 	@$(BIN)/python -m tests.mutants $(PIECES)
 
-lint: setup ## ruff, formatting, types
+lint: setup ## ruff, formatting, types, spelling
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
