@@ -34,11 +34,12 @@ from serving_common import make_tokenizer
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.convert.load import rebuild_buffers
 from tinygptv.inference.decoder import FlatDecoder
-from tinygptv.inference.engine import Engine, Request
+from tinygptv.inference.engine import Engine
 from tinygptv.inference.engine_thread import EngineLoop
 from tinygptv.inference.fused_layers import Span
 from tinygptv.inference.graph_runner import GraphRunner, bucket_of
 from tinygptv.inference.graphed_encoder import GraphedEncoder
+from tinygptv.inference.request import Request
 from tinygptv.inference.sampling import SamplingParams
 from tinygptv.kernels.shapes import PackedWeight, pack_codes, pad_groups
 from tinygptv.miniature.tiny import tiny_config

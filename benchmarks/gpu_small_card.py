@@ -26,8 +26,9 @@ from gpu_decode import SIZES, pack_language, random_model, sentence
 from gpu_rows import GIB, Clock, Row, Rows, memory_cap, table
 from serving_common import make_tokenizer
 
-from tinygptv.inference.engine import Engine, Request
+from tinygptv.inference.engine import Engine
 from tinygptv.inference.graphed_encoder import GraphedEncoder
+from tinygptv.inference.request import Request
 from tinygptv.inference.sampling import SamplingParams
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 

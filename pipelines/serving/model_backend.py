@@ -23,7 +23,7 @@ from pipelines.serving.backend import (
 from pipelines.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from tinygptv.inference.engine import Delta, Request
+    from tinygptv.inference.request import Delta, Request
     from tinygptv.inference.sampling import TokenLogprobs
 
 SMALL_MODEL_PARAMETERS = 100_000_000
@@ -110,7 +110,7 @@ class ModelBackend:
         self.assistant.check_health(self.stuck_after_s)
 
     async def _prepare(self, job: ChatJob) -> Request | Failure:
-        from tinygptv.inference.engine import PromptTooLong
+        from tinygptv.inference.request import PromptTooLong
         from tinygptv.inference.sampling import SamplingParams
         from tinygptv.inference.watch import ThreadFailure
 

@@ -10,10 +10,11 @@ from tests.serving_model import make_image, make_model, make_processor, make_tok
 from tinygptv.checkpoint.folders import write_folder
 from tinygptv.data.conversation import ChatMessage
 from tinygptv.inference.assistant import Assistant
-from tinygptv.inference.engine import Engine, Request
+from tinygptv.inference.engine import Engine
 from tinygptv.inference.graph_runner import GraphRunner
 from tinygptv.inference.graphed_encoder import GraphedEncoder
 from tinygptv.inference.loading import load_for_inference
+from tinygptv.inference.request import Request
 from tinygptv.inference.sampling import SamplingParams
 from tinygptv.kernels import lowbit_ops, reference
 from tinygptv.kernels.shapes import PackedWeight, pack_codes

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from tinygptv.data.conversation import ChatImage, ChatMessage, encode_conversation
 from tinygptv.data.processing import TinyGPTVProcessor
-from tinygptv.inference.engine import Delta, Engine, EngineStats, PromptTooLong, Request
+from tinygptv.inference.engine import Engine
 from tinygptv.inference.engine_thread import EngineLoop
 from tinygptv.inference.image_encoder import ImageEncoder
 from tinygptv.inference.loading import load_for_inference
+from tinygptv.inference.request import Delta, EngineStats, PromptTooLong, Request
 from tinygptv.inference.sampling import SamplingParams
 from tinygptv.inference.text_stream import TokenBytes
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration

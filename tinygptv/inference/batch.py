@@ -20,7 +20,8 @@ from tinygptv.data.images import normalise_pixels, stack_pixels
 from tinygptv.data.processing import TinyGPTVProcessor
 from tinygptv.data.prompt_layout import Exchange
 from tinygptv.data.sample import EncodedSample
-from tinygptv.inference.engine import Engine, PromptTooLong, Request
+from tinygptv.inference.engine import Engine
+from tinygptv.inference.request import PromptTooLong, Request
 from tinygptv.inference.sample_losses import sample_losses
 from tinygptv.inference.sampling import SamplingParams
 from tinygptv.metrics.released import released_text

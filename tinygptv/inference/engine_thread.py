@@ -15,7 +15,8 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 
-from tinygptv.inference.engine import Delta, Engine, EngineStats, Request
+from tinygptv.inference.engine import Engine
+from tinygptv.inference.request import Delta, EngineStats, Request
 from tinygptv.inference.watch import WatchedThread
 
 logger = logging.getLogger(__name__)

@@ -26,15 +26,8 @@ from typing import Any
 from pipelines import storage
 from pipelines.cluster import start_ray
 from pipelines.data.ingest.inputs import INPUTS, LOCK, QUARANTINE, STAGING, SetInputs, check_output
-from pipelines.data.ingest.publish import (
-    NEAR_DUPLICATES,
-    REMOVED,
-    NothingKeptError,
-    ShardPlan,
-    Staging,
-    publish,
-    write_shard,
-)
+from pipelines.data.ingest.lists import NEAR_DUPLICATES, REMOVED, Staging
+from pipelines.data.ingest.publish import NothingKeptError, ShardPlan, publish, write_shard
 from pipelines.data.ingest.report import REPORT_HTML, REPORT_JSON
 from pipelines.data.ingest.staging import content_settings, stage_unit
 from pipelines.data.shard_format import MANIFEST, ShardError, ShardInfo

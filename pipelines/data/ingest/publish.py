@@ -8,10 +8,8 @@ a manifest is complete.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -19,22 +17,17 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.data.ingest.deduplicate import find_near_duplicates, first_occurrences
 from pipelines.data.ingest.inputs import QUARANTINE
+from pipelines.data.ingest.lists import NEAR_DUPLICATES, REMOVED, RowNames, Staging, repeated_rows, write_lists
 from pipelines.data.ingest.report import Totals, write_report
-from pipelines.data.ingest.staging import UnitRecord, content_settings, read_index, read_record
+from pipelines.data.ingest.staging import content_settings
 from pipelines.data.shard_format import MANIFEST, Manifest, ShardInfo, ShardWriter
 from pipelines.data.shards import ShardSet
-from pipelines.data.sources.base import Rejected
 from pipelines.settings import PrepareDataSettings
 
 logger = logging.getLogger(__name__)
 
-REMOVED = "removed.jsonl"
-NEAR_DUPLICATES = "near_duplicates.jsonl"
-
 _SMALL_SHARE = 16
 """Staged files below this fraction of a shard's bounds are gathered; larger ones become shards as they are."""
-
-_OPEN_UNITS = 128
 
 _MUCH = 0.1
 """Share of quarantined samples above which a warning gives the commonest reason."""
@@ -107,45 +100,6 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Staging:
-    """The finished units of a run.
-
-    Attributes:
-        folder: of their files.
-        num_units: how many there are.
-    """
-
-    folder: str
-    num_units: int
-
-    def record(self, number: int) -> UnitRecord:
-        """Outcome of a unit."""
-        record = read_record(self.folder, number)
-        assert record is not None, f"unit {number} was reported as finished but has no record"
-        return record
-
-    def index(self, number: int, columns: list[str] | None = None) -> pa.Table:
-        """Index of a unit's rows."""
-        return read_index(self.folder, number, columns)
-
-    def rejected(self) -> Iterator[Rejected]:
-        """Samples that gave no row, in order."""
-        for number in range(self.num_units):
-            yield from self.record(number).rejected
-
-    def changes(self) -> dict[str, int]:
-        """Rows that were kept, but changed, by the kind of change."""
-        found: Counter[str] = Counter()
-        for number in range(self.num_units):
-            found.update(self.record(number).changes)
-        return dict(sorted(found.items()))
-
-    def missing(self) -> list[tuple[str, str]]:
-        """Locations of missing images, the first ones of each unit."""
-        return [at for number in range(self.num_units) for at in self.record(number).missing]
-
-
-@dataclass(frozen=True)
 class _Rows:
     """Hashes of all rows of a source, in row order, and where each unit starts."""
 
@@ -181,13 +135,13 @@ def publish(settings: PrepareDataSettings, source: str, output: str, staging: St
         for info, statistics in zip(write(plans), totals.shard_statistics(), strict=True)
     )
     near = find_near_duplicates(rows.image * stays, rows.perceptual, settings.near_duplicate_bits)
-    names = _Names(staging, rows.starts)
+    names = RowNames(staging, rows.starts)
     storage.write_lines(
         storage.join(output, NEAR_DUPLICATES),
         ({"id": names.row_id(n.row), "near": names.row_id(n.earlier), "bits": n.bits} for n in near),
     )
     dropped = np.flatnonzero(~stays)
-    filters, num_quarantined = _write_lists(source, output, staging, _repeated(names, dropped, first))
+    filters, num_quarantined = write_lists(source, output, staging, repeated_rows(names, dropped, first))
     num_kept, num_filtered = int(stays.sum()), sum(filters.values())
     counts = Counts(
         rows_in=num_kept + len(dropped) + num_filtered + num_quarantined,
@@ -347,58 +301,6 @@ def _fits(pieces: list[Piece], piece: Piece, settings: PrepareDataSettings) -> b
         sum(held.num_rows for held in together) <= settings.shard_rows
         and sum(held.num_bytes for held in together) <= settings.shard_mb << 20
     )
-
-
-class _Names:
-    """Names of rows, looked up in the units' files; the units used last stay open."""
-
-    def __init__(self, staging: Staging, starts: np.ndarray) -> None:
-        self.starts = starts
-        self._ids = lru_cache(_OPEN_UNITS)(lambda number: staging.index(number, ["id"])["id"])
-        self._record = lru_cache(_OPEN_UNITS)(staging.record)
-
-    def row_id(self, row: int) -> str:
-        number = self._unit(row)
-        return str(self._ids(number)[row - int(self.starts[number])].as_py())
-
-    def shard_and_key(self, row: int) -> tuple[str, str]:
-        record = self._record(self._unit(row))
-        return record.shard, self.row_id(row).removeprefix(record.id_prefix)
-
-    def _unit(self, row: int) -> int:
-        return int(np.searchsorted(self.starts, row, side="right")) - 1
-
-
-def _repeated(names: _Names, dropped: np.ndarray, first: np.ndarray) -> Iterator[Rejected]:
-    """The duplicates that were dropped, each with the row that stays."""
-    for row in dropped:
-        shard, key = names.shard_and_key(int(row))
-        yield Rejected(key, shard, f"same as {names.row_id(int(first[row]))}", "duplicate")
-
-
-def _write_lists(
-    source: str, output: str, staging: Staging, repeated: Iterator[Rejected]
-) -> tuple[dict[str, int], int]:
-    """Write what gave no row, and why: quarantine.jsonl and removed.jsonl.
-
-    Returns:
-        Samples per filter, and the number of quarantined ones.
-    """
-    filters: Counter[str] = Counter()
-
-    def line(found: Rejected, **more: str) -> dict[str, str]:
-        return {"source": source, "shard": found.shard, "key": found.key, **more, "reason": found.reason}
-
-    def removed() -> Iterator[dict[str, str]]:
-        for found in (found for found in staging.rejected() if found.filter):
-            filters[found.filter] += 1
-            yield line(found, filter=found.filter)
-        yield from (line(found, filter=found.filter) for found in repeated)
-
-    quarantined = (line(found) for found in staging.rejected() if not found.filter)
-    num_quarantined = storage.write_lines(storage.join(output, QUARANTINE), quarantined)
-    storage.write_lines(storage.join(output, REMOVED), removed())
-    return dict(sorted(filters.items())), num_quarantined
 
 
 def _remove_stale_shards(output: str, wanted: set[str]) -> None:

@@ -17,9 +17,9 @@ from tests.serving_model import IMAGE_SIZE, make_image, make_model, make_process
 from tinygptv.data.conversation import ChatImage, ChatMessage
 from tinygptv.data.images import normalise_pixels
 from tinygptv.inference.assistant import Assistant
-from tinygptv.inference.engine import PromptTooLong
 from tinygptv.inference.image_encoder import ImageEncoder
 from tinygptv.inference.loading import load_for_inference
+from tinygptv.inference.request import PromptTooLong
 from tinygptv.inference.sampling import SamplingParams
 from tinygptv.inference.watch import ThreadFailure
 

@@ -12,7 +12,8 @@ import torch
 from tests.serving_model import make_config, make_model, make_tokenizer
 from tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.inference import engine as engine_module
-from tinygptv.inference.engine import Engine, PromptTooLong, Request
+from tinygptv.inference.engine import Engine
+from tinygptv.inference.request import PromptTooLong, Request
 from tinygptv.inference.sampling import SamplingParams
 
 

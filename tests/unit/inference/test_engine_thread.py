@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.serving_model import make_model, make_tokenizer
-from tinygptv.inference.engine import Engine, Request
+from tinygptv.inference.engine import Engine
 from tinygptv.inference.engine_thread import EngineLoop
+from tinygptv.inference.request import Request
 from tinygptv.inference.sampling import SamplingParams
 from tinygptv.inference.watch import ThreadFailure
 
