@@ -5,7 +5,7 @@ UV := uv==0.13.9
 CONFIG ?= configs/mini.yaml
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup demo serve mlflow test test-unit test-integration test-security test-gpu test-slow mutants lint format lock docs clean
+.PHONY: help setup demo serve released mlflow test test-unit test-integration test-security test-gpu test-slow mutants lint format lock docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -29,6 +29,9 @@ demo: setup ## draw, prepare, train four stages, score, quantize, serve, ask: th
 serve: setup ## serve the model that the demo trained, or else the shipped one, until Ctrl-C
 	@artifact=outputs/demo/artifact; test -f $$artifact/config.json || artifact=; \
 		$(BIN)/python jobs/serve_http.py --config $(CONFIG) artifact=$$artifact
+
+released: setup ## the released model: fetch (8.6 GB), convert, quantize for this machine, serve; resumes
+	@$(BIN)/python jobs/released.py device=auto output=outputs/released
 
 mlflow: setup ## open the MLflow page of all runs that were started in this folder
 	@echo "MLflow (Ctrl-C stops it): http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"; \

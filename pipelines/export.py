@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"
+_MEASURING_BYTES = 2 << 30
+"""What measuring takes beside the weights: activations and the KV cache of a batch."""
 
 
 class ExportError(ValueError):
@@ -194,7 +196,7 @@ def _write(
     model.requires_grad_(False)
     if model.config.lora_rank and not settings.keep_lora:
         model.merge_lora()
-    nn.Module.to(model, device)
+    nn.Module.to(model, _measuring_device(model, device))
     full = _measured("full", measure, model, processor, rows, settings.seed)
     nn.Module.to(model, "cpu")
     metadata: dict[str, Any] = {}
@@ -225,6 +227,21 @@ def _device(settings: QuantizeSettings) -> torch.device:
 
     for_cpu = settings.method.startswith("cpu")
     return torch.device("cpu" if for_cpu or not torch.cuda.is_available() else "cuda")
+
+
+def _measuring_device(model: TinyGPTVForConditionalGeneration, device: torch.device) -> torch.device:
+    """Where the full model is measured: a card for low-bit weights may be too small for the full ones."""
+    import torch
+
+    if device.type == "cuda":
+        num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        free = torch.cuda.mem_get_info(device)[0]
+        if num_bytes + _MEASURING_BYTES > free:
+            logger.info(
+                "the full model (%.1f GB) is measured on the CPU: the GPU has %.1f GB free", num_bytes / 1e9, free / 1e9
+            )
+            return torch.device("cpu")
+    return device
 
 
 def _measured(name: str, measure: Any, *arguments: Any) -> HeldOut:

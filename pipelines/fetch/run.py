@@ -18,6 +18,8 @@ from typing import Any, TypedDict
 import httpx
 
 from pipelines import storage
+from pipelines.fetch.data import describe, files_left, finish_sets, missing_by_hand
+from pipelines.fetch.datasets import DATA_GROUPS, all_sets, find_sets, with_needs
 from pipelines.fetch.download import check_file, download, part_of, size_of
 from pipelines.fetch.http import TIMEOUT, DownloadError, Remote, Retries, ask, on_mirror
 from pipelines.json_files import read_json_object, write_json
@@ -32,6 +34,7 @@ LOCK_FILE = "fetch.lock.json"
 MARGIN_BYTES = 256 << 20
 """Room that stays free on the disk."""
 SHOWN_EVERY_S = 0.25
+LEAST_SHOWN_BYTES = 5_000_000
 
 
 class FetchResult(TypedDict):
@@ -41,12 +44,16 @@ class FetchResult(TypedDict):
         folder: that holds the files.
         files: path below the folder -> its entry in the lock file.
         bytes_downloaded: by this run.
+        by_hand: what a person has to fetch, a sentence each.
+        commands: what downloads the images of lists of links.
         result: path of this file.
     """
 
     folder: str
     files: dict[str, dict[str, Any]]
     bytes_downloaded: int
+    by_hand: list[str]
+    commands: list[str]
     result: str
 
 
@@ -73,7 +80,7 @@ class Wanted:
 
 
 def fetch(settings: FetchSettings, retries: Retries | None = None) -> FetchResult:
-    """Bring the named weights into a folder.
+    """Bring the named weights and data sets into a folder.
 
     Args:
         settings: what, where from and where to.
@@ -84,11 +91,29 @@ def fetch(settings: FetchSettings, retries: Retries | None = None) -> FetchResul
         DownloadError: a file cannot be had; those before it are kept.
         DiskFullError: there is no room.
     """
-    files = named_files(settings.what)
-    folder = settings.output_dir("weights")
+    sets = with_needs(each for name in settings.what for each in find_sets(name))
+    names = [name for name in settings.what if not find_sets(name)]
+    files = named_files(names) if names or not sets else []
+    folder = settings.output_dir("raw" if sets else "weights")
+    if sets and not settings.quiet:
+        print(describe(sets), flush=True)
     with _one_at_a_time(folder), _client() as client:
         job = _Fetch(settings, folder, client, retries or Retries(most=1 if settings.dry_run else Retries.most))
-        return job.run(files)
+        here = job.run([*files, *(file for each in sets for file in files_left(each, folder))])
+        commands = [] if settings.dry_run else finish_sets(sets, folder, settings)
+    by_hand = missing_by_hand(sets, folder)
+    for text in [*by_hand, *(f"Then run: {command}" for command in commands)]:
+        print(text, flush=True)
+    result = FetchResult(
+        folder=str(folder),
+        files=here,
+        bytes_downloaded=job.bytes_downloaded,
+        by_hand=by_hand,
+        commands=commands,
+        result=str(folder / "result.json"),
+    )
+    write_json(folder / "result.json", result)
+    return result
 
 
 def named_files(names: Sequence[str]) -> list[SourceFile]:
@@ -98,11 +123,13 @@ def named_files(names: Sequence[str]) -> list[SourceFile]:
         SettingsError: nothing is named, or a name is unknown.
     """
     if not names:
-        raise SettingsError(f"give what=NAME: {', '.join([*groups(), *all_parts()])}.")
+        raise SettingsError(f"give what=NAME: {', '.join([*groups(), *all_parts(), *DATA_GROUPS, *all_sets()])}.")
     try:
         parts = [part for name in names for part in find_parts(name)]
     except ValueError as error:
-        raise SettingsError(f"what={','.join(names)}: {error}") from error
+        raise SettingsError(
+            f"what={','.join(names)}: {error} Data sets: {', '.join([*DATA_GROUPS, *all_sets()])}."
+        ) from error
     return list(dict.fromkeys(file for part in parts for file in part.files))
 
 
@@ -114,7 +141,8 @@ class _Fetch:
         self.lock: dict[str, dict[str, Any]] = (read_json_object(folder / LOCK_FILE) or {}).get("files", {})
         self.bytes_downloaded = 0
 
-    def run(self, files: Iterable[SourceFile]) -> FetchResult:
+    def run(self, files: Iterable[SourceFile]) -> dict[str, dict[str, Any]]:
+        """Bring the files; returns their entries in the lock file."""
         wanted = [self._look(file) for file in files]
         self._tell(wanted)
         if not self.settings.dry_run:
@@ -123,15 +151,7 @@ class _Fetch:
             for each in wanted:
                 if not each.is_here:
                     self._download(each)
-        here = {each.source.path: self.lock[each.source.path] for each in wanted if each.source.path in self.lock}
-        result = FetchResult(
-            folder=str(self.folder),
-            files=here,
-            bytes_downloaded=self.bytes_downloaded,
-            result=str(self.folder / "result.json"),
-        )
-        write_json(self.folder / "result.json", result)
-        return result
+        return {each.source.path: self.lock[each.source.path] for each in wanted if each.source.path in self.lock}
 
     # ------------------------------------------------------------------ what is here
 
@@ -259,7 +279,7 @@ class _Fetch:
     def _download(self, each: Wanted) -> None:
         each.target.parent.mkdir(parents=True, exist_ok=True)
         begun = size_of(part_of(each.target))
-        with Bar(each.source.path, quiet=self.settings.quiet) as bar:
+        with Bar(each.source.path, quiet=self.settings.quiet or each.bytes_left < LEAST_SHOWN_BYTES) as bar:
             shown_at = 0.0
 
             def report(done: int, total: int) -> None:
@@ -325,4 +345,4 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def _gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 5_000_000 else f"{num_bytes / 1e6:.2f} MB"
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= LEAST_SHOWN_BYTES else f"{num_bytes / 1e6:.3f} MB"

@@ -16,8 +16,8 @@ class FetchSettings(Settings):
 
     what: list[str] = Field(
         default_factory=list,
-        description="weights: released, start, stages or a part of docs/weights.md; data sets: names of "
-        "docs/datasets.md, stage1 .. stage4 of a recipe as data1 .. data4; list",
+        description="weights: released, start, stages, or parts of docs/weights.md; data sets: names of "
+        "docs/datasets.md, data (all of the paper's recipe) or data1 .. data4 (of a stage)",
     )
     local: list[str] = Field(
         default_factory=list, description="folders where files may lie already; they are linked or copied, and checked"
@@ -25,6 +25,10 @@ class FetchSettings(Settings):
     offline: bool = Field(False, description="download nothing: take what is in output= and local=, and say what lacks")
     mirror: str = Field("", description="base address instead of https://HOST of every address outside the hub")
     hub: str = Field("", description="address of the Hugging Face hub; empty is HF_ENDPOINT, or the hub itself")
+    images: Literal["print", "run"] = Field(
+        "print", description="lists of links: print the img2dataset call that downloads the images, or run it"
+    )
+    rows: int = Field(0, ge=0, description="lists of links: how many of the first to take; 0 takes all")
     verify: bool = Field(False, description="hash again what was fetched before")
     accept_changed: bool = Field(
         False, description="take files whose size or hash differ from the recorded ones, and record the new ones"
@@ -47,11 +51,10 @@ class ReleasedSettings(Settings):
     method: Literal["", "nf4", "int8", "int4", "cpu", "cpu4"] = Field(
         "", description="low-bit weights; empty: what fits the device's memory, the most exact first"
     )
+    memory: str = Field("", description="the machine's memory, e.g. 16GB; empty: what is free now")
     language: Literal["phi-2", "phi-2-susnato"] = Field("phi-2", description="whose copy of Phi-2 (docs/weights.md)")
     weights: str = Field("", description="folder of the downloads; empty is <output>/weights")
     drift_samples: int = Field(8, ge=1, description="samples of the check that low-bit weights answer as the full ones")
-    vision_heads: int | None = Field(None, ge=1, description="attention heads of the encoder; empty: the release's")
-    qformer_heads: int | None = Field(None, ge=1, description="attention heads of the Q-Former; empty: the release's")
     serve: bool = Field(True, description="serve at the end; false: only make the artifact")
     fetch: dict[str, Any] = Field(default_factory=dict, description="keys of the fetch section, e.g. fetch.mirror=..")
     server: dict[str, Any] = Field(default_factory=dict, description="keys of the serve section, e.g. server.port=8000")

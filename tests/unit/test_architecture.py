@@ -59,7 +59,7 @@ _PIPELINES: dict[str, set[str]] = {
     "json_files": {"settings", "storage"},
     "fingerprint": {"settings", "storage", "redact", "json_files"},
     "tracking": {*_WIRING},
-    "fetch": {*_WIRING},
+    "fetch": {*_WIRING, "data.sources"},
     "data": {*_WIRING},
     "data.sources": {*_WIRING},
     "data.ingest": {*_WIRING, "tracking", "data", "data.sources"},
@@ -69,6 +69,7 @@ _PIPELINES: dict[str, set[str]] = {
     "evaluation.harnesses": set(),
     "export": {*_WIRING, "tracking", "data"},
     "serving": {*_WIRING, "tracking"},
+    "released": {*_WIRING, "fetch", "export", "serving"},
     "miniature": {
         *_WIRING,
         "tracking",

@@ -40,7 +40,7 @@ PROMPT_TOKENS = 64
 """Length assumed for a prompt, image and answer not counted; captions of images alone have none."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4 with double quantization: 4 bits, a scale byte per 64, a float per 256 scales."""
-WEIGHT_BYTES = {"full": 4.0, "half": 2.0, "bf16": 2.0, "int8": 1.0, "llm_int8": 1.0, "nf4": NF4_BYTES}
+WEIGHT_BYTES = {"full": 4.0, "half": 2.0, "bf16": 2.0, "int8": 1.0, "llm_int8": 1.0, "int4": 0.5625, "nf4": NF4_BYTES}
 """Format of a linear layer -> bytes of a weight; the 8-bit formats add a float per row."""
 PARTS = ("vision_encoder", "qformer", "projector", "language_model", "lm_head")
 

@@ -316,7 +316,7 @@ def test_a_dry_run_downloads_nothing(server, run, tmp_path, capsys):
     server.files.clear()
     run(stated(PLAIN, CONTENT), SMALL, dry_run=True, quiet=False)
     out = capsys.readouterr().out
-    assert "eva.pth: 1.28 MB, http" in out and "phi-2/config.json: unknown size" in out and "0 of 2 files" in out
+    assert "eva.pth: 1.280 MB, http" in out and "phi-2/config.json: unknown size" in out and "0 of 2 files" in out
     assert not server.asked("/models/eva.pth")
 
 

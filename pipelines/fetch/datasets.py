@@ -1,0 +1,156 @@
+"""Published data sets by name, and what a stage of a recipe needs of them. The data is in datasets.toml."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from pipelines.settings import SettingsError
+from tinygptv.convert.sources import SourceFile
+from tinygptv.training.stages import RECIPES, Stage
+
+DATA_GROUPS = ("data", "data1", "data2", "data3", "data4")
+"""Names of all sets of the paper's recipe, and of those of one stage."""
+LINKS_PER_HOUR = 5_000_000
+"""What img2dataset's read-me measures on one machine: 100 million links in 20 hours with 16 cores and 1 Gbit/s."""
+BYTES_PER_HOUR = 12.5e6 * 3600
+"""A line of 100 Mbit/s."""
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """A file or folder that a program cannot download.
+
+    Attributes:
+        address: where a person gets it.
+        path: below the folder of raw data, where it must be afterwards.
+    """
+
+    address: str
+    path: str
+
+
+@dataclass(frozen=True)
+class LinkList:
+    """A list of links to images with captions.
+
+    Attributes:
+        file: JSON list of ``{"caption", "url"}``, below the raw folder.
+        output: folder of the tars that img2dataset makes of it, below the raw folder.
+    """
+
+    file: str
+    output: str
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A published data set.
+
+    Attributes:
+        name: by which it is fetched.
+        title: for people.
+        sources: names of ``pipelines.data.sources`` that read it.
+        input: what they read, below the folder of raw data.
+        files: to download.
+        archives: local paths of files that are unpacked where they are.
+        by_hand: what a person has to fetch.
+        needs: names of sets whose images it uses.
+        links: images that img2dataset downloads; None for other sets.
+        gigabytes: on disk, rounded; 0 where it is not stated.
+        rows: samples, rounded; 0 where it is not stated.
+        license: of the annotations.
+    """
+
+    name: str
+    title: str
+    sources: tuple[str, ...]
+    input: str
+    files: tuple[SourceFile, ...]
+    archives: frozenset[str]
+    by_hand: tuple[ByHand, ...]
+    needs: tuple[str, ...]
+    links: LinkList | None
+    gigabytes: float
+    rows: int
+    license: str
+
+    @property
+    def hours(self) -> float:
+        """To download, with 100 Mbit/s; lists of links on one machine with 1 Gbit/s."""
+        return self.rows / LINKS_PER_HOUR if self.links else self.gigabytes * 1e9 / BYTES_PER_HOUR
+
+
+@cache
+def all_sets() -> dict[str, DataSet]:
+    """Every published data set, by name."""
+    tables = tomllib.loads(files("pipelines.fetch").joinpath("datasets.toml").read_text("utf-8"))
+    return {name: _data_set(name, table) for name, table in tables.items()}
+
+
+def set_of(source: str) -> DataSet:
+    """The set that a source of ``pipelines.data.sources`` reads.
+
+    Raises:
+        SettingsError: none is published under a name here.
+    """
+    for each in all_sets().values():
+        if source in each.sources:
+            return each
+    raise SettingsError(f"source {source!r} belongs to no published data set of docs/datasets.md.")
+
+
+def sets_of_stages(stages: Iterable[Stage]) -> list[DataSet]:
+    """What stages are trained on, with the sets whose images they use, each once."""
+    sets = [set_of(source.name) for stage in stages for source in stage.sources]
+    return with_needs(sets)
+
+
+def with_needs(sets: Iterable[DataSet]) -> list[DataSet]:
+    """Sets after those whose images they use, each once."""
+    ordered: dict[str, DataSet] = {}
+    for each in sets:
+        for name in (*each.needs, each.name):
+            ordered.setdefault(name, all_sets()[name])
+    return list(ordered.values())
+
+
+def find_sets(name: str) -> list[DataSet]:
+    """The sets that a name means: a set, ``data`` (all of the paper's stages), or ``data1`` .. ``data4`` (of a stage).
+
+    Returns:
+        The sets with those that they need; empty where the name means none.
+    """
+    if name in all_sets():
+        return with_needs([all_sets()[name]])
+    stages = [stage for stage in RECIPES["paper"] if name in ("data", f"data{stage.number}")]
+    return sets_of_stages(stages)
+
+
+def _data_set(name: str, table: dict[str, Any]) -> DataSet:
+    folder = table["folder"]
+    entries = table.get("files", [])
+    listed = table.get("list")
+    return DataSet(
+        name=name,
+        title=table["title"],
+        sources=tuple(table["sources"]),
+        input=table.get("input", folder),
+        files=tuple(_file(folder, entry, table["license"]) for entry in entries),
+        archives=frozenset(f"{folder}/{entry['name']}" for entry in entries if entry.get("unpack")),
+        by_hand=tuple(ByHand(entry["address"], entry["path"]) for entry in table.get("by_hand", [])),
+        needs=tuple(table.get("needs", [])),
+        links=LinkList(f"{folder}/{listed['file']}", f"{folder}/{listed['output']}") if listed else None,
+        gigabytes=table["gigabytes"],
+        rows=table["rows"],
+        license=table["license"],
+    )
+
+
+def _file(folder: str, entry: dict[str, Any], license_: str) -> SourceFile:
+    base, _, name = entry["url"].rpartition("/")
+    return SourceFile(path=f"{folder}/{entry['name']}", name=name, base=f"{base}/", license=license_)

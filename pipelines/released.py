@@ -1,0 +1,290 @@
+"""The released TinyGPT-V in one command: plan, fetch, convert, quantize, serve. Each step is skipped where it is done.
+
+    OUTPUT/weights/      published files, as docs/weights.md names them
+    OUTPUT/checkpoint/   the same as one checkpoint folder of this project
+    OUTPUT/artifact/     low-bit weights for this machine: what is served
+
+Once the artifact is there, the other two can be removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipelines.fetch.run import MARGIN_BYTES, fetch, named_files
+from pipelines.fingerprint import Fingerprint
+from pipelines.json_files import read_json_object, write_json
+from pipelines.settings import FetchSettings, QuantizeSettings, ReleasedSettings, ServeSettings, SettingsError
+from pipelines.storage import DiskFullError
+from tinygptv.checkpoint.folders import CheckpointError, verify_folder
+from tinygptv.config import TinyGPTVConfig
+from tinygptv.convert.sources import all_parts
+from tinygptv.quantization.artifact import METHODS
+from tinygptv.training.memory_plan import GIB, inference_memory, parse_bytes
+from tinygptv.training.stages import get_stage
+
+logger = logging.getLogger(__name__)
+
+SERVER_BYTES = 2 * GIB
+"""Ray, its store and the service's own processes."""
+CONTEXT_TOKENS = 2048
+_DEVICE_METHODS = {"cuda": ("nf4",), "cpu": ("cpu", "cpu4")}
+"""Device -> methods that suit it, the most exact first."""
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the released model will answer, and what that takes, in bytes.
+
+    Attributes:
+        device: ``cuda`` or ``cpu``.
+        method: of quantization.
+        needed: memory of the device while answering.
+        free: of the device.
+        quantizing: memory of the machine while weights are rounded.
+        host: of the machine.
+        download: published files, where none is here yet.
+        disk: published files, checkpoint and artifact.
+    """
+
+    device: str
+    method: str
+    needed: int
+    free: int
+    quantizing: int
+    host: int
+    download: int
+    disk: int
+
+    def __str__(self) -> str:
+        where = "the GPU" if self.device == "cuda" else "the CPU"
+        needed, free, quantizing, host = (
+            f"{size / GIB:.1f}" for size in (self.needed, self.free, self.quantizing, self.host)
+        )
+        return (
+            f"Plan: answer on {where} with {self.method} weights: {needed} GiB of {free} GiB of memory. Before that: "
+            f"{self.download / 1e9:.1f} GB to download, {self.disk / 1e9:.0f} GB of disk in all, {quantizing} of "
+            f"{host} GiB of the machine's memory to round the weights."
+        )
+
+
+def run_released(settings: ReleasedSettings) -> dict[str, Any]:
+    """Make the artifact.
+
+    Args:
+        settings: which stage, where it answers.
+
+    Returns:
+        What stands in ``result.json``: the artifact, the plan, the files' hashes.
+
+    Raises:
+        SettingsError: the machine has too little memory, or a setting cannot be used.
+        DownloadError: a file cannot be had.
+        DiskFullError: the disk is too small.
+    """
+    output = settings.output_dir("outputs/released")
+    plan = plan_released(settings)
+    inputs = _inputs(settings, plan)
+    done = _finished(output, inputs)
+    if done:
+        print(f"The artifact is ready: {output / 'artifact'}", flush=True)
+        return done
+    print(plan, flush=True)
+    _check(plan, output)
+    files = _fetch(settings, output)
+    checkpoint = _convert(settings, output, files)
+    exported = _quantize(settings, plan, checkpoint, output)
+    result = {
+        "artifact": exported["artifact"],
+        "bytes": exported["bytes"],
+        "drift": exported["drift"],
+        "inputs": inputs,
+        "plan": asdict(plan),
+        "files": files,
+        "result": str(output / "result.json"),
+    }
+    write_json(output / "result.json", result)
+    return result
+
+
+def serve_settings(settings: ReleasedSettings, result: dict[str, Any]) -> ServeSettings:
+    """How the artifact is served: on this machine alone, unless ``server`` says otherwise."""
+    values = {"artifact": result["artifact"], "num_gpus": int(result["plan"]["device"] == "cuda")}
+    return ServeSettings.parse({**values, **settings.server}, "released, server")
+
+
+# ---------------------------------------------------------------------- the plan
+
+
+def plan_released(settings: ReleasedSettings) -> Plan:
+    """Choose device and method by what they take, from the published sizes: nothing has to be here yet.
+
+    Raises:
+        SettingsError: no method fits.
+    """
+    stage = get_stage("released", settings.stage)
+    config = TinyGPTVConfig.phi2(image_size=stage.image_size, lora_rank=0)
+    host = parse_bytes(settings.memory) if settings.memory else free_memory()
+    gpu = _free_gpu_bytes() if settings.device != "cpu" else 0
+    devices = (["cuda"] if gpu else []) + ["cpu"] if settings.device == "auto" else [settings.device]
+    if settings.device == "cuda" and not gpu:
+        raise SettingsError("device=cuda, but there is no CUDA GPU that torch can use: take device=cpu.")
+    rejected = []
+    for device in devices:
+        free = gpu if device == "cuda" else host
+        for method in [settings.method] if settings.method else _DEVICE_METHODS[device]:
+            needed = needed_bytes(config, device, method)
+            if needed <= free:
+                return _plan(settings, config, device, method, needed, free, host)
+            rejected.append(f"{method} on {device} needs {needed / GIB:.1f} GiB, {free / GIB:.1f} are free")
+    raise SettingsError(
+        f"the released model does not fit this machine: {'; '.join(rejected)}. Close other programs, or take another "
+        "machine."
+    )
+
+
+def needed_bytes(config: TinyGPTVConfig, device: str, method: str) -> int:
+    """Memory of the device while it answers one request.
+
+    Raises:
+        SettingsError: there is no such method.
+    """
+    if method not in METHODS:
+        raise SettingsError(f"method={method!r} is unknown; there are: {', '.join(METHODS)}.")
+    memory = inference_memory(config, vars(METHODS[method]), num_tokens=CONTEXT_TOKENS)
+    return memory.peak if device == "cuda" else memory.allocated + SERVER_BYTES
+
+
+def _plan(
+    settings: ReleasedSettings, config: TinyGPTVConfig, device: str, method: str, needed: int, free: int, host: int
+) -> Plan:
+    half = inference_memory(config, dict.fromkeys(vars(METHODS[method]), "half"))
+    low_bit = inference_memory(config, vars(METHODS[method]))
+    download = sum(file.num_bytes for file in named_files(part_names(settings)))
+    checkpoint, artifact = sum(half.weights.values()), sum(low_bit.weights.values())
+    quantizing = checkpoint + half.workspace + GIB
+    return Plan(device, method, needed, free, quantizing, host, download, download + checkpoint + artifact)
+
+
+def _check(plan: Plan, output: Path) -> None:
+    if plan.quantizing > plan.host:
+        raise SettingsError(
+            f"rounding the weights takes {plan.quantizing / GIB:.1f} GiB of memory, and {plan.host / GIB:.1f} are "
+            "free: close other programs, or make the artifact on another machine (serve=false) and serve it here with "
+            "jobs/serve_http.py artifact=DIR."
+        )
+    have = sum(path.stat().st_size for path in output.rglob("*") if path.is_file() and not path.is_symlink())
+    free = shutil.disk_usage(output).free
+    if plan.disk - have + MARGIN_BYTES > free:
+        raise DiskFullError(
+            f"{output} needs about {(plan.disk - have) / 1e9:.0f} GB more, and {free / 1e9:.1f} GB are free: free some "
+            "space, or give another output=."
+        )
+
+
+def free_memory() -> int:
+    """Bytes of main memory that this process may still take, swap space included, within its container's limit."""
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    for name in _CGROUP_LIMITS:
+        path = Path(name)
+        text = path.read_text().strip() if path.is_file() else ""
+        if text.isdigit():
+            free = min(free, max(0, int(text) - psutil.Process().memory_info().rss))
+    return free
+
+
+def _free_gpu_bytes() -> int:
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+
+
+# ---------------------------------------------------------------------- the steps
+
+
+def part_names(settings: ReleasedSettings) -> list[str]:
+    """The published parts that the stage's model is made of."""
+    return ["vision", "qformer", settings.language, f"stage{settings.stage}"]
+
+
+def _inputs(settings: ReleasedSettings, plan: Plan) -> dict[str, Any]:
+    """What the artifact is made from, apart from the files' content, which the lock file pins."""
+    return {
+        "parts": part_names(settings),
+        "method": plan.method,
+        "drift_samples": settings.drift_samples,
+    }
+
+
+def _finished(output: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of an earlier run with the same inputs whose artifact is whole."""
+    result = read_json_object(output / "result.json")
+    if result is None or result.get("inputs") != inputs:
+        return None
+    try:
+        verify_folder(result["artifact"], hashes=False)
+    except CheckpointError:
+        return None
+    return result
+
+
+def _fetch(settings: ReleasedSettings, output: Path) -> dict[str, str]:
+    """Path of each file below the weights' folder -> its SHA-256."""
+    values = {
+        "what": part_names(settings),
+        "output": settings.weights or str(output / "weights"),
+        "quiet": settings.quiet,
+        **settings.fetch,
+    }
+    fetched = fetch(FetchSettings.parse(values, "released, fetch"))
+    return {name: entry["sha256"] for name, entry in fetched["files"].items()}
+
+
+def _convert(settings: ReleasedSettings, output: Path, files: dict[str, str]) -> Path:
+    """The published files as a checkpoint folder."""
+    checkpoint, record = output / "checkpoint", output / "checkpoint.json"
+    stage = get_stage("released", settings.stage)
+    inputs = dict(Fingerprint.of("convert", files=files, stage=settings.stage).inputs)
+    if read_json_object(record) == inputs and (checkpoint / "manifest.json").is_file():
+        print(f"The checkpoint is converted already: {checkpoint}", flush=True)
+        return checkpoint
+    import torch
+
+    from tinygptv.convert.match import match_release
+    from tinygptv.convert.write import convert_release
+    from tinygptv.data.processing import load_tokenizer
+
+    folder = Path(settings.weights or output / "weights").expanduser().absolute()
+    paths: dict[str, Any] = {all_parts()[name].role: folder / all_parts()[name].path for name in part_names(settings)}
+    print(f"Converting to {checkpoint} ...", flush=True)
+    release = match_release(**paths, projection=None, image_size=stage.image_size)
+    record.unlink(missing_ok=True)
+    convert_release(release, checkpoint, load_tokenizer(paths["language"]), torch.bfloat16, stage.template)
+    write_json(record, inputs)
+    return checkpoint
+
+
+def _quantize(settings: ReleasedSettings, plan: Plan, checkpoint: Path, output: Path) -> Any:
+    from pipelines.export import export
+    from pipelines.fingerprint import OtherInputsError
+
+    print(f"Quantizing ({plan.method}) and comparing with the full model ...", flush=True)
+    values = {
+        "checkpoint": str(checkpoint),
+        "method": plan.method,
+        "output": str(output / "artifact"),
+        "drift_samples": settings.drift_samples,
+        "tracking_uri": "none",
+        "quiet": settings.quiet,
+    }
+    try:
+        return export(QuantizeSettings.parse(values, "released, quantize"))
+    except OtherInputsError:  # of another method or stage: made here, and cheap to make again
+        return export(QuantizeSettings.parse({**values, "overwrite": True}, "released, quantize"))

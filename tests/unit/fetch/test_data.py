@@ -1,0 +1,184 @@
+"""Data sets by name: every source of the recipe has its files, archives unpack safely, lists become tables."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import zipfile
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from pipelines.data.sources import SOURCES
+from pipelines.fetch import data
+from pipelines.fetch.data import unpack, write_table
+from pipelines.fetch.datasets import all_sets, find_sets, set_of, sets_of_stages
+from pipelines.fetch.http import DownloadError, Retries
+from pipelines.fetch.run import fetch, published_address
+from pipelines.settings import FetchSettings, SettingsError
+from tests.hub_server import serve_files
+from tests.paths import ROOT
+from tinygptv.training.stages import RECIPES
+
+OWN = {"webdataset", "jsonl", "hf", "parquet"}
+LINKS = [{"caption": f"a  star\t{n}\n", "url": f"http://x/{n}.jpg"} for n in range(5)]
+
+
+def zip_of(**files):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name.replace("__", "/"), content)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def server():
+    with serve_files() as files:
+        yield files
+
+
+def run(server, tmp_path, what, **settings):
+    values = {"what": what, "mirror": server.base, "output": str(tmp_path / "raw"), "quiet": True, **settings}
+    return fetch(FetchSettings(**values), Retries(most=2, sleep=lambda _: None))
+
+
+def publish(server, name, contents):
+    for file, content in zip(all_sets()[name].files, contents, strict=True):
+        server.files[urlsplit(published_address(file)).path] = content
+
+
+def test_every_source_is_published_in_one_set():
+    assert {source for each in all_sets().values() for source in each.sources} == set(SOURCES) - OWN
+    stages = RECIPES["paper"]
+    assert {s.name for stage in stages for s in stage.sources} <= {
+        source for each in sets_of_stages(stages) for source in each.sources
+    }
+    for each in all_sets().values():
+        assert each.files or each.by_hand
+        assert all(
+            published_address(file).startswith(("https://", "http://images.cocodataset.org/")) for file in each.files
+        )
+        assert all(file.address.startswith("https://") for file in each.by_hand)
+        assert set(each.needs) <= set(all_sets()) and each.license
+
+
+def test_the_docs_name_every_set_and_input():
+    text = (ROOT / "docs/datasets.md").read_text()
+    for each in all_sets().values():
+        assert f"`{each.name}`" in text, each.name
+
+
+def test_images_of_other_sets_come_first():
+    assert [each.name for each in find_sets("llava")] == ["coco", "llava"]
+    assert [each.name for each in find_sets("data1")] == ["laion", "cc_sbu"]
+    assert {"coco", "llava", "cc_sbu_align"} == {each.name for each in find_sets("data3")}
+    assert set_of("invrefcocog").name == "refcoco" and find_sets("nothing") == []
+    with pytest.raises(SettingsError, match="belongs to no published data set"):
+        set_of("own")
+
+
+def test_archives_are_downloaded_unpacked_and_may_be_removed(server, tmp_path):
+    publish(server, "coco", [zip_of(train2014__a="1", train2014__b="22")])
+    run(server, tmp_path, "coco")
+    folder = tmp_path / "raw/coco"
+    assert (folder / "train2014/b").read_text() == "22"
+    (folder / "train2014.zip").unlink()
+    server.requests.clear()
+    run(server, tmp_path, "coco")
+    assert not server.requests and not (folder / "train2014.zip").exists()
+
+
+def test_an_interrupted_unpacking_is_finished(tmp_path, monkeypatch):
+    archive = tmp_path / "x.zip"
+    archive.write_bytes(zip_of(a="1", b="22"))
+    extract = data._extract
+
+    def fail_at_b(opened, member, target):
+        if member.filename == "b":
+            raise KeyboardInterrupt
+        extract(opened, member, target)
+
+    monkeypatch.setattr(data, "_extract", fail_at_b)
+    with pytest.raises(KeyboardInterrupt):
+        unpack(archive, quiet=True)
+    (tmp_path / "a").write_text("x")  # of the right size: not written again
+    monkeypatch.setattr(data, "_extract", extract)
+    unpack(archive, quiet=True)
+    assert (tmp_path / "a").read_text() == "x" and (tmp_path / "b").read_text() == "22"
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "..\\evil"])
+def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, name):
+    (tmp_path / "in").mkdir()
+    archive = tmp_path / "in/x.zip"
+    archive.write_bytes(zip_of(**{name: "1"}))
+    with pytest.raises(DownloadError, match="leads out of its folder"):
+        unpack(archive, quiet=True)
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_a_damaged_archive_is_one_sentence(tmp_path):
+    (tmp_path / "x.zip").write_bytes(zip_of(a="1")[:-30])
+    with pytest.raises(DownloadError, match=r"x.zip is no whole zip archive: .*Remove it to download it again"):
+        unpack(tmp_path / "x.zip")
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_lists_of_links_become_tables(server, tmp_path, rows, capsys):
+    publish(server, "laion", [json.dumps(LINKS).encode()])
+    result = run(server, tmp_path, "laion", rows=rows)
+    table = (tmp_path / "raw/laion/laion_synthetic_filtered_large.tsv").read_text().splitlines()
+    assert table[:2] == ["caption\turl", "a star 0\thttp://x/0.jpg"] and len(table) == 1 + (rows or len(LINKS))
+    (command,) = result["commands"]
+    words = shlex.split(command)
+    assert words[0] == "img2dataset" and words[words.index("--output_folder") + 1].endswith("raw/laion/laion_dataset")
+    assert f"Then run: {command}" in capsys.readouterr().out
+
+
+def test_the_documented_call_has_the_same_options():
+    text = (ROOT / "docs/datasets.md").read_text().replace("\\\n", " ")
+    documented = shlex.split(text[text.index("img2dataset --url_list") :].split("\n")[0])
+    command = data.img2dataset_command(all_sets()["laion"].links, Path("DATA"))
+    assert documented == command
+
+
+def test_img2dataset_is_run_where_it_is_asked_for(server, tmp_path, monkeypatch):
+    publish(server, "cc_sbu", [json.dumps(LINKS).encode()])
+    with pytest.raises(SettingsError, match=r"img2dataset is not installed: pip install 'tinygptv\[images\]'"):
+        run(server, tmp_path, "cc_sbu", images="run")
+    tool = tmp_path / "bin/img2dataset"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+    assert run(server, tmp_path, "cc_sbu", images="run")["commands"] == []
+    assert "--url_list" in (tmp_path / "asked").read_text()
+
+
+def test_a_damaged_list_is_one_sentence(tmp_path):
+    (tmp_path / "list.json").write_text('[{"caption": "a"}]')
+    with pytest.raises(DownloadError, match=r"list.json is no list of entries with 'caption' and 'url'.*'url'"):
+        write_table(tmp_path / "list.json")
+    assert not (tmp_path / "list.tsv").exists()
+
+
+def test_what_is_left_by_hand_is_told(server, tmp_path):
+    (text,) = run(server, tmp_path, ["cc_sbu_align"])["by_hand"]
+    assert text.startswith(
+        "cc_sbu_align: open https://drive.google.com/file/d/1nJXhoEcy3KTExr17I7BXqY5Y9Lx_-n-9/view in"
+    )
+    assert text.endswith(f"and put {tmp_path}/raw/cc_sbu_align/filter_cap.json there.")
+    (tmp_path / "raw/cc_sbu_align").mkdir()
+    (tmp_path / "raw/cc_sbu_align/filter_cap.json").write_text("{}")
+    assert run(server, tmp_path, ["cc_sbu_align"])["by_hand"] == []
+
+
+def test_disk_rows_and_hours_are_told_before(server, tmp_path, capsys):
+    run(server, tmp_path, ["data"], dry_run=True, quiet=False)
+    out = capsys.readouterr().out
+    line = next(row for row in out.splitlines() if row.startswith("laion "))
+    assert "2100" in line and "115,000,000" in line and " 23.0 " in line
+    assert out.index("together") < out.index("to download.")

@@ -1,0 +1,84 @@
+"""The plan of `make released`: where it answers, with which weights, and what is refused before a download."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from pipelines import released
+from pipelines.released import Plan, plan_released, serve_settings
+from pipelines.settings import ReleasedSettings, SettingsError
+from pipelines.storage import DiskFullError
+from tinygptv.training.memory_plan import GIB
+
+
+def plan(monkeypatch, gpu=0, **settings):
+    monkeypatch.setattr(released, "_free_gpu_bytes", lambda: gpu * GIB)
+    return plan_released(ReleasedSettings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "memory", "chosen"),
+    [
+        (24, "32GB", ("cuda", "nf4")),
+        (6, "16GB", ("cuda", "nf4")),
+        (4, "16GB", ("cpu", "cpu")),
+        (0, "6GB", ("cpu", "cpu4")),
+    ],
+)
+def test_auto_takes_what_fits(monkeypatch, gpu, memory, chosen):
+    found = plan(monkeypatch, gpu, memory=memory)
+    assert (found.device, found.method) == chosen and found.needed <= found.free
+
+
+def test_the_numbers_are_those_of_the_published_files(monkeypatch):
+    found = plan(monkeypatch, memory="16GB")
+    assert 8.5e9 < found.download < 8.6e9
+    assert 19e9 < found.disk < 22e9  # downloads, a checkpoint in 16 bits, an artifact in 8
+    assert 6 * GIB < found.needed < 8 * GIB < found.quantizing < 10 * GIB
+    text = str(found)
+    assert "8.6 GB to download" in text and "the CPU with cpu weights" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"device": "cuda"}, "no CUDA GPU that torch can use: take device=cpu"),
+        ({"memory": "3GB"}, r"does not fit this machine: cpu on cpu needs 6\.\d GiB, 3.0 are free; cpu4 on cpu"),
+        ({"memory": "6GB", "method": "cpu"}, "does not fit this machine: cpu on cpu"),
+    ],
+)
+def test_what_does_not_fit_is_refused(monkeypatch, settings, text):
+    with pytest.raises(SettingsError, match=text):
+        plan(monkeypatch, **settings)
+
+
+def test_rounding_needs_more_memory_than_answering(monkeypatch, tmp_path):
+    with pytest.raises(SettingsError, match=r"rounding the weights takes 8\.\d GiB .* 7.0 are free.*serve=false"):
+        released._check(plan(monkeypatch, memory="7GB"), tmp_path)
+
+
+def test_a_small_disk_is_refused_and_what_is_there_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
+    small = Plan("cpu", "cpu", needed=1, free=2, quantizing=1, host=2, download=10**9, disk=2 * 10**9)
+    with pytest.raises(DiskFullError, match=r"needs about 2 GB more, and 1.0 GB are free"):
+        released._check(small, tmp_path)
+    with (tmp_path / "weights").open("wb") as stream:
+        stream.truncate(15 * 10**8)
+    released._check(small, tmp_path)
+
+
+def test_the_container_limit_counts(monkeypatch, tmp_path):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(released, "_CGROUP_LIMITS", (str(limit), "/nowhere"))
+    limit.write_text("max\n")
+    unlimited = released.free_memory()
+    limit.write_text(str(1))
+    assert released.free_memory() == 0 < unlimited
+
+
+def test_it_is_served_on_this_machine_alone():
+    result = {"artifact": "/a", "plan": {"device": "cuda"}}
+    settings = serve_settings(ReleasedSettings(server={"port": 9000}), result)
+    assert (settings.host, settings.port, settings.num_gpus, settings.artifact) == ("127.0.0.1", 9000, 1, "/a")
