@@ -1,0 +1,123 @@
+"""``jobs/serve_http.py`` as its user sees it: what it prints, a proxy that dies, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+
+from tests.paths import ROOT
+from tests.serving_model import save_checkpoint
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+BODY = {"model": "tinygpt-v", "max_tokens": 4, "messages": [{"role": "user", "content": "hello"}]}
+
+
+class Job:
+    """The job in a process of its own, with all that it prints."""
+
+    def __init__(self, *settings):
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", "jobs/serve_http.py", *settings],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.lines = []
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.lines.append((time.monotonic() - self.started, line.rstrip()))
+
+    @property
+    def output(self):
+        return "\n".join(line for _, line in self.lines)
+
+    def wait_for(self, text, seconds=150):
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            found = [line for _, line in self.lines if text in line]
+            if found:
+                return found[0]
+            time.sleep(0.05)
+        raise AssertionError(f"{text!r} was not printed:\n{self.output}")
+
+    def stop(self):
+        """Ctrl-C; the exit status."""
+        self.process.send_signal(signal.SIGINT)
+        status = self.process.wait(60)
+        self.reader.join(10)
+        return status
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    artifact = save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    job = Job(f"artifact={artifact}", "port=0", "cpus_per_replica=0.1", "num_cpus=2", "object_store_mb=100")
+    yield job
+    if job.process.poll() is None:
+        job.stop()
+
+
+@pytest.fixture(scope="module")
+def address(job):
+    return job.wait_for("is ready").split("is ready: ")[1].split()[0]
+
+
+def status_of(address):
+    try:
+        return httpx.post(f"{address}/v1/chat/completions", json=BODY, timeout=30, trust_env=False).status_code
+    except httpx.HTTPError as error:
+        return type(error).__name__
+
+
+def test_the_first_line_comes_before_ray_starts(job, address):
+    seconds, line = job.lines[0]
+    ready = next(at for at, text in job.lines if "is ready" in text)
+    assert line.startswith("Starting Ray and 1 replica of the model") and seconds < ready / 2
+    assert status_of(address) == 200
+
+
+def test_a_killed_proxy_is_replaced_soon(job, address):
+    """Ray's own default notices after some 30 s; clusters that the job starts are asked more often."""
+    children = psutil.Process(job.process.pid).children(recursive=True)
+    (proxy,) = [child for child in children if "ProxyActor" in "".join(child.cmdline())]
+    os.kill(proxy.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    while status_of(address) != 200:
+        assert time.monotonic() - killed < 25
+        time.sleep(0.2)
+    assert httpx.get(f"{address}/healthz", timeout=30, trust_env=False).status_code == 200
+
+
+def test_leaving_clients_are_no_errors_of_the_server(address):
+    for delay in (0.01, 0.03, 0.1):
+        with pytest.raises(httpx.TimeoutException):
+            body = {**BODY, "max_tokens": 400, "stream": False}
+            httpx.post(f"{address}/v1/chat/completions", json=body, timeout=delay, trust_env=False)
+    assert status_of(address) == 200
+    page = httpx.get(f"{address}/metrics", timeout=30, trust_env=False).text
+    assert 'status="500"' not in page and 'tinygptv_requests_total{status="200"}' in page
+
+
+def test_ctrl_c_ends_it_in_peace(job, address):
+    """The last of this file: no traceback, and not Ray's line about ``graceful_shutdown``."""
+    assert job.stop() == 0
+    assert job.lines[-1][1] == "Stopping ..."
+    for noise in ("graceful_shutdown", "Traceback", "Exception"):
+        assert noise not in job.output
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"{address}/healthz", timeout=5, trust_env=False)
