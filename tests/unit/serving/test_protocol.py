@@ -70,6 +70,14 @@ def test_what_would_change_the_answer_is_refused_by_name(fields):
     assert f"{next(iter(fields))} is not supported" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("kind", ["json_schema", "json_object"])
+def test_forms_of_answers_are_refused_with_the_way_to_boxes(kind):
+    response = Client().chat(ask(words("hi"), response_format={"type": kind, "json_schema": {"name": "boxes"}}))
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert f"{kind} is not supported" in message and "message.boxes" in message
+
+
 def test_ignored_fields_are_logged_in_one_line_and_once(caplog):
     client = Client()
     caplog.set_level(logging.INFO, "pipelines.serving")
