@@ -226,7 +226,7 @@ def _normalised(chunks, i, eps, H: tl.constexpr, HALF: tl.constexpr, C: tl.const
         x = tl.where(_is_real(i, chunk, H, HALF)[None, :], chunks[chunk] - mean, 0.0)
         centred = centred + (x,)
         squares += x * x
-    rstd = tl.rsqrt(tl.sum(squares, 1) / H + eps)[:, None]
+    rstd = tl.rsqrt(tl.sum(squares, 1) / H + tl.cast(eps, tl.float32))[:, None]
     normed = ()
     for chunk in tl.static_range(C):
         normed = normed + (centred[chunk] * rstd,)

@@ -72,6 +72,7 @@ def _norm_and_drop_kernel(
     hidden, weight, bias, seeds, normed, dropped, means, rstds, eps, scale,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, SITE: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
+    eps, scale = tl.cast(eps, tl.float32), tl.cast(scale, tl.float32)  # torch.compile passes float64
     row = tl.program_id(0).to(tl.int64)
     start = row * D
     key = tl.load(seeds + SITE)
@@ -141,6 +142,7 @@ def _norm_and_drop_backward_kernel(
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, SITE: tl.constexpr, THRESHOLD: tl.constexpr,
     WEIGHT_TRAINS: tl.constexpr, BIAS_TRAINS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
+    scale = tl.cast(scale, tl.float32)  # torch.compile passes float64
     program = tl.program_id(0)
     key = tl.load(seeds + SITE)
     d = tl.arange(0, HEAD)
@@ -223,6 +225,7 @@ def _add_branches_kernel(
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     ATTENTION_SITE: tl.constexpr, MLP_SITE: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
+    eps, scale = tl.cast(eps, tl.float32), tl.cast(scale, tl.float32)  # torch.compile passes float64
     row = tl.program_id(0).to(tl.int64)
     start = row * D
     attention_key, mlp_key = tl.load(seeds + ATTENTION_SITE), tl.load(seeds + MLP_SITE)
@@ -283,6 +286,7 @@ def _add_branches_backward_kernel(
     ATTENTION_SITE: tl.constexpr, MLP_SITE: tl.constexpr, THRESHOLD: tl.constexpr,
     WEIGHT_TRAINS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
+    scale = tl.cast(scale, tl.float32)  # torch.compile passes float64
     program = tl.program_id(0)
     attention_key, mlp_key = tl.load(seeds + ATTENTION_SITE), tl.load(seeds + MLP_SITE)
     d = tl.arange(0, HEAD)
@@ -355,6 +359,7 @@ def _drop_kernel(
     x, addend, seeds, output, count, scale,
     SITE: tl.constexpr, THRESHOLD: tl.constexpr, ADDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    scale = tl.cast(scale, tl.float32)  # torch.compile passes float64
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_real = index < count
     y = tl.load(x + index, mask=is_real, other=0.0).to(tl.float32) * scale
