@@ -49,7 +49,8 @@ def mixed_samples() -> list[LoadedSample]:
 def loss_and_gradient(model, batch, **options) -> tuple[float, torch.Tensor]:
     """Loss and flat gradient of one micro-batch; the weights stay as they are."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    step = TrainStep(model, torch.optim.SGD(trained, lr=0.0), num_sources=1, **options)
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=trained[0].is_cuda)  # fused, as the scaler of fp16 needs
+    step = TrainStep(model, optimizer, num_sources=1, **options)
     result = step.run([batch], 0.0)
     return float(result.loss), step.gradient.clone()
 

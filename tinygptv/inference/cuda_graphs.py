@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +33,10 @@ def capture_graph(function: Callable[[], Tensor], pool: Any, changes: Sequence[T
             function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            _no_garbage_collection(),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             output = function()
         for tensor, value in zip(changes, kept, strict=True):
             tensor.copy_(value)
@@ -41,3 +46,15 @@ def capture_graph(function: Callable[[], Tensor], pool: Any, changes: Sequence[T
         return output
 
     return replay
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collecting an older model in the middle of a capture frees its graphs, which ends the capture with an error."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -32,7 +32,7 @@ from tinygptv.training.stages import TRAINABLE_PARTS
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16_range": torch.float32}
 """Precision -> dtype of the matrices; ``fp16_range`` computes in float32 and rounds to fp16 (``fp16_emulation``)."""
 
-FUSED_LAYERS = False
+FUSED_LAYERS = True
 """Whether language layers are computed with fused kernels where that is possible."""
 
 MOST_PATCHES = 64 * 257
