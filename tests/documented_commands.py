@@ -1,0 +1,78 @@
+"""Commands of README and docs: how they are found, and what each one makes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.paths import ROOT
+
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted(
+    (ROOT / "docs").rglob("*.md")
+)
+
+SHELLS = {"", "bash", "sh", "shell", "console"}
+_FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(r"`((?:\.venv/bin/)?python (?:jobs/|-m )[^`\n]+|make [a-z-]+|ray [a-z][^`\n]+)`")
+_PROGRAM = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:\S+/)?(?:python3?|make|ray|docker|kubectl|git|curl|pre-commit|\.) ")
+
+STAGES = tuple(f"stage{number}/checkpoint" for number in range(1, 5))
+
+MAKES = {
+    "demo": ("", "result.json", "world", "shards", "backbones", "features", "score", "artifact", "answer.png", *STAGES),
+    "stage": ("checkpoint", "config.yaml", "metrics.jsonl", "result.json", "loss.png"),
+    "score": ("predictions.jsonl", "report.html", "result.json"),
+    "quantize": ("", "result.json"),
+    "prepare_data": ("", "quarantine.jsonl", "manifest.json", "result.json"),
+    "miniature": ("", "world", "shards", "backbones"),
+    "released": ("", "artifact", "result.json"),
+}
+"""Job (stage1 .. stage4: stage) -> paths below its output that later commands may name; others: everything."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a document.
+
+    Attributes:
+        location: ``docs/x.md:12``.
+        words: as the shell splits them, without variables before the program and ``ray job submit ... --``.
+        text: as it is written, on one line.
+    """
+
+    location: str
+    words: tuple[str, ...]
+    text: str
+
+
+def commands_of(path: Path) -> Iterator[Command]:
+    """The commands of one document, in order."""
+    text = path.read_text()
+    name = path.relative_to(ROOT)
+    found: list[tuple[int, str]] = []
+    for fence in _FENCE.finditer(text):
+        if fence[1] not in SHELLS:
+            continue
+        position = fence.start(2)
+        for line in re.findall(r"(?:[^\n]*\\\n)*[^\n]*\n?", fence[2]):
+            joined = re.sub(r" *\\\n *", " ", line).strip().removeprefix("$ ")
+            if _PROGRAM.match(f"{joined} "):
+                found.append((position, joined))
+            position += len(line)
+    prose = _FENCE.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
+    found += [(match.start(), match[1]) for match in _INLINE.finditer(prose)]
+    for position, line in sorted(found):
+        words = shlex.split(line, comments=True)
+        while "=" in words[0]:
+            words.pop(0)
+        yield Command(f"{name}:{text[:position].count(chr(10)) + 1}", tuple(words), line)
+
+
+def without_submission(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The command that a ``ray job submit`` carries, or the command itself."""
+    if words[:3] == ("ray", "job", "submit") and "--" in words:
+        return words[words.index("--") + 1 :]
+    return words
