@@ -81,9 +81,11 @@ def outputs_of(words: tuple[str, ...], values: dict[str, str]) -> set[str]:
     job = re.sub(r"\d$", "", Path(words[1]).stem)
     output = values.get("output", f"outputs/{job}")
     if job == "fetch":
+        from pipelines.fetch.datasets import find_sets
         from tinygptv.convert.sources import find_parts
 
-        return {f"{output}/{part.path}" for part in find_parts(values.get("what", "released"))}
+        names = [name for name in values.get("what", "").strip("[]").split(",") if not find_sets(name.strip())]
+        return {f"{output}/{part.path}" for name in names for part in find_parts(name)}
     return {f"{output}/{part}".rstrip("/") for part in MAKES.get(job, ("",))}
 
 
