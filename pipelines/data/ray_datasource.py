@@ -1,4 +1,4 @@
-"""Shards as a Ray Data set, for jobs that go through all rows (evaluation, feature caching, statistics)."""
+"""A shard set as a Ray Data set, for your own jobs over all rows; the jobs of this project read shards by row."""
 
 from __future__ import annotations
 

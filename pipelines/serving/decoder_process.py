@@ -26,7 +26,7 @@ from pipelines.serving.data_url import DataURL, DataURLError
 from tinygptv.data.conversation import ChatImage
 from tinygptv.data.image_structure import check_structure
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+DECODED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What an image may be; SVG, TIFF, PDF and the rest never reach a decoder."""
 
 MEMORY_BYTES = 3_000_000_000
@@ -80,7 +80,7 @@ def decode(job: DecodeJob) -> ChatImage | DecodeError:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own, higher bound on pixels
-            header = Image.open(io.BytesIO(data), formats=FORMATS)
+            header = Image.open(io.BytesIO(data), formats=DECODED_FORMATS)
     except Image.DecompressionBombError:
         return DecodeError("image_too_large", f"the image has hundreds of megapixels; {megapixels}")
     except Exception:  # decoders raise many kinds of errors on damaged files

@@ -28,7 +28,7 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 """Per-channel statistics of CLIP's training images, for pixels in 0..1."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are decoded (MPO opens as JPEG); anything else is refused before a decoder sees it."""
 
 _BITS_PER_SAMPLE = 258  # tag of a TIFF
@@ -122,7 +122,7 @@ def open_image(data: bytes, name: str = "the file") -> Image.Image:
     """
     try:
         check_structure(data)
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         image.load()
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not an image (JPEG, PNG, WebP, GIF, BMP).") from error

@@ -1,4 +1,4 @@
-"""Which samples make step k: a pure function of (sources, seed, k). No I/O, no state, no luck.
+"""Which samples make step k: a pure function of (sources, seed, k), without I/O. Recent parts of it are cached.
 
 A step draws ``draws_per_step`` sources and takes ``batch_size`` samples from each. One draw with a large batch is the
 release's way (``MultiIterLoader``: one source per step and rank); many draws of one sample mix within the step.

@@ -208,7 +208,7 @@ class Assistant:
         params: SamplingParams,
         salt: int = 0,
     ) -> Request:
-        device = self.engine.decoder.device
+        device = self.engine.device
         inputs_embeds = self.model.embed(
             torch.from_numpy(ids).to(device).unsqueeze(0), image_embeds=torch.stack(list(embeds)) if embeds else None
         )

@@ -18,6 +18,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from tinygptv.inference.decoder import CACHE_DTYPES, FlatDecoder, slots_that_fit
@@ -177,6 +178,11 @@ class Engine:
         sequence = self._by_id.get(request_id)
         if sequence is not None:
             sequence.is_cancelled = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where embeddings of requests are expected."""
+        return self.decoder.device
 
     @property
     def has_work(self) -> bool:

@@ -143,7 +143,7 @@ _TEXTCAPS = "textcaps/TextCaps_0.1_train.json"
 _GQA = "gqa/train_balanced_questions.json"
 _OCRVQA = "ocrvqa/dataset.json"
 
-FORMATS: dict[str, SourceFormat] = {
+SOURCE_FORMATS: dict[str, SourceFormat] = {
     "laion": SourceFormat("laion/*.tar", DESCRIBE["laion"], None),
     "cc_sbu": SourceFormat("cc_sbu/*.tar", DESCRIBE["cc_sbu"], None, every=8),
     "cc_sbu_align": SourceFormat(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tinygptv.miniature.draw import encode_jpeg
 from tinygptv.miniature.entries import Entry, coco_name
-from tinygptv.miniature.formats import FORMATS, IMAGE_PATHS, INVERSE, add_web_sample, write_json
+from tinygptv.miniature.formats import IMAGE_PATHS, INVERSE, SOURCE_FORMATS, add_web_sample, write_json
 from tinygptv.miniature.question_files import BENCHMARK_SPLITS, BENCHMARKS, benchmarks_of
 from tinygptv.miniature.scenes import Scene, SceneKey, generator, make_scene
 from tinygptv.training.stages import RECIPES
@@ -38,7 +38,7 @@ def write_source(name: str, scenes: Sequence[Scene], out_dir: str | Path, seed: 
     """Write one data set about the given scenes.
 
     Args:
-        name: key of ``FORMATS`` or ``INVERSE``; an inverse set writes the files of the set that it reads.
+        name: key of ``SOURCE_FORMATS`` or ``INVERSE``; an inverse set writes the files of the set that it reads.
         scenes: what it is about; all of them are used.
         out_dir: folder of the world.
         seed: seed of what is said about the scenes.
@@ -54,10 +54,10 @@ def write_source(name: str, scenes: Sequence[Scene], out_dir: str | Path, seed: 
     entries: list[Entry] = []
     for number, start in enumerate(range(0, len(scenes), CHUNK)):
         entries += _write_chunk([home], scenes[start : start + CHUNK], number, root, seed)[home]
-    save = FORMATS[home].save
+    save = SOURCE_FORMATS[home].save
     if save:
         save(root, entries)
-    return {"input": FORMATS[home].input, "images": FORMATS[home].images}
+    return {"input": SOURCE_FORMATS[home].input, "images": SOURCE_FORMATS[home].images}
 
 
 def write_world(
@@ -108,12 +108,15 @@ def write_world(
             progress(done, total)
 
     for home in homes:
-        save = FORMATS[home].save
+        save = SOURCE_FORMATS[home].save
         if save:
             save(root, collected[home])
     for name in BENCHMARKS if test_scenes else ():
         write_json(root / "benchmarks" / f"{name}.json", collected[f"benchmarks/{name}"])
-    listed = {name: {"input": FORMATS[_home(name)].input, "images": FORMATS[_home(name)].images} for name in names}
+    listed = {
+        name: {"input": SOURCE_FORMATS[_home(name)].input, "images": SOURCE_FORMATS[_home(name)].images}
+        for name in names
+    }
     write_json(root / "sources.json", listed)
     return listed
 
@@ -133,8 +136,10 @@ class _Chunk:
 
 def _home(name: str) -> str:
     home = INVERSE.get(name, name)
-    if home not in FORMATS:
-        raise ValueError(f"the miniature has no data set {name!r}; it has {', '.join(sorted({*FORMATS, *INVERSE}))}.")
+    if home not in SOURCE_FORMATS:
+        raise ValueError(
+            f"the miniature has no data set {name!r}; it has {', '.join(sorted({*SOURCE_FORMATS, *INVERSE}))}."
+        )
     return home
 
 
@@ -163,7 +168,7 @@ def _write_chunk(
     entries: Entries = {home: [] for home in homes}
     images = _ImageFiles(root)
     for home in homes:
-        form = FORMATS[home]
+        form = SOURCE_FORMATS[home]
         chosen = [scene for scene in scenes if not thin or scene.key.index % form.every == 0]
         described = [(scene, form.describe(scene, generator(scene.key, f"{home}:{seed}"))) for scene in chosen]
         if form.save is None:

@@ -20,7 +20,7 @@ from pipelines.data.sources.base import Filtered, Malformed
 from pipelines.settings import PrepareDataSettings
 from tinygptv.data.image_orientation import is_plain_jpeg, read_orientation
 from tinygptv.data.image_structure import check_structure
-from tinygptv.data.images import FORMATS, open_image
+from tinygptv.data.images import IMAGE_FORMATS, open_image
 
 HASH_SIDE = 32
 """Side in pixels of the grey image that the perceptual hash looks at."""
@@ -110,7 +110,7 @@ def _read_header(data: bytes, settings: PrepareDataSettings) -> _Header:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            header = Image.open(io.BytesIO(data), formats=FORMATS)
+            header = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
         raise Malformed(f"decompression bomb: {error}") from error
     except UnidentifiedImageError as error:

@@ -17,7 +17,7 @@ from tinygptv.data.boxes import parse_boxes
 from tinygptv.data.prompts import clean_caption
 from tinygptv.miniature import meaning
 from tinygptv.miniature.entries import DESCRIBE
-from tinygptv.miniature.formats import FORMATS, INVERSE
+from tinygptv.miniature.formats import INVERSE, SOURCE_FORMATS
 from tinygptv.miniature.question_files import BENCHMARK_SPLITS, BENCHMARKS
 from tinygptv.miniature.scenes import HELD_OUT, SHAPES, SceneObject, make_scene, make_scenes
 from tinygptv.miniature.writers import mini_sources, write_source, write_world
@@ -29,7 +29,7 @@ SCENES = 24
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("world")
-    write_world(root, SCENES, 12, seed=1, sources=[*FORMATS, *INVERSE])
+    write_world(root, SCENES, 12, seed=1, sources=[*SOURCE_FORMATS, *INVERSE])
     return root
 
 
@@ -46,14 +46,14 @@ def _is_image(path: Path) -> tuple[int, int]:
 
 def test_every_data_set_of_the_recipes_can_be_written():
     named = {source.name for stages in RECIPES.values() for stage in stages for source in stage.sources}
-    assert named <= {*FORMATS, *INVERSE}
-    assert set(FORMATS) == set(DESCRIBE)
+    assert named <= {*SOURCE_FORMATS, *INVERSE}
+    assert set(SOURCE_FORMATS) == set(DESCRIBE)
     assert set(mini_sources()) == {source.name for stage in RECIPES["mini"] for source in stage.sources}
 
 
 def test_sources_json_leads_to_files(world):
     listed = _read(world / "sources.json")
-    assert set(listed) == {*FORMATS, *INVERSE}
+    assert set(listed) == {*SOURCE_FORMATS, *INVERSE}
     for place in listed.values():
         assert list(world.glob(place["input"])), place
         assert place["images"] is None or (world / place["images"]).is_dir()
@@ -66,7 +66,7 @@ def test_web_shards_have_img2datasets_layout(world, name):
         data = {member: tar.extractfile(member).read() for member in members}
     keys = list(dict.fromkeys(member.split(".")[0] for member in members))
     assert members == [f"{key}.{suffix}" for key in keys for suffix in ("jpg", "txt", "json")]
-    assert keys == [f"{n:09d}" for n in range(SCENES // FORMATS[name].every)]
+    assert keys == [f"{n:09d}" for n in range(SCENES // SOURCE_FORMATS[name].every)]
     for key in keys:
         fields = json.loads(data[f"{key}.json"])
         assert fields["key"] == key

@@ -55,6 +55,22 @@ def test_there_is_an_end_to_overbooking():
         refusal(gate, "e")
 
 
+def test_overbooking_ends_at_twice_the_capacity():
+    gate = Gate(capacity=80, parallel=16)
+    with fill(gate, "a", 80), fill(gate, "b", 40), fill(gate, "c", 26), fill(gate, "d", 13):
+        with fill(gate, "d", 1):
+            assert gate.in_flight == 160
+            refusal(gate, "d")  # though its share is 20
+        with gate.admit("d"):
+            pass
+
+
+def test_the_first_requests_are_taken_to_last_a_second():
+    gate = Gate(capacity=5, parallel=1)
+    with fill(gate, "a", 5):
+        assert refusal(gate, "a").retry_after_s == 4
+
+
 def test_the_share_of_a_client_can_be_set():
     gate = Gate(capacity=80, parallel=16, per_client=1)
     with fill(gate, "a", 1), fill(gate, "b", 1):
@@ -64,6 +80,7 @@ def test_the_share_of_a_client_can_be_set():
 @pytest.mark.parametrize(
     ("in_flight", "mean_s", "wanted"),
     [
+        (3, 4.0, 2),  # one waits: 4 s / 2
         (4, 1.0, 1),  # two are answered at a time, two wait: 1 s x 2 / 2
         (12, 1.0, 5),  # ten wait: 1 s x 10 / 2
         (12, 2.5, 13),  # 12.5 s, rounded up

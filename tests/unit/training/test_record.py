@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 
 import pytest
 
+from pipelines.storage import DiskFullError
 from pipelines.training.record import StepRecord, number, parse_entry, read_record
 
 
@@ -24,7 +26,7 @@ def write(path, *entries, next_step=0):
 
 
 def test_what_is_written_comes_back(tmp_path):
-    path = tmp_path / "run/metrics.jsonl"
+    path = tmp_path / "new/run/metrics.jsonl"
     entries = [entry(0, 3.0, part_norms={"lora": 0.25}), entry(1, 2.5)]
     record = write(path, *entries)
     assert read_record(path) == entries
@@ -43,7 +45,8 @@ def test_steps_that_will_be_done_again_are_dropped(tmp_path):
     record = write(path, entry(3, 1.0), next_step=3)
     assert [(e["step"], e["loss"]) for e in read_record(path)] == [(0, 9.0), (1, 8.0), (2, 7.0), (3, 1.0)]
     assert (record.first_loss, record.last_loss) == (9.0, 1.0)
-    assert StepRecord(path, 2).last_loss == 8.0
+    shorter = StepRecord(path, 3)
+    assert (shorter.first_loss, shorter.last_loss) == (9.0, 7.0)
 
 
 @pytest.mark.parametrize("half", ['{"step": 2, "lo', "7", '"step"', "[]"])
@@ -70,6 +73,21 @@ def test_earlier_versions_wrote_words():
     assert number("inf") == math.inf and number("-2.5") == -2.5 and math.isnan(number(None)) and number(3) == 3.0
     with pytest.raises(ValueError, match="is no JSON object"):
         parse_entry("[1]")
+
+
+def test_a_full_disk_names_the_record(tmp_path, monkeypatch):
+    record = StepRecord(tmp_path / "metrics.jsonl", 0)
+
+    class Full:
+        def refuse(self, *words):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        write = flush = close = refuse
+
+    monkeypatch.setattr(record, "_stream", Full())
+    for act in (lambda: record.write(entry(0)), record.flush, record.close):
+        with pytest.raises(DiskFullError, match=r"metrics\.jsonl"):
+            act()
 
 
 def test_lines_reach_the_file_when_they_are_flushed(tmp_path):

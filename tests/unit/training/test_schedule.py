@@ -44,6 +44,7 @@ def test_the_decay_is_half_a_cosine():
     assert decaying.learning_rate(35) == pytest.approx((1e-3 + 1e-4) / 2), "half way between steps 10 and 60"
     assert decaying.learning_rate(60) == pytest.approx(1e-4)
     assert decaying.learning_rate(22) == pytest.approx(1e-4 + 9e-4 * 0.5 * (1 + math.cos(math.pi * 12 / 50)))
+    assert schedule(steps_per_epoch=11, epochs=1).learning_rate(11) == pytest.approx(1e-4), "one step of decay"
     rates = [decaying.learning_rate(step) for step in range(10, 61)]
     assert rates == sorted(rates, reverse=True)
 
@@ -75,6 +76,7 @@ def test_a_saw_tooth_rises_to_the_peak_in_every_epoch():
         first, last = teeth.learning_rate(20 * epoch), teeth.learning_rate(20 * epoch + 19)
         assert (first, last) == (pytest.approx(1e-5), pytest.approx(1e-3)), epoch
     assert teeth.learning_rate(7) == pytest.approx(1e-5 + 9.9e-4 * 7 / 19)
+    assert schedule("sawtooth", steps_per_epoch=2).learning_rate(1) == pytest.approx(1e-3)
     assert schedule("sawtooth", steps_per_epoch=1).learning_rate(0) == pytest.approx(1e-5)
 
 
@@ -107,5 +109,5 @@ def test_only_a_rise_in_place_of_a_decay_is_told(kind, minimum, warns):
     ],
 )
 def test_what_cannot_be_is_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         schedule(**changes)

@@ -12,10 +12,10 @@ from pipelines.data.sources import SOURCES, locate
 from pipelines.data.sources.base import Rejected
 from pipelines.settings import PrepareDataSettings
 from tinygptv.data.sample import render_sample
-from tinygptv.miniature.formats import FORMATS, INVERSE
+from tinygptv.miniature.formats import INVERSE, SOURCE_FORMATS
 from tinygptv.miniature.writers import write_world
 
-NAMES = (*FORMATS, *INVERSE)
+NAMES = (*SOURCE_FORMATS, *INVERSE)
 
 
 @pytest.fixture(scope="module")
