@@ -22,12 +22,14 @@ from pipelines import storage
 from pipelines.evaluation.answers import Answers, read_answers
 from pipelines.evaluation.benchmarks import Benchmark, Question, find_benchmarks
 from pipelines.evaluation.benchmarks.files import DataFolder
-from pipelines.evaluation.compare import Comparison, compare
+from pipelines.evaluation.benchmarks.own import METRICS, OWN, own_benchmark
+from pipelines.evaluation.compare import Comparison, compare, read_predictions
+from pipelines.evaluation.compare_page import COMPARISON_PAGE, comparison_page
 from pipelines.evaluation.page import drawn_case, score_page, worst_first
 from pipelines.evaluation.scoring import PREDICTIONS, BenchmarkScore, Prediction, score_benchmark, write_predictions
 from pipelines.evaluation.worker import AnswerOptions, QuestionUnit, UnitAnswerer
 from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim, digest_of
-from pipelines.json_files import write_json
+from pipelines.json_files import read_json_object, write_json
 from pipelines.progress import Bar
 from pipelines.settings import ScoreSettings, SettingsError
 from pipelines.tracking.base import continue_tracker
@@ -36,7 +38,7 @@ from tinygptv.checkpoint.folders import hash_file
 
 logger = logging.getLogger(__name__)
 
-RESULTS = ("answers", PREDICTIONS, "report.html", "result.json", "run.json", "unsent.jsonl")
+RESULTS = ("answers", PREDICTIONS, "report.html", COMPARISON_PAGE, "result.json", "run.json", "unsent.jsonl")
 """What a score run writes into its output folder."""
 
 _IMAGES_TRIED = 50
@@ -57,6 +59,7 @@ class ScoreResult(TypedDict):
         page: path of ``report.html``.
         result: path of this file.
         comparison: benchmark -> paired comparison, where one was asked for.
+        comparison_page: path of ``comparison.html``, with it.
     """
 
     checkpoint: str
@@ -68,6 +71,7 @@ class ScoreResult(TypedDict):
     page: str
     result: str
     comparison: NotRequired[dict[str, Comparison]]
+    comparison_page: NotRequired[str]
 
 
 def evaluate(
@@ -88,9 +92,9 @@ def evaluate(
         FileNotFoundError: a benchmark's files are missing.
     """
     started = time.perf_counter()
-    chosen = list(benchmarks or _find(settings))
-    checkpoint = _find_checkpoint(settings)
     data = _data_folder(settings)
+    chosen = list(benchmarks or _find(settings, data))
+    checkpoint = _find_checkpoint(settings)
     asked = {benchmark.name: _read(settings, benchmark, data) for benchmark in chosen}
     questions = {name: read.questions for name, read in asked.items()}
     output = settings.output_dir("outputs/score")
@@ -124,7 +128,8 @@ def evaluate(
         "result": str(output / "result.json"),
     }
     if settings.compare_with:
-        result["comparison"] = compare(output, Path(settings.compare_with).expanduser().absolute())
+        result["comparison"] = _compare(settings, output, lines)
+        result["comparison_page"] = str(output / COMPARISON_PAGE)
     write_json(output / "result.json", result)
     _track(settings, output, result, lines, parent_run_id)
     for name, score in scores.items():
@@ -133,7 +138,21 @@ def evaluate(
     return result
 
 
-def _find(settings: ScoreSettings) -> list[Benchmark]:
+def _compare(settings: ScoreSettings, output: Path, lines: Sequence[Prediction]) -> dict[str, Comparison]:
+    """Compare with an earlier run, and write the page."""
+    other = Path(settings.compare_with).expanduser().absolute()
+    compared = compare(output, other)
+    titles = str(settings.checkpoint), str((read_json_object(other / "result.json") or {}).get("checkpoint", other))
+    page = comparison_page(compared, lines, read_predictions(other), titles, settings.page_cases)
+    storage.write_atomically(str(output / COMPARISON_PAGE), page.encode())
+    return compared
+
+
+def _find(settings: ScoreSettings, data: DataFolder) -> list[Benchmark]:
+    if settings.benchmark in (OWN, [OWN]):
+        return [own_benchmark(settings.metric, data)]
+    if settings.metric in METRICS:
+        raise SettingsError(f"metric={settings.metric} is for one's own rows: give benchmark=own data=rows.jsonl.")
     try:
         return find_benchmarks(settings.benchmark)
     except ValueError as error:
@@ -321,8 +340,9 @@ def _track(
     if "comparison" in result:
         tracker.table([{"benchmark": name, **found} for name, found in result["comparison"].items()], "comparison")
     tracker.table(_worst_cases(lines), "worst_cases")
-    for name in ("result.json", "report.html", PREDICTIONS):
-        tracker.artifact(output / name)
+    for name in ("result.json", "report.html", COMPARISON_PAGE, PREDICTIONS):
+        if (output / name).is_file():
+            tracker.artifact(output / name)
     tracker.close()
 
 

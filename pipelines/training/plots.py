@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines import storage
-from pipelines.training.record import read_record
+from pipelines.training.held_out_record import read_evaluations
+from pipelines.training.record import HELD_OUT_FILE, read_record
 from tinygptv.training.stages import Stage
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def loss_curve(metrics: Path, path: Path, stage: Stage, recipe: str) -> Path:
     """Draw a stage's loss and learning rate over its steps; losses that are not finite leave a gap.
 
     Args:
-        metrics: ``metrics.jsonl`` of the stage.
+        metrics: ``metrics.jsonl`` of the stage; ``held_out.jsonl`` beside it is drawn, too.
         path: PNG to write.
         stage: the stage, for its title.
         recipe: at ``paper`` and ``released`` the paper's start and end loss are drawn in.
@@ -41,6 +42,10 @@ def loss_curve(metrics: Path, path: Path, stage: Stage, recipe: str) -> Path:
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     axis.plot(steps, losses, color="#9bb8d3", linewidth=0.8, label="loss per step")
     axis.plot(steps, means, color="#1f5a91", linewidth=1.8, label="running mean")
+    held_out = read_evaluations(metrics.with_name(HELD_OUT_FILE))
+    if held_out:
+        points = [each["step"] for each in held_out], [each["loss"] for each in held_out]
+        axis.plot(*points, color="#d07a1f", marker="o", markersize=3, linewidth=1.4, label="held-out loss")
     if recipe in ("paper", "released"):
         start, end = PAPER_LOSSES[stage.number]
         axis.axhline(start, color="#b04a3a", linestyle=":", label=f"paper, start {start}")

@@ -26,7 +26,7 @@ from pipelines.training.describe import describe_stage
 from pipelines.training.guard import TrainingStopped
 from pipelines.training.job import TrainJob, resolve_job, resolve_stage, resolved_config, with_start_adapters
 from pipelines.training.ray_entry import WORKER_RESULT, train_worker
-from pipelines.training.record import RECORD_FILE, WORKER_FILES
+from pipelines.training.record import HELD_OUT_FILE, RECORD_FILE, WORKER_FILES
 from pipelines.training.result import RESULT_FILE, StageResult, WorkerResult, cut_sentence, read_result, write_result
 from pipelines.training.states import StateStore
 from pipelines.training.worker import train_loop
@@ -146,7 +146,7 @@ def _refuse_shorter_run(job: TrainJob, output: Path) -> None:
 
 def _finished_result(output: Path, num_steps: int) -> StageResult | None:
     result = read_result(output)
-    if result is None or result["steps"] != num_steps:
+    if result is None or (result["steps"] != num_steps and not result["stopped_early"]):
         return None
     checkpoint = result["checkpoint"]
     if not storage.is_local(checkpoint):
@@ -254,6 +254,8 @@ def _log_outcome(job: TrainJob, output: Path, result: StageResult) -> None:
 
     curve = loss_curve(output / RECORD_FILE, output / LOSS_PLOT, job.stage, job.settings.recipe)
     tracker = _continue_tracker(job, output)
+    if (output / HELD_OUT_FILE).is_file():
+        tracker.artifact(output / HELD_OUT_FILE)
     tracker.artifact(curve)
     tracker.artifact(output / RECORD_FILE)
     tracker.tags({"checkpoint": result["checkpoint"]})
@@ -275,5 +277,11 @@ def print_result(result: StageResult) -> None:
     """The closing lines of a stage's job; the last one is the path of result.json."""
     print(
         f"loss {result['first_loss']:.3f} -> {result['last_loss']:.3f} in {result['steps']} steps, "
-        f"{result['seconds']:.0f} s\ncheckpoint: {result['checkpoint']}\n{result['result']}"
+        f"{result['seconds']:.0f} s"
     )
+    if held_out := result["held_out"]:
+        print(
+            f"held-out loss {held_out['first']:.3f} -> {held_out['last']:.3f}, least {held_out['best']:.3f} after step "
+            f"{held_out['best_step']}; the checkpoint is of step {held_out['checkpoint_step']}"
+        )
+    print(f"checkpoint: {result['checkpoint']}\n{result['result']}")
