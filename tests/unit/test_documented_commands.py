@@ -179,7 +179,7 @@ def test_links_to_files_exist():
     for document in DOCUMENTS:
         for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", document.read_text()):
             path = (document.parent / target).resolve()
-            generated = {"CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "performance.md"}
+            generated = {"CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"}
             if not path.exists() and path != ROOT / "docs/tutorials/notebook.md" and path.name not in generated:
                 wrong.append(f"{document.relative_to(ROOT)}: {target}")
     assert not wrong, "\n".join(wrong)
