@@ -32,6 +32,7 @@ from pipelines.settings import (
     SettingsError,
 )
 from pipelines.tracking.base import Tracker, absolute_uri, continue_tracker
+from pipelines.tracking.described import run_title
 from pipelines.training.record import RECORD_FILE, StepEntry, read_record
 from pipelines.training.result import RESULT_FILE
 from pipelines.training.stage_features import cache_stage_features
@@ -72,7 +73,7 @@ def ablate(settings: AblateSettings) -> dict[str, Any]:
     )
     # The variants' tasks have other working directories.
     settings = settings.model_copy(update={"tracking_uri": absolute_uri(settings.tracking_uri)})
-    parent = continue_tracker(settings, "ablation", output)
+    parent = continue_tracker(settings, run_title(settings.recipe, "ablation"), output)
     parent.params(settings.model_dump())
     with start_ray(settings):
         shared = _shared_inputs(settings, output, parent.run_id)

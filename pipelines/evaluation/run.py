@@ -33,6 +33,7 @@ from pipelines.json_files import read_json_object, write_json
 from pipelines.progress import Bar
 from pipelines.settings import ScoreSettings, SettingsError
 from pipelines.tracking.base import continue_tracker
+from pipelines.tracking.described import run_title
 from pipelines.units import Workers, map_units
 from tinygptv.checkpoint.folders import hash_file
 
@@ -325,12 +326,13 @@ def _track(
     settings: ScoreSettings, output: Path, result: ScoreResult, lines: Sequence[Prediction], parent_run_id: str
 ) -> None:
     names = ", ".join(result["benchmarks"])
-    tracker = continue_tracker(settings, f"score {names}"[:120], output, parent_run_id=parent_run_id)
+    tracker = continue_tracker(
+        settings, run_title(settings.recipe, f"score {names}"[:120]), output, parent_run_id=parent_run_id
+    )
     tracker.params(settings.model_dump())
     tracker.tags({"checkpoint": result["checkpoint"]})
     for name, score in result["benchmarks"].items():
-        values = {"score": score["value"], "blind": score["blind"], "shuffled": score["shuffled"]}
-        tracker.metrics({f"{label}/{name}": value for label, value in values.items() if value is not None}, 0)
+        tracker.metrics({f"score/{name}": score["value"]}, 0)  # the baselines are in the table beside it
     left_out = ("scoring", "also", "parts", "problems")
     rows = [
         {"benchmark": name, **{key: value for key, value in score.items() if key not in left_out}}

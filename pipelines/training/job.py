@@ -24,6 +24,7 @@ from pipelines.redact import redact
 from pipelines.settings import SettingsError, TrainSettings
 from pipelines.settings.near_match import near_match
 from pipelines.tracking.base import reachable_uri
+from pipelines.tracking.described import run_title
 from pipelines.tracking.identity import RunIdentity
 from tinygptv.checkpoint.config_file import read_config
 from tinygptv.config import TinyGPTVConfig
@@ -56,6 +57,11 @@ class TrainJob:
     def storage(self) -> str:
         """Folder or URI that every node reaches, for training states and the final checkpoint."""
         return self.settings.storage_path or self.output
+
+    @property
+    def title(self) -> str:
+        """Name of the tracker's run."""
+        return run_title(self.settings.recipe, f"stage {self.stage.number} {self.stage.title}")
 
     @property
     def evaluates(self) -> bool:

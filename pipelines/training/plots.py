@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 PAPER_LOSSES = {1: (7.152, 2.620), 2: (2.726, 2.343), 3: (1.992, 1.125), 4: (2.720, 1.399)}
 """Start and end loss of each stage as the paper reports them (section 4.2)."""
 
+PAPER_RECIPES = ("paper", "released")
+"""Recipes whose losses are compared with them."""
+
 
 def loss_curve(metrics: Path, path: Path, stage: Stage, recipe: str) -> Path:
     """Draw a stage's loss and learning rate over its steps; losses that are not finite leave a gap.
@@ -46,7 +49,7 @@ def loss_curve(metrics: Path, path: Path, stage: Stage, recipe: str) -> Path:
     if held_out:
         points = [each["step"] for each in held_out], [each["loss"] for each in held_out]
         axis.plot(*points, color="#d07a1f", marker="o", markersize=3, linewidth=1.4, label="held-out loss")
-    if recipe in ("paper", "released"):
+    if recipe in PAPER_RECIPES:
         start, end = PAPER_LOSSES[stage.number]
         axis.axhline(start, color="#b04a3a", linestyle=":", label=f"paper, start {start}")
         axis.axhline(end, color="#b04a3a", linestyle="--", label=f"paper, end {end}")

@@ -19,6 +19,7 @@ from pipelines.data.loader import BatchMaker, CutCount, StepBatch
 from pipelines.json_files import write_json
 from pipelines.progress import PROGRESS_FILE, StepProgress
 from pipelines.tracking.base import NullTracker, Tracker, open_tracker
+from pipelines.tracking.described import hardware_tags
 from pipelines.training.held_out_record import Evaluation, HeldOutHistory, HeldOutResult
 from pipelines.training.job import TrainJob
 from pipelines.training.record import HELD_OUT_FILE, PREDICTIONS_FOLDER, RECORD_FILE, StepEntry, StepRecord
@@ -47,10 +48,9 @@ class Reporter:
         self.path = work.path / RECORD_FILE
         self.record = StepRecord(self.path, next_step)
         self.tracker: Tracker = (
-            open_tracker(job.settings, job.stage.title, identity=job.run, journal=work.path)
-            if job.run
-            else NullTracker()
+            open_tracker(job.settings, job.title, identity=job.run, journal=work.path) if job.run else NullTracker()
         )
+        self.tracker.tags(hardware_tags(world_size))
         self.progress = StepProgress(f"stage {job.stage.number} ({job.stage.title})", next_step, job.num_steps)
         self.progress_file = work.path / PROGRESS_FILE
         self.pending: list[_Step] = []
