@@ -11,6 +11,7 @@ import torch
 
 from pipelines.data.loader import CutCount, StepBatch
 from pipelines.miniature.tiny_training import make_world, train_settings
+from pipelines.storage import WorkFolder
 from pipelines.tracking.identity import RunIdentity
 from pipelines.training import reporter as reporter_module
 from pipelines.training.job import resolve_job
@@ -60,7 +61,11 @@ def made(job, monkeypatch):
     tracker, clock = FakeTracker(), [100.0]
     monkeypatch.setattr(reporter_module, "open_tracker", lambda *a, **k: tracker)
     monkeypatch.setattr(reporter_module.time, "perf_counter", lambda: clock[0])
-    return lambda next_step=0, world_size=1: (Reporter(job, next_step, world_size), tracker, clock)
+    return lambda next_step=0, world_size=1: (
+        Reporter(job, WorkFolder(job.storage), next_step, world_size),
+        tracker,
+        clock,
+    )
 
 
 def step_batch(step, answers=(3, 5), wait_s=0.0):
@@ -161,13 +166,15 @@ def test_steps_that_are_left_out_have_no_loss(job, made):
     assert entry["skipped"] is True and entry["loss"] is None and entry["loss_hex"] == "nan"
 
 
-def test_the_end_names_first_and_last_loss_and_what_was_cut(made):
+@pytest.mark.parametrize(("steps", "early"), [(12, False), (8, True)])
+def test_the_end_names_first_and_last_loss_and_what_was_cut(made, steps, early):
     reporter, tracker, _ = made()
     for step, loss in enumerate((4.0, 2.0)):
         reporter.add(step_batch(step), result(loss), 1e-3)
     reporter.write_pending({})
-    found = reporter.finish("/here", {"pairs": CutCount(10, 2, 0), "questions": CutCount(10, 0, 3)})
-    assert (found.checkpoint, found.first_loss, found.last_loss, found.steps) == ("/here", 4.0, 2.0, 12)
+    found = reporter.finish("/here", {"pairs": CutCount(10, 2, 0), "questions": CutCount(10, 0, 3)}, steps, None)
+    assert (found.checkpoint, found.first_loss, found.last_loss, found.steps) == ("/here", 4.0, 2.0, steps)
+    assert found.stopped_early is early
     assert list(tracker.tagged) == ["cut.pairs"] and "2 of 10 samples" in tracker.tagged["cut.pairs"]
     assert tracker.closed == ["FINISHED"]
 
