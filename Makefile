@@ -16,13 +16,12 @@ setup: .venv/.installed ## make .venv and install the pinned requirements
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; this is $$($(PYTHON) -V). Try make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing the pinned requirements into .venv: about 7 GB on disk (torch's GPU libraries are most of it), once ..."
+	@echo "installing the pinned requirements into .venv ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(UV)"
 	@# Compiled here once: Ray starts many processes, and where Python writes no bytecode each would compile for itself.
 	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
-	@echo "installed."
 
 demo: setup ## draw, prepare, train four stages, score, quantize, serve, ask: the whole way, about ten minutes
 	@$(BIN)/python jobs/demo.py --config $(CONFIG) output=outputs/demo
@@ -69,7 +68,7 @@ format: setup ## rewrite files in the project's format
 	@$(BIN)/ruff format .
 
 lock: setup ## resolve requirements.lock again from pyproject.toml
-	@$(BIN)/uv pip compile pyproject.toml --extra pipelines --extra dev --extra docs --universal --python-version 3.11 \
+	@$(BIN)/uv pip compile pyproject.toml --extra pipelines --extra cluster --extra dev --extra docs --universal --python-version 3.11 \
 		--no-header --quiet -o requirements.lock
 
 docs: setup ## build the documentation site into site/, offline

@@ -24,8 +24,8 @@ def run_main(work: Callable[[], object]) -> int:
         signal.signal(signal.SIGTERM, _stop)
     try:
         work()
-    except USER_ERRORS as error:
-        if os.environ.get("TINYGPTV_TRACE"):
+    except Exception as error:
+        if os.environ.get("TINYGPTV_TRACE") or not _is_users(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -33,6 +33,15 @@ def run_main(work: Callable[[], object]) -> int:
         print("Interrupted. Run the same command to resume.", file=sys.stderr)
         return 143 if isinstance(interrupt, Terminated) else 130
     return 0
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the user can fix it: a mistake, or a storage that refuses."""
+    if isinstance(error, OSError) and not isinstance(error, USER_ERRORS):
+        from pipelines.storage import StorageError
+
+        return isinstance(error, StorageError)
+    return isinstance(error, USER_ERRORS)
 
 
 class Terminated(KeyboardInterrupt):

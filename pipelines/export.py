@@ -7,6 +7,7 @@ the same held-out samples. An artifact that drifts too far is not kept.
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,11 +21,11 @@ from pipelines import storage
 from pipelines.data.shards import ShardSet, find_shard_sets
 from pipelines.fingerprint import FINGERPRINT_FILE, Fingerprint, checkpoint_digest, refuse_inputs, refuse_others
 from pipelines.json_files import read_json_object, write_json
+from pipelines.node_cache import checked_checkpoint, local_checkpoint
 from pipelines.settings import QuantizeSettings, SettingsError
 from pipelines.tracking.base import NullTracker, open_tracker
-from pipelines.tracking.described import run_title
 from pipelines.tracking.registry import register_model
-from tinygptv.checkpoint.folders import CheckpointError, verify_folder
+from tinygptv.checkpoint.folders import MANIFEST, QUANTIZATION_FILE, CheckpointError, verify_folder
 
 if TYPE_CHECKING:
     import torch
@@ -85,32 +86,53 @@ def export(settings: QuantizeSettings) -> ExportResult:
         raise SettingsError("register_as needs MLflow, but tracking_uri=none switches it off: drop one of the two.")
     _refuse_unknown_method(settings)
     started = time.perf_counter()
-    checkpoint = str(Path(settings.checkpoint).expanduser().absolute())
-    verify_folder(checkpoint, hashes=False)
-    folder = Path(settings.output or f"outputs/{settings.recipe}/artifact").expanduser().absolute()
-    refuse_inputs([str(folder)], [checkpoint, settings.data])
-    fingerprint = _fingerprint(settings, checkpoint)
-    finished = _finished_result(folder, fingerprint, overwrite=settings.overwrite)
+    checkpoint = storage.absolute(settings.checkpoint)
+    output = storage.Location.parse(settings.output_location(f"outputs/{settings.recipe}/artifact"))
+    storage.check_access(output, writes=True)
+    start = checked_checkpoint(checkpoint)
+    refuse_inputs([output.uri], [checkpoint, settings.data])
+    fingerprint = _fingerprint(settings, start)
+    folder = _earlier_artifact(output)
+    finished = _finished_result(folder, output, fingerprint, overwrite=settings.overwrite)
     if finished and (finished["version"] is not None or not settings.register_as):
-        logger.info("the artifact is finished already: %s", folder)
+        logger.info("the artifact is finished already: %s", output)
         return finished
     if not finished:
+        folder = Path(output.path) if output.is_local else Path(tempfile.mkdtemp(prefix="artifact-"), "artifact")
         rows, data = held_out_rows(settings)
-        _write(settings, checkpoint, folder, rows, data, fingerprint)
+        _write(settings, start, folder, rows, data, fingerprint)
+        if not output.is_local:
+            storage.upload_folder(folder, output, MANIFEST)
     metadata = _read_metadata(folder)
     result = ExportResult(
         bytes=metadata["bytes"],
         drift=metadata["drift"]["loss"],
         answer_agreement=metadata["drift"]["answer_agreement"],
         checkpoint=checkpoint,
-        artifact=str(folder),
+        artifact=output.uri,
         method=settings.method,
         version=_track(settings, checkpoint, folder, metadata),
         seconds=round(time.perf_counter() - started, 1),
-        result=str(folder / RESULT_FILE),
+        result=(output / RESULT_FILE).uri,
     )
-    write_json(folder / RESULT_FILE, result)
+    write_json(result["result"], result)
     return result
+
+
+def _earlier_artifact(output: storage.Location) -> Path:
+    """What an earlier run left in the output, on this machine's disk; a folder that is not there for nothing.
+
+    Raises:
+        SettingsError: the output holds something that is no artifact.
+    """
+    if output.is_local:
+        return Path(output.path)
+    names = storage.list_names(output)
+    if MANIFEST in names:
+        return local_checkpoint(output.uri)
+    if names and QUANTIZATION_FILE not in names:
+        raise SettingsError(f"output={output} holds something that is no artifact: give an empty or a new folder.")
+    return Path(tempfile.gettempdir(), "no-artifact")
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
@@ -126,7 +148,7 @@ def _refuse_unknown_method(settings: QuantizeSettings) -> None:
         raise SettingsError(f"method={settings.method!r} is unknown; there are: {', '.join(METHODS)}.")
 
 
-def _fingerprint(settings: QuantizeSettings, checkpoint: str) -> Fingerprint:
+def _fingerprint(settings: QuantizeSettings, checkpoint: Path) -> Fingerprint:
     names = ("method", "encoder", "keep_lora", "drift_samples", "max_drift", "seed")
     sets = [ShardSet.open(folder).manifest.digest for folder in _find_shard_sets(settings)] if settings.data else []
     return Fingerprint.of(
@@ -137,7 +159,9 @@ def _fingerprint(settings: QuantizeSettings, checkpoint: str) -> Fingerprint:
     )
 
 
-def _finished_result(folder: Path, fingerprint: Fingerprint, *, overwrite: bool) -> ExportResult | None:
+def _finished_result(
+    folder: Path, output: storage.Location, fingerprint: Fingerprint, *, overwrite: bool
+) -> ExportResult | None:
     """The result of an artifact that was made from these inputs; None where there is none.
 
     Raises:
@@ -149,20 +173,20 @@ def _finished_result(folder: Path, fingerprint: Fingerprint, *, overwrite: bool)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     if not (folder.is_dir() and is_artifact(folder)):
-        raise SettingsError(f"output={folder} holds something that is no artifact: give an empty or a new folder.")
+        raise SettingsError(f"output={output} holds something that is no artifact: give an empty or a new folder.")
     if overwrite:
         return None
-    refuse_others(folder, fingerprint, read_json_object(folder / FINGERPRINT_FILE) or {})
+    refuse_others(str(output), fingerprint, read_json_object(folder / FINGERPRINT_FILE) or {})
     try:
         verify_folder(folder, hashes=False)
-        return ExportResult(**read_json_object(folder / RESULT_FILE) or {})  # type: ignore[typeddict-item]
+        return ExportResult(**read_json_object((output / RESULT_FILE).uri) or {})  # type: ignore[typeddict-item]
     except (CheckpointError, TypeError):
         return None
 
 
 def _track(settings: QuantizeSettings, checkpoint: str, folder: Path, metadata: dict[str, Any]) -> int | None:
     """Log the export, and register the artifact where asked for; returns the version's number."""
-    tracker = open_tracker(settings, run_title(settings.recipe, f"quantize {settings.method}"))
+    tracker = open_tracker(settings, "quantize")
     tracker.params({**settings.model_dump(), "checkpoint": checkpoint})
     tracker.metrics({"bytes": metadata["bytes"], **_drift_metrics(metadata["drift"])}, 0)
     tracker.artifact(folder / "quantization.json")
@@ -170,16 +194,14 @@ def _track(settings: QuantizeSettings, checkpoint: str, folder: Path, metadata: 
     if settings.register_as:
         if isinstance(tracker, NullTracker):
             raise ExportError(f"{folder} is written but not registered: MLflow cannot be used (see the warning above).")
-        tags = {"method": settings.method, "bytes": str(metadata["bytes"])}
-        tags |= {f"drift.{name}": f"{value:.4g}" for name, value in _drift_metrics(metadata["drift"]).items()}
-        version = register_model(settings, tracker.run_id, folder, settings.register_as, settings.alias, tags)
+        version = register_model(settings, tracker.run_id, folder, settings.register_as, settings.alias)
     tracker.close()
     return version
 
 
 def _write(
     settings: QuantizeSettings,
-    checkpoint: str,
+    checkpoint: Path,
     folder: Path,
     rows: Sequence[SampleRow],
     data: str,

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from pipelines import storage
+from pipelines.settings import SettingsError
 from tinygptv.checkpoint.folders import MANIFEST, CheckpointError, verify_folder
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,45 @@ def read_manifest(remote: storage.Location) -> bytes:
             f"{remote} has files but no {MANIFEST}, which is written last: another job is still writing it, or was "
             "stopped. Wait for it, or run it again."
         ) from None
+
+
+def local_data(location: str) -> Path:
+    """A folder (or file) of data on this machine's disk: itself where it is local, else a copy of all its files.
+
+    A copy is known by the names, sizes and times of the files, and keeps their times.
+
+    Raises:
+        SettingsError: there is nothing.
+        StorageError: the storage refuses, or fails at every try.
+        DiskFullError: there is no room.
+    """
+    if storage.is_local(location):
+        return Path(storage.absolute(location))
+    remote = storage.Location.parse(location)
+    files = storage.find_below(remote)
+    if not files:
+        storage.check_access(remote)
+        raise SettingsError(f"{remote} holds no files: check the URI.")
+    key = hashlib.sha256(repr(files).encode()).hexdigest()[:_KEY_LENGTH]
+    folders = storage.secure_folder(storage.secure_folder(storage.default_cache()) / "data")
+    target = folders / key
+    with storage.locked(folders / f"{key}.lock"):
+        if not target.is_dir():
+            draft = Path(tempfile.mkdtemp(dir=folders, prefix=_DRAFT))
+            try:
+                logger.info(
+                    "fetching %d files of %s (%.1f MB)", len(files), remote, sum(f.num_bytes for f in files) / 1e6
+                )
+                base = remote if files[0].name else remote.parent
+                names = {file.name or remote.name: file for file in files}
+                storage.download_files(base, names, draft)
+                for name, file in names.items():
+                    os.utime(draft / name, ns=(file.modified_ns, file.modified_ns))
+                draft.replace(target)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+            _thin_out(folders, target)
+    return target if files[0].name else target / remote.name
 
 
 def _fetch(remote: storage.Location, manifest: bytes, target: Path, *, weights: bool) -> None:

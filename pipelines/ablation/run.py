@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipelines import storage
 from pipelines.ablation.findings import StageOutcome, outcome_of, typical_norms
 from pipelines.ablation.report import AblationRow, text_table, write_report
 from pipelines.ablation.variant_run import SharedInputs, StageStatus, VariantOutcome, find_stage, run_variant
@@ -31,8 +32,9 @@ from pipelines.settings import (
     PrepareDataSettings,
     SettingsError,
 )
-from pipelines.tracking.base import Tracker, absolute_uri, continue_tracker
-from pipelines.tracking.described import run_title
+from pipelines.tracking.base import Tracker, continue_tracker, reachable_uri
+from pipelines.tracking.identity import RUN_FILE
+from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.training.record import RECORD_FILE, StepEntry, read_record
 from pipelines.training.result import RESULT_FILE
 from pipelines.training.stage_features import cache_stage_features
@@ -63,20 +65,24 @@ def ablate(settings: AblateSettings) -> dict[str, Any]:
     stages = [find_stage(settings, number) for number in settings.stages]
     if not variants or not stages:
         raise SettingsError("an ablation needs at least one of variants=, precisions= and stages=.")
-    output = settings.output_dir("outputs/ablation")
+    work = storage.WorkFolder(settings.output_location("outputs/ablation"))
+    storage.check_access(work.location, writes=True)
+    output = work.path
     claim(
-        output,
+        work.uri(),
         _fingerprint(settings),
         [*(variant.name for variant in variants), *_RESULTS],
         overwrite=settings.overwrite,
         inputs=[settings.data, settings.init_from, settings.benchmark_data],
     )
     # The variants' tasks have other working directories.
-    settings = settings.model_copy(update={"tracking_uri": absolute_uri(settings.tracking_uri)})
-    parent = continue_tracker(settings, run_title(settings.recipe, "ablation"), output)
+    settings = settings.model_copy(update={"tracking_uri": reachable_uri(settings.tracking_uri, work.uri())})
+    work.fetch(RUN_FILE, JOURNAL_FILE)
+    parent = continue_tracker(settings, "ablation", output)
+    work.publish(RUN_FILE)
     parent.params(settings.model_dump())
     with start_ray(settings):
-        shared = _shared_inputs(settings, output, parent.run_id)
+        shared = _shared_inputs(settings, work, parent.run_id)
         if settings.features == "cached":
             cache_stage_features(stages, partial(_feature_settings, settings, shared))
         outcomes = dict(_run_all(settings, variants, shared))
@@ -89,8 +95,12 @@ def ablate(settings: AblateSettings) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
         "result": str(output / "result.json"),
     }
-    write_json(output / "result.json", result)
     _track_report(parent, result)
+    if not work.location.is_local:
+        result |= {key: work.uri(Path(result[key]).name) for key in ("report", "page", "result")}
+        result["plots"] = [work.uri(Path(plot).name) for plot in result["plots"]]
+    write_json(output / "result.json", result)
+    work.publish()
     return result
 
 
@@ -134,13 +144,13 @@ def _rows(
 
 
 def _record(shared: SharedInputs, variant: str, number: int) -> list[StepEntry]:
-    return read_record(shared.stage_folder(variant, number) / RECORD_FILE)
+    return read_record(storage.join(shared.stage_folder(variant, number), RECORD_FILE))
 
 
 # ---------------------------------------------------------------------- what all variants share
 
 
-def _shared_inputs(settings: AblateSettings, output: Path, parent_run_id: str) -> SharedInputs:
+def _shared_inputs(settings: AblateSettings, work: storage.WorkFolder, parent_run_id: str) -> SharedInputs:
     """Data and backbones; the miniature's own where none are given."""
     from tinygptv.miniature.backbones import write_checkpoint
 
@@ -148,19 +158,22 @@ def _shared_inputs(settings: AblateSettings, output: Path, parent_run_id: str) -
     if not init_from:
         if settings.recipe != "mini":
             raise SettingsError("give init_from=DIR, the backbones that every variant starts from.")
-        init_from = str(write_checkpoint(output / "backbones"))
+        write_checkpoint(work.path / "backbones")
+        work.publish("backbones")
+        init_from = work.uri("backbones")
     if not data:
         if settings.recipe != "mini":
             raise SettingsError("give data=DIR, the folder with one prepared shard set per source.")
-        world = output / "world"
-        data, benchmark_data = str(_prepare_world(settings, world)), benchmark_data or str(world)
+        _prepare_world(settings, work.path / "world")
+        work.publish("world")
+        data, benchmark_data = work.uri("world/shards"), benchmark_data or work.uri("world")
     if settings.benchmark and not benchmark_data:
         raise SettingsError("give benchmark_data=DIR, the folder of the benchmark's files, or an empty benchmark=.")
     return SharedInputs(
-        data=str(Path(data).expanduser().absolute()),
-        init_from=str(Path(init_from).expanduser().absolute()),
-        benchmark_data=str(Path(benchmark_data).expanduser().absolute()) if benchmark_data else "",
-        output=str(output),
+        data=storage.absolute(data),
+        init_from=storage.absolute(init_from),
+        benchmark_data=storage.absolute(benchmark_data) if benchmark_data else "",
+        output=work.uri(),
         parent_run_id=parent_run_id,
     )
 
@@ -183,7 +196,7 @@ def _feature_settings(settings: AblateSettings, shared: SharedInputs, **fields: 
         "checkpoint": shared.init_from,
         "num_workers": 1 if settings.num_workers else 0,
         "gpus_per_worker": 1 if settings.use_gpu else 0,
-        "output": str(Path(shared.output) / "features"),
+        "output": storage.join(shared.output, "features"),
         "tracking_uri": "none",
         "quiet": settings.quiet,
     }
@@ -199,13 +212,13 @@ def _run_all(
     folders = [shared.stage_folder(variant.name, n) for variant in variants for n in settings.stages]
 
     def num_done() -> int:
-        return sum((folder / RESULT_FILE).is_file() for folder in folders)
+        return sum(storage.exists(storage.join(folder, RESULT_FILE)) for folder in folders)
 
     setup = partial(_variant_runner, settings, shared)
     workers = Workers(settings.num_workers, settings.cpus_per_worker, num_gpus=1 if settings.use_gpu else 0)
     with (
         Bar("ablation", quiet=settings.quiet) as bar,
-        poll(lambda: bar.update(num_done(), len(folders)), every_s=2.0),
+        poll(lambda: bar.update(num_done(), len(folders)), every_s=2.0 if storage.is_local(shared.output) else 30.0),
     ):
         try:
             for variant, outcome in map_units(setup, variants, workers, settings, name="ablation"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from pipelines import storage
 from pipelines.ablation.findings import Status
 from pipelines.ablation.variants import Variant, write_start
 from pipelines.evaluation.run import evaluate
@@ -15,6 +15,8 @@ from pipelines.evaluation.scoring import BenchmarkScore
 from pipelines.fingerprint import OtherInputsError
 from pipelines.settings import AblateSettings, ScoreSettings, TrainSettings
 from pipelines.tracking.base import Tracker, continue_tracker
+from pipelines.tracking.identity import RUN_FILE
+from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.training.job import apply_stage_settings
 from pipelines.training.record import RECORD_FILE, read_record
 from pipelines.training.run import run_stage
@@ -34,7 +36,7 @@ class SharedInputs:
         data: folder with one shard set per source.
         init_from: backbones.
         benchmark_data: folder of the benchmark's files; empty where none is scored.
-        output: folder of the ablation.
+        output: folder or URI of the ablation.
         parent_run_id: MLflow run that the variants' runs are nested under.
     """
 
@@ -44,9 +46,9 @@ class SharedInputs:
     output: str
     parent_run_id: str
 
-    def stage_folder(self, variant: str, number: int) -> Path:
+    def stage_folder(self, variant: str, number: int) -> str:
         """Output folder of one stage of a variant."""
-        return Path(self.output) / variant / f"stage{number}"
+        return storage.join(self.output, variant, f"stage{number}")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ def run_variant(settings: AblateSettings, variant: Variant, shared: SharedInputs
     Raises:
         OtherInputsError: a stage or score of it was made from other inputs.
     """
-    folder = Path(shared.output) / variant.name
+    work = storage.WorkFolder(storage.join(shared.output, variant.name))
+    work.fetch(RUN_FILE, JOURNAL_FILE)
+    folder = work.path
     tracker = continue_tracker(settings, variant.name, folder, parent_run_id=shared.parent_run_id)
     tracker.params({"variant": variant.title, "recipe": settings.recipe, "seed": settings.seed, **variant.train})
     tracker.tags({"variant": variant.title, "precision": str(variant.train["precision"])})
@@ -94,7 +98,7 @@ def run_variant(settings: AblateSettings, variant: Variant, shared: SharedInputs
             if outcome.stages[number].note:
                 break
         else:
-            outcome.scores = _score(settings, shared, checkpoint, folder / "score")
+            outcome.scores = _score(settings, shared, checkpoint, work.uri("score"))
             tracker.metrics({f"score/{name}": score["value"] for name, score in outcome.scores.items()}, 0)
     except OtherInputsError:  # a mistake in the command, not a fault of the variant
         tracker.close("FAILED")
@@ -106,6 +110,7 @@ def run_variant(settings: AblateSettings, variant: Variant, shared: SharedInputs
         outcome.stages[number] = StageStatus(done.status if done else "failed", f"{type(error).__name__}: {error}")
     failed = any(stage.status == "failed" for stage in outcome.stages.values())
     tracker.close("FAILED" if failed else "FINISHED")
+    work.publish(RUN_FILE, JOURNAL_FILE)
     return outcome
 
 
@@ -116,7 +121,7 @@ def _train_stage(
     fields: dict[str, Any] = {
         "recipe": settings.recipe,
         "seed": settings.seed,
-        "output": str(shared.stage_folder(variant.name, number)),
+        "output": shared.stage_folder(variant.name, number),
         "tracking_uri": "none",
         "quiet": True,
         "data": shared.data,
@@ -138,7 +143,7 @@ def _train_stage(
     return result["checkpoint"], StageStatus("trained", note)
 
 
-def _score(settings: AblateSettings, shared: SharedInputs, checkpoint: str, output: Path) -> dict[str, BenchmarkScore]:
+def _score(settings: AblateSettings, shared: SharedInputs, checkpoint: str, output: str) -> dict[str, BenchmarkScore]:
     if not settings.benchmark:
         return {}
     fields = {
@@ -146,7 +151,7 @@ def _score(settings: AblateSettings, shared: SharedInputs, checkpoint: str, outp
         "checkpoint": checkpoint,
         "benchmark": settings.benchmark,
         "data": shared.benchmark_data,
-        "output": str(output),
+        "output": output,
         "limit": settings.score_limit,
         "num_workers": 0,
         "threads_per_worker": settings.threads_per_worker,
@@ -158,12 +163,12 @@ def _score(settings: AblateSettings, shared: SharedInputs, checkpoint: str, outp
     return evaluate(ScoreSettings.parse(fields, "the ablation"))["benchmarks"]
 
 
-def _track_stage(tracker: Tracker, number: int, folder: Path) -> None:
+def _track_stage(tracker: Tracker, number: int, folder: str) -> None:
     """Send the stage's curves, under names that all variants share, so that MLflow overlays them.
 
     A resumed run has them already; the tracker leaves out what a run has.
     """
-    for entry in read_record(folder / RECORD_FILE):
+    for entry in read_record(storage.join(folder, RECORD_FILE)):
         values = {"loss": entry["loss"], "grad_norm": entry["grad_norm"], "lr": entry["lr"]}
         if entry["step"] % _NORMS_EVERY == 0:
             values |= {f"grad_norm/{part}": norm for part, norm in entry.get("part_norms", {}).items()}

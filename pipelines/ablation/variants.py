@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from pipelines.node_cache import local_checkpoint
 from pipelines.settings import SettingsError
 from tinygptv.checkpoint.checkpoint import read_stage, save_checkpoint
 from tinygptv.checkpoint.folders import CheckpointError, verify_folder
@@ -106,8 +107,9 @@ def write_start(variant: Variant, init_from: str, folder: Path) -> Path:
     Raises:
         SettingsError: the configuration has no such field.
     """
+    given = local_checkpoint(init_from)
     if not variant.config:
-        return Path(init_from)
+        return given
     metadata = {"title": f"start of the ablation {variant.title}", "init_from": init_from, "changes": variant.config}
     try:
         verify_folder(folder, hashes=False)
@@ -118,9 +120,9 @@ def write_start(variant: Variant, init_from: str, folder: Path) -> Path:
     from tinygptv.data.processing import TinyGPTVProcessor
     from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
-    config = change_config(TinyGPTVConfig.from_pretrained(init_from), variant.config)
-    model = TinyGPTVForConditionalGeneration.from_pretrained(init_from, config=config, local_files_only=True)
-    return save_checkpoint(folder, model, TinyGPTVProcessor.from_pretrained(init_from, local_files_only=True), metadata)
+    config = change_config(TinyGPTVConfig.from_pretrained(given), variant.config)
+    model = TinyGPTVForConditionalGeneration.from_pretrained(given, config=config, local_files_only=True)
+    return save_checkpoint(folder, model, TinyGPTVProcessor.from_pretrained(given, local_files_only=True), metadata)
 
 
 def change_config(config: TinyGPTVConfig, changes: dict[str, Any]) -> TinyGPTVConfig:

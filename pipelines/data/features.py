@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines import storage
-from pipelines.data.shards import ShardSet, find_shard_sets
+from pipelines.data.shard_cache import ShardCache
+from pipelines.data.shards import ShardSet, find_shard_sets, sizes_of
+from pipelines.node_cache import checked_checkpoint, local_checkpoint
 from pipelines.progress import Bar
 from pipelines.settings import CacheFeaturesSettings, SettingsError
 from pipelines.units import Workers, map_units
-from tinygptv.checkpoint.folders import verify_folder
 from tinygptv.lru import LRU
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class FeatureSet:
         self.uri, self.key, self.parts = uri, key, parts
         self.starts = np.concatenate([[0], np.cumsum([part.rows for part in parts])])
         self._open: LRU[int, np.ndarray] = LRU(_OPEN_PARTS)
+        self._cache = ShardCache()
 
     @classmethod
     def open(cls, shard_uri: str, key: str) -> FeatureSet:
@@ -155,7 +157,7 @@ class FeatureSet:
         if missing:
             raise FeatureError(f"the features in {folder} lack {missing[0]}: the data changed; {_COMPUTE_AGAIN}")
         parts = [known[shard.sha256] for shard in shards]
-        sizes = storage.list_names(folder)
+        sizes = sizes_of(folder, [part.name for part in parts])
         for part in parts:
             if part.name not in sizes or (part.bytes and sizes[part.name] != part.bytes):
                 raise FeatureError(f"{folder}/{part.name} is missing or cut off: {_COMPUTE_AGAIN}")
@@ -168,10 +170,12 @@ class FeatureSet:
         return np.array(part[index - self.starts[number]])
 
     def _load(self, part: FeaturePart) -> np.ndarray:
-        location = storage.join(self.uri, part.name)
+        location = storage.Location.parse(self.uri) / part.name
         try:
-            if storage.is_local(location):
-                features: np.ndarray = np.load(storage.resolve(location)[1], mmap_mode="r")
+            if location.is_local:
+                features: np.ndarray = np.load(location.path, mmap_mode="r")
+            elif part.sha256:  # on disk and mapped: a part may take half a gigabyte, and many are open
+                features = np.load(self._cache.fetch(location, part.sha256), mmap_mode="r")
             else:
                 features = np.load(io.BytesIO(storage.read_bytes(location)))
             return features
@@ -196,32 +200,40 @@ def cache_features(settings: CacheFeaturesSettings) -> dict[str, Any]:
         raise SettingsError(
             "give data=DIR (prepared shard sets) and checkpoint=DIR (whose encoder computes the features)."
         )
-    checkpoint = str(Path(settings.checkpoint).expanduser().absolute())
-    verify_folder(checkpoint, hashes=False)
-    image_size = settings.image_size or _image_size(checkpoint)
-    key = feature_key(checkpoint, image_size)
+    work = storage.WorkFolder(settings.output_location("outputs/features"))
+    storage.check_access(work.location, writes=True)
+    storage.check_access(settings.data, writes=True)
+    checkpoint, settings = _absolute(settings)
+    start = checked_checkpoint(checkpoint)
+    image_size = settings.image_size or _image_size(start)
+    key = feature_key(start, image_size)
     units = list(_find_units(settings, key))
     waiting = units if settings.overwrite else [unit for unit in units if not _is_done(unit)]
     _compute(settings, checkpoint, image_size, waiting)
     for folder in dict.fromkeys(unit.folder for unit in units):
         _write_manifest(folder, [unit for unit in units if unit.folder == folder], key, image_size, settings.dtype)
-    path = settings.output_dir("outputs/features") / "result.json"
     result = {
         "key": key,
         "parts": len(waiting),
         "reused": len(units) - len(waiting),
         "rows": sum(unit.part.rows for unit in units),
         "seconds": round(time.perf_counter() - started, 1),
-        "result": str(path),
+        "result": work.uri("result.json"),
     }
-    storage.write_atomically(str(path), json.dumps(result, indent=1).encode() + b"\n")
+    storage.write_atomically(work.uri("result.json"), json.dumps(result, indent=1).encode() + b"\n")
     return result
 
 
-def _image_size(checkpoint: str) -> int:
+def _absolute(settings: CacheFeaturesSettings) -> tuple[str, CacheFeaturesSettings]:
+    """Checkpoint and data as actors in other working directories need them."""
+    data = storage.absolute(settings.data)
+    return storage.absolute(settings.checkpoint), settings.model_copy(update={"data": data})
+
+
+def _image_size(checkpoint: Path) -> int:
     from tinygptv.checkpoint.config_file import read_config
 
-    return read_config(Path(checkpoint)).vision_config.image_size
+    return read_config(checkpoint).vision_config.image_size
 
 
 def _find_units(settings: CacheFeaturesSettings, key: str) -> Iterator[FeatureUnit]:
@@ -274,7 +286,9 @@ class FeatureWriter:
         if threads:
             torch.set_num_threads(threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, _, _ = load_checkpoint(checkpoint, dtype=torch.float16 if device == "cuda" else torch.float32)
+        model, _, _ = load_checkpoint(
+            local_checkpoint(checkpoint), dtype=torch.float16 if device == "cuda" else torch.float32
+        )
         model.set_image_size(image_size)
         self.model: TinyGPTVForConditionalGeneration = model.eval().to(device)
         self.image_size = image_size

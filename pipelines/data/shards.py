@@ -29,6 +29,16 @@ def find_shard_sets(data: str) -> list[str]:
     return [folder for folder in folders if storage.exists(storage.join(folder, MANIFEST))]
 
 
+def sizes_of(folder: str, names: Sequence[str]) -> dict[str, int]:
+    """Sizes in bytes of those files of a folder that are there: one listing, and a question for each that it lacks,
+    since the listings of some storages lag behind."""
+    location, sizes = storage.Location.parse(folder), storage.list_names(folder)
+    for name in names:
+        if name not in sizes and not location.is_local and (size := storage.num_bytes(location / name)) >= 0:
+            sizes[name] = size
+    return sizes
+
+
 class ShardSet:
     """An opened shard set: random access to its rows. Cheap to pickle; files are opened on first use."""
 
@@ -54,7 +64,7 @@ class ShardSet:
         """
         uri = uri.rstrip("/") or uri
         opened = cls(uri, Manifest.read(uri), cache)
-        sizes = storage.list_names(uri)
+        sizes = sizes_of(uri, [shard.file for shard in opened.manifest.shards])
         for shard in opened.manifest.shards:
             if shard.file not in sizes:
                 raise ShardError(f"{uri} is incomplete: {shard.file} is missing; {PREPARE_AGAIN}")

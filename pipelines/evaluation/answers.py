@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pipelines import storage
@@ -67,18 +66,18 @@ Answered = Sequence[tuple[Question, Answers]]
 """Questions of one benchmark with their answers, in order."""
 
 
-def write_answers(path: Path, answers: Iterable[Answers]) -> None:
+def write_answers(location: str, answers: Iterable[Answers]) -> None:
     """Write answers as JSON lines; the file is either absent or complete.
 
     Raises:
         DiskFullError: there is no room.
     """
-    storage.write_atomically(str(path), "".join(to_json(each.to_dict()) + "\n" for each in answers).encode())
+    storage.write_atomically(location, "".join(to_json(each.to_dict()) + "\n" for each in answers).encode())
 
 
-def read_answers(path: Path) -> list[Answers]:
+def read_answers(location: str) -> list[Answers]:
     """Read what ``write_answers`` wrote."""
-    return [Answers.from_dict(json.loads(line)) for line in path.read_text().splitlines()]
+    return [Answers.from_dict(json.loads(line)) for line in storage.read_bytes(location).splitlines()]
 
 
 def _loss(value: float | None) -> float:

@@ -22,24 +22,24 @@ from pipelines import storage
 from pipelines.evaluation.answers import Answers, read_answers
 from pipelines.evaluation.benchmarks import Benchmark, Question, find_benchmarks
 from pipelines.evaluation.benchmarks.files import DataFolder
-from pipelines.evaluation.benchmarks.own import METRICS, OWN, own_benchmark
-from pipelines.evaluation.compare import Comparison, compare, read_predictions
-from pipelines.evaluation.compare_page import COMPARISON_PAGE, comparison_page
+from pipelines.evaluation.compare import Comparison, compare
 from pipelines.evaluation.page import drawn_case, score_page, worst_first
 from pipelines.evaluation.scoring import PREDICTIONS, BenchmarkScore, Prediction, score_benchmark, write_predictions
 from pipelines.evaluation.worker import AnswerOptions, QuestionUnit, UnitAnswerer
 from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim, digest_of
-from pipelines.json_files import read_json_object, write_json
+from pipelines.json_files import write_json
+from pipelines.node_cache import local_checkpoint, local_data
 from pipelines.progress import Bar
 from pipelines.settings import ScoreSettings, SettingsError
 from pipelines.tracking.base import continue_tracker
-from pipelines.tracking.described import run_title
+from pipelines.tracking.identity import RUN_FILE
+from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.units import Workers, map_units
 from tinygptv.checkpoint.folders import hash_file
 
 logger = logging.getLogger(__name__)
 
-RESULTS = ("answers", PREDICTIONS, "report.html", COMPARISON_PAGE, "result.json", "run.json", "unsent.jsonl")
+RESULTS = ("answers", PREDICTIONS, "report.html", "result.json", "run.json", "unsent.jsonl")
 """What a score run writes into its output folder."""
 
 _IMAGES_TRIED = 50
@@ -60,7 +60,6 @@ class ScoreResult(TypedDict):
         page: path of ``report.html``.
         result: path of this file.
         comparison: benchmark -> paired comparison, where one was asked for.
-        comparison_page: path of ``comparison.html``, with it.
     """
 
     checkpoint: str
@@ -72,7 +71,6 @@ class ScoreResult(TypedDict):
     page: str
     result: str
     comparison: NotRequired[dict[str, Comparison]]
-    comparison_page: NotRequired[str]
 
 
 def evaluate(
@@ -93,20 +91,23 @@ def evaluate(
         FileNotFoundError: a benchmark's files are missing.
     """
     started = time.perf_counter()
-    data = _data_folder(settings)
-    chosen = list(benchmarks or _find(settings, data))
+    chosen = list(benchmarks or _find(settings))
+    work = storage.WorkFolder(settings.output_location("outputs/score"))
+    storage.check_access(work.location, writes=True)
+    output = work.path
     checkpoint = _find_checkpoint(settings)
+    data = _data_folder(settings)
     asked = {benchmark.name: _read(settings, benchmark, data) for benchmark in chosen}
     questions = {name: read.questions for name, read in asked.items()}
-    output = settings.output_dir("outputs/score")
     claim(
-        output,
+        work.uri(),
         _score_fingerprint(settings, checkpoint, questions),
         RESULTS,
         overwrite=settings.overwrite,
-        inputs=[str(checkpoint), settings.data, settings.images],
+        inputs=[settings.checkpoint, settings.data, settings.images],
     )
-    options = _options(settings, checkpoint, output)
+    work.fetch(RUN_FILE, JOURNAL_FILE)
+    options = _options(settings, checkpoint, data, work.uri("answers"))
     units = [unit for benchmark in chosen for unit in _units(options, benchmark, questions[benchmark.name])]
     num_questions, answering = sum(len(unit.questions) for unit in units), time.perf_counter()
     answered = _answer_all(settings, options, units)
@@ -124,40 +125,35 @@ def evaluate(
         "benchmarks": scores,
         "questions_per_second": round(num_questions / answering_s, 2),
         "seconds": round(time.perf_counter() - started, 1),
-        "predictions": str(output / PREDICTIONS),
-        "page": str(output / "report.html"),
-        "result": str(output / "result.json"),
+        "predictions": work.uri(PREDICTIONS),
+        "page": work.uri("report.html"),
+        "result": work.uri("result.json"),
     }
     if settings.compare_with:
-        result["comparison"] = _compare(settings, output, lines)
-        result["comparison_page"] = str(output / COMPARISON_PAGE)
+        result["comparison"] = _compare_with(settings.compare_with, output)
     write_json(output / "result.json", result)
     _track(settings, output, result, lines, parent_run_id)
+    work.publish(PREDICTIONS, "report.html", RUN_FILE, JOURNAL_FILE, "result.json")
     for name, score in scores.items():
         for problem in score["problems"][:3]:
             logger.warning("%s, no answer to question %s", name, problem)
     return result
 
 
-def _compare(settings: ScoreSettings, output: Path, lines: Sequence[Prediction]) -> dict[str, Comparison]:
-    """Compare with an earlier run, and write the page."""
-    other = Path(settings.compare_with).expanduser().absolute()
-    compared = compare(output, other)
-    titles = str(settings.checkpoint), str((read_json_object(other / "result.json") or {}).get("checkpoint", other))
-    page = comparison_page(compared, lines, read_predictions(other), titles, settings.page_cases)
-    storage.write_atomically(str(output / COMPARISON_PAGE), page.encode())
-    return compared
-
-
-def _find(settings: ScoreSettings, data: DataFolder) -> list[Benchmark]:
-    if settings.benchmark in (OWN, [OWN]):
-        return [own_benchmark(settings.metric, data)]
-    if settings.metric in METRICS:
-        raise SettingsError(f"metric={settings.metric} is for one's own rows: give benchmark=own data=rows.jsonl.")
+def _find(settings: ScoreSettings) -> list[Benchmark]:
     try:
         return find_benchmarks(settings.benchmark)
     except ValueError as error:
         raise SettingsError(str(error)) from error
+
+
+def _compare_with(location: str, output: Path) -> dict[str, Comparison]:
+    """Compare with another score run, in a folder or at a URI."""
+    if storage.is_local(location):
+        return compare(output, Path(storage.absolute(location)))
+    other = storage.WorkFolder(location)
+    other.fetch(PREDICTIONS)
+    return compare(output, other.path)
 
 
 # ---------------------------------------------------------------------- units of work
@@ -166,7 +162,7 @@ def _find(settings: ScoreSettings, data: DataFolder) -> list[Benchmark]:
 def _find_checkpoint(settings: ScoreSettings) -> Path:
     if not settings.checkpoint:
         raise SettingsError("give checkpoint=DIR, the checkpoint or artifact to score.")
-    checkpoint = Path(settings.checkpoint).expanduser().absolute()
+    checkpoint = local_checkpoint(settings.checkpoint, weights=False)
     if not (checkpoint / "config.json").is_file():
         raise SettingsError(f"checkpoint={settings.checkpoint} is no checkpoint or artifact: it has no config.json.")
     return checkpoint
@@ -190,22 +186,23 @@ def _without_folder(question: Question) -> dict[str, Any]:
     return {**asdict(question), "image": question.image.name if question.image else None}
 
 
-def _options(settings: ScoreSettings, checkpoint: Path, output: Path) -> AnswerOptions:
-    answers = output / "answers"
-    answers.mkdir(exist_ok=True)
+def _options(settings: ScoreSettings, checkpoint: Path, data: DataFolder, answers: str) -> AnswerOptions:
+    storage.make_folder(answers)
+    given = ((settings.data, data.root), (settings.images, data.image_root))
     return AnswerOptions(
-        checkpoint=str(checkpoint),
+        checkpoint=storage.absolute(settings.checkpoint),
         fingerprint=checkpoint_digest(checkpoint),
         batch_size=settings.batch_size,
         baselines=settings.baselines,
         released=settings.metric == "released",
-        answers_dir=str(answers),
+        answers_dir=answers,
+        copies=tuple((uri, str(folder)) for uri, folder in given if uri and not storage.is_local(uri)),
     )
 
 
 def _units(options: AnswerOptions, benchmark: Benchmark, questions: Sequence[Question]) -> Iterator[QuestionUnit]:
     """Cut a benchmark's questions into units; a unit's file is named by everything that its answers depend on."""
-    decides = asdict(options) | {"answers_dir": "", "checkpoint": ""}
+    decides = asdict(options) | {"answers_dir": "", "checkpoint": "", "copies": ()}
     size = 4 * options.batch_size
     for number, start in enumerate(range(0, len(questions), size)):
         part = tuple(questions[start : start + size])
@@ -233,13 +230,10 @@ class _Asked:
 
 
 def _data_folder(settings: ScoreSettings) -> DataFolder:
-    for key in ("data", "images"):
-        if "://" in getattr(settings, key):
-            raise SettingsError(f"{key}={getattr(settings, key)} is a URI: benchmarks are read from a local folder.")
-    images = Path(settings.images).expanduser().absolute() if settings.images else None
+    images = local_data(settings.images) if settings.images else None
     if images is not None and not images.is_dir():
         raise SettingsError(f"images={settings.images} is no folder: give the one that holds the benchmark's images.")
-    return DataFolder(Path(settings.data).expanduser().absolute(), images)
+    return DataFolder(local_data(settings.data), images)
 
 
 def _read(settings: ScoreSettings, benchmark: Benchmark, data: DataFolder) -> _Asked:
@@ -290,18 +284,17 @@ def _names(paths: Sequence[Path]) -> str:
 def _answer_all(
     settings: ScoreSettings, options: AnswerOptions, units: Sequence[QuestionUnit]
 ) -> dict[str, list[tuple[Question, Answers]]]:
-    folder = Path(options.answers_dir)
-    wanted = {unit.file for unit in units}
-    for path in folder.iterdir():
-        if path.name not in wanted:  # answers of another checkpoint or other questions, or half a file
-            path.unlink()
-    waiting = [unit for unit in units if not (folder / unit.file).is_file()]
+    folder = storage.Location.parse(options.answers_dir)
+    wanted, present = {unit.file for unit in units}, set(storage.list_names(folder))
+    for name in present - wanted:  # answers of another checkpoint or other questions, or half a file
+        storage.remove_file(folder / name)
+    waiting = [unit for unit in units if unit.file not in present]
     if len(waiting) < len(units):
         logger.info("%d of %d units are answered already", len(units) - len(waiting), len(units))
     _answer_units(settings, options, waiting)
     answered: dict[str, list[tuple[Question, Answers]]] = defaultdict(list)
     for unit in units:
-        answered[unit.benchmark] += list(zip(unit.questions, read_answers(folder / unit.file), strict=True))
+        answered[unit.benchmark] += list(zip(unit.questions, read_answers((folder / unit.file).uri), strict=True))
     return answered
 
 
@@ -326,13 +319,12 @@ def _track(
     settings: ScoreSettings, output: Path, result: ScoreResult, lines: Sequence[Prediction], parent_run_id: str
 ) -> None:
     names = ", ".join(result["benchmarks"])
-    tracker = continue_tracker(
-        settings, run_title(settings.recipe, f"score {names}"[:120]), output, parent_run_id=parent_run_id
-    )
+    tracker = continue_tracker(settings, f"score {names}"[:120], output, parent_run_id=parent_run_id)
     tracker.params(settings.model_dump())
     tracker.tags({"checkpoint": result["checkpoint"]})
     for name, score in result["benchmarks"].items():
-        tracker.metrics({f"score/{name}": score["value"]}, 0)  # the baselines are in the table beside it
+        values = {"score": score["value"], "blind": score["blind"], "shuffled": score["shuffled"]}
+        tracker.metrics({f"{label}/{name}": value for label, value in values.items() if value is not None}, 0)
     left_out = ("scoring", "also", "parts", "problems")
     rows = [
         {"benchmark": name, **{key: value for key, value in score.items() if key not in left_out}}
@@ -342,9 +334,8 @@ def _track(
     if "comparison" in result:
         tracker.table([{"benchmark": name, **found} for name, found in result["comparison"].items()], "comparison")
     tracker.table(_worst_cases(lines), "worst_cases")
-    for name in ("result.json", "report.html", COMPARISON_PAGE, PREDICTIONS):
-        if (output / name).is_file():
-            tracker.artifact(output / name)
+    for name in ("result.json", "report.html", PREDICTIONS):
+        tracker.artifact(output / name)
     tracker.close()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines import storage
 from pipelines.evaluation.answers import Answers, View, ViewAnswer, write_answers
 from pipelines.evaluation.benchmarks.base import Question
+from pipelines.node_cache import local_checkpoint, local_data
 from tinygptv.data.images import open_image
 from tinygptv.inference.batch import Answerer, Prompt
 from tinygptv.inference.loading import load_for_inference
@@ -23,12 +25,13 @@ class AnswerOptions:
     """What decides the answers to a question, and where they go.
 
     Attributes:
-        checkpoint: folder, absolute.
+        checkpoint: folder, absolute, or its URI.
         fingerprint: changes with the checkpoint's content.
         batch_size: answers generated together.
         baselines: also answer with a blank image and with another question's.
         released: prompt and stop as the release does.
-        answers_dir: folder of the units' answers.
+        answers_dir: folder or URI of the units' answers.
+        copies: URIs of data folders, each with the driver's copy of it, in which the questions' images lie.
     """
 
     checkpoint: str
@@ -37,6 +40,7 @@ class AnswerOptions:
     baselines: bool
     released: bool
     answers_dir: str
+    copies: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,19 +70,27 @@ class UnitAnswerer:
     def __init__(self, options: AnswerOptions, threads: int = 0, device: str = "cpu") -> None:
         if threads:
             torch.set_num_threads(threads)
-        model, processor = load_for_inference(options.checkpoint, device)
+        model, processor = load_for_inference(local_checkpoint(options.checkpoint), device)
         self.options = options
+        self.moved = {copy: local_data(uri) for uri, copy in options.copies}
         self.answerer = Answerer(model, processor, options.batch_size, released=options.released)
 
     def __call__(self, unit: QuestionUnit) -> None:
         """Answer a unit and write its file; an answered one is left as it is."""
-        path = Path(self.options.answers_dir, unit.file)
-        if not path.is_file():
-            write_answers(path, self.answers(unit))
+        location = storage.join(self.options.answers_dir, unit.file)
+        if not storage.exists(location):
+            write_answers(location, self.answers(unit))
+
+    def _here(self, path: Path) -> Path:
+        """This machine's copy of an image."""
+        for driver, here in self.moved.items():
+            if path.is_relative_to(driver):
+                return here / path.relative_to(driver)
+        return path
 
     def answers(self, unit: QuestionUnit) -> list[Answers]:
         """Answers to each question of a unit, in order."""
-        images, indices, broken = _open_images(unit.questions)
+        images, indices, broken = _open_images(unit.questions, self._here)
         answers = [Answers(q.id, broken.get(q.image, "")) for q in unit.questions]
         asked = {index: _prompt(unit, q, indices) for index, q in enumerate(unit.questions) if q.image not in broken}
         embeds = self.answerer.encode(images)
@@ -132,14 +144,16 @@ def _other_images(num_images: int, seed: int) -> list[int]:
     return others.tolist()
 
 
-def _open_images(questions: Sequence[Question]) -> tuple[list[Image.Image], dict[Path, int], dict[Path | None, str]]:
+def _open_images(
+    questions: Sequence[Question], here: Callable[[Path], Path]
+) -> tuple[list[Image.Image], dict[Path, int], dict[Path | None, str]]:
     """Decoded images, the index of each path among them, and what is wrong with which path."""
     images: list[Image.Image] = []
     indices: dict[Path, int] = {}
     broken: dict[Path | None, str] = {}
     for path in dict.fromkeys(question.image for question in questions if question.image):
         try:
-            images.append(open_image(path.read_bytes()))
+            images.append(open_image(here(path).read_bytes()))
             indices[path] = len(images) - 1
         except (OSError, ValueError) as error:
             broken[path] = f"{path} cannot be opened: {error}"

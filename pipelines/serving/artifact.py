@@ -1,10 +1,12 @@
-"""Which folder is served: a path, ``models:/name@alias`` of MLflow's registry, or the shipped model."""
+"""Which folder is served: a path or URI, ``models:/name@alias`` of MLflow's registry, or the shipped model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from pipelines.node_cache import local_checkpoint
 from pipelines.settings import AnswerSettings
+from pipelines.storage import absolute, is_local
 
 
 def resolve_artifact(settings: AnswerSettings) -> Path:
@@ -12,6 +14,7 @@ def resolve_artifact(settings: AnswerSettings) -> Path:
 
     Raises:
         ValueError: there is no such folder, registered model, or shipped model.
+        StorageError: the storage refuses, or fails at every try.
     """
     name = settings.artifact
     if name.startswith("models:/"):
@@ -23,9 +26,28 @@ def resolve_artifact(settings: AnswerSettings) -> Path:
         from tinygptv.miniature.backbones import shipped_model
 
         return shipped_model()
-    folder = Path(name).expanduser()
+    if not is_local(name):
+        return local_checkpoint(name)
+    folder = Path(absolute(name))
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"artifact {name!r} is no checkpoint folder (config.json is missing): give artifact=DIR of a trained stage."
         )
-    return folder.absolute()
+    return folder
+
+
+def check_artifact(settings: AnswerSettings) -> str:
+    """Look for the model before anything is started.
+
+    Returns:
+        ``settings.artifact`` as replicas on any machine need it: every node fetches what lies elsewhere by itself.
+
+    Raises:
+        ValueError: there is no such folder, registered model, or shipped model.
+        StorageError: the storage refuses, or fails at every try.
+    """
+    name = settings.artifact
+    if name and not name.startswith("models:/") and not is_local(name):
+        local_checkpoint(name, weights=False)
+        return name
+    return str(resolve_artifact(settings))

@@ -12,17 +12,20 @@ import asyncio
 import base64
 import hashlib
 import json
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from pipelines import storage
 from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim
 from pipelines.json_files import write_json
-from pipelines.progress import Bar
+from pipelines.progress import Bar, poll
 from pipelines.serving.api import CHAT, build_api
 from pipelines.serving.artifact import resolve_artifact
 from pipelines.serving.backend import Backend
@@ -30,6 +33,8 @@ from pipelines.serving.model_backend import ModelBackend
 from pipelines.settings import AnswerSettings, BatchSettings, ServeSettings, SettingsError
 
 ANSWERS, RESULT = "answers.jsonl", "result.json"
+_PUBLISH_S = 30.0
+"""How often the answers so far go to an output in a bucket."""
 TRIES = 5
 CHANGES_ANSWERS = ("context_length", "default_task", "kv_cache_dtype", "max_tokens", "temperature")
 """Settings that the same request gets another answer with."""
@@ -81,26 +86,33 @@ def run_batch(settings: BatchSettings, backend: Backend | None = None) -> BatchR
         SettingsError: the input is missing, or the output has answers of another model or other settings.
     """
     started = time.perf_counter()
-    path = Path(settings.input).expanduser()
-    if not settings.input or not path.is_file():
+    source = storage.Location.parse(settings.input)
+    storage.check_access(source)
+    if not settings.input or storage.num_bytes(source) < 0:
         raise SettingsError(f"input={settings.input!r} is no file: give a JSON Lines file of requests.")
     try:
         artifact = resolve_artifact(settings)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    output = settings.output_dir("outputs/batch")
+    work = storage.WorkFolder(settings.output_location("outputs/batch"))
+    storage.check_access(work.location, writes=True)
     fingerprint = Fingerprint.of(
         "batch",
         artifact=checkpoint_digest(artifact),
         settings={name: getattr(settings, name) for name in CHANGES_ANSWERS},
     )
-    claim(output, fingerprint, [ANSWERS, RESULT], overwrite=settings.overwrite, inputs=[str(path)])
-    requests = list(read_requests(path))
-    done = finished_answers(output / ANSWERS)
-    waiting = [request for request in requests if (request.id, request.digest) not in done]
-    if waiting:
-        asyncio.run(_answer_all(settings, backend or _load(settings, artifact), waiting, output / ANSWERS, path))
-    statuses = finished_answers(output / ANSWERS)
+    claim(work.uri(), fingerprint, [ANSWERS, RESULT], overwrite=settings.overwrite, inputs=[source.uri])
+    work.fetch(ANSWERS)
+    answers = work.path / ANSWERS
+    with _local_file(source) as path:
+        requests = list(read_requests(path))
+        done = finished_answers(answers)
+        waiting = [request for request in requests if (request.id, request.digest) not in done]
+        if waiting:
+            with poll(lambda: work.publish(ANSWERS), every_s=_PUBLISH_S):
+                files = RequestFiles(path, source.parent)
+                asyncio.run(_answer_all(settings, backend or _load(settings, artifact), waiting, answers, files))
+    statuses = finished_answers(answers)
     answered = sum(statuses.get((request.id, request.digest)) == 200 for request in requests)
     result = BatchResult(
         requests=len(requests),
@@ -108,11 +120,35 @@ def run_batch(settings: BatchSettings, backend: Backend | None = None) -> BatchR
         failed=len(requests) - answered,
         earlier=len(requests) - len(waiting),
         seconds=round(time.perf_counter() - started, 1),
-        answers=str(output / ANSWERS),
-        result=str(output / RESULT),
+        answers=work.uri(ANSWERS),
+        result=work.uri(RESULT),
     )
-    write_json(output / RESULT, asdict(result))
+    write_json(work.uri(RESULT), asdict(result))
     return result
+
+
+@contextmanager
+def _local_file(source: storage.Location) -> Iterator[Path]:
+    """A file on this machine's disk: itself, or a copy while the block runs."""
+    if source.is_local:
+        yield Path(source.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="requests-") as folder:
+        storage.download(source, Path(folder, source.name))
+        yield Path(folder, source.name)
+
+
+@dataclass(frozen=True)
+class RequestFiles:
+    """Where requests are read from.
+
+    Attributes:
+        requests: the file on this machine's disk.
+        images: folder that paths of images are relative to.
+    """
+
+    requests: Path
+    images: storage.Location
 
 
 def read_requests(path: Path) -> Iterator[BatchRequest]:
@@ -197,7 +233,7 @@ def _serve_settings(settings: AnswerSettings, **changes: Any) -> ServeSettings:
 
 
 async def _answer_all(
-    settings: BatchSettings, backend: Backend, requests: list[BatchRequest], answers: Path, path: Path
+    settings: BatchSettings, backend: Backend, requests: list[BatchRequest], answers: Path, files: RequestFiles
 ) -> None:
     app = build_api(_serve_settings(settings), backend, digests=())
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -208,7 +244,7 @@ async def _answer_all(
             async def work() -> None:
                 nonlocal num_done, num_failed
                 for request in waiting:
-                    row = await _answer(client, request, settings.model_name, path)
+                    row = await _answer(client, request, settings.model_name, files)
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     file.flush()
                     num_done += 1
@@ -220,14 +256,14 @@ async def _answer_all(
                     workers.create_task(work())
 
 
-async def _answer(client: httpx.AsyncClient, request: BatchRequest, model: str, path: Path) -> dict[str, Any]:
+async def _answer(client: httpx.AsyncClient, request: BatchRequest, model: str, files: RequestFiles) -> dict[str, Any]:
     status, content = 400, _error_body(request.error)
     if not request.error:
         try:
-            with path.open("rb") as file:
+            with files.requests.open("rb") as file:
                 file.seek(request.start)
                 body = _body_of(_parse(file.read(request.size)))
-            status, content = await _post(client, {"model": model, **_with_files(body, path.parent), "stream": False})
+            status, content = await _post(client, {"model": model, **_with_files(body, files.images), "stream": False})
         except OSError as error:
             content = _error_body(f"{error.filename} cannot be read: {error.strerror}.")
     return {
@@ -252,7 +288,7 @@ def _error_body(message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}}
 
 
-def _with_files(body: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _with_files(body: dict[str, Any], folder: storage.Location) -> dict[str, Any]:
     """The request with the images that it names by path as data URLs.
 
     Raises:
@@ -264,17 +300,31 @@ def _with_files(body: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**body, "messages": [_message_with_files(message, folder) for message in messages]}
 
 
-def _message_with_files(message: Any, folder: Path) -> Any:
+def _message_with_files(message: Any, folder: storage.Location) -> Any:
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, list):
         return message
     return {**message, "content": [_part_with_file(part, folder) for part in content]}
 
 
-def _part_with_file(part: Any, folder: Path) -> Any:
+def _part_with_file(part: Any, folder: storage.Location) -> Any:
     image = part.get("image_url") if isinstance(part, dict) else None
     url = image.get("url") if isinstance(image, dict) else image
     if not isinstance(url, str) or "://" in url.removeprefix("file://") or url[:5].lower() == "data:":
         return part
-    data = (folder / url.removeprefix("file://")).read_bytes()
+    data = _read_image(folder, url.removeprefix("file://"))
     return {"type": "image_url", "image_url": {"url": "data:;base64," + base64.b64encode(data).decode()}}
+
+
+def _read_image(folder: storage.Location, name: str) -> bytes:
+    """An image that a request names: a path relative to the file of requests, or absolute on this machine.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if folder.is_local:
+        return Path(folder.path, name).read_bytes()
+    try:
+        return storage.read_bytes(folder / name)
+    except ValueError as error:
+        raise FileNotFoundError(2, str(error), name) from error

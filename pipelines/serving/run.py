@@ -17,7 +17,7 @@ from ray.serve.exceptions import RayServeException
 
 from pipelines.cluster import start_ray
 from pipelines.serving.app import APP_NAME, build_app
-from pipelines.serving.artifact import resolve_artifact
+from pipelines.serving.artifact import check_artifact
 from pipelines.serving.clients import KEYS_VARIABLE, key_digests
 from pipelines.settings import ServeSettings, SettingsError
 
@@ -97,7 +97,7 @@ def check_settings(settings: ServeSettings) -> ServeSettings:
             KEYS_VARIABLE,
         )
     try:
-        return settings.model_copy(update={"artifact": str(resolve_artifact(settings))})
+        return settings.model_copy(update={"artifact": check_artifact(settings)})
     except ValueError as error:
         raise SettingsError(str(error)) from error
 

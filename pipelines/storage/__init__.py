@@ -31,7 +31,7 @@ from pipelines.storage.files import (
     write_atomically,
     write_lines,
 )
-from pipelines.storage.find import FoundFile, expand_braces, find_files
+from pipelines.storage.find import FoundFile, expand_braces, find_below, find_files
 from pipelines.storage.folders import (
     WorkFolder,
     check_access,
@@ -66,6 +66,7 @@ __all__ = [
     "exists",
     "expand_braces",
     "file_name",
+    "find_below",
     "find_files",
     "is_folder",
     "is_local",

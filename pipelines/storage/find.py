@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 import pyarrow.fs as pafs
 
 from pipelines.storage.location import Location, resolve
+from pipelines.storage.retry import with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def find_files(pattern: str | Location, *, tells_missing: bool = True) -> list[F
     location = Location.parse(pattern)
     filesystem, path = resolve(location)
     found: dict[str, pafs.FileInfo] = {}
-    itself = filesystem.get_file_info(path)
+    itself = with_retries(location, lambda: filesystem.get_file_info(path))
     if itself.type == pafs.FileType.File:
         found[path] = itself
     elif itself.type == pafs.FileType.NotFound:
@@ -75,6 +76,22 @@ def find_files(pattern: str | Location, *, tells_missing: bool = True) -> list[F
             info.mtime_ns or 0,
         )
         for found_path, info in sorted(found.items())
+    ]
+
+
+def find_below(location: str | Location) -> list[FoundFile]:
+    """All files below a folder, at any depth, by name; a file is found itself, with an empty name."""
+    location = Location.parse(location)
+    filesystem, path = resolve(location)
+    itself = with_retries(location, lambda: filesystem.get_file_info(path))
+    if itself.type == pafs.FileType.File:
+        return [FoundFile(location, "", itself.size or 0, itself.mtime_ns or 0)]
+    selector = pafs.FileSelector(path, recursive=True, allow_not_found=True)
+    infos = with_retries(location, lambda: filesystem.get_file_info(selector))
+    start = path.rstrip("/") + "/"
+    named = {_without_prefix(info.path, start): info for info in infos if info.type == pafs.FileType.File}
+    return [
+        FoundFile(location / name, name, info.size or 0, info.mtime_ns or 0) for name, info in sorted(named.items())
     ]
 
 

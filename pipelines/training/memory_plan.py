@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from pipelines import storage
 from pipelines.json_files import write_json
 from pipelines.settings import PlanMemorySettings, TrainSettings
 from pipelines.training.fit import computation_of
@@ -54,9 +55,9 @@ def plan_memory(settings: PlanMemorySettings) -> dict[str, Any]:
         "stages": training,
         "inference": inference,
     }
-    output = settings.output_dir(f"outputs/{settings.recipe}/plan_memory")
-    write_json(output / "result.json", result)
-    return {**result, "table": _table(settings, train, result), "result": str(output / "result.json")}
+    output = storage.WorkFolder(settings.output_location(f"outputs/{settings.recipe}/plan_memory"))
+    write_json(output.uri("result.json"), result)
+    return {**result, "table": _table(settings, train, result), "result": output.uri("result.json")}
 
 
 def recipe_config(recipe: str, stage: Stage) -> TinyGPTVConfig:

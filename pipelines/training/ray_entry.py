@@ -11,6 +11,9 @@ import pickle
 WORKER_RESULT = "worker_result.json"
 """Result of rank 0 for the driver, beside the training states."""
 
+_REPORTED = {"next_step": "steps", "saved_step": "steps", "loss": "last_loss"}
+"""Names of the last report's numbers, as those of states have them -> where a result has them."""
+
 
 def train_worker(config: dict[str, bytes]) -> None:
     """Train this worker's share of ``config["job"]``, a pickled ``job.TrainJob``."""
@@ -21,12 +24,14 @@ def train_worker(config: dict[str, bytes]) -> None:
     from pipelines.settings import SettingsError
     from pipelines.training.guard import TrainingStopped
     from pipelines.training.job import TrainJob
+    from pipelines.training.run_reports import RayTrainReports
     from pipelines.training.worker import train_loop
 
     job: TrainJob = pickle.loads(config["job"])
     outcome: dict[str, object] = {}
+    reports = RayTrainReports()
     try:
-        result = train_loop(job)
+        result = train_loop(job, reports)
         outcome = result.to_dict() if result else {}
     except (TrainingStopped, SettingsError, storage.DiskFullError) as error:  # trying again would end there again
         context = ray.train.get_context()
@@ -37,4 +42,5 @@ def train_worker(config: dict[str, bytes]) -> None:
     if outcome:
         storage.make_folder(job.storage)
         write_json(storage.join(job.storage, WORKER_RESULT), outcome)
-    ray.train.report({"steps": outcome.get("steps", 0)})
+    numbers = {name: float(outcome.get(key, 0) or 0) for name, key in _REPORTED.items()}  # type: ignore[arg-type]
+    reports.saved(numbers, str(outcome.get("checkpoint", "")))

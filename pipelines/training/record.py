@@ -16,11 +16,8 @@ RECORD_FILE = "metrics.jsonl"
 GUARD_FILE = "guard.jsonl"
 """Faults that the guard found: one line each."""
 
-HELD_OUT_FILE = "held_out.jsonl"
-"""Losses of held-out rows: one line per evaluation (``held_out_record``)."""
-
 PREDICTIONS_FOLDER = "predictions"
-WORKER_FILES = (RECORD_FILE, GUARD_FILE, HELD_OUT_FILE, PREDICTIONS_FOLDER, JOURNAL_FILE)
+WORKER_FILES = (RECORD_FILE, GUARD_FILE, PREDICTIONS_FOLDER, JOURNAL_FILE)
 """What rank 0 writes as it trains, beside states and checkpoint; published with every training state."""
 
 
@@ -48,9 +45,12 @@ class StepEntry(TypedDict):
     sample_ids: list[str]
 
 
-def read_record(path: Path) -> list[StepEntry]:
-    """The steps of a ``metrics.jsonl``, in order; empty where there is none."""
-    return [parse_entry(line) for line in path.read_text().splitlines()] if path.is_file() else []
+def read_record(location: str | Path) -> list[StepEntry]:
+    """The steps of a ``metrics.jsonl``, local or remote, in order; empty where there is none."""
+    try:
+        return [parse_entry(line) for line in storage.read_bytes(str(location)).decode().splitlines()]
+    except FileNotFoundError:
+        return []
 
 
 def parse_entry(line: str) -> StepEntry:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import tempfile
 import threading
@@ -43,13 +42,18 @@ class StateStore:
         Args:
             location: folder or URI; need not exist.
             keep: number of newest states to keep.
-            keep_best: also keep the state with the least ``held_out_loss``; without one, with the least ``mean_loss``.
+            keep_best: also keep the state with the least ``mean_loss``.
         """
         self.location = location
         self.keep = keep
         self.keep_best = keep_best
+        self.whole_step = 0  # of the newest state that this process has written whole
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+
+    def folder(self, next_step: int) -> str:
+        """Location of the state from which step ``next_step`` continues."""
+        return storage.join(self.location, f"step-{next_step:08d}")
 
     def newest_step(self) -> int:
         """Step of the newest complete state, without reading it; 0 where there is none."""
@@ -66,15 +70,6 @@ class StateStore:
                 continue
             return int(extra["next_step"]), tensors, extra
         return None
-
-    def at(self, step: int) -> State:
-        """The state of a step.
-
-        Raises:
-            CheckpointError: there is none, or it is damaged.
-        """
-        tensors, extra = self._read(storage.join(self.location, f"step-{step:08d}"))
-        return step, tensors, extra
 
     def save(self, next_step: int, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
         """Copy the tensors to the CPU now, and write the state in a thread."""
@@ -114,12 +109,13 @@ class StateStore:
         try:
             with storage.disk_full_as_error(f"the training state of step {next_step} in {self.location}"):
                 self._write_state(next_step, tensors, extra)
+            self.whole_step = next_step
             self._thin_out()
         except BaseException as error:
             self._error = error
 
     def _write_state(self, next_step: int, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
-        folder = storage.join(self.location, f"step-{next_step:08d}")
+        folder = self.folder(next_step)
         if storage.is_local(folder):
             save_training_state(folder.removeprefix("file://"), tensors, extra)
         else:
@@ -130,7 +126,7 @@ class StateStore:
         folders = [folder for _, folder in self._folders()]
         kept = set(folders[-self.keep :])
         if self.keep_best:
-            losses = {folder: self._loss(folder) for folder in folders}
+            losses = {folder: self._mean_loss(folder) for folder in folders}
             kept.add(min(folders, key=lambda folder: losses[folder]))
         for folder in set(folders) - kept:
             storage.remove_folder(folder)
@@ -138,15 +134,12 @@ class StateStore:
             for leftover in Path(self.location.removeprefix("file://")).glob(".*.tmp"):
                 storage.remove_folder(str(leftover))
 
-    def _loss(self, folder: str) -> tuple[bool, float]:
-        """What the best state is chosen by, least first: a held-out loss, else the mean loss of training."""
+    def _mean_loss(self, folder: str) -> float:
         try:
-            extra = json.loads(storage.read_bytes(storage.join(folder, "state.json")))
+            loss = json.loads(storage.read_bytes(storage.join(folder, "state.json"))).get("mean_loss")
+            return float("inf") if loss is None else float(loss)
         except (OSError, ValueError):
-            return True, math.inf  # incomplete
-        held_out, mean = extra.get("held_out_loss"), extra.get("mean_loss")
-        loss = mean if held_out is None else held_out
-        return held_out is None, math.inf if loss is None else float(loss)
+            return float("inf")  # incomplete
 
 
 def collect_state(train_step: TrainStep) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -157,13 +150,6 @@ def collect_state(train_step: TrainStep) -> tuple[dict[str, torch.Tensor], dict[
         for key, value in moments.items():
             tensors[f"optimizer/{key}/{names[id(parameter)]}"] = value
     return tensors, {"scaler": train_step.scaler.state_dict()}
-
-
-def restore_parameters(train_step: TrainStep, tensors: dict[str, torch.Tensor]) -> None:
-    """Load the parameters of a collected state into the model; the optimizer stays as it is."""
-    with torch.no_grad():
-        for name, parameter in train_step.named:
-            parameter.copy_(tensors[f"parameter/{name}"])
 
 
 def restore_state(train_step: TrainStep, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import zipfile
 
 import pytest
 import yaml
@@ -183,3 +185,18 @@ def test_jobs_ship_neither_data_nor_environments():
     assert all(ignored(path) for path in (".venv/bin/python", ".git/HEAD", "outputs/a.json", "data/laion/a.tar"))
     packages = [path for name in ("tinygptv", "pipelines") for path in (ROOT / name).rglob("*") if path.is_file()]
     assert not [path for path in packages if "__pycache__" not in path.parts and ignored(path)]
+
+
+def test_a_submitted_job_receives_the_files_of_git(tmp_path):
+    """Ray's own packaging: all of git's files travel with a job; outputs, data and environments do not."""
+    from ray._private.runtime_env.packaging import create_package
+
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("this tree is no git repository")
+    create_package(str(ROOT), tmp_path / "package.zip", include_gitignore=True)
+    with zipfile.ZipFile(tmp_path / "package.zip") as archive:
+        carried = set(archive.namelist())
+    present = [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    assert not set(present) - carried
+    assert not [name for name in carried if name.split("/")[0] in ("outputs", "data", ".venv", ".git", "mlruns")]
