@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 
+import httpx
 import pytest
 
 from pipelines.serving import fetch as fetching
@@ -217,3 +218,119 @@ def test_the_name_is_resolved_once_and_the_address_is_pinned(monkeypatch, server
 )
 def test_which_addresses_are_public(address, public):
     assert is_public(address) is public
+
+
+# ---------------------------------------------------------------------- the request itself
+
+
+class Pieces(httpx.AsyncByteStream):
+    def __init__(self, *pieces):
+        self.pieces = pieces
+
+    async def __aiter__(self):
+        for piece in self.pieces:
+            yield piece
+
+
+@pytest.fixture
+def client(monkeypatch):
+    """What ``fetch`` asks of httpx; answers in three pieces."""
+    seen = {}
+    build = httpx.AsyncClient
+
+    def answer(request):
+        seen["request"] = request
+        return httpx.Response(200, stream=Pieces(b"abc", b"def", b"gh"))
+
+    def make(**options):
+        seen["options"] = options
+        return build(**{**options, "transport": httpx.MockTransport(answer)})
+
+    monkeypatch.setattr(fetching.httpx, "AsyncClient", make)
+    monkeypatch.setattr(fetching, "is_public", lambda address: True)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("url", "port"),
+    [("http://a.example/x", 80), ("https://a.example/x", 443), ("https://a.example:8443/x", 8443)],
+)
+def test_the_name_is_resolved_with_the_port_and_kept_for_the_certificate(client, monkeypatch, url, port):
+    asked = []
+
+    async def getaddrinfo(self, host, port, **options):
+        asked.append((host, port, options))
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.216.34", port))]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
+    netloc = url.split("/")[2]
+    assert get(f"{url}?q=1#part", [netloc]) == b"abcdefgh", "all pieces"
+    assert asked == [("a.example", port, {"type": socket.SOCK_STREAM})]
+    request = client["request"]
+    assert request.method == "GET" and request.url.host == "93.184.216.34"
+    assert (request.url.port or {"http": 80, "https": 443}[request.url.scheme]) == port
+    assert request.url.fragment == "" and request.url.raw_path == b"/x?q=1"
+    assert request.headers["host"] == netloc and request.extensions["sni_hostname"] == "a.example"
+    assert request.headers["accept"] == "image/*" and request.headers["accept-encoding"] == "identity"
+
+
+def test_no_proxy_no_redirect_and_a_bound_on_connecting(client, monkeypatch):
+    resolve_to(monkeypatch, ["93.184.216.34"])
+    get("http://a.example/x", ["a.example"])
+    options = client["options"]
+    assert options["trust_env"] is False and options["follow_redirects"] is False
+    assert options["timeout"].connect == fetching.CONNECT_TIMEOUT_S and options["timeout"].read is None
+
+
+@pytest.mark.parametrize(("max_bytes", "is_taken"), [(8, True), (7, False)])
+def test_the_bound_on_the_body_is_exact(client, monkeypatch, max_bytes, is_taken):
+    resolve_to(monkeypatch, ["93.184.216.34"])
+    if is_taken:
+        assert get("http://a.example/x", ["a.example"], max_bytes=max_bytes) == b"abcdefgh"
+        return
+    with pytest.raises(FetchError, match=r"^the image at a\.example is larger than 7e-06 MB\.$"):
+        get("http://a.example/x", ["a.example"], max_bytes=max_bytes)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://[::1", "the image's URL is not valid."),
+        ("http://a.example:99999/x", "the image's URL is not valid."),
+        ("ftp://a.example/x", "the image's URL must be http://host/... or https://host/..., without a user name."),
+        ("http:///x", "the image's URL must be http://host/... or https://host/..., without a user name."),
+        ("http://me@a.example/x", "the image's URL must be http://host/... or https://host/..., without a user name."),
+        ("http://b.example/x", "images may not be fetched from b.example; ask this server's operator to allow it."),
+    ],
+)
+def test_a_url_that_is_refused_says_why(client, url, message):
+    with pytest.raises(FetchError) as caught:
+        get(url, ["a.example"])
+    assert str(caught.value) == message and "request" not in client
+
+
+def test_what_fails_names_the_host(client, monkeypatch):
+    async def unknown(self, host, port, **_):
+        raise socket.gaierror("no such name")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio.BaseEventLoop, "getaddrinfo", unknown)
+        with pytest.raises(FetchError, match=r"^the host a\.example is not known\.$"):
+            get("http://a.example/x", ["a.example"])
+    resolve_to(monkeypatch, ["93.184.216.34"])
+
+    def broken(*words, **options):
+        raise httpx.ReadError("reset by peer at 93.184.216.34")
+
+    monkeypatch.setattr(fetching, "_download", broken)
+    with pytest.raises(FetchError, match=r"^the image could not be fetched from a\.example \(ReadError\)\.$"):
+        get("http://a.example/x", ["a.example"])
+    with pytest.raises(FetchError) as caught:
+        get("http://a.example/x", [])
+    assert str(caught.value) == (
+        "this server takes images as base64 data URLs only; fetching URLs is switched off (allowed_image_hosts)."
+    )
+
+
+def test_the_zone_of_an_address_does_not_matter():
+    assert not is_public("fe80::1%eth0") and is_public("2606:4700::1111%eth0")
