@@ -23,7 +23,7 @@ setup: .venv/.installed ## make .venv and install the pinned requirements
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 
-demo: setup ## draw, prepare, train four stages, score, quantize, serve, ask: the whole way, about ten minutes
+demo: setup ## draw, prepare, train four stages, score, quantize, serve, ask: about ten minutes
 	@$(BIN)/python jobs/demo.py --config $(CONFIG) output=outputs/demo
 
 serve: setup ## serve the model that the demo trained, or else the shipped one, until Ctrl-C
@@ -51,7 +51,7 @@ test-security: setup ## the tests that hold the promises of SECURITY.md
 test-gpu: setup ## tests that need a CUDA card
 	@$(BIN)/python -m pytest tests/gpu tests/unit/kernels
 
-test-slow: setup ## the tests that take minutes each: kills, several workers, the whole way
+test-slow: setup ## the tests that take minutes each: kills, several workers, the whole pipeline
 	@$(BIN)/python -m pytest -m slow tests/integration
 
 mutants: setup ## change the pure modules one operator at a time; every change must turn a test red (PIECES="gate media")

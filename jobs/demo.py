@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The whole way on the miniature: draw, prepare, train four stages, score, quantize, serve, ask.
+"""The whole pipeline on the miniature: draw, prepare, train four stages, score, quantize, serve, ask.
 
 python jobs/demo.py --config configs/mini.yaml output=outputs/demo
 """
@@ -14,7 +14,7 @@ from pipelines.settings import DemoSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Walk the whole way and print the summary; its last line is the path of result.json."""
+    """Run the whole pipeline and print the summary; its last line is the path of result.json."""
     settings = DemoSettings.from_command_line(argv, __doc__)
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config")

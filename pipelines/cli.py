@@ -1,4 +1,4 @@
-"""What every entry script shares: quiet libraries, and a user's mistake as one sentence instead of a trace."""
+"""Shared by all entry scripts: quiet libraries, and a user's mistake as one sentence instead of a trace."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
-"""What a wrong setting, a missing folder or a damaged file raises; anything else is a defect and shows its trace."""
+"""Errors of wrong settings, missing folders and damaged files: shown as one sentence. Others show their trace."""
 
 
 def run_main(work: Callable[[], object]) -> int:

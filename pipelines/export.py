@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"
 _MEASURING_BYTES = 2 << 30
-"""What measuring takes beside the weights: activations and the KV cache of a batch."""
+"""Memory of the measurement beside the weights: activations and the KV cache of a batch."""
 
 
 class ExportError(ValueError):

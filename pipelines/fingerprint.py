@@ -50,7 +50,7 @@ class Fingerprint:
         return cls({"job": job, **dict(sorted(_flatten(json.loads(to_json(redact(inputs))))))})
 
     def differences(self, earlier: Fingerprint) -> list[str]:
-        """What differs from an earlier fingerprint, a short text each: ``seed was 0, is now 7``."""
+        """Differences from an earlier fingerprint, a short text each: ``seed was 0, is now 7``."""
         texts = []
         for name in dict.fromkeys([*self.inputs, *earlier.inputs]):
             before, now = (_text(each.inputs, name) for each in (earlier, self))

@@ -1,4 +1,4 @@
-"""Passwords out of what is logged, stored or shown."""
+"""Removes passwords from logs, records and messages."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def run_released(settings: ReleasedSettings) -> dict[str, Any]:
 
 
 def serve_settings(settings: ReleasedSettings, result: dict[str, Any]) -> ServeSettings:
-    """How the artifact is served: on this machine alone, unless ``server`` says otherwise."""
+    """Settings of serving the artifact: on this machine alone, unless ``server`` says otherwise."""
     values = {"artifact": result["artifact"], "num_gpus": int(result["plan"]["device"] == "cuda")}
     return ServeSettings.parse({**values, **settings.server}, "released, server")
 
@@ -215,7 +215,7 @@ def part_names(settings: ReleasedSettings) -> list[str]:
 
 
 def _inputs(settings: ReleasedSettings, plan: Plan) -> dict[str, Any]:
-    """What the artifact is made from, apart from the files' content, which the lock file pins."""
+    """Inputs of the artifact, apart from the files' content, which the lock file pins."""
     return {
         "parts": part_names(settings),
         "method": plan.method,

@@ -45,7 +45,7 @@ class UnitsLostError(RuntimeError):
 
 @dataclass(frozen=True)
 class Workers:
-    """How many units run at a time, and what each takes.
+    """Number of units at a time, and resources of each.
 
     Attributes:
         count: most units at a time; 0 runs them in this process, None as many as the cluster has room for.

@@ -1,4 +1,4 @@
-"""What a training record shows: loss, and when gradients vanish or turn NaN. Pure functions of its steps.
+"""Findings of a training record: loss, and steps at which gradients vanish or turn NaN. Pure functions of its steps.
 
 A part's gradient **vanishes at step k** where its norm, before clipping, stays below ``VANISHED`` times the reference
 in the ``WINDOW`` steps from k on. The parts are the projector and each language layer; the reference is the median norm

@@ -105,8 +105,10 @@ def ablate(settings: AblateSettings) -> dict[str, Any]:
 
 
 def _fingerprint(settings: AblateSettings) -> Fingerprint:
-    """What all variants share. Variants, stages and precisions may be added: each has an identity of its own, in which
-    data and start are named."""
+    """Settings that all variants share.
+
+    Variants, stages and precisions may be added: each has an identity of its own, in which data and start are named.
+    """
     shared = ("recipe", "seed", "max_steps", "benchmark", "score_limit", "stage", "train")
     fields = {name: getattr(settings, name) for name in shared}
     return Fingerprint.of("ablate", **fields, world_scenes=0 if settings.data else settings.world_scenes)

@@ -30,7 +30,7 @@ _NORMS_EVERY = 5
 
 @dataclass(frozen=True)
 class SharedInputs:
-    """What all variants of an ablation share.
+    """Settings that all variants of an ablation share.
 
     Attributes:
         data: folder with one shard set per source.
@@ -53,7 +53,7 @@ class SharedInputs:
 
 @dataclass(frozen=True)
 class StageStatus:
-    """How a stage of a variant ended; ``note`` says why it failed or what is wrong with its result."""
+    """Outcome of one stage of a variant; ``note`` says why it failed or what is wrong with its result."""
 
     status: Status
     note: str = ""
@@ -61,7 +61,7 @@ class StageStatus:
 
 @dataclass
 class VariantOutcome:
-    """What a variant's run gave.
+    """Results of a variant's run.
 
     Attributes:
         stages: by number; stages after a failed one are missing.

@@ -93,7 +93,7 @@ def _positive(value: Any, least: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a shard set holds.
+    """Contents of a shard set.
 
     Attributes:
         source: data set name.

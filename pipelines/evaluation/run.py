@@ -40,7 +40,7 @@ from tinygptv.checkpoint.folders import hash_file
 logger = logging.getLogger(__name__)
 
 RESULTS = ("answers", PREDICTIONS, "report.html", "result.json", "run.json", "unsent.jsonl")
-"""What a score run writes into its output folder."""
+"""Files of a score run in its output folder."""
 
 _IMAGES_TRIED = 50
 _PATHS_NAMED = 8
@@ -171,7 +171,7 @@ def _find_checkpoint(settings: ScoreSettings) -> Path:
 def _score_fingerprint(
     settings: ScoreSettings, checkpoint: Path, questions: Mapping[str, Sequence[Question]]
 ) -> Fingerprint:
-    """What decides the scores. Images are not part of it: the answers of those that changed are given again."""
+    """Inputs that decide the scores. Images are not part of it: the answers of those that changed are given again."""
     return Fingerprint.of(
         "score",
         checkpoint=checkpoint_digest(checkpoint),
@@ -223,7 +223,7 @@ def _image_state(image: Path | None) -> str:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is asked of a benchmark, and the files that it was read from."""
+    """Questions of a benchmark, and the files that they were read from."""
 
     questions: list[Question]
     files: list[Path]

@@ -22,7 +22,7 @@ from tinygptv.inference.loading import load_for_inference
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """What decides the answers to a question, and where they go.
+    """Inputs that decide the answers to a question, and their output path.
 
     Attributes:
         checkpoint: folder, absolute, or its URI.

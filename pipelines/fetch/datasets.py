@@ -105,7 +105,7 @@ def set_of(source: str) -> DataSet:
 
 
 def sets_of_stages(stages: Iterable[Stage]) -> list[DataSet]:
-    """What stages are trained on, with the sets whose images they use, each once."""
+    """Data sets of the stages, with the sets whose images they use, each once."""
     sets = [set_of(source.name) for stage in stages for source in stage.sources]
     return with_needs(sets)
 

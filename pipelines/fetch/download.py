@@ -157,7 +157,7 @@ def _total(response: httpx.Response, start: int) -> int:
 
 
 def _version(response: httpx.Response) -> str:
-    """What names this version of the file in ``If-Range``: a strong ETag, or the time of its last change."""
+    """Version of the file for ``If-Range``: a strong ETag, or the time of its last change."""
     tag: str = response.headers.get("ETag", "")
     return tag if tag.startswith('"') else str(response.headers.get("Last-Modified", ""))
 

@@ -65,7 +65,7 @@ class Remote:
 
 @dataclass(frozen=True)
 class Stated:
-    """What a server says about a file: bytes (0: nothing), SHA-256 or git's SHA-1 (empty: nothing)."""
+    """Statements of a server about a file: bytes (0: nothing), SHA-256 or git's SHA-1 (empty: nothing)."""
 
     num_bytes: int = 0
     sha256: str = ""
@@ -122,7 +122,7 @@ class Retries:
 
 
 def ask(client: httpx.Client, remote: Remote, name: str, retries: Retries) -> Stated:
-    """What the server states about a file, without downloading it.
+    """Size and hash of a file as the server states them, without downloading it.
 
     The hub states size and hash on its own answer and then redirects to other hosts, which are not asked.
 

@@ -76,7 +76,7 @@ class Choice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """What ``POST /v1/chat/completions`` answers."""
+    """Response of ``POST /v1/chat/completions``."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -98,14 +98,14 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """What ``GET /v1/models`` answers."""
+    """Response of ``GET /v1/models``."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class ErrorDetail(BaseModel):
-    """What is wrong."""
+    """Error message, type and code."""
 
     message: str
     type: str

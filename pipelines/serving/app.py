@@ -48,7 +48,7 @@ class HandleBackend:
         self.metrics = metrics
 
     async def describe(self) -> ModelInfo:
-        """What the model is."""
+        """Metadata of the model."""
         info: ModelInfo = await self._call(self.handle.describe)
         return info
 

@@ -1,4 +1,4 @@
-"""The model behind the API: what an ingress asks of it. ``model_backend`` answers in its own process.
+"""Interface between an ingress and the model. ``model_backend`` answers in its own process.
 
 Only plain values cross this border (frozen dataclasses), because with Ray Serve it lies between two processes, and the
 ingress does not load torch.
@@ -32,14 +32,14 @@ class ChatJob:
 
     @property
     def conversation(self) -> str:
-        """What the turns of one conversation have in common: its first image, or its first words."""
+        """Session key of a conversation: its first image, or its first words."""
         numbers = [image.number for message in self.messages for image in message.images]
         return str(numbers[0] if numbers else image_number(self.messages[0].text.encode()))
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What an ingress needs to know of the model.
+    """Metadata of the model for an ingress.
 
     Attributes:
         image_size: side R in pixels.
@@ -80,7 +80,7 @@ class PromptRead:
 
 @dataclass(frozen=True)
 class Piece:
-    """What was added to an answer; the last one has a ``finish_reason``."""
+    """A piece of an answer; the last one has a ``finish_reason``."""
 
     text: str
     num_tokens: int = 1
@@ -144,7 +144,7 @@ class Backend(Protocol):
     """A model, near or far."""
 
     async def describe(self) -> ModelInfo:
-        """What the model is."""
+        """Metadata of the model."""
 
     def stream(self, job: ChatJob) -> AsyncGenerator[Item, None]:
         """The answer as it grows; leaving the iterator early frees the model's slot."""

@@ -61,7 +61,7 @@ class BatchRequest:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What a run did: requests of the file, how many of them have an answer, and where; also ``result.json``."""
+    """Result of a run: requests of the file, how many of them have an answer, and where; also ``result.json``."""
 
     requests: int
     answered: int

@@ -1,4 +1,4 @@
-"""Who sends a request: the API key or the address, as far as admission and the prefix cache must tell clients apart."""
+"""Identity of a client: API key or address, as far as admission and the prefix cache must tell clients apart."""
 
 from __future__ import annotations
 

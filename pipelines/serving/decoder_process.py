@@ -27,7 +27,7 @@ from tinygptv.data.conversation import ChatImage
 from tinygptv.data.image_structure import check_structure
 
 DECODED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""What an image may be; SVG, TIFF, PDF and the rest never reach a decoder."""
+"""Accepted image formats; SVG, TIFF, PDF and the rest never reach a decoder."""
 
 MEMORY_BYTES = 3_000_000_000
 """Address space of the process: a decoded image of the pixel bound, some copies of it, and the libraries."""
@@ -98,7 +98,7 @@ def decode(job: DecodeJob) -> ChatImage | DecodeError:
 
 
 def too_many_bytes(size: int, bound: int) -> str:
-    """What is wrong with a file of ``size`` bytes."""
+    """Reason why a file of ``size`` bytes is refused."""
     return f"the image has {size / 1e6:.1f} MB; this server takes {bound / 1e6:g} MB."
 
 

@@ -1,4 +1,4 @@
-"""What ``GET /metrics`` shows, in Prometheus' text format: the counters of every ingress and of each replica's engine.
+"""``GET /metrics`` in Prometheus' text format: the counters of every ingress and of each replica's engine.
 
 Any of several ingresses may answer, so each shows them all: otherwise counters would jump from one answer to the next.
 """

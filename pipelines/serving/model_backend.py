@@ -62,7 +62,7 @@ class ModelBackend:
         self.created = int(time.time())
 
     async def describe(self) -> ModelInfo:
-        """What the model is."""
+        """Metadata of the model."""
         scope = self.assistant.model.config.scope
         return ModelInfo(self.assistant.images.image_size, self.assistant.context_length, self.created, scope)
 

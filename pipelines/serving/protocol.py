@@ -103,7 +103,7 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discri
 
 
 class StreamOptions(BaseModel):
-    """What a stream carries besides text."""
+    """Options of a stream besides text."""
 
     include_usage: bool = False
 

@@ -20,7 +20,7 @@ NUM_SCENES = 10_000_000
 
 
 class DrawnScene(BaseModel):
-    """What ``GET /ui/scene`` answers."""
+    """Response of ``GET /ui/scene``."""
 
     image: str = Field(description="data URL")
     task: str = Field(description="vqa or refer")

@@ -1,4 +1,4 @@
-"""What the API does with a chat request: from the body to the model, and from the model to JSON or events.
+"""A chat request: from the body to the model, and from the model to JSON or events.
 
 key -> body within bounds -> a slot -> types -> images -> model -> JSON, or events
 """
@@ -50,7 +50,7 @@ class _Call:
 
 
 class ChatService:
-    """What the routes do."""
+    """Handlers of the routes."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class ChatService:
         self._info: ModelInfo | None = None
 
     async def info(self, refresh: bool = False) -> ModelInfo:
-        """What the model is, asked once."""
+        """Metadata of the model, requested once."""
         if self._info is None or refresh:
             self._info = await self.backend.describe()
         return self._info

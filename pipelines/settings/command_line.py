@@ -16,7 +16,7 @@ from pipelines.settings.errors import SettingsError
 
 @dataclass(frozen=True)
 class Words:
-    """What a command line says.
+    """Parsed command line.
 
     Attributes:
         config: path of a YAML file; None for none.

@@ -1,4 +1,4 @@
-"""What wrong settings raise."""
+"""Error of wrong settings."""
 
 
 class SettingsError(ValueError):

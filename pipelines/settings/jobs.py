@@ -223,7 +223,7 @@ class PlanMemorySettings(Settings):
         return settings.model_copy(update={"train": {**train, **settings.train}})
 
     def train_settings(self) -> TrainSettings:
-        """How the stages will be trained, on a GPU."""
+        """Training settings of the plan, on a GPU."""
         given = {key: getattr(self, key) for key in ("precision", "features", "micro_batch_size") if getattr(self, key)}
         values = {**self.train, **given, "recipe": self.recipe, "use_gpu": True}
         return TrainSettings.parse(values, "plan_memory")
@@ -247,7 +247,7 @@ class MiniatureSettings(Settings):
 
 
 class DemoSettings(Settings):
-    """``jobs/demo.py``: the whole way."""
+    """``jobs/demo.py``: the whole pipeline."""
 
     section = "demo"
 

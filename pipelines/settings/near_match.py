@@ -1,4 +1,4 @@
-"""What a mistyped name was probably meant to be."""
+"""Suggests the name that a mistyped one probably meant."""
 
 from __future__ import annotations
 

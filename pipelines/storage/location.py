@@ -1,4 +1,4 @@
-"""Where a file is: a file system's address, and a path in it that is never read as an address again."""
+"""Location of a file: a file system's address, and a path that is never parsed as an address again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can go wrong with a bucket: a fault that passes is retried and told, anything else is one sentence.
+"""Errors of object storages: passing faults are retried and logged, others become one sentence.
 
 Object storages answer 503 now and then, cut connections, and take long to answer. Each whole-file operation of this
 package is therefore tried several times, with growing pauses. A missing bucket, missing credentials or a read-only

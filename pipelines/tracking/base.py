@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """What a job tells the outside world about a run."""
+    """Interface through which a job reports a run."""
 
     run_id: str
 

@@ -17,7 +17,7 @@ def _new_key() -> str:
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What finds a run again.
+    """Identifiers that find a run again.
 
     Attributes:
         run_id: of the tracking service; empty while it has not answered.

@@ -19,7 +19,7 @@ from pipelines.redact import redact
 logger = logging.getLogger(__name__)
 
 JOURNAL_FILE = "unsent.jsonl"
-"""What waits, in the journal folder."""
+"""File of unsent entries, in the journal folder."""
 
 MAX_BATCH_VALUES = 900
 """Values of one ``send``, unless one step alone has more."""

@@ -1,4 +1,4 @@
-"""What a stage will do, before it does it: the resolved stage, what trains, the memory it takes, the data it reads.
+"""Plan of a stage before it runs: the resolved stage, what trains, the memory it takes, the data it reads.
 
 Nothing is loaded and no GPU is touched: parameters are counted on the meta device.
 """

@@ -1,4 +1,4 @@
-"""How large a forward pass may be on this worker's device: decided before a model is loaded, and said."""
+"""Micro-batch size for this worker's device: decided before a model is loaded, and logged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU_MICRO_BATCH = 64
 
 
 def computation_of(settings: TrainSettings) -> Computation:
-    """How a stage with these settings will be computed."""
+    """Computation of a stage with these settings: precision, features, compilation, fused layers."""
     device = torch.device("cuda" if settings.use_gpu else "cpu")
     return Computation(
         precision=settings.precision,

@@ -186,7 +186,7 @@ class Guard:
         return sorted(lost, key=lambda part: (-_depth(part), part))
 
     def state(self) -> dict[str, Tensor]:
-        """What a training state keeps, so that a resumed run judges as an uninterrupted one does."""
+        """State of the guard, so that a resumed run judges as an uninterrupted one does."""
         return {"statistics": self.statistics}
 
     def load_state(self, state: dict[str, Tensor]) -> None:

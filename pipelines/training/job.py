@@ -70,7 +70,7 @@ RESULTS = (
     "ray_train",
     "result.json",
 )
-"""What a stage writes into its output folder or its storage."""
+"""Files of a stage in its output folder or its storage."""
 
 DRIVER_FILES = ("run.json", "result.json", "unsent.jsonl")
 """Those that the driver reads again when the same command is run once more."""
@@ -119,7 +119,7 @@ def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, storage
 
 
 def training_fingerprint(settings: TrainSettings, stage: Stage, start: Path, data: dict[str, str]) -> Fingerprint:
-    """What decides the weights that a stage ends with, up to rounding.
+    """Inputs that decide the weights at a stage's end, up to rounding.
 
     Left out is how the same steps are computed (workers, micro-batches, memory savers), how far (``max_steps``), and
     what is done at faults (``guard``): a run may be resumed with others.

@@ -18,7 +18,7 @@ GUARD_FILE = "guard.jsonl"
 
 PREDICTIONS_FOLDER = "predictions"
 WORKER_FILES = (RECORD_FILE, GUARD_FILE, PREDICTIONS_FOLDER, JOURNAL_FILE)
-"""What rank 0 writes as it trains, beside states and checkpoint; published with every training state."""
+"""Files that rank 0 writes while it trains, beside states and checkpoint; published with every training state."""
 
 
 class StepEntry(TypedDict):

@@ -1,4 +1,4 @@
-"""What a training stage returns: from its workers to the driver, and from the driver to ``result.json``."""
+"""Result of a training stage: from its workers to the driver, and from the driver to ``result.json``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULT_FILE = "result.json"
 
 
 def cut_sentence(source: str, count: CutCount) -> str:
-    """How many questions of a source were cut, and the setting that decides it."""
+    """Number of cut questions of a source, and the setting that decides it."""
     return (
         f"{source}: the first question of {count.questions:,} of {count.samples:,} samples was longer than "
         "stage.limits.max_context_tokens, and its end was cut"
@@ -46,7 +46,7 @@ class StageResult(TypedDict):
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """What rank 0 hands to the driver.
+    """Result that rank 0 returns to the driver.
 
     Attributes:
         checkpoint: folder or URI of the whole model.

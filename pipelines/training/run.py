@@ -92,7 +92,7 @@ def run_stage(settings: TrainSettings, number: int, *, parent_run_id: str = "") 
 
 
 def dry_run(settings: TrainSettings, number: int) -> str:
-    """What a stage would do, as text; paths that are given must be right.
+    """Plan of a stage, as text; paths that are given must be right.
 
     Raises:
         SettingsError: a setting cannot be used.

@@ -143,7 +143,7 @@ class StateStore:
 
 
 def collect_state(train_step: TrainStep) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What a training state holds: trainable parameters, AdamW's moments, the scaler."""
+    """Contents of a training state: trainable parameters, AdamW's moments, the scaler."""
     names = {id(parameter): name for name, parameter in train_step.named}
     tensors: dict[str, torch.Tensor] = {f"parameter/{name}": parameter for name, parameter in train_step.named}
     for parameter, moments in train_step.optimizer.state.items():

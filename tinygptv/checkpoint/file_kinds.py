@@ -21,7 +21,7 @@ class FileKindError(ValueError):
 
 
 def wrong_kind(path: Path) -> str:
-    """What a file is instead of weights or JSON, and what to do; empty where nothing is wrong with it.
+    """Actual kind of a file that should hold weights or JSON, with the fix; empty where nothing is wrong.
 
     Args:
         path: an existing file.
@@ -59,7 +59,7 @@ def is_tar(head: bytes) -> bool:
 
 
 def missing_bytes(path: Path) -> str:
-    """How a safetensors file is cut off or damaged, read off its header; empty where it is whole or of another kind.
+    """Damage of a safetensors file, from its header; empty where it is whole or of another kind.
 
     Args:
         path: an existing file.

@@ -30,7 +30,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What the manifest says of a file: its size and its SHA-256 in hex."""
+    """Entry of a file in the manifest: its size and its SHA-256 in hex."""
 
     bytes: int
     sha256: str

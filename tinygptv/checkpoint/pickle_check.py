@@ -13,7 +13,7 @@ from mmap import mmap
 
 MAX_OPCODES = 20_000_000
 _MEMO_SLACK = 1 << 16
-"""How far a memo index may be ahead of the number of opcodes; picklers number entries one by one."""
+"""Largest lead of a memo index over the number of opcodes; picklers number entries one by one."""
 
 _BY_CODE = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
 _LENGTH_BYTES = {

@@ -1,4 +1,4 @@
-"""Reads foreign weight files lazily: .pth, .bin, .safetensors, sharded folders. Knows files, not models.
+"""Reads foreign weight files lazily: .pth, .bin, .safetensors, sharded folders. Independent of the model.
 
 At most one tensor is held at a time: each read maps the file again, so that the pages of earlier reads are given back.
 Pickles are checked opcode by opcode and read with ``weights_only``: a file can neither run code nor use up memory.
@@ -182,7 +182,7 @@ def _load_torch(file: Path, mapped: bool) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What a refused pickle asked for, without torch's advice to read it unsafely."""
+    """Names that a refused pickle asked for, without torch's advice to read it unsafely."""
     found = re.search(r"(?:global|class|function)\S* (?:GLOBAL )?([\w.]+)", str(error))
     return f"it refers to {found[1]}" if found else "it holds more than tensors"
 

@@ -1,4 +1,4 @@
-"""Key maps between foreign layouts and ours, in both directions. Knows names and row orders, not files.
+"""Key maps between foreign layouts and ours, in both directions. Names and row orders only; no files.
 
 Our *plain* name of a tensor is its name in a model without LoRA wrapping, e.g.
 ``language_model.layers.0.self_attn.qkv_proj.weight`` and, for adapters, ``...qkv_proj.lora_A.weight``.

@@ -21,7 +21,7 @@ from tinygptv.data.prompts import IMAGE_PLACEHOLDER, Template, escape_markers
 
 
 class Tokenizer(Protocol):
-    """What the layout needs of a transformers tokenizer."""
+    """Methods of a transformers tokenizer that the layout uses."""
 
     bos_token: str
     bos_token_id: int

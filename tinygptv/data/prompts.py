@@ -1,4 +1,4 @@
-"""Every string that the model is spoken to with: templates, task tags, instruction pools, caption cleaning.
+"""All strings of prompts: templates, task tags, instruction pools, caption cleaning.
 
 This is the only file that holds template strings. A *template* wraps an instruction into a turn; an *instruction pool*
 lists the wordings among which one is drawn, each time a sample is put into a batch, for each task.
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 IMAGE_PLACEHOLDER = "<ImageHere>"
-"""What stands for an image in text; ``num_query_tokens`` positions replace it."""
+"""Placeholder of an image in text; ``num_query_tokens`` positions replace it."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """How the turns of a conversation become text. ``prompt_layout`` is the one reader of these fields.
+    """Rules that turn a conversation into text. ``prompt_layout`` is the one reader of these fields.
 
     Attributes:
         name: key in ``TEMPLATES``.
@@ -48,7 +48,7 @@ class Template:
 
     @property
     def end_symbol_apart(self) -> str:
-        """What an end symbol inside an answer becomes: ``###`` of a heading ``# # #``, a line break a space."""
+        """Replacement of an end symbol inside an answer: ``###`` of a heading ``# # #``, a line break a space."""
         return " ".join(self.end_symbol) if len(self.end_symbol) > 1 else " "
 
     def escape_end_symbol(self, answer: str) -> str:

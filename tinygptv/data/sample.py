@@ -1,4 +1,4 @@
-"""The canonical sample, and its way to token ids and labels.
+"""The canonical sample, and its rendering to token ids and labels.
 
 Every data set becomes rows of one shape (``SampleRow``). What the release draws at random (instruction wording, answer
 by frequency, one of several phrases) is drawn here when a batch is made, never frozen at ingest.
@@ -133,7 +133,7 @@ def _question_and_answer(row: SampleRow, turn: Turn, choose: Chooser[Any]) -> tu
 
 @dataclass(frozen=True)
 class TextLimits:
-    """How long a sequence may get, and which quirks of the release its layout has.
+    """Length limit of a sequence, and the release's quirks that its layout has.
 
     Attributes:
         max_text_tokens: tokens of the answer (single turn) or of everything after the first question (several turns).

@@ -55,7 +55,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model answered; ``error`` is one sentence where it could not."""
+    """Answer of the model; ``error`` is one sentence where it could not."""
 
     text: str = ""
     error: str = ""

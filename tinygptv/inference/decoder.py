@@ -34,12 +34,12 @@ from tinygptv.quantization.linear_tinygemm import TinygemmLinear
 logger = logging.getLogger(__name__)
 
 WORKSPACE_BYTES = 3 * 2**28
-"""What steps, graphs and the image encoder take of a GPU beside weights and cache, about."""
+"""Approximate GPU memory of steps, graphs and image encoder beside weights and cache."""
 
 attend = nn.functional.scaled_dot_product_attention
 
 CACHE_DTYPES = {"auto": None, "bfloat16": torch.bfloat16}
-"""How keys and values are kept: as the matrix products give them (float32 on a CPU), or in half of that."""
+"""Storage of keys and values: as the matrix products give them (float32 on a CPU), or in half of that."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Segment:
 
 @dataclass
 class StepPlan:
-    """What one forward pass computes.
+    """Input of one forward pass.
 
     Attributes:
         positions: [T] position of each token in its sequence.
@@ -83,7 +83,7 @@ class StepPlan:
 def slots_that_fit(
     model: TinyGPTVForConditionalGeneration, wanted: int, cache_length: int, cache_dtype: torch.dtype | None = None
 ) -> int:
-    """How many sequences' keys and values fit into a GPU's free memory, at most ``wanted``.
+    """Number of sequences whose keys and values fit into a GPU's free memory, at most ``wanted``.
 
     Room is left for the steps' own tensors, for graphs, and for encoding images. On a CPU the cache takes memory as it
     is written, and ``wanted`` is returned.

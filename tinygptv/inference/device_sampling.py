@@ -24,7 +24,7 @@ TEMPERATURE, TOP_P, TOP_K, REPETITION, FREQUENCY, PRESENCE = range(6)
 
 
 class DeviceSampling:
-    """What the requests in the slots asked for, and drawing with it."""
+    """Sampling parameters of the requests in the slots, and drawing with them."""
 
     def __init__(self, num_slots: int, length: int, vocab_size: int, device: torch.device) -> None:
         self.num_slots, self.length, self.vocab_size, self.device = num_slots, length, vocab_size, device
@@ -57,7 +57,7 @@ class DeviceSampling:
 
     @property
     def state(self) -> list[Tensor]:
-        """What drawing changes."""
+        """Tensors that drawing changes."""
         return [] if self.penalties is None else [self.penalties.seen, self.penalties.counts]
 
     def draw(self, logits_TK: Tensor, slots_T: Tensor, positions_T: Tensor, *, penalise: bool) -> Tensor:
@@ -146,7 +146,7 @@ def _draw(logits_TK: Tensor, options: Tensor, uniforms_T: Tensor) -> Tensor:
 
 
 def read_back(logits_TK: Tensor, tokens_T: Tensor, *, logprobs: bool) -> Tensor:
-    """What the host reads of a step, as one float32 tensor: a token id fits it exactly.
+    """Values of a step for the host, as one float32 tensor: a token id fits it exactly.
 
     Returns:
         [T, 2] token and whether its logits are finite; with ``logprobs`` [T, 3 + 2 A]: also the token's

@@ -31,7 +31,7 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What one model makes of the samples.
+    """Losses and answers of one model on the samples.
 
     Attributes:
         losses: [M] cross-entropy of each supervised token, in nats.

@@ -41,7 +41,7 @@ BUCKETS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 
 @dataclass(frozen=True)
 class _Ask:
-    """What a step has to compute beside the largest logit."""
+    """Outputs of a step beside the largest logit."""
 
     samples: bool = False
     penalises: bool = False
@@ -138,7 +138,7 @@ class GraphRunner:
         self.tokens_G.index_copy_(0, slots_T, drawn_T)
 
     def result(self, logits_TK: Tensor, slots_T: Tensor, logprobs: bool) -> Tensor:
-        """What the host reads: see ``read_back``."""
+        """Values for the host: see ``read_back``."""
         return read_back(logits_TK, self.tokens_G.index_select(0, slots_T), logprobs=logprobs)
 
     def _ask(self, slots: Sequence[int]) -> _Ask:

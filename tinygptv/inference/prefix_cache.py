@@ -1,4 +1,4 @@
-"""Which sequence holds which slot of the cache, and what earlier ones left there that a new prompt can start from.
+"""Slots of the KV cache by sequence, and prefixes left in them that a new prompt can start from.
 
 A sequence is known by its ids: token ids, with the image's own number at each image position. Two prompts
 whose first n ids are equal have equal attention keys and values at the first n positions.

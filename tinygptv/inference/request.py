@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: requests, deltas, counters."""
+"""Input and output of the engine: requests, deltas, counters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Request:
 
 @dataclass
 class Delta:
-    """What one step added to one answer.
+    """Tokens that one step added to one answer.
 
     Attributes:
         text: text that may be shown; empty while a character or a possible stop string is incomplete.

@@ -1,4 +1,4 @@
-"""How the engine's steps are computed: the interface, and the runner that computes one at a time (CPU).
+"""Runners of the engine's steps: the interface, and the one that computes one at a time (CPU).
 
 A runner holds the cache, the last token of each slot and what its request asked for. ``launch`` starts a step and
 ``Launch.read`` waits for its tokens; a runner on a GPU lets the engine launch the next step before it reads the last

@@ -21,7 +21,7 @@ NUCLEUS_CANDIDATES = 1024
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What one request asks for.
+    """Sampling parameters of one request.
 
     Attributes:
         max_tokens: most tokens of the answer.

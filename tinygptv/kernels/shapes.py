@@ -1,4 +1,4 @@
-"""What the step's operations take: bundles of tensors, with their shapes.
+"""Arguments of the step's operations: groups of tensors, with their shapes.
 
 Notation: P partial products, T tokens, D width, N heads, H head width, G slots, L cache length, O outputs and I inputs
 of a matrix.
@@ -31,7 +31,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """What stands between the q/k/v product and the cache.
+    """Parameters between the q/k/v product and the cache.
 
     Attributes:
         bias: float32 [3 * N * H], or None.

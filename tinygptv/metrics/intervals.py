@@ -1,4 +1,4 @@
-"""How sure a score is: bootstrap intervals, and a paired comparison of two models on the same samples."""
+"""Uncertainty of scores: bootstrap intervals, and a paired comparison of two models on the same samples."""
 
 from __future__ import annotations
 

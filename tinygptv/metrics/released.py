@@ -13,7 +13,7 @@ from tinygptv.metrics.metrics import rec_hit, vqa_accuracy
 
 
 def released_text(generated: str) -> str:
-    """What the release's ``generate`` returns: up to ``</s>``, without ``<s>``, from the last ``[/INST]`` on."""
+    """Text as the release's ``generate`` returns it: up to ``</s>``, without ``<s>``, from the last ``[/INST]`` on."""
     return generated.partition("</s>")[0].replace("<s>", "").rpartition("[/INST]")[2].strip()
 
 

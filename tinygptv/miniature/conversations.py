@@ -42,7 +42,7 @@ _ONE_OF_TWO = {"left": "left", "right": "right", "above": "upper", "below": "low
 
 @dataclass(frozen=True)
 class Turn:
-    """What is asked and what is answered."""
+    """A question and its answer."""
 
     question: str
     answer: str

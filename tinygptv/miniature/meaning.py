@@ -78,7 +78,7 @@ def answer(objects: Objects, question: str) -> str:
 
 @dataclass(frozen=True)
 class Claims:
-    """What a caption says.
+    """Claims of a caption.
 
     Attributes:
         mentions: phrases for objects ("a red circle", "two stars").

@@ -21,7 +21,7 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 class PretrainingTask(Protocol):
-    """What the loop needs of a task."""
+    """Interface of a pretraining task."""
 
     @property
     def module(self) -> nn.Module:

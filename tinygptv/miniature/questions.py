@@ -156,7 +156,7 @@ def _ask_count(scene: Scene, rng: np.random.Generator, style: Style) -> Question
 
 
 def _nouns(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
-    """What may be counted or looked for: all objects, those with one value, some with two; present or not."""
+    """Groups that may be counted or looked for: all objects, those with one value, some with two; present or not."""
     nouns: list[dict[str, str]] = [{}]
     nouns += [{attribute: value} for attribute in ATTRIBUTES for value in VALUES[attribute]]
     for other in ("colour", "size", "texture"):

@@ -32,7 +32,7 @@ _KIND_WEIGHTS = {"attribute": 8.0, "side": 1.5, "pair": 3.0, "extreme": 1.5, "re
 _LENGTH_WEIGHTS = (0.3, 1.5, 3.0, 1.0, 0.25)
 """Weight of a name by its number of attributes: two are what people say most."""
 _RARELY = {"shape": 0.35, "colour": 0.6}
-"""How much less likely a name without this attribute is."""
+"""Factor by which a name without this attribute is less likely."""
 _SUBSETS = tuple(subset for size in range(5) for subset in combinations(ATTRIBUTES, size))
 
 _NAME_WEIGHTS = {
@@ -111,7 +111,7 @@ def refer_to(
 
 
 class _Meant:
-    """What an expression is about: an object, the attributes that its name says, and who else the name fits."""
+    """Subject of an expression: an object, the attributes that its name says, and who else the name fits."""
 
     def __init__(self, objects: Sequence[SceneObject], index: int, subset: tuple[str, ...]) -> None:
         self.objects = objects

@@ -62,7 +62,7 @@ _GAP = 0.03
 
 @dataclass(frozen=True)
 class SceneKey:
-    """What a scene is a function of."""
+    """Key of a scene: it is a pure function of these."""
 
     seed: int
     split: str
@@ -102,7 +102,7 @@ class SceneObject:
         return (self.size, self.colour, self.texture, self.shape)
 
     def to_dict(self) -> dict[str, Any]:
-        """What benchmark files keep of an object."""
+        """Fields of an object in benchmark files."""
         named = {name: getattr(self, name) for name in ("shape", "colour", "size", "texture")}
         return {**named, "box": [round(side, 5) for side in self.box]}
 

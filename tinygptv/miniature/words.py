@@ -26,7 +26,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
 }
 WORD_OF = {"size": "size", "colour": "color", "texture": "texture", "shape": "shape"}
-"""What questions call an attribute: the real data sets spell American English."""
+"""Names of attributes in questions: the real data sets spell American English."""
 
 DIRECTIONS: tuple[Direction, ...] = ("left", "right", "above", "below")
 OPPOSITE: dict[Direction, Direction] = {"left": "right", "right": "left", "above": "below", "below": "above"}
@@ -96,7 +96,7 @@ def alike(objects: Sequence[SceneObject], item: SceneObject, attributes: Collect
 
 
 def count_of(objects: Sequence[SceneObject], values: dict[str, str]) -> int:
-    """How many objects have the given attribute values."""
+    """Number of objects with the given attribute values."""
     return sum(all(getattr(item, a) == value for a, value in values.items()) for item in objects)
 
 

@@ -35,7 +35,7 @@ def fused_layer(
     max_length_q: int,
     **kwargs: Any,
 ) -> Tensor:
-    """What ``PhiDecoderLayer.forward`` returns for a flat batch.
+    """Output of ``PhiDecoderLayer.forward`` for a flat batch.
 
     Args:
         layer: a ``PhiDecoderLayer`` with all norms.

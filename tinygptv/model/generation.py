@@ -1,4 +1,4 @@
-"""What transformers' ``generate`` must know about images and about the end of an answer.
+"""``generate`` of transformers, with images and with end symbols of several tokens.
 
 Images are encoded once, before the first step, and merged into the prompt's embeddings in that step alone: beams,
 cached steps and candidate decoding (assistant model, prompt lookup) never see pixels again.

@@ -1,4 +1,4 @@
-"""TinyGPTVForConditionalGeneration: images and text in, text out, as a citizen of transformers.
+"""TinyGPTVForConditionalGeneration: images and text in, text out, as a transformers model.
 
 How an image enters the language model's input (Q query tokens per image, here Q = 3):
 

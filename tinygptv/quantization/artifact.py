@@ -47,7 +47,7 @@ EMBEDDING = "language_model.embed_tokens"
 
 
 class LowBitLinear(Protocol):
-    """What a format's class can do."""
+    """Interface of a format's class."""
 
     @classmethod
     def pack(cls, linear: nn.Linear, device: str | torch.device) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ PACKED = {"int8": from_int8, "int4": from_int4, "nf4": from_nf4, "llm_int8": fro
 
 @dataclass(frozen=True)
 class Method:
-    """How each part is stored: keys of ``FORMATS``, ``half`` (float16) or ``full`` (float32)."""
+    """Format of each part: keys of ``FORMATS``, ``half`` (float16) or ``full`` (float32)."""
 
     language_model: str
     lm_head: str
@@ -222,7 +222,7 @@ def is_artifact(folder: str | Path) -> bool:
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
-    """What ``quantization.json`` says.
+    """Contents of ``quantization.json``.
 
     Raises:
         CheckpointError: it is missing, damaged, or of another version.

@@ -1,4 +1,4 @@
-"""What loading frees goes back to the system.
+"""Returns memory that loading freed to the system.
 
 glibc keeps freed blocks of up to 32 MB for itself, which are most of a model's matrices: packing 4 GB of weights for a
 CPU's kernels left 3 GB of holes (benchmarks/results/cpu_decode.md). With other C libraries nothing here does anything.

@@ -25,7 +25,7 @@ MOST_TOKENS = 128
 
 @dataclass(frozen=True)
 class Layout:
-    """How the kernel orders weights.
+    """Order of weights in the kernel.
 
     Attributes:
         even_is_high: whether the even input of a pair goes into the upper half of a byte before packing.

@@ -31,11 +31,11 @@ from tinygptv.training.train_step import images_at_a_time
 
 GIB = 2**30
 CUDA_CONTEXT_BYTES = GIB // 2
-"""What CUDA and its libraries take beside the allocator; an assumption, about right for recent cards."""
+"""Memory of CUDA and its libraries beside the allocator; an assumption, about right for recent cards."""
 LIBRARY_BYTES = 128 * 2**20
 """Work areas of cuBLAS, which come from torch's allocator: 32 MiB per thread and library on an H100, less elsewhere."""
 ALLOCATOR_MARGIN = 0.03
-"""What the allocator holds beyond the tensors of a step, as a share of them, with expandable segments."""
+"""Memory of the allocator beyond the tensors of a step, as a share of them, with expandable segments."""
 PROMPT_TOKENS = 64
 """Length assumed for a prompt, image and answer not counted; captions of images alone have none."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -91,7 +91,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Computation:
-    """How a step is computed, as far as memory depends on it.
+    """Parameters of a step that decide its memory.
 
     Attributes:
         precision: key of ``train_step.PRECISIONS``; the 16-bit ones keep what trains in float32.
@@ -289,7 +289,7 @@ def _stored_bytes(name: str, parameter: torch.nn.Parameter, form: str) -> float:
 def layer_activation_bytes(
     text: TinyGPTVTextConfig, lora_rank: int, lora_dropout: float, *, half: bool, compiled: bool, fused: bool = False
 ) -> int:
-    """What one language layer keeps for its backward pass, in bytes per token, with fused attention.
+    """Activations that one language layer keeps for its backward pass, in bytes per token, with fused attention.
 
     Frozen linear layers keep nothing: the gradient of their input needs their weight alone. A compiled layer computes
     float32 copies and normalised values again, a fused one masks of dropout and means of heads, too.
@@ -328,7 +328,7 @@ def layer_activation_bytes(
 
 
 def layer_workspace_bytes(text: TinyGPTVTextConfig) -> int:
-    """What one layer's backward pass holds at a time beyond what was kept, in bytes per token.
+    """Peak of one layer's backward pass beyond what was kept, in bytes per token.
 
     The residual's gradient before and after it, and both gradients around the MLP's activation function.
     """
@@ -354,7 +354,7 @@ def head_workspace_bytes(
 
 
 def encoder_workspace_bytes(config: TinyGPTVConfig, element: int) -> int:
-    """What encoding an image holds at a time without gradients; an estimate.
+    """Peak memory of encoding an image without gradients; an estimate.
 
     The residual, a normalised copy (autocast: float32 and again cast), and the MLP before and after its activation.
     """

@@ -76,7 +76,7 @@ def is_fused(model: TinyGPTVForConditionalGeneration, precision: str) -> bool:
 
 @dataclass
 class StepResult:
-    """What a step reports; tensors stay on the device until somebody reads them.
+    """Report of a step; tensors stay on the device until somebody reads them.
 
     Attributes:
         loss: mean token loss of the whole step, float64 scalar.
@@ -161,7 +161,7 @@ class TrainStep:
         self._attach_gradients()
 
     def _scorer(self) -> Scorer | None:
-        """How losses are computed without keeping logits: on CUDA, with a frozen language head."""
+        """Loss function that keeps no logits, on CUDA with a frozen language head; None elsewhere."""
         if self.device.type != "cuda" or any(p.requires_grad for p in self.model.lm_head.parameters()):
             return None
         return compiled_scorer() if self.compiled else score_logits

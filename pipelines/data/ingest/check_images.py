@@ -82,7 +82,7 @@ def check_image(data: bytes, settings: PrepareDataSettings) -> CheckedImage:
 
 @dataclass(frozen=True)
 class _Header:
-    """What an image says of itself: its upright size, and how simplejpeg shall decode it (``RGB`` or ``GRAY``).
+    """Properties from an image's header: its upright size, and how simplejpeg shall decode it (``RGB`` or ``GRAY``).
 
     ``colours`` is empty for all but an upright JPEG; PIL decodes those.
     """

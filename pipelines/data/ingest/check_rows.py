@@ -15,7 +15,7 @@ from tinygptv.data.sample import SampleRow, Turn
 BOX_TASKS = ("refer", "identify")
 
 BOX_TOLERANCE = 0.02
-"""How far a box may reach out of its image, as a share of the image's side; it is then clipped."""
+"""Tolerated reach of a box out of its image, as a share of the image's side; it is then clipped."""
 
 _LEAST_TOLERANCE = 2.0
 """The same in pixels, for small images."""

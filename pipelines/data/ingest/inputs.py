@@ -1,4 +1,4 @@
-"""What a shard set was made from: written beside it, and compared before another run with the same output.
+"""Inputs of a shard set: written beside it, and compared before another run with the same output.
 
 The same input and settings continue or are finished already; others are refused with the difference named, because the
 set in the folder would be lost.
@@ -75,7 +75,7 @@ class SetInputs:
         storage.write_atomically(storage.join(output, INPUTS), data)
 
     def difference(self, now: SetInputs) -> str:
-        """What differs from other inputs, in words; empty where nothing does."""
+        """Differences from other inputs, in words; empty where nothing does."""
         if self.fingerprint == now.fingerprint:
             return ""
         pairs = [(key, self.source.get(key), value) for key, value in now.source.items()]

@@ -1,4 +1,4 @@
-"""What became of the samples that gave no row: the staged units of a run, and the lists that are written from them."""
+"""Samples that gave no row: the staged units of a run, and the lists that are written from them."""
 
 from __future__ import annotations
 

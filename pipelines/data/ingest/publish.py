@@ -76,7 +76,7 @@ class NothingKeptError(ValueError):
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the samples; ``rows_in`` is the sum of the four below it.
+    """Counts of the samples by outcome; ``rows_in`` is the sum of the four below it.
 
     Attributes:
         rows_in: input samples.

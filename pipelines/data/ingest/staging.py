@@ -67,7 +67,7 @@ _MOST_MISSING = 100
 """Missing images of a unit that its record names: enough to notice that they were added."""
 
 _ROW_BYTES = 256
-"""What a row takes besides its image, roughly; only for the bound on a shard's size."""
+"""Approximate bytes of a row besides its image; only for the bound on a shard's size."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The parts that all sources share: units of work, rows, and the ways in which a sample can be set apart.
+"""Shared by all sources: units of work, rows, and the ways in which a sample can be set apart.
 
 A reader has two halves. ``plan`` looks at the input and cuts it into units: one per tar, or one per slice of an
 annotation file. It runs once, in the driver, and reads no image. ``read`` turns one unit into rows; it runs wherever
@@ -111,7 +111,7 @@ class Rejected:
 
 
 ReadResult = SampleRow | Rejected
-"""What reading yields, once per input sample."""
+"""Results of reading, one per input sample."""
 
 Changes = Counter[str]
 """Counts of samples that were kept, but changed: name of the change -> samples. See docs/data_format.md."""

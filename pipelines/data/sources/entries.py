@@ -1,4 +1,4 @@
-"""What an entry of each data set says: one function per file format, entry -> drafts of samples.
+"""Entries of each data set: one function per file format, entry -> drafts of samples.
 
 Text is cleaned where the release cleans it when it reads (``cleans_questions``, ``cleans_answers``), so that rendering
 gives the release's strings. An entry that lacks a field raises whatever Python raises; the reader turns that into a

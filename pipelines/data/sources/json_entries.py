@@ -60,7 +60,7 @@ class JsonForm:
 
 @dataclass(frozen=True)
 class JsonDetails:
-    """What a worker must know of a slice.
+    """Fields of a slice, as a worker gets them.
 
     Attributes:
         form: of the file.

@@ -96,7 +96,7 @@ def split_items(data: bytes, first_byte: int, *, keyed: bool) -> Iterator[Item]:
 
 
 def outline(stream: BinaryIO) -> dict[str, str]:
-    """What the members of a JSON object are: key -> ``list`` (of objects), ``object`` or ``other``.
+    """Kinds of a JSON object's members: key -> ``list`` (of objects), ``object`` or ``other``.
 
     An object that begins with many objects is taken for one of entries: the rest is not looked at. Empty where the file
     holds no object, or a damaged one.

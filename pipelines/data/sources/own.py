@@ -52,7 +52,7 @@ class JsonRowsReader:
 
 @dataclass(frozen=True)
 class TableDetails:
-    """What a worker must know of a slice of a table.
+    """Fields of a slice of a table, as a worker gets them.
 
     Attributes:
         is_parquet: else it is an Arrow file.
@@ -125,7 +125,7 @@ def _has_rows(unit: SourceUnit) -> bool:
 
 
 def _damage(error: Exception, unit: SourceUnit) -> str:
-    """What is wrong with a table. Arrow raises ``OSError`` for damaged pages, too.
+    """Description of a table's damage. Arrow raises ``OSError`` for damaged pages, too.
 
     Raises:
         OSError: it is the disk, or may be the network of a remote file: that must not cost rows.

@@ -23,7 +23,7 @@ _ANSWER_FIELDS = ("answer", "answers", "direct_answers", "multiple_choice_answer
 
 @dataclass(frozen=True)
 class ImagesAndAnswers:
-    """What a worker needs beside the entries of a slice.
+    """Data that a worker needs beside the entries of a slice.
 
     Attributes:
         folder: of the images; None for text only.

@@ -102,7 +102,7 @@ class RefCocoReader:
 
 
 def _slim(ref: Any) -> Any:
-    """What a row needs of a reference; anything else that it may hold stays behind."""
+    """Fields of a reference that a row needs; others are dropped."""
     fields = ("ref_id", "ann_id", "image_id", "split", "sentences")
     return {name: ref[name] for name in fields if name in ref} if isinstance(ref, dict) else ref
 

@@ -19,7 +19,7 @@ _PATTERNS = tuple(
     for ending in ("parquet", "arrow", "feather")
 )
 _LEFTOVER = re.compile(r"(?:^|/)(?:cache-[0-9a-f]+|tmp[^/]*|indices-[^/]*)\.arrow$")
-"""What ``datasets`` leaves beside its tables: results of map and filter, orders of shuffle, half-written files."""
+"""Files that ``datasets`` adds to its tables: results of map and filter, orders of shuffle, half-written files."""
 
 _SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 _SPLIT_NAME = re.compile(rf"(?:^|[-_./])({'|'.join(_SPLITS)})(?=[-_./\d]|$)", re.IGNORECASE)

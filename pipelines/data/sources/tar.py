@@ -42,7 +42,7 @@ _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 _SYSTEM_FILES = re.compile(
     r"(?:.*/)?(?:\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)|(?:.*/)?__MACOSX/.*", re.IGNORECASE | re.DOTALL
 )
-"""What operating systems put among people's files: no samples."""
+"""Files that operating systems add to folders: no samples."""
 
 _CAPTION_FIELDS = ("caption", "text", "TEXT")
 _MOST_TEXT_BYTES = 16 << 20

@@ -105,7 +105,7 @@ def _score_hateful(answer: str, truth: dict[str, Any]) -> float:
 
 
 def _hateful_columns(outcome: Outcome) -> tuple[float, float, float]:
-    """How much likelier yes is than no, the label, and whether the generated answer is right."""
+    """loss(no) - loss(yes), the label, and whether the generated answer is right."""
     label = outcome.question.truth["label"]
     if outcome.problem:
         return (-np.inf if label else np.inf, label, 0.0)

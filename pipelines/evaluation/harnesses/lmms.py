@@ -14,7 +14,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from pipelines.evaluation.harnesses.in_process import HarnessQuestion, InProcessModel
 
 MANIFEST = ModelManifest("tinygptv", simple_class_path=f"{__name__}.TinyGPTV")
-"""How lmms-eval finds the class."""
+"""Entry point through which lmms-eval finds the class."""
 
 _MAX_NEW_TOKENS = 64
 
