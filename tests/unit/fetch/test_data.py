@@ -22,7 +22,7 @@ from tests.hub_server import serve_files
 from tests.paths import ROOT
 from tinygptv.training.stages import RECIPES
 
-OWN = {"webdataset", "jsonl", "hf", "parquet"}
+OWN = {"webdataset", "jsonl", "csv", "hf", "parquet"}
 LINKS = [{"caption": f"a  star\t{n}\n", "url": f"http://x/{n}.jpg"} for n in range(5)]
 
 

@@ -174,6 +174,7 @@ def test_the_plan_reads_how_the_stages_will_be_trained(tmp_path):
         "compiled": False,
         "gradient_checkpointing": False,
         "on_gpu": True,
+        "fused": True,
     }
     assert [entry["micro_batch_size"] for entry in plan["stages"].values()] == [16, 16, 6, 3]
     first = plan["table"].splitlines()[0]
