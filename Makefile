@@ -16,12 +16,13 @@ setup: .venv/.installed ## make .venv and install the pinned requirements
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; this is $$($(PYTHON) -V). Try make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing the pinned requirements into .venv ..."
+	@echo "installing the pinned requirements into .venv: about 7 GB on disk (torch's GPU libraries are most of it), once ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(UV)"
 	@# Compiled here once: Ray starts many processes, and where Python writes no bytecode each would compile for itself.
 	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
+	@echo "installed."
 
 demo: setup ## draw, prepare, train four stages, score, quantize, serve, ask: about ten minutes
 	@$(BIN)/python jobs/demo.py --config $(CONFIG) output=outputs/demo

@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(score_table(result["benchmarks"]))
         if "comparison" in result:
             print(f"\ncompared with {settings.compare_with}:\n{comparison_table(result['comparison'])}")
+            print(f"before and after: {result['comparison_page']}")
         print(f"page: {result['page']}\n{result['result']}")
 
     return run_main(work)

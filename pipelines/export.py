@@ -24,6 +24,7 @@ from pipelines.json_files import read_json_object, write_json
 from pipelines.node_cache import checked_checkpoint, local_checkpoint
 from pipelines.settings import QuantizeSettings, SettingsError
 from pipelines.tracking.base import NullTracker, open_tracker
+from pipelines.tracking.described import run_title
 from pipelines.tracking.registry import register_model
 from tinygptv.checkpoint.folders import MANIFEST, QUANTIZATION_FILE, CheckpointError, verify_folder
 
@@ -186,7 +187,7 @@ def _finished_result(
 
 def _track(settings: QuantizeSettings, checkpoint: str, folder: Path, metadata: dict[str, Any]) -> int | None:
     """Log the export, and register the artifact where asked for; returns the version's number."""
-    tracker = open_tracker(settings, "quantize")
+    tracker = open_tracker(settings, run_title(settings.recipe, f"quantize {settings.method}"))
     tracker.params({**settings.model_dump(), "checkpoint": checkpoint})
     tracker.metrics({"bytes": metadata["bytes"], **_drift_metrics(metadata["drift"])}, 0)
     tracker.artifact(folder / "quantization.json")
@@ -194,7 +195,9 @@ def _track(settings: QuantizeSettings, checkpoint: str, folder: Path, metadata: 
     if settings.register_as:
         if isinstance(tracker, NullTracker):
             raise ExportError(f"{folder} is written but not registered: MLflow cannot be used (see the warning above).")
-        version = register_model(settings, tracker.run_id, folder, settings.register_as, settings.alias)
+        tags = {"method": settings.method, "bytes": str(metadata["bytes"])}
+        tags |= {f"drift.{name}": f"{value:.4g}" for name, value in _drift_metrics(metadata["drift"]).items()}
+        version = register_model(settings, tracker.run_id, folder, settings.register_as, settings.alias, tags)
     tracker.close()
     return version
 

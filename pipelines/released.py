@@ -191,7 +191,7 @@ def _check(plan: Plan, output: Path) -> None:
 
 def free_memory() -> int:
     """Bytes of main memory that this process may still take, swap space included, within its container's limit."""
-    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    free: int = psutil.virtual_memory().available + psutil.swap_memory().free
     for name in _CGROUP_LIMITS:
         path = Path(name)
         text = path.read_text().strip() if path.is_file() else ""

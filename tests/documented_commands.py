@@ -24,7 +24,7 @@ STAGES = tuple(f"stage{number}/checkpoint" for number in range(1, 5))
 MAKES = {
     "demo": ("", "result.json", "world", "shards", "backbones", "features", "score", "artifact", "answer.png", *STAGES),
     "stage": ("checkpoint", "config.yaml", "metrics.jsonl", "result.json", "loss.png"),
-    "score": ("predictions.jsonl", "report.html", "result.json"),
+    "score": ("", "predictions.jsonl", "report.html", "result.json"),
     "quantize": ("", "result.json"),
     "prepare_data": ("", "quarantine.jsonl", "manifest.json", "result.json"),
     "miniature": ("", "world", "shards", "backbones"),

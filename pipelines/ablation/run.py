@@ -33,6 +33,7 @@ from pipelines.settings import (
     SettingsError,
 )
 from pipelines.tracking.base import Tracker, continue_tracker, reachable_uri
+from pipelines.tracking.described import run_title
 from pipelines.tracking.identity import RUN_FILE
 from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.training.record import RECORD_FILE, StepEntry, read_record
@@ -78,7 +79,7 @@ def ablate(settings: AblateSettings) -> dict[str, Any]:
     # The variants' tasks have other working directories.
     settings = settings.model_copy(update={"tracking_uri": reachable_uri(settings.tracking_uri, work.uri())})
     work.fetch(RUN_FILE, JOURNAL_FILE)
-    parent = continue_tracker(settings, "ablation", output)
+    parent = continue_tracker(settings, run_title(settings.recipe, "ablation"), output)
     work.publish(RUN_FILE)
     parent.params(settings.model_dump())
     with start_ray(settings):

@@ -10,14 +10,15 @@ import pickle
 import queue
 import threading
 import time
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipelines import storage
 from pipelines.cluster import quiet_ray_data
+from pipelines.data.held_out import kept_counts, kept_row
 from pipelines.data.shards import ShardSet
 from pipelines.node_cache import local_checkpoint
 from tinygptv.data.collate import LoadedSample, MicroBatch, collate, cut
@@ -26,6 +27,9 @@ from tinygptv.data.mixture import Mixture, MixtureSource, SampleRef
 from tinygptv.data.prompt_layout import PromptLayout
 from tinygptv.data.sample import SampleEncoder, chooser, render_sample
 from tinygptv.training.stages import Stage
+
+if TYPE_CHECKING:
+    from pipelines.data.features import FeatureSet
 
 CHUNK_STEPS = 4
 """Steps that one loader task makes: fewer tasks, less scheduling."""
@@ -47,6 +51,7 @@ class LoadPlan:
         padded: whether their padding counts, too.
         pack_length: 0, or tokens of a packed row.
         feature_key: name of the cached features to read; empty decodes images.
+        held_out: ascending row numbers of each source that are not trained on.
         rank: this worker.
         world_size: number of workers.
     """
@@ -62,6 +67,7 @@ class LoadPlan:
     padded: bool = True
     pack_length: int = 0
     feature_key: str = ""
+    held_out: Mapping[str, np.ndarray] = field(default_factory=dict)
     rank: int = 0
     world_size: int = 1
 
@@ -107,11 +113,19 @@ class StepBatch:
     wait_s: float = 0.0
 
 
-def build_mixture(stage: Stage, shards: dict[str, ShardSet], seed: int) -> Mixture:
-    """The stage's mixture over opened shard sets."""
+NONE_HELD_OUT = np.zeros(0, dtype=np.int64)
+
+
+def build_mixture(
+    stage: Stage, shards: dict[str, ShardSet], seed: int, held_out: Mapping[str, np.ndarray] | None = None
+) -> Mixture:
+    """The stage's mixture over opened shard sets; rows that are held out are not counted."""
+
+    def counts(name: str) -> tuple[int, ...]:
+        return kept_counts(tuple(shards[name].shard_rows), (held_out or {}).get(name, NONE_HELD_OUT))
+
     sources = tuple(
-        MixtureSource(source.name, source.weight, source.batch_size, tuple(shards[source.name].shard_rows))
-        for source in stage.sources
+        MixtureSource(source.name, source.weight, source.batch_size, counts(source.name)) for source in stage.sources
     )
     return Mixture(sources, seed=seed, draws_per_step=stage.draws_per_step)
 
@@ -146,7 +160,7 @@ class BatchMaker:
         self.plan = plan
         self.shards = open_shards(plan.data, plan.stage)
         self.names = [source.name for source in plan.stage.sources]
-        self.mixture = build_mixture(plan.stage, self.shards, plan.seed)
+        self.mixture = build_mixture(plan.stage, self.shards, plan.seed, plan.held_out)
         self.tokenizer = load_tokenizer(str(local_checkpoint(plan.tokenizer, weights=False)))
         layout = PromptLayout(
             self.tokenizer,
@@ -165,13 +179,18 @@ class BatchMaker:
     def make(self, step: int) -> StepBatch:
         """The worker's batches of one step; samples of like length share a micro-batch, so that little is padding."""
         refs = self.mixture.rank_step(step, self.plan.rank, self.plan.world_size)
-        samples = sorted((self.load(ref) for ref in refs), key=lambda sample: len(sample.encoded.input_ids))
-        lengths, plan = [len(sample.encoded.input_ids) for sample in samples], self.plan
+        samples = [self.load(ref) for ref in refs]
+        sample_ids = self.sample_ids(step) if self.plan.rank == 0 else []
+        return StepBatch(step, self.batch(samples), sample_ids, self._count_cut(samples))
+
+    def batch(self, samples: Sequence[LoadedSample]) -> list[MicroBatch]:
+        """Samples as micro-batches, shortest first."""
+        plan = self.plan
+        samples = sorted(samples, key=lambda sample: len(sample.encoded.input_ids))
+        lengths = [len(sample.encoded.input_ids) for sample in samples]
         pieces = cut(lengths, plan.micro_batch_size, plan.micro_batch_tokens, padded=plan.padded)
         pad = self.tokenizer.pad_token_id
-        micro_batches = [collate(samples[piece], pad, pack_length=plan.pack_length) for piece in pieces]
-        sample_ids = self.sample_ids(step) if plan.rank == 0 else []
-        return StepBatch(step, micro_batches, sample_ids, self._count_cut(samples))
+        return [collate(samples[piece], pad, pack_length=plan.pack_length) for piece in pieces]
 
     def _count_cut(self, samples: Sequence[LoadedSample]) -> dict[str, CutCount]:
         counts: dict[str, CutCount] = {}
@@ -182,22 +201,47 @@ class BatchMaker:
         return counts
 
     def load(self, ref: SampleRef) -> LoadedSample:
-        """Read, draw, encode and decode one sample."""
-        name = self.names[ref.source]
-        row = self.shards[name].row(ref.row)
-        exchanges = render_sample(row, chooser(self.mixture.generator(ref)))
-        encoded = self.encoder.encode(exchanges)
-        if row.image is None:
-            return LoadedSample(encoded, ref.source)
-        if self.features:
-            return LoadedSample(encoded, ref.source, query_features=self.features[name].row(ref.row))
-        pixels = resize_pixels(open_image(row.image), self.plan.stage.image_size)
-        return LoadedSample(encoded, ref.source, pixels=pixels)
+        """Read, draw, encode and decode one sample of the mixture."""
+        name, row = self.names[ref.source], self._row(ref)
+        features = self.features[name] if self.features else None
+        return self.encode(self.shards[name], row, self.mixture.generator(ref), ref.source, features)
+
+    def encode(
+        self,
+        shards: ShardSet,
+        row: int,
+        generator: np.random.Generator,
+        source: int,
+        features: FeatureSet | None = None,
+    ) -> LoadedSample:
+        """Read, draw, encode and decode one row.
+
+        Args:
+            shards: its shard set.
+            row: its number.
+            generator: of its wording.
+            source: what the sample is counted under.
+            features: of the shard set; None decodes images.
+        """
+        sample = shards.row(row)
+        encoded = self.encoder.encode(render_sample(sample, chooser(generator)))
+        if sample.image is None:
+            return LoadedSample(encoded, source)
+        if features is not None:
+            return LoadedSample(encoded, source, query_features=features.row(row))
+        pixels = resize_pixels(open_image(sample.image), self.plan.stage.image_size)
+        return LoadedSample(encoded, source, pixels=pixels)
+
+    def _row(self, ref: SampleRef) -> int:
+        """Number of a drawn row in its shard set; the mixture does not count rows that are held out."""
+        return kept_row(self.plan.held_out.get(self.names[ref.source], NONE_HELD_OUT), ref.row)
 
     def sample_ids(self, step: int) -> list[str]:
         """``source/id`` of every sample of a step, over all workers, in order."""
         refs = self.mixture.step(step)
-        return [f"{self.names[ref.source]}/{self.shards[self.names[ref.source]].row_id(ref.row)}" for ref in refs]
+        return [
+            f"{self.names[ref.source]}/{self.shards[self.names[ref.source]].row_id(self._row(ref))}" for ref in refs
+        ]
 
 
 class RayMaker:

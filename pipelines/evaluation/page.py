@@ -21,7 +21,7 @@ from tinygptv.data.boxes import parse_answer_box, parse_boxes, to_pixels
 from tinygptv.data.drawing import draw_boxes
 from tinygptv.data.images import open_image
 
-TRUE_COLOUR, PREDICTED_COLOUR = (38, 166, 91), (230, 57, 70)
+TRUE_COLOUR, PREDICTED_COLOUR, OTHER_COLOUR = (38, 166, 91), (230, 57, 70), (224, 140, 0)
 _SIDE = 320
 _ROW_KEYS = ("answer", "blind", "shuffled")
 
@@ -31,12 +31,13 @@ def worst_first(lines: Sequence[Prediction]) -> list[Prediction]:
     return sorted(lines, key=lambda line: (line["score"], -(line["blind_score"] or 0.0)))
 
 
-def drawn_case(line: Prediction, side: int = _SIDE) -> Image.Image | None:
+def drawn_case(line: Prediction, side: int = _SIDE, other: str = "") -> Image.Image | None:
     """The image of a question with the true box in green and the predicted in red, where it has boxes.
 
     Args:
         line: a line of ``predictions.jsonl``.
         side: longer side of the result, in pixels.
+        other: the answer of another model, whose box is drawn in orange.
 
     Returns:
         None where there is no image, or it cannot be opened.
@@ -53,9 +54,10 @@ def drawn_case(line: Prediction, side: int = _SIDE) -> Image.Image | None:
     if "box" in truth:
         scaled = _scale(truth["box"], image.width / truth["width"], image.height / truth["height"])
         _outline(image, scaled, TRUE_COLOUR)
-        found = parse_answer_box(answer)
-        if found:
-            _outline(image, to_pixels(found, *image.size), PREDICTED_COLOUR)
+        for text, colour in ((other, OTHER_COLOUR), (answer, PREDICTED_COLOUR)):
+            found = parse_answer_box(text)
+            if found:
+                _outline(image, to_pixels(found, *image.size), colour)
     elif parse_boxes(answer):
         image = draw_boxes(image, answer)
     return image
@@ -88,7 +90,9 @@ def score_page(scores: Mapping[str, BenchmarkScore], lines: Sequence[Prediction]
         worst = own[: max(0, min(num_cases - num_best, len(own) - num_best))]
         best = own[len(own) - num_best :][::-1] if num_best else []
         sections.append(_section(name, score, worst, best))
-    return _PAGE.substitute(title=html.escape(title), table=_score_table(scores), sections="".join(sections))
+    return _PAGE.substitute(
+        style=STYLE, title=html.escape(title), table=_score_table(scores), sections="".join(sections)
+    )
 
 
 def _section(name: str, score: BenchmarkScore, worst: Sequence[Prediction], best: Sequence[Prediction]) -> str:
@@ -135,7 +139,7 @@ def _parts(parts: Mapping[str, PartScore]) -> str:
 
 def _case(line: Prediction) -> str:
     drawn = drawn_case(line)
-    image = f'<img loading="lazy" alt="" src="{_data_url(drawn)}">' if drawn else "<div class=none>no image</div>"
+    image = f'<img loading="lazy" alt="" src="{data_url(drawn)}">' if drawn else "<div class=none>no image</div>"
     wrong = "right" if line["score"] >= 1 else "wrong" if line["score"] <= 0 else "partly"
     answers = "".join(
         f"<dt>{key}</dt><dd>{html.escape(line[key])}</dd>" for key in _ROW_KEYS if isinstance(line.get(key), str)
@@ -164,16 +168,14 @@ def truth_text(truth: dict[str, Any]) -> str:
     return json.dumps(truth)
 
 
-def _data_url(image: Image.Image) -> str:
+def data_url(image: Image.Image) -> str:
+    """An image as a URL that holds its JPEG."""
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-_PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Scores</title>
-<style>
+STYLE = """
 :root { color-scheme: light dark; --ink: #1c2733; --soft: #66758a; --line: #dde3ea; --page: #fbfcfd;
   --good: #26a65b; --bad: #e63946; --half: #e0a100; }
 @media (prefers-color-scheme: dark) {
@@ -197,7 +199,12 @@ figcaption { font-size: .85rem; overflow-wrap: anywhere; } figcaption p { margin
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .6rem; margin: 0; }
 dt { color: var(--soft); } dd { margin: 0; } summary { cursor: pointer; color: var(--soft); }
 .key span { font-weight: 600; } a { color: inherit; }
-</style></head><body>
+"""
+
+_PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Scores</title>
+<style>$style</style></head><body>
 <h1>Scores</h1><p class="what">$title</p>
 $table
 <p class="key"><span style="color:#26a65b">Green box</span>: true.

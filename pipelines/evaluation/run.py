@@ -22,16 +22,19 @@ from pipelines import storage
 from pipelines.evaluation.answers import Answers, read_answers
 from pipelines.evaluation.benchmarks import Benchmark, Question, find_benchmarks
 from pipelines.evaluation.benchmarks.files import DataFolder
-from pipelines.evaluation.compare import Comparison, compare
+from pipelines.evaluation.benchmarks.own import METRICS, OWN, own_benchmark
+from pipelines.evaluation.compare import Comparison, compare, read_predictions
+from pipelines.evaluation.compare_page import COMPARISON_PAGE, comparison_page
 from pipelines.evaluation.page import drawn_case, score_page, worst_first
 from pipelines.evaluation.scoring import PREDICTIONS, BenchmarkScore, Prediction, score_benchmark, write_predictions
 from pipelines.evaluation.worker import AnswerOptions, QuestionUnit, UnitAnswerer
 from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim, digest_of
-from pipelines.json_files import write_json
+from pipelines.json_files import read_json_object, write_json
 from pipelines.node_cache import local_checkpoint, local_data
 from pipelines.progress import Bar
 from pipelines.settings import ScoreSettings, SettingsError
 from pipelines.tracking.base import continue_tracker
+from pipelines.tracking.described import run_title
 from pipelines.tracking.identity import RUN_FILE
 from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.units import Workers, map_units
@@ -39,7 +42,7 @@ from tinygptv.checkpoint.folders import hash_file
 
 logger = logging.getLogger(__name__)
 
-RESULTS = ("answers", PREDICTIONS, "report.html", "result.json", "run.json", "unsent.jsonl")
+RESULTS = ("answers", PREDICTIONS, "report.html", COMPARISON_PAGE, "result.json", "run.json", "unsent.jsonl")
 """Files of a score run in its output folder."""
 
 _IMAGES_TRIED = 50
@@ -60,6 +63,7 @@ class ScoreResult(TypedDict):
         page: path of ``report.html``.
         result: path of this file.
         comparison: benchmark -> paired comparison, where one was asked for.
+        comparison_page: path of ``comparison.html``, with it.
     """
 
     checkpoint: str
@@ -71,6 +75,7 @@ class ScoreResult(TypedDict):
     page: str
     result: str
     comparison: NotRequired[dict[str, Comparison]]
+    comparison_page: NotRequired[str]
 
 
 def evaluate(
@@ -91,12 +96,12 @@ def evaluate(
         FileNotFoundError: a benchmark's files are missing.
     """
     started = time.perf_counter()
-    chosen = list(benchmarks or _find(settings))
     work = storage.WorkFolder(settings.output_location("outputs/score"))
     storage.check_access(work.location, writes=True)
     output = work.path
-    checkpoint = _find_checkpoint(settings)
     data = _data_folder(settings)
+    chosen = list(benchmarks or _find(settings, data))
+    checkpoint = _find_checkpoint(settings)
     asked = {benchmark.name: _read(settings, benchmark, data) for benchmark in chosen}
     questions = {name: read.questions for name, read in asked.items()}
     claim(
@@ -130,30 +135,46 @@ def evaluate(
         "result": work.uri("result.json"),
     }
     if settings.compare_with:
-        result["comparison"] = _compare_with(settings.compare_with, output)
+        result["comparison"] = _compare(settings, output, lines)
+        result["comparison_page"] = work.uri(COMPARISON_PAGE)
     write_json(output / "result.json", result)
     _track(settings, output, result, lines, parent_run_id)
-    work.publish(PREDICTIONS, "report.html", RUN_FILE, JOURNAL_FILE, "result.json")
+    pages = ["report.html", COMPARISON_PAGE] if settings.compare_with else ["report.html"]
+    work.publish(PREDICTIONS, *pages, RUN_FILE, JOURNAL_FILE, "result.json")
     for name, score in scores.items():
         for problem in score["problems"][:3]:
             logger.warning("%s, no answer to question %s", name, problem)
     return result
 
 
-def _find(settings: ScoreSettings) -> list[Benchmark]:
+def _compare(settings: ScoreSettings, output: Path, lines: Sequence[Prediction]) -> dict[str, Comparison]:
+    """Compare with an earlier run, and write the page."""
+    other = _other_run(settings.compare_with)
+    compared = compare(output, other)
+    titles = str(settings.checkpoint), str((read_json_object(other / "result.json") or {}).get("checkpoint", other))
+    page = comparison_page(compared, lines, read_predictions(other), titles, settings.page_cases)
+    storage.write_atomically(str(output / COMPARISON_PAGE), page.encode())
+    return compared
+
+
+def _other_run(location: str) -> Path:
+    """Folder of another score run; what is at a URI is fetched."""
+    if storage.is_local(location):
+        return Path(storage.absolute(location))
+    other = storage.WorkFolder(location)
+    other.fetch(PREDICTIONS, "result.json")
+    return other.path
+
+
+def _find(settings: ScoreSettings, data: DataFolder) -> list[Benchmark]:
+    if settings.benchmark in (OWN, [OWN]):
+        return [own_benchmark(settings.metric, data)]
+    if settings.metric in METRICS:
+        raise SettingsError(f"metric={settings.metric} is for one's own rows: give benchmark=own data=rows.jsonl.")
     try:
         return find_benchmarks(settings.benchmark)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-
-
-def _compare_with(location: str, output: Path) -> dict[str, Comparison]:
-    """Compare with another score run, in a folder or at a URI."""
-    if storage.is_local(location):
-        return compare(output, Path(storage.absolute(location)))
-    other = storage.WorkFolder(location)
-    other.fetch(PREDICTIONS)
-    return compare(output, other.path)
 
 
 # ---------------------------------------------------------------------- units of work
@@ -319,12 +340,13 @@ def _track(
     settings: ScoreSettings, output: Path, result: ScoreResult, lines: Sequence[Prediction], parent_run_id: str
 ) -> None:
     names = ", ".join(result["benchmarks"])
-    tracker = continue_tracker(settings, f"score {names}"[:120], output, parent_run_id=parent_run_id)
+    tracker = continue_tracker(
+        settings, run_title(settings.recipe, f"score {names}"[:120]), output, parent_run_id=parent_run_id
+    )
     tracker.params(settings.model_dump())
     tracker.tags({"checkpoint": result["checkpoint"]})
     for name, score in result["benchmarks"].items():
-        values = {"score": score["value"], "blind": score["blind"], "shuffled": score["shuffled"]}
-        tracker.metrics({f"{label}/{name}": value for label, value in values.items() if value is not None}, 0)
+        tracker.metrics({f"score/{name}": score["value"]}, 0)  # the baselines are in the table beside it
     left_out = ("scoring", "also", "parts", "problems")
     rows = [
         {"benchmark": name, **{key: value for key, value in score.items() if key not in left_out}}
@@ -334,8 +356,9 @@ def _track(
     if "comparison" in result:
         tracker.table([{"benchmark": name, **found} for name, found in result["comparison"].items()], "comparison")
     tracker.table(_worst_cases(lines), "worst_cases")
-    for name in ("result.json", "report.html", PREDICTIONS):
-        tracker.artifact(output / name)
+    for name in ("result.json", "report.html", COMPARISON_PAGE, PREDICTIONS):
+        if (output / name).is_file():
+            tracker.artifact(output / name)
     tracker.close()
 
 

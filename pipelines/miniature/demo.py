@@ -125,13 +125,14 @@ def _prepare(demo: Demo, world: Path) -> Path:
 def _train(demo: Demo, shards: Path, backbones: Path) -> Path:
     """Stages 1 to 4, each from the checkpoint of the one before."""
     from pipelines.tracking.base import continue_tracker
+    from pipelines.tracking.described import run_title
     from pipelines.training.record import RECORD_FILE
     from pipelines.training.run import run_stage
 
     settings = demo.load(TrainSettings)
     if settings.features == "cached":
         _cache_features(demo, shards, backbones)
-    parent = continue_tracker(settings, "training", demo.root)
+    parent = continue_tracker(settings, run_title(settings.recipe, "training"), demo.root)
     start, losses = str(backbones), {}
     for stage in RECIPES[settings.recipe]:
         output = demo.root / f"stage{stage.number}"

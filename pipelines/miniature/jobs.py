@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.fingerprint import Fingerprint, claim
 from pipelines.json_files import write_json
+from pipelines.miniature.example import draw_example
 from pipelines.miniature.world import draw_world
 from pipelines.settings import MiniatureSettings, SettingsError
 from pipelines.tracking.base import Tracker, continue_tracker
@@ -36,6 +37,7 @@ def run_miniature(settings: MiniatureSettings) -> dict[str, Any]:
     """
     tasks: dict[str, Callable[[MiniatureSettings], dict[str, Any]]] = {
         "draw": draw_world,
+        "example": draw_example,
         "pretrain": pretrain_backbones,
         "ship": ship,
     }

@@ -155,6 +155,8 @@ def _first_error(error: ValidationError) -> ProtocolError:
     if where == [] and first["loc"]:
         where = [str(first["loc"][0])]
     param = ".".join(where) or None
+    if first["type"] == "unsupported":
+        return ProtocolError(400, f"{first['msg']}.", param=first["ctx"]["field"], code="unsupported_parameter")
     # A validator of ours speaks for itself.
     message = first["msg"].removeprefix("Value error, ")
     return ProtocolError(400, f"{param or 'the request'}: {message}.", param=param, code="invalid_value")

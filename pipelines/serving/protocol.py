@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 MAX_PARTS = 64
 """Content parts of one message."""
@@ -166,7 +167,9 @@ class ChatRequest(BaseModel):
             if name in UNSUPPORTED and value is not None and not _is_one_of(value, UNSUPPORTED[name]):
                 if name == "tools" and (self.model_extra or {}).get("tool_choice") == "none":
                     continue
-                raise ValueError(f"{name} is not supported by this server: leave it out")
+                raise PydanticCustomError(
+                    "unsupported", "{field} is not supported by this server: leave it out", {"field": name}
+                )
         return self
 
     @field_validator("stop", mode="before")

@@ -16,7 +16,9 @@ class PrepareDataSettings(Settings):
 
     section = "prepare_data"
 
-    source: str = Field("", description="data set name, e.g. laion, refcoco; own data: jsonl, hf, parquet, webdataset")
+    source: str = Field(
+        "", description="data set name, e.g. laion, refcoco; own data: jsonl, csv, hf, parquet, webdataset"
+    )
     input: str = Field("", description="tar glob, annotation file or folder, local or any pyarrow / fsspec URI")
     images: str = Field("", description="image folder, for sources whose annotations are elsewhere")
     name: str = Field("", description="name of own data in the rows; empty is the source's")
@@ -108,6 +110,16 @@ class TrainSettings(Settings):
     guard_patience: int = Field(5, ge=1, description="bad steps in a row after which training stops in any case")
     max_failures: int = Field(3, ge=-1, description="restarts after a worker's death; -1 is without bound")
     log_every: int = Field(10, ge=1, description="steps between readings of losses and of the guard's verdicts")
+    eval_data: str = Field(
+        "", description="held-out shard sets, whose loss is computed while training: one, or a folder"
+    )
+    eval_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of the images of data that is held out instead, by hash, e.g. 0.05"
+    )
+    eval_rows: int = Field(256, ge=1, description="held-out rows of each source whose loss is computed")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations on held-out rows; 0: checkpoint_every")
+    early_stop: int = Field(0, ge=0, description="evaluations in a row without a lower loss that end training; 0: none")
+    use_best: bool = Field(False, description="write the weights of the least held-out loss, not the last ones")
     predict_every: int = Field(200, ge=0, description="steps between sample predictions for the tracker; 0 makes none")
     dry_run: bool = Field(
         False, description="print the resolved stage, parameters, memory plan and data counts; train nothing"
@@ -128,16 +140,20 @@ class ScoreSettings(Settings):
     section = "score"
 
     checkpoint: str = Field("", description="checkpoint or artifact folder")
-    benchmark: str | list[str] = Field("miniature", description="benchmark, group or list of them (docs/evaluation.md)")
-    data: str = Field("", description="folder with the benchmarks' official files, at any depth (docs/evaluation.md)")
+    benchmark: str | list[str] = Field(
+        "miniature",
+        description="benchmark, group or list of them (docs/evaluation.md); own: the rows of data=rows.jsonl",
+    )
+    data: str = Field("", description="folder with the benchmarks' official files, at any depth; own: file of rows")
     images: str = Field("", description="folder of the benchmarks' images, at any depth; empty looks below data")
     limit: int = Field(0, ge=0, description="questions per benchmark; 0 takes all")
     batch_size: int = Field(64, ge=1, description="answers generated together")
     num_workers: int = Field(1, ge=0, description="evaluation actors; 0 evaluates in the driver's process")
     threads_per_worker: int = Field(0, ge=0, description="torch threads of an actor; 0 shares the machine's cores")
     gpus_per_worker: float = Field(0, ge=0, description="GPUs (or a fraction of one) of each actor; 0 runs on the CPU")
-    metric: Literal["official", "released"] = Field(
-        "official", description="released: the original's prompts and scoring, defects included"
+    metric: Literal["official", "released", "exact", "vqa", "iou"] = Field(
+        "official",
+        description="released: the original's prompts and scoring, defects included; own rows: exact, vqa or iou",
     )
     baselines: bool = Field(True, description="also answer with a blank image and with another question's")
     compare_with: str = Field("", description="output folder of another score run, for a paired comparison")
@@ -234,9 +250,13 @@ class MiniatureSettings(Settings):
 
     section = "miniature"
 
-    task: str = Field("draw", description="draw (write the data sets), pretrain (make the backbones) or ship")
+    task: str = Field(
+        "draw",
+        description="draw (the data sets), example (own data to fine-tune on), pretrain (the backbones) or ship",
+    )
     train_scenes: int = Field(4000, ge=1, description="scenes of the training split")
     test_scenes: int = Field(2000, ge=1, description="held-out scenes")
+    example_scenes: int = Field(50, ge=1, description="example: scenes to learn from, and as many to score")
     max_steps: int = Field(0, ge=0, description="pretraining steps per part; 0 takes the documented number")
     parts: Literal["all", "vision", "language"] = Field(
         "all", description="vision or language alone pretrains that part: two processes side by side"

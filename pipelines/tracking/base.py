@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipelines.redact import redact
 from pipelines.storage import is_local
+from pipelines.tracking.described import DataInput
 from pipelines.tracking.identity import RunIdentity, read_identity, write_identity
 from pipelines.tracking.mlflow import MLflowTracker
 
@@ -34,6 +35,9 @@ class Tracker(Protocol):
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags."""
+
+    def inputs(self, data: Sequence[DataInput]) -> None:
+        """Log which data sets the run reads."""
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Upload a file or folder."""
@@ -63,6 +67,9 @@ class NullTracker:
         """Do nothing."""
 
     def tags(self, values: Mapping[str, str]) -> None:
+        """Do nothing."""
+
+    def inputs(self, data: Sequence[DataInput]) -> None:
         """Do nothing."""
 
     def artifact(self, path: Path, folder: str = "") -> None:

@@ -13,17 +13,19 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.redact import redact
+from pipelines.tracking.described import DataInput, source_tags
 from pipelines.tracking.identity import RunIdentity
 from pipelines.tracking.names import NameTable
 from pipelines.tracking.outbox import MAX_BATCH_VALUES, Entry, Outbox
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import DatasetInput, Run
     from mlflow.exceptions import MlflowException
     from PIL.Image import Image
 
@@ -88,6 +90,10 @@ class MLflowTracker:
         """Set tags."""
         self._outbox.put("tags", values={key: redact(value) for key, value in values.items()})
 
+    def inputs(self, data: Sequence[DataInput]) -> None:
+        """Log data sets with source, digest and number of rows; logged again, they are not doubled."""
+        self._outbox.put("inputs", data=[{**asdict(each), "source": redact(each.source)} for each in data])
+
     def artifact(self, path: Path, folder: str = "") -> None:
         """Upload a file or a folder."""
         self._outbox.put("artifact", path=str(path), folder=folder)
@@ -137,7 +143,7 @@ class MLflowTracker:
         return runs[0] if runs else None
 
     def _begin_run(self, client: MlflowClient) -> Run:
-        tags = {_KEY_TAG: self._identity.key}
+        tags = {_KEY_TAG: self._identity.key, **source_tags()}
         parent = self._identity.parent
         if parent and _get_run(client, parent) is not None:
             tags[_PARENT_TAG] = parent
@@ -193,6 +199,8 @@ class MLflowTracker:
             case "tags":
                 for key, value in entry["values"].items():
                     client.set_tag(run_id, self._names.valid(key), value)
+            case "inputs":
+                client.log_inputs(run_id, datasets=[_as_input(DataInput(**fields)) for fields in entry["data"]])
             case "artifact":
                 path = Path(entry["path"])
                 send: Callable[..., Any] = client.log_artifacts if path.is_dir() else client.log_artifact
@@ -289,6 +297,19 @@ def _log_model(client: MlflowClient, run_id: str, name: str, location: str) -> N
             experiment_id, name, source_run_id=run_id, tags={"location": location}, model_type="checkpoint"
         )
         client.finalize_logged_model(model.model_id, "READY")
+
+
+def _as_input(data: DataInput) -> DatasetInput:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(
+        name=data.name,
+        digest=data.digest,
+        source_type="uri" if "://" in data.source else "local",
+        source=json.dumps({"uri": data.source}),
+        profile=json.dumps({"num_rows": data.rows}),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", data.context)])
 
 
 def _as_image(value: Any) -> Any:

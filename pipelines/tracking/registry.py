@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
     from pipelines.settings import Settings
 
 
-def register_model(settings: Settings, run_id: str, folder: Path, name: str, alias: str) -> int:
+def register_model(
+    settings: Settings, run_id: str, folder: Path, name: str, alias: str, tags: Mapping[str, str] | None = None
+) -> int:
     """Put an artifact folder into the model registry.
 
     Args:
@@ -20,6 +23,7 @@ def register_model(settings: Settings, run_id: str, folder: Path, name: str, ali
         folder: the artifact.
         name: registered model; made where it is missing.
         alias: moved to the new version.
+        tags: of the new version.
 
     Returns:
         The version's number; ``models:/<name>@<alias>`` names it from now on.
@@ -34,7 +38,7 @@ def register_model(settings: Settings, run_id: str, folder: Path, name: str, ali
         client.create_registered_model(name)
     client.log_artifacts(run_id, str(folder), "model")
     source = f"{client.get_run(run_id).info.artifact_uri}/model"
-    version = client.create_model_version(name, source, run_id=run_id).version
+    version = client.create_model_version(name, source, run_id=run_id, tags=dict(tags or {})).version
     client.set_registered_model_alias(name, alias, version)
     return int(version)
 

@@ -10,17 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from pipelines import storage
 from pipelines.data.features import FeatureSet, feature_key
+from pipelines.data.held_out import hold_out
 from pipelines.data.loader import LoadPlan, build_mixture, open_shards
-from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim
+from pipelines.data.shards import ShardSet, find_shard_sets
+from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim, digest_of
 from pipelines.node_cache import checked_checkpoint
 from pipelines.redact import redact
 from pipelines.settings import SettingsError, TrainSettings
 from pipelines.settings.near_match import near_match
 from pipelines.tracking.base import reachable_uri
+from pipelines.tracking.described import run_title
 from pipelines.tracking.identity import RunIdentity
 from tinygptv.checkpoint.config_file import read_config
 from tinygptv.config import TinyGPTVConfig
@@ -54,12 +58,23 @@ class TrainJob:
         """Folder or URI that every node reaches, for training states and the final checkpoint."""
         return self.settings.storage_path or self.output
 
+    @property
+    def title(self) -> str:
+        """Name of the tracker's run."""
+        return run_title(self.settings.recipe, f"stage {self.stage.number} {self.stage.title}")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the loss of held-out rows is computed while training."""
+        return bool(self.settings.eval_data or self.settings.eval_fraction)
+
 
 RESULTS = (
     "checkpoint",
     "states",
     "metrics.jsonl",
     "guard.jsonl",
+    "held_out.jsonl",
     "predictions",
     "loss.png",
     "config.yaml",
@@ -98,10 +113,11 @@ def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, storage
     for folder in dict.fromkeys((output, settings.storage_path)):
         storage.check_access(folder or output, writes=True)
     shards = open_shards(settings.data, stage)
-    build_mixture(stage, shards, settings.seed)
+    held = _hold_out(settings, shards)
+    build_mixture(stage, shards, settings.seed, held)
     config = read_config(start)
     stage = with_start_adapters(stage, config)
-    plan = _load_plan(settings, stage, start, config)
+    plan = dataclasses.replace(_load_plan(settings, stage, start, config), held_out=held)
     if plan.feature_key:
         for shard_set in shards.values():
             FeatureSet.open(shard_set.uri, plan.feature_key)
@@ -116,6 +132,29 @@ def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, storage
     storage.write_atomically(str(work.path / "config.yaml"), resolved.encode())
     work.publish("config.yaml")
     return job, work
+
+
+def _hold_out(settings: TrainSettings, shards: dict[str, ShardSet]) -> dict[str, np.ndarray]:
+    """Rows of each source that are kept from training.
+
+    Raises:
+        SettingsError: there are none, though some are asked for, or none are left to train on.
+    """
+    for key in ("early_stop", "use_best"):
+        if getattr(settings, key) and not (settings.eval_data or settings.eval_fraction):
+            raise SettingsError(f"{key} needs held-out rows: give eval_data=DIR or eval_fraction=0.05.")
+    if settings.eval_data and settings.eval_fraction:
+        raise SettingsError("eval_data and eval_fraction are both given: give the one that holds the held-out rows.")
+    if not settings.eval_fraction:
+        return {}
+    held = hold_out(shards, settings.eval_fraction)
+    for name, rows in held.items():
+        logger.info("%s: %d of %d rows are held out of training", name, len(rows), len(shards[name]))
+        if len(rows) == len(shards[name]):
+            raise SettingsError(f"eval_fraction={settings.eval_fraction} leaves no row of {name} to train on.")
+    if not any(len(rows) for rows in held.values()):
+        raise SettingsError(f"eval_fraction={settings.eval_fraction} holds out none of so few rows: give a larger one.")
+    return held
 
 
 def training_fingerprint(settings: TrainSettings, stage: Stage, start: Path, data: dict[str, str]) -> Fingerprint:
@@ -143,7 +182,20 @@ def training_fingerprint(settings: TrainSettings, stage: Stage, start: Path, dat
         start=checkpoint_digest(start),
         data=data,
         stage=fields,
+        **_held_out_inputs(settings),
     )
+
+
+def _held_out_inputs(settings: TrainSettings) -> dict[str, Any]:
+    """What the held-out rows decide of the weights: which rows are left to train on, and which step is the last."""
+    inputs: dict[str, Any] = {}
+    if settings.eval_fraction:
+        inputs["eval_fraction"] = settings.eval_fraction
+    if settings.early_stop or settings.use_best:
+        sets = [ShardSet.open(folder) for folder in find_shard_sets(settings.eval_data)] if settings.eval_data else []
+        inputs["eval_data"] = digest_of([each.manifest.digest for each in sets])
+        inputs |= {key: getattr(settings, key) for key in ("eval_every", "eval_rows", "early_stop", "use_best")}
+    return inputs
 
 
 def resolve_stage(settings: TrainSettings, number: int) -> Stage:
@@ -164,6 +216,7 @@ def resolve_paths(settings: TrainSettings, number: int, output: str) -> TrainSet
     changes = {
         "init_from": storage.absolute(settings.init_from),
         "data": storage.absolute(settings.data),
+        "eval_data": storage.absolute(settings.eval_data) if settings.eval_data else "",
         "output": output,
         "storage_path": storage.absolute(settings.storage_path) if settings.storage_path else "",
         "tracking_uri": reachable_uri(settings.tracking_uri, settings.storage_path or output),

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines import storage
-from pipelines.training.record import read_record
+from pipelines.training.held_out_record import read_evaluations
+from pipelines.training.record import HELD_OUT_FILE, read_record
 from tinygptv.training.stages import Stage
 
 if TYPE_CHECKING:
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
 PAPER_LOSSES = {1: (7.152, 2.620), 2: (2.726, 2.343), 3: (1.992, 1.125), 4: (2.720, 1.399)}
 """Start and end loss of each stage as the paper reports them (section 4.2)."""
 
+PAPER_RECIPES = ("paper", "released")
+"""Recipes whose losses are compared with them."""
+
 
 def loss_curve(metrics: Path, path: Path, stage: Stage, recipe: str) -> Path:
     """Draw a stage's loss and learning rate over its steps; losses that are not finite leave a gap.
 
     Args:
-        metrics: ``metrics.jsonl`` of the stage.
+        metrics: ``metrics.jsonl`` of the stage; ``held_out.jsonl`` beside it is drawn, too.
         path: PNG to write.
         stage: the stage, for its title.
         recipe: at ``paper`` and ``released`` the paper's start and end loss are drawn in.
@@ -41,7 +45,11 @@ def loss_curve(metrics: Path, path: Path, stage: Stage, recipe: str) -> Path:
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     axis.plot(steps, losses, color="#9bb8d3", linewidth=0.8, label="loss per step")
     axis.plot(steps, means, color="#1f5a91", linewidth=1.8, label="running mean")
-    if recipe in ("paper", "released"):
+    held_out = read_evaluations(metrics.with_name(HELD_OUT_FILE))
+    if held_out:
+        points = [each["step"] for each in held_out], [each["loss"] for each in held_out]
+        axis.plot(*points, color="#d07a1f", marker="o", markersize=3, linewidth=1.4, label="held-out loss")
+    if recipe in PAPER_RECIPES:
         start, end = PAPER_LOSSES[stage.number]
         axis.axhline(start, color="#b04a3a", linestyle=":", label=f"paper, start {start}")
         axis.axhline(end, color="#b04a3a", linestyle="--", label=f"paper, end {end}")

@@ -16,8 +16,11 @@ RECORD_FILE = "metrics.jsonl"
 GUARD_FILE = "guard.jsonl"
 """Faults that the guard found: one line each."""
 
+HELD_OUT_FILE = "held_out.jsonl"
+"""Losses of held-out rows: one line per evaluation (``held_out_record``)."""
+
 PREDICTIONS_FOLDER = "predictions"
-WORKER_FILES = (RECORD_FILE, GUARD_FILE, PREDICTIONS_FOLDER, JOURNAL_FILE)
+WORKER_FILES = (RECORD_FILE, GUARD_FILE, HELD_OUT_FILE, PREDICTIONS_FOLDER, JOURNAL_FILE)
 """Files that rank 0 writes while it trains, beside states and checkpoint; published with every training state."""
 
 

@@ -19,8 +19,10 @@ from pipelines.data.loader import BatchMaker, CutCount, StepBatch
 from pipelines.json_files import write_json
 from pipelines.progress import PROGRESS_FILE, StepProgress
 from pipelines.tracking.base import NullTracker, Tracker, open_tracker
+from pipelines.tracking.described import hardware_tags
+from pipelines.training.held_out_record import Evaluation, HeldOutHistory, HeldOutResult
 from pipelines.training.job import TrainJob
-from pipelines.training.record import PREDICTIONS_FOLDER, RECORD_FILE, StepEntry, StepRecord
+from pipelines.training.record import HELD_OUT_FILE, PREDICTIONS_FOLDER, RECORD_FILE, StepEntry, StepRecord
 from pipelines.training.result import WorkerResult, cut_sentence
 from pipelines.training.sample_predictions import SamplePredictor
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
@@ -46,10 +48,9 @@ class Reporter:
         self.path = work.path / RECORD_FILE
         self.record = StepRecord(self.path, next_step)
         self.tracker: Tracker = (
-            open_tracker(job.settings, job.stage.title, identity=job.run, journal=work.path)
-            if job.run
-            else NullTracker()
+            open_tracker(job.settings, job.title, identity=job.run, journal=work.path) if job.run else NullTracker()
         )
+        self.tracker.tags(hardware_tags(world_size))
         self.progress = StepProgress(f"stage {job.stage.number} ({job.stage.title})", next_step, job.num_steps)
         self.progress_file = work.path / PROGRESS_FILE
         self.pending: list[_Step] = []
@@ -153,6 +154,23 @@ class Reporter:
             values["skipped"] = 1.0
         self.tracker.metrics(values, batch.step)
 
+    def evaluation(self, found: Evaluation, history: HeldOutHistory) -> None:
+        """Report the loss of the held-out rows."""
+        history.write(self.path.with_name(HELD_OUT_FILE))
+        per_source = {f"loss/held_out/{name}": loss for name, loss in found["sources"].items()}
+        self.tracker.metrics({"loss/held_out": found["loss"], **per_source}, found["step"])
+        best = history.best
+        note = "the least so far" if best is found else f"least {best['loss']:.4f} after step {best['step']}"
+        logger.info("held-out loss after step %d: %.4f (%s)", found["step"], found["loss"], note)
+        self._show(f"{self.progress.title}: held-out loss {found['loss']:.3f} after step {found['step']} ({note})")
+        self.clock = time.perf_counter()  # this was no training
+
+    def rewind_held_out(self, history: HeldOutHistory) -> None:
+        """Drop evaluations that will be done again."""
+        path = self.path.with_name(HELD_OUT_FILE)
+        if history.evaluations or path.is_file():
+            history.write(path)
+
     def predictions(self, model: TinyGPTVForConditionalGeneration, step: int) -> None:
         """Log the model's answers to the same few samples; a step that is done again is not asked again."""
         path = self.work.path / PREDICTIONS_FOLDER / f"step_{step + 1:06d}.json"
@@ -202,14 +220,21 @@ class Reporter:
             self.record.close()
         self.tracker.close("FAILED")
 
-    def finish(self, checkpoint: str, cut: dict[str, CutCount]) -> WorkerResult:
+    def finish(
+        self, checkpoint: str, cut: dict[str, CutCount], steps: int, held_out: HeldOutResult | None
+    ) -> WorkerResult:
         """Close everything.
 
         Args:
             checkpoint: folder or URI of the final checkpoint.
             cut: samples of the whole stage that were longer than its limits, by source.
+            steps: optimizer steps that were done.
+            held_out: losses of the held-out rows; None without them.
         """
         self.record.close()
         self.tracker.tags({f"cut.{name}": cut_sentence(name, count) for name, count in cut.items() if count.questions})
         self.tracker.close()
-        return WorkerResult(checkpoint, self.record.first_loss, self.record.last_loss, self.job.num_steps, cut)
+        stopped_early = steps < self.job.num_steps
+        return WorkerResult(
+            checkpoint, self.record.first_loss, self.record.last_loss, steps, cut, held_out, stopped_early
+        )

@@ -9,6 +9,7 @@ from typing import Any, Self, TypedDict
 from pipelines import storage
 from pipelines.data.loader import CutCount
 from pipelines.json_files import read_json_object, write_json
+from pipelines.training.held_out_record import HeldOutResult
 from pipelines.training.record import number
 
 RESULT_FILE = "result.json"
@@ -31,6 +32,8 @@ class StageResult(TypedDict):
         last_loss: loss of the last step.
         steps: optimizer steps of the run.
         cut: samples that were longer than the stage's limits, by source.
+        held_out: losses of the held-out rows; None without them.
+        stopped_early: ``early_stop`` ended it.
         seconds: time of the command that finished it.
         result: path of the file.
     """
@@ -40,6 +43,8 @@ class StageResult(TypedDict):
     last_loss: float
     steps: int
     cut: dict[str, dict[str, int]]
+    held_out: HeldOutResult | None
+    stopped_early: bool
     seconds: float
     result: str
 
@@ -54,6 +59,8 @@ class WorkerResult:
         last_loss: loss of the last step.
         steps: optimizer steps of the run.
         cut: samples that were longer than the stage's limits, by source.
+        held_out: losses of the held-out rows; None without them.
+        stopped_early: ``early_stop`` ended it.
     """
 
     checkpoint: str
@@ -61,13 +68,16 @@ class WorkerResult:
     last_loss: float
     steps: int
     cut: dict[str, CutCount] = field(default_factory=dict)
+    held_out: HeldOutResult | None = None
+    stopped_early: bool = False
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """From the values of a JSON file."""
         cut = {name: CutCount(**count) for name, count in values.get("cut", {}).items()}
         first, last = number(values["first_loss"]), number(values["last_loss"])
-        return cls(values["checkpoint"], first, last, values["steps"], cut)
+        held_out, stopped_early = values.get("held_out"), values.get("stopped_early", False)
+        return cls(values["checkpoint"], first, last, values["steps"], cut, held_out, stopped_early)
 
     def to_dict(self) -> dict[str, Any]:
         """For a JSON file."""
@@ -81,6 +91,8 @@ class WorkerResult:
             last_loss=self.last_loss,
             steps=self.steps,
             cut={name: asdict(count) for name, count in self.cut.items()},
+            held_out=self.held_out,
+            stopped_early=self.stopped_early,
             seconds=round(seconds, 1),
             result=result,
         )

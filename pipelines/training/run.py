@@ -11,22 +11,28 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from PIL import Image
 
 from pipelines import storage
 from pipelines.cluster import start_ray
+from pipelines.data.loader import open_shards
+from pipelines.data.shards import ShardSet, find_shard_sets
 from pipelines.node_cache import checked_checkpoint, local_checkpoint
 from pipelines.progress import PROGRESS_FILE, follow
 from pipelines.redact import redact
 from pipelines.settings import SettingsError, TrainSettings
 from pipelines.tracking.base import Tracker, continue_tracker, open_tracker
+from pipelines.tracking.described import DataInput, run_title
 from pipelines.tracking.identity import RUN_FILE, RunIdentity, read_identity
 from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.training.describe import describe_stage
 from pipelines.training.guard import TrainingStopped
 from pipelines.training.job import TrainJob, resolve_job, resolve_stage, resolved_config, with_start_adapters
+from pipelines.training.plots import PAPER_LOSSES, PAPER_RECIPES, loss_curve
 from pipelines.training.ray_entry import WORKER_RESULT, train_worker
-from pipelines.training.record import RECORD_FILE, WORKER_FILES
+from pipelines.training.record import HELD_OUT_FILE, RECORD_FILE, WORKER_FILES
 from pipelines.training.result import RESULT_FILE, StageResult, WorkerResult, cut_sentence, read_result, write_result
 from pipelines.training.states import StateStore
 from pipelines.training.worker import train_loop
@@ -120,15 +126,38 @@ def _begin_tracking(job: TrainJob, output: Path, parent_run_id: str) -> RunIdent
     tracker = _continue_tracker(job, output, parent)
     tracker.params(resolved_config(settings, stage))
     tracker.tags({"stage": str(stage.number), "recipe": settings.recipe, "seed": str(settings.seed)})
+    tracker.inputs(_data_inputs(job))
+    if settings.recipe in PAPER_RECIPES:
+        start, end = PAPER_LOSSES[stage.number]
+        for step in (0, job.num_steps - 1):
+            tracker.metrics({"loss/paper_start": start, "loss/paper_end": end}, step)
     tracker.artifact(output / "config.yaml")
     tracker.close("RUNNING")
     return read_identity(output)
 
 
+def _data_inputs(job: TrainJob) -> list[DataInput]:
+    """The data sets of the stage, and those whose loss is computed."""
+
+    def describe(name: str, shards: ShardSet, rows: int, context: Literal["training", "evaluation"]) -> DataInput:
+        return DataInput(name, shards.manifest.digest, shards.uri, rows, context)
+
+    held = job.plan.held_out
+    found = []
+    for name, shards in open_shards(job.settings.data, job.stage).items():
+        found.append(describe(name, shards, len(shards) - len(held.get(name, ())), "training"))
+        if name in held:
+            found.append(describe(f"{name} (held out)", shards, len(held[name]), "evaluation"))
+    for folder in find_shard_sets(job.settings.eval_data) if job.settings.eval_data else []:
+        shards = ShardSet.open(folder)
+        found.append(describe(storage.file_name(folder), shards, len(shards), "evaluation"))
+    return found
+
+
 def _training_run(settings: TrainSettings) -> str:
     """The parent run of all stages of a training: the one of the start's stage, or a new one."""
     known = read_stage(local_checkpoint(settings.init_from, weights=False)).get("tracking_parent", "")
-    tracker = open_tracker(settings, "training", identity=RunIdentity(run_id=known))
+    tracker = open_tracker(settings, run_title(settings.recipe, "training"), identity=RunIdentity(run_id=known))
     tracker.close()
     return tracker.run_id
 
@@ -146,7 +175,7 @@ def _refuse_shorter_run(job: TrainJob, output: Path) -> None:
 
 def _finished_result(output: Path, num_steps: int) -> StageResult | None:
     result = read_result(output)
-    if result is None or result["steps"] != num_steps:
+    if result is None or (result["steps"] != num_steps and not result["stopped_early"]):
         return None
     checkpoint = result["checkpoint"]
     if not storage.is_local(checkpoint):
@@ -251,10 +280,12 @@ def _log_outcome(job: TrainJob, output: Path, result: StageResult) -> None:
     """Draw the loss curve, and log it with the checkpoint; a quiet run without tracking has nobody to look at it."""
     if not job.run and job.settings.quiet:
         return
-    from pipelines.training.plots import loss_curve
-
     curve = loss_curve(output / RECORD_FILE, output / LOSS_PLOT, job.stage, job.settings.recipe)
     tracker = _continue_tracker(job, output)
+    if (output / HELD_OUT_FILE).is_file():
+        tracker.artifact(output / HELD_OUT_FILE)
+    with Image.open(curve) as image:
+        tracker.image(image.convert("RGB"), "loss", result["steps"])
     tracker.artifact(curve)
     tracker.artifact(output / RECORD_FILE)
     tracker.tags({"checkpoint": result["checkpoint"]})
@@ -269,12 +300,18 @@ def _send_unsent(job: TrainJob, output: Path) -> None:
 
 
 def _continue_tracker(job: TrainJob, output: Path, parent_run_id: str = "") -> Tracker:
-    return continue_tracker(job.settings, job.stage.title, output, parent_run_id=parent_run_id)
+    return continue_tracker(job.settings, job.title, output, parent_run_id=parent_run_id)
 
 
 def print_result(result: StageResult) -> None:
     """The closing lines of a stage's job; the last one is the path of result.json."""
     print(
         f"loss {result['first_loss']:.3f} -> {result['last_loss']:.3f} in {result['steps']} steps, "
-        f"{result['seconds']:.0f} s\ncheckpoint: {result['checkpoint']}\n{result['result']}"
+        f"{result['seconds']:.0f} s"
     )
+    if held_out := result["held_out"]:
+        print(
+            f"held-out loss {held_out['first']:.3f} -> {held_out['last']:.3f}, least {held_out['best']:.3f} after step "
+            f"{held_out['best_step']}; the checkpoint is of step {held_out['checkpoint_step']}"
+        )
+    print(f"checkpoint: {result['checkpoint']}\n{result['result']}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import tempfile
 import threading
@@ -42,7 +43,7 @@ class StateStore:
         Args:
             location: folder or URI; need not exist.
             keep: number of newest states to keep.
-            keep_best: also keep the state with the least ``mean_loss``.
+            keep_best: also keep the state with the least ``held_out_loss``; without one, with the least ``mean_loss``.
         """
         self.location = location
         self.keep = keep
@@ -70,6 +71,15 @@ class StateStore:
                 continue
             return int(extra["next_step"]), tensors, extra
         return None
+
+    def at(self, step: int) -> State:
+        """The state of a step.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        tensors, extra = self._read(storage.join(self.location, f"step-{step:08d}"))
+        return step, tensors, extra
 
     def save(self, next_step: int, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
         """Copy the tensors to the CPU now, and write the state in a thread."""
@@ -126,7 +136,7 @@ class StateStore:
         folders = [folder for _, folder in self._folders()]
         kept = set(folders[-self.keep :])
         if self.keep_best:
-            losses = {folder: self._mean_loss(folder) for folder in folders}
+            losses = {folder: self._loss(folder) for folder in folders}
             kept.add(min(folders, key=lambda folder: losses[folder]))
         for folder in set(folders) - kept:
             storage.remove_folder(folder)
@@ -134,12 +144,15 @@ class StateStore:
             for leftover in Path(self.location.removeprefix("file://")).glob(".*.tmp"):
                 storage.remove_folder(str(leftover))
 
-    def _mean_loss(self, folder: str) -> float:
+    def _loss(self, folder: str) -> tuple[bool, float]:
+        """What the best state is chosen by, least first: a held-out loss, else the mean loss of training."""
         try:
-            loss = json.loads(storage.read_bytes(storage.join(folder, "state.json"))).get("mean_loss")
-            return float("inf") if loss is None else float(loss)
+            extra = json.loads(storage.read_bytes(storage.join(folder, "state.json")))
         except (OSError, ValueError):
-            return float("inf")  # incomplete
+            return True, math.inf  # incomplete
+        held_out, mean = extra.get("held_out_loss"), extra.get("mean_loss")
+        loss = mean if held_out is None else held_out
+        return held_out is None, math.inf if loss is None else float(loss)
 
 
 def collect_state(train_step: TrainStep) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -150,6 +163,13 @@ def collect_state(train_step: TrainStep) -> tuple[dict[str, torch.Tensor], dict[
         for key, value in moments.items():
             tensors[f"optimizer/{key}/{names[id(parameter)]}"] = value
     return tensors, {"scaler": train_step.scaler.state_dict()}
+
+
+def restore_parameters(train_step: TrainStep, tensors: dict[str, torch.Tensor]) -> None:
+    """Load the parameters of a collected state into the model; the optimizer stays as it is."""
+    with torch.no_grad():
+        for name, parameter in train_step.named:
+            parameter.copy_(tensors[f"parameter/{name}"])
 
 
 def restore_state(train_step: TrainStep, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections import Counter
 from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,14 +21,17 @@ from pipelines.data.loader import BatchMaker, CutCount, StepBatch, iterate_steps
 from pipelines.json_files import to_json
 from pipelines.node_cache import local_checkpoint
 from pipelines.redact import redact
+from pipelines.training.distributed import gather, rank, world_size
 from pipelines.training.fit import device_capacity, fit_to_device
 from pipelines.training.guard import Diagnosis, Fault, Guard, TrainingStopped, describe, diagnose
+from pipelines.training.held_out import HeldOutLoss
+from pipelines.training.held_out_record import HeldOutHistory, parse_evaluation
 from pipelines.training.job import TrainJob
 from pipelines.training.record import GUARD_FILE, WORKER_FILES
 from pipelines.training.reporter import Reporter
 from pipelines.training.result import WorkerResult
 from pipelines.training.run_reports import NoReports, RunReports
-from pipelines.training.states import StateStore, collect_state, restore_state
+from pipelines.training.states import StateStore, collect_state, restore_parameters, restore_state
 from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from tinygptv.checkpoint.folders import MANIFEST
 from tinygptv.data.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
@@ -37,8 +40,6 @@ from tinygptv.training.stages import set_trainable
 from tinygptv.training.train_step import PRECISIONS, StepResult, TrainStep, set_dtypes
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 def train_loop(job: TrainJob, reports: RunReports | None = None) -> WorkerResult | None:
@@ -57,7 +58,7 @@ def train_loop(job: TrainJob, reports: RunReports | None = None) -> WorkerResult
     worker = TrainWorker(job, reports or NoReports())
     next_step = worker.resume()
     try:
-        while next_step < job.num_steps:
+        while next_step < worker.end:
             next_step = worker.train(next_step)  # to the end, or back to a state where the guard rolls back
     except BaseException:
         worker.abort()
@@ -71,7 +72,7 @@ class TrainWorker:
     def __init__(self, job: TrainJob, reports: RunReports) -> None:
         job = fit_to_device(job, device_capacity() if job.settings.use_gpu else None)
         self.job = job
-        self.rank, self.world_size = _rank(), _world_size()
+        self.rank, self.world_size = rank(), world_size()
         settings = job.settings
         torch.set_num_threads(settings.threads_per_worker or max(1, (os.cpu_count() or 1) // self.world_size))
         torch.manual_seed(settings.seed)  # fresh LoRA adapters must be the same on every worker
@@ -94,9 +95,15 @@ class TrainWorker:
         )
         self.plan = job.plan.for_worker(self.rank, self.world_size)
         self.store = StateStore(
-            storage.join(job.storage, "states"), settings.keep_checkpoints, keep_best=settings.keep_best
+            storage.join(job.storage, "states"),
+            settings.keep_checkpoints,
+            keep_best=settings.keep_best or settings.use_best,
         )
         self.work = storage.WorkFolder(job.storage)
+        self.held_out = HeldOutLoss(settings, self.plan, self.train_step) if job.evaluates else None
+        self.history = HeldOutHistory()
+        self.end = job.num_steps
+        self.compiling = False
         self.reports = reports
         self.reporter: Reporter | None = None
         self.cut: dict[str, CutCount] = {}
@@ -109,13 +116,16 @@ class TrainWorker:
         if self.rank == 0:
             self.work.fetch(*WORKER_FILES)  # another node may have begun
             self.reporter = Reporter(self.job, self.work, next_step, self.world_size)
-            if next_step == 0 and self.job.settings.guard == "rollback":
-                self.save(0)  # something to roll back to
+            self.reporter.rewind_held_out(self.history)
+        if next_step == 0 and self.held_out:
+            self._evaluate(0)
+        if self.rank == 0 and next_step == 0 and (self.job.settings.guard == "rollback" or self.job.settings.use_best):
+            self.save(0)  # something to go back to
         return next_step
 
     def train(self, start: int) -> int:
-        """Train from step ``start``; returns ``num_steps``, or the step that the guard rolled back to."""
-        settings, stage = self.job.settings, self.job.stage
+        """Train from step ``start``; returns ``end``, or the step that the guard rolled back to."""
+        settings = self.job.settings
         batches = iterate_steps(
             self.plan,
             start,
@@ -123,25 +133,15 @@ class TrainWorker:
             loader_workers=settings.loader_workers,
             prefetch_steps=settings.prefetch_steps,
         )
-        compiling = self.train_step.compiled
-        if compiling and self.reporter:
+        self.compiling = self.train_step.compiled
+        if self.compiling and self.reporter:
             self.reporter.compiling()
         for batch in batches:
-            learning_rate = stage.schedule.learning_rate(batch.step)
-            self.cut = add_counts(self.cut, batch.cut)
-            if batch.step in self.left_out:
-                if self.reporter:
-                    self.reporter.add_skipped(batch, learning_rate)
-            else:
-                torch.manual_seed(_dropout_seed(settings.seed, batch.step, self.rank))
-                result = self.train_step.run(batch.micro_batches, learning_rate)
-                self._report(batch, result, learning_rate)
-                if compiling and self.reporter:
-                    self.reporter.compiled()
-                compiling = False
-            last = batch.step + 1 == self.job.num_steps
-            saves = (batch.step + 1) % settings.checkpoint_every == 0 and not last
-            reads = saves or last or (batch.step + 1) % settings.log_every == 0
+            self._step(batch)
+            done, last = batch.step + 1, batch.step + 1 == self.job.num_steps
+            saves = done % settings.checkpoint_every == 0 and not last
+            evaluates = self.held_out and _due(batch.step, settings.eval_every or settings.checkpoint_every, last)
+            reads = saves or last or bool(evaluates) or done % settings.log_every == 0
             leaves = reads and not last and self.reports.must_save()
             saves = saves or leaves
             if reads:
@@ -149,13 +149,51 @@ class TrainWorker:
                 if rolled_back_to is not None:
                     batches.close()
                     return rolled_back_to
+            if evaluates:
+                self._evaluate(done)
+                last = last or self._stops_early(done)
+                saves = (saves or self.history.newest_is_best) and not last
             if saves or last:
                 self.cut = self._gather_cut()
             if saves:
-                self._save_and_report(batch.step + 1, waits=leaves)
+                self._save_and_report(done, waits=leaves)
             if self.reporter and _due(batch.step, settings.predict_every, last):
                 self.reporter.predictions(self.model, batch.step)
-        return self.job.num_steps
+            if last:
+                break
+        batches.close()
+        return self.end
+
+    def _evaluate(self, steps_done: int) -> None:
+        """Compute the loss of the held-out rows; all workers do."""
+        assert self.held_out is not None
+        found = self.history.add(steps_done, gather(self.held_out.sums()))
+        if self.reporter:
+            self.reporter.evaluation(found, self.history)
+
+    def _stops_early(self, steps_done: int) -> bool:
+        patience = self.job.settings.early_stop
+        if not patience or self.history.since_best < patience:
+            return False
+        self.end = steps_done
+        if self.rank == 0:
+            logger.info("early stop after step %d: %d evaluations without a lower loss", steps_done, patience)
+        return True
+
+    def _step(self, batch: StepBatch) -> None:
+        """Do one optimizer step, unless the guard leaves its data out."""
+        learning_rate = self.job.stage.schedule.learning_rate(batch.step)
+        self.cut = add_counts(self.cut, batch.cut)
+        if batch.step in self.left_out:
+            if self.reporter:
+                self.reporter.add_skipped(batch, learning_rate)
+            return
+        torch.manual_seed(_dropout_seed(self.job.settings.seed, batch.step, self.rank))
+        result = self.train_step.run(batch.micro_batches, learning_rate)
+        self._report(batch, result, learning_rate)
+        if self.compiling and self.reporter:
+            self.reporter.compiled()
+        self.compiling = False
 
     def _report(self, batch: StepBatch, result: StepResult, learning_rate: float) -> None:
         if self.job.settings.guard != "off":
@@ -211,6 +249,7 @@ class TrainWorker:
                 "guard: rolled back to step %d; the data of steps %s is left out", next_step, sorted(bad_steps)
             )
             self.reporter.rewind(next_step)
+            self.reporter.rewind_held_out(self.history)
         return next_step
 
     def _diagnose(self, fault: Fault) -> Diagnosis:
@@ -246,7 +285,9 @@ class TrainWorker:
         tensors |= {f"guard/{name}": tensor for name, tensor in self.guard.state().items()}
         counts = {name: asdict(count) for name, count in self.cut.items()}
         loss = mean_loss if math.isfinite(mean_loss) else None
-        self.store.save(next_step, tensors, {**extra, "mean_loss": loss, "cut": counts})
+        self.store.save(
+            next_step, tensors, {**extra, "mean_loss": loss, "cut": counts, **self.history.state(next_step)}
+        )
 
     def _gather_cut(self) -> dict[str, CutCount]:
         """Cut samples of all workers on rank 0; other ranks count again from zero."""
@@ -254,12 +295,13 @@ class TrainWorker:
         return add_counts(*found) if self.rank == 0 else {}
 
     def _restore(self) -> int:
-        self.cut = {}
+        self.cut, self.history = {}, HeldOutHistory()
         found = self.store.newest()
         if found is None:
             return 0
         next_step, tensors, extra = found
         restore_state(self.train_step, tensors, extra)
+        self.history = HeldOutHistory([parse_evaluation(each) for each in extra.get("evaluations", [])])
         if self.rank == 0:
             self.cut = {name: CutCount(**count) for name, count in extra.get("cut", {}).items()}
         prefix = "guard/"
@@ -279,10 +321,19 @@ class TrainWorker:
             return None
         self.store.wait()
         self.reporter.flush()
-        checkpoint = self._save_checkpoint()
-        result = self.reporter.finish(checkpoint, self.cut)
+        step = self._use_best() if self.job.settings.use_best else self.end
+        held_out = self.history.result(step, self.held_out.num_rows) if self.held_out else None
+        result = self.reporter.finish(self._save_checkpoint(), self.cut, self.end, held_out)
         self.work.publish(*WORKER_FILES)
         return result
+
+    def _use_best(self) -> int:
+        """Restore the weights of the least held-out loss; returns the steps that they were trained for."""
+        step = self.history.best["step"]
+        if step != self.end:
+            _, tensors, _ = self.store.at(step)
+            restore_parameters(self.train_step, tensors)
+        return step
 
     def _save_checkpoint(self) -> str:
         """Write the whole model; returns its folder or URI."""
@@ -301,7 +352,7 @@ class TrainWorker:
             "recipe": job.settings.recipe,
             "stage": job.stage.number,
             "title": job.stage.title,
-            "steps": job.num_steps,
+            "steps": self.end,
             "seed": job.settings.seed,
             "init_from": redact(job.settings.init_from),
             **({"tracking_parent": job.run.parent} if job.run and job.run.parent else {}),
@@ -345,23 +396,6 @@ def _due(step: int, every: int, last: bool) -> bool:
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
     """Dropout depends on the step alone, so that a resumed run draws what an uninterrupted one would."""
     return (seed * 1_000_003 + step) * 1009 + rank
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def gather(value: T) -> list[T]:
-    """The values of all workers, by rank; all workers must call it."""
-    if _world_size() == 1:
-        return [value]
-    everyone: list[Any] = [None] * _world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone
 
 
 def add_counts(*counts: dict[str, CutCount]) -> dict[str, CutCount]:

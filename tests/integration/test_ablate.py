@@ -70,7 +70,7 @@ def test_matrix_on_the_cluster(ray_cluster, world, tmp_path):
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("tinygptv-mini")
     runs = client.search_runs([experiment.experiment_id])
-    (parent,) = [run for run in runs if run.info.run_name == "ablation"]
+    (parent,) = [run for run in runs if run.info.run_name.startswith("mini ablation, ")]
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert {run.info.run_name for run in children} == {row["variant"] for row in result["rows"]}
     for child in children:

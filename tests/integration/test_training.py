@@ -210,7 +210,8 @@ def client_of(uri):
 
 def runs_of(client):
     experiment = client.get_experiment_by_name("tinygptv-mini")
-    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    runs = client.search_runs([experiment.experiment_id])
+    return {run.info.run_name.partition(",")[0].removeprefix("mini "): run for run in runs}
 
 
 def steps_of(client, run, key="loss"):
@@ -227,11 +228,13 @@ def test_a_resumed_run_continues_its_curve_and_stages_share_a_parent(world, tmp_
 
     client = client_of(uri)
     runs = runs_of(client)
-    assert set(runs) == {"training", "multi-task learning", "pre-training"}
-    run = runs["multi-task learning"]
-    assert {runs[name].data.tags["mlflow.parentRunId"] for name in ("multi-task learning", "pre-training")} == {
-        runs["training"].info.run_id
-    }
+    names = ("stage 4 multi-task learning", "stage 2 pre-training")
+    assert set(runs) == {"training", *names}
+    run = runs[names[0]]
+    assert {runs[name].data.tags["mlflow.parentRunId"] for name in names} == {runs["training"].info.run_id}
+    inputs = {found.dataset.name: json.loads(found.dataset.profile) for found in run.inputs.dataset_inputs}
+    assert inputs == {"pairs": {"num_rows": 30}, "questions": {"num_rows": 22}}
+    assert {"hardware.cpus", "mlflow.source.name"} <= set(run.data.tags)
     for key in ("loss", "lr", "grad_norm"):
         assert steps_of(client, run, key) == list(range(12)), key
     history = client.get_metric_history(run.info.run_id, "loss")
@@ -255,4 +258,4 @@ def test_mlflow_away_stops_nothing_and_is_told_later(world, straight, tmp_path):
     run_stage(train_settings(world, output, tracking_uri=uri), 4)  # finished: nothing is trained, what waited is sent
     assert not (output / JOURNAL_FILE).exists()
     client = client_of(uri)
-    assert steps_of(client, runs_of(client)["multi-task learning"]) == list(range(12))
+    assert steps_of(client, runs_of(client)["stage 4 multi-task learning"]) == list(range(12))

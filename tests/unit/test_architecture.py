@@ -64,7 +64,7 @@ _PIPELINES: dict[str, set[str]] = {
     "data.sources": {*_WIRING},
     "data.ingest": {*_WIRING, "tracking", "data", "data.sources"},
     "training": {*_WIRING, "tracking", "data"},
-    "evaluation.benchmarks": {"data.sources"},
+    "evaluation.benchmarks": {"storage", "settings", "data.sources"},
     "evaluation": {*_WIRING, "tracking", "evaluation.benchmarks"},
     "evaluation.harnesses": set(),
     "export": {*_WIRING, "tracking", "data"},

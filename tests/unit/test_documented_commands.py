@@ -174,12 +174,24 @@ def test_requests_name_the_served_model():
             assert found == name, f"{document}: {found}"
 
 
+def test_weight_files_have_their_published_names():
+    from tinygptv.convert.sources import all_parts
+
+    published = {file.name for part in all_parts().values() for file in part.files}
+    configs = [ROOT / "configs/paper.yaml", ROOT / "configs/released.yaml"]
+    commands = [command.text for document in DOCUMENTS for command in commands_of(document)]
+    texts = [*commands, *(path.read_text() for path in configs)]
+    named = {name for text in texts for name in re.findall(r"[\w.-]+\.pth", text)}
+    assert "prerained_minigpt4_7b.pth" in named and "eva_vit_g.pth" in named
+    assert {name for name in named if not name.startswith("stage")} <= published
+
+
 def test_links_to_files_exist():
     wrong = []
     for document in DOCUMENTS:
         for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", document.read_text()):
             path = (document.parent / target).resolve()
-            generated = {"CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "performance.md"}
+            generated = {"CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"}
             if not path.exists() and path != ROOT / "docs/tutorials/notebook.md" and path.name not in generated:
                 wrong.append(f"{document.relative_to(ROOT)}: {target}")
     assert not wrong, "\n".join(wrong)

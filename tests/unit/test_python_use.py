@@ -41,7 +41,7 @@ def test_the_lines_of_readme_ask_a_question(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     code = code.replace("outputs/demo/stage4/checkpoint", str(shipped_model()))
     exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out.strip() == "yellow"
+    assert capsys.readouterr().out.strip() == "black"
 
 
 SOURCES = {

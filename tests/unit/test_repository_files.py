@@ -55,6 +55,13 @@ def test_packages_tell_that_they_are_typed(package):
     assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"][package]
 
 
+def test_every_document_is_in_the_site():
+    pages = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages |= set(re.findall(r"- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    documents = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert documents <= pages, f"name these in the nav of mkdocs.yml: {sorted(documents - pages)}"
+
+
 # ------------------------------------------------------------------ words
 
 

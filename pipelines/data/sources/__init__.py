@@ -11,6 +11,7 @@ import difflib
 from pipelines.data.sources import entries
 from pipelines.data.sources.annotations import AnnotationReader
 from pipelines.data.sources.base import Source, SourceInput
+from pipelines.data.sources.delimited import DelimitedReader
 from pipelines.data.sources.images import COCO, ImageLayout, below
 from pipelines.data.sources.own import JsonRowsReader, TableReader
 from pipelines.data.sources.referring import RefCocoReader, VisualGenomeReader
@@ -116,6 +117,7 @@ SOURCES: dict[str, Source] = {
         web=True,
     ),
     "jsonl": Source("", JsonRowsReader()),
+    "csv": Source("", DelimitedReader()),
     "hf": Source("", TableReader()),
     "parquet": Source("", TableReader()),
 }

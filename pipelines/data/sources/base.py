@@ -187,6 +187,8 @@ def rejection(unit: SourceUnit, key: str, error: Exception) -> Rejected:
         return Rejected(key, unit.shard, str(error), missing=tuple((at.root, at.path) for at in error.looked_for))
     if isinstance(error, Malformed | Filtered):
         return Rejected(key, unit.shard, str(error), getattr(error, "filter", ""))
+    if isinstance(error, KeyError):
+        return Rejected(key, unit.shard, f"malformed entry: it has no {error}")
     return Rejected(key, unit.shard, f"malformed entry: {type(error).__name__} {error}")
 
 

@@ -168,10 +168,15 @@ def text_of(entry: Any, name: str) -> str:
     """A field that must be text.
 
     Raises:
-        Malformed: it is something else.
-        KeyError: it is missing.
+        Malformed: it is missing, or something else.
     """
+    if isinstance(entry, Mapping) and name not in entry:
+        raise Malformed(f"the entry has {_names(entry) or 'no fields'}, but no {name!r}")
     return _text(entry[name], name)
+
+
+def _names(entry: Mapping[Any, Any]) -> str:
+    return shorten(", ".join(repr(key) for key in entry))
 
 
 def _text(value: Any, name: str) -> str:

@@ -35,9 +35,11 @@ def find_benchmarks(names: str | list[str]) -> list[Benchmark]:
         wanted += GROUPS.get(name, (name,))
     for name in wanted:
         if name not in BENCHMARKS:
-            near = difflib.get_close_matches(name, [*GROUPS, *BENCHMARKS], n=1)
+            if name == "own":
+                raise ValueError("benchmark=own is scored alone: give it no other benchmarks beside.")
+            near = difflib.get_close_matches(name, ["own", *GROUPS, *BENCHMARKS], n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"benchmark {name!r} is unknown; {hint}known: {', '.join([*GROUPS, *BENCHMARKS])}.")
+            raise ValueError(f"benchmark {name!r} is unknown; {hint}known: own, {', '.join([*GROUPS, *BENCHMARKS])}.")
     return [BENCHMARKS[name] for name in dict.fromkeys(wanted)]
 
 

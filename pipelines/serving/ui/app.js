@@ -112,8 +112,8 @@ async function openImage(file, name, { isOwn = true } = {}) {
   chooseTask(chosenTask().id);
   if (isOwn && model.scope === DRAWN) {
     conversation.note(
-      "This model knows drawn scenes only: what it says about a photograph is wrong. For photographs, convert the released weights (README, “The released model”) and serve them:",
-      "python jobs/serve_http.py artifact=DIR",
+      "This model knows drawn scenes only: what it says about a photograph is wrong. The released model knows photographs (8.6 GB, docs/weights.md):",
+      "make released",
     );
   }
   // On a touch screen this would open the keyboard over the image.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.page import Server, expect, open_page, upload, wait_for_answer
+from tests.paths import ROOT
 
 
 def test_examples_can_be_clicked(page, server):
@@ -19,7 +22,10 @@ def test_the_page_says_what_the_model_knows(page, server):
     assert page.locator("#scope").inner_text() == "drawn scenes"
     upload(page)
     note = page.locator(".message.note").inner_text()
-    assert "knows drawn scenes only" in note and "python jobs/serve_http.py artifact=DIR" in note
+    assert "knows drawn scenes only" in note
+    assert "\nreleased:" in (ROOT / "Makefile").read_text() and note.endswith("make released")
+    (guide,) = re.findall(r"docs/[\w-]+\.md", note)
+    assert (ROOT / guide).is_file()
 
 
 @pytest.mark.parametrize("scope", ["photographs", ""])

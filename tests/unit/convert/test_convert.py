@@ -14,7 +14,7 @@ from tests.release_files import language_state, stage_state, write_language, wri
 from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from tinygptv.checkpoint.folders import write_folder
 from tinygptv.checkpoint.weight_files import WeightFileError, open_weights
-from tinygptv.convert import load_release
+from tinygptv.convert import load_release, match
 from tinygptv.convert.__main__ import main
 from tinygptv.convert.layouts import interleave_heads, plain_key, release_key, separate_heads
 from tinygptv.data.processing import TinyGPTVProcessor
@@ -86,6 +86,23 @@ def test_four_phi2_layouts_give_the_same_model(tmp_path, files, plain, whole, la
     folder = tmp_path / "other"
     write_language(folder, plain, layout, form=form)
     assert_equal(load(files, language=folder), whole)
+
+
+def test_the_block_that_the_release_leaves_out_is_ignored(files, whole, plain, monkeypatch):
+    """The public eva_vit_g.pth has forty blocks; the release builds 39."""
+    monkeypatch.setattr(match, "RELEASE_VISION_DEPTH", 2)
+    state = torch.load(files["vision"])
+    extra = {
+        name.replace("blocks.1.", "blocks.2."): tensor + 1 for name, tensor in state.items() if "blocks.1." in name
+    }
+    torch.save(state | extra, files["vision"])
+    loaded = load(files)
+    assert loaded.config.vision_config.num_hidden_layers == 2
+    assert_equal(loaded, whole)
+    left_out = {key for key, file, _ in loaded.load_report.ignored if "eva_vit_g" in file}
+    assert left_out == extra.keys()
+    monkeypatch.setattr(match, "RELEASE_VISION_DEPTH", 39)
+    assert load(files).config.vision_config.num_hidden_layers == 3, "of another depth, every block counts"
 
 
 def test_split_layout_equals_transformers_own_phi(tmp_path, files, plain):

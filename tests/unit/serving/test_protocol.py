@@ -67,7 +67,10 @@ def test_what_would_not_change_the_answer_is_taken(fields):
 def test_what_would_change_the_answer_is_refused_by_name(fields):
     response = Client().chat(ask(words("hi"), **fields))
     assert response.status_code == 400
-    assert f"{next(iter(fields))} is not supported" in response.json()["error"]["message"]
+    error = response.json()["error"]
+    name = next(iter(fields))
+    assert error["message"] == f"{name} is not supported by this server: leave it out."
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter")
 
 
 @pytest.mark.parametrize("kind", ["json_schema", "json_object"])

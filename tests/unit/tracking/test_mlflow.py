@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from pipelines.redact import redact
 from pipelines.settings import TrainSettings
 from pipelines.tracking import mlflow as module
 from pipelines.tracking.base import NullTracker, continue_tracker, open_tracker
+from pipelines.tracking.described import DataInput, hardware_tags, run_title
 from pipelines.tracking.identity import RUN_FILE, RunIdentity, read_identity
 from pipelines.tracking.names import NameTable, valid_name
 
@@ -72,6 +74,9 @@ class Store:
         for metric in metrics:
             self.runs[run_id].data.metrics.setdefault(metric.key, []).append(metric)
         self.runs[run_id].data.params.update({param.key: param.value for param in params})
+
+    def log_inputs(self, run_id, datasets):
+        self.runs[run_id].inputs = datasets
 
     def get_metric_history(self, run_id, key):
         return self.runs[run_id].data.metrics.get(key, [])
@@ -225,3 +230,36 @@ def test_tracking_that_is_off_writes_nothing(tmp_path):
 
 def test_no_identity_begins_a_run_of_its_own():
     assert RunIdentity().key != RunIdentity().key
+
+
+def test_data_sets_and_where_the_run_is_from_are_logged(store, tmp_path):
+    tracker = continue_tracker(settings(), run_title("mini", "stage 4"), tmp_path)
+    found = DataInput("gqa", "9f31c2", "s3://user:secret@bucket/gqa", 120, "training")
+    tracker.inputs([found, DataInput("gqa (held out)", "9f31c2", "/data/gqa", 6, "evaluation")])
+    tracker.close()
+    run = store.runs[tracker.run_id]
+    assert re.fullmatch(r"mini stage 4, \d{4}-\d\d-\d\d \d\d:\d\d", run.info.run_name)
+    assert run.data.tags["mlflow.source.name"] and run.data.tags["mlflow.source.type"] == "LOCAL"
+    first, second = run.inputs
+    assert (first.dataset.name, first.dataset.digest, first.dataset.profile) == ("gqa", "9f31c2", '{"num_rows": 120}')
+    assert first.dataset.source_type == "uri" and "secret" not in first.dataset.source
+    assert second.dataset.source_type == "local" and second.tags[0].value == "evaluation"
+
+
+def test_data_sets_that_could_not_be_sent_are_sent_by_the_next_run(stores, tmp_path, monkeypatch):
+    def away(uri):
+        raise ConnectionError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "open_client", away)
+        silent = continue_tracker(settings(), "stage", tmp_path)
+        silent.inputs([DataInput("gqa", "9f31c2", "/data/gqa", 120, "training")])
+        silent.close()
+    again = continue_tracker(settings(), "stage", tmp_path)
+    again.close()
+    assert stores["one"].runs[again.run_id].inputs[0].dataset.name == "gqa"
+
+
+def test_hardware_is_named():
+    tags = hardware_tags(3)
+    assert tags["hardware.workers"] == "3" and int(tags["hardware.cpus"]) > 0 and tags["hardware.torch"]

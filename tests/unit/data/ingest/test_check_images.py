@@ -183,6 +183,42 @@ def test_filters_on_size_and_shape(size, changes, name):
     assert error.value.filter == name
 
 
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        ((40, 8), {"min_side": 8}),
+        ((8, 40), {"min_side": 8, "max_aspect_ratio": 5}),
+        ((40, 8), {"max_aspect_ratio": 5}),
+        ((50, 20), {"max_megapixels": 0.001}),
+    ],
+)
+def test_an_image_exactly_at_a_bound_is_kept(size, changes):
+    checked = check_image(jpeg(0, size), PrepareDataSettings(**changes))
+    assert (checked.width, checked.height) == size and checked.kept
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "error"),
+    [
+        ((40, 7), {"min_side": 8, "max_aspect_ratio": 9}, Filtered),
+        ((41, 8), {"max_aspect_ratio": 5}, Filtered),
+        ((8, 41), {"max_aspect_ratio": 5}, Filtered),
+        ((51, 20), {"max_megapixels": 0.001}, Malformed),
+        ((50, 21), {"max_megapixels": 0.001}, Malformed),
+    ],
+)
+def test_an_image_one_pixel_beyond_a_bound_is_not(size, changes, error):
+    for kind in ("JPEG", "PNG"):
+        with pytest.raises(error):
+            check_image(encode(picture(0, size), kind), PrepareDataSettings(**changes))
+
+
+@pytest.mark.parametrize(("side", "kept"), [(32, True), (33, False)])
+def test_an_image_of_exactly_the_size_keeps_its_bytes(side, kept):
+    checked = check_image(jpeg(0, (60, side)), PrepareDataSettings(image_size=32))
+    assert checked.kept is kept and min(open_image(checked.data).size) == 32
+
+
 def test_perceptual_hash_survives_scaling_and_encoding_and_tells_pictures_apart():
     distances = []
     for seed in range(20):

@@ -66,6 +66,28 @@ def test_caption_filters_know_no_language(caption, name):
 
 
 @pytest.mark.parametrize(
+    ("caption", "changes", "name"),
+    [
+        ("a b c", {"min_words": 3}, ""),
+        ("a b", {"min_words": 3}, "min_words"),
+        ("ab -- ----", {"min_letters": 0.25}, ""),
+        ("ab -- -----", {"min_letters": 0.25}, "min_letters"),
+        ("go go go go a b c d", {"max_repetition": 0.5}, ""),
+        ("go go go go go b c d", {"max_repetition": 0.5}, "max_repetition"),
+        ("go go go go go go go", {"max_repetition": 0.5}, ""),
+    ],
+)
+def test_caption_filters_exactly_at_their_bounds(caption, changes, name):
+    given, bounds = row(task="pair", turns=(Turn("", (caption,)),)), PrepareDataSettings(**changes)
+    if not name:
+        check_row(given, web=True, settings=bounds)
+        return
+    with pytest.raises(Filtered) as error:
+        check_row(given, web=True, settings=bounds)
+    assert error.value.filter == name
+
+
+@pytest.mark.parametrize(
     ("task", "answer", "stored"),
     [
         ("instruct", "## Summary\n### Objects\n- a star", "## Summary\n# # # Objects\n- a star"),

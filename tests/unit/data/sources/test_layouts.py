@@ -95,6 +95,8 @@ def build(path: Path) -> None:
         path.write_text(json.dumps(UNNATURAL) + "\n")
     elif path.name == "own.jsonl":
         path.write_text(json.dumps({"image": "cat.jpg", "question": "What is it?", "answer": "A cat."}) + "\n")
+    elif path.name == "own.csv":
+        path.write_text("image,question,answer\ncat.jpg,What is it?,A cat.\n")
     elif path.suffix == ".txt":
         path.write_text("A star.")
     elif path.suffix == ".parquet":
@@ -142,4 +144,4 @@ def test_every_source_has_a_command():
 def test_every_training_set_is_in_the_table():
     rows = [line.split("|")[1] for line in TRAINING.splitlines() if line.startswith("| ")]
     named = {name.strip() for row in rows[1:] for name in row.split(",")}
-    assert named == set(SOURCES) - {"webdataset", "jsonl", "hf", "parquet"}
+    assert named == set(SOURCES) - {"webdataset", "jsonl", "csv", "hf", "parquet"}

@@ -68,4 +68,4 @@ def test_object_storage_gives_the_same_rows_as_a_disk(world, remote_world, name)
 
 
 def test_nothing_of_the_release_is_left_out_of_the_world():
-    assert set(NAMES) == set(SOURCES) - {"webdataset", "jsonl", "hf", "parquet"}
+    assert set(NAMES) == set(SOURCES) - {"webdataset", "jsonl", "csv", "hf", "parquet"}

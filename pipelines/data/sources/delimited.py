@@ -1,0 +1,103 @@
+"""Rows of one's own data as CSV or TSV: a header with the fields' names, then one row a line.
+
+    image,question,answer
+    001.jpg,what is on the desk?,a red mug
+
+Lists are written as JSON: ``answers`` as ``["red", "dark red"]``, ``boxes`` as ``[[10, 20, 90, 80]]``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from pipelines import storage
+from pipelines.data.sources.base import Changes, ReadResult, Rejected, SourceInput, SourceUnit, find_input
+from pipelines.data.sources.drafts import read_drafts
+from pipelines.data.sources.images import ImageFolder, ImageLayout, find_image_folder
+from pipelines.data.sources.own_rows import read_own_row
+from pipelines.settings import SettingsError
+
+DELIMITED = (".csv", ".tsv")
+"""Endings of the files' names."""
+
+_LONGEST_FIELD = 16 << 20
+_BESIDE = ImageLayout((".",))
+
+
+@dataclass(frozen=True)
+class DelimitedReader:
+    """CSV and TSV files. Images are named relative to the file."""
+
+    def plan(self, source: SourceInput) -> Iterator[SourceUnit]:
+        """One unit per file: quoted fields may hold line breaks, so a file cannot be cut."""
+        for file in find_input(source, "*.csv", "*.tsv"):
+            if next(read_delimited(file.location), None) is None:
+                raise SettingsError(f"{file.location} holds no rows: is it the right file?")
+            yield SourceUnit.of_file(source, file, find_image_folder(source, file.location, _BESIDE))
+
+    def read(self, unit: SourceUnit, changes: Changes | None = None) -> Iterator[ReadResult]:
+        """Rows of a file; a broken one is set apart alone."""
+        images = ImageFolder(unit.details)
+        for key, fields in read_delimited(unit.file):
+            if isinstance(fields, Rejected):
+                yield fields
+            else:
+                yield from read_drafts(unit, key, partial(read_own_row, unit, fields), images, changes)
+
+
+def read_delimited(location: storage.Location) -> Iterator[tuple[str, dict[str, Any] | Rejected]]:
+    """Key (``line 7``) and fields of every row; empty fields are left out.
+
+    Raises:
+        SettingsError: there is no header, or it has no usable names.
+    """
+    csv.field_size_limit(_LONGEST_FIELD)
+    text = storage.read_bytes(location).decode("utf-8-sig", errors="surrogateescape")
+    header, _, _ = text.partition("\n")
+    reader = csv.reader(text.splitlines(keepends=True), delimiter=_delimiter(location.name, header), strict=True)
+    try:
+        names = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise SettingsError(f"{location}: the header cannot be read: {error}.") from error
+    if len(names) != len(set(names)) or not all(names):
+        raise SettingsError(f"{location}: the first line must name every column once; it is {header.strip()[:100]!r}.")
+    while True:
+        line = reader.line_num + 1
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            yield f"line {line}", Rejected(f"line {line}", location.name, f"no valid row: {error}")
+            continue
+        if values is None:
+            return
+        if values:
+            yield f"line {line}", _fields(f"line {line}", location.name, names, values)
+
+
+def _delimiter(name: str, header: str) -> str:
+    if name.lower().endswith(".tsv") or "\t" in header:
+        return "\t"
+    return ";" if ";" in header and "," not in header else ","
+
+
+def _fields(key: str, file: str, names: list[str], values: list[str]) -> dict[str, Any] | Rejected:
+    if len(values) != len(names):
+        reason = f"{len(values)} fields, and the header names {len(names)}; fields with the separator need quotes"
+        return Rejected(key, file, reason)
+    fields: dict[str, Any] = {}
+    for name, value in zip(names, values, strict=True):
+        if not value:
+            continue
+        try:
+            fields[name] = json.loads(value) if name in _LISTS else value
+        except ValueError:
+            return Rejected(key, file, f"{name} is no JSON list: {value[:60]!r}")
+    return fields
+
+
+_LISTS = ("answers", "boxes", "turns", "conversations", "messages")

@@ -1,0 +1,178 @@
+"""One's own rows as a benchmark: the files that ``prepare_data`` reads, scored instead of trained on.
+
+    {"image": "a.jpg", "question": "what colour is the mug?", "answer": "red"}
+    {"image": "a.jpg", "turns": [{"question": "", "answers": ["the mug"]}], "boxes": [[9, 20, 90, 80]], "task": "refer"}
+
+Every question of a row is asked, each with the turns before it and their true answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pipelines import storage
+from pipelines.data.sources.base import Malformed, Rejected, SourceInput
+from pipelines.data.sources.delimited import DELIMITED, read_delimited
+from pipelines.data.sources.drafts import Draft
+from pipelines.data.sources.json_entries import read_entries
+from pipelines.data.sources.own import JsonRowsReader
+from pipelines.data.sources.own_rows import own_draft
+from pipelines.evaluation.benchmarks.base import Benchmark, Question
+from pipelines.evaluation.benchmarks.files import DataFolder
+from pipelines.evaluation.benchmarks.grounding import OVERLAPS, score_refer
+from pipelines.settings import SettingsError
+from tinygptv.data.boxes import format_box
+from tinygptv.data.prompt_layout import Exchange
+from tinygptv.data.prompts import EVALUATION_INSTRUCTIONS, INSTRUCTIONS
+from tinygptv.metrics.metrics import exact_match, vqa_accuracy
+from tinygptv.metrics.vqa_text import normalise_answer
+
+OWN = "own"
+METRICS = ("exact", "vqa", "iou")
+"""``metric=`` of one's own rows."""
+
+_ANNOTATORS = 3
+_FILES = ("*.jsonl", "*.ndjson", "*.json", *(f"*{ending}" for ending in DELIMITED))
+
+
+def own_benchmark(metric: str, data: DataFolder) -> Benchmark:
+    """The benchmark of one's own rows.
+
+    Args:
+        metric: one of ``METRICS``; anything else takes ``iou`` where the first row asks for a box, else ``exact``.
+        data: file of rows, or folder with such files.
+
+    Raises:
+        SettingsError: there are no rows, or the first cannot be used.
+    """
+    if metric not in METRICS:
+        first = next(_read(data), None)
+        metric = "iou" if first is not None and "box" in first.truth else "exact"
+    return _BENCHMARKS[metric]
+
+
+def _score_exact(answer: str, truth: dict[str, Any]) -> float:
+    return max(exact_match(answer, each) for each in truth["answers"])
+
+
+def _score_vqa(answer: str, truth: dict[str, Any]) -> float:
+    """VQA accuracy; of fewer than three answers, any may be given."""
+    if len(truth["answers"]) >= _ANNOTATORS:
+        return vqa_accuracy(answer, truth["answers"])
+    return float(normalise_answer(answer) in {normalise_answer(each) for each in truth["answers"]})
+
+
+def _read(data: DataFolder) -> Iterator[Question]:
+    files = data.of(OWN)
+    for path in _files(data.root):
+        files.used.append(path)
+        folder = data.image_root or path.parent
+        for key, fields in _rows(path):
+            yield from _questions(path, key, fields, folder)
+
+
+def _files(root: Path) -> list[Path]:
+    if root.is_file():
+        return [root]
+    found = [path for pattern in _FILES for path in sorted(root.glob(pattern))]
+    if not found:
+        raise SettingsError(f"data={root} is no file of rows and no folder of them: give data=rows.jsonl.")
+    return found
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Key and fields of every row."""
+    location = storage.Location.parse(str(path))
+    if path.suffix.lower() in DELIMITED:
+        yield from read_delimited(location)
+        return
+    source = SourceInput("jsonl", str(path), str(path.parent), OWN, "")
+    for unit in JsonRowsReader().plan(source):
+        yield from read_entries(unit)
+
+
+def _questions(path: Path, key: str, fields: Any, folder: Path) -> Iterator[Question]:
+    where = f"{path.name}, {key if key.startswith('line') else f'row {key}'}"
+    if isinstance(fields, Rejected):
+        raise SettingsError(f"{where}: {fields.reason}.")
+    try:
+        draft = own_draft(fields, "")
+    except (Malformed, ValueError, TypeError) as error:
+        raise SettingsError(f"{where}: {error}.") from error
+    if isinstance(draft.image, bytes):
+        raise SettingsError(f"{where}: the image is in the row; name a file.")
+    image = folder / draft.image if draft.image else None
+    history: list[Exchange] = []
+    for number, turn in enumerate(draft.turns):
+        instruction, truth = _ask(where, draft, number, image)
+        name = f"{key}/{number}" if number else key
+        yield Question(name, instruction, image, truth, kind=draft.task, history=tuple(history))
+        history.append(Exchange(instruction, turn.answers[0]))
+
+
+def _ask(where: str, draft: Draft, number: int, image: Path | None) -> tuple[str, dict[str, Any]]:
+    """Instruction and truth of a turn."""
+    turn, task = draft.turns[number], draft.task
+    if task not in INSTRUCTIONS:
+        raise SettingsError(f"{where}: task {task!r} is unknown; known: {', '.join(INSTRUCTIONS)}.")
+    wording = EVALUATION_INSTRUCTIONS.get(task) or (INSTRUCTIONS[task] or ("{}",))[0]
+    if task not in ("refer", "identify"):
+        return wording.replace("{}", turn.question, 1), {"answers": list(turn.answers)}
+    if not draft.boxes or image is None:
+        raise SettingsError(f"{where}: task {task!r} needs an image and boxes, as [[x1, y1, x2, y2]] in pixels.")
+    width, height = _size(image)
+    if task == "refer":
+        truth = {"box": list(draft.boxes[0]), "width": width, "height": height, "answers": list(turn.answers)}
+        return wording.replace("{}", turn.answers[0], 1), truth
+    return wording.replace("{}", format_box(draft.boxes[0], width, height), 1), {"answers": list(turn.answers)}
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Width and height of an image as it is looked at; 1 x 1 where it cannot be opened, which is counted later."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return (image.height, image.width) if turned else image.size
+    except (OSError, ValueError):
+        return 1, 1
+
+
+def _boxes_only(data: DataFolder) -> Iterator[Question]:
+    """Rows that ask for boxes.
+
+    Raises:
+        SettingsError: a row does not.
+    """
+    for question in _read(data):
+        if "box" not in question.truth:
+            raise SettingsError(
+                f"metric=iou: row {question.id} asks for no box (task refer with boxes); score it by metric=exact."
+            )
+        yield question
+
+
+def _texts_only(data: DataFolder) -> Iterator[Question]:
+    """Rows that ask for texts.
+
+    Raises:
+        SettingsError: a row asks for a box.
+    """
+    for question in _read(data):
+        if "box" in question.truth:
+            raise SettingsError(
+                f"row {question.id} asks for a box: score such rows by metric=iou, in a file of theirs."
+            )
+        yield question
+
+
+_LONGEST_ANSWER = 64
+
+_BENCHMARKS = {
+    "exact": Benchmark(OWN, "exact match", _texts_only, _score_exact, _LONGEST_ANSWER),
+    "vqa": Benchmark(OWN, "VQA accuracy", _texts_only, _score_vqa, _LONGEST_ANSWER),
+    "iou": Benchmark(OWN, "IoU > 0.5", _boxes_only, score_refer, statistics=OVERLAPS),
+}

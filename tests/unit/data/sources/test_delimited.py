@@ -1,0 +1,63 @@
+"""Rows as CSV and TSV."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines import storage
+from pipelines.data.sources import SOURCES
+from pipelines.data.sources.base import Rejected, SourceInput
+from pipelines.data.sources.delimited import read_delimited
+from pipelines.settings import SettingsError
+from tests.serving_model import make_image
+from tinygptv.data.sample import SampleRow
+
+
+def read(path):
+    return list(read_delimited(storage.Location.parse(str(path))))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", 'image,question,answer\r\na.jpg,"a\nb, c",d\r\n'),
+        ("a.csv", '\ufeffimage;question;answer\na.jpg;"a\nb, c";d\n\n'),
+        ("a.tsv", 'image\tquestion\tanswer\na.jpg\t"a\nb, c"\td\n'),
+        ("a.csv", 'image\tquestion\tanswer\na.jpg\t"a\nb, c"\td'),
+    ],
+)
+def test_separators_quotes_and_line_breaks(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    [(key, fields)] = read(path)
+    assert key == "line 2" and fields["answer"] == "d" and fields["question"].split() == ["a", "b,", "c"]
+
+
+def test_lists_are_json_and_broken_rows_are_set_apart_alone(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('image,answers,boxes\na,"[""x"", ""y""]",\nb,c\nd,[x,\ne,,"[[1, 2, 3, 4]]"\n')
+    rows = dict(read(path))
+    assert rows["line 2"] == {"image": "a", "answers": ["x", "y"]}
+    assert isinstance(rows["line 3"], Rejected) and "2 fields, and the header names 3" in rows["line 3"].reason
+    assert isinstance(rows["line 4"], Rejected) and "answers is no JSON list" in rows["line 4"].reason
+    assert rows["line 5"] == {"image": "e", "boxes": [[1, 2, 3, 4]]}
+
+
+def test_a_file_without_header_or_rows(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("a,,c\n1,2,3\n")
+    with pytest.raises(SettingsError, match="the first line must name every column once"):
+        read(path)
+    path.write_text("image,caption\n")
+    with pytest.raises(SettingsError, match="holds no rows"):
+        list(SOURCES["csv"].reader.plan(SourceInput("csv", str(path), "", "own", "")))
+
+
+def test_rows_with_their_images(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(make_image(1, 20, 10, "JPEG"))
+    (tmp_path / "own.csv").write_text("image,caption\na.jpg,a mug\nb.jpg,gone\n")
+    reader = SOURCES["csv"].reader
+    [unit] = reader.plan(SourceInput("csv", str(tmp_path), "", "own", ""))
+    row, missing = reader.read(unit)
+    assert isinstance(row, SampleRow) and row.image and row.turns[0].answers == ("a mug",) and row.id == "own/line 2"
+    assert isinstance(missing, Rejected) and "b.jpg" in missing.reason

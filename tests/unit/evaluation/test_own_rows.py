@@ -1,0 +1,174 @@
+"""One's own rows as a benchmark, and two models side by side."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from pipelines.evaluation.benchmarks.files import DataFolder
+from pipelines.evaluation.benchmarks.own import own_benchmark
+from pipelines.evaluation.compare import Comparison
+from pipelines.evaluation.compare_page import comparison_page
+from pipelines.evaluation.run import evaluate
+from pipelines.settings import ScoreSettings, SettingsError
+from tests.serving_model import make_image, save_checkpoint
+from tinygptv.metrics.intervals import sign_flip_test
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    for number in range(3):
+        (folder / f"{number}.jpg").write_bytes(make_image(number, 40, 30, "JPEG"))
+    return folder
+
+
+def write(folder, *rows, name="rows.jsonl"):
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def questions(path, metric="official", images=None):
+    data = DataFolder(path, images)
+    benchmark = own_benchmark(metric, data)
+    return benchmark, list(benchmark.read(data))
+
+
+REFER = {
+    "image": "1.jpg",
+    "turns": [{"question": "", "answers": ["the mug"]}],
+    "boxes": [[4, 3, 20, 15]],
+    "task": "refer",
+}
+
+
+def test_forms_of_rows(folder):
+    conversation = [
+        {"from": "human", "value": "<image>\nwhat is it?"},
+        {"from": "gpt", "value": "a mug"},
+        {"from": "human", "value": "which colour?"},
+        {"from": "gpt", "value": "red"},
+    ]
+    path = write(
+        folder,
+        {"image": "0.jpg", "question": "what colour is the mug?", "answer": "red"},
+        {"image": "0.jpg", "question": "how many?", "answers": ["two", "2"], "task": "vqa"},
+        {"image": "1.jpg", "conversations": conversation},
+        {"image": "2.jpg", "caption": "a mug"},
+        {"question": "two and two?", "answer": "four"},
+        {**REFER, "task": "identify"},
+    )
+    benchmark, asked = questions(path)
+    assert benchmark.metric == "exact match" and [q.id for q in asked][:4] == ["line 1", "line 2", "line 3", "line 3/1"]
+    assert asked[0].instruction == "what colour is the mug?" and asked[0].image == folder / "0.jpg"
+    assert asked[1].instruction.startswith("[vqa]") and asked[1].truth == {"answers": ["two", "2"]}
+    assert asked[3].history[0].answer == "a mug" and asked[3].instruction == "which colour?"
+    assert asked[4].instruction == "[caption] Briefly describe this image."
+    assert asked[5].image is None and asked[5].kind == "text"
+    assert asked[6].instruction == "[identify] what object is in this location {<10><10><50><50>}"
+    assert benchmark.score(" RED", asked[0].truth) == 1 and benchmark.score("blue", asked[0].truth) == 0
+
+
+def test_metrics(folder):
+    row = {"image": "0.jpg", "question": "how many?", "answers": ["2"]}
+    path = write(folder, row, {**row, "answers": ["2"] * 2 + ["3"] * 8})
+    exact, asked = questions(path, "exact")
+    vqa, _ = questions(path, "vqa")
+    assert (exact.score("two", asked[0].truth), vqa.score("two.", asked[0].truth)) == (0, 1)
+    assert 0 < vqa.score("two", asked[1].truth) < 1, "ten annotators: the official rule"
+    iou, boxes = questions(write(folder, REFER, name="boxes.jsonl"))
+    assert iou.metric == "IoU > 0.5" and boxes[0].instruction == "[refer] give me the location of the mug"
+    assert iou.score("{<10><10><50><50>}", boxes[0].truth) == 1 and iou.score("{<60><60><90><90>}", boxes[0].truth) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "metric", "message"),
+    [
+        (
+            [{"image": "0.jpg", "question": "what?"}],
+            "exact",
+            r"jsonl, line 1: the entry has 'image', 'question', but no 'answer'",
+        ),
+        ([REFER, {"image": "0.jpg", "question": "a", "answer": "b"}], "iou", "line 2 asks for no box"),
+        ([{"image": "0.jpg", "question": "a", "answer": "b"}, REFER], "exact", "line 2 asks for a box"),
+        ([{**REFER, "boxes": []}], "iou", "needs an image and boxes"),
+        ([{"image": "0.jpg", "question": "a", "answer": "b", "task": "x"}], "exact", "task 'x' is unknown"),
+        ([{"foo": 1}], "exact", "no turns, conversations"),
+    ],
+)
+def test_mistakes_name_file_and_line(folder, rows, metric, message):
+    path = write(folder, *rows)
+    with pytest.raises(SettingsError, match=message):
+        questions(path, metric)
+
+
+def test_a_folder_with_no_rows(tmp_path):
+    with pytest.raises(SettingsError, match=r"give data=rows\.jsonl"):
+        questions(tmp_path)
+
+
+def test_csv_rows(folder):
+    path = folder / "rows.csv"
+    path.write_text('\ufeffimage,question,answer\n0.jpg,"what, here?","a ""red"" mug"\n1.jpg,what?,blue\n', "utf-8")
+    _, asked = questions(path)
+    assert [(q.instruction, q.truth["answers"]) for q in asked] == [
+        ("what, here?", ['a "red" mug']),
+        ("what?", ["blue"]),
+    ]
+
+
+def score(checkpoint, path, output, **changes):
+    fields = {"num_workers": 0, "threads_per_worker": 1, "tracking_uri": "none", "quiet": True, "baselines": False}
+    names = {"checkpoint": str(checkpoint), "benchmark": "own", "data": str(path), "output": str(output)}
+    return evaluate(ScoreSettings(**{**fields, **names, **changes}))
+
+
+def test_two_models_side_by_side(folder, tmp_path):
+    rows = [{"image": f"{n}.jpg", "question": "what?", "answer": "a"} for n in range(3)]
+    path = write(folder, *rows)
+    checkpoint = save_checkpoint(tmp_path / "model")
+    first = score(checkpoint, path, tmp_path / "before")
+    assert first["benchmarks"]["own"]["n"] == 3 and first["benchmarks"]["own"]["files"][0]["path"] == str(path)
+    again = score(checkpoint, path, tmp_path / "after", compare_with=str(tmp_path / "before"))
+    assert again["comparison"]["own"]["difference"] == 0 and again["comparison"]["own"]["p"] == 1
+    page = (tmp_path / "after/comparison.html").read_text()
+    assert "Before and after" in page and page.count("data:image/jpeg") == 3
+
+
+def test_the_page_groups_answers_by_what_changed(folder):
+    def line(n, value, answer):
+        truth = {"box": [4, 3, 20, 15], "width": 40, "height": 30, "answers": ["x"]}
+        return {"benchmark": "own", "id": str(n), "image": str(folder / "1.jpg"), "score": value, "answer": answer,
+                "instruction": "<b>", "truth": truth}  # fmt: skip
+
+    before = [line(0, 0.0, "{<60><60><90><90>}"), line(1, 1.0, "y"), line(2, 1.0, "z")]
+    after = [line(0, 1.0, "{<10><10><50><50>}"), line(1, 0.0, "y"), line(2, 1.0, "z")]
+    numbers = Comparison(ours=66.7, theirs=66.7, difference=0, low=-60, high=60, p=1.0, better=1, worse=1, n=3)
+    page = comparison_page({"own": numbers}, after, before, ("new", "old <&>"), 5)
+    assert "Better after: 1" in page and "Worse after: 1" in page and "The same score: 1" in page
+    assert page.index('class="right"') < page.index('class="wrong"') < page.index('class="same"')
+    assert "<b>" not in page.replace("<b>66.7</b>", "") and "old &lt;&amp;&gt;" in page
+
+
+def test_metric_of_own_rows_needs_them(folder, tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "model")
+    with pytest.raises(SettingsError, match="metric=iou is for one's own rows"):
+        score(checkpoint, folder, tmp_path / "out", benchmark="gqa", metric="iou")
+    with pytest.raises(SettingsError, match="benchmark=own is scored alone"):
+        score(checkpoint, folder, tmp_path / "out", benchmark=["own", "gqa"])
+
+
+def test_paired_permutation_test():
+    assert sign_flip_test([1, 1, 0], [1, 1, 0]) == 1
+    assert sign_flip_test([1] * 5 + [0], [0] * 5 + [0]) == pytest.approx(2 / 32)
+    rng = np.random.default_rng(0)
+    same, shifted = rng.random(200), rng.random(200)
+    assert sign_flip_test(same, shifted) > 0.01
+    assert sign_flip_test(same + 0.5, same) < 0.001
+    differences = np.array([0.5, -0.25, 1.0, 0.75, 0.1, 0.3, 0.9, -0.2])
+    exact = sign_flip_test(differences, np.zeros(8))
+    sampled = sign_flip_test(differences, np.zeros(8), rounds=255)
+    assert sampled == pytest.approx(exact, abs=0.08)

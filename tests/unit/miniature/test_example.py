@@ -1,0 +1,61 @@
+"""The example of one's own data: a colour that the world lacks, rows that every job reads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipelines.data.ingest.job import ingest
+from pipelines.evaluation.benchmarks.files import DataFolder
+from pipelines.evaluation.benchmarks.own import own_benchmark
+from pipelines.fingerprint import OtherInputsError
+from pipelines.miniature.example import NEW_COLOUR
+from pipelines.miniature.jobs import run_miniature
+from pipelines.settings import MiniatureSettings, PrepareDataSettings
+from tinygptv.miniature.scenes import COLOURS
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    output = tmp_path_factory.mktemp("example") / "turquoise"
+    settings = MiniatureSettings(task="example", output=str(output), example_scenes=6, tracking_uri="none")
+    return run_miniature(settings), output
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_of_a_new_colour(example):
+    result, output = example
+    train, test = rows(output / "train.jsonl"), rows(output / "test.jsonl")
+    assert NEW_COLOUR not in COLOURS and result["rows"]["train.jsonl"] == len(train) >= 18
+    assert {row["task"] for row in train} == {"vqa", "refer", "identify"}
+    assert sum(row["answer"] == NEW_COLOUR for row in test) == 6, "one object of each scene"
+    assert not {row["image"] for row in train} & {row["image"] for row in test}
+    assert all((output / row["image"]).is_file() for row in (*train, *test))
+
+
+def test_every_row_is_kept_by_the_ingest(example, tmp_path):
+    fields = {"source": "jsonl", "input": str(example[1] / "train.jsonl"), "name": "turquoise"}
+    common = {"output": str(tmp_path), "num_workers": 0, "tracking_uri": "none", "quiet": True}
+    result = ingest(PrepareDataSettings(**fields, **common))
+    assert (result["rows_out"], result["quarantined"]) == (example[0]["rows"]["train.jsonl"], 0)
+
+
+@pytest.mark.parametrize(("file", "metric"), [("test.jsonl", "exact match"), ("test_boxes.jsonl", "IoU > 0.5")])
+def test_every_held_out_row_is_asked(example, file, metric):
+    data = DataFolder(example[1] / file)
+    benchmark = own_benchmark("official", data)
+    assert benchmark.metric == metric and len(list(benchmark.read(data))) == example[0]["rows"][file]
+
+
+def test_the_same_again_and_another(example):
+    output = example[1]
+    settings = MiniatureSettings(task="example", output=str(output), example_scenes=6, tracking_uri="none")
+    before = (output / "train.jsonl").read_bytes()
+    run_miniature(settings)
+    assert (output / "train.jsonl").read_bytes() == before
+    with pytest.raises(OtherInputsError, match="scenes was 6, is now 7"):
+        run_miniature(settings.model_copy(update={"example_scenes": 7}))

@@ -1,0 +1,229 @@
+"""Held-out rows: which they are, their loss while training, the best state, the early stop, and exact resumption."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.data.held_out import hold_out, kept_counts, kept_row, row_hashes
+from pipelines.data.loader import BatchMaker
+from pipelines.data.shards import ShardSet
+from pipelines.fingerprint import OtherInputsError
+from pipelines.miniature.tiny_training import make_rows, make_world, train_settings, write_shard_set
+from pipelines.settings import SettingsError
+from pipelines.training.held_out import HeldOutLoss
+from pipelines.training.held_out_record import HeldOutHistory, read_evaluations
+from pipelines.training.job import resolve_job
+from pipelines.training.plots import loss_curve
+from pipelines.training.record import HELD_OUT_FILE
+from pipelines.training.run import run_stage
+from tinygptv.checkpoint.checkpoint import load_checkpoint
+from tinygptv.training.stages import get_stage
+from tinygptv.training.train_step import TrainStep
+
+FRACTION = 0.2
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def settings_of(world):
+    return lambda output, **changes: train_settings(world, output, **{"eval_fraction": FRACTION, **changes})
+
+
+@pytest.fixture(scope="module")
+def straight(settings_of, tmp_path_factory):
+    output = tmp_path_factory.mktemp("straight")
+    return run_stage(settings_of(output, eval_every=4), 4), output
+
+
+def losses(output):
+    return [json.loads(line)["loss_hex"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def held_ids(world):
+    shards = {name: ShardSet.open(f"{world['data']}/{name}") for name in ("pairs", "questions")}
+    held = hold_out(shards, FRACTION)
+    return {f"{name}/{shards[name].row_id(row)}" for name in held for row in held[name]}
+
+
+def test_rows_are_held_out_by_image_and_stay_the_same_when_data_grows(tmp_path):
+    rows = make_rows("pairs", 40)
+    small = ShardSet.open(str(write_shard_set(tmp_path / "small", rows[:20])))
+    large = ShardSet.open(str(write_shard_set(tmp_path / "large", rows[20:] + rows[:20], rows_per_shard=7)))
+    before, after = ({s.row_id(int(row)) for row in hold_out({"a": s}, 0.3)["a"]} for s in (small, large))
+    assert before and before == after & {row.id for row in rows[:20]}
+    assert set(hold_out({"a": large}, 0.1)["a"]) < set(hold_out({"a": large}, 0.5)["a"])
+    assert 0.2 < np.mean(row_hashes(ShardSet.open(str(write_shard_set(tmp_path / "b", make_rows("x", 200)))))) < 0.8
+
+
+def test_rows_of_one_image_stay_together(tmp_path):
+    from dataclasses import replace
+
+    rows = [replace(row, id=f"{row.id}-{n}") for row in make_rows("pairs", 10) for n in range(3)]
+    hashes = row_hashes(ShardSet.open(str(write_shard_set(tmp_path / "set", rows)))).reshape(10, 3)
+    assert (hashes == hashes[:, :1]).all() and len(np.unique(hashes)) == 10
+
+
+def test_counting_around_held_out_rows():
+    held = np.array([0, 1, 4, 9])
+    kept = [row for row in range(12) if row not in held]
+    assert [kept_row(held, index) for index in range(8)] == kept
+    assert kept_counts((3, 3, 6), held) == (1, 2, 5)
+    assert [kept_row(np.zeros(0, dtype=int), index) for index in range(3)] == [0, 1, 2]
+
+
+def test_held_out_rows_are_never_trained_on(straight, world):
+    seen = {
+        s for line in (straight[1] / "metrics.jsonl").read_text().splitlines() for s in json.loads(line)["sample_ids"]
+    }
+    held = held_ids(world)
+    assert held and seen and not seen & held
+
+
+def test_losses_are_recorded_per_source_and_in_the_result(straight, world):
+    result, output = straight
+    found = read_evaluations(output / HELD_OUT_FILE)
+    assert [each["step"] for each in found] == [0, 4, 8, 12]
+    assert all(set(each["sources"]) == {"pairs", "questions"} for each in found)
+    held_out = result["held_out"]
+    assert (held_out["first"], held_out["last"]) == (found[0]["loss"], found[-1]["loss"])
+    assert held_out["best"] == min(each["loss"] for each in found) < held_out["first"]
+    assert held_out["checkpoint_step"] == 12 and sum(held_out["rows"].values()) == len(held_ids(world))
+    assert json.loads((output / "result.json").read_text())["held_out"]["best_step"] == held_out["best_step"]
+
+
+def test_the_loss_is_the_mean_over_the_tokens_of_the_rows(straight, settings_of, tmp_path):
+    """Computed again from the checkpoint, in other micro-batches and as three workers."""
+    job, _ = resolve_job(settings_of(tmp_path, micro_batch_size=2), 4)
+    model, _, _ = load_checkpoint(straight[1] / "checkpoint")
+    step = TrainStep(model, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), num_sources=2)
+    shares = [HeldOutLoss(job.settings, job.plan.for_worker(rank, 3), step).sums() for rank in range(3)]
+    found = HeldOutHistory().add(12, shares)
+    assert found["loss"] == pytest.approx(straight[0]["held_out"]["last"], rel=1e-4)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [2, 5, 10])
+def test_resumed_runs_stay_the_same_to_the_last_bit(straight, settings_of, tmp_path, monkeypatch, at):
+    original, calls = TrainStep.run, []
+
+    def failing(self, *arguments):
+        calls.append(1)
+        if len(calls) == at + 1:
+            raise Stop
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(TrainStep, "run", failing)
+        run_stage(settings_of(tmp_path, eval_every=4), 4)
+    result = run_stage(settings_of(tmp_path, eval_every=4), 4)
+    assert losses(tmp_path) == losses(straight[1])
+    assert (tmp_path / HELD_OUT_FILE).read_bytes() == (straight[1] / HELD_OUT_FILE).read_bytes()
+    assert result["held_out"] == straight[0]["held_out"]
+
+
+def test_evaluating_changes_no_step(straight, settings_of, tmp_path):
+    run_stage(settings_of(tmp_path, eval_every=1, eval_rows=3), 4)
+    assert losses(tmp_path) == losses(straight[1])
+
+
+def test_own_held_out_data_leaves_training_as_it_was(world, tmp_path):
+    write_shard_set(tmp_path / "held/pairs", make_rows("pairs", 35)[30:])
+    plain, evaluated = tmp_path / "plain", tmp_path / "evaluated"
+    run_stage(train_settings(world, plain), 4)
+    result = run_stage(train_settings(world, evaluated, eval_data=str(tmp_path / "held")), 4)
+    assert losses(plain) == losses(evaluated) and result["held_out"]["rows"] == {"pairs": 5}
+    alone = tmp_path / "alone"
+    found = run_stage(train_settings(world, alone, eval_data=str(tmp_path / "held/pairs")), 4)
+    assert found["held_out"] == result["held_out"]
+
+
+RISING = {"schedule": {"steps_per_epoch": 8, "epochs": 2, "peak": 3.0, "minimum": 3.0, "warmup_start": 1e-3}}
+"""A learning rate that ruins the model after its first steps."""
+
+
+@pytest.fixture(scope="module")
+def stopped(settings_of, tmp_path_factory):
+    output = tmp_path_factory.mktemp("stopped")
+    settings = settings_of(output, stage=RISING, eval_every=2, early_stop=2, use_best=True, guard="off")
+    return run_stage(settings, 4), output, settings
+
+
+def test_training_ends_early_and_the_best_weights_are_written(stopped, settings_of, tmp_path):
+    result, output, settings = stopped
+    found = read_evaluations(output / HELD_OUT_FILE)
+    held_out = result["held_out"]
+    assert result["stopped_early"] and result["steps"] == found[-1]["step"] < 16
+    assert held_out["best_step"] == found[-3]["step"] == held_out["checkpoint_step"]
+    job, _ = resolve_job(settings, 4)
+    model, _, metadata = load_checkpoint(output / "checkpoint")
+    step = TrainStep(model, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), num_sources=2)
+    again = HeldOutHistory().add(0, [HeldOutLoss(job.settings, job.plan, step).sums()])
+    assert again["loss"] == pytest.approx(held_out["best"], rel=1e-5) and metadata["steps"] == result["steps"]
+
+
+def test_a_run_that_ended_early_is_finished(stopped):
+    result, output, settings = stopped
+    before = (output / "checkpoint/model.safetensors").stat().st_mtime_ns
+    assert run_stage(settings, 4)["steps"] == result["steps"]
+    assert (output / "checkpoint/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_best_state_is_kept(stopped):
+    best = stopped[0]["held_out"]["best_step"]
+    assert (stopped[1] / f"states/step-{best:08d}/manifest.json").is_file()
+
+
+def test_what_decides_the_weights_is_part_of_the_identity(straight, settings_of):
+    with pytest.raises(OtherInputsError, match=r"eval_fraction was 0\.2, is now 0\.4"):
+        resolve_job(settings_of(straight[1], eval_fraction=0.4), 4)
+    with pytest.raises(OtherInputsError, match="early_stop was absent, is now 3"):
+        resolve_job(settings_of(straight[1], early_stop=3), 4)
+    resolve_job(settings_of(straight[1], eval_every=1, eval_rows=7), 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"eval_fraction": 0, "early_stop": 2}, SettingsError, "early_stop needs held-out rows: give eval_data"),
+        ({"eval_fraction": 0, "use_best": True}, SettingsError, "use_best needs held-out rows"),
+        ({"eval_data": "x"}, SettingsError, "eval_data and eval_fraction are both given"),
+        ({"eval_fraction": 1e-9}, SettingsError, "holds out none of so few rows"),
+        ({"eval_fraction": 0.9999999}, SettingsError, "leaves no row of pairs"),
+        ({"eval_fraction": 0, "eval_data": "/nowhere"}, FileNotFoundError, "/nowhere holds no shard set"),
+    ],
+)
+def test_mistakes(settings_of, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        run_stage(settings_of(tmp_path, **changes), 4)
+
+
+def test_the_plot_shows_both_curves(straight, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, original = [], Axes.plot
+
+    def plot(self, *arguments, **more):
+        drawn.append(more.get("label"))
+        return original(self, *arguments, **more)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    loss_curve(straight[1] / "metrics.jsonl", tmp_path / "loss.png", get_stage("mini", 4), "mini")
+    assert {"loss per step", "held-out loss"} <= set(drawn)
+
+
+def test_every_worker_draws_the_same_rows(settings_of, tmp_path):
+    job, _ = resolve_job(settings_of(tmp_path), 4)
+    whole = BatchMaker(job.plan)
+    parts = [BatchMaker(job.plan.for_worker(rank, 2)) for rank in range(2)]
+    assert [maker.sample_ids(3) for maker in parts] == [whole.sample_ids(3)] * 2
