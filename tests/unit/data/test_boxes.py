@@ -90,6 +90,8 @@ def test_boxes_that_people_draw_are_clipped(box, clipped):
         ((5, 5, 5.9, 9), r"\[5, 5, 5.9, 9\] covers less than a pixel of the image of 100 x 80 pixels"),
         ((5, 5, 9, 5.9), "covers less than a pixel"),
         ((99.5, 5, 120, 9), "covers less than a pixel"),
+        ((-9, 5, 0.5, 9), "covers less than a pixel"),
+        ((5, -9, 9, 0.5), "covers less than a pixel.* give x1, y1, x2, y2 in pixels\\.$"),
         ((float("nan"), 5, 120, 9), "lies outside"),
     ],
 )
@@ -105,6 +107,7 @@ def test_overlap_by_hand():
     assert iou((2, 3, 4, 5), (0, 0, 9, 9)) == pytest.approx(9 / 100)
     assert iou((0, 0, 1, 9), (5, 0, 6, 9)) == 0.0 == iou((0, 0, 9, 1), (0, 5, 9, 6)), "apart in one direction"
     assert iou((3, 3, 3, 3), (3, 3, 3, 3), pixel_grid=False) == 0.0, "no area"
+    assert iou((0, 0, 0.5, 0.5), (0, 0, 0.5, 0.5), pixel_grid=False) == 1.0
     assert iou((1, 2, 7, 8), (3, 1, 9, 5)) == iou((3, 1, 9, 5), (1, 2, 7, 8))
 
 

@@ -1,22 +1,13 @@
-"""Ingest without a cluster: counts, filters, duplicates, bounds, and the same bytes after a crash at any write."""
+"""Ingest without a cluster: counts, filters, duplicates, bounds, and what is refused or continued."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
 import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from pipelines import storage
 from pipelines.data.ingest import job as ingest_module
 from pipelines.data.ingest.job import ingest
 from pipelines.data.ingest.publish import NothingKeptError
@@ -24,46 +15,8 @@ from pipelines.data.ingest.staging import CONTENT_SETTINGS
 from pipelines.data.shards import ShardSet
 from pipelines.settings import PrepareDataSettings, SettingsError
 from pipelines.tracking.base import NullTracker
-from tests.paths import ROOT
-from tests.source_files import encode, jpeg, picture, sample, write_tar, write_web_tar
-
-TIMELESS = ("manifest.json", "quarantine.jsonl", "removed.jsonl", "near_duplicates.jsonl", "report.json", "report.html")
-
-
-def settings(folder, output="out", **changes):
-    place = output if "://" in output else str(folder / output)
-    known = {"source": "laion", "input": str(folder / "*.tar"), "output": place, "quiet": True, "num_workers": 0}
-    return PrepareDataSettings(**{**known, "tracking_uri": "none", **changes})
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def content(folder) -> dict[str, bytes]:
-    """Every file that must not depend on the way to it."""
-    names = [path.name for path in Path(folder).glob("*.arrow")]
-    return {name: Path(folder, name).read_bytes() for name in sorted(names) + list(TIMELESS)}
-
-
-def write_messy_tars(folder):
-    """Three tars with a known fate for each of their samples."""
-    first = [
-        *sample("a0", jpeg(0), "a red bus"),
-        *sample("a1", jpeg(1), "a cat"),
-        *sample("a2", b"junk", "broken"),
-        *sample("tiny", jpeg(2, (4, 4)), "tiny"),
-    ]
-    same_picture = [*sample("b0", jpeg(0), "a red bus"), *sample("b1", jpeg(0), "another caption")]
-    near = sample("b2", encode(picture(1, (96, 64)), quality=70), "a cat, larger")
-    third = [
-        *sample("c0", jpeg(5, (600, 500)), "large"),
-        *sample("c1", jpeg(6), "$$$$$$$"),
-        *sample("c2", jpeg(7), "last"),
-    ]
-    write_tar(folder / "00000.tar", first)
-    write_tar(folder / "00001.tar", [*same_picture, *near])
-    write_tar(folder / "00002.tar", third)
+from tests.ingest_runs import TIMELESS, content, lines, settings, write_messy_tars
+from tests.source_files import jpeg, sample, write_tar, write_web_tar
 
 
 def test_every_sample_is_accounted_for(tmp_path):
@@ -338,111 +291,6 @@ def test_order_of_the_units_does_not_show(tmp_path, monkeypatch):
     monkeypatch.setattr(ingest_module, "map_units", shuffled)
     ingest(settings(tmp_path, "shuffled", num_cpus=7))
     assert content(tmp_path / "shuffled") == content(tmp_path / "straight")
-
-
-class Crash(BaseException):
-    """A kill: nothing may catch it and continue."""
-
-
-def crash_at(monkeypatch, number: int) -> list[str]:
-    """Let the process die before its ``number``-th visible change on the disk; returns the changes before it."""
-    changes: list[str] = []
-
-    def dying(name: str, change):
-        def wrapped(*args, **kwargs):
-            if len(changes) == number:
-                raise Crash
-            changes.append(f"{name} {args[0]}")
-            return change(*args, **kwargs)
-
-        return wrapped
-
-    for name in ("replace", "hardlink_to", "unlink"):
-        monkeypatch.setattr(Path, name, dying(name, getattr(Path, name)))
-    for name in ("remove_folder", "remove_file"):
-        monkeypatch.setattr(storage, name, dying(name, getattr(storage, name)))
-    return changes
-
-
-def test_a_crash_at_any_change_of_the_disk_does_not_show_in_the_result(tmp_path):
-    write_messy_tars(tmp_path)
-    ingest(settings(tmp_path, "whole"))
-    number, reused = 0, set()
-    while True:
-        with pytest.MonkeyPatch.context() as patch:
-            changes = crash_at(patch, number)
-            try:
-                ingest(settings(tmp_path, f"crashed-{number}"))
-                break
-            except Crash:
-                assert len(changes) == number
-        reused.add(ingest(settings(tmp_path, f"crashed-{number}"))["reused_units"])
-        assert content(tmp_path / f"crashed-{number}") == content(tmp_path / "whole"), changes
-        assert not (tmp_path / f"crashed-{number}/_staging").exists()
-        number += 1
-    assert number > 15
-    assert reused == {0, 1, 2, 3}
-
-
-def test_a_crash_never_lets_a_set_pass_for_one_of_other_settings(tmp_path):
-    write_messy_tars(tmp_path)
-    ingest(settings(tmp_path, "whole"))
-    for number in range(40):
-        output = f"mixed-{number}"
-        shutil.copytree(tmp_path / "whole", tmp_path / output)
-        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Crash):
-            crash_at(patch, number)
-            ingest(settings(tmp_path, output, min_words=2, overwrite=True))
-            break
-        ingest(settings(tmp_path, output), replaces_other=True)
-        assert content(tmp_path / output) == content(tmp_path / "whole"), number
-    assert number > 15
-
-
-KILLED = """
-import sys
-from pipelines.data.ingest.job import ingest
-from pipelines.settings import PrepareDataSettings
-fields = {"source": "laion", "input": sys.argv[1], "output": sys.argv[2], "tracking_uri": "none", "num_workers": 0}
-print("ready", flush=True)
-ingest(PrepareDataSettings(**fields))
-"""
-
-
-def test_kill_9_while_working(tmp_path):
-    for number in range(8):
-        write_web_tar(tmp_path / f"{number:05d}.tar", number * 40, 40, (200, 150))
-    ingest(settings(tmp_path, "whole"))
-    for delay in (0.03, 0.12):
-        output = tmp_path / f"killed-{delay}"
-        command = [sys.executable, "-c", KILLED, str(tmp_path / "*.tar"), str(output)]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
-            process.stdout.readline()
-            time.sleep(delay)
-            os.kill(process.pid, signal.SIGKILL)
-        ingest(settings(tmp_path, output.name))
-        assert content(output) == content(tmp_path / "whole")
-
-
-def test_full_disk_is_one_sentence_and_the_run_goes_on_later(tmp_path, monkeypatch):
-    write_messy_tars(tmp_path)
-    ingest(settings(tmp_path, "whole"))
-    written = 0
-
-    def commit(self, original=storage.AtomicFile.commit):
-        nonlocal written
-        written += 1
-        if written == 5:
-            with storage.disk_full_as_error(self.location):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(storage.AtomicFile, "commit", commit)
-        with pytest.raises(storage.DiskFullError, match=r"no space left .* run the same command again"):
-            ingest(settings(tmp_path))
-    assert ingest(settings(tmp_path))["reused_units"] == 1
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
