@@ -75,7 +75,7 @@ def _questions(name: str, scene: Scene) -> list[Row]:
     """The colour of every object that is the only one of its shape."""
     shapes = Counter(other.shape for other in scene.objects)
     return [
-        {"image": name, "question": f"what colour is the {other.shape}?", "answer": other.colour, "task": "vqa"}
+        {"image": name, "question": f"what color is the {other.shape}?", "answer": other.colour, "task": "vqa"}
         for other in scene.objects
         if shapes[other.shape] == 1
     ]

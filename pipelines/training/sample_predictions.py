@@ -1,4 +1,4 @@
-"""Sample predictions: the answers of the model in training to the first rows of the stage's sources."""
+"""Sample predictions: the answers of the model in training to a few rows, held-out ones where there are some."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.training.compilation import run_eagerly
 
 MAX_SAMPLES = 4
+_ROWS_PER_SOURCE = 2
 _NEW_TOKENS = 48
 
 
@@ -38,14 +39,25 @@ class SampleAnswer:
     expected: str
 
 
+def _first_rows(maker: BatchMaker, name: str) -> list[int]:
+    """Numbers of the first rows that are held out, or of the first ones."""
+    held = maker.plan.held_out.get(name, ())
+    found = held if len(held) else range(len(maker.shards[name]))
+    return [int(row) for row in found[:_ROWS_PER_SOURCE]]
+
+
 class SamplePredictor:
     """Answers the same few samples at each call."""
 
     def __init__(self, maker: BatchMaker) -> None:
         self.maker = maker
-        refs = [SampleRef(source, row, 0) for row in range(2) for source in range(len(maker.names))]
-        shards = [maker.shards[maker.names[ref.source]] for ref in refs]
-        self.refs = [ref for ref, s in zip(refs, shards, strict=True) if ref.row < sum(s.shard_rows)][:MAX_SAMPLES]
+        rows = [_first_rows(maker, name) for name in maker.names]
+        self.refs = [
+            SampleRef(source, found[place], 0)
+            for place in range(_ROWS_PER_SOURCE)
+            for source, found in enumerate(rows)
+            if place < len(found)
+        ][:MAX_SAMPLES]
 
     def predict(self, model: TinyGPTVForConditionalGeneration) -> list[SampleAnswer]:
         """Greedy answers; the model is left in training mode."""

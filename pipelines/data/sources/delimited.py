@@ -19,13 +19,14 @@ from pipelines import storage
 from pipelines.data.sources.base import Changes, ReadResult, Rejected, SourceInput, SourceUnit, find_input
 from pipelines.data.sources.drafts import read_drafts
 from pipelines.data.sources.images import ImageFolder, ImageLayout, find_image_folder
-from pipelines.data.sources.own_rows import read_own_row
+from pipelines.data.sources.own_rows import ROW_FIELDS, read_own_row
 from pipelines.settings import SettingsError
 
 DELIMITED = (".csv", ".tsv")
 """Endings of the files' names."""
 
 _LONGEST_FIELD = 16 << 20
+_HEAD_BYTES = 4096
 _BESIDE = ImageLayout((".",))
 
 
@@ -77,6 +78,18 @@ def read_delimited(location: storage.Location) -> Iterator[tuple[str, dict[str, 
             return
         if values:
             yield f"line {line}", _fields(f"line {line}", location.name, names, values)
+
+
+def is_delimited(location: storage.Location) -> bool:
+    """Whether a file begins with a header of CSV or TSV, whatever its name is."""
+    filesystem, path = storage.resolve(location)
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        head = stream.read(_HEAD_BYTES).decode("utf-8-sig", errors="replace")
+    header = head.partition("\n")[0].strip()
+    if header[:1] in ("", "{", "["):
+        return False
+    names = {name.strip().strip('"') for name in header.split(_delimiter(location.name, header))}
+    return len(names) > 1 and bool(names & set(ROW_FIELDS))
 
 
 def _delimiter(name: str, header: str) -> str:

@@ -19,6 +19,7 @@ from pipelines.data.sources.base import (
     SourceUnit,
     find_input,
 )
+from pipelines.data.sources.delimited import is_delimited
 from pipelines.data.sources.drafts import read_drafts
 from pipelines.data.sources.images import ImageFolder, ImageLayout, find_image_folder
 from pipelines.data.sources.json_entries import detect_form, plan_entries, read_entries
@@ -37,6 +38,10 @@ class JsonRowsReader:
     def plan(self, source: SourceInput) -> Iterator[SourceUnit]:
         """One unit per ``ENTRIES_PER_UNIT`` rows; blank lines are no rows."""
         for file in find_input(source, "*.{jsonl,ndjson,jsonl.gz,jsonl.zst}", "*.json"):
+            if is_delimited(file.location):
+                raise SettingsError(
+                    f"{file.location} is a table with separators (CSV or TSV), not JSON: use source=csv."
+                )
             folder = find_image_folder(source, file.location, _BESIDE)
             yield from plan_entries(source, file, detect_form(file, row_fields=ROW_FIELDS), folder)
 

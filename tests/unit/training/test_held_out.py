@@ -20,6 +20,7 @@ from pipelines.training.job import resolve_job
 from pipelines.training.plots import loss_curve
 from pipelines.training.record import HELD_OUT_FILE
 from pipelines.training.run import run_stage
+from pipelines.training.sample_predictions import SamplePredictor
 from tinygptv.checkpoint.checkpoint import load_checkpoint
 from tinygptv.training.stages import get_stage
 from tinygptv.training.train_step import TrainStep
@@ -227,3 +228,13 @@ def test_every_worker_draws_the_same_rows(settings_of, tmp_path):
     whole = BatchMaker(job.plan)
     parts = [BatchMaker(job.plan.for_worker(rank, 2)) for rank in range(2)]
     assert [maker.sample_ids(3) for maker in parts] == [whole.sample_ids(3)] * 2
+
+
+def test_sample_predictions_are_of_held_out_rows(settings_of, world, tmp_path):
+    job, _ = resolve_job(settings_of(tmp_path), 4)
+    predictor = SamplePredictor(BatchMaker(job.plan))
+    maker = predictor.maker
+    asked = {
+        f"{maker.names[ref.source]}/{maker.shards[maker.names[ref.source]].row_id(ref.row)}" for ref in predictor.refs
+    }
+    assert asked and asked <= held_ids(world)

@@ -7,7 +7,7 @@ import pytest
 from pipelines import storage
 from pipelines.data.sources import SOURCES
 from pipelines.data.sources.base import Rejected, SourceInput
-from pipelines.data.sources.delimited import read_delimited
+from pipelines.data.sources.delimited import is_delimited, read_delimited
 from pipelines.settings import SettingsError
 from tests.serving_model import make_image
 from tinygptv.data.sample import SampleRow
@@ -61,3 +61,20 @@ def test_rows_with_their_images(tmp_path):
     row, missing = reader.read(unit)
     assert isinstance(row, SampleRow) and row.image and row.turns[0].answers == ("a mug",) and row.id == "own/line 2"
     assert isinstance(missing, Rejected) and "b.jpg" in missing.reason
+
+
+@pytest.mark.parametrize("text", ["image\tcaption\na.jpg\ta mug\n", '\ufeff"image","caption"\na.jpg,a mug\n'])
+def test_a_table_with_the_name_of_json_lines_is_told(tmp_path, text):
+    path = tmp_path / "own.jsonl"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=r"own\.jsonl is a table .* use source=csv"):
+        list(SOURCES["jsonl"].reader.plan(SourceInput("jsonl", str(path), "", "own", "")))
+    (tmp_path / "a.jpg").write_bytes(make_image(1, 20, 10, "JPEG"))
+    [unit] = SOURCES["csv"].reader.plan(SourceInput("csv", str(path), "", "own", ""))
+    assert [row.turns[0].answers for row in SOURCES["csv"].reader.read(unit)] == [("a mug",)]
+
+
+def test_json_lines_are_no_table(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"question": "a, b", "answer": "c"}\n')
+    assert not is_delimited(storage.Location.parse(str(path)))
