@@ -16,6 +16,7 @@ from pipelines.miniature.tiny_training import make_world, train_settings
 from pipelines.training.guard import Diagnosis, Guard, TrainingStopped, diagnose
 from pipelines.training.job import resolve_job
 from pipelines.training.run import run_stage
+from pipelines.training.run_reports import NoReports
 from pipelines.training.worker import TrainWorker
 from tinygptv.checkpoint.checkpoint import load_checkpoint
 from tinygptv.training.train_step import StepResult, TrainStep
@@ -197,7 +198,7 @@ def settings(world, output, **changes):
 @pytest.fixture(scope="module")
 def worker(world, tmp_path_factory):
     job, _ = resolve_job(settings(world, tmp_path_factory.mktemp("worker")), 4)
-    return TrainWorker(job)
+    return TrainWorker(job, NoReports())
 
 
 def samples(worker):
