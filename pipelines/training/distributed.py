@@ -1,4 +1,4 @@
-"""The workers of one training: who this one is, and values of all of them."""
+"""Ranks of a training's workers, and collective operations over them."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Evaluation(TypedDict):
 
 
 class HeldOutResult(TypedDict):
-    """What ``result.json`` says of the held-out rows; losses in nats per token.
+    """Entry of ``result.json`` for the held-out rows; losses in nats per token.
 
     Attributes:
         first: before the first step.

@@ -187,7 +187,7 @@ def training_fingerprint(settings: TrainSettings, stage: Stage, start: Path, dat
 
 
 def _held_out_inputs(settings: TrainSettings) -> dict[str, Any]:
-    """What the held-out rows decide of the weights: which rows are left to train on, and which step is the last."""
+    """Effect of held-out rows on the weights: which rows are left to train on, and which step is the last."""
     inputs: dict[str, Any] = {}
     if settings.eval_fraction:
         inputs["eval_fraction"] = settings.eval_fraction

@@ -145,7 +145,7 @@ class StateStore:
                 storage.remove_folder(str(leftover))
 
     def _loss(self, folder: str) -> tuple[bool, float]:
-        """What the best state is chosen by, least first: a held-out loss, else the mean loss of training."""
+        """Key of the best state, least first: a held-out loss, else the mean loss of training."""
         try:
             extra = json.loads(storage.read_bytes(storage.join(folder, "state.json")))
         except (OSError, ValueError):

@@ -30,6 +30,7 @@ def test_the_site_builds_offline(tmp_path):
     assert "data:image/png;base64" in (tmp_path / "tutorials/notebook.html").read_text()
 
 
+@pytest.mark.timeout(900)
 def test_the_notebook_runs(tmp_path):
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
