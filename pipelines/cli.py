@@ -77,7 +77,8 @@ def run_stage_main(number: int, argv: Sequence[str] | None, description: str) ->
 
 def quiet_libraries() -> None:
     """Our progress lines are the ones to read: others' progress bars and chatter are switched off."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not any("hf://" in word for word in sys.argv):  # nothing else asks the hub, and libraries shall not on their own
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -203,7 +203,8 @@ def free_memory() -> int:
 def _free_gpu_bytes() -> int:
     import torch
 
-    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
+    free: int = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    return free
 
 
 # ---------------------------------------------------------------------- the steps

@@ -77,7 +77,8 @@ def _handler(files):
                 self.send(404, {"Content-Length": 0})
             elif "/resolve/" in path:
                 content = files.files[path]
-                location = {"Content-Length": 0, "Location": f"{files.base}/cdn{path}"}
+                elsewhere = files.base.replace("127.0.0.1", "localhost")  # the hub redirects to other hosts
+                location = {"Content-Length": 0, "Location": f"{elsewhere}/cdn{path}"}
                 self.send(302, {**location, **hub_headers(path, content)})
             else:
                 self.send_file(files.files[path], fault.get("headers", {}), fault)

@@ -1,4 +1,4 @@
-"""Which folder is served: a path or URI, ``models:/name@alias`` of MLflow's registry, or the shipped model."""
+"""Which folder is served: a path or URI, ``models:/name@alias`` of MLflow, ``hf://org/name``, or the shipped one."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ def resolve_artifact(settings: AnswerSettings) -> Path:
         from tinygptv.miniature.backbones import shipped_model
 
         return shipped_model()
+    if name.startswith("hf://"):
+        from tinygptv.hub import local_folder
+
+        return local_folder(name).absolute()
     if not is_local(name):
         return local_checkpoint(name)
     folder = Path(absolute(name))

@@ -11,7 +11,7 @@ Unknown keys are errors. Every field is documented by its description, and ``--h
 
 from pipelines.settings.base import ROOT, SECTIONS, Settings
 from pipelines.settings.errors import SettingsError
-from pipelines.settings.fetch import FetchSettings, ReleasedSettings
+from pipelines.settings.fetch import FetchSettings, RecipeSettings, ReleasedSettings
 from pipelines.settings.jobs import (
     AblateSettings,
     CacheFeaturesSettings,
@@ -38,6 +38,7 @@ __all__ = [
     "PlanMemorySettings",
     "PrepareDataSettings",
     "QuantizeSettings",
+    "RecipeSettings",
     "ReleasedSettings",
     "ScoreSettings",
     "ServeSettings",

@@ -237,9 +237,18 @@ def _takes_plain_text(kinds: Iterable[Any]) -> bool:
     return list(kinds).count(str) > 1
 
 
+def shipped_configs() -> Path:
+    """The folder of the shipped configurations: of the source tree, or of an installed package."""
+    tree = ROOT / "configs"
+    return tree if tree.is_dir() else Path(__file__).resolve().parents[1] / "configs"
+
+
 def _read_file(path: Path) -> dict[str, Any]:
+    shipped = shipped_configs() / path.name
+    if not path.is_file() and path.parts in ((path.name,), ("configs", path.name)) and shipped.is_file():
+        path = shipped  # `--config configs/paper.yaml` in any folder
     if not path.is_file():
-        raise SettingsError(f"configuration {path} does not exist; the shipped ones are in {ROOT / 'configs'}.")
+        raise SettingsError(f"configuration {path} does not exist; the shipped ones are in {shipped_configs()}.")
     try:
         values = load_yaml(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -58,3 +58,22 @@ class ReleasedSettings(Settings):
     serve: bool = Field(True, description="serve at the end; false: only make the artifact")
     fetch: dict[str, Any] = Field(default_factory=dict, description="keys of the fetch section, e.g. fetch.mirror=..")
     server: dict[str, Any] = Field(default_factory=dict, description="keys of the serve section, e.g. server.port=8000")
+
+
+class RecipeSettings(Settings):
+    """``jobs/recipe.py``: a whole recipe, from published files to an artifact."""
+
+    section = "whole_recipe"
+
+    raw: str = Field("", description="folder of the raw data sets, as docs/datasets.md lays them out")
+    weights: str = Field("", description="folder of the published weights; empty is <output>/weights")
+    data: str = Field("", description="folder of the prepared data; empty is <output>/data")
+    features: Literal["auto", "cached", "inline"] = Field(
+        "auto", description="auto compares disk and hours of both for each stage, and says what it chose"
+    )
+    tflops: float = Field(40.0, gt=0, description="what the encoder reaches here, 10^12 operations/s; for the hours")
+    benchmarks: str = Field("", description="folder of the benchmarks' files; empty scores nothing")
+    benchmark: str = Field("paper", description="benchmark or group to score")
+    serve: bool = Field(False, description="serve the artifact at the end")
+    fetch: dict[str, Any] = Field(default_factory=dict, description="keys of the fetch section, e.g. fetch.mirror=..")
+    dry_run: bool = Field(False, description="print the commands and the plan of features; run nothing")

@@ -16,7 +16,7 @@ class AnswerSettings(Settings):
     """Which model answers requests, and the bounds of a request."""
 
     artifact: str = Field(
-        "", description="artifact or checkpoint folder, or models:/name@alias; empty is the shipped one"
+        "", description="artifact or checkpoint folder, hf://org/name, or models:/name@alias; empty is the shipped one"
     )
     model_name: str = Field("tinygpt-v", min_length=1, description="name that requests call the model by")
     num_gpus: float = Field(0, ge=0, description="GPUs of a replica; a fraction lets replicas share one")

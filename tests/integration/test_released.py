@@ -79,7 +79,7 @@ def test_from_nothing_to_an_answer(server, tmp_path):
     assert again.stdout.strip().splitlines()[-1] == str(tmp_path / "released/result.json")
     assert result["plan"]["method"] == "cpu" and set(result["files"]) >= {"eva_vit_g.pth", "TinyGPT-V_for_Stage4.pth"}
 
-    other = run(server, tmp_path, "serve=false", "method=cpu4")  # other weights of the same checkpoint
+    other = run(server, tmp_path, "serve=false", "method=int8")  # other weights of the same checkpoint
     assert other.returncode == 0 and "converted already" in other.stdout, other.stderr
     assert not [path for _, path, _ in server.requests if path.endswith((".pth", ".safetensors"))]
 

@@ -200,3 +200,17 @@ def test_a_submitted_job_receives_the_files_of_git(tmp_path):
     present = [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
     assert not set(present) - carried
     assert not [name for name in carried if name.split("/")[0] in ("outputs", "data", ".venv", ".git", "mlruns")]
+
+
+def test_the_compose_file_starts_what_is_there_on_loopback():
+    services = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())["services"]
+    server, mlflow = services["server"], services["mlflow"]
+    for service in services.values():
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert (ROOT / "deploy" / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+    script, *overrides = server["command"][1:]
+    assert (ROOT / script).is_file()
+    settings = ServeSettings.load(None, [re.sub(r"\$\{\w+:-\}", "", override) for override in overrides])
+    assert settings.host == "0.0.0.0" and settings.artifact == "" and settings.tracking_uri == "http://mlflow:5000"
+    assert server["environment"] == [KEYS_VARIABLE]
+    assert mlflow["command"][:2] == ["mlflow", "server"] and "/mlflow" in (ROOT / "deploy/Dockerfile").read_text()

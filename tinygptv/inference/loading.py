@@ -21,7 +21,7 @@ def load_for_inference(
     A folder that ``save_pretrained`` wrote has no manifest; its hashes cannot be compared, all else is checked.
 
     Args:
-        path: checkpoint or artifact folder.
+        path: checkpoint or artifact folder, or ``hf://org/name`` of the hub.
         device: where the model is put, e.g. ``cuda``.
 
     Returns:
@@ -36,9 +36,10 @@ def load_for_inference(
     from tinygptv.checkpoint.config_file import read_config
     from tinygptv.checkpoint.folders import MANIFEST, verify_folder
     from tinygptv.checkpoint.load_model import load_model
+    from tinygptv.hub import local_folder
     from tinygptv.quantization.artifact import compute_dtype, is_artifact, load_artifact
 
-    folder = Path(path)
+    folder = local_folder(path)
     read_config(folder)
     if is_artifact(folder):
         return load_artifact(folder, device)[:2]

@@ -1,0 +1,36 @@
+#!/usr/bin/env python3
+"""A whole recipe in one command: fetch, prepare, features where they pay, stages 1 to 4, score, quantize, serve.
+
+    python jobs/recipe.py --config configs/paper.yaml raw=DATA output=outputs/paper
+    python jobs/recipe.py --config configs/paper.yaml raw=DATA dry_run=true
+
+dry_run=true prints every command, and what cached and inline features cost. Finished steps are skipped, and an
+interrupted one is resumed by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from pipelines.cli import run_main
+from pipelines.settings import RecipeSettings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe; the path of result.json is printed last."""
+    settings = RecipeSettings.from_command_line(argv, __doc__)
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config")
+    config = parser.parse_known_args(argv)[0].config
+
+    def work() -> None:
+        from pipelines.recipe import run_recipe
+
+        print(run_recipe(settings, config)["result"])
+
+    return run_main(work)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

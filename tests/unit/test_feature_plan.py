@@ -1,0 +1,52 @@
+"""Cached or inline features: what pays, with the paper's numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines.feature_plan import expected_draws, plan_features
+from tinygptv.training.stages import RECIPES
+
+PAPER = RECIPES["paper"]
+ROWS = {source.name: 1000 for stage in PAPER for source in stage.sources}
+
+
+def plan(rows, free=10**12, **settings):
+    return plan_features(PAPER, {**ROWS, **rows}, free, **settings)
+
+
+def test_draws_are_those_of_the_schedules():
+    draws = [expected_draws(stage) for stage in PAPER]
+    assert draws[:3] == [17 * 1000 * 64, 20_000 * 64, 1000 * 6]
+    assert draws[3] / 50_000 == pytest.approx(1.90, abs=0.005)  # samples per step of the release's stage 4
+    assert expected_draws(PAPER[0], max_steps=10) == 640
+
+
+def test_five_million_pairs_are_not_cached_for_two_million_draws():
+    warm_up = plan({"laion": 4_500_000, "cc_sbu": 500_000})[0]
+    assert warm_up.stages == (1, 2) and warm_up.choice == "inline" and "fewer images" in warm_up.reason
+    assert warm_up.draws == 2_368_000 and warm_up.bytes == 5_000_000 * 32 * 768 * 2  # 246 GB
+    assert warm_up.hours_inline < warm_up.hours_cached
+    assert "inline, because it draws fewer images than there are" in str(warm_up) and "246 GB" in str(warm_up)
+
+
+def test_a_million_pairs_are_cached_where_the_disk_is_large_enough():
+    rows = {"laion": 900_000, "cc_sbu": 100_000}
+    assert plan(rows)[0].choice == "cached"
+    assert plan(rows, free=50 * 10**9)[0].reason == "the disk has 50 GB free"
+    assert plan(rows, dtype="float32")[0].bytes == 2 * plan(rows)[0].bytes
+
+
+def test_what_is_chosen_is_taken_off_the_disk():
+    rows = {"laion": 900_000, "cc_sbu": 100_000}
+    plans = plan(rows, free=55 * 10**9)  # 49 GB for stages 1 and 2
+    assert [each.stages for each in plans] == [(1, 2), (3,), (4,)]
+    assert [each.choice for each in plans] == ["cached", "cached", "cached"]
+    first = plans[0].bytes
+    assert plan(rows, free=int(first / 0.9) + 1)[0].choice == "cached"
+    assert plan(rows, free=int(first / 0.9) + 1)[2].bytes == 20 * 1000 * 32 * 768 * 2
+
+
+@pytest.mark.parametrize("wanted", ["cached", "inline"])
+def test_the_settings_decide(wanted):
+    assert {each.choice for each in plan({"laion": 10**9}, wanted=wanted)} == {wanted}

@@ -1,0 +1,140 @@
+"""The recipe's commands: each is one that its job understands, in an order in which each finds its input."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from pipelines import recipe, settings
+from pipelines.recipe import RecipeError, run_recipe
+from pipelines.settings import RecipeSettings, SettingsError
+from tests.paths import ROOT
+from tinygptv.convert.__main__ import _parser
+from tinygptv.training.stages import RECIPES
+
+PAPER = str(ROOT / "configs/paper.yaml")
+KINDS = {
+    "fetch": settings.FetchSettings,
+    "prepare_data": settings.PrepareDataSettings,
+    "cache_features": settings.CacheFeaturesSettings,
+    **{f"stage{number}": settings.TrainSettings for number in (1, 2, 3, 4)},
+    "score": settings.ScoreSettings,
+    "quantize": settings.QuantizeSettings,
+    "serve_http": settings.ServeSettings,
+}
+
+
+class Jobs:
+    """Stands for the jobs: notes their commands, writes what they would."""
+
+    def __init__(self, monkeypatch):
+        self.ran, self.fails = [], None
+        monkeypatch.setattr(recipe.subprocess, "run", self.run)
+        monkeypatch.setattr(recipe._Recipe, "_rows", lambda _, name: 2_000_000 if name == "refvg" else 1000)
+
+    def run(self, words, check):
+        name = words[1] if words[1] == "-m" else words[1].rsplit("/", 1)[1].removesuffix(".py")
+        self.ran.append((name, words[2:]))
+        return SimpleNamespace(returncode=int(name == self.fails))
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    return Jobs(monkeypatch)
+
+
+def run(tmp_path, **values):
+    for each in recipe.set_of("laion"), *(recipe.set_of(s.name) for stage in RECIPES["paper"] for s in stage.sources):
+        (tmp_path / "raw" / each.input).mkdir(parents=True, exist_ok=True)
+    chosen = {"recipe": "paper", "raw": str(tmp_path / "raw"), "output": str(tmp_path / "out"), **values}
+    return run_recipe(RecipeSettings(**chosen), PAPER)
+
+
+def test_every_command_is_understood_by_its_job(tmp_path, jobs):
+    run(tmp_path, benchmarks="bench", serve=True, fetch={"mirror": "http://m", "offline": True, "local": ["/a", "/b"]})
+    for name, words in jobs.ran:
+        if name == "-m":
+            assert words[0] == "tinygptv.convert"
+            _parser().parse_args(words[1:])
+            continue
+        config = words[1] if words[0] == "--config" else None
+        overrides = words[2:] if config else words
+        KINDS[name].load(config, overrides)
+    names = [name for name, _ in jobs.ran]
+    assert names[:2] == ["fetch", "-m"] and names[-7:] == [
+        "stage1", "stage2", "stage3", "stage4", "score", "quantize", "serve_http",
+    ]  # fmt: skip
+    assert names.count("prepare_data") == 23  # every source of the paper's four stages
+    fetch = dict(word.split("=", 1) for word in jobs.ran[0][1])
+    assert (fetch["offline"], fetch["local"]) == ("true", "[/a,/b]")
+
+
+def test_features_are_made_where_they_pay(tmp_path, jobs):
+    result = run(tmp_path)
+    assert [plan["choice"] for plan in result["features"]] == ["cached", "cached", "inline"]
+    caches = [words for name, words in jobs.ran if name == "cache_features"]
+    assert ["sources=[cc_sbu,laion]" in words for words in caches] == [True, False]
+    chosen = {name: next(w for w in words if w.startswith("features=")) for name, words in jobs.ran if "stage" in name}
+    assert list(chosen.values()) == ["features=cached", "features=cached", "features=cached", "features=inline"]
+    position = [name for name, _ in jobs.ran]
+    assert position.index("cache_features") < position.index("stage1")
+
+
+def test_stages_start_from_the_one_before(tmp_path, jobs):
+    run(tmp_path)
+    starts = [next(w for w in words if w.startswith("init_from=")) for name, words in jobs.ran if "stage" in name]
+    out = tmp_path / "out"
+    assert starts == [
+        f"init_from={folder}"
+        for folder in (out / "start", *(out / f"stage{number}/checkpoint" for number in (1, 2, 3)))
+    ]
+
+
+def test_finished_steps_are_skipped_and_those_after_a_changed_one_are_not(tmp_path, jobs):
+    run(tmp_path)
+    for _, words in jobs.ran:
+        output = next((w.removeprefix("output=") for w in words if w.startswith("output=")), None)
+        if output:
+            path = tmp_path / output / "result.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+    for needed in ("start/manifest.json", "weights/prerained_minigpt4_7b.pth"):
+        (tmp_path / "out" / needed).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / needed).touch()
+    total = len(jobs.ran)
+    jobs.ran.clear()
+    run(tmp_path)
+    assert not jobs.ran
+    (tmp_path / "out/stage2/result.json").unlink()
+    run(tmp_path)
+    assert [name for name, _ in jobs.ran] == ["stage2", "stage3", "stage4", "quantize"] and total > 30
+
+
+def test_a_failed_step_ends_it_and_the_next_run_continues_there(tmp_path, jobs):
+    jobs.fails = "stage2"
+    with pytest.raises(RecipeError, match="step 'stage 2: pre-training' failed, as it says above"):
+        run(tmp_path)
+    record = json.loads((tmp_path / "out/recipe.json").read_text())
+    assert "stage 1: warm-up" in record and "stage 2: pre-training" not in record
+
+
+def test_missing_data_is_named_with_the_command_that_brings_it(tmp_path, jobs):
+    with pytest.raises(
+        SettingsError, match=r"raw=.* lacks the data of .*laion.*jobs/fetch.py what=\[.*laion.*\] output="
+    ):
+        run_recipe(RecipeSettings(recipe="paper", raw=str(tmp_path), output=str(tmp_path / "out")), PAPER)
+    assert [name for name, _ in jobs.ran] == ["fetch", "-m"]
+
+
+def test_a_dry_run_prints_the_commands_and_the_plan(tmp_path, jobs, capsys):
+    run_recipe(RecipeSettings(recipe="paper", raw="DATA", output=str(tmp_path / "out"), dry_run=True), PAPER)
+    out = capsys.readouterr().out
+    assert not jobs.ran and "python jobs/stage4.py --config" in out and "Stage 1 and 2 (224 px): cached" in out
+    assert "python -m tinygptv.convert release --vision" in out and "input=DATA/laion/laion_dataset" in out
+
+
+def test_unknown_recipes_are_refused(tmp_path):
+    with pytest.raises(SettingsError, match="known recipes"):
+        run_recipe(RecipeSettings(recipe="x", output=str(tmp_path)), None)
