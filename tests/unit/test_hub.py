@@ -78,7 +78,7 @@ print(type(model).__name__)
 from tinygptv.hub import main
 print(main(["pull", "{REPO}", "--output", {str(tmp_path / "out")!r}]))
 """
-    assert python(server, tmp_path, code) == "2"  # does not match its manifest
+    assert python(server, tmp_path / "other", code) == "2"  # does not match its manifest
 
 
 def test_a_folder_goes_up_whole(folder, monkeypatch, tmp_path, capsys):
