@@ -27,7 +27,7 @@ from pathlib import Path
 
 from tests.paths import ROOT
 
-_READY_WITHIN_S = 300
+_READY_WITHIN_S = 600
 
 
 def why_not() -> str:
@@ -142,10 +142,13 @@ class PrivateCluster:
         start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         store = "--object-store-memory=150000000"
         ip = f"--node-ip-address=127.0.1.{len(self.nodes) + 1}"
+        # Ports that Ray is told need not be waited for: its raylet gives its agents only seconds to say theirs.
+        agents = ("metrics-export", "dashboard-agent-grpc", "dashboard-agent-listen", "runtime-env-agent")
+        ports = [f"--{name}-port={free_port()}" for name in agents]
         environment = {**self.environment, "HOME": "/tmp/home", "TMPDIR": "/tmp"}
         with (folder / "node.log").open("wb") as log:
             process = subprocess.Popen(
-                _enter(folder, [*start, store, ip, *arguments]),
+                _enter(folder, [*start, store, ip, *ports, *arguments]),
                 env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,

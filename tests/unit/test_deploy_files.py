@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import zipfile
+from pathlib import Path
 
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipelines import storage
 from pipelines.serving.backend import ReplicaStats
 from pipelines.serving.clients import KEYS_VARIABLE, key_digests
 from pipelines.serving.metrics import ENGINE_COUNTERS, ENGINE_GAUGES, Metrics, render
 from pipelines.serving.run import ENVIRONMENT
-from pipelines.settings import ServeSettings, SettingsError, TrainSettings
+from pipelines.settings import SECTIONS, ServeSettings, SettingsError
 from tests.paths import ROOT
 
 CONFIG = ROOT / "deploy/serve_config.yaml"
@@ -117,13 +121,16 @@ def test_what_the_image_copies_is_there():
     assert "USER ray" in text
 
 
-RAYJOBS = sorted((ROOT / "deploy/kuberay").glob("rayjob-stage*.yaml"))
+RAYJOBS = list(yaml.safe_load_all((ROOT / "deploy/kuberay/jobs/jobs.yaml").read_text()))
+RAYCLUSTER = yaml.safe_load((ROOT / "deploy/kuberay/raycluster.yaml").read_text())
+CLUSTER_FILES = ("ray_cluster.yaml", "ray_cluster_gcp.yaml")
 
 
-def test_ray_accepts_the_cluster_file():
+@pytest.mark.parametrize("name", CLUSTER_FILES)
+def test_ray_accepts_the_cluster_file(name):
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    text = (ROOT / "ray_cluster.yaml").read_text()
+    text = (ROOT / name).read_text()
     config = yaml.safe_load(text)
     validate_config(prepare_config(yaml.safe_load(text)))
     with pytest.raises(Exception, match="nonsense"):
@@ -131,47 +138,91 @@ def test_ray_accepts_the_cluster_file():
     kinds = config["available_node_types"]
     assert kinds["head"]["resources"] == {"CPU": 0}, "the head runs no tasks"
     assert kinds["gpu_24gb"]["resources"]["GPU"] == 1 and "GPU" not in kinds["data"]["resources"]
-    assert all(kinds[name]["node_config"]["InstanceMarketOptions"] for name in ("gpu_24gb", "data"))
+    nodes = [kind["node_config"] for kind in kinds.values()]
+    if config["provider"]["type"] == "aws":
+        assert all(node["IamInstanceProfile"] and "nvidia-driver" in node["ImageId"] for node in nodes)
+        assert all(kinds[name]["node_config"]["InstanceMarketOptions"] for name in ("gpu_24gb", "data"))
+    else:
+        assert all(node["serviceAccounts"] for node in nodes)
+        assert all("nvidia-580" in node["disks"][0]["initializeParams"]["sourceImage"] for node in nodes)
+        assert all(
+            kinds[name]["node_config"]["scheduling"]["provisioningModel"] == "SPOT" for name in ("gpu_24gb", "data")
+        )
     assert sum(kind["max_workers"] for kind in kinds.values()) <= config["max_workers"]
 
 
-def test_the_cluster_file_names_the_installed_ray():
+@pytest.mark.parametrize("name", CLUSTER_FILES)
+def test_the_cluster_file_names_the_installed_ray(name):
     import ray
 
-    config = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+    config = yaml.safe_load((ROOT / name).read_text())
+    sources = [source for source in config["file_mounts"].values() if not source.startswith("~")]
+    assert all((ROOT / source).is_file() for source in sources)
     assert f":{ray.__version__}-" in config["docker"]["image"]
     commands = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
     assert all("RAY_AUTH_MODE=token" in command for command in commands if "ray start" in command)
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token", "every node needs the same token"
 
 
-@pytest.mark.parametrize("path", RAYJOBS, ids=[path.stem for path in RAYJOBS])
-def test_a_rayjob_runs_a_script_with_settings_that_it_takes(path):
-    import ray
-
-    manifest = yaml.safe_load(path.read_text())
+@pytest.mark.parametrize("manifest", RAYJOBS, ids=[job["metadata"]["name"] for job in RAYJOBS])
+def test_a_rayjob_runs_a_script_with_settings_that_it_takes(manifest):
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
     spec = manifest["spec"]
-    python, script, flag, config, *overrides = spec["entrypoint"].split()
-    assert (python, flag) == ("python", "--config") and script == f"jobs/{path.stem.removeprefix('rayjob-')}.py"
-    assert (ROOT / script).is_file()
-    settings = TrainSettings.load(ROOT / config, overrides)
-    assert settings.data and settings.init_from and settings.output
-    cluster = spec["rayClusterSpec"]
-    assert cluster["rayVersion"] == ray.__version__
-    assert cluster["authOptions"]["mode"] == "token"
-    assert "RAY_AUTH_MODE" not in yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
-    groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
-    limits = groups["gpu-24gb"]["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert limits["nvidia.com/gpu"] == 1
-    assert groups["gpu-24gb"]["maxReplicas"] >= settings.num_workers
+    python, script, flag, config, *overrides = shlex.split(spec["entrypoint"])
+    assert (python, flag) == ("python", "--config") and (ROOT / script).is_file()
+    section = "train" if "stage" in script else Path(script).stem
+    settings = SECTIONS[section].load(ROOT / config, overrides)
+    assert storage.Location.parse(settings.output).is_object_store
+    assert spec["clusterSelector"] == {"ray.io/cluster": RAYCLUSTER["metadata"]["name"]}
+    groups = {group["groupName"]: group for group in RAYCLUSTER["spec"]["workerGroupSpecs"]}
+    if section == "train":
+        assert groups["gpu-24gb"]["maxReplicas"] >= settings.num_workers
 
 
-def test_every_stage_has_a_rayjob_that_starts_where_the_one_before_ends():
-    assert [path.stem for path in RAYJOBS] == [f"rayjob-stage{n}" for n in (1, 2, 3, 4)]
-    entrypoints = [yaml.safe_load(path.read_text())["spec"]["entrypoint"] for path in RAYJOBS]
-    for n, entrypoint in enumerate(entrypoints[1:], start=1):
-        assert f"init_from=/data/stage{n}/checkpoint" in entrypoint
+def test_the_raycluster_names_the_installed_ray_and_gives_every_node_the_bucket():
+    import ray
+
+    spec = RAYCLUSTER["spec"]
+    assert spec["rayVersion"] == ray.__version__ and spec["authOptions"]["mode"] == "token"
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    containers = [group["template"]["spec"]["containers"][0] for group in groups]
+    assert all(container["envFrom"] == [{"secretRef": {"name": "tinygptv-bucket"}}] for container in containers)
+    assert containers[1]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_every_job_starts_where_the_one_before_ends():
+    names = [job["metadata"]["labels"]["job"] for job in RAYJOBS]
+    assert names == ["prepare", "cache-features", *(f"stage{n}" for n in (1, 2, 3, 4)), "score", "quantize"]
+    entrypoints = {name: job["spec"]["entrypoint"] for name, job in zip(names, RAYJOBS, strict=True)}
+    for n in (1, 2, 3):
+        assert f"output=s3://tinygptv-bucket/stage{n}" in entrypoints[f"stage{n}"]
+        assert f"init_from=s3://tinygptv-bucket/stage{n}/checkpoint" in entrypoints[f"stage{n + 1}"]
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+@pytest.mark.parametrize("folder", ["deploy/kuberay", "deploy/kuberay/jobs"])
+def test_kustomize_builds_the_folder(folder):
+    done = subprocess.run(["kubectl", "kustomize", folder], cwd=ROOT, capture_output=True, text=True, check=False)
+    if "unknown command" in done.stderr:
+        pytest.skip("this kubectl has no kustomize")
+    assert done.returncode == 0, done.stderr
+    manifests = list(yaml.safe_load_all(done.stdout))
+    images = {c["image"] for m in manifests for c in containers_of(m)}
+    assert len(images) <= 1, "the image stands in one place"
+    assert all(
+        c.get("imagePullPolicy") == "IfNotPresent" for m in manifests for c in containers_of(m) if "ray" in c["name"]
+    )
+
+
+def containers_of(value):
+    """All containers in a manifest, however deep."""
+    if isinstance(value, dict):
+        yield from value.get("containers", [])
+        for item in value.values():
+            yield from containers_of(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from containers_of(item)
 
 
 def test_jobs_ship_neither_data_nor_environments():

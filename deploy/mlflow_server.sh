@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# MLflow on a cluster's head: artifacts in the bucket, the database on this disk with a copy in the bucket every ten
+# minutes, from which a new head starts.   bash deploy/mlflow_server.sh s3://bucket/mlflow
+set -euo pipefail
+location=${1:?give the location of artifacts, e.g. s3://bucket/mlflow}
+folder=$HOME/mlflow
+mkdir -p "$folder"
+if pgrep -f "mlflow server" > /dev/null; then exit 0; fi
+
+copy() { # copy FROM TO, between this disk and the bucket
+    python - "$1" "$2" <<'PYTHON'
+import sys
+from pyarrow import fs
+fs.copy_files(sys.argv[1], sys.argv[2])
+PYTHON
+}
+
+[ -f "$folder/mlflow.db" ] || copy "$location/mlflow.db" "file://$folder/mlflow.db" 2> /dev/null || true
+nohup mlflow server --workers 1 --host 0.0.0.0 --port 5000 --allowed-hosts "mlflow:5000,localhost:5000,127.0.0.1:5000" \
+    --backend-store-uri "sqlite:///$folder/mlflow.db" --artifacts-destination "$location" > "$folder/server.log" 2>&1 &
+(
+    while sleep 600; do
+        python -c 'import sqlite3, sys; sqlite3.connect(sys.argv[1]).backup(sqlite3.connect(sys.argv[2]))' \
+            "$folder/mlflow.db" "$folder/copy.db" && copy "file://$folder/copy.db" "$location/mlflow.db"
+    done
+) > "$folder/copy.log" 2>&1 &
