@@ -148,22 +148,18 @@ def evaluate(
 
 
 def _compare(settings: ScoreSettings, output: Path, lines: Sequence[Prediction]) -> dict[str, Comparison]:
-    """Compare with an earlier run, and write the page."""
-    other = _other_run(settings.compare_with)
+    """Compare with an earlier run, in a folder or at a URI, and write the page."""
+    location = settings.compare_with
+    other = Path(storage.absolute(location))
+    if not storage.is_local(location):
+        earlier = storage.WorkFolder(location)  # its folder goes with it
+        earlier.fetch(PREDICTIONS, "result.json")
+        other = earlier.path
     compared = compare(output, other)
-    titles = str(settings.checkpoint), str((read_json_object(other / "result.json") or {}).get("checkpoint", other))
+    titles = str(settings.checkpoint), str((read_json_object(other / "result.json") or {}).get("checkpoint", location))
     page = comparison_page(compared, lines, read_predictions(other), titles, settings.page_cases)
     storage.write_atomically(str(output / COMPARISON_PAGE), page.encode())
     return compared
-
-
-def _other_run(location: str) -> Path:
-    """Folder of another score run; what is at a URI is fetched."""
-    if storage.is_local(location):
-        return Path(storage.absolute(location))
-    other = storage.WorkFolder(location)
-    other.fetch(PREDICTIONS, "result.json")
-    return other.path
 
 
 def _find(settings: ScoreSettings, data: DataFolder) -> list[Benchmark]:

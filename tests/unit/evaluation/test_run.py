@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import storage
 from pipelines.evaluation.benchmarks.base import Benchmark, Question
 from pipelines.evaluation.run import evaluate
 from pipelines.evaluation.worker import UnitAnswerer, _other_images
@@ -228,9 +229,14 @@ def test_released_scoring_prompts_and_stops_as_the_release_does(checkpoint, tmp_
     assert any(a["answer"] != b["answer"] for a, b in pairs), "another prompt"
 
 
-def test_two_runs_are_compared(run, world, tmp_path):
+@pytest.mark.parametrize("location", ["folder", "memory://scored-earlier"])
+def test_two_runs_are_compared(run, world, tmp_path, location):
     other = save_checkpoint(tmp_path / "other", seed=1)
-    result = evaluate(settings(other, world, tmp_path / "out", compare_with=str(run[1])))
+    if location != "folder":
+        storage.upload_folder(run[1], location, "result.json")
+    earlier = str(run[1]) if location == "folder" else location
+    result = evaluate(settings(other, world, tmp_path / "out", compare_with=earlier))
+    assert (tmp_path / "out/comparison.html").is_file()
     found = result["comparison"]["miniature_vqa"]
     assert found["n"] == 6 and found["difference"] == pytest.approx(found["ours"] - found["theirs"], abs=1e-3)
 
