@@ -24,10 +24,10 @@ STAGES = tuple(f"stage{number}/checkpoint" for number in range(1, 5))
 MAKES = {
     "demo": ("", "result.json", "world", "shards", "backbones", "features", "score", "artifact", "answer.png", *STAGES),
     "stage": ("checkpoint", "config.yaml", "metrics.jsonl", "result.json", "loss.png"),
-    "score": ("", "predictions.jsonl", "report.html", "result.json"),
+    "score": ("", "predictions.jsonl", "report.html", "comparison.html", "result.json"),
     "quantize": ("", "result.json"),
     "prepare_data": ("", "quarantine.jsonl", "manifest.json", "result.json"),
-    "miniature": ("", "world", "shards", "backbones"),
+    "miniature": ("", "world", "shards", "backbones", "train.jsonl", "test.jsonl", "test_boxes.jsonl"),
     "released": ("", "artifact", "result.json"),
 }
 """Job (stage1 .. stage4: stage) -> paths below its output that later commands may name; others: everything."""
