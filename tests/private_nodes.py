@@ -28,6 +28,7 @@ from pathlib import Path
 from tests.paths import ROOT
 
 _READY_WITHIN_S = 600
+_TRIES = 5
 
 
 def why_not() -> str:
@@ -78,7 +79,8 @@ class Node:
 
     def kill(self) -> None:
         """End every process of the node at once."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     @property
@@ -111,7 +113,7 @@ class PrivateCluster:
         self._start_node("head", ["--head", f"--port={self.gcs_port}", "--num-cpus=0", *self._dashboard()])
         deadline = time.monotonic() + _READY_WITHIN_S
         while not self._answers():
-            assert self.nodes[0].process.poll() is None and time.monotonic() < deadline, self.nodes[0].log
+            assert time.monotonic() < deadline, self.nodes[0].log
             time.sleep(1)
         for _ in range(num_workers):
             self.add_worker(cpus)
@@ -136,6 +138,18 @@ class PrivateCluster:
         return {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
 
     def _start_node(self, name: str, arguments: list[str]) -> Node:
+        """Start a node and wait for it. On a busy machine Ray gives up its start after seconds: it is tried again."""
+        for attempt in range(_TRIES):
+            node = self._launch(f"{name}-{attempt}", arguments)
+            while node.process.poll() is None and "Ray runtime started" not in node.log:
+                time.sleep(1)
+            if node.process.poll() is None:
+                self.nodes.append(node)
+                return node
+            node.kill()
+        raise AssertionError(node.log)
+
+    def _launch(self, name: str, arguments: list[str]) -> Node:
         folder = self.folder / name
         (folder / "tmp").mkdir(parents=True)
         (folder / "tmp").chmod(0o1777)
@@ -155,8 +169,7 @@ class PrivateCluster:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        self.nodes.append(Node(name, folder, process))
-        return self.nodes[-1]
+        return Node(name, folder, process)
 
     def submit(self, *words: str) -> subprocess.Popen[str]:
         """``ray job submit`` of a job's command, from the repository, as a user does."""
