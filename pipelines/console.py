@@ -51,7 +51,7 @@ COMMANDS: dict[str, Command] = {
     "ablate": Command("ablate", "train", "the ablation matrix"),
     "plan-memory": Command("plan_memory", "train", "will it fit?"),
     "miniature": Command("miniature", "train", "draw the miniature world, or pretrain its backbones"),
-    "demo": Command("demo", "train", "the whole way on the miniature"),
+    "demo": Command("demo", "train", "the whole pipeline on the miniature"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Every benchmark's files as they are distributed, a few entries each, with pictures of a few pixels."""
+"""Every benchmark's files as they are distributed, a few entries each, with images of a few pixels."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.console import COMMANDS
 from tests.paths import ROOT
 
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted(
@@ -16,8 +17,11 @@ DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.
 
 SHELLS = {"", "bash", "sh", "shell", "console"}
 _FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-_INLINE = re.compile(r"`((?:\.venv/bin/)?python (?:jobs/|-m )[^`\n]+|make [a-z-]+|ray [a-z][^`\n]+)`")
-_PROGRAM = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:\S+/)?(?:python3?|make|ray|docker|kubectl|git|curl|pre-commit|\.) ")
+_INLINE = re.compile(
+    r"`((?:\.venv/bin/)?python (?:jobs/|-m )[^`\n]+|make [a-z-]+|ray [a-z][^`\n]+|tinygptv [a-z-][^`\n]*)`"
+)
+_PROGRAMS = r"python3?|tinygptv|make|ray|docker|kubectl|git|curl|pre-commit|\."
+_PROGRAM = re.compile(rf"^(?:[A-Z_]+=\S+ )*(?:\S+/)?(?:{_PROGRAMS}) ")
 
 STAGES = tuple(f"stage{number}/checkpoint" for number in range(1, 5))
 
@@ -39,7 +43,7 @@ class Command:
 
     Attributes:
         location: ``docs/x.md:12``.
-        words: as the shell splits them, without variables before the program and ``ray job submit ... --``.
+        words: as the shell splits them, without variables before the program.
         text: as it is written, on one line.
     """
 
@@ -71,8 +75,12 @@ def commands_of(path: Path) -> Iterator[Command]:
         yield Command(f"{name}:{text[:position].count(chr(10)) + 1}", tuple(words), line)
 
 
-def without_submission(words: tuple[str, ...]) -> tuple[str, ...]:
-    """The command that a ``ray job submit`` carries, or the command itself."""
+def plain_words(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The call of Python that a ``ray job submit`` or the command ``tinygptv`` makes, or the words themselves."""
     if words[:3] == ("ray", "job", "submit") and "--" in words:
-        return words[words.index("--") + 1 :]
+        words = words[words.index("--") + 1 :]
+    if words[0] == "tinygptv" and not words[1].startswith("-"):
+        kind, _, module = COMMANDS[words[1]].target.partition(":")
+        target = ("-m", module.removesuffix(".__main__")) if kind == "module" else (f"jobs/{kind}.py",)
+        return ("python", *target, *words[2:])
     return words

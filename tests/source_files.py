@@ -1,4 +1,4 @@
-"""Small source files for tests: pictures, and tars made member by member."""
+"""Small source files for tests: images, and tars made member by member."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 32)) -> Image.Image:
-    """A smooth RGB picture that differs clearly from those of other seeds."""
+    """A smooth RGB image that differs clearly from those of other seeds."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 

@@ -1,4 +1,4 @@
-"""The command line without a server: one picture, a conversation, a folder, a file of questions."""
+"""The command line without a server: one image, a conversation, a folder, a file of questions."""
 
 from __future__ import annotations
 

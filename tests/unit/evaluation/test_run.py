@@ -156,7 +156,7 @@ def test_images_that_appear_later_are_answered_about(checkpoint, tmp_path):
 
 
 def own_benchmark(folder, names):
-    """A benchmark without files, about pictures that may be missing or broken."""
+    """A benchmark without files, about images that may be missing or broken."""
 
     def read(data):
         for number, name in enumerate(names):

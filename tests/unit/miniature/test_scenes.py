@@ -1,4 +1,4 @@
-"""Scenes and their pictures: pure functions of their key, as the splits promise, and drawn where the boxes say."""
+"""Scenes and their images: pure functions of their key, as the splits promise, and drawn where the boxes say."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_the_drawing_fills_its_box(shape, texture):
 
 @pytest.mark.parametrize("colour", COLOURS)
 def test_the_texture_shows_at_64_pixels(colour):
-    """Marks differ from the colour itself even in the smallest picture that the model is given."""
+    """Marks differ from the colour itself even in the smallest image that the model is given."""
     spread = {}
     for texture in TEXTURES:
         image = render(_lone("square", colour, texture, angle=0.0)).resize((64, 64), Image.Resampling.BICUBIC)

@@ -245,7 +245,7 @@ def test_a_sound_step_is_found_sound(worker):
 
 
 def plant(monkeypatch, step, change):
-    """Change the first sample with a picture of one step, and of no other; returns where its id will be."""
+    """Change the first sample with an image of one step, and of no other; returns where its id will be."""
     original, planted = BatchMaker.load, []
 
     def load(self, ref):
