@@ -19,6 +19,7 @@ from pathlib import Path
 from pipelines import storage
 from pipelines.settings import SettingsError
 from tinygptv.checkpoint.folders import MANIFEST, CheckpointError, verify_folder
+from tinygptv.hub import is_hub, local_folder
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def local_checkpoint(location: str, *, weights: bool = True) -> Path:
     """A checkpoint or artifact folder on this machine's disk: itself where it is local, else a copy.
 
     Args:
-        location: path or URI of the folder.
+        location: path or URI of the folder; ``hf://org/name[@revision]`` is a repository of the hub.
         weights: also the files of weights; without them a copy is small: configuration, tokenizer, manifest.
 
     Returns:
@@ -47,6 +48,8 @@ def local_checkpoint(location: str, *, weights: bool = True) -> Path:
     """
     if storage.is_local(location):
         return Path(storage.absolute(location))
+    if is_hub(location):
+        return local_folder(location)  # the hub's library has a cache of its own
     remote = storage.Location.parse(location)
     manifest = read_manifest(remote)
     key = hashlib.sha256(manifest).hexdigest()[:_KEY_LENGTH]

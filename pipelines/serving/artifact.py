@@ -26,10 +26,6 @@ def resolve_artifact(settings: AnswerSettings) -> Path:
         from tinygptv.miniature.backbones import shipped_model
 
         return shipped_model()
-    if name.startswith("hf://"):
-        from tinygptv.hub import local_folder
-
-        return local_folder(name).absolute()
     if not is_local(name):
         return local_checkpoint(name)
     folder = Path(absolute(name))

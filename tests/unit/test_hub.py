@@ -68,8 +68,10 @@ print(type(model).__name__, type(processor).__name__, sum(p.numel() for p in mod
 
 def test_a_repository_is_downloaded_checked_and_loaded(server, tmp_path):
     code = f"""
+from pipelines.node_cache import local_checkpoint
 from tinygptv.inference.loading import load_for_inference
 model, processor = load_for_inference("hf://{REPO}@main")
+assert (local_checkpoint("hf://{REPO}") / "manifest.json").is_file()
 print(type(model).__name__)
 """
     assert python(server, tmp_path, code) == "TinyGPTVForConditionalGeneration"
