@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +26,9 @@ KINDS = {
     "score": settings.ScoreSettings,
     "quantize": settings.QuantizeSettings,
     "serve_http": settings.ServeSettings,
+    "plan_memory": settings.PlanMemorySettings,
+    "recipe": settings.RecipeSettings,
+    "released": settings.ReleasedSettings,
 }
 
 
@@ -138,3 +144,37 @@ def test_a_dry_run_prints_the_commands_and_the_plan(tmp_path, jobs, capsys):
 def test_unknown_recipes_are_refused(tmp_path):
     with pytest.raises(SettingsError, match="known recipes"):
         run_recipe(RecipeSettings(recipe="x", output=str(tmp_path)), None)
+
+
+def documented():
+    """Commands of the read-me and of the weights' page, as they are written there."""
+    for name in ("README.md", "docs/weights.md"):
+        text = (ROOT / name).read_text().replace("\\\n", " ")
+        for block in re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL):
+            for line in block.splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["python"] and (words[1] == "-m" or words[1].startswith("jobs/")):
+                    yield pytest.param(words[1:], id=f"{name}: {' '.join(words[1:4])}")
+
+
+@pytest.mark.parametrize("words", documented())
+def test_documented_commands_are_understood(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if words[:2] == ["-m", "tinygptv.convert"]:
+        _parser().parse_args(words[2:])
+    elif words[0] == "-m":
+        assert importlib.util.find_spec(words[1])
+    else:
+        assert (ROOT / words[0]).is_file()
+        kind = KINDS[words[0].removeprefix("jobs/").removesuffix(".py")]
+        config = words[words.index("--config") + 1] if "--config" in words else None
+        kind.load(config, [word for word in words[1:] if "=" in word])
+
+
+def test_the_documented_recipe_is_the_one_that_is_run(tmp_path, jobs):
+    """The read-me's list has the recipe's steps in its order; sources stand for one another."""
+    run(tmp_path, benchmarks="official", serve=True)
+    ran = list(dict.fromkeys(name for name, _ in jobs.ran if name != "cache_features"))
+    section = (ROOT / "README.md").read_text().split("to be run one by one")[1].split("```")[1]
+    listed = re.findall(r"^python (?:jobs/(\w+)\.py|(-m))", section, re.MULTILINE)
+    assert [job or module for job, module in listed] == ran
