@@ -5,8 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from tinygptv.checkpoint.folders import MANIFEST, CheckpointError, check_output, verify_folder, write_folder
+from tinygptv.checkpoint.folders import (
+    FORMAT_VERSION,
+    MANIFEST,
+    CheckpointError,
+    check_output,
+    check_weight_file,
+    verify_folder,
+    write_folder,
+)
 
 
 def fill(text):
@@ -126,6 +136,30 @@ def test_what_a_file_is_instead_is_said(folder):
     (folder / "a.bin").unlink()
     with pytest.raises(CheckpointError, match=r"lacks a\.bin"):
         verify_folder(folder)
+
+
+def test_weights_are_named_for_what_they_are_without_a_manifest(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"x": torch.zeros(8)}, path)
+    check_weight_file(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    sizes = rf"{len(whole) - 5} bytes of {len(whole)}"
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors is cut off \(it has {sizes}\): download"):
+        check_weight_file(path)
+    other = tmp_path / "model.bin"
+    other.write_bytes(whole[:-5])
+    check_weight_file(other)  # of another format, whatever its first bytes mean
+    other.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model\.bin is an empty file"):
+        check_weight_file(other)
+
+
+def test_an_empty_file_belongs_to_a_folder_and_the_manifest_has_a_version(tmp_path):
+    folder = write_folder(tmp_path / "ours", lambda staging: (staging / "empty").touch())
+    assert verify_folder(folder).files["empty"].bytes == 0
+    assert json.loads((folder / MANIFEST).read_text())["format_version"] == FORMAT_VERSION
+    assert (folder / MANIFEST).read_text().startswith('{\n "format_version"'), "for people, too"
 
 
 @pytest.mark.security

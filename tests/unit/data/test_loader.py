@@ -12,6 +12,7 @@ from pipelines.data.loader import BatchMaker, LoadPlan, iterate_steps, open_shar
 from pipelines.miniature.tiny_training import make_world, train_settings
 from pipelines.training.job import resolve_job
 from tinygptv.data.images import open_image, resize_pixels
+from tinygptv.data.sample import chooser, render_sample
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,19 @@ def test_the_workers_shares_are_the_step(plan, world_size):
         together = keys([batch for share in shares for batch in share.micro_batches])
         assert together == keys(whole.make(step).micro_batches)
         assert sum(b.num_samples for share in shares for b in share.micro_batches) == len(whole.sample_ids(step))
+
+
+def test_wording_and_answers_are_drawn_by_the_generator_of_the_draw(plan):
+    """Epochs differ in what they say of a row, and another maker says the same."""
+    maker, other, said = BatchMaker(plan), BatchMaker(plan), {}
+    for step in range(40):
+        for ref in maker.mixture.step(step):
+            row = maker.shards[maker.names[ref.source]].row(ref.row)
+            rendered = render_sample(row, chooser(maker.mixture.generator(ref)))
+            encoded = maker.load(ref).encoded
+            assert encoded == maker.encoder.encode(rendered) == other.load(ref).encoded
+            said.setdefault((ref.source, ref.row), set()).add(tuple(encoded.input_ids))
+    assert any(len(texts) > 1 for texts in said.values())
 
 
 def test_only_rank_0_names_the_samples_and_it_names_all_of_them(plan):

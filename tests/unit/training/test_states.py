@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -72,10 +73,19 @@ def test_the_newest_complete_state_is_read(tmp_path, caplog):
     assert ["step-00000009" in skipped[0], "step-00000006" in skipped[1]] == [True, True] and len(skipped) == 2
 
 
-def test_tensors_are_copied_when_a_state_is_taken(tmp_path):
-    store, weight = store_in(tmp_path), torch.zeros(1000)
+def test_tensors_are_copied_when_a_state_is_taken(tmp_path, monkeypatch):
+    """The next step changes the weights while the state is being written."""
+    store, weight, changed = store_in(tmp_path), torch.zeros(1000), threading.Event()
+    write = store._write_state
+
+    def late(*arguments):
+        assert changed.wait(30)
+        return write(*arguments)
+
+    monkeypatch.setattr(store, "_write_state", late)
     store.save(3, {"parameter/x": weight}, {})
-    weight += 1  # the next step
+    weight += 1
+    changed.set()
     store.wait()
     assert not store.newest()[1]["parameter/x"].any()
 
