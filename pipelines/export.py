@@ -27,6 +27,7 @@ from pipelines.tracking.base import NullTracker, open_tracker
 from pipelines.tracking.described import run_title
 from pipelines.tracking.registry import register_model
 from tinygptv.checkpoint.folders import MANIFEST, QUANTIZATION_FILE, CheckpointError, verify_folder
+from tinygptv.json_object import JsonObject
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +137,7 @@ def _earlier_artifact(output: storage.Location) -> Path:
     return Path(tempfile.gettempdir(), "no-artifact")
 
 
-def _read_metadata(folder: Path) -> dict[str, Any]:
+def _read_metadata(folder: Path) -> JsonObject:
     from tinygptv.quantization.artifact import read_metadata
 
     return read_metadata(folder)
@@ -185,7 +186,7 @@ def _finished_result(
         return None
 
 
-def _track(settings: QuantizeSettings, checkpoint: str, folder: Path, metadata: dict[str, Any]) -> int | None:
+def _track(settings: QuantizeSettings, checkpoint: str, folder: Path, metadata: JsonObject) -> int | None:
     """Log the export, and register the artifact where asked for; returns the version's number."""
     tracker = open_tracker(settings, run_title(settings.recipe, f"quantize {settings.method}"))
     tracker.params({**settings.model_dump(), "checkpoint": checkpoint})
@@ -227,7 +228,7 @@ def _write(
     nn.Module.to(model, _measuring_device(model, device))
     full = _measured("full", measure, model, processor, rows, settings.seed)
     nn.Module.to(model, "cpu")
-    metadata: dict[str, Any] = {}
+    metadata: JsonObject = {}
 
     def fill(staging: Path) -> None:
         nonlocal model
@@ -294,7 +295,7 @@ def _accept(drift: Drift, settings: QuantizeSettings) -> None:
         )
 
 
-def _drift_metrics(drift: dict[str, Any]) -> dict[str, float]:
+def _drift_metrics(drift: JsonObject) -> dict[str, float]:
     return {f"drift/{key}": value for key, value in drift.items() if isinstance(value, int | float) and key != "seed"}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import storage
+from tinygptv.json_object import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def write_json(path: str | Path, value: Any) -> None:
     storage.write_atomically(str(path), to_json(value, indent=1).encode() + b"\n")
 
 
-def read_json_object(path: str | Path) -> dict[str, Any] | None:
+def read_json_object(path: str | Path) -> JsonObject | None:
     """The object in a JSON file; None where the file is missing. A damaged one is named in the log and counts as
     missing: every file that this reads can be written again."""
     try:

@@ -24,6 +24,7 @@ from pipelines.fetch.run import named_files
 from pipelines.json_files import read_json_object, write_json
 from pipelines.settings import CacheFeaturesSettings, RecipeSettings, SettingsError, TrainSettings
 from tinygptv.convert.sources import all_parts, find_parts
+from tinygptv.json_object import JsonObject
 from tinygptv.training.stages import RECIPES
 
 RECORD_FILE = "recipe.json"
@@ -53,7 +54,7 @@ class RecipeError(ValueError):
     """A step failed; its own message stands above."""
 
 
-def run_recipe(settings: RecipeSettings, config: str | None) -> dict[str, Any]:
+def run_recipe(settings: RecipeSettings, config: str | None) -> JsonObject:
     """Run what is not done yet, or print it.
 
     Args:

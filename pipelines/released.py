@@ -25,6 +25,7 @@ from pipelines.storage import DiskFullError
 from tinygptv.checkpoint.folders import CheckpointError, verify_folder
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.convert.sources import all_parts
+from tinygptv.json_object import JsonObject
 from tinygptv.quantization.artifact import METHODS
 from tinygptv.training.memory_plan import GIB, inference_memory, parse_bytes
 from tinygptv.training.stages import get_stage
@@ -75,7 +76,7 @@ class Plan:
         )
 
 
-def run_released(settings: ReleasedSettings) -> dict[str, Any]:
+def run_released(settings: ReleasedSettings) -> JsonObject:
     """Make the artifact.
 
     Args:
@@ -114,7 +115,7 @@ def run_released(settings: ReleasedSettings) -> dict[str, Any]:
     return result
 
 
-def serve_settings(settings: ReleasedSettings, result: dict[str, Any]) -> ServeSettings:
+def serve_settings(settings: ReleasedSettings, result: JsonObject) -> ServeSettings:
     """Settings of serving the artifact: on this machine alone, unless ``server`` says otherwise."""
     values = {"artifact": result["artifact"], "num_gpus": int(result["plan"]["device"] == "cuda")}
     return ServeSettings.parse({**values, **settings.server}, "released, server")
@@ -215,7 +216,7 @@ def part_names(settings: ReleasedSettings) -> list[str]:
     return ["vision", "qformer", settings.language, f"stage{settings.stage}"]
 
 
-def _inputs(settings: ReleasedSettings, plan: Plan) -> dict[str, Any]:
+def _inputs(settings: ReleasedSettings, plan: Plan) -> JsonObject:
     """Inputs of the artifact, apart from the files' content, which the lock file pins."""
     return {
         "parts": part_names(settings),
@@ -224,7 +225,7 @@ def _inputs(settings: ReleasedSettings, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _finished(output: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(output: Path, inputs: JsonObject) -> JsonObject | None:
     """The result of an earlier run with the same inputs whose artifact is whole."""
     result = read_json_object(output / "result.json")
     if result is None or result.get("inputs") != inputs:
@@ -263,7 +264,7 @@ def _convert(settings: ReleasedSettings, output: Path, files: dict[str, str]) ->
     from tinygptv.data.processing import load_tokenizer
 
     folder = Path(settings.weights or output / "weights").expanduser().absolute()
-    paths: dict[str, Any] = {all_parts()[name].role: folder / all_parts()[name].path for name in part_names(settings)}
+    paths: JsonObject = {all_parts()[name].role: folder / all_parts()[name].path for name in part_names(settings)}
     print(f"Converting to {checkpoint} ...", flush=True)
     release = match_release(**paths, projection=None, image_size=stage.image_size)
     record.unlink(missing_ok=True)

@@ -29,6 +29,7 @@ from tinygptv.data.images import open_image
 from tinygptv.inference.assistant import Assistant
 from tinygptv.inference.loading import load_for_inference
 from tinygptv.inference.sampling import SamplingParams
+from tinygptv.json_object import JsonObject
 from tinygptv.miniature.backbones import shipped_model
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
@@ -41,7 +42,7 @@ class Question:
     image: Path
     text: str
     task: str | None
-    row: dict[str, Any]
+    row: JsonObject
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ def _answer_batch(assistant: Assistant, questions: list[Question], params: Sampl
     return int(num_failed == len(questions) > 0)
 
 
-def _answer_one(assistant: Assistant, question: Question, params: SamplingParams) -> dict[str, Any]:
+def _answer_one(assistant: Assistant, question: Question, params: SamplingParams) -> JsonObject:
     try:
         image: ChatImage = assistant.open(question.image.read_bytes())
         text = question.text

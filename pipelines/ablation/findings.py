@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from pipelines.training.record import StepEntry
+from tinygptv.json_object import JsonObject
 
 Status = Literal["trained", "failed", "not run"]
 
@@ -145,7 +146,7 @@ class StageOutcome:
             return self.status
         return str(self.event) if self.event else f"{self.last_loss:.3f}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """JSON-able; numbers that are not finite become None."""
         values = asdict(self) | {"cell": self.cell}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

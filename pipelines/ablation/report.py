@@ -18,6 +18,7 @@ from pipelines.evaluation.scoring import BenchmarkScore
 from pipelines.settings import AblateSettings
 from pipelines.training.plots import save_figure, smooth
 from pipelines.training.record import StepEntry
+from tinygptv.json_object import JsonObject
 
 
 @dataclass
@@ -44,7 +45,7 @@ class AblationRow:
         cells |= {f"stage {outcome.stage}": outcome.cell for outcome in self.outcomes}
         return cells | {name: _score_cell(score) for name, score in self.scores.items()}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """JSON-able."""
         return {
             "variant": self.variant.name,
@@ -73,7 +74,7 @@ def text_table(rows: Sequence[AblationRow]) -> str:
     return "\n".join(lines)
 
 
-def write_report(output: Path, rows: Sequence[AblationRow], settings: AblateSettings, seconds: float) -> dict[str, Any]:
+def write_report(output: Path, rows: Sequence[AblationRow], settings: AblateSettings, seconds: float) -> JsonObject:
     """Write ``report.md``, ``report.html`` and the plots.
 
     Returns:

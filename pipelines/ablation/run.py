@@ -40,6 +40,7 @@ from pipelines.training.record import RECORD_FILE, StepEntry, read_record
 from pipelines.training.result import RESULT_FILE
 from pipelines.training.stage_features import cache_stage_features
 from pipelines.units import UnitsLostError, Workers, map_units
+from tinygptv.json_object import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ _RESULTS = ("world", "backbones", "features", "report.md", "report.html", "resul
 _NOT_RUN = StageStatus("not run", "the stage before failed, or ended without a finite loss")
 
 
-def ablate(settings: AblateSettings) -> dict[str, Any]:
+def ablate(settings: AblateSettings) -> JsonObject:
     """Run the matrix and write its report.
 
     Returns:
@@ -88,7 +89,7 @@ def ablate(settings: AblateSettings) -> dict[str, Any]:
             cache_stage_features(stages, partial(_feature_settings, settings, shared))
         outcomes = dict(_run_all(settings, variants, shared))
     rows = _rows(settings, variants, shared, outcomes)
-    result: dict[str, Any] = {
+    result: JsonObject = {
         "rows": [row.to_dict() for row in rows],
         "table": [row.cells() for row in rows],
         "text": text_table(rows),
@@ -239,7 +240,7 @@ def _variant_runner(settings: AblateSettings, shared: SharedInputs) -> Callable[
 # ---------------------------------------------------------------------- tracking
 
 
-def _track_report(tracker: Tracker, result: dict[str, Any]) -> None:
+def _track_report(tracker: Tracker, result: JsonObject) -> None:
     tracker.table(result["table"], "ablation")
     for path in (result["report"], result["page"], *result["plots"], result["result"]):
         tracker.artifact(Path(path))

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from pipelines.node_cache import checked_checkpoint, local_checkpoint
 from pipelines.progress import Bar
 from pipelines.settings import CacheFeaturesSettings, SettingsError
 from pipelines.units import Workers, map_units
+from tinygptv.json_object import JsonObject
 from tinygptv.lru import LRU
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class FeaturePart:
     bytes: int = 0
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> FeaturePart:
+    def from_json(cls, content: JsonObject) -> FeaturePart:
         """Read what ``dataclasses.asdict`` gave; files of earlier versions have no size and more keys."""
         known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
         return cls(**known)
@@ -186,7 +187,7 @@ class FeatureSet:
 _COMPUTE_AGAIN = "run jobs/cache_features.py again."
 
 
-def cache_features(settings: CacheFeaturesSettings) -> dict[str, Any]:
+def cache_features(settings: CacheFeaturesSettings) -> JsonObject:
     """Compute the features of every shard set in a folder; finished parts are left as they are.
 
     Returns:

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from pipelines import storage
 from tinygptv.data.sample import SampleRow
+from tinygptv.json_object import JsonObject
 
 FORMAT = "tinygptv-shards"
 VERSION = 1
@@ -69,10 +70,10 @@ class ShardInfo:
     rows: int
     bytes: int
     sha256: str
-    statistics: dict[str, Any] = field(default_factory=dict)
+    statistics: JsonObject = field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> ShardInfo:
+    def from_json(cls, content: JsonObject) -> ShardInfo:
         """Read a line of a manifest, which may come from other people.
 
         Raises:
@@ -105,8 +106,8 @@ class Manifest:
 
     source: str
     shards: tuple[ShardInfo, ...]
-    counts: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    counts: JsonObject = field(default_factory=dict)
+    settings: JsonObject = field(default_factory=dict)
     batch_rows: int = BATCH_ROWS
 
     @property

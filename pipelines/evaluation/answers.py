@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pipelines import storage
 from pipelines.evaluation.benchmarks.base import Question
 from pipelines.json_files import to_json
+from tinygptv.json_object import JsonObject
 
 View = Literal["answer", "blind", "shuffled"]
 
@@ -45,14 +46,14 @@ class Answers:
     problem: str = ""
     views: dict[View, ViewAnswer] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As in ``predictions.jsonl``: a text per view, and ``<view>_losses`` where choices are ranked."""
-        texts: dict[str, Any] = {view: self.views[view].text if view in self.views else None for view in VIEWS}
+        texts: JsonObject = {view: self.views[view].text if view in self.views else None for view in VIEWS}
         losses = {f"{view}_losses": list(answer.losses) for view, answer in self.views.items() if answer.losses}
         return {**texts, "id": self.id, "problem": self.problem, **losses}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: JsonObject) -> Self:
         """The inverse of ``to_dict``."""
         views = {
             view: ViewAnswer(values[view], tuple(_loss(v) for v in values.get(f"{view}_losses") or ()))

@@ -12,7 +12,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -20,6 +19,7 @@ from pipelines.evaluation.scoring import BenchmarkScore, PartScore, Prediction, 
 from tinygptv.data.boxes import parse_answer_box, parse_boxes, to_pixels
 from tinygptv.data.drawing import draw_boxes
 from tinygptv.data.images import open_image
+from tinygptv.json_object import JsonObject
 
 TRUE_COLOUR, PREDICTED_COLOUR, OTHER_COLOUR = (38, 166, 91), (230, 57, 70), (224, 140, 0)
 _SIDE = 320
@@ -152,7 +152,7 @@ def _case(line: Prediction) -> str:
     )
 
 
-def truth_text(truth: dict[str, Any]) -> str:
+def truth_text(truth: JsonObject) -> str:
     """The truth as text, to compare the answer with."""
     if "answers" in truth:
         return ", ".join(dict.fromkeys(truth["answers"]))

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 from pipelines import storage
 from pipelines.evaluation.answers import Answers, read_answers
@@ -39,6 +39,7 @@ from pipelines.tracking.identity import RUN_FILE
 from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.units import Workers, map_units
 from tinygptv.checkpoint.folders import hash_file
+from tinygptv.json_object import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +200,7 @@ def _score_fingerprint(
     )
 
 
-def _without_folder(question: Question) -> dict[str, Any]:
+def _without_folder(question: Question) -> JsonObject:
     return {**asdict(question), "image": question.image.name if question.image else None}
 
 
@@ -358,7 +359,7 @@ def _track(
     tracker.close()
 
 
-def _worst_cases(lines: Sequence[Prediction]) -> list[dict[str, Any]]:
+def _worst_cases(lines: Sequence[Prediction]) -> list[JsonObject]:
     """The worst answers with their images, for the tracker's table."""
     columns = ("benchmark", "instruction", "answer", "truth", "score", "blind", "shuffled")
     rows = []

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from pipelines import storage
 from pipelines.evaluation.answers import VIEWS, Answered, View, ViewAnswer
 from pipelines.evaluation.benchmarks.base import MAIN_SPLIT, Benchmark, Outcome
 from pipelines.json_files import to_json
+from tinygptv.json_object import JsonObject
 from tinygptv.metrics.intervals import Interval, bootstrap
 
 PREDICTIONS = "predictions.jsonl"
@@ -65,7 +66,7 @@ class BenchmarkScore(TypedDict):
     files: list[dict[str, str]]
 
 
-Prediction = dict[str, Any]
+Prediction = JsonObject
 """A line of ``predictions.jsonl`` (docs/evaluation.md): question, truth, the answer and the score of every view."""
 
 

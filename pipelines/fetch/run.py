@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import httpx
 
@@ -27,6 +27,7 @@ from pipelines.progress import Bar
 from pipelines.redact import redact
 from pipelines.settings import FetchSettings, SettingsError
 from tinygptv.convert.sources import SourceFile, all_parts, find_parts, groups
+from tinygptv.json_object import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class FetchResult(TypedDict):
     """
 
     folder: str
-    files: dict[str, dict[str, Any]]
+    files: dict[str, JsonObject]
     bytes_downloaded: int
     by_hand: list[str]
     commands: list[str]
@@ -138,10 +139,10 @@ class _Fetch:
 
     def __init__(self, settings: FetchSettings, folder: Path, client: httpx.Client, retries: Retries) -> None:
         self.settings, self.folder, self.client, self.retries = settings, folder, client, retries
-        self.lock: dict[str, dict[str, Any]] = (read_json_object(folder / LOCK_FILE) or {}).get("files", {})
+        self.lock: dict[str, JsonObject] = (read_json_object(folder / LOCK_FILE) or {}).get("files", {})
         self.bytes_downloaded = 0
 
-    def run(self, files: Iterable[SourceFile]) -> dict[str, dict[str, Any]]:
+    def run(self, files: Iterable[SourceFile]) -> dict[str, JsonObject]:
         """Bring the files; returns their entries in the lock file."""
         wanted = [self._look(file) for file in files]
         self._tell(wanted)

@@ -32,6 +32,7 @@ from pipelines.settings import (
     TrainSettings,
 )
 from pipelines.training.record import read_record
+from tinygptv.json_object import JsonObject
 from tinygptv.training.stages import RECIPES
 
 
@@ -50,7 +51,7 @@ class Demo:
     settings: DemoSettings
     config: str | None
     root: Path
-    result: dict[str, Any] = field(default_factory=dict)
+    result: JsonObject = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -74,7 +75,7 @@ class Demo:
         return kind.parse({**loaded.model_dump(), **common, **fields}, "the demo")
 
 
-def run_demo(settings: DemoSettings, config: str | None) -> dict[str, Any]:
+def run_demo(settings: DemoSettings, config: str | None) -> JsonObject:
     """Run the whole pipeline.
 
     Args:
@@ -240,7 +241,7 @@ def _draw_answer(path: Path, phrase: str, answer: str, target: Path) -> Path:
     return target
 
 
-def summary(result: dict[str, Any]) -> str:
+def summary(result: JsonObject) -> str:
     """The closing summary."""
     from pipelines.evaluation.scoring import score_table
 

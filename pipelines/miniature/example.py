@@ -11,10 +11,10 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from pipelines.fingerprint import Fingerprint, claim
 from pipelines.settings import MiniatureSettings
+from tinygptv.json_object import JsonObject
 from tinygptv.miniature.draw import encode_jpeg
 from tinygptv.miniature.scenes import RGB, Scene, SceneObject, make_scene
 
@@ -25,7 +25,7 @@ _SPLIT = "validation"
 
 _FILES = ("train.jsonl", "test.jsonl", "test_boxes.jsonl", "images", "result.json")
 
-Row = dict[str, Any]
+Row = JsonObject
 
 
 def draw_example(settings: MiniatureSettings) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipelines.fingerprint import Fingerprint, claim
 from pipelines.json_files import write_json
@@ -13,6 +13,7 @@ from pipelines.miniature.example import draw_example
 from pipelines.miniature.world import draw_world
 from pipelines.settings import MiniatureSettings, SettingsError
 from pipelines.tracking.base import Tracker, continue_tracker
+from tinygptv.json_object import JsonObject
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,13 +30,13 @@ SIDES = (64, 128)
 _PRETRAIN_RESULTS = ("vision", "language", "tokenizer", "backbones", "result.json", "run.json", "unsent.jsonl")
 
 
-def run_miniature(settings: MiniatureSettings) -> dict[str, Any]:
+def run_miniature(settings: MiniatureSettings) -> JsonObject:
     """Do ``settings.task``; returns the result.
 
     Raises:
         SettingsError: there is no such task, or it lacks its input.
     """
-    tasks: dict[str, Callable[[MiniatureSettings], dict[str, Any]]] = {
+    tasks: dict[str, Callable[[MiniatureSettings], JsonObject]] = {
         "draw": draw_world,
         "example": draw_example,
         "pretrain": pretrain_backbones,
@@ -49,7 +50,7 @@ def run_miniature(settings: MiniatureSettings) -> dict[str, Any]:
     return {**result, "result": str(path)}
 
 
-def pretrain_backbones(settings: MiniatureSettings) -> dict[str, Any]:
+def pretrain_backbones(settings: MiniatureSettings) -> JsonObject:
     """Pretrain the vision encoder with the Q-Former, and the language model; resumable; writes a checkpoint folder.
 
     ``settings.parts`` names one of the two alone; the checkpoint is written by the run that finds both.
@@ -77,7 +78,7 @@ def pretrain_backbones(settings: MiniatureSettings) -> dict[str, Any]:
             wanted = (settings.max_steps,) if settings.max_steps else cycles
             scores |= _pretrain(task, part, wanted, rate, orthogonalized, settings, tracker)
             modules[part] = task.module
-    result: dict[str, Any] = {
+    result: JsonObject = {
         "folder": str(output),
         "scores": scores,
         "seconds": round(time.perf_counter() - started, 1),
@@ -92,7 +93,7 @@ def pretrain_backbones(settings: MiniatureSettings) -> dict[str, Any]:
     return result
 
 
-def ship(settings: MiniatureSettings) -> dict[str, Any]:
+def ship(settings: MiniatureSettings) -> JsonObject:
     """Copy backbones and trained stages to package data, so that an installation has them.
 
     ``settings.backbones`` is the checkpoint that ``pretrain_backbones`` wrote, ``settings.stages`` the folder that

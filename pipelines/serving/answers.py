@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field
 
 from pipelines.serving.backend import Failure, Item, PromptRead, TokenProbability
 from pipelines.serving.protocol import Coordinates
 from tinygptv.data.boxes import COLOURS, parse_boxes, to_pixels
+from tinygptv.json_object import JsonObject
 
 
 class FoundBox(BaseModel):
@@ -164,7 +165,7 @@ class Answer:
         """Boxes of the text so far, in pixels."""
         return find_boxes(self.text, self.image_size, self.image_index)
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> JsonObject:
         """The ``usage`` field."""
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -173,24 +174,24 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
-    def first_chunk(self) -> dict[str, Any]:
+    def first_chunk(self) -> JsonObject:
         """The event that opens a stream."""
         return self._chunk({"role": "assistant", "content": ""})
 
-    def text_chunk(self, text: str, logprobs: tuple[TokenProbability, ...]) -> dict[str, Any]:
+    def text_chunk(self, text: str, logprobs: tuple[TokenProbability, ...]) -> JsonObject:
         """An event with text."""
         return self._chunk({"content": text}, logprobs=self._logprobs(logprobs) if logprobs else None)
 
-    def last_chunk(self) -> dict[str, Any]:
+    def last_chunk(self) -> JsonObject:
         """The event that says why the answer ended, with its boxes."""
         boxes = [box.model_dump() for box in self.boxes()]
         return self._chunk({"boxes": boxes} if boxes else {}, finish_reason=self.finish_reason)
 
-    def usage_chunk(self) -> dict[str, Any]:
+    def usage_chunk(self) -> JsonObject:
         """The event that ``stream_options.include_usage`` asks for."""
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()}
 
-    def completion(self, logprobs: tuple[TokenProbability, ...]) -> dict[str, Any]:
+    def completion(self, logprobs: tuple[TokenProbability, ...]) -> JsonObject:
         """The whole answer."""
         boxes = [box.model_dump() for box in self.boxes()]
         choice = {
@@ -203,18 +204,18 @@ class Answer:
 
     def _chunk(
         self,
-        delta: dict[str, Any],
+        delta: JsonObject,
         *,
-        logprobs: dict[str, Any] | None = None,
+        logprobs: JsonObject | None = None,
         finish_reason: FinishReason | None = None,
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
-    def _logprobs(self, entries: tuple[TokenProbability, ...]) -> dict[str, Any] | None:
+    def _logprobs(self, entries: tuple[TokenProbability, ...]) -> JsonObject | None:
         return {"content": [entry.to_json() for entry in entries]} if self.with_logprobs else None
 
-    def _head(self, kind: str) -> dict[str, Any]:
+    def _head(self, kind: str) -> JsonObject:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
 

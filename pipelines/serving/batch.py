@@ -31,6 +31,7 @@ from pipelines.serving.artifact import resolve_artifact
 from pipelines.serving.backend import Backend
 from pipelines.serving.model_backend import ModelBackend
 from pipelines.settings import AnswerSettings, BatchSettings, ServeSettings, SettingsError
+from tinygptv.json_object import JsonObject
 
 ANSWERS, RESULT = "answers.jsonl", "result.json"
 _PUBLISH_S = 30.0
@@ -178,7 +179,7 @@ def read_requests(path: Path) -> Iterator[BatchRequest]:
             start += len(line)
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def _parse(line: bytes) -> JsonObject:
     """The object of a line.
 
     Raises:
@@ -193,7 +194,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     return data
 
 
-def _body_of(data: dict[str, Any]) -> dict[str, Any]:
+def _body_of(data: JsonObject) -> JsonObject:
     """The request's body, which may be wrapped.
 
     Raises:
@@ -256,7 +257,7 @@ async def _answer_all(
                     workers.create_task(work())
 
 
-async def _answer(client: httpx.AsyncClient, request: BatchRequest, model: str, files: RequestFiles) -> dict[str, Any]:
+async def _answer(client: httpx.AsyncClient, request: BatchRequest, model: str, files: RequestFiles) -> JsonObject:
     status, content = 400, _error_body(request.error)
     if not request.error:
         try:
@@ -275,7 +276,7 @@ async def _answer(client: httpx.AsyncClient, request: BatchRequest, model: str, 
     }
 
 
-async def _post(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+async def _post(client: httpx.AsyncClient, body: JsonObject) -> tuple[int, JsonObject]:
     for attempt in range(1, TRIES + 1):
         response = await client.post(CHAT, json=body)
         if response.status_code not in (429, 503) or attempt == TRIES:
@@ -284,11 +285,11 @@ async def _post(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[int, d
     return response.status_code, response.json()
 
 
-def _error_body(message: str) -> dict[str, Any]:
+def _error_body(message: str) -> JsonObject:
     return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}}
 
 
-def _with_files(body: dict[str, Any], folder: storage.Location) -> dict[str, Any]:
+def _with_files(body: JsonObject, folder: storage.Location) -> JsonObject:
     """The request with the images that it names by path as data URLs.
 
     Raises:

@@ -13,7 +13,6 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -32,6 +31,7 @@ from pipelines.serving.metrics import Metrics
 from pipelines.serving.protocol import ChatRequest
 from pipelines.serving.turns import read_turns
 from pipelines.settings import ServeSettings
+from tinygptv.json_object import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ def unknown_model(name: str, served: str) -> ProtocolError:
     )
 
 
-def _event(data: dict[str, Any]) -> str:
+def _event(data: JsonObject) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 

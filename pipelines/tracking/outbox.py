@@ -15,6 +15,7 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.redact import redact
+from tinygptv.json_object import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ MAX_BATCH_VALUES = 900
 
 _LONGEST_PAUSE_S = 60.0
 
-Entry = dict[str, Any]
+Entry = JsonObject
 
 
 class Outbox:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from pipelines import storage
 from pipelines.json_files import to_json
 from pipelines.training.record import number
+from tinygptv.json_object import JsonObject
 
 
 class Evaluation(TypedDict):
@@ -76,7 +77,7 @@ class HeldOutHistory:
         """Evaluations after the best one."""
         return len(self.evaluations) - 1 - self.evaluations.index(self.best)
 
-    def state(self, next_step: int) -> dict[str, Any]:
+    def state(self, next_step: int) -> JsonObject:
         """For the training state of a step: the evaluations so far, and the loss of just this state."""
         if not self.evaluations:
             return {}
@@ -112,7 +113,7 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     return [parse_evaluation(json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def parse_evaluation(values: dict[str, Any]) -> Evaluation:
+def parse_evaluation(values: JsonObject) -> Evaluation:
     """One line of the file; losses that are ``null`` become NaN."""
     sources = {name: number(loss) for name, loss in values["sources"].items()}
     return Evaluation(step=int(values["step"]), loss=number(values["loss"]), sources=sources)

@@ -28,6 +28,7 @@ from pipelines.tracking.described import run_title
 from pipelines.tracking.identity import RunIdentity
 from tinygptv.checkpoint.config_file import read_config
 from tinygptv.config import TinyGPTVConfig
+from tinygptv.json_object import JsonObject
 from tinygptv.training.stages import Stage, StageSource, get_stage
 
 logger = logging.getLogger(__name__)
@@ -186,9 +187,9 @@ def training_fingerprint(settings: TrainSettings, stage: Stage, start: Path, dat
     )
 
 
-def _held_out_inputs(settings: TrainSettings) -> dict[str, Any]:
+def _held_out_inputs(settings: TrainSettings) -> JsonObject:
     """Effect of held-out rows on the weights: which rows are left to train on, and which step is the last."""
-    inputs: dict[str, Any] = {}
+    inputs: JsonObject = {}
     if settings.eval_fraction:
         inputs["eval_fraction"] = settings.eval_fraction
     if settings.early_stop or settings.use_best:
@@ -259,7 +260,7 @@ def _load_plan(settings: TrainSettings, stage: Stage, start: Path, config: TinyG
     )
 
 
-def apply_stage_settings(stage: Stage, changes: dict[str, Any]) -> Stage:
+def apply_stage_settings(stage: Stage, changes: JsonObject) -> Stage:
     """Change fields of a stage by ``stage.*`` settings; ``limits`` and ``schedule`` take mappings of what changes.
 
     ``sources`` as a list of ``{name, weight, batch_size}``, or as a mapping from names to both values, replaces the
@@ -268,7 +269,7 @@ def apply_stage_settings(stage: Stage, changes: dict[str, Any]) -> Stage:
     Raises:
         SettingsError: a field is unknown.
     """
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     for key, value in changes.items():
         if key not in {field.name for field in dataclasses.fields(Stage)}:
             known = [field.name for field in dataclasses.fields(Stage)]
@@ -326,6 +327,6 @@ def _sources_value(stage: Stage, value: Any) -> tuple[StageSource, ...]:
     return tuple(dataclasses.replace(source, **value.get(source.name, {})) for source in stage.sources)
 
 
-def resolved_config(settings: TrainSettings, stage: Stage) -> dict[str, Any]:
+def resolved_config(settings: TrainSettings, stage: Stage) -> JsonObject:
     """Everything that determines the run, as plain data, without the passwords of URIs."""
     return json.loads(json.dumps(redact({**settings.model_dump(), "stage": dataclasses.asdict(stage)})))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from pipelines import storage
 from pipelines.json_files import write_json
@@ -11,6 +10,7 @@ from pipelines.settings import PlanMemorySettings, TrainSettings
 from pipelines.training.fit import computation_of
 from pipelines.training.job import apply_stage_settings
 from tinygptv.config import TinyGPTVConfig
+from tinygptv.json_object import JsonObject
 from tinygptv.quantization.artifact import METHODS
 from tinygptv.training.memory_plan import GIB, MemoryPlan, TrainingMemory, inference_memory, parse_bytes
 from tinygptv.training.stages import RECIPES, Stage, get_stage
@@ -27,7 +27,7 @@ WAYS = ("plain", "checkpointing")
 _COLUMNS = ("weights", "gradients", "optimizer", "activations", "workspace", "margin", "peak")
 
 
-def plan_memory(settings: PlanMemorySettings) -> dict[str, Any]:
+def plan_memory(settings: PlanMemorySettings) -> JsonObject:
     """Count what every stage and every way of answering takes.
 
     Args:
@@ -66,7 +66,7 @@ def recipe_config(recipe: str, stage: Stage) -> TinyGPTVConfig:
     return build(image_size=stage.image_size, lora_rank=stage.lora_rank)
 
 
-def _plan_stage(train: TrainSettings, stage: Stage, card: int) -> dict[str, Any]:
+def _plan_stage(train: TrainSettings, stage: Stage, card: int) -> JsonObject:
     stage = apply_stage_settings(stage, train.stage)
     memory = TrainingMemory(recipe_config(train.recipe, stage), stage, computation_of(train))
     ways = {name: memory.computed(gradient_checkpointing=name == "checkpointing") for name in WAYS}
@@ -86,16 +86,16 @@ def _configured(train: TrainSettings) -> str:
     return "checkpointing" if train.gradient_checkpointing else "plain"
 
 
-def _plan_inference(settings: PlanMemorySettings, formats: dict[str, str], card: int) -> dict[str, Any]:
+def _plan_inference(settings: PlanMemorySettings, formats: dict[str, str], card: int) -> JsonObject:
     config = recipe_config(settings.recipe, get_stage(settings.recipe, 4))
     return _with_fit(inference_memory(config, formats, num_tokens=settings.context_length), card)
 
 
-def _with_fit(plan: MemoryPlan, card: int) -> dict[str, Any]:
+def _with_fit(plan: MemoryPlan, card: int) -> JsonObject:
     return {**plan.to_dict(), "fits": plan.peak <= card}
 
 
-def _table(settings: PlanMemorySettings, train: TrainSettings, result: dict[str, Any]) -> str:
+def _table(settings: PlanMemorySettings, train: TrainSettings, result: JsonObject) -> str:
     heads = "".join(f"{name:>13}" for name in _COLUMNS)
     lines = [
         f"training, recipe {settings.recipe}, on {settings.gpu}: {computation_of(train)}, "
@@ -120,6 +120,6 @@ def _table(settings: PlanMemorySettings, train: TrainSettings, result: dict[str,
     return "\n".join(lines)
 
 
-def _row(entry: dict[str, Any]) -> str:
+def _row(entry: JsonObject) -> str:
     sizes = [sum(entry["weights"].values()), *(entry[name] for name in _COLUMNS[1:])]
     return "".join(f"{size / GIB:13.2f}" for size in sizes) + ("   yes" if entry["fits"] else "    no")

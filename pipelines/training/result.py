@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypedDict
+from typing import Self, TypedDict
 
 from pipelines import storage
 from pipelines.data.loader import CutCount
 from pipelines.json_files import read_json_object, write_json
 from pipelines.training.held_out_record import HeldOutResult
 from pipelines.training.record import number
+from tinygptv.json_object import JsonObject
 
 RESULT_FILE = "result.json"
 
@@ -72,14 +73,14 @@ class WorkerResult:
     stopped_early: bool = False
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: JsonObject) -> Self:
         """From the values of a JSON file."""
         cut = {name: CutCount(**count) for name, count in values.get("cut", {}).items()}
         first, last = number(values["first_loss"]), number(values["last_loss"])
         held_out, stopped_early = values.get("held_out"), values.get("stopped_early", False)
         return cls(values["checkpoint"], first, last, values["steps"], cut, held_out, stopped_early)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """For a JSON file."""
         return asdict(self)
 

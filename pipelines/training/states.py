@@ -17,20 +17,20 @@ import re
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pipelines import storage
 from tinygptv.checkpoint.checkpoint import load_training_state, save_training_state
 from tinygptv.checkpoint.folders import MANIFEST, CheckpointError
+from tinygptv.json_object import JsonObject
 from tinygptv.training.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = re.compile(r"step-(\d{8})$")
 
-State = tuple[int, dict[str, torch.Tensor], dict[str, Any]]
+State = tuple[int, dict[str, torch.Tensor], JsonObject]
 """Next step, tensors, and the JSON-able rest."""
 
 
@@ -81,7 +81,7 @@ class StateStore:
         tensors, extra = self._read(storage.join(self.location, f"step-{step:08d}"))
         return step, tensors, extra
 
-    def save(self, next_step: int, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
+    def save(self, next_step: int, tensors: dict[str, torch.Tensor], extra: JsonObject) -> None:
         """Copy the tensors to the CPU now, and write the state in a thread."""
         self.wait()
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
@@ -108,14 +108,14 @@ class StateStore:
         matches = [match for name in storage.list_folders(self.location) if (match := _FOLDER.match(name))]
         return sorted((int(match[1]), storage.join(self.location, match[0])) for match in matches)
 
-    def _read(self, folder: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def _read(self, folder: str) -> tuple[dict[str, torch.Tensor], JsonObject]:
         if storage.is_local(folder):
             return load_training_state(folder.removeprefix("file://"))
         with tempfile.TemporaryDirectory() as local:
             storage.download_files(folder, storage.list_names(folder), Path(local))
             return load_training_state(local)
 
-    def _write(self, next_step: int, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
+    def _write(self, next_step: int, tensors: dict[str, torch.Tensor], extra: JsonObject) -> None:
         try:
             with storage.disk_full_as_error(f"the training state of step {next_step} in {self.location}"):
                 self._write_state(next_step, tensors, extra)
@@ -124,7 +124,7 @@ class StateStore:
         except BaseException as error:
             self._error = error
 
-    def _write_state(self, next_step: int, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
+    def _write_state(self, next_step: int, tensors: dict[str, torch.Tensor], extra: JsonObject) -> None:
         folder = self.folder(next_step)
         if storage.is_local(folder):
             save_training_state(folder.removeprefix("file://"), tensors, extra)
@@ -155,7 +155,7 @@ class StateStore:
         return held_out is None, math.inf if loss is None else float(loss)
 
 
-def collect_state(train_step: TrainStep) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def collect_state(train_step: TrainStep) -> tuple[dict[str, torch.Tensor], JsonObject]:
     """Contents of a training state: trainable parameters, AdamW's moments, the scaler."""
     names = {id(parameter): name for name, parameter in train_step.named}
     tensors: dict[str, torch.Tensor] = {f"parameter/{name}": parameter for name, parameter in train_step.named}
@@ -172,7 +172,7 @@ def restore_parameters(train_step: TrainStep, tensors: dict[str, torch.Tensor]) 
             parameter.copy_(tensors[f"parameter/{name}"])
 
 
-def restore_state(train_step: TrainStep, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
+def restore_state(train_step: TrainStep, tensors: dict[str, torch.Tensor], extra: JsonObject) -> None:
     """Load a collected state into the model, the optimizer and the scaler.
 
     Raises:

@@ -35,6 +35,7 @@ from pipelines.training.states import StateStore, collect_state, restore_paramet
 from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from tinygptv.checkpoint.folders import MANIFEST
 from tinygptv.data.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
+from tinygptv.json_object import JsonObject
 from tinygptv.training.optim import build_optimizer
 from tinygptv.training.stages import set_trainable
 from tinygptv.training.train_step import PRECISIONS, StepResult, TrainStep, set_dtypes
@@ -345,7 +346,7 @@ class TrainWorker:
                 shutil.rmtree(folder)
         return self.work.uri("checkpoint")
 
-    def _metadata(self) -> dict[str, Any]:
+    def _metadata(self) -> JsonObject:
         """``stage.json`` of the checkpoint."""
         job = self.job
         return {

@@ -30,23 +30,35 @@ LAYERS = {
 """Package -> top-level names that nothing in it may import."""
 
 _LIBRARY: dict[str, set[str]] = {
+    "json_object": set(),
     "lru": set(),
     "bounds": set(),
     "config": set(),
-    "data": {"config", "lru", "bounds"},
+    "data": {"json_object", "config", "lru", "bounds"},
     "metrics": {"data"},
     "model": {"config", "data", "kernels"},
     "training": {"bounds", "config", "data", "kernels", "model"},
-    "checkpoint": {"config", "data", "model"},
-    "convert": {"config", "data", "model", "training", "checkpoint"},
+    "checkpoint": {"json_object", "config", "data", "model"},
+    "convert": {"json_object", "config", "data", "model", "training", "checkpoint"},
     "convert.sources": set(),
     "hub": {"checkpoint"},
     "kernels": set(),
-    "quantization": {"config", "data", "model", "checkpoint", "kernels"},
-    "inference": {"lru", "hub", "config", "data", "model", "metrics", "checkpoint", "kernels", "quantization"},
-    "miniature": {"config", "data", "model", "training", "checkpoint"},
+    "quantization": {"json_object", "config", "data", "model", "checkpoint", "kernels"},
+    "inference": {
+        "json_object",
+        "lru",
+        "hub",
+        "config",
+        "data",
+        "model",
+        "metrics",
+        "checkpoint",
+        "kernels",
+        "quantization",
+    },
+    "miniature": {"json_object", "config", "data", "model", "training", "checkpoint"},
     "auto_classes": {"config", "data", "model"},
-    "chat": {"data", "inference", "miniature"},
+    "chat": {"json_object", "data", "inference", "miniature"},
 }
 _WIRING = {"settings", "cluster", "storage", "progress", "json_files", "redact", "units", "fingerprint", "node_cache"}
 _PIPELINES: dict[str, set[str]] = {

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygptv.checkpoint.file_kinds import FileKindError, read_json_object
 from tinygptv.checkpoint.folders import CheckpointError, verify_folder, write_folder
+from tinygptv.json_object import JsonObject
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ def save_checkpoint(
     folder: str | Path,
     model: TinyGPTVForConditionalGeneration,
     processor: TinyGPTVProcessor,
-    stage: dict[str, Any],
+    stage: JsonObject,
 ) -> Path:
     """Write a whole model with its processor.
 
@@ -60,7 +61,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     folder: str | Path, dtype: torch.dtype | str = "auto", *, verify: bool = True, **kwargs: Any
-) -> tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor, dict[str, Any]]:
+) -> tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor, JsonObject]:
     """Read a whole model, strictly (``load_model``).
 
     Args:
@@ -83,7 +84,7 @@ def load_checkpoint(
     return model, processor, read_stage(folder)
 
 
-def read_stage(folder: str | Path) -> dict[str, Any]:
+def read_stage(folder: str | Path) -> JsonObject:
     """``stage.json`` of a checkpoint folder; empty where there is none.
 
     Raises:
@@ -101,7 +102,7 @@ def read_stage(folder: str | Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------- training states
 
 
-def save_training_state(folder: str | Path, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> Path:
+def save_training_state(folder: str | Path, tensors: dict[str, torch.Tensor], extra: JsonObject) -> Path:
     """Write what a stage resumes from.
 
     Args:
@@ -121,7 +122,7 @@ def save_training_state(folder: str | Path, tensors: dict[str, torch.Tensor], ex
     return write_folder(folder, fill)
 
 
-def load_training_state(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_training_state(folder: str | Path) -> tuple[dict[str, torch.Tensor], JsonObject]:
     """Read what ``save_training_state`` wrote, after checking its hashes.
 
     Raises:

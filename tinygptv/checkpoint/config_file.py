@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from tinygptv.checkpoint.file_kinds import FileKindError, read_json_object
 from tinygptv.checkpoint.folders import CheckpointError
 from tinygptv.config import ATTENTION_IMPLEMENTATIONS, TinyGPTVConfig
+from tinygptv.json_object import JsonObject
 
 _LARGEST = {
     "num_hidden_layers": 1_000,
@@ -49,7 +49,7 @@ def read_config(folder: Path) -> TinyGPTVConfig:
         raise CheckpointError(f"{path} is no usable configuration: {error}") from error
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> JsonObject:
     """A JSON object of a checkpoint's file.
 
     Raises:
@@ -61,7 +61,7 @@ def read_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(str(error)) from error
 
 
-def _check_values(path: Path, content: dict[str, Any]) -> None:
+def _check_values(path: Path, content: JsonObject) -> None:
     for name, value in content.items():
         if isinstance(value, dict):
             _check_values(path, value)

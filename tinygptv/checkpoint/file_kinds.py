@@ -10,6 +10,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from tinygptv.json_object import JsonObject
+
 _HEAD_BYTES = 1024
 _LARGEST_JSON = 64 << 20
 _LARGEST_HEADER = 100_000_000
@@ -79,7 +81,7 @@ def missing_bytes(path: Path) -> str:
     return f"it has {size} bytes of {wanted}" if size < wanted else ""
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> JsonObject:
     """Read a JSON file that holds an object.
 
     Raises:

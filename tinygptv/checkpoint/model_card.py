@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tinygptv.json_object import JsonObject
 
 if TYPE_CHECKING:
     from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
@@ -41,7 +43,7 @@ BSD-3-Clause.
 """
 
 
-def model_card(model: TinyGPTVForConditionalGeneration, stage: dict[str, Any]) -> str:
+def model_card(model: TinyGPTVForConditionalGeneration, stage: JsonObject) -> str:
     """Markdown for a checkpoint folder.
 
     Args:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from transformers import Blip2QFormerConfig
 
 from tinygptv.checkpoint.file_kinds import FileKindError, read_json_object
 from tinygptv.checkpoint.weight_files import WeightFileError
 from tinygptv.config import EvaVisionConfig, TinyGPTVConfig, TinyGPTVTextConfig
+from tinygptv.json_object import JsonObject
 
 RELEASE_VISION_HEAD = 88
 RELEASE_QFORMER_HEAD = 64
@@ -18,7 +18,7 @@ _LARGEST_SETTING = 1 << 22
 """Head widths of the release's parts, which no tensor shows."""
 
 
-def language_settings(language: str | Path | None) -> dict[str, Any]:
+def language_settings(language: str | Path | None) -> JsonObject:
     """config.json beside the language weights; empty where there is none."""
     if language is None:
         return {}
@@ -38,7 +38,7 @@ def language_settings(language: str | Path | None) -> dict[str, Any]:
 class Sizes:
     """Reads a configuration off tensor shapes."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], language_settings: dict[str, Any]) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]], language_settings: JsonObject) -> None:
         self.shapes = shapes
         self.settings = language_settings
 
@@ -133,7 +133,7 @@ class Sizes:
             rotary = self.settings["rotary_dim"] / (width // heads)
         end = self.settings.get("eos_token_id")
         end = end if isinstance(end, int) else min(50256, vocab - 1)
-        settings: dict[str, Any] = {
+        settings: JsonObject = {
             "vocab_size": vocab,
             "hidden_size": width,
             "num_hidden_layers": self.depth("language_model.layers."),

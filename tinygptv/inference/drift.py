@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from tinygptv.data.processing import TinyGPTVProcessor
 from tinygptv.data.sample import SampleEncoder, SampleRow, TextLimits, chooser, render_sample
 from tinygptv.inference.batch import Answerer, Prompt
 from tinygptv.inference.sample_losses import sample_losses
+from tinygptv.json_object import JsonObject
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
 MAX_TEXT_TOKENS = 160
@@ -66,7 +66,7 @@ class Drift:
     num_tokens: int
     num_answers: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Rounded, for ``quantization.json``."""
         return {key: round(value, 6) for key, value in asdict(self).items()}
 

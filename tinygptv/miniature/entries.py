@@ -7,10 +7,10 @@ caption; ``ok_vqa`` takes sums and opposites for outside knowledge.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
+from tinygptv.json_object import JsonObject
 from tinygptv.miniature import captions
 from tinygptv.miniature.conversations import DETAIL_QUESTIONS, Turn, conversation, multitask_conversation, reasoning
 from tinygptv.miniature.instructions import text_instruction
@@ -21,7 +21,7 @@ from tinygptv.miniature.scenes import SIZES, Scene, pick
 from tinygptv.miniature.shapes import SHAPES, outline
 from tinygptv.miniature.words import VALUES, article, count_of, full_name, plural
 
-Entry = dict[str, Any]
+Entry = JsonObject
 Describe = Callable[[Scene, np.random.Generator], list[Entry]]
 
 _SENTENCES = 3

@@ -7,10 +7,10 @@ Every record names its image and split, and holds the scene's objects where an a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
+from tinygptv.json_object import JsonObject
 from tinygptv.miniature import captions
 from tinygptv.miniature.conversations import KINDS as CONVERSATION_KINDS
 from tinygptv.miniature.conversations import two_turns
@@ -24,11 +24,11 @@ BENCHMARK_SPLITS = ("test", "combination", "crowded", "wording", "large")
 """Splits in the benchmark files; all but ``test`` with a quarter of the scenes."""
 
 
-def _common(scene: Scene) -> dict[str, Any]:
+def _common(scene: Scene) -> JsonObject:
     return {"image": coco_name(scene), "split": scene.split, "width": scene.width, "height": scene.height}
 
 
-def _objects(scene: Scene) -> list[dict[str, Any]]:
+def _objects(scene: Scene) -> list[JsonObject]:
     return [item.to_dict() for item in scene.objects]
 
 

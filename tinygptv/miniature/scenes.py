@@ -11,10 +11,11 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
+from tinygptv.json_object import JsonObject
 from tinygptv.miniature.shapes import SHAPES, outline
 
 T = TypeVar("T")
@@ -101,13 +102,13 @@ class SceneObject:
         """Size, colour, texture, shape: the order in which words name them."""
         return (self.size, self.colour, self.texture, self.shape)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Fields of an object in benchmark files."""
         named = {name: getattr(self, name) for name in ("shape", "colour", "size", "texture")}
         return {**named, "box": [round(side, 5) for side in self.box]}
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> SceneObject:
+    def from_dict(cls, fields: JsonObject) -> SceneObject:
         """The object of ``to_dict``, as far as its meaning goes."""
         return cls(**{**fields, "box": tuple(fields["box"])})
 

@@ -34,6 +34,7 @@ from tinygptv.checkpoint.config_file import read_config
 from tinygptv.checkpoint.folders import QUANTIZATION_FILE, CheckpointError, check_weight_file, verify_folder
 from tinygptv.checkpoint.load_model import load_processor
 from tinygptv.data.processing import TinyGPTVProcessor
+from tinygptv.json_object import JsonObject
 from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
 from tinygptv.quantization.host_memory import returning_memory
 from tinygptv.quantization.linear_cpu import HalfEmbedding
@@ -101,7 +102,7 @@ def write_artifact(
     device: str | torch.device = "cpu",
     *,
     encoder: str = "",
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write everything but the manifest into a folder that exists; the model is left as it is.
 
     Args:
@@ -151,7 +152,7 @@ def _formats(method: Method, encoder: str) -> dict[str, str]:
     return formats
 
 
-def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
+def write_metadata(folder: Path, metadata: JsonObject) -> None:
     """Write ``quantization.json``."""
     (folder / QUANTIZATION_FILE).write_text(json.dumps(metadata, indent=1))
 
@@ -221,7 +222,7 @@ def is_artifact(folder: str | Path) -> bool:
     return (Path(folder) / QUANTIZATION_FILE).is_file()
 
 
-def read_metadata(folder: str | Path) -> dict[str, Any]:
+def read_metadata(folder: str | Path) -> JsonObject:
     """Contents of ``quantization.json``.
 
     Raises:
@@ -240,7 +241,7 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
 
 def load_artifact(
     folder: str | Path, device: str | torch.device = "cpu", *, verify: bool = True
-) -> tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor, dict[str, Any]]:
+) -> tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor, JsonObject]:
     """Load what ``write_artifact`` wrote, without building the full model.
 
     Args:
@@ -377,6 +378,6 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
-def bits_per_weight(metadata: dict[str, Any]) -> float:
+def bits_per_weight(metadata: JsonObject) -> float:
     """Mean stored bits of a parameter, over all parts."""
     return 8 * metadata["bytes"] / math.fsum(part["parameters"] for part in metadata["parts"].values())

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from pipelines import storage
 from pipelines.data.ingest.staging import any_exists, content_settings, fingerprint
@@ -18,6 +17,7 @@ from pipelines.data.shard_format import FORMAT, MANIFEST
 from pipelines.data.sources.base import SourceInput, SourceUnit
 from pipelines.redact import redact
 from pipelines.settings import PrepareDataSettings, SettingsError
+from tinygptv.json_object import JsonObject
 
 INPUTS = "inputs.json"
 STAGING = "_staging"
@@ -47,7 +47,7 @@ class SetInputs:
     units: int
     source: dict[str, str]
     files: tuple[FileFacts, ...]
-    settings: dict[str, Any]
+    settings: JsonObject
     missing: tuple[tuple[str, str], ...] = field(default=())
 
     @classmethod

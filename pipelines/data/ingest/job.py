@@ -21,7 +21,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pipelines import storage
 from pipelines.cluster import start_ray
@@ -39,6 +38,7 @@ from pipelines.redact import redact
 from pipelines.settings import PrepareDataSettings, SettingsError
 from pipelines.tracking.base import open_tracker
 from pipelines.units import Workers, map_units
+from tinygptv.json_object import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class UnreadableError(ValueError):
     """A file that was there when the work was planned cannot be read now."""
 
 
-def ingest(settings: PrepareDataSettings, *, parent_run_id: str = "", replaces_other: bool = False) -> dict[str, Any]:
+def ingest(settings: PrepareDataSettings, *, parent_run_id: str = "", replaces_other: bool = False) -> JsonObject:
     """Prepare one source.
 
     Finished work of an interrupted run is verified and kept; a finished set is verified and returned as it is.
@@ -90,7 +90,7 @@ def ingest(settings: PrepareDataSettings, *, parent_run_id: str = "", replaces_o
     return result
 
 
-def _track(settings: PrepareDataSettings, name: str, counts: dict[str, Any], output: str, parent_run_id: str) -> None:
+def _track(settings: PrepareDataSettings, name: str, counts: JsonObject, output: str, parent_run_id: str) -> None:
     """Log settings, counts and the report."""
     tracker = open_tracker(settings, f"prepare {name}", parent_run_id=parent_run_id)
     tracker.params({"source": settings.source, "input": redact(settings.input), **content_settings(settings)})
@@ -122,7 +122,7 @@ def _locations(output: str) -> dict[str, str]:
     return {"output": output, **{key: storage.join(output, name) for key, name in names.items()}}
 
 
-def _finished_before(output: str, inputs: SetInputs) -> dict[str, Any] | None:
+def _finished_before(output: str, inputs: SetInputs) -> JsonObject | None:
     """Counts of a finished and sound set made from the same input with the same settings; None where there is none."""
     before = SetInputs.read(output)
     if before is None or before.difference(inputs):
@@ -148,7 +148,7 @@ def _finished_before(output: str, inputs: SetInputs) -> dict[str, Any] | None:
 
 def _prepare(
     settings: PrepareDataSettings, name: str, units: Sequence[SourceUnit], output: str, inputs: SetInputs
-) -> dict[str, Any]:
+) -> JsonObject:
     """Do what is missing; the folder is complete when it has a manifest, and known when it has ``INPUTS``."""
     staging = storage.join(output, STAGING)
     if storage.exists(storage.join(output, INPUTS)):

@@ -25,6 +25,7 @@ from pipelines.data.shards import ShardSet
 from pipelines.data.sources.base import Rejected
 from tinygptv.data.images import open_image
 from tinygptv.data.sample import SampleRow
+from tinygptv.json_object import JsonObject
 
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
@@ -71,7 +72,7 @@ class Totals:
     images: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
-    _shards: list[dict[str, Any]] = field(default_factory=list)
+    _shards: list[JsonObject] = field(default_factory=list)
     _waiting: list[pa.Table] = field(default_factory=list)
 
     def add(self, index: pa.Table) -> None:
@@ -101,7 +102,7 @@ class Totals:
         self._waiting = []
         self._shards.append({name: _spread(table[name].to_numpy()) for name in _STATISTICS})
 
-    def shard_statistics(self) -> list[dict[str, Any]]:
+    def shard_statistics(self) -> list[JsonObject]:
         """Least, mean and most of each column, per shard."""
         return self._shards
 
@@ -159,7 +160,7 @@ def _sample_rows(shards: ShardSet) -> list[SampleRow]:
     return shards.rows(sorted({int(row) for row in np.linspace(0, len(shards) - 1, count)})) if count else []
 
 
-def _page(content: dict[str, Any], manifest: Manifest, rows: Sequence[SampleRow]) -> str:
+def _page(content: JsonObject, manifest: Manifest, rows: Sequence[SampleRow]) -> str:
     counts = content["counts"]
     keys = ("rows_in", "rows_out", "duplicates", "filtered", "quarantined")
     tiles = [(key.replace("_", " "), counts[key]) for key in keys]

@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import cv2
 import pyarrow as pa
@@ -26,6 +25,7 @@ from pipelines.data.sources import SOURCES
 from pipelines.data.sources.base import Changes, Rejected, SourceUnit, rejection
 from pipelines.settings import PrepareDataSettings
 from tinygptv.data.sample import SampleRow
+from tinygptv.json_object import JsonObject
 from tinygptv.lru import LRU
 
 STAGING_VERSION = 3
@@ -108,7 +108,7 @@ class UnitRecord:
         return sum(file.rows for file in self.files)
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> UnitRecord:
+    def from_json(cls, content: JsonObject) -> UnitRecord:
         """Read what ``dataclasses.asdict`` gave."""
         files = [ShardInfo(**file) for file in content.pop("files")]
         rejected = [Rejected(**{**entry, "missing": ()}) for entry in content.pop("rejected")]
@@ -132,7 +132,7 @@ def fingerprint(unit: SourceUnit, settings: PrepareDataSettings) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
-def content_settings(settings: PrepareDataSettings) -> dict[str, Any]:
+def content_settings(settings: PrepareDataSettings) -> JsonObject:
     """The settings that decide what the shards hold."""
     return {name: getattr(settings, name) for name in CONTENT_SETTINGS}
 

@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from pipelines import storage
 from pipelines.data.sources.base import Changes, ReadResult, Rejected, SourceInput, SourceUnit, find_input
@@ -21,6 +20,7 @@ from pipelines.data.sources.drafts import read_drafts
 from pipelines.data.sources.images import ImageFolder, ImageLayout, find_image_folder
 from pipelines.data.sources.own_rows import ROW_FIELDS, read_own_row
 from pipelines.settings import SettingsError
+from tinygptv.json_object import JsonObject
 
 DELIMITED = (".csv", ".tsv")
 """Endings of the files' names."""
@@ -51,7 +51,7 @@ class DelimitedReader:
                 yield from read_drafts(unit, key, partial(read_own_row, unit, fields), images, changes)
 
 
-def read_delimited(location: storage.Location) -> Iterator[tuple[str, dict[str, Any] | Rejected]]:
+def read_delimited(location: storage.Location) -> Iterator[tuple[str, JsonObject | Rejected]]:
     """Key (``line 7``) and fields of every row; empty fields are left out.
 
     Raises:
@@ -98,11 +98,11 @@ def _delimiter(name: str, header: str) -> str:
     return ";" if ";" in header and "," not in header else ","
 
 
-def _fields(key: str, file: str, names: list[str], values: list[str]) -> dict[str, Any] | Rejected:
+def _fields(key: str, file: str, names: list[str], values: list[str]) -> JsonObject | Rejected:
     if len(values) != len(names):
         reason = f"{len(values)} fields, and the header names {len(names)}; fields with the separator need quotes"
         return Rejected(key, file, reason)
-    fields: dict[str, Any] = {}
+    fields: JsonObject = {}
     for name, value in zip(names, values, strict=True):
         if not value:
             continue

@@ -24,6 +24,7 @@ from pipelines import storage
 from pipelines.data.sources.base import ENTRIES_PER_UNIT, Rejected, SourceInput, SourceUnit, shorten
 from pipelines.data.sources.json_items import Item, JsonDamage, iterate_items, outline, split_items
 from pipelines.settings import SettingsError
+from tinygptv.json_object import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def _is_lines(name: str, text: bytes, is_whole: bool, row_fields: Collection[str
     return not (text[:1] == b"{" and newline and opened)
 
 
-def _is_container(value: dict[str, Any]) -> bool:
+def _is_container(value: JsonObject) -> bool:
     """Whether an object holds rows, and is none itself."""
     has_list = any(isinstance(item, list) and item and isinstance(item[0], dict) for item in value.values())
     return has_list or (bool(value) and all(isinstance(item, dict) for item in value.values()))

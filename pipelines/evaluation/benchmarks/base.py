@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pipelines.evaluation.benchmarks.files import DataFolder
 from tinygptv.data.prompt_layout import Exchange
+from tinygptv.json_object import JsonObject
 
 MAIN_SPLIT = "test"
 """The split whose questions make a benchmark's value; a benchmark's other splits are parts beside it."""
@@ -34,7 +34,7 @@ class Question:
     id: str
     instruction: str
     image: Path | None
-    truth: dict[str, Any]
+    truth: JsonObject
     kind: str = ""
     split: str = MAIN_SPLIT
     history: tuple[Exchange, ...] = ()
@@ -59,7 +59,7 @@ class Outcome:
 
 
 Read = Callable[[DataFolder], Iterator[Question]]
-Score = Callable[[str, dict[str, Any]], float]
+Score = Callable[[str, JsonObject], float]
 Statistic = Callable[[np.ndarray], float]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question, Statistics, each
 from pipelines.evaluation.benchmarks.files import COCO_FOLDERS, DataFolder, read_json, read_lines
 from pipelines.evaluation.benchmarks.vqa import ask, read_aokvqa
+from tinygptv.json_object import JsonObject
 from tinygptv.metrics.metrics import auroc, exact_match, f1, pope_answer, precision, recall, yes_no
 from tinygptv.metrics.released import contains_answer, released_hateful
 
@@ -61,7 +62,7 @@ def _read_pope(kind: str) -> Any:
     return read
 
 
-def score_pope(answer: str, truth: dict[str, Any]) -> float:
+def score_pope(answer: str, truth: JsonObject) -> float:
     """1 where the answer, read as POPE reads it, is the true one."""
     return float(pope_answer(answer) == truth["answer"])
 
@@ -100,7 +101,7 @@ def _read_hateful(data: DataFolder) -> Iterator[Question]:
         )
 
 
-def _score_hateful(answer: str, truth: dict[str, Any]) -> float:
+def _score_hateful(answer: str, truth: JsonObject) -> float:
     return float(yes_no(answer) == ("yes" if truth["label"] else "no"))
 
 
@@ -122,7 +123,7 @@ _HATEFUL_STATISTICS = Statistics(
 )
 
 
-def score_choice(answer: str, truth: dict[str, Any]) -> float:
+def score_choice(answer: str, truth: JsonObject) -> float:
     """1 where the right choice was taken."""
     return float(answer == truth["answer"])
 

@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tinygptv.json_object import JsonObject
+
 OWN_FOLDERS: dict[str, tuple[str, ...]] = {
     "vqav2": ("vqav2", "vqa2", "cocovqa"),
     "okvqa": ("okvqa",),
@@ -298,7 +300,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is no valid JSON: {error}.") from error
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[JsonObject]:
     """The objects of a JSON Lines file.
 
     Raises:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipelines.data.sources.pickles import load_plain_pickle
 from pipelines.data.sources.referring import corners
 from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question, Statistics
 from pipelines.evaluation.benchmarks.files import COCO_FOLDERS, BenchmarkFiles, DataFolder, read_json
 from pipelines.evaluation.benchmarks.vqa import ask
+from tinygptv.json_object import JsonObject
 from tinygptv.metrics.metrics import grounding_overlap, rec_hit
 from tinygptv.metrics.released import released_rec
 
@@ -52,7 +52,7 @@ DATA_SETS = {
 _FOLDERS = ("train2014", *COCO_FOLDERS)
 
 
-def _question(key: str, sentence: str, image: Path, truth: dict[str, Any]) -> Question:
+def _question(key: str, sentence: str, image: Path, truth: JsonObject) -> Question:
     return Question(key, ask("refer", sentence), image, truth)
 
 
@@ -95,7 +95,7 @@ def _read_references(files: BenchmarkFiles, data: ReferringData, split: str) -> 
             yield _question(str(sentence["sent_id"]), sentence["sent"], image, truth)
 
 
-def score_refer(answer: str, truth: dict[str, Any]) -> float:
+def score_refer(answer: str, truth: JsonObject) -> float:
     """1 where the answered box overlaps the true one by more than half."""
     return rec_hit(answer, truth["box"], truth["width"], truth["height"])
 

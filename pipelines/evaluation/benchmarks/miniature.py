@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from pipelines.data.sources.referring import corners
 from pipelines.evaluation.benchmarks.base import Benchmark, Question
@@ -11,14 +10,15 @@ from pipelines.evaluation.benchmarks.files import DataFolder, read_json
 from pipelines.evaluation.benchmarks.grounding import OVERLAPS, score_refer
 from pipelines.evaluation.benchmarks.vqa import ask
 from tinygptv.data.prompt_layout import Exchange
+from tinygptv.json_object import JsonObject
 from tinygptv.metrics.metrics import exact_match, grounded_f1
 from tinygptv.miniature.meaning import NotUnderstood, check_caption, find
 from tinygptv.miniature.scenes import SceneObject
 
-Entry = dict[str, Any]
+Entry = JsonObject
 
 
-def _reader(file: str, question: Callable[[Entry], dict[str, Any]]) -> Callable[[DataFolder], Iterator[Question]]:
+def _reader(file: str, question: Callable[[Entry], JsonObject]) -> Callable[[DataFolder], Iterator[Question]]:
     def read(data: DataFolder) -> Iterator[Question]:
         root = data.folder
         folder = root / "benchmarks" if (root / "benchmarks").is_dir() else root
@@ -34,41 +34,41 @@ def _reader(file: str, question: Callable[[Entry], dict[str, Any]]) -> Callable[
     return read
 
 
-def _objects(truth: dict[str, Any]) -> list[SceneObject]:
+def _objects(truth: JsonObject) -> list[SceneObject]:
     return [SceneObject.from_dict(fields) for fields in truth["objects"]]
 
 
-def _vqa(entry: Entry) -> dict[str, Any]:
+def _vqa(entry: Entry) -> JsonObject:
     return {"instruction": ask("vqa", entry["question"]), "truth": {"answer": entry["answer"]}}
 
 
-def _refer(entry: Entry) -> dict[str, Any]:
+def _refer(entry: Entry) -> JsonObject:
     truth = {"box": corners(*entry["bbox"]), "width": entry["width"], "height": entry["height"]}
     return {"instruction": ask("refer", entry["sents"]), "truth": truth}
 
 
-def _identify(entry: Entry) -> dict[str, Any]:
+def _identify(entry: Entry) -> JsonObject:
     truth = {"objects": entry["objects"], "index": entry["index"], "phrases": entry["phrases"]}
     return {"instruction": ask("identify", entry["box"]), "truth": truth}
 
 
-def _caption(entry: Entry) -> dict[str, Any]:
+def _caption(entry: Entry) -> JsonObject:
     return {"instruction": ask("caption"), "truth": {"objects": entry["objects"]}}
 
 
-def _grounding(entry: Entry) -> dict[str, Any]:
+def _grounding(entry: Entry) -> JsonObject:
     named = " ".join(f"<p>{thing['phrase']}</p> {thing['box']}" for thing in entry["grounded"])
     truth = {"caption": named, "width": entry["width"], "height": entry["height"]}
     return {"instruction": ask("grounding"), "truth": truth}
 
 
-def _conversation(entry: Entry) -> dict[str, Any]:
+def _conversation(entry: Entry) -> JsonObject:
     *earlier, last = entry["turns"]
     history = tuple(Exchange(turn["question"], turn["answer"]) for turn in earlier)
     return {"instruction": last["question"], "truth": {"answer": last["answer"]}, "history": history}
 
 
-def _score_identify(answer: str, truth: dict[str, Any]) -> float:
+def _score_identify(answer: str, truth: JsonObject) -> float:
     """The phrase means exactly the object in the box."""
     try:
         return float(find(_objects(truth), answer) == [truth["index"]])
@@ -76,7 +76,7 @@ def _score_identify(answer: str, truth: dict[str, Any]) -> float:
         return 0.0
 
 
-def _score_caption(answer: str, truth: dict[str, Any]) -> float:
+def _score_caption(answer: str, truth: JsonObject) -> float:
     """Something is said, and all of it is true: shapes, colours and relations."""
     try:
         return float(check_caption(_objects(truth), answer).all_right)
@@ -84,7 +84,7 @@ def _score_caption(answer: str, truth: dict[str, Any]) -> float:
         return 0.0
 
 
-def _score_grounding(answer: str, truth: dict[str, Any]) -> float:
+def _score_grounding(answer: str, truth: JsonObject) -> float:
     return grounded_f1(_singular(answer), truth["caption"], truth["width"], truth["height"])
 
 
@@ -95,7 +95,7 @@ def _singular(text: str) -> str:
     return text
 
 
-def _score_exact(answer: str, truth: dict[str, Any]) -> float:
+def _score_exact(answer: str, truth: JsonObject) -> float:
     return exact_match(answer, truth["answer"])
 
 

@@ -28,6 +28,7 @@ from pipelines.settings import SettingsError
 from tinygptv.data.boxes import format_box
 from tinygptv.data.prompt_layout import Exchange
 from tinygptv.data.prompts import EVALUATION_INSTRUCTIONS, INSTRUCTIONS
+from tinygptv.json_object import JsonObject
 from tinygptv.metrics.metrics import exact_match, vqa_accuracy
 from tinygptv.metrics.vqa_text import normalise_answer
 
@@ -55,11 +56,11 @@ def own_benchmark(metric: str, data: DataFolder) -> Benchmark:
     return _BENCHMARKS[metric]
 
 
-def _score_exact(answer: str, truth: dict[str, Any]) -> float:
+def _score_exact(answer: str, truth: JsonObject) -> float:
     return max(exact_match(answer, each) for each in truth["answers"])
 
 
-def _score_vqa(answer: str, truth: dict[str, Any]) -> float:
+def _score_vqa(answer: str, truth: JsonObject) -> float:
     """VQA accuracy; of fewer than three answers, any may be given."""
     if len(truth["answers"]) >= _ANNOTATORS:
         return vqa_accuracy(answer, truth["answers"])
@@ -114,7 +115,7 @@ def _questions(path: Path, key: str, fields: Any, folder: Path) -> Iterator[Ques
         history.append(Exchange(instruction, turn.answers[0]))
 
 
-def _ask(where: str, draft: Draft, number: int, image: Path | None) -> tuple[str, dict[str, Any]]:
+def _ask(where: str, draft: Draft, number: int, image: Path | None) -> tuple[str, JsonObject]:
     """Instruction and truth of a turn."""
     turn, task = draft.turns[number], draft.task
     if task not in INSTRUCTIONS:

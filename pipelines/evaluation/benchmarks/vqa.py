@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipelines.evaluation.benchmarks.base import Benchmark, Question, each
 from pipelines.evaluation.benchmarks.files import COCO_FOLDERS, BenchmarkFiles, DataFolder, read_json
 from tinygptv.data.prompts import EVALUATION_INSTRUCTIONS
+from tinygptv.json_object import JsonObject
 from tinygptv.metrics.metrics import direct_answer_accuracy, exact_match, vizwiz_accuracy, vqa_accuracy
 from tinygptv.metrics.released import contains_answer, released_okvqa, released_vizwiz
 
@@ -148,11 +148,11 @@ def _read_aokvqa_direct(data: DataFolder) -> Iterator[Question]:
             yield Question(entry.id, ask("vqa", entry.question), entry.image, truth)
 
 
-def _score_vqa(answer: str, truth: dict[str, Any]) -> float:
+def _score_vqa(answer: str, truth: JsonObject) -> float:
     return vqa_accuracy(answer, truth["answers"])
 
 
-def _score_gqa(answer: str, truth: dict[str, Any]) -> float:
+def _score_gqa(answer: str, truth: JsonObject) -> float:
     return exact_match(answer, truth["answer"])
 
 
