@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 from functools import cache
 from pathlib import Path
@@ -62,9 +63,13 @@ def make_config(**overrides) -> TinyGPTVConfig:
     )
 
 
-@cache
 def make_model(seed: int = 0, lora: bool = False) -> TinyGPTVForConditionalGeneration:
-    """Random weights, large enough that the next token depends on the whole prompt."""
+    """A copy of the model with random weights, large enough that the next token depends on the whole prompt."""
+    return copy.deepcopy(_model(seed, lora))
+
+
+@cache
+def _model(seed: int, lora: bool) -> TinyGPTVForConditionalGeneration:
     torch.manual_seed(seed)
     model = TinyGPTVForConditionalGeneration(make_config(lora_rank=4 if lora else 0)).eval()
     with torch.no_grad():

@@ -215,14 +215,16 @@ def test_drift_and_sample_predictions_ask_as_training_does(template, monkeypatch
             predicted.append(input_ids[0].tolist())
             return input_ids
 
-    shards = SimpleNamespace(shard_rows=[len(rows)], row=lambda i: rows[i])
+    class Shards(list):
+        row = list.__getitem__
+
     maker = SimpleNamespace(
         names=["s"],
-        shards={"s": shards},
+        shards={"s": Shards(rows)},
         mixture=SimpleNamespace(generator=lambda ref: np.random.default_rng(0)),
         encoder=encoder,
         tokenizer=processor.tokenizer,
-        plan=SimpleNamespace(stage=SimpleNamespace(image_size=IMAGE_SIZE)),
+        plan=SimpleNamespace(stage=SimpleNamespace(image_size=IMAGE_SIZE), held_out={}),
     )
     monkeypatch.setattr("pipelines.training.sample_predictions.chooser", lambda generator: first)
     made = SamplePredictor(maker).predict(Model())
