@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 import time
 
@@ -12,6 +11,7 @@ import uvicorn
 from pipelines.serving.api import build_api
 from pipelines.serving.backend import Failure, ModelInfo, Piece, PromptRead
 from pipelines.settings import ServeSettings
+from tests.private_nodes import free_port
 from tests.serving_model import make_image
 
 WIDTH, HEIGHT = 300, 200
@@ -61,9 +61,7 @@ class ScriptedModel:
 class Server:
     def __init__(self, **settings):
         self.model = ScriptedModel()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         app = build_api(ServeSettings(**settings), self.model)
         self.server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="warning"))
         self.thread = threading.Thread(target=self.server.run, daemon=True)

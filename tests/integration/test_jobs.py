@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,16 +17,11 @@ from pipelines.cluster import ENVIRONMENT, ensure_token
 from pipelines.miniature.tiny_training import command_changes, command_line, make_world, train_settings
 from pipelines.training.run import run_stage
 from tests.paths import ROOT
+from tests.private_nodes import free_port
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(420)]
 
 BIN = Path(sys.executable).parent
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from pipelines.settings import CacheFeaturesSettings
 from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.training.run import run_stage
 from tests.paths import ROOT
+from tests.training_runs import run_until
 from tinygptv.checkpoint.checkpoint import load_checkpoint
-from tinygptv.training.train_step import TrainStep
 
 pytestmark = pytest.mark.integration
 
@@ -157,25 +157,6 @@ def test_a_killed_driver_goes_on_by_the_same_command(world, long_run, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=True)
     assert done.stdout.splitlines()[-1] == str(tmp_path / "result.json")
     assert_same_run(tmp_path, long_run)
-
-
-class Stop(Exception):
-    pass
-
-
-def run_until(monkeypatch, at, settings, number=4):
-    """Train until the step after ``at`` steps fails."""
-    original, calls = TrainStep.run, []
-
-    def failing(self, *arguments):
-        calls.append(1)
-        if len(calls) > at:
-            raise Stop
-        return original(self, *arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(TrainStep, "run", failing)
-        run_stage(settings, number)
 
 
 @pytest.mark.slow

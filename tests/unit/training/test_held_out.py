@@ -21,6 +21,7 @@ from pipelines.training.plots import loss_curve
 from pipelines.training.record import HELD_OUT_FILE
 from pipelines.training.run import run_stage
 from pipelines.training.sample_predictions import SamplePredictor
+from tests.training_runs import run_until
 from tinygptv.checkpoint.checkpoint import load_checkpoint
 from tinygptv.training.stages import get_stage
 from tinygptv.training.train_step import TrainStep
@@ -110,23 +111,9 @@ def test_the_loss_is_the_mean_over_the_tokens_of_the_rows(straight, settings_of,
     assert found["loss"] == pytest.approx(straight[0]["held_out"]["last"], rel=1e-4)
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("at", [2, 5, 10])
 def test_resumed_runs_stay_the_same_to_the_last_bit(straight, settings_of, tmp_path, monkeypatch, at):
-    original, calls = TrainStep.run, []
-
-    def failing(self, *arguments):
-        calls.append(1)
-        if len(calls) == at + 1:
-            raise Stop
-        return original(self, *arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(TrainStep, "run", failing)
-        run_stage(settings_of(tmp_path, eval_every=4), 4)
+    run_until(monkeypatch, at, settings_of(tmp_path, eval_every=4))
     result = run_stage(settings_of(tmp_path, eval_every=4), 4)
     assert losses(tmp_path) == losses(straight[1])
     assert (tmp_path / HELD_OUT_FILE).read_bytes() == (straight[1] / HELD_OUT_FILE).read_bytes()

@@ -15,6 +15,7 @@ from pipelines.settings import CacheFeaturesSettings, SettingsError, TrainSettin
 from pipelines.training.job import apply_stage_settings
 from pipelines.training.run import dry_run, run_stage
 from pipelines.training.states import StateStore
+from tests.training_runs import run_until
 from tinygptv.checkpoint.checkpoint import load_checkpoint
 from tinygptv.checkpoint.folders import CheckpointError
 from tinygptv.training.stages import get_stage
@@ -86,27 +87,10 @@ def test_a_finished_stage_is_not_trained_again(straight, world):
     assert (output / "checkpoint/model.safetensors").stat().st_mtime_ns == before
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("at", [1, 4, 8])
 def test_interrupted_runs_go_on_bit_for_bit(straight, world, tmp_path, monkeypatch, at):
     """Stopped in the middle of a step, then run again by the same command."""
-    from tinygptv.training.train_step import TrainStep
-
-    original, calls = TrainStep.run, []
-
-    def failing(self, *arguments):
-        calls.append(1)
-        if len(calls) == at + 1:
-            raise Stop
-        return original(self, *arguments)
-
-    monkeypatch.setattr(TrainStep, "run", failing)
-    with pytest.raises(Stop):
-        run_stage(train_settings(world, tmp_path), 4)
-    monkeypatch.setattr(TrainStep, "run", original)
+    run_until(monkeypatch, at, train_settings(world, tmp_path))
     run_stage(train_settings(world, tmp_path), 4)
     assert losses(tmp_path) == losses(straight[1])
     assert_same_weights(tmp_path, straight[1])
@@ -143,7 +127,6 @@ def test_states_are_saved_at_their_steps_and_the_newest_are_kept(world, tmp_path
 
 
 def test_dropout_draws_alike_after_an_interruption(world, tmp_path, monkeypatch):
-    from tinygptv.training.train_step import TrainStep
 
     def settings(name):
         return train_settings(world, tmp_path / name, stage={"lora_dropout": 0.5})
@@ -151,18 +134,7 @@ def test_dropout_draws_alike_after_an_interruption(world, tmp_path, monkeypatch)
     run_stage(settings("straight"), 4)
     run_stage(train_settings(world, tmp_path / "none"), 4)
     assert losses(tmp_path / "straight") != losses(tmp_path / "none"), "dropout does something"
-    original, calls = TrainStep.run, []
-
-    def failing(self, *arguments):
-        calls.append(1)
-        if len(calls) == 5:
-            raise Stop
-        return original(self, *arguments)
-
-    monkeypatch.setattr(TrainStep, "run", failing)
-    with pytest.raises(Stop):
-        run_stage(settings("broken"), 4)
-    monkeypatch.setattr(TrainStep, "run", original)
+    run_until(monkeypatch, 4, settings("broken"))
     run_stage(settings("broken"), 4)
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
     assert_same_weights(tmp_path / "broken", tmp_path / "straight")
