@@ -17,7 +17,6 @@ from gpu_rows import GIB, Clock, Peak, Row, Rows, memory_cap
 
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.collate import MicroBatch
-from tinygptv.kernels.training_functions import HAS_TRITON
 from tinygptv.training.compilation import run_eagerly
 from tinygptv.training.memory_plan import CUDA_CONTEXT_BYTES, Computation, TrainingMemory
 from tinygptv.training.stages import Stage, get_stage
@@ -97,7 +96,7 @@ def measure(rows: Rows, case: Case, stage: Stage, step: TrainStep, most: int) ->
     model = step.model
     model.set_image_size(stage.image_size)
     computation = Computation(
-        compiled=case.compiled, gradient_checkpointing=case.gradient_checkpointing, fused=FUSED_LAYERS and HAS_TRITON
+        compiled=case.compiled, gradient_checkpointing=case.gradient_checkpointing, fused=FUSED_LAYERS
     )
     memory = TrainingMemory(model.config, stage, computation)
     samples = min(memory.largest_micro_batch(CAP_BYTES), most)

@@ -80,7 +80,7 @@ def run_recipe(settings: RecipeSettings, config: str | None) -> JsonObject:
     result = {
         "features": [asdict(plan) for plan in recipe.plans],
         "seconds": seconds,
-        "checkpoint": str(recipe.checkpoint(4)),
+        "checkpoint": str(recipe.last_checkpoint),
         "artifact": str(output / "artifact"),
         "result": str(output / "result.json"),
     }
@@ -131,6 +131,11 @@ class _Recipe:
     def checkpoint(self, number: int) -> Path:
         """Of a stage; 0 is the start."""
         return self.output / f"stage{number}" / "checkpoint" if number else self.output / "start"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Of the last stage."""
+        return self.checkpoint(self.stages[-1].number)
 
     def _job(self, title: str, name: str, result: Path, *keys: str) -> Step:
         return Step(title, (f"jobs/{name}.py", *self.config, *keys), result)
@@ -212,7 +217,7 @@ class _Recipe:
         return len(ShardSet.open(str(self.data / source))) if self._is_prepared(source) else set_of(source).rows
 
     def _finish(self) -> Iterator[Step]:
-        checkpoint = self.checkpoint(4)
+        checkpoint = self.last_checkpoint
         if self.settings.benchmarks:
             target = self.output / "score"
             named = (f"benchmark={self.settings.benchmark}", f"data={self.settings.benchmarks}")

@@ -264,7 +264,7 @@ def _convert(settings: ReleasedSettings, output: Path, files: dict[str, str]) ->
     from tinygptv.data.processing import load_tokenizer
 
     folder = Path(settings.weights or output / "weights").expanduser().absolute()
-    paths: JsonObject = {all_parts()[name].role: folder / all_parts()[name].path for name in part_names(settings)}
+    paths: dict[str, Any] = {all_parts()[name].role: folder / all_parts()[name].path for name in part_names(settings)}
     print(f"Converting to {checkpoint} ...", flush=True)
     release = match_release(**paths, projection=None, image_size=stage.image_size)
     record.unlink(missing_ok=True)

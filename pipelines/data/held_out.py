@@ -29,14 +29,21 @@ def hold_out(shards: Mapping[str, ShardSet], fraction: float) -> dict[str, np.nd
     return {name: np.flatnonzero(row_hashes(found) < fraction) for name, found in shards.items()}
 
 
-def row_hashes(shards: ShardSet) -> np.ndarray:
-    """A number in [0, 1) for each row, from its image; from its id where it has none."""
-    numbers = [
-        _hash(key, image)
-        for shard in range(len(shards.shard_rows))
-        for batch in shards.batches(shard)
-        for key, image in zip(batch.column("id"), batch.column("image"), strict=True)
-    ]
+def row_hashes(shards: ShardSet, rows: np.ndarray | None = None) -> np.ndarray:
+    """A number in [0, 1) for each row, from its image; from its id where it has none.
+
+    Args:
+        shards: the rows' shard set.
+        rows: ascending row numbers; None takes all. Other rows are not read.
+    """
+    rows = np.arange(len(shards)) if rows is None else rows
+    numbers, start = [], 0
+    for shard in range(len(shards.shard_rows)):
+        for batch in shards.batches(shard):
+            first, end = np.searchsorted(rows, (start, start + batch.num_rows))
+            keys, images = batch.column("id"), batch.column("image")
+            numbers += [_hash(keys[i], images[i]) for i in (rows[first:end] - start).tolist()]
+            start += batch.num_rows
     return np.array(numbers, dtype=np.float64)
 
 

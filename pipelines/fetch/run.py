@@ -6,11 +6,9 @@ no hash is compared with what was recorded at its first download.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
@@ -98,7 +96,8 @@ def fetch(settings: FetchSettings, retries: Retries | None = None) -> FetchResul
     folder = settings.output_dir("raw" if sets else "weights")
     if sets and not settings.quiet:
         print(describe(sets), flush=True)
-    with _one_at_a_time(folder), _client() as client:
+    busy = f"another fetch is writing to {folder}: wait for it, or give another output=."
+    with storage.locked(folder / ".fetch", busy), _client() as client:
         job = _Fetch(settings, folder, client, retries or Retries(most=1 if settings.dry_run else Retries.most))
         here = job.run([*files, *(file for each in sets for file in files_left(each, folder))])
         commands = [] if settings.dry_run else finish_sets(sets, folder, settings)
@@ -330,19 +329,6 @@ def address(file: SourceFile, settings: FetchSettings) -> tuple[str, dict[str, s
 
 def _client() -> httpx.Client:
     return httpx.Client(timeout=TIMEOUT, headers={"User-Agent": "tinygptv-fetch"})
-
-
-@contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Two fetches into one folder would write into the same files."""
-    with (folder / ".fetch").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise SettingsError(
-                f"another fetch is writing to {folder}: wait for it, or give another output=."
-            ) from error
-        yield
 
 
 def _gigabytes(num_bytes: int) -> str:

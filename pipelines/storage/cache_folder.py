@@ -39,8 +39,21 @@ def secure_folder(folder: Path) -> Path:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Have a lock file for this process alone while the block runs; others wait. A dead process holds none."""
+def locked(path: Path, busy: str = "") -> Iterator[None]:
+    """Have a lock file for this process alone while the block runs. A dead process holds none.
+
+    Args:
+        path: of the lock file; made where it is missing.
+        busy: sentence of the error where another process has it; empty waits for it.
+
+    Raises:
+        SettingsError: another process has it.
+    """
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except OSError as error:
+            if not busy:
+                raise
+            raise SettingsError(busy) from error
         yield

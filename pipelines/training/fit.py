@@ -12,7 +12,6 @@ from pipelines.settings import TrainSettings
 from pipelines.training.guard import TrainingStopped
 from pipelines.training.job import TrainJob
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.kernels.training_functions import HAS_TRITON
 from tinygptv.training.compilation import wants_compilation
 from tinygptv.training.memory_plan import CUDA_CONTEXT_BYTES, GIB, Computation, TrainingMemory
 from tinygptv.training.train_step import FUSED_LAYERS
@@ -30,7 +29,7 @@ def computation_of(settings: TrainSettings) -> Computation:
         precision=settings.precision,
         features=settings.features,
         compiled=wants_compilation(settings.compile, device),
-        fused=FUSED_LAYERS and HAS_TRITON,
+        fused=FUSED_LAYERS,
         gradient_checkpointing=settings.gradient_checkpointing,
         on_gpu=settings.use_gpu,
     )

@@ -67,7 +67,7 @@ def open_sources(settings: TrainSettings, plan: LoadPlan, shards: dict[str, Shar
 def _open(
     settings: TrainSettings, plan: LoadPlan, name: str, shards: ShardSet, candidates: np.ndarray
 ) -> HeldOutSource:
-    hashes = row_hashes(shards)[candidates]
+    hashes = row_hashes(shards, candidates)
     chosen = np.lexsort((candidates, hashes))[: settings.eval_rows]
     features = None
     if plan.feature_key:

@@ -260,7 +260,7 @@ def _load_plan(settings: TrainSettings, stage: Stage, start: Path, config: TinyG
     )
 
 
-def apply_stage_settings(stage: Stage, changes: JsonObject) -> Stage:
+def apply_stage_settings(stage: Stage, changes: dict[str, Any]) -> Stage:
     """Change fields of a stage by ``stage.*`` settings; ``limits`` and ``schedule`` take mappings of what changes.
 
     ``sources`` as a list of ``{name, weight, batch_size}``, or as a mapping from names to both values, replaces the
@@ -269,7 +269,7 @@ def apply_stage_settings(stage: Stage, changes: JsonObject) -> Stage:
     Raises:
         SettingsError: a field is unknown.
     """
-    values: JsonObject = {}
+    values: dict[str, Any] = {}
     for key, value in changes.items():
         if key not in {field.name for field in dataclasses.fields(Stage)}:
             known = [field.name for field in dataclasses.fields(Stage)]

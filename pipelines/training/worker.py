@@ -11,7 +11,6 @@ import os
 import shutil
 from collections import Counter
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,6 @@ import torch.distributed as dist
 from pipelines import storage
 from pipelines.data.loader import BatchMaker, CutCount, StepBatch, iterate_steps
 from pipelines.json_files import to_json
-from pipelines.node_cache import local_checkpoint
 from pipelines.redact import redact
 from pipelines.training.distributed import gather, rank, world_size
 from pipelines.training.fit import device_capacity, fit_to_device
@@ -31,14 +29,13 @@ from pipelines.training.record import GUARD_FILE, WORKER_FILES
 from pipelines.training.reporter import Reporter
 from pipelines.training.result import WorkerResult
 from pipelines.training.run_reports import NoReports, RunReports
+from pipelines.training.stage_model import build_model
 from pipelines.training.states import StateStore, collect_state, restore_parameters, restore_state
-from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from tinygptv.checkpoint.checkpoint import save_checkpoint
 from tinygptv.checkpoint.folders import MANIFEST
-from tinygptv.data.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
 from tinygptv.json_object import JsonObject
 from tinygptv.training.optim import build_optimizer
-from tinygptv.training.stages import set_trainable
-from tinygptv.training.train_step import PRECISIONS, StepResult, TrainStep, set_dtypes
+from tinygptv.training.train_step import StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -358,36 +355,6 @@ class TrainWorker:
             "init_from": redact(job.settings.init_from),
             **({"tracking_parent": job.run.parent} if job.run and job.run.parent else {}),
         }
-
-
-def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
-    """Load the start checkpoint, set the stage's image size, add LoRA where the stage has it, freeze the rest."""
-    settings, stage = job.settings, job.stage
-    device = torch.device("cuda", torch.cuda.current_device()) if settings.use_gpu else torch.device("cpu")
-    start = local_checkpoint(settings.init_from)
-    model, processor, _ = load_checkpoint(
-        start, dtype=PRECISIONS[settings.precision], attn_implementation=settings.attention
-    )
-    model.set_image_size(stage.image_size)
-    if stage.lora_rank and not model.config.lora_rank:
-        model.add_lora(stage.lora_rank, stage.lora_alpha, stage.lora_dropout)
-    elif stage.lora_rank:
-        model.set_lora_dropout(stage.lora_dropout)
-    set_trainable(model, stage.trainable)
-    set_dtypes(model, device, settings.encoder_precision or settings.precision)
-    torch.nn.Module.to(model, device).train()
-    if settings.gradient_checkpointing:
-        # transformers 5.20 renamed it and warns about the old name
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    processor = TinyGPTVProcessor(
-        TinyGPTVImageProcessor(stage.image_size),
-        processor.tokenizer,
-        num_query_tokens=model.config.num_query_tokens,
-        image_token_id=model.config.image_token_id,
-        template=stage.template,
-    )
-    return model, processor
 
 
 def _due(step: int, every: int, last: bool) -> bool:

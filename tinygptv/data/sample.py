@@ -24,7 +24,6 @@ from tinygptv.bounds import check_number
 from tinygptv.data.boxes import format_box
 from tinygptv.data.prompt_layout import Exchange, PromptLayout, TurnIds
 from tinygptv.data.prompts import INSTRUCTIONS
-from tinygptv.json_object import JsonObject
 
 IGNORE_INDEX = -100
 """Label of a position that the loss does not count."""
@@ -67,7 +66,7 @@ class SampleRow:
     boxes: tuple[tuple[float, float, float, float], ...] = ()
 
     @classmethod
-    def from_dict(cls, row: JsonObject) -> SampleRow:
+    def from_dict(cls, row: dict[str, Any]) -> SampleRow:
         """Build from an Arrow row (``to_pylist`` form)."""
         turns = tuple(Turn(turn["question"], tuple(turn["answers"])) for turn in row["turns"])
         boxes = tuple((float(b[0]), float(b[1]), float(b[2]), float(b[3])) for b in row["boxes"] or ())
@@ -82,7 +81,7 @@ class SampleRow:
             boxes=boxes,
         )
 
-    def to_dict(self) -> JsonObject:
+    def to_dict(self) -> dict[str, Any]:
         """The Arrow row."""
         return {
             "id": self.id,

@@ -32,7 +32,7 @@ from tinygptv.training.stages import TRAINABLE_PARTS
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16_range": torch.float32}
 """Precision -> dtype of the matrices; ``fp16_range`` computes in float32 and rounds to fp16 (``fp16_emulation``)."""
 
-FUSED_LAYERS = True
+FUSED_LAYERS = HAS_TRITON
 """Whether language layers are computed with fused kernels where that is possible."""
 
 MOST_PATCHES = 64 * 257
@@ -71,7 +71,7 @@ def is_flat(model: TinyGPTVForConditionalGeneration, precision: str) -> bool:
 
 def is_fused(model: TinyGPTVForConditionalGeneration, precision: str) -> bool:
     """Whether flat batches are computed with the fused kernels of ``kernels.training_functions``."""
-    return FUSED_LAYERS and HAS_TRITON and is_flat(model, precision)
+    return FUSED_LAYERS and is_flat(model, precision)
 
 
 @dataclass

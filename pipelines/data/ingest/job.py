@@ -11,7 +11,6 @@ the input and the settings: number of workers, order of tasks and interruptions 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import tempfile
@@ -245,11 +244,6 @@ def _alone(output: str) -> Iterator[None]:
     if not storage.is_local(output):
         yield
         return
-    with Path(storage.resolve(output)[1], LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise SettingsError(
-                f"another run is writing into output={output!r}: wait for it, or choose another."
-            ) from error
+    busy = f"another run is writing into output={output!r}: wait for it, or choose another."
+    with storage.locked(Path(storage.resolve(output)[1], LOCK), busy):
         yield
