@@ -47,7 +47,7 @@ PIECES = {
     "schedule": Piece("tinygptv/training/schedule.py", ("training/test_schedule.py", "training/test_bounds.py")),
     "train_step": Piece("tinygptv/training/train_step.py", ("training/test_update.py", "training/test_train_step.py")),
     "metrics": Piece("tinygptv/metrics/metrics.py", ("metrics/test_metrics.py",)),
-    "intervals": Piece("tinygptv/metrics/intervals.py", ("metrics/test_metrics.py",)),
+    "intervals": Piece("tinygptv/metrics/intervals.py", ("metrics/test_intervals.py",)),
     "vqa_text": Piece("tinygptv/metrics/vqa_text.py", ("metrics/test_metrics.py",)),
     "checkpoint": Piece("tinygptv/checkpoint/checkpoint.py", ("checkpoint", "training/test_states.py")),
     "folders": Piece("tinygptv/checkpoint/folders.py", ("checkpoint/test_folders.py",)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
 from pipelines.evaluation.benchmarks.files import DataFolder
@@ -14,7 +13,6 @@ from pipelines.evaluation.compare_page import comparison_page
 from pipelines.evaluation.run import evaluate
 from pipelines.settings import ScoreSettings, SettingsError
 from tests.serving_model import make_image, save_checkpoint
-from tinygptv.metrics.intervals import sign_flip_test
 
 
 @pytest.fixture(scope="module")
@@ -159,16 +157,3 @@ def test_metric_of_own_rows_needs_them(folder, tmp_path):
         score(checkpoint, folder, tmp_path / "out", benchmark="gqa", metric="iou")
     with pytest.raises(SettingsError, match="benchmark=own is scored alone"):
         score(checkpoint, folder, tmp_path / "out", benchmark=["own", "gqa"])
-
-
-def test_paired_permutation_test():
-    assert sign_flip_test([1, 1, 0], [1, 1, 0]) == 1
-    assert sign_flip_test([1] * 5 + [0], [0] * 5 + [0]) == pytest.approx(2 / 32)
-    rng = np.random.default_rng(0)
-    same, shifted = rng.random(200), rng.random(200)
-    assert sign_flip_test(same, shifted) > 0.01
-    assert sign_flip_test(same + 0.5, same) < 0.001
-    differences = np.array([0.5, -0.25, 1.0, 0.75, 0.1, 0.3, 0.9, -0.2])
-    exact = sign_flip_test(differences, np.zeros(8))
-    sampled = sign_flip_test(differences, np.zeros(8), rounds=255)
-    assert sampled == pytest.approx(exact, abs=0.08)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_score
 
 from tinygptv.data.boxes import iou
-from tinygptv.metrics.intervals import bootstrap, paired_difference
 from tinygptv.metrics.metrics import (
     auroc,
     direct_answer_accuracy,
@@ -85,6 +84,14 @@ def test_contractions_are_those_of_the_published_table():
 def test_vqa_accuracy_by_hand(num_same, expected):
     answers = ["blue"] * num_same + [f"other {i}" for i in range(10 - num_same)]
     assert vqa_accuracy("blue", answers) == pytest.approx(expected)
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["x", "y", "c d", "1"]), min_size=1, max_size=10), st.sampled_from(["x", "y", "z", ""]))
+def test_vqa_accuracy_equals_leaving_out_each_annotator(answers, prediction):
+    scores = [min(1.0, sum(a == prediction for j, a in enumerate(answers) if j != i) / 3) for i in range(len(answers))]
+    assert vqa_accuracy(prediction, answers) == pytest.approx(np.mean(scores))
+    assert vizwiz_accuracy(prediction, answers) == pytest.approx(np.mean(scores))
 
 
 def test_vqa_normalises_only_where_annotators_disagree():
@@ -219,55 +226,3 @@ def test_released_scores_show_their_defects():
 def test_released_text_is_cut_as_the_release_cuts():
     assert released_text("a<s> b</s> c") == "a b"
     assert released_text("x [/INST] y ###Human") == "y ###Human"
-
-
-# ---------------------------------------------------------------------- intervals
-
-
-def test_bootstrap_of_a_mean():
-    scores = [1.0] * 60 + [0.0] * 40
-    found = bootstrap(scores)
-    assert found.value == 60.0 and found.n == 100
-    normal = 196 * np.sqrt(0.6 * 0.4 / 100)
-    assert found.low == pytest.approx(60 - normal, abs=1.5) and found.high == pytest.approx(60 + normal, abs=1.5)
-    assert bootstrap(scores) == found and bootstrap(scores, seed=1) != found
-
-
-def test_bootstrap_of_many_samples_is_cut_into_pieces():
-    found = bootstrap(np.tile([0.0, 1.0], 20_000), rounds=300)
-    assert found.value == 50.0 and 49.0 < found.low < 50.0 < found.high < 51.0
-
-
-def test_bootstrap_of_a_statistic():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 200)
-    rows = np.stack([labels + rng.normal(0, 1, 200), labels], axis=1)
-    found = bootstrap(rows, lambda r: auroc(r[:, 0], r[:, 1]), rounds=200)
-    assert found.value == pytest.approx(100 * roc_auc_score(labels, rows[:, 0]), abs=1e-3)
-    assert found.low < found.value < found.high
-    lonely = bootstrap(np.array([[1.0, 1.0], [0.0, 0.0]]), lambda r: auroc(r[:, 0], r[:, 1]), rounds=50)
-    assert lonely.value == 100.0, "resamples with one class only are left out"
-
-
-def test_no_samples_give_no_number():
-    assert np.isnan(bootstrap([]).value) and bootstrap([]).n == 0
-
-
-def test_paired_comparison_sees_what_two_intervals_do_not():
-    rng = np.random.default_rng(3)
-    theirs = (rng.random(400) < 0.5).astype(float)
-    ours = theirs.copy()
-    ours[np.flatnonzero(theirs == 0)[:12]] = 1.0  # three points better, on the same questions
-    apart, paired = (bootstrap(ours), bootstrap(theirs)), paired_difference(ours, theirs)
-    assert apart[0].low < apart[1].high, "the separate intervals overlap"
-    assert paired.value == pytest.approx(3.0) and paired.low > 0
-    with pytest.raises(ValueError, match="400 and 399"):
-        paired_difference(ours, theirs[:-1])
-
-
-@settings(deadline=None)
-@given(st.lists(st.sampled_from(["x", "y", "c d", "1"]), min_size=1, max_size=10), st.sampled_from(["x", "y", "z", ""]))
-def test_vqa_accuracy_equals_leaving_out_each_annotator(answers, prediction):
-    scores = [min(1.0, sum(a == prediction for j, a in enumerate(answers) if j != i) / 3) for i in range(len(answers))]
-    assert vqa_accuracy(prediction, answers) == pytest.approx(np.mean(scores))
-    assert vizwiz_accuracy(prediction, answers) == pytest.approx(np.mean(scores))
