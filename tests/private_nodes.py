@@ -221,7 +221,8 @@ def private_cluster(folder: Path, endpoint: str, num_workers: int) -> Iterator[P
 
 # ---------------------------------------------------------------------- the bucket
 
-SECRET = "test-secret-that-no-log-may-show"
+SECRET = secrets.token_hex(20)
+"""No log may show it: made at run time, for a node also has this file."""
 
 
 def bucket_environment(endpoint: str) -> dict[str, str]:
