@@ -23,7 +23,7 @@ from pipelines.settings import SECTIONS, ServeSettings, SettingsError
 from tests.paths import ROOT
 
 CONFIG = ROOT / "deploy/serve_config.yaml"
-RAYSERVICE = ROOT / "deploy/kuberay/rayservice.yaml"
+RAYSERVICE = ROOT / "deploy/kuberay/service/rayservice.yaml"
 
 
 def serve_configs():
@@ -59,7 +59,9 @@ def test_the_rayservice_names_the_installed_ray():
     assert cluster["rayVersion"] == ray.__version__
     assert cluster["authOptions"]["mode"] == "token"
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    assert all(group["template"]["spec"]["containers"][0]["image"] == "tinygptv:latest" for group in groups)
+    containers = [group["template"]["spec"]["containers"][0] for group in groups]
+    assert all(container["image"] == "tinygptv" for container in containers), "tag and registry: image/kustomization.yaml"
+    assert all(container["envFrom"] == [{"secretRef": {"name": "tinygptv-bucket"}}] for container in containers)
 
 
 def test_what_listens_on_every_address_has_keys():
@@ -200,7 +202,7 @@ def test_every_job_starts_where_the_one_before_ends():
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
-@pytest.mark.parametrize("folder", ["deploy/kuberay", "deploy/kuberay/jobs"])
+@pytest.mark.parametrize("folder", ["deploy/kuberay", "deploy/kuberay/jobs", "deploy/kuberay/service"])
 def test_kustomize_builds_the_folder(folder):
     done = subprocess.run(["kubectl", "kustomize", folder], cwd=ROOT, capture_output=True, text=True, check=False)
     if "unknown command" in done.stderr:
