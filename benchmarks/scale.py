@@ -17,8 +17,12 @@ import numpy as np
 
 from benchmarks.note import LoadWatch, machine, peak_memory
 from pipelines.data.ingest.deduplicate import first_occurrences
+from pipelines.data.ingest.inputs import SetInputs
 from pipelines.data.shard_format import MANIFEST, Manifest, ShardInfo
 from pipelines.data.shards import ShardSet
+from pipelines.data.sources import locate
+from pipelines.data.sources.base import SourceUnit
+from pipelines.settings import PrepareDataSettings
 from tinygptv.data.mixture import Mixture, MixtureSource
 
 STEPS = 200
@@ -38,6 +42,22 @@ def step_ms(shards: int, rows: int) -> tuple[float, float]:
     first = seconds(lambda: mixture.step(10_000))
     later = [seconds(lambda k=k: mixture.step(k)) for k in range(10_001, 10_001 + STEPS)]
     return 1e3 * first, 1e3 * statistics.median(later)
+
+
+def plan_seconds(folder: Path, tars: int) -> tuple[float, float]:
+    """Seconds until an ingest of so many tars knows its units of work, and until it knows whether it ran before."""
+    for number in range(tars):
+        (folder / f"{number:05d}.tar").write_bytes(b"")
+    settings = PrepareDataSettings(source="laion", input=f"{folder}/*.tar", output=str(folder / "out"))
+    units: list[SourceUnit] = []
+
+    def plan() -> None:
+        source, given = locate(settings)
+        units.extend(source.reader.plan(given))
+
+    planning = seconds(plan)
+    assert len(units) == tars
+    return planning, seconds(lambda: SetInputs.of(locate(settings)[1], units, settings))
 
 
 def main() -> None:
@@ -64,6 +84,9 @@ def main() -> None:
     lines.append(
         f"manifest of {options.shards:,} shards, {len(data) / 1e6:.0f} MB | read {reading:.2f} s, set {opening:.2f} s"
     )
+    with tempfile.TemporaryDirectory() as folder:
+        planning, comparing = plan_seconds(Path(folder), options.shards)
+    lines.append(f"ingest of {options.shards:,} tars | units {planning:.2f} s, compared with before {comparing:.2f} s")
     hashes = np.random.default_rng(0).integers(0, 2**63, size=(options.hashes, 2), dtype=np.uint64)
     before = peak_memory()
     spent = seconds(lambda: first_occurrences(hashes))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.settings import Settings, SettingsError
+from pipelines.shared_paths import check_shared_paths
 
 if TYPE_CHECKING:
     import ray.data
@@ -110,7 +111,8 @@ def start_ray(settings: Settings) -> Iterator[None]:
         settings: uses ``ray_address``, ``ray_loopback``, ``num_cpus``, ``object_store_mb``, ``quiet``.
 
     Raises:
-        SettingsError: no cluster answers at the address, or it asks for another token.
+        SettingsError: no cluster answers at the address, it asks for another token, or one of its nodes does not see
+            a local path of the settings.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -125,6 +127,8 @@ def start_ray(settings: Settings) -> Iterator[None]:
     # Ray's own warning has five lines; ours has one.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     with _join(address) if address else _start(settings):
+        if address:
+            check_shared_paths(settings)
         yield
 
 

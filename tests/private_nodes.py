@@ -49,8 +49,8 @@ def free_port() -> int:
 # ---------------------------------------------------------------------- nodes
 
 
-def _enter(folder: Path, command: list[str]) -> list[str]:
-    """The command in namespaces of its own, with private folders below ``folder``."""
+def enter(folder: Path, command: list[str], before: tuple[str, ...] = ()) -> list[str]:
+    """The command in namespaces of its own, with private folders below ``folder``; ``before`` are shell lines."""
     prefix = Path(sys.prefix)
     inside = prefix.is_relative_to(ROOT)
     lines = [
@@ -63,6 +63,7 @@ def _enter(folder: Path, command: list[str]) -> list[str]:
         *([f"mkdir -p {prefix}", f"mount --bind {folder}/venv {prefix}"] if inside else []),
         f"mount --bind {folder}/tmp /tmp",  # last: the folder itself may be below /tmp
         "mkdir -p /tmp/home && cd /tmp/home",
+        *before,
         'exec "$@"',
     ]
     unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -162,7 +163,7 @@ class PrivateCluster:
         environment = {**self.environment, "HOME": "/tmp/home", "TMPDIR": "/tmp"}
         with (folder / "node.log").open("wb") as log:
             process = subprocess.Popen(
-                _enter(folder, [*start, store, ip, *ports, *arguments]),
+                enter(folder, [*start, store, ip, *ports, *arguments]),
                 env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -165,3 +165,72 @@ def test_bad_input_is_one_sentence_of_the_command(world, tmp_path, changes, sent
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and sentence in errors[0], done.stderr
     assert SECRET not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_an_ablation_from_bucket_to_bucket(proxy, world, tmp_path):
+    """Variants, their stages and scores, the table and the report: everything in the bucket."""
+    from pipelines.ablation.run import ablate
+    from pipelines.miniature.tiny_training import STAGE
+    from pipelines.settings import AblateSettings
+    from tinygptv.miniature.writers import write_world
+
+    write_world(tmp_path / "drawn", 1, 4, sources=())
+    storage.upload_folder(tmp_path / "drawn", "s3://bucket/drawn", "sources.json")
+    fields = {
+        **in_bucket(world, "s3://bucket/ablation"),
+        "variants": ["full", "no_qk_norm"],
+        "stages": [1, 2],
+        "precisions": ["fp32"],
+        "max_steps": 2,
+        "benchmark_data": "s3://bucket/drawn",
+        "score_limit": 2,
+        "features": "inline",
+        "num_workers": 0,
+        "tracking_uri": "none",
+        "quiet": True,
+        "train": {"micro_batch_size": 4},
+        "stage": STAGE,
+    }
+    proxy.fault = lambda method, path, number: "503" if number % 29 == 0 else ""
+    result = ablate(AblateSettings(**fields, output="s3://bucket/ablation/out"))
+    assert [row["variant"] for row in result["rows"]] == ["full", "no_qk_norm"]
+    assert all(value.startswith("s3://bucket/ablation/out/") for value in (result["result"], result["report"]))
+    assert read_json_object(result["result"])["rows"] == result["rows"]
+    assert {"result.json", "report.md", "index.html"} & set(storage.list_names("s3://bucket/ablation/out"))
+
+
+def test_an_artifact_from_bucket_to_bucket_answers_a_file_of_requests(proxy, world):
+    """quantize and batch, with failures now and then; the answers are those of the file's copy on a disk."""
+    import json
+
+    from pipelines.export import export
+    from pipelines.serving.batch import run_batch
+    from pipelines.settings import BatchSettings, QuantizeSettings
+
+    checkpoint = in_bucket(world, "s3://bucket/small")["init_from"]
+    requests = [{"messages": [{"role": "user", "content": f"say {word}"}], "max_tokens": 3} for word in ("red", "big")]
+    storage.write_atomically("s3://bucket/small/requests.jsonl", "\n".join(map(json.dumps, requests)).encode())
+    proxy.fault = lambda method, path, number: "503" if number % 19 == 0 else ""
+    quantized = export(
+        QuantizeSettings(
+            checkpoint=checkpoint,
+            method="cpu",
+            drift_samples=2,
+            max_drift=100,
+            tracking_uri="none",
+            output="s3://bucket/small/artifact",
+        )
+    )
+    assert quantized["result"] == "s3://bucket/small/artifact/result.json"
+    answered = run_batch(
+        BatchSettings(
+            artifact="s3://bucket/small/artifact",
+            input="s3://bucket/small/requests.jsonl",
+            output="s3://bucket/small/answers",
+        )
+    )
+    lines = [json.loads(line) for line in storage.read_bytes("s3://bucket/small/answers/answers.jsonl").splitlines()]
+    assert len(lines) == 2 and all(line["response"]["status_code"] == 200 for line in lines)
+    assert (answered.requests, answered.failed) == (2, 0)
+    assert proxy.injected

@@ -60,7 +60,9 @@ def test_the_rayservice_names_the_installed_ray():
     assert cluster["authOptions"]["mode"] == "token"
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     containers = [group["template"]["spec"]["containers"][0] for group in groups]
-    assert all(container["image"] == "tinygptv" for container in containers), "tag and registry: image/kustomization.yaml"
+    assert all(container["image"] == "tinygptv" for container in containers), (
+        "tag and registry: image/kustomization.yaml"
+    )
     assert all(container["envFrom"] == [{"secretRef": {"name": "tinygptv-bucket"}}] for container in containers)
 
 
@@ -151,6 +153,21 @@ def test_ray_accepts_the_cluster_file(name):
             kinds[name]["node_config"]["scheduling"]["provisioningModel"] == "SPOT" for name in ("gpu_24gb", "data")
         )
     assert sum(kind["max_workers"] for kind in kinds.values()) <= config["max_workers"]
+
+
+def test_ray_accepts_the_file_of_machines_that_are_there():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    text = (ROOT / "ray_cluster_local.yaml").read_text()
+    validate_config(prepare_config(yaml.safe_load(text)))
+    config = yaml.safe_load(text)
+    aws = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+    uv = next(word for command in aws["setup_commands"] for word in command.split() if word.startswith("uv=="))
+    assert any(uv in command for command in config["setup_commands"]), "one version of uv"
+    starts = [c for c in config["head_start_ray_commands"] + config["worker_start_ray_commands"] if "ray start" in c]
+    assert len(starts) == 2 and all("RAY_AUTH_MODE=token" in command for command in starts)
+    assert "--num-cpus=0" in starts[0], "the head runs no tasks"
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token", "every node needs the same token"
 
 
 @pytest.mark.parametrize("name", CLUSTER_FILES)

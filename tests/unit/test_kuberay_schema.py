@@ -1,7 +1,8 @@
 """The Kubernetes manifests fit KubeRay's own kinds, field by field.
 
-``tests/data/kuberay_v1.json.gz`` holds the ``spec`` schemas of RayCluster, RayJob and RayService, version ray.io/v1: the
-openAPIV3Schema of the custom resource definitions in KubeRay's chart (of August 2026), without descriptions and defaults.
+``tests/data/kuberay_v1.json.gz`` holds the ``spec`` schemas of RayCluster, RayJob and RayService, version ray.io/v1:
+the openAPIV3Schema of the custom resource definitions in KubeRay's chart (of August 2026), without descriptions and
+defaults.
 """
 
 import copy

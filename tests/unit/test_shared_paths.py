@@ -1,0 +1,57 @@
+"""Which settings are asked about, and what is said where a node does not see a path."""
+
+import pytest
+
+from pipelines import shared_paths
+from pipelines.settings import PrepareDataSettings, SettingsError, TrainSettings
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """One other node, which sees what ``unseen`` does not name; the paths that it was asked about."""
+    asked, unseen = {}, set()
+
+    def answer(nodes, paths):
+        asked.update(paths)
+        return {address: [key for key in paths if key in unseen] for address in nodes}
+
+    monkeypatch.setattr(shared_paths, "_other_nodes", lambda: {"10.0.0.2": "id"})
+    monkeypatch.setattr(shared_paths, "_missing_on", answer)
+    return asked, unseen
+
+
+def test_absolute_paths_are_asked_about_and_uris_are_not(nodes, tmp_path):
+    asked, _ = nodes
+    (tmp_path / "start").mkdir()
+    output = tmp_path / "new/out"
+    shared_paths.check_shared_paths(
+        TrainSettings(data="s3://bucket/data", init_from=f"file://{tmp_path}/start", output=str(output))
+    )
+    assert set(asked) == {"init_from", "output"}
+    assert asked["init_from"] == f"{tmp_path}/start"
+    assert asked["output"].startswith(f"{output}/.seen-"), "a file that only this machine's folder has"
+    assert list(output.iterdir()) == [], "the mark is gone"
+
+
+@pytest.mark.parametrize("key", ["init_from", "output"])
+def test_an_unseen_path_is_named_with_its_node_and_the_fix(nodes, tmp_path, key):
+    _, unseen = nodes
+    unseen.add(key)
+    (tmp_path / "init_from").mkdir()
+    paths = {name: str(tmp_path / name) for name in ("init_from", "output")}
+    with pytest.raises(SettingsError) as error:
+        shared_paths.check_shared_paths(TrainSettings(**paths))
+    assert all(word in str(error.value) for word in (f"{key}={paths[key]}", "10.0.0.2", "s3://bucket"))
+
+
+def test_patterns_missing_inputs_and_read_only_outputs_are_the_jobs_own_matter(nodes, tmp_path):
+    asked, _ = nodes
+    (tmp_path / "file").write_bytes(b"")
+    settings = PrepareDataSettings(source="laion", input=f"{tmp_path}/*.tar", output=str(tmp_path / "file/out"))
+    shared_paths.check_shared_paths(settings)
+    assert asked == {}
+
+
+def test_nothing_is_asked_where_nothing_is_local(monkeypatch):
+    monkeypatch.setattr(shared_paths, "_other_nodes", lambda: pytest.fail("the cluster was asked"))
+    shared_paths.check_shared_paths(TrainSettings(data="s3://bucket/data", output="gs://bucket/out"))
