@@ -98,9 +98,9 @@ def measure_floor(tars: Path) -> list[str]:
     """Decode, shrink and encode in one thread: what no arrangement of processes can beat."""
     import cv2
     import simplejpeg
-    from pipelines.data.ingest.checks import check_image
-    from pipelines.data.ingest.unit import process_unit
 
+    from pipelines.data.ingest.check_images import check_image
+    from pipelines.data.ingest.staging import stage_unit
     from pipelines.data.sources import locate
     from pipelines.settings import PrepareDataSettings
 
@@ -115,7 +115,7 @@ def measure_floor(tars: Path) -> list[str]:
     pixels = [cv2.resize(simplejpeg.decode_jpeg(d, "RGB"), size, interpolation=cv2.INTER_AREA) for d in data]
 
     def whole_unit(folder: str) -> None:
-        process_unit(unit, 0, settings, folder)
+        stage_unit(unit, 0, settings, folder)
         shutil.rmtree(folder)
         Path(folder).mkdir()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from functools import partial
 
 import pytest
@@ -44,6 +45,41 @@ def test_every_unit_gives_its_result(tmp_path, workers):
 def test_an_error_arrives_as_it_was_raised(tmp_path):
     with pytest.raises(ValueError, match=r"^bad unit$"):
         list(map_units(partial(setup, tmp_path), [1, "bad", 2], TASKS, SETTINGS, name="double"))
+
+
+def alone(folder):
+    def work(unit):
+        mark = folder / "running"
+        mark.touch(exist_ok=False)
+        time.sleep(0.05)
+        mark.unlink()
+        return unit
+
+    return work
+
+
+def test_no_more_units_run_at_a_time_than_asked_for(tmp_path):
+    done = dict(map_units(partial(alone, tmp_path), list(range(5)), Workers(1, num_cpus=0.1), SETTINGS, name="alone"))
+    assert done == {n: n for n in range(5)}
+
+
+def test_whoever_stops_early_leaves_no_unit_waiting(tmp_path):
+    slow = partial(sleeper, tmp_path)
+    running = map_units(slow, list(range(20)), Workers(None, num_cpus=0.5), SETTINGS, name="slow")
+    next(running)
+    running.close()
+    time.sleep(1)
+    before = len(list(tmp_path.iterdir()))
+    time.sleep(1)
+    assert len(list(tmp_path.iterdir())) == before < 20
+
+
+def sleeper(folder):
+    def work(unit):
+        (folder / str(unit)).touch()
+        time.sleep(0.3)
+
+    return work
 
 
 @pytest.mark.parametrize("workers", [TASKS, ACTORS], ids=["tasks", "actors"])

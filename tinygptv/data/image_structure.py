@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 MAX_JPEG_SCANS = 100
 """libjpeg's default progressive script has 10 scans; encoders that optimise have up to some 20."""
@@ -52,8 +52,7 @@ def check_structure(data: bytes) -> None:
         raise ValueError("a BigTIFF is not decoded: convert it to JPEG or PNG.")
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):  # made ten times per image: a third of a dataclass's cost
     """A marker segment of a JPEG: bytes ``start`` to ``end``, which lies beyond the file where it is cut off."""
 
     marker: int

@@ -150,7 +150,11 @@ EVALUATION_INSTRUCTIONS: dict[str, str] = {
 """The one wording per task that benchmarks use; 'writting' is the release's spelling, kept for equal scores."""
 
 
-def clean_caption(text: str, max_words: int = 50) -> str:
+LONGEST_CAPTION = 50
+"""Words that ``clean_caption`` keeps."""
+
+
+def clean_caption(text: str, max_words: int = LONGEST_CAPTION) -> str:
     """Clean a caption or question as the release's ``blip_caption`` processor does.
 
     Lower-cases, turns ``. ! " ( ) * # : ; ~`` into spaces, collapses runs of white space, and keeps the first words.

@@ -1,4 +1,4 @@
-"""Ingest: source files -> checked, resized, deduplicated samples -> Arrow shards. The Ray Data graph.
+"""Ingest: source files -> checked, resized, deduplicated samples -> Arrow shards, on Ray.
 
     plan      input -> units: one per tar, or per slice of an annotation file          (driver, reads no image)
     stage     each unit -> staged rows, an index and a record                          (one Ray task per unit)

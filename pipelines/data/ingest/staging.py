@@ -254,26 +254,28 @@ def _checked_rows(
 
 
 def _check_image(row: SampleRow, images: _ImageChecker, changes: Changes) -> tuple[SampleRow, IndexEntry]:
-    digest, entry = b"", IndexEntry(row.id, b"")
+    digest, image = b"", None
     if row.image is not None:
         digest = hashlib.sha256(row.image).digest()[:16]  # a processor has instructions for this one
         image = images.check(row.image, digest)
         row = replace(row, image=image.data, width=image.width, height=image.height)
-        entry = IndexEntry(
-            row.id,
-            b"",
-            int.from_bytes(digest[:8], "big"),
-            image.perceptual_hash,
-            image.width,
-            image.height,
-            len(image.data),
-            kept=image.kept,
-        )
     row = check_boxes(row, changes)
     content = json.dumps([row.task, [[turn.question, *turn.answers] for turn in row.turns], row.boxes])
     content_hash = hashlib.blake2b(digest + content.encode(), digest_size=16).digest()
     words = sum(len(turn.answers[0].split()) for turn in row.turns)
-    return row, replace(entry, content_hash=content_hash, words=words)
+    if image is None:
+        return row, IndexEntry(row.id, content_hash, words=words)
+    return row, IndexEntry(
+        row.id,
+        content_hash,
+        int.from_bytes(digest[:8], "big"),
+        image.perceptual_hash,
+        image.width,
+        image.height,
+        len(image.data),
+        words,
+        image.kept,
+    )
 
 
 class _ImageChecker:

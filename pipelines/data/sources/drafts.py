@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.data.sources.base import Changes, Malformed, ReadResult, SourceUnit, rejection
 from pipelines.data.sources.images import ImageFolder
-from tinygptv.data.prompts import clean_caption
+from tinygptv.data.prompts import LONGEST_CAPTION, clean_caption
 from tinygptv.data.sample import SampleRow, Turn
 
 Box = tuple[float, float, float, float]
@@ -103,7 +103,8 @@ def _clean_turns(draft: Draft) -> tuple[tuple[Turn, ...], set[str]]:
 
     def clean(text: str, name: str) -> str:
         cleaned = clean_caption(text)
-        if len(cleaned) < len(clean_caption(text, _NO_BOUND)):
+        may_be_cut = cleaned.count(" ") + 1 >= LONGEST_CAPTION
+        if may_be_cut and len(cleaned) < len(clean_caption(text, _NO_BOUND)):
             cut.add(name)
         return cleaned
 

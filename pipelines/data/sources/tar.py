@@ -205,13 +205,13 @@ def _read_member(scan: TarScan, member: Member) -> bytes:
 
 
 def _member_problem(name: str, extension: str, member: Member) -> str:
-    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+    if name.startswith("/") or (".." in name and ".." in PurePosixPath(name).parts):
         return f"member {shorten(name)} is outside of its folder"
     if not extension:
         return f"member {shorten(name)} is not named key.extension"
     if not member.is_file:
         return f"member {shorten(name)} is a link or device, not a file"
-    if any("\udc80" <= character <= "\udcff" for character in name):
+    if not name.isascii() and any("\udc80" <= character <= "\udcff" for character in name):
         return "the member's name is not UTF-8"
     return ""
 

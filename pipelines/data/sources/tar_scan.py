@@ -7,6 +7,7 @@ damaged header for the end.
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -62,11 +63,12 @@ class TarScan:
             return
         offset, is_cut, found_any, has_end = 0, False, False, False
         while offset + BLOCK <= self.num_bytes:
-            if self._is_zero(offset):
+            block = self._read(offset, BLOCK)
+            if block.count(0) == len(block):
                 has_end = True
                 offset += BLOCK
                 continue
-            member = self._member_at(offset)
+            member = _plain_member(block, offset) or self._member_at(offset)
             if member is None:
                 behind = self._next_header(offset + BLOCK)
                 self._tell_damage(offset, behind, found_any)
@@ -157,6 +159,23 @@ class TarScan:
 
 _EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, b"X")
 """Types of headers that say more about the member behind them. ``X`` is Solaris' pax header."""
+
+
+_PLAIN_NUMBERS = re.compile(rb"(?:[0-7]{7}\0){3}([0-7]{11})\0[0-7]{11}\0([0-7]{6})\0 0")
+"""A header's bytes from 100 on, as ``tar`` and Python write them for a regular file: size and checksum are groups."""
+
+_CHECKSUM = slice(148, 156)
+
+
+def _plain_member(block: bytes, offset: int) -> Member | None:
+    """A regular file with a short name, several times faster than ``tarfile`` finds it; None for all else."""
+    numbers = _PLAIN_NUMBERS.match(block, 100)
+    if numbers is None or block[345] or block[329:345].strip(b"01234567\0") or not block[0]:
+        return None
+    if sum(block) - sum(block[_CHECKSUM]) + 8 * ord(" ") != int(numbers[2], 8):
+        return None
+    name = block[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
+    return Member(name, offset + BLOCK, int(numbers[1], 8), offset, is_file=True, is_folder=False)
 
 
 def _pax_records(data: bytes) -> dict[str, str]:

@@ -11,6 +11,7 @@ import pytest
 
 from pipelines.data.sources import locate
 from pipelines.data.sources.base import Rejected
+from pipelines.data.sources.tar_scan import Member, TarScan, _plain_member
 from pipelines.settings import PrepareDataSettings, SettingsError
 from tests.source_files import encode, jpeg, picture, sample, write_tar, write_web_tar
 
@@ -259,6 +260,30 @@ def test_hostile_headers_are_passed_over_in_bounded_time(tmp_path, name):
     assert captions(rows)[-1:] == ["picture number 1"]
     assert captions(rows) == ["picture number 0", "picture number 1"] or "long names" in name
     assert rejected or "lie" in name
+
+
+def test_a_plain_header_is_read_as_tarfile_reads_it():
+    info = tarfile.TarInfo("folder/\u00e4.jpg")
+    info.size, info.uid, info.mtime = 0o1234567, 1000, 1_700_000_000
+    for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT):
+        block = info.tobuf(form, "utf-8", "surrogateescape")[:512]
+        member = _plain_member(block, 1024)
+        assert member == Member("folder/\u00e4.jpg", 1536, 0o1234567, 1024, is_file=True, is_folder=False)
+        scan = TarScan(io.BytesIO(bytes(1024) + block), 1536)
+        assert member == scan._member_at(1024)
+        for byte in range(512):  # one damaged byte anywhere, and the header is refused or read by tarfile
+            damaged = block[:byte] + bytes([block[byte] ^ 1]) + block[byte + 1 :]
+            assert _plain_member(damaged, 0) is None
+
+
+def test_a_header_with_more_than_a_short_name_is_left_to_tarfile():
+    prefixed = tarfile.TarInfo("f" * 60 + "/" + "n" * 90)
+    large = tarfile.TarInfo("a.jpg")
+    large.size = 1 << 40
+    folder = tarfile.TarInfo("folder")
+    folder.type = tarfile.DIRTYPE
+    for info, form in ((prefixed, tarfile.USTAR_FORMAT), (large, tarfile.GNU_FORMAT), (folder, tarfile.GNU_FORMAT)):
+        assert _plain_member(info.tobuf(form, "utf-8", "surrogateescape")[:512], 0) is None
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
