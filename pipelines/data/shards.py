@@ -6,10 +6,11 @@ into a cache of bounded size.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from pipelines import storage
@@ -19,6 +20,9 @@ from tinygptv.data.sample import SampleRow
 from tinygptv.lru import LRU
 
 _OPEN_SHARDS = 128
+_OPEN_BATCHES = 256
+"""Record batches whose columns are kept: finding one in its file costs twice as much as reading a row of it. They refer
+to the mapped files, so each takes some kilobytes."""
 
 
 def find_shard_sets(data: str) -> list[str]:
@@ -47,8 +51,9 @@ class ShardSet:
         self.manifest = manifest
         self._folder = storage.Location.parse(uri)
         self._cache = cache or ShardCache()
-        self._starts = np.cumsum([0, *(shard.rows for shard in manifest.shards)], dtype=np.int64)
+        self._starts = list(accumulate((shard.rows for shard in manifest.shards), initial=0))
         self._readers: LRU[int, pa.ipc.RecordBatchFileReader] = LRU(_OPEN_SHARDS)
+        self._columns: LRU[tuple[int, int], dict[str, pa.Array]] = LRU(_OPEN_BATCHES)
 
     @classmethod
     def open(cls, uri: str, cache: ShardCache | None = None) -> ShardSet:
@@ -76,7 +81,7 @@ class ShardSet:
         return opened
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     @property
     def shard_rows(self) -> tuple[int, ...]:
@@ -90,8 +95,8 @@ class ShardSet:
             IndexError: there is no such row.
             ShardError: the shard cannot be read.
         """
-        batch, position = self._locate(index)
-        return SampleRow.from_dict({name: batch.column(name)[position].as_py() for name in SCHEMA.names})
+        columns, position = self._locate(index)
+        return SampleRow.from_dict({name: column[position].as_py() for name, column in columns.items()})
 
     def rows(self, indices: Iterable[int]) -> list[SampleRow]:
         """Several rows, in the order asked for."""
@@ -99,8 +104,8 @@ class ShardSet:
 
     def row_id(self, index: int) -> str:
         """Id of a row, without touching its image."""
-        batch, position = self._locate(index)
-        return str(batch.column("id")[position].as_py())
+        columns, position = self._locate(index)
+        return str(columns["id"][position].as_py())
 
     def __iter__(self) -> Iterator[SampleRow]:
         for shard in range(len(self.manifest.shards)):
@@ -138,12 +143,16 @@ class ShardSet:
     def __setstate__(self, state: dict[str, Any]) -> None:
         ShardSet.__init__(self, state["uri"], state["manifest"], state["cache"])
 
-    def _locate(self, index: int) -> tuple[pa.RecordBatch, int]:
+    def _locate(self, index: int) -> tuple[dict[str, pa.Array], int]:
+        """The columns of a row's record batch, and its position there."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} does not exist: {self.uri} has {len(self)} rows.")
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        number, position = divmod(index - int(self._starts[shard]), self.manifest.batch_rows)
-        return self._batch(shard, number), position
+        shard = bisect_right(self._starts, index) - 1
+        number, position = divmod(index - self._starts[shard], self.manifest.batch_rows)
+        return self._columns.get_or_make((shard, number), lambda: self._columns_of(shard, number)), position
+
+    def _columns_of(self, shard: int, number: int) -> dict[str, pa.Array]:
+        return dict(zip(SCHEMA.names, self._batch(shard, number).columns, strict=True))
 
     def _batch(self, shard: int, number: int) -> pa.RecordBatch:
         try:

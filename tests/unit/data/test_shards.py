@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines import storage
+from pipelines.data import shards as shard_sets
 from pipelines.data.shard_cache import ShardCache
 from pipelines.data.shard_format import BATCH_ROWS, SCHEMA, Manifest, ShardError, ShardWriter, record_batch
 from pipelines.data.shards import ShardSet
@@ -66,6 +67,17 @@ def test_every_row_comes_back_at_random(uri):
     assert [shards.row_id(k) for k in (0, 129, 130, 131)] == ["s/0", "s/129", "s/130", "s/131"]
     assert list(shards) == [make_row(k) for k in range(195)]
     assert (len(shards), shards.shard_rows) == (195, (130, 1, 64))
+
+
+def test_rows_of_one_record_batch_find_it_once_and_few_batches_stay_open(uri, monkeypatch):
+    monkeypatch.setattr(shard_sets, "_OPEN_BATCHES", 2)
+    opened, found = ShardSet.open(uri), []
+    original = opened._batch
+    monkeypatch.setattr(opened, "_batch", lambda *where: found.append(where) or original(*where))
+    opened.rows([0, 1, 2, 0])
+    assert found == [(0, 0)]
+    opened.rows(range(len(opened)))
+    assert len(opened._columns) == 2
 
 
 @pytest.mark.parametrize("index", [-1, 195, 10**9])
