@@ -47,6 +47,11 @@ from tinygptv.metrics.vqa_text import CONTRACTIONS, normalise_answer
         ("it's 1,000 m", "it's 1000 m"),  # a thousands comma: every mark is deleted, wherever it stands
         ("red/blue", "red blue"),  # a mark between letters becomes a space
         ("red / blue", "red blue"),  # one that touches a space is deleted
+        ("x,y, z", "xy z"),  # ... and so are the others of its kind
+        ("x,y ,z", "xy z"),
+        ("x,y,\nz", "xy z"),  # a line break or tab is a space
+        ("x,y,\tz", "xy z"),
+        ("x,y", "x y"),
         ("3.5", "3.5"),
         ("no. 5.", "no 5"),  # a period that no digit follows goes
         ("a  the an", ""),

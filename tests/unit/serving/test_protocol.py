@@ -6,8 +6,9 @@ import logging
 import re
 
 import pytest
+from pydantic import ValidationError
 
-from pipelines.serving.protocol import ChatRequest
+from pipelines.serving.protocol import MAX_BIASES, MAX_STOP_LENGTH, MAX_STOPS, ChatRequest
 from pipelines.settings import ServeSettings
 from tests.paths import ROOT
 from tests.serving_api import IMAGE, Client, FakeBackend, ask, words
@@ -99,9 +100,90 @@ def sampling(**fields):
 
 
 def test_the_servers_defaults_stand_in_for_what_a_request_leaves_out():
-    defaults = sampling(max_tokens=None)
-    assert (defaults["max_tokens"], defaults["temperature"]) == (99, 0.7)
-    assert defaults["logprobs"] is None and defaults["seed"] is None
+    assert sampling(max_tokens=None) == {
+        "max_tokens": 99,
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "top_k": 0,
+        "repetition_penalty": 1.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "logit_bias": (),
+        "seed": None,
+        "stop": (),
+        "logprobs": None,
+    }
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("ab", ("ab",)), (["ab", "c"], ("ab", "c")), ([], ()), (None, ())])
+def test_stop_is_a_string_or_a_list(given, wanted):
+    assert sampling(stop=given)["stop"] == wanted
+
+
+def refused(**fields):
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate(ask(words("hi"), **fields))
+    (error,) = caught.value.errors()
+    assert error["loc"][0] == next(iter(fields))
+    return error["msg"]
+
+
+@pytest.mark.parametrize("stop", ["x" * MAX_STOP_LENGTH, ["x" * MAX_STOP_LENGTH] * MAX_STOPS])
+def test_stops_at_their_bounds_are_taken(stop):
+    assert max(len(text) for text in sampling(stop=stop)["stop"]) == 128
+
+
+@pytest.mark.parametrize("stop", ["", "x" * 129, ["a", ""], ["a", "x" * 129], list("abcde"), 5, ["a", 5], [None]])
+def test_stops_beyond_their_bounds_are_refused(stop):
+    assert refused(stop=stop).endswith("stop takes up to 4 strings of 1 to 128 characters")
+
+
+@pytest.mark.parametrize("token", ["-1", "+1", " 1", "1 ", "01", "1.0", "1_0", "", "a", "\u0661", "1" * 10])
+def test_keys_of_a_bias_are_token_ids_in_one_form(token):
+    """Two forms of one id would be two biases of one token."""
+    message = refused(logit_bias={"5": 1, token: 1})
+    assert message.endswith(f"logit_bias maps token ids such as '11' to numbers in -100..100, not {token!r}")
+
+
+@pytest.mark.parametrize("bias", [-100.5, 100.5, "1", None, [1], float("nan")])
+def test_a_bias_is_a_number_within_100(bias):
+    assert "to numbers in -100..100, not '7'" in refused(logit_bias={"5": 1, "7": bias})
+
+
+def test_biases_at_their_bounds_are_taken():
+    assert sampling(logit_bias={"0": -100, "999999999": 100})["logit_bias"] == ((0, -100.0), (999999999, 100.0))
+    many = {str(token): 1 for token in range(MAX_BIASES)}
+    assert len(sampling(logit_bias=many)["logit_bias"]) == 300
+    message = refused(logit_bias={**many, "300": 1})
+    assert message.endswith("logit_bias takes up to 300 entries, not 301")
+    assert len(refused(logit_bias={"z" * 1000: 1})) < 150, "a long key is not repeated whole"
+    assert "dict" in refused(logit_bias=[5])
+
+
+@pytest.mark.parametrize(
+    ("field", "least", "most", "outside"),
+    [
+        ("temperature", 0, 2, (-0.1, 2.1)),
+        ("top_p", 0.01, 1, (0, 1.1)),
+        ("top_k", 0, 1000, (-1, 1.5)),
+        ("repetition_penalty", 0.1, 10, (0, 10.1)),
+        ("frequency_penalty", -2, 2, (-2.1, 2.1)),
+        ("presence_penalty", -2, 2, (-2.1, 2.1)),
+        ("seed", -(2**63), 2**63 - 1, (-(2**63) - 1, 2**63)),
+        ("max_tokens", 1, 10**6, (0, -1)),
+        ("max_completion_tokens", 1, 10**6, (0, -1)),
+    ],
+)
+def test_numbers_have_bounds(field, least, most, outside):
+    name = "max_tokens" if field == "max_completion_tokens" else field
+    assert [sampling(**{field: value})[name] for value in (least, most)] == [least, most]
+    for value in outside:
+        refused(**{field: value})
+
+
+def test_more_answers_and_alternatives_than_there_are_are_refused():
+    assert refused(n=2) and refused(n=0) and refused(top_logprobs=21) and refused(top_logprobs=-1)
+    assert sampling(logprobs=True, top_logprobs=20)["logprobs"] == 20
 
 
 def test_an_explicit_temperature_of_0_wins():
