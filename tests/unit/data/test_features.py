@@ -61,14 +61,19 @@ def test_each_row_has_the_features_of_its_own_image(made):
     assert len({cached.row(index).tobytes() for index in range(len(shards))}) > 10
 
 
-def test_one_image_is_encoded_once(made, tmp_path, monkeypatch):
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_one_image_is_encoded_once_for_all_rows_that_show_it(made, tmp_path, monkeypatch, batch_size):
     rows = make_rows("pairs", 3)
     write_shard_set(tmp_path / "shards/twice", [*rows, *rows, *rows], rows_per_shard=4)
     encoded = []
     original = FeatureWriter._encode
     monkeypatch.setattr(FeatureWriter, "_encode", lambda self, p: (encoded.append(len(p)), original(self, p))[1])
-    cache({**made, "data": str(tmp_path / "shards")}, tmp_path / "out", batch_size=2)
+    cache({**made, "data": str(tmp_path / "shards")}, tmp_path / "out", batch_size=batch_size)
     assert sum(encoded) == 3
+    cached = FeatureSet.open(f"{tmp_path}/shards/twice", feature_key(made["init_from"], 28))
+    features = [cached.row(index) for index in range(9)]
+    assert all(first.any() for first in features[:3]) and not np.array_equal(features[0], features[1])
+    assert all(np.array_equal(features[index], features[index % 3]) for index in range(9))
 
 
 @pytest.mark.parametrize(

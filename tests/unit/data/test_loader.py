@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -137,6 +138,13 @@ def test_no_more_steps_are_made_ahead_than_asked_for(plan, monkeypatch):
     stopped = len(made)
     time.sleep(0.5)
     assert len(made) == stopped
+
+
+def test_a_batch_says_how_long_the_trainer_waited_for_it(plan, monkeypatch):
+    now = itertools.count(start=10.0, step=0.25)
+    monkeypatch.setattr(loader.time, "perf_counter", lambda: next(now))
+    waits = [batch.wait_s for batch in iterate_steps(plan, 0, 4, loader_workers=0, prefetch_steps=1)]
+    assert waits == [0.25] * 4, "from asking for it to having it"
 
 
 def test_a_source_that_was_not_prepared_is_named_with_the_others(plan):

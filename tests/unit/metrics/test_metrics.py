@@ -103,6 +103,8 @@ def test_vqa_normalises_only_where_annotators_disagree():
     assert vqa_accuracy("The dog.", ["dog"] * 10) == 0.0
     assert vqa_accuracy("The dog.", ["dog"] * 9 + ["cat"]) == 1.0
     assert vqa_accuracy("2", ["Two"] * 5 + ["three"] * 5) == 1.0
+    assert vqa_accuracy("red\nbig\tdog ", ["red big dog"] * 10) == 1.0, "but a line break is always a space"
+    assert vqa_accuracy("red big dog", ["red\nbig\tdog "] * 10) == 1.0
     assert vqa_accuracy("", []) == 0.0
 
 
@@ -137,6 +139,8 @@ def test_yes_no_reads_the_first_word():
     [
         ("No, there is none", "no"),
         ("there is not one", "no"),
+        ("there is no dog", "no"),
+        ("there is\tno dog", "yes"),  # as published: words are what single spaces part
         ("Yes. There is no other", "yes"),  # only the first sentence
         ("", "yes"),
         ("NO", "yes"),  # as published: the word is No, no or not
@@ -201,7 +205,10 @@ def test_grounded_f1_by_hand():
     assert grounded_f1("<p>green circle</p> {<0><0><50><50>}", truth, 100, 100) == 0.0
     twice = "<p>red circle</p> {<0><0><50><50>} <p>red circle</p> {<0><0><50><50>}"
     assert grounded_f1(twice, truth, 100, 100) == pytest.approx(2 / 4), "a true box is found once"
-    assert grounded_f1("", truth, 100, 100) == 0.0
+    assert grounded_f1("", truth, 100, 100) == grounded_f1(truth, "", 100, 100) == grounded_f1("", "", 100, 100) == 0.0
+    one, half = "<p>a</p> {<0><0><99><99>}", "<p>A </p> {<0><0><49><99>}"
+    assert grounded_f1(half, one, 100, 100) == 0.0, "IoU of exactly the threshold is no hit"
+    assert grounded_f1(half, one, 100, 100, threshold=0.49) == 1.0
 
 
 # ---------------------------------------------------------------------- captions
@@ -214,6 +221,9 @@ def test_rouge_l_by_hand():
     expected = (1 + 1.44) * precision_ * recall_ / (recall_ + 1.44 * precision_)
     assert rouge_l("a red mat", ["a cat blue mat"]) == pytest.approx(expected)
     assert rouge_l("a red mat", ["zebra", "a cat blue mat"]) == pytest.approx(expected)
+    assert rouge_l("a red mat", ["", "a cat blue mat"]) == pytest.approx(expected), "an empty reference counts nothing"
+    assert rouge_l("b c d x", ["a b x c d"]) == pytest.approx(2.44 * 0.75 * 0.6 / (0.6 + 1.44 * 0.75)), "b c d"
+    assert rouge_l("a b", ["c b a b c"], beta=1.0) == pytest.approx(2 * 1.0 * 0.4 / 1.4)
 
 
 # ---------------------------------------------------------------------- as released

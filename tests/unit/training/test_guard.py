@@ -127,6 +127,13 @@ def test_vanishing_gradients_are_told_once_by_the_layer_next_to_the_loss():
     ]
 
 
+def test_a_gradient_that_comes_back_has_not_vanished():
+    guard = make_guard()
+    norms = [1e-12, 1e-12, 0.5, 1e-12, 0.5, 1e-12, 1e-12, 1e-12]
+    found = [faults_of(guard, [2.0], [0.5], part_norms={"projector": norm}) for norm in norms]
+    assert [len(faults) for faults in found] == [0] * 7 + [1], "so many readings in a row"
+
+
 def test_diagnoses_of_several_workers_become_one():
     merged = Diagnosis.merge([Diagnosis(), Diagnosis("layer", "forward", ["a/1"]), Diagnosis("other", "", ["b/2"])])
     assert merged == Diagnosis("layer", "forward", ["a/1", "b/2"])

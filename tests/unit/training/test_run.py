@@ -12,9 +12,11 @@ import yaml
 from pipelines.data.features import FeatureError, cache_features
 from pipelines.miniature.tiny_training import make_world, train_settings
 from pipelines.settings import CacheFeaturesSettings, SettingsError, TrainSettings
-from pipelines.training.job import apply_stage_settings
+from pipelines.training.job import apply_stage_settings, resolve_job
 from pipelines.training.run import dry_run, run_stage
+from pipelines.training.run_reports import NoReports
 from pipelines.training.states import StateStore
+from pipelines.training.worker import TrainWorker
 from tests.training_runs import run_until
 from tinygptv.checkpoint.checkpoint import load_checkpoint
 from tinygptv.checkpoint.folders import CheckpointError
@@ -124,6 +126,20 @@ def test_states_are_saved_at_their_steps_and_the_newest_are_kept(world, tmp_path
     assert newest["next_step"] == steps[-1] and newest["mean_loss"] == pytest.approx(
         sum(losses_since) / len(losses_since)
     )
+
+
+def test_fresh_adapters_follow_from_the_seed_alone(world, tmp_path):
+    """Every worker draws the same ones, whatever its process drew before."""
+
+    def adapters(seed, drawn_before):
+        job, *_ = resolve_job(train_settings(world, tmp_path / str(seed), seed=seed), 4)
+        torch.rand(drawn_before)
+        model = TrainWorker(job, NoReports()).model
+        return torch.cat([p.detach().ravel() for name, p in model.named_parameters() if ".lora_A." in name])
+
+    first = adapters(1, drawn_before=5)
+    assert first.std() > 0 and torch.equal(adapters(1, drawn_before=7), first)
+    assert not torch.equal(adapters(2, drawn_before=7), first)
 
 
 def test_dropout_draws_alike_after_an_interruption(world, tmp_path, monkeypatch):
