@@ -83,6 +83,31 @@ def test_a_killed_worker_process_does_not_show(tars):
     assert content(tars / "killed") == content(tars / "calm")
 
 
+KILLED = """
+import sys
+from pipelines.data.ingest.job import ingest
+from pipelines.settings import PrepareDataSettings
+fields = {"source": "laion", "input": sys.argv[1], "output": sys.argv[2], "tracking_uri": "none", "num_workers": 0}
+print("ready", flush=True)
+ingest(PrepareDataSettings(**fields))
+"""
+
+
+def test_kill_9_at_any_time_without_a_cluster(tmp_path):
+    for number in range(8):
+        write_web_tar(tmp_path / f"{number:05d}.tar", number * 40, 40, (200, 150))
+    ingest(settings(tmp_path, "whole", num_workers=0))
+    for delay in (0.03, 0.12):
+        output = tmp_path / f"killed-{delay}"
+        command = [sys.executable, "-c", KILLED, str(tmp_path / "*.tar"), str(output)]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(delay)
+            os.kill(process.pid, signal.SIGKILL)
+        ingest(settings(tmp_path, output.name, num_workers=0))
+        assert content(output) == content(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_kill_9_of_the_job_and_the_same_command_again(tars, tmp_path):
     import ray

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -21,7 +19,6 @@ from transformers import (
 )
 
 import tinygptv
-from tests.paths import ROOT
 from tinygptv.checkpoint.checkpoint import save_checkpoint
 from tinygptv.data.processing import TinyGPTVProcessor, load_tokenizer
 from tinygptv.miniature.tiny import tiny_config, tiny_tokenizer
@@ -137,22 +134,6 @@ def test_device_map(folder, model, processor, tmp_path, device_map):
     inputs = inputs_of(processor)
     with torch.no_grad():
         assert torch.equal(placed(**inputs).logits, model(**inputs).logits)
-
-
-def test_importing_tinygptv_is_enough_for_a_pipeline(folder):
-    """In a fresh interpreter: the Auto classes know the model, and the pipeline speaks with it."""
-    code = f"""
-import tinygptv
-from transformers import pipeline
-from PIL import Image
-chat = pipeline("image-text-to-text", model={str(folder)!r})
-picture = Image.new("RGB", (40, 30), (200, 10, 10))
-turn = [{{"role": "user", "content": [{{"type": "image", "image": picture}}, {{"type": "text", "text": "what?"}}]}}]
-answers = chat(text=[turn, turn], max_new_tokens=3, batch_size=2, return_full_text=False)
-print(len(answers), answers[0][0]["generated_text"] == answers[1][0]["generated_text"], type(chat.model).__name__)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.stdout.split() == ["2", "True", "TinyGPTVForConditionalGeneration"], done.stderr
 
 
 # ------------------------------------------------------------------ generation

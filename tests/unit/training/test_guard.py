@@ -294,6 +294,14 @@ def test_skipping_and_rolling_back_end_alike(world, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
 
 
+def test_steps_that_were_left_out_stay_left_out_after_another_roll_back(world, tmp_path, monkeypatch):
+    plant(monkeypatch, 2, nan_features), plant(monkeypatch, 5, nan_features)
+    run_stage(settings(world, tmp_path, guard="rollback", log_every=1, checkpoint_every=100), 4)
+    assert [fault["step"] for fault in faults(tmp_path)] == [2, 5], "each is found once"
+    assert [e["step"] for e in record(tmp_path) if e["skipped"]] == [2, 5]
+    assert [e["step"] for e in record(tmp_path)] == list(range(12))
+
+
 def test_stopping_says_where_and_by_what(world, tmp_path, monkeypatch):
     planted = plant(monkeypatch, BAD_STEP, nan_features)
     with pytest.raises(TrainingStopped, match=rf"step {BAD_STEP}: the loss is not finite .* projector\.") as stopped:

@@ -13,10 +13,11 @@ from pipelines.data.features import FeatureError, cache_features
 from pipelines.miniature.tiny_training import make_world, train_settings
 from pipelines.settings import CacheFeaturesSettings, SettingsError, TrainSettings
 from pipelines.training.job import apply_stage_settings, resolve_job
+from pipelines.training.record import read_record
 from pipelines.training.run import dry_run, run_stage
 from pipelines.training.run_reports import NoReports
 from pipelines.training.states import StateStore
-from pipelines.training.worker import TrainWorker
+from pipelines.training.worker import TrainWorker, _dropout_seed
 from tests.training_runs import run_until
 from tinygptv.checkpoint.checkpoint import load_checkpoint
 from tinygptv.checkpoint.folders import CheckpointError
@@ -126,6 +127,24 @@ def test_states_are_saved_at_their_steps_and_the_newest_are_kept(world, tmp_path
     assert newest["next_step"] == steps[-1] and newest["mean_loss"] == pytest.approx(
         sum(losses_since) / len(losses_since)
     )
+
+
+def test_seeds_of_dropout_differ_between_runs_steps_and_workers():
+    seeds = {_dropout_seed(seed, step, rank) for seed in range(3) for step in range(2000) for rank in range(8)}
+    assert len(seeds) == 3 * 2000 * 8
+
+
+def test_the_record_in_object_storage_is_never_behind_a_state(world, tmp_path, monkeypatch):
+    """A kill right after a state must not cost lines of the steps before it."""
+    location, published, save = f"memory://bucket/{tmp_path.name}", {}, StateStore.save
+
+    def saving(self, next_step, *arguments):
+        published[next_step] = len(read_record(f"{location}/metrics.jsonl"))
+        return save(self, next_step, *arguments)
+
+    monkeypatch.setattr(StateStore, "save", saving)
+    run_stage(train_settings(world, tmp_path, storage_path=location, checkpoint_every=4), 4)
+    assert published == {4: 4, 8: 8}
 
 
 def test_fresh_adapters_follow_from_the_seed_alone(world, tmp_path):

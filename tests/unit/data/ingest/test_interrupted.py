@@ -6,10 +6,6 @@ import contextlib
 import errno
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +13,6 @@ import pytest
 from pipelines import storage
 from pipelines.data.ingest.job import ingest
 from tests.ingest_runs import content, settings, write_messy_tars
-from tests.paths import ROOT
-from tests.source_files import write_web_tar
 
 
 class Crash(BaseException):
@@ -78,31 +72,6 @@ def test_a_crash_never_lets_a_set_pass_for_one_of_other_settings(tmp_path):
         ingest(settings(tmp_path, output), replaces_other=True)
         assert content(tmp_path / output) == content(tmp_path / "whole"), number
     assert number > 15
-
-
-KILLED = """
-import sys
-from pipelines.data.ingest.job import ingest
-from pipelines.settings import PrepareDataSettings
-fields = {"source": "laion", "input": sys.argv[1], "output": sys.argv[2], "tracking_uri": "none", "num_workers": 0}
-print("ready", flush=True)
-ingest(PrepareDataSettings(**fields))
-"""
-
-
-def test_kill_9_while_working(tmp_path):
-    for number in range(8):
-        write_web_tar(tmp_path / f"{number:05d}.tar", number * 40, 40, (200, 150))
-    ingest(settings(tmp_path, "whole"))
-    for delay in (0.03, 0.12):
-        output = tmp_path / f"killed-{delay}"
-        command = [sys.executable, "-c", KILLED, str(tmp_path / "*.tar"), str(output)]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
-            process.stdout.readline()
-            time.sleep(delay)
-            os.kill(process.pid, signal.SIGKILL)
-        ingest(settings(tmp_path, output.name))
-        assert content(output) == content(tmp_path / "whole")
 
 
 def test_full_disk_is_one_sentence_and_the_run_goes_on_later(tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ import pytest
 
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.mark.timeout(240)
 def test_all_sections_run_on_a_cpu(tmp_path):
