@@ -27,7 +27,14 @@ from pipelines.tracking.base import NullTracker, open_tracker
 from pipelines.tracking.described import run_title
 from pipelines.tracking.registry import register_model
 from tinygptv.checkpoint.folders import MANIFEST, QUANTIZATION_FILE, CheckpointError, verify_folder
-from tinygptv.json_object import JsonObject
+from tinygptv.quantization.metadata import (
+    ArtifactMetadata,
+    DriftRecord,
+    bits_per_weight,
+    read_metadata,
+    source_stage,
+    write_metadata,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +112,7 @@ def export(settings: QuantizeSettings) -> ExportResult:
         _write(settings, start, folder, rows, data, fingerprint)
         if not output.is_local:
             storage.upload_folder(folder, output, MANIFEST)
-    metadata = _read_metadata(folder)
+    metadata = read_metadata(folder)
     result = ExportResult(
         bytes=metadata["bytes"],
         drift=metadata["drift"]["loss"],
@@ -135,12 +142,6 @@ def _earlier_artifact(output: storage.Location) -> Path:
     if names and QUANTIZATION_FILE not in names:
         raise SettingsError(f"output={output} holds something that is no artifact: give an empty or a new folder.")
     return Path(tempfile.gettempdir(), "no-artifact")
-
-
-def _read_metadata(folder: Path) -> JsonObject:
-    from tinygptv.quantization.artifact import read_metadata
-
-    return read_metadata(folder)
 
 
 def _refuse_unknown_method(settings: QuantizeSettings) -> None:
@@ -186,7 +187,7 @@ def _finished_result(
         return None
 
 
-def _track(settings: QuantizeSettings, checkpoint: str, folder: Path, metadata: JsonObject) -> int | None:
+def _track(settings: QuantizeSettings, checkpoint: str, folder: Path, metadata: ArtifactMetadata) -> int | None:
     """Log the export, and register the artifact where asked for; returns the version's number."""
     tracker = open_tracker(settings, run_title(settings.recipe, f"quantize {settings.method}"))
     tracker.params({**settings.model_dump(), "checkpoint": checkpoint})
@@ -217,7 +218,7 @@ def _write(
     from tinygptv.checkpoint.checkpoint import load_checkpoint
     from tinygptv.checkpoint.folders import write_folder
     from tinygptv.inference.drift import compare, measure
-    from tinygptv.quantization.artifact import bits_per_weight, load_artifact, write_artifact, write_metadata
+    from tinygptv.quantization.artifact import load_artifact, write_artifact
 
     device = _device(settings)
     model: TinyGPTVForConditionalGeneration | None
@@ -228,21 +229,18 @@ def _write(
     nn.Module.to(model, _measuring_device(model, device))
     full = _measured("full", measure, model, processor, rows, settings.seed)
     nn.Module.to(model, "cpu")
-    metadata: JsonObject = {}
 
     def fill(staging: Path) -> None:
         nonlocal model
         assert model is not None
-        metadata.update(write_artifact(staging, model, processor, settings.method, device, encoder=settings.encoder))
+        metadata = write_artifact(staging, model, processor, settings.method, device, encoder=settings.encoder)
         model = None  # both at once would need the memory of both
         quantized, _, _ = load_artifact(staging, device, verify=False)
         drift = compare(full, _measured(settings.method, measure, quantized, processor, rows, settings.seed))
         _accept(drift, settings)
-        metadata.update(
-            bits_per_weight=round(bits_per_weight(metadata), 3),
-            drift={**drift.to_dict(), "max_loss": settings.max_drift, "data": data, "seed": settings.seed},
-            stage={key: stage[key] for key in ("recipe", "stage", "step") if key in stage},
-        )
+        metadata["bits_per_weight"] = round(bits_per_weight(metadata), 3)
+        metadata["drift"] = {**drift.to_dict(), "max_loss": settings.max_drift, "data": data, "seed": settings.seed}
+        metadata["stage"] = source_stage(stage)
         write_metadata(staging, metadata)
         write_json(staging / FINGERPRINT_FILE, dict(fingerprint.inputs))
 
@@ -295,7 +293,7 @@ def _accept(drift: Drift, settings: QuantizeSettings) -> None:
         )
 
 
-def _drift_metrics(drift: JsonObject) -> dict[str, float]:
+def _drift_metrics(drift: DriftRecord) -> dict[str, float]:
     return {f"drift/{key}": value for key, value in drift.items() if isinstance(value, int | float) and key != "seed"}
 
 

@@ -260,7 +260,7 @@ def _answer_batch(assistant: Assistant, questions: list[Question], params: Sampl
     return int(num_failed == len(questions) > 0)
 
 
-def _answer_one(assistant: Assistant, question: Question, params: SamplingParams) -> JsonObject:
+def _answer_one(assistant: Assistant, question: Question, params: SamplingParams) -> dict[str, object]:
     try:
         image: ChatImage = assistant.open(question.image.read_bytes())
         text = question.text

@@ -14,6 +14,7 @@ from pipelines.node_cache import local_checkpoint
 from pipelines.settings import SettingsError
 from tinygptv.checkpoint.checkpoint import read_stage, save_checkpoint
 from tinygptv.checkpoint.folders import CheckpointError, verify_folder
+from tinygptv.checkpoint.stage_record import StageRecord
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.training.stages import Stage
 
@@ -110,7 +111,11 @@ def write_start(variant: Variant, init_from: str, folder: Path) -> Path:
     given = local_checkpoint(init_from)
     if not variant.config:
         return given
-    metadata = {"title": f"start of the ablation {variant.title}", "init_from": init_from, "changes": variant.config}
+    metadata: StageRecord = {
+        "title": f"start of the ablation {variant.title}",
+        "init_from": init_from,
+        "changes": variant.config,
+    }
     try:
         verify_folder(folder, hashes=False)
         if read_stage(folder) == json.loads(json.dumps(metadata)):

@@ -9,14 +9,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
 from pipelines import storage
 from pipelines.data.shard_cache import ShardCache
 from pipelines.data.shard_format import MANIFEST, PREPARE_AGAIN, SCHEMA, Manifest, ShardError
-from tinygptv.data.sample import SampleRow
+from tinygptv.data.sample import ArrowRow, SampleRow
 from tinygptv.lru import LRU
 
 _OPEN_SHARDS = 128
@@ -96,7 +96,8 @@ class ShardSet:
             ShardError: the shard cannot be read.
         """
         columns, position = self._locate(index)
-        return SampleRow.from_dict({name: column[position].as_py() for name, column in columns.items()})
+        row = {name: column[position].as_py() for name, column in columns.items()}
+        return SampleRow.from_dict(cast(ArrowRow, row))
 
     def rows(self, indices: Iterable[int]) -> list[SampleRow]:
         """Several rows, in the order asked for."""

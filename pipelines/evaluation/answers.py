@@ -6,12 +6,11 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Literal, NotRequired, Self, TypedDict, cast
 
 from pipelines import storage
 from pipelines.evaluation.benchmarks.base import Question
 from pipelines.json_files import to_json
-from tinygptv.json_object import JsonObject
 
 View = Literal["answer", "blind", "shuffled"]
 
@@ -32,6 +31,30 @@ class ViewAnswer:
     losses: tuple[float, ...] = ()
 
 
+class AnswerRecord(TypedDict):
+    """The answers to one question in the files.
+
+    Attributes:
+        answer: text with the question's own image; None where it was not asked for, or cannot be had.
+        blind: the same with a blank image.
+        shuffled: the same with another question's image.
+        id: of the question.
+        problem: why there is no answer; empty where there is one.
+        answer_losses: losses of the choices, in nats, where choices are ranked; ``null`` for infinity in the file.
+        blind_losses: the same with a blank image.
+        shuffled_losses: the same with another question's image.
+    """
+
+    answer: str | None
+    blind: str | None
+    shuffled: str | None
+    id: str
+    problem: str
+    answer_losses: NotRequired[list[float]]
+    blind_losses: NotRequired[list[float]]
+    shuffled_losses: NotRequired[list[float]]
+
+
 @dataclass
 class Answers:
     """All answers to one question.
@@ -46,20 +69,24 @@ class Answers:
     problem: str = ""
     views: dict[View, ViewAnswer] = field(default_factory=dict)
 
-    def to_dict(self) -> JsonObject:
+    def to_dict(self) -> AnswerRecord:
         """As in ``predictions.jsonl``: a text per view, and ``<view>_losses`` where choices are ranked."""
-        texts: JsonObject = {view: self.views[view].text if view in self.views else None for view in VIEWS}
+        texts = {view: self.views[view].text if view in self.views else None for view in VIEWS}
         losses = {f"{view}_losses": list(answer.losses) for view, answer in self.views.items() if answer.losses}
-        return {**texts, "id": self.id, "problem": self.problem, **losses}
+        return cast(AnswerRecord, {**texts, "id": self.id, "problem": self.problem, **losses})
 
     @classmethod
-    def from_dict(cls, values: JsonObject) -> Self:
+    def from_dict(cls, values: AnswerRecord) -> Self:
         """The inverse of ``to_dict``."""
-        views = {
-            view: ViewAnswer(values[view], tuple(_loss(v) for v in values.get(f"{view}_losses") or ()))
-            for view in VIEWS
-            if values.get(view) is not None
-        }
+        views: dict[View, ViewAnswer] = {}
+        found = (
+            (values.get("answer"), values.get("answer_losses")),
+            (values.get("blind"), values.get("blind_losses")),
+            (values.get("shuffled"), values.get("shuffled_losses")),
+        )
+        for view, (text, losses) in zip(VIEWS, found, strict=True):
+            if text is not None:
+                views[view] = ViewAnswer(text, tuple(_loss(value) for value in losses or ()))
         return cls(values["id"], values["problem"], views)
 
 

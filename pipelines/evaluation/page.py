@@ -15,15 +15,15 @@ from string import Template
 
 from PIL import Image, ImageDraw
 
+from pipelines.evaluation.answers import VIEWS
+from pipelines.evaluation.benchmarks.base import Truth
 from pipelines.evaluation.scoring import BenchmarkScore, PartScore, Prediction, format_number
 from tinygptv.data.boxes import parse_answer_box, parse_boxes, to_pixels
 from tinygptv.data.drawing import draw_boxes
 from tinygptv.data.images import open_image
-from tinygptv.json_object import JsonObject
 
 TRUE_COLOUR, PREDICTED_COLOUR, OTHER_COLOUR = (38, 166, 91), (230, 57, 70), (224, 140, 0)
 _SIDE = 320
-_ROW_KEYS = ("answer", "blind", "shuffled")
 
 
 def worst_first(lines: Sequence[Prediction]) -> list[Prediction]:
@@ -142,7 +142,7 @@ def _case(line: Prediction) -> str:
     image = f'<img loading="lazy" alt="" src="{data_url(drawn)}">' if drawn else "<div class=none>no image</div>"
     wrong = "right" if line["score"] >= 1 else "wrong" if line["score"] <= 0 else "partly"
     answers = "".join(
-        f"<dt>{key}</dt><dd>{html.escape(line[key])}</dd>" for key in _ROW_KEYS if isinstance(line.get(key), str)
+        f"<dt>{view}</dt><dd>{html.escape(text)}</dd>" for view in VIEWS if (text := line[view]) is not None
     )
     problem = f"<dt>problem</dt><dd>{html.escape(line['problem'])}</dd>" if line["problem"] else ""
     return (
@@ -152,7 +152,7 @@ def _case(line: Prediction) -> str:
     )
 
 
-def truth_text(truth: JsonObject) -> str:
+def truth_text(truth: Truth) -> str:
     """The truth as text, to compare the answer with."""
     if "answers" in truth:
         return ", ".join(dict.fromkeys(truth["answers"]))

@@ -39,7 +39,6 @@ from pipelines.tracking.identity import RUN_FILE
 from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.units import Workers, map_units
 from tinygptv.checkpoint.folders import hash_file
-from tinygptv.json_object import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +48,7 @@ RESULTS = ("answers", PREDICTIONS, "report.html", COMPARISON_PAGE, "result.json"
 _IMAGES_TRIED = 50
 _PATHS_NAMED = 8
 _TABLE_IMAGES = 24
+_TABLE_COLUMNS = ("benchmark", "instruction", "answer", "truth", "score", "blind", "shuffled")
 
 
 class ScoreResult(TypedDict):
@@ -200,7 +200,7 @@ def _score_fingerprint(
     )
 
 
-def _without_folder(question: Question) -> JsonObject:
+def _without_folder(question: Question) -> dict[str, object]:
     return {**asdict(question), "image": question.image.name if question.image else None}
 
 
@@ -359,13 +359,13 @@ def _track(
     tracker.close()
 
 
-def _worst_cases(lines: Sequence[Prediction]) -> list[JsonObject]:
+def _worst_cases(lines: Sequence[Prediction]) -> list[dict[str, object]]:
     """The worst answers with their images, for the tracker's table."""
-    columns = ("benchmark", "instruction", "answer", "truth", "score", "blind", "shuffled")
-    rows = []
+    rows: list[dict[str, object]] = []
     for line in worst_first([line for line in lines if line["image"]])[:_TABLE_IMAGES]:
         image = drawn_case(line, 224)
         if image is not None:
-            texts = {c: line[c] if isinstance(line[c], str | float) else json.dumps(line[c]) for c in columns}
+            values = dict(line.items())
+            texts = {c: v if isinstance(v := values[c], str | float) else json.dumps(v) for c in _TABLE_COLUMNS}
             rows.append({"image": image, **texts})
     return rows

@@ -7,15 +7,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, cast
 
 import numpy as np
 
 from pipelines import storage
-from pipelines.evaluation.answers import VIEWS, Answered, View, ViewAnswer
-from pipelines.evaluation.benchmarks.base import MAIN_SPLIT, Benchmark, Outcome
+from pipelines.evaluation.answers import VIEWS, Answered, AnswerRecord, View, ViewAnswer
+from pipelines.evaluation.benchmarks.base import MAIN_SPLIT, Benchmark, Outcome, Truth
 from pipelines.json_files import to_json
-from tinygptv.json_object import JsonObject
 from tinygptv.metrics.intervals import Interval, bootstrap
 
 PREDICTIONS = "predictions.jsonl"
@@ -66,8 +65,34 @@ class BenchmarkScore(TypedDict):
     files: list[dict[str, str]]
 
 
-Prediction = JsonObject
-"""A line of ``predictions.jsonl`` (docs/evaluation.md): question, truth, the answer and the score of every view."""
+class Prediction(AnswerRecord):
+    """A line of ``predictions.jsonl`` (docs/evaluation.md): question, truth, the answer and the score of every view.
+
+    Attributes:
+        benchmark: name.
+        score: of the answer, in 0..1.
+        blind_score: of the answer with a blank image; None where it was not asked for.
+        shuffled_score: of the answer with another question's image; None where it was not asked for.
+        instruction: the question with its task tag.
+        history: [question, answer] of the turns before it.
+        choices: answers whose losses are compared; empty where the answer is generated.
+        image: path; None for text only.
+        split: part of the benchmark.
+        kind: category; empty for none.
+        truth: what the score was computed with.
+    """
+
+    benchmark: str
+    score: float
+    blind_score: float | None
+    shuffled_score: float | None
+    instruction: str
+    history: list[list[str | None]]
+    choices: list[str]
+    image: str | None
+    split: str
+    kind: str
+    truth: Truth
 
 
 def outcomes_of(answered: Answered, view: View) -> list[Outcome]:
@@ -176,10 +201,10 @@ def write_predictions(
     Raises:
         DiskFullError: there is no room.
     """
-    lines = []
+    lines: list[Prediction] = []
     for benchmark in benchmarks:
         pairs = answered[benchmark.name]
-        scores: dict[str, list[float | None]] = {}
+        scores: dict[View, list[float | None]] = {}
         for view in VIEWS:
             view_scores = score_each(benchmark, outcomes_of(pairs, view), released=released)
             found = dict(zip(_asked(pairs, view), view_scores, strict=True))
@@ -189,7 +214,7 @@ def write_predictions(
                 {
                     "benchmark": benchmark.name,
                     **answers.to_dict(),
-                    "score": scores["answer"][index],
+                    "score": cast(float, scores["answer"][index]),
                     "blind_score": scores["blind"][index],
                     "shuffled_score": scores["shuffled"][index],
                     "instruction": question.instruction,

@@ -11,10 +11,12 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NotRequired, TypedDict
 
 from pipelines.fingerprint import Fingerprint, claim
+from pipelines.miniature.world import MiniatureResult
 from pipelines.settings import MiniatureSettings
-from tinygptv.json_object import JsonObject
+from tinygptv.data.sample import ArrowTurn
 from tinygptv.miniature.draw import encode_jpeg
 from tinygptv.miniature.scenes import RGB, Scene, SceneObject, make_scene
 
@@ -25,10 +27,19 @@ _SPLIT = "validation"
 
 _FILES = ("train.jsonl", "test.jsonl", "test_boxes.jsonl", "images", "result.json")
 
-Row = JsonObject
+
+class Row(TypedDict):
+    """A row of one's own data (docs/datasets.md): a question with its answer, or turns about a box."""
+
+    image: str
+    task: str
+    question: NotRequired[str]
+    answer: NotRequired[str]
+    turns: NotRequired[list[ArrowTurn]]
+    boxes: NotRequired[list[list[float]]]
 
 
-def draw_example(settings: MiniatureSettings) -> dict[str, object]:
+def draw_example(settings: MiniatureSettings) -> MiniatureResult:
     """Write the example into ``settings.output``: ``example_scenes`` to learn from, and as many to score.
 
     Returns:
@@ -83,7 +94,7 @@ def _questions(name: str, scene: Scene) -> list[Row]:
 
 def _box(name: str, scene: Scene, item: SceneObject) -> Row:
     corners = [round(corner, 1) for corner in scene.pixel_box(item)]
-    turn = {"question": "", "answers": [f"{NEW_COLOUR} {item.shape}"]}
+    turn: ArrowTurn = {"question": "", "answers": [f"{NEW_COLOUR} {item.shape}"]}
     return {"image": name, "turns": [turn], "boxes": [corners], "task": "refer"}
 
 

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 from pipelines.fingerprint import Fingerprint, claim
 from pipelines.json_files import write_json
 from pipelines.miniature.example import draw_example
-from pipelines.miniature.world import draw_world
+from pipelines.miniature.world import MiniatureResult, draw_world
 from pipelines.settings import MiniatureSettings, SettingsError
 from pipelines.tracking.base import Tracker, continue_tracker
-from tinygptv.json_object import JsonObject
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,13 +29,13 @@ SIDES = (64, 128)
 _PRETRAIN_RESULTS = ("vision", "language", "tokenizer", "backbones", "result.json", "run.json", "unsent.jsonl")
 
 
-def run_miniature(settings: MiniatureSettings) -> JsonObject:
+def run_miniature(settings: MiniatureSettings) -> MiniatureResult:
     """Do ``settings.task``; returns the result.
 
     Raises:
         SettingsError: there is no such task, or it lacks its input.
     """
-    tasks: dict[str, Callable[[MiniatureSettings], JsonObject]] = {
+    tasks: dict[str, Callable[[MiniatureSettings], MiniatureResult]] = {
         "draw": draw_world,
         "example": draw_example,
         "pretrain": pretrain_backbones,
@@ -47,10 +46,11 @@ def run_miniature(settings: MiniatureSettings) -> JsonObject:
     result = tasks[settings.task](settings)
     path = Path(result["folder"]) / "result.json"
     write_json(path, result)
-    return {**result, "result": str(path)}
+    result["result"] = str(path)
+    return result
 
 
-def pretrain_backbones(settings: MiniatureSettings) -> JsonObject:
+def pretrain_backbones(settings: MiniatureSettings) -> MiniatureResult:
     """Pretrain the vision encoder with the Q-Former, and the language model; resumable; writes a checkpoint folder.
 
     ``settings.parts`` names one of the two alone; the checkpoint is written by the run that finds both.
@@ -78,13 +78,17 @@ def pretrain_backbones(settings: MiniatureSettings) -> JsonObject:
             wanted = (settings.max_steps,) if settings.max_steps else cycles
             scores |= _pretrain(task, part, wanted, rate, orthogonalized, settings, tracker)
             modules[part] = task.module
-    result: JsonObject = {
+    result: MiniatureResult = {
         "folder": str(output),
         "scores": scores,
         "seconds": round(time.perf_counter() - started, 1),
     }
     if len(modules) == len(makers):
-        metadata = {"title": "pretrained backbones of the miniature", "seed": settings.seed, "scores": scores}
+        metadata: StageRecord = {
+            "title": "pretrained backbones of the miniature",
+            "seed": settings.seed,
+            "scores": scores,
+        }
         folder = assemble_backbones(
             output / "backbones", config, modules["vision"], modules["language"], tokenizer, metadata
         )
@@ -93,7 +97,7 @@ def pretrain_backbones(settings: MiniatureSettings) -> JsonObject:
     return result
 
 
-def ship(settings: MiniatureSettings) -> JsonObject:
+def ship(settings: MiniatureSettings) -> MiniatureResult:
     """Copy backbones and trained stages to package data, so that an installation has them.
 
     ``settings.backbones`` is the checkpoint that ``pretrain_backbones`` wrote, ``settings.stages`` the folder that

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from pipelines.fingerprint import Fingerprint, claim
 from pipelines.json_files import read_json_object
@@ -22,7 +23,31 @@ _RESULTS = (
 )
 
 
-def draw_world(settings: MiniatureSettings) -> dict[str, object]:
+class MiniatureResult(TypedDict):
+    """``result.json`` of a task of the miniature, and the path of that file.
+
+    Attributes:
+        folder: output.
+        seconds: of the task.
+        rows: of the example's files.
+        scores: of the pretrained parts on held-out scenes.
+        checkpoint: folder of the pretrained backbones.
+        package_data: folder of the shipped weights.
+        bytes: of the shipped weights.
+        result: path of the file.
+    """
+
+    folder: str
+    seconds: NotRequired[float]
+    rows: NotRequired[dict[str, int]]
+    scores: NotRequired[dict[str, float]]
+    checkpoint: NotRequired[str]
+    package_data: NotRequired[str]
+    bytes: NotRequired[int]
+    result: NotRequired[str]
+
+
+def draw_world(settings: MiniatureSettings) -> MiniatureResult:
     """Draw the world into ``settings.output``; one that was drawn with the same settings is kept.
 
     Returns:

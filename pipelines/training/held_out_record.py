@@ -10,7 +10,6 @@ from typing import TypedDict
 from pipelines import storage
 from pipelines.json_files import to_json
 from pipelines.training.record import number
-from tinygptv.json_object import JsonObject
 
 
 class Evaluation(TypedDict):
@@ -47,6 +46,18 @@ class HeldOutResult(TypedDict):
     rows: dict[str, int]
 
 
+class HeldOutState(TypedDict, total=False):
+    """What a training state keeps of the evaluations.
+
+    Attributes:
+        evaluations: so far.
+        held_out_loss: that of the weights in this state; None where they were not evaluated.
+    """
+
+    evaluations: list[Evaluation]
+    held_out_loss: float | None
+
+
 class HeldOutHistory:
     """The evaluations of a run; kept in training states, so that all workers of a resumed run have the same."""
 
@@ -77,7 +88,7 @@ class HeldOutHistory:
         """Evaluations after the best one."""
         return len(self.evaluations) - 1 - self.evaluations.index(self.best)
 
-    def state(self, next_step: int) -> JsonObject:
+    def state(self, next_step: int) -> HeldOutState:
         """For the training state of a step: the evaluations so far, and the loss of just this state."""
         if not self.evaluations:
             return {}
@@ -113,7 +124,7 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     return [parse_evaluation(json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def parse_evaluation(values: JsonObject) -> Evaluation:
+def parse_evaluation(values: Evaluation) -> Evaluation:
     """One line of the file; losses that are ``null`` become NaN."""
     sources = {name: number(loss) for name, loss in values["sources"].items()}
     return Evaluation(step=int(values["step"]), loss=number(values["loss"]), sources=sources)

@@ -32,7 +32,7 @@ def train_worker(config: dict[str, bytes]) -> None:
     reports = RayTrainReports()
     try:
         result = train_loop(job, reports)
-        outcome = result.to_dict() if result else {}
+        outcome = dict(result.to_dict()) if result else {}
     except (TrainingStopped, SettingsError, storage.DiskFullError) as error:  # trying again would end there again
         context = ray.train.get_context()
         if not isinstance(error, TrainingStopped) and context.get_world_size() > 1:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Self, TypedDict
+from typing import NotRequired, Self, TypedDict, cast
 
 from pipelines import storage
 from pipelines.data.loader import CutCount
 from pipelines.json_files import read_json_object, write_json
 from pipelines.training.held_out_record import HeldOutResult
 from pipelines.training.record import number
-from tinygptv.json_object import JsonObject
 
 RESULT_FILE = "result.json"
 
@@ -50,6 +49,18 @@ class StageResult(TypedDict):
     result: str
 
 
+class WorkerRecord(TypedDict):
+    """A ``WorkerResult`` in a JSON file, where losses that are not finite are ``null``."""
+
+    checkpoint: str
+    first_loss: float | None
+    last_loss: float | None
+    steps: int
+    cut: NotRequired[dict[str, dict[str, int]]]
+    held_out: NotRequired[HeldOutResult | None]
+    stopped_early: NotRequired[bool]
+
+
 @dataclass(frozen=True)
 class WorkerResult:
     """Result that rank 0 returns to the driver.
@@ -73,16 +84,16 @@ class WorkerResult:
     stopped_early: bool = False
 
     @classmethod
-    def from_dict(cls, values: JsonObject) -> Self:
+    def from_dict(cls, values: WorkerRecord) -> Self:
         """From the values of a JSON file."""
         cut = {name: CutCount(**count) for name, count in values.get("cut", {}).items()}
         first, last = number(values["first_loss"]), number(values["last_loss"])
         held_out, stopped_early = values.get("held_out"), values.get("stopped_early", False)
         return cls(values["checkpoint"], first, last, values["steps"], cut, held_out, stopped_early)
 
-    def to_dict(self) -> JsonObject:
+    def to_dict(self) -> WorkerRecord:
         """For a JSON file."""
-        return asdict(self)
+        return cast(WorkerRecord, asdict(self))
 
     def to_stage_result(self, result: str, seconds: float) -> StageResult:
         """Add what the driver knows: the location of ``result.json``, and the time of the command."""
@@ -113,6 +124,6 @@ def read_result(output: Path) -> StageResult | None:
         location = values.get("result", "")
         if storage.is_local(location or "."):
             location = str(output / RESULT_FILE)  # a folder may have been moved
-        return WorkerResult.from_dict(values).to_stage_result(location, values["seconds"])
+        return WorkerResult.from_dict(cast(WorkerRecord, values)).to_stage_result(location, values["seconds"])
     except (KeyError, TypeError, ValueError):
         return None

@@ -17,21 +17,39 @@ import re
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from pipelines import storage
+from pipelines.training.held_out_record import HeldOutState
 from tinygptv.checkpoint.checkpoint import load_training_state, save_training_state
 from tinygptv.checkpoint.folders import MANIFEST, CheckpointError
-from tinygptv.json_object import JsonObject
 from tinygptv.training.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = re.compile(r"step-(\d{8})$")
 
-State = tuple[int, dict[str, torch.Tensor], JsonObject]
-"""Next step, tensors, and the JSON-able rest."""
+
+class StateRecord(HeldOutState, total=False):
+    """``state.json``: what a training state keeps beside its tensors.
+
+    Attributes:
+        next_step: from which the run continues.
+        scaler: state of the GradScaler.
+        mean_loss: mean loss of the steps since the state before; None where it is not finite.
+        cut: samples that were longer than the stage's limits, by source: fields of ``CutCount``.
+    """
+
+    next_step: int
+    scaler: dict[str, Any]
+    mean_loss: float | None
+    cut: dict[str, dict[str, int]]
+
+
+State = tuple[int, dict[str, torch.Tensor], StateRecord]
+"""Next step, tensors, and ``state.json``."""
 
 
 class StateStore:
@@ -65,11 +83,11 @@ class StateStore:
         """The newest complete state; damaged ones are named in the log and skipped."""
         for _, folder in reversed(self._folders()):
             try:
-                tensors, extra = self._read(folder)
+                tensors, record = self._read(folder)
             except (CheckpointError, OSError, ValueError, KeyError) as error:
                 logger.warning("a damaged training state is skipped: %s", error)
                 continue
-            return int(extra["next_step"]), tensors, extra
+            return int(record["next_step"]), tensors, record
         return None
 
     def at(self, step: int) -> State:
@@ -78,14 +96,15 @@ class StateStore:
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        tensors, extra = self._read(storage.join(self.location, f"step-{step:08d}"))
-        return step, tensors, extra
+        tensors, record = self._read(storage.join(self.location, f"step-{step:08d}"))
+        return step, tensors, record
 
-    def save(self, next_step: int, tensors: dict[str, torch.Tensor], extra: JsonObject) -> None:
+    def save(self, next_step: int, tensors: dict[str, torch.Tensor], record: StateRecord) -> None:
         """Copy the tensors to the CPU now, and write the state in a thread."""
         self.wait()
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        arguments = (next_step, copies, {**extra, "next_step": next_step})
+        whole: StateRecord = {**record, "next_step": next_step}
+        arguments = (next_step, copies, whole)
         self._thread = threading.Thread(target=self._write, args=arguments, name="state-writer")
         self._thread.start()
 
@@ -108,29 +127,29 @@ class StateStore:
         matches = [match for name in storage.list_folders(self.location) if (match := _FOLDER.match(name))]
         return sorted((int(match[1]), storage.join(self.location, match[0])) for match in matches)
 
-    def _read(self, folder: str) -> tuple[dict[str, torch.Tensor], JsonObject]:
+    def _read(self, folder: str) -> tuple[dict[str, torch.Tensor], StateRecord]:
         if storage.is_local(folder):
-            return load_training_state(folder.removeprefix("file://"))
+            return _load(folder.removeprefix("file://"))
         with tempfile.TemporaryDirectory() as local:
             storage.download_files(folder, storage.list_names(folder), Path(local))
-            return load_training_state(local)
+            return _load(local)
 
-    def _write(self, next_step: int, tensors: dict[str, torch.Tensor], extra: JsonObject) -> None:
+    def _write(self, next_step: int, tensors: dict[str, torch.Tensor], record: StateRecord) -> None:
         try:
             with storage.disk_full_as_error(f"the training state of step {next_step} in {self.location}"):
-                self._write_state(next_step, tensors, extra)
+                self._write_state(next_step, tensors, record)
             self.whole_step = next_step
             self._thin_out()
         except BaseException as error:
             self._error = error
 
-    def _write_state(self, next_step: int, tensors: dict[str, torch.Tensor], extra: JsonObject) -> None:
+    def _write_state(self, next_step: int, tensors: dict[str, torch.Tensor], record: StateRecord) -> None:
         folder = self.folder(next_step)
         if storage.is_local(folder):
-            save_training_state(folder.removeprefix("file://"), tensors, extra)
+            save_training_state(folder.removeprefix("file://"), tensors, record)
         else:
             with tempfile.TemporaryDirectory() as local:
-                storage.upload_folder(save_training_state(Path(local) / "state", tensors, extra), folder, MANIFEST)
+                storage.upload_folder(save_training_state(Path(local) / "state", tensors, record), folder, MANIFEST)
 
     def _thin_out(self) -> None:
         folders = [folder for _, folder in self._folders()]
@@ -147,15 +166,20 @@ class StateStore:
     def _loss(self, folder: str) -> tuple[bool, float]:
         """Key of the best state, least first: a held-out loss, else the mean loss of training."""
         try:
-            extra = json.loads(storage.read_bytes(storage.join(folder, "state.json")))
+            record: StateRecord = json.loads(storage.read_bytes(storage.join(folder, "state.json")))
         except (OSError, ValueError):
             return True, math.inf  # incomplete
-        held_out, mean = extra.get("held_out_loss"), extra.get("mean_loss")
+        held_out, mean = record.get("held_out_loss"), record.get("mean_loss")
         loss = mean if held_out is None else held_out
         return held_out is None, math.inf if loss is None else float(loss)
 
 
-def collect_state(train_step: TrainStep) -> tuple[dict[str, torch.Tensor], JsonObject]:
+def _load(folder: str) -> tuple[dict[str, torch.Tensor], StateRecord]:
+    tensors, record = load_training_state(folder)
+    return tensors, cast(StateRecord, record)
+
+
+def collect_state(train_step: TrainStep) -> tuple[dict[str, torch.Tensor], StateRecord]:
     """Contents of a training state: trainable parameters, AdamW's moments, the scaler."""
     names = {id(parameter): name for name, parameter in train_step.named}
     tensors: dict[str, torch.Tensor] = {f"parameter/{name}": parameter for name, parameter in train_step.named}
@@ -172,7 +196,7 @@ def restore_parameters(train_step: TrainStep, tensors: dict[str, torch.Tensor]) 
             parameter.copy_(tensors[f"parameter/{name}"])
 
 
-def restore_state(train_step: TrainStep, tensors: dict[str, torch.Tensor], extra: JsonObject) -> None:
+def restore_state(train_step: TrainStep, tensors: dict[str, torch.Tensor], record: StateRecord) -> None:
     """Load a collected state into the model, the optimizer and the scaler.
 
     Raises:
@@ -196,4 +220,4 @@ def restore_state(train_step: TrainStep, tensors: dict[str, torch.Tensor], extra
                 parameter = parameters[parameter_name]
                 device = "cpu" if key == "step" and not parameter.is_cuda else parameter.device
                 train_step.optimizer.state[parameter][key] = tensor.to(device)
-    train_step.scaler.load_state_dict(extra["scaler"])
+    train_step.scaler.load_state_dict(record["scaler"])

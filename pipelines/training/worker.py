@@ -33,7 +33,7 @@ from pipelines.training.stage_model import build_model
 from pipelines.training.states import StateStore, collect_state, restore_parameters, restore_state
 from tinygptv.checkpoint.checkpoint import save_checkpoint
 from tinygptv.checkpoint.folders import MANIFEST
-from tinygptv.json_object import JsonObject
+from tinygptv.checkpoint.stage_record import StageRecord
 from tinygptv.training.optim import build_optimizer
 from tinygptv.training.train_step import StepResult, TrainStep
 
@@ -279,13 +279,11 @@ class TrainWorker:
         assert self.reporter is not None
         mean_loss = self.reporter.flush()
         self.work.publish(*WORKER_FILES)  # first: a record may be ahead of the state, never behind it
-        tensors, extra = collect_state(self.train_step)
+        tensors, record = collect_state(self.train_step)
         tensors |= {f"guard/{name}": tensor for name, tensor in self.guard.state().items()}
-        counts = {name: asdict(count) for name, count in self.cut.items()}
-        loss = mean_loss if math.isfinite(mean_loss) else None
-        self.store.save(
-            next_step, tensors, {**extra, "mean_loss": loss, "cut": counts, **self.history.state(next_step)}
-        )
+        record["mean_loss"] = mean_loss if math.isfinite(mean_loss) else None
+        record["cut"] = {name: asdict(count) for name, count in self.cut.items()}
+        self.store.save(next_step, tensors, {**record, **self.history.state(next_step)})
 
     def _gather_cut(self) -> dict[str, CutCount]:
         """Cut samples of all workers on rank 0; other ranks count again from zero."""
@@ -297,11 +295,11 @@ class TrainWorker:
         found = self.store.newest()
         if found is None:
             return 0
-        next_step, tensors, extra = found
-        restore_state(self.train_step, tensors, extra)
-        self.history = HeldOutHistory([parse_evaluation(each) for each in extra.get("evaluations", [])])
+        next_step, tensors, record = found
+        restore_state(self.train_step, tensors, record)
+        self.history = HeldOutHistory([parse_evaluation(each) for each in record.get("evaluations", [])])
         if self.rank == 0:
-            self.cut = {name: CutCount(**count) for name, count in extra.get("cut", {}).items()}
+            self.cut = {name: CutCount(**count) for name, count in record.get("cut", {}).items()}
         prefix = "guard/"
         self.guard.load_state({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         return next_step
@@ -337,24 +335,26 @@ class TrainWorker:
         """Write the whole model; returns its folder or URI."""
         folder = self.work.path / "checkpoint"
         with storage.disk_full_as_error(folder):
-            save_checkpoint(folder, self.model, self.processor, self._metadata())
+            save_checkpoint(folder, self.model, self.processor, self._stage_record())
             if not self.work.location.is_local:
                 storage.upload_folder(folder, self.work.location / "checkpoint", MANIFEST)
                 shutil.rmtree(folder)
         return self.work.uri("checkpoint")
 
-    def _metadata(self) -> JsonObject:
+    def _stage_record(self) -> StageRecord:
         """``stage.json`` of the checkpoint."""
         job = self.job
-        return {
+        record: StageRecord = {
             "recipe": job.settings.recipe,
             "stage": job.stage.number,
             "title": job.stage.title,
             "steps": self.end,
             "seed": job.settings.seed,
             "init_from": redact(job.settings.init_from),
-            **({"tracking_parent": job.run.parent} if job.run and job.run.parent else {}),
         }
+        if job.run and job.run.parent:
+            record["tracking_parent"] = job.run.parent
+        return record
 
 
 def _due(step: int, every: int, last: bool) -> bool:

@@ -12,11 +12,12 @@ See docs/checkpoint_format.md.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from tinygptv.checkpoint.file_kinds import FileKindError, read_json_object
-from tinygptv.checkpoint.folders import CheckpointError, verify_folder, write_folder
+from tinygptv.checkpoint.folders import read_object, verify_folder, write_folder
+from tinygptv.checkpoint.stage_record import STAGE_FILE, StageRecord
 from tinygptv.json_object import JsonObject
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from tinygptv.data.processing import TinyGPTVProcessor
     from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
-STAGE_FILE = "stage.json"
-
-
 # ---------------------------------------------------------------------- whole models
 
 
@@ -35,7 +33,7 @@ def save_checkpoint(
     folder: str | Path,
     model: TinyGPTVForConditionalGeneration,
     processor: TinyGPTVProcessor,
-    stage: JsonObject,
+    stage: StageRecord,
 ) -> Path:
     """Write a whole model with its processor.
 
@@ -43,7 +41,7 @@ def save_checkpoint(
         folder: final path.
         model: the model; its LoRA adapters stay adapters.
         processor: tokenizer, image processor, template.
-        stage: what made it (recipe, stage, step, init_from, ...), for ``stage.json``.
+        stage: what made it, for ``stage.json``.
     """
 
     def fill(staging: Path) -> None:
@@ -61,7 +59,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     folder: str | Path, dtype: torch.dtype | str = "auto", *, verify: bool = True, **kwargs: Any
-) -> tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor, JsonObject]:
+) -> tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor, StageRecord]:
     """Read a whole model, strictly (``load_model``).
 
     Args:
@@ -84,25 +82,20 @@ def load_checkpoint(
     return model, processor, read_stage(folder)
 
 
-def read_stage(folder: str | Path) -> JsonObject:
+def read_stage(folder: str | Path) -> StageRecord:
     """``stage.json`` of a checkpoint folder; empty where there is none.
 
     Raises:
         CheckpointError: it is damaged.
     """
     path = Path(folder) / STAGE_FILE
-    if not path.is_file():
-        return {}
-    try:
-        return read_json_object(path)
-    except FileKindError as error:
-        raise CheckpointError(str(error)) from error
+    return cast(StageRecord, read_object(path)) if path.is_file() else {}
 
 
 # ---------------------------------------------------------------------- training states
 
 
-def save_training_state(folder: str | Path, tensors: dict[str, torch.Tensor], extra: JsonObject) -> Path:
+def save_training_state(folder: str | Path, tensors: dict[str, torch.Tensor], extra: Mapping[str, object]) -> Path:
     """Write what a stage resumes from.
 
     Args:

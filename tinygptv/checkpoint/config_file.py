@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tinygptv.checkpoint.file_kinds import FileKindError, read_json_object
-from tinygptv.checkpoint.folders import CheckpointError
+from tinygptv.checkpoint.folders import CheckpointError, read_object
 from tinygptv.config import ATTENTION_IMPLEMENTATIONS, TinyGPTVConfig
 from tinygptv.json_object import JsonObject
 
@@ -47,18 +46,6 @@ def read_config(folder: Path) -> TinyGPTVConfig:
         return TinyGPTVConfig.from_dict(content)
     except Exception as error:  # transformers checks types with errors of its own
         raise CheckpointError(f"{path} is no usable configuration: {error}") from error
-
-
-def read_object(path: Path) -> JsonObject:
-    """A JSON object of a checkpoint's file.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or no object.
-    """
-    try:
-        return read_json_object(path)
-    except FileKindError as error:
-        raise CheckpointError(str(error)) from error
 
 
 def _check_values(path: Path, content: JsonObject) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tinygptv.checkpoint.file_kinds import FileKindError, missing_bytes, read_json_object, wrong_kind
+from tinygptv.json_object import JsonObject
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -172,6 +173,18 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{path} is damaged: it lists no files.")
     return Manifest({name: _read_entry(path, name, entry) for name, entry in files.items()})
+
+
+def read_object(path: Path) -> JsonObject:
+    """The JSON object in a file of a checkpoint or artifact.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or no object.
+    """
+    try:
+        return read_json_object(path)
+    except FileKindError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _read_entry(path: Path, name: str, entry: Any) -> FileEntry:

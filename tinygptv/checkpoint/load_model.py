@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from tinygptv.checkpoint.config_file import read_config, read_object
-from tinygptv.checkpoint.folders import QUANTIZATION_FILE, CheckpointError, check_weight_file
+from tinygptv.checkpoint.config_file import read_config
+from tinygptv.checkpoint.folders import QUANTIZATION_FILE, CheckpointError, check_weight_file, read_object
 from tinygptv.checkpoint.weight_files import WeightFileError, open_weights
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.processing import TinyGPTVProcessor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tinygptv.json_object import JsonObject
+from tinygptv.checkpoint.stage_record import StageRecord
 
 if TYPE_CHECKING:
     from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
@@ -43,7 +43,7 @@ BSD-3-Clause.
 """
 
 
-def model_card(model: TinyGPTVForConditionalGeneration, stage: JsonObject) -> str:
+def model_card(model: TinyGPTVForConditionalGeneration, stage: StageRecord) -> str:
     """Markdown for a checkpoint folder.
 
     Args:

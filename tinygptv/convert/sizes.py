@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import Blip2QFormerConfig
 
@@ -133,22 +134,24 @@ class Sizes:
             rotary = self.settings["rotary_dim"] / (width // heads)
         end = self.settings.get("eos_token_id")
         end = end if isinstance(end, int) else min(50256, vocab - 1)
-        settings: JsonObject = {
-            "vocab_size": vocab,
-            "hidden_size": width,
-            "num_hidden_layers": self.depth("language_model.layers."),
-            "num_attention_heads": heads,
-            "intermediate_size": self.shape(f"{layer}.mlp.fc1.weight")[0],
-            "partial_rotary_factor": rotary or 0.4,
-            "resid_pdrop": self.settings.get("resid_pdrop", 0.1),
-            "max_position_embeddings": self.settings.get("max_position_embeddings")
+        # transformers keeps it among rope_parameters; mypy knows no such argument
+        partial_rotary: Any = {"partial_rotary_factor": rotary or 0.4}
+        config = TinyGPTVTextConfig(
+            vocab_size=vocab,
+            hidden_size=width,
+            num_hidden_layers=self.depth("language_model.layers."),
+            num_attention_heads=heads,
+            intermediate_size=self.shape(f"{layer}.mlp.fc1.weight")[0],
+            resid_pdrop=self.settings.get("resid_pdrop", 0.1),
+            max_position_embeddings=self.settings.get("max_position_embeddings")
             or self.settings.get("n_positions")
             or 2048,
-            "bos_token_id": end,
-            "eos_token_id": end,
-            "pad_token_id": end,
-        }
-        return TinyGPTVTextConfig(**settings), self.shape(lora)[0] if lora in self.shapes else 0
+            bos_token_id=end,
+            eos_token_id=end,
+            pad_token_id=end,
+            **partial_rotary,
+        )
+        return config, self.shape(lora)[0] if lora in self.shapes else 0
 
 
 def _heads(width: int, head_width: int, setting: str) -> int:

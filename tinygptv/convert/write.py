@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tinygptv.checkpoint.checkpoint import STAGE_FILE
 from tinygptv.checkpoint.config_file import read_config
 from tinygptv.checkpoint.folders import QUANTIZATION_FILE, CheckpointError, check_inputs, verify_folder, write_folder
 from tinygptv.checkpoint.load_model import check_tensors, load_processor
 from tinygptv.checkpoint.model_card import model_card
+from tinygptv.checkpoint.stage_record import STAGE_FILE, StageRecord
 from tinygptv.checkpoint.weight_files import LazyTensor, open_weights
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.convert.layouts import interleave_heads, plain_key, release_key, split_phi_tensors
@@ -96,7 +96,7 @@ def convert_release(
         config.save_pretrained(staging)
         processor = TinyGPTVProcessor.from_config(config, tokenizer)
         processor.save_pretrained(staging)
-        stage = {"title": "converted from release files"}
+        stage: StageRecord = {"title": "converted from release files"}
         (staging / STAGE_FILE).write_text(json.dumps(stage, indent=1))
         with torch.device("meta"):
             model = TinyGPTVForConditionalGeneration(config)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 
@@ -39,6 +39,26 @@ class Turn:
 
     question: str
     answers: tuple[str, ...]
+
+
+class ArrowTurn(TypedDict):
+    """An element of the column ``turns``."""
+
+    question: str
+    answers: list[str]
+
+
+class ArrowRow(TypedDict):
+    """A row of an Arrow shard, as ``to_pylist`` gives it; columns as the attributes of ``SampleRow``."""
+
+    id: str
+    source: str
+    task: str
+    image: bytes | None
+    width: int
+    height: int
+    turns: list[ArrowTurn]
+    boxes: list[list[float]] | None
 
 
 @dataclass(frozen=True)
@@ -66,7 +86,7 @@ class SampleRow:
     boxes: tuple[tuple[float, float, float, float], ...] = ()
 
     @classmethod
-    def from_dict(cls, row: dict[str, Any]) -> SampleRow:
+    def from_dict(cls, row: ArrowRow) -> SampleRow:
         """Build from an Arrow row (``to_pylist`` form)."""
         turns = tuple(Turn(turn["question"], tuple(turn["answers"])) for turn in row["turns"])
         boxes = tuple((float(b[0]), float(b[1]), float(b[2]), float(b[3])) for b in row["boxes"] or ())
@@ -81,7 +101,7 @@ class SampleRow:
             boxes=boxes,
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> ArrowRow:
         """The Arrow row."""
         return {
             "id": self.id,

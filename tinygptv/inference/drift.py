@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ from tinygptv.data.processing import TinyGPTVProcessor
 from tinygptv.data.sample import SampleEncoder, SampleRow, TextLimits, chooser, render_sample
 from tinygptv.inference.batch import Answerer, Prompt
 from tinygptv.inference.sample_losses import sample_losses
-from tinygptv.json_object import JsonObject
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.quantization.metadata import DriftRecord
 
 MAX_TEXT_TOKENS = 160
 MAX_NEW_TOKENS = 24
@@ -66,9 +67,9 @@ class Drift:
     num_tokens: int
     num_answers: int
 
-    def to_dict(self) -> JsonObject:
+    def to_dict(self) -> DriftRecord:
         """Rounded, for ``quantization.json``."""
-        return {key: round(value, 6) for key, value in asdict(self).items()}
+        return cast(DriftRecord, {key: round(value, 6) for key, value in asdict(self).items()})
 
 
 def compare(full: HeldOut, quantized: HeldOut) -> Drift:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tinygptv.checkpoint.checkpoint import load_checkpoint, read_stage, save_checkpoint
 from tinygptv.checkpoint.folders import hash_file, verify_folder
+from tinygptv.checkpoint.stage_record import StageRecord
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
@@ -36,7 +37,7 @@ def assemble_backbones(
     vision: nn.Module,
     language: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    metadata: dict[str, object],
+    metadata: StageRecord,
 ) -> Path:
     """Put pretrained parts together and write them as a checkpoint in float16.
 
@@ -54,7 +55,7 @@ def assemble_backbones(
             if hasattr(model, name):
                 getattr(model, name).load_state_dict(module.state_dict())
     model.half()
-    return save_checkpoint(folder, model, TinyGPTVProcessor.from_config(config, tokenizer), dict(metadata))
+    return save_checkpoint(folder, model, TinyGPTVProcessor.from_config(config, tokenizer), metadata)
 
 
 def shipped_stages() -> list[int]:

@@ -11,11 +11,10 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 import numpy as np
 
-from tinygptv.json_object import JsonObject
 from tinygptv.miniature.shapes import SHAPES, outline
 
 T = TypeVar("T")
@@ -70,6 +69,16 @@ class SceneKey:
     index: int
 
 
+class ObjectRecord(TypedDict):
+    """An object in the benchmark files; fields as the attributes of ``SceneObject``."""
+
+    shape: str
+    colour: str
+    size: str
+    texture: str
+    box: list[float]
+
+
 @dataclass(frozen=True)
 class SceneObject:
     """One object.
@@ -102,15 +111,21 @@ class SceneObject:
         """Size, colour, texture, shape: the order in which words name them."""
         return (self.size, self.colour, self.texture, self.shape)
 
-    def to_dict(self) -> JsonObject:
+    def to_dict(self) -> ObjectRecord:
         """Fields of an object in benchmark files."""
-        named = {name: getattr(self, name) for name in ("shape", "colour", "size", "texture")}
-        return {**named, "box": [round(side, 5) for side in self.box]}
+        return {
+            "shape": self.shape,
+            "colour": self.colour,
+            "size": self.size,
+            "texture": self.texture,
+            "box": [round(side, 5) for side in self.box],
+        }
 
     @classmethod
-    def from_dict(cls, fields: JsonObject) -> SceneObject:
+    def from_dict(cls, fields: ObjectRecord) -> SceneObject:
         """The object of ``to_dict``, as far as its meaning goes."""
-        return cls(**{**fields, "box": tuple(fields["box"])})
+        x1, y1, x2, y2 = fields["box"]
+        return cls(fields["shape"], fields["colour"], fields["size"], fields["texture"], (x1, y1, x2, y2))
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,8 @@ def _write_benchmark_chunk(chunk: _Chunk, scenes: Sequence[Scene]) -> Entries:
     for scene in scenes:
         images.put(scene, coco_name(scene))
         for name in benchmarks_of(chunk.split):
-            entries[f"benchmarks/{name}"] += BENCHMARKS[name](scene, generator(scene.key, name))
+            records = BENCHMARKS[name](scene, generator(scene.key, name))
+            entries[f"benchmarks/{name}"] += [dict(record) for record in records]
     return entries
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from timm.models.eva import Eva, EvaAttention
@@ -33,6 +33,9 @@ from tinygptv.model.lora import add_lora, freeze_below_adapters, merge_lora, res
 from tinygptv.model.projector import Projector
 from tinygptv.model.qformer import QFormer
 from tinygptv.model.vision_encoder import VisionEncoder
+
+if TYPE_CHECKING:
+    from transformers._typing import PeftConfigLike
 
 FLOAT32_NAMES = re.compile(r"^(projector\.|language_model\..*(_layernorm|attention_rmsnorm|lora_[AB])\.)")
 """Parameters that stay float32 whatever the dtype of the frozen matrices: what stages train, and the norms' biases."""
@@ -355,13 +358,13 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         return merged
 
     @property
-    def peft_config(self) -> dict[str, Any]:
+    def peft_config(self) -> dict[str, PeftConfigLike]:
         """Adapters of a user by name; set by ``peft.get_peft_model``, absent before."""
-        adapters: dict[str, Any] = self._peft_config
+        adapters: dict[str, PeftConfigLike] = self._peft_config
         return adapters
 
     @peft_config.setter
-    def peft_config(self, configs: dict[str, Any]) -> None:
+    def peft_config(self, configs: dict[str, PeftConfigLike]) -> None:
         self._peft_config = configs
         self.config.lora_rank = 0  # the model's own adapters are part of its weights now
         freeze_below_adapters(self)

@@ -12,8 +12,6 @@ adapters); what is stored as float16 takes the dtype that suits the device. See 
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,13 +32,12 @@ from tinygptv.checkpoint.config_file import read_config
 from tinygptv.checkpoint.folders import QUANTIZATION_FILE, CheckpointError, check_weight_file, verify_folder
 from tinygptv.checkpoint.load_model import load_processor
 from tinygptv.data.processing import TinyGPTVProcessor
-from tinygptv.json_object import JsonObject
 from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
 from tinygptv.quantization.host_memory import returning_memory
 from tinygptv.quantization.linear_cpu import HalfEmbedding
 from tinygptv.quantization.linear_packed import from_int4, from_int8, from_llm_int8, from_nf4
+from tinygptv.quantization.metadata import FORMAT_VERSION, ArtifactMetadata, PartRecord, read_metadata, write_metadata
 
-FORMAT_VERSION = 1
 SHARD_BYTES = 2**28
 """Size of a file: loading has few of them mapped at a time, and their pages count as used memory."""
 
@@ -102,7 +99,7 @@ def write_artifact(
     device: str | torch.device = "cpu",
     *,
     encoder: str = "",
-) -> JsonObject:
+) -> ArtifactMetadata:
     """Write everything but the manifest into a folder that exists; the model is left as it is.
 
     Args:
@@ -122,7 +119,9 @@ def write_artifact(
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown; there are: {', '.join(METHODS)}.")
     formats = _formats(METHODS[method], encoder)
-    sizes = {part: {"format": name, "parameters": 0, "bytes": 0} for part, name in formats.items()}
+    sizes: dict[str, PartRecord] = {
+        part: {"format": name, "parameters": 0, "bytes": 0} for part, name in formats.items()
+    }
     for name, parameter in model.named_parameters():
         sizes[name.partition(".")[0]]["parameters"] += parameter.numel()
     for number, tensors in enumerate(_shards(_packed_modules(model, formats, device))):
@@ -133,7 +132,7 @@ def write_artifact(
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
-    metadata = {
+    metadata: ArtifactMetadata = {
         "format_version": FORMAT_VERSION,
         "method": method,
         "parts": sizes,
@@ -150,11 +149,6 @@ def _formats(method: Method, encoder: str) -> dict[str, str]:
     if encoder:
         formats["vision_encoder"] = formats["qformer"] = "half" if encoder == "half" else "int8"
     return formats
-
-
-def write_metadata(folder: Path, metadata: JsonObject) -> None:
-    """Write ``quantization.json``."""
-    (folder / QUANTIZATION_FILE).write_text(json.dumps(metadata, indent=1))
 
 
 def _packed_modules(
@@ -222,26 +216,9 @@ def is_artifact(folder: str | Path) -> bool:
     return (Path(folder) / QUANTIZATION_FILE).is_file()
 
 
-def read_metadata(folder: str | Path) -> JsonObject:
-    """Contents of ``quantization.json``.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or of another version.
-    """
-    path = Path(folder) / QUANTIZATION_FILE
-    try:
-        metadata = json.loads(path.read_text())
-        version = metadata["format_version"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is missing or damaged: export the artifact again.") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} is of version {version}; this code reads {FORMAT_VERSION}: export it again.")
-    return metadata
-
-
 def load_artifact(
     folder: str | Path, device: str | torch.device = "cpu", *, verify: bool = True
-) -> tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor, JsonObject]:
+) -> tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor, ArtifactMetadata]:
     """Load what ``write_artifact`` wrote, without building the full model.
 
     Args:
@@ -277,7 +254,7 @@ class _StoredTensors:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._modules: dict[str, dict[str, Any]] = {}
+        self._modules: dict[str, dict[str, tuple[safe_open, str]]] = {}
         self.folder = folder
         for path in sorted(folder.glob("model-*.safetensors")):
             check_weight_file(path)
@@ -376,8 +353,3 @@ def compute_dtype(device: torch.device) -> torch.dtype:
         return torch.float32
     has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bfloat16 else torch.float16
-
-
-def bits_per_weight(metadata: JsonObject) -> float:
-    """Mean stored bits of a parameter, over all parts."""
-    return 8 * metadata["bytes"] / math.fsum(part["parameters"] for part in metadata["parts"].values())

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import TypedDict
 
 import torch
 
@@ -43,6 +44,19 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 WEIGHT_BYTES = {"full": 4.0, "half": 2.0, "bf16": 2.0, "int8": 1.0, "llm_int8": 1.0, "int4": 0.5625, "nf4": NF4_BYTES}
 """Format of a linear layer -> bytes of a weight; the 8-bit formats add a float per row."""
 PARTS = ("vision_encoder", "qformer", "projector", "language_model", "lm_head")
+
+
+class PlanBytes(TypedDict):
+    """A ``MemoryPlan`` in JSON; ``cuda_context`` is CUDA's own share."""
+
+    weights: dict[str, int]
+    gradients: int
+    optimizer: int
+    activations: int
+    workspace: int
+    margin: int
+    cuda_context: int
+    peak: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,7 @@ class MemoryPlan:
         """The part of the peak that is tensors."""
         return sum(self.weights.values()) + self.gradients + self.optimizer + self.activations + self.workspace
 
-    def to_dict(self) -> dict[str, int | dict[str, int]]:
+    def to_dict(self) -> PlanBytes:
         """Plain data, bytes."""
         return {
             "weights": self.weights,

@@ -5,15 +5,46 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
 from pipelines.evaluation.benchmarks.files import DataFolder
 from tinygptv.data.prompt_layout import Exchange
-from tinygptv.json_object import JsonObject
+from tinygptv.miniature.scenes import ObjectRecord
 
 MAIN_SPLIT = "test"
 """The split whose questions make a benchmark's value; a benchmark's other splits are parts beside it."""
+
+
+class Truth(TypedDict, total=False):
+    """What a question's score needs; every benchmark sets the keys that it reads. It stands in ``predictions.jsonl``.
+
+    Attributes:
+        answer: the right answer.
+        answers: right answers, one for each annotator.
+        label: 1 for yes, 0 for no.
+        box: [x1, y1, x2, y2] in pixels.
+        width: of the image in pixels, where boxes or a grounded caption are scored.
+        height: the same for the height.
+        img_id: the image's name in RefCOCO's lists.
+        caption: grounded caption that names every object.
+        objects: of the drawn scene.
+        index: number of the object that the answer must mean.
+        phrases: phrases that mean it.
+    """
+
+    answer: str
+    answers: list[str]
+    label: int
+    box: Sequence[float]
+    width: int
+    height: int
+    img_id: str
+    caption: str
+    objects: list[ObjectRecord]
+    index: int
+    phrases: list[str]
 
 
 @dataclass(frozen=True)
@@ -24,7 +55,7 @@ class Question:
         id: unique within its benchmark.
         instruction: the question with its task tag, without image marks and template.
         image: path of the image; None for text only.
-        truth: what the score needs (answers, box, label, ...), JSON-able.
+        truth: what the score needs.
         kind: category with a score of its own; empty for none.
         split: part of the benchmark; each part has scores of its own.
         history: earlier turns of the conversation, without image marks.
@@ -34,7 +65,7 @@ class Question:
     id: str
     instruction: str
     image: Path | None
-    truth: JsonObject
+    truth: Truth
     kind: str = ""
     split: str = MAIN_SPLIT
     history: tuple[Exchange, ...] = ()
@@ -59,7 +90,7 @@ class Outcome:
 
 
 Read = Callable[[DataFolder], Iterator[Question]]
-Score = Callable[[str, JsonObject], float]
+Score = Callable[[str, Truth], float]
 Statistic = Callable[[np.ndarray], float]
 
 

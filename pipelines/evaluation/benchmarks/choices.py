@@ -8,17 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question, Statistics, each
+from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question, Statistics, Truth, each
 from pipelines.evaluation.benchmarks.files import COCO_FOLDERS, DataFolder, read_json, read_lines
 from pipelines.evaluation.benchmarks.vqa import ask, read_aokvqa
-from tinygptv.json_object import JsonObject
 from tinygptv.metrics.metrics import auroc, exact_match, f1, pope_answer, precision, recall, yes_no
 from tinygptv.metrics.released import contains_answer, released_hateful
 
 
 def _read_aokvqa_choice(data: DataFolder) -> Iterator[Question]:
     for entry in read_aokvqa(data):
-        truth = {"answer": entry.choices[entry.correct]}
+        truth: Truth = {"answer": entry.choices[entry.correct]}
         yield Question(entry.id, ask("vqa", entry.question), entry.image, truth, choices=entry.choices)
 
 
@@ -35,7 +34,7 @@ def _read_iconqa(data: DataFolder) -> Iterator[Question]:
     images = files.images("iconqa/val/choose_txt", "val/choose_txt", "choose_txt", "iconvqa_images", "iconqa_images")
     for pid, entry in entries.items():
         choices = tuple(entry["choices"])
-        truth = {"answer": choices[int(entry["answer"])]}
+        truth: Truth = {"answer": choices[int(entry["answer"])]}
         yield Question(pid, ask("vqa", entry["question"]), images.find(f"{pid}/image.png"), truth, choices=choices)
 
 
@@ -45,7 +44,7 @@ def _read_vsr(data: DataFolder) -> Iterator[Question]:
     path = files.find(*names, fields=("image", "caption", "label"), not_in=("random", "vsr_random"))
     images = files.images("train2017", "val2017", "trainval2017", "vsr_images", "images", *COCO_FOLDERS)
     for number, entry in enumerate(read_lines(path)):
-        truth = {"answer": "true" if int(entry["label"]) == 1 else "false"}
+        truth: Truth = {"answer": "true" if int(entry["label"]) == 1 else "false"}
         image = images.coco(entry["image"], "2017")
         yield Question(str(number), ask("true_false", entry["caption"]), image, truth, kind=entry.get("relation", ""))
 
@@ -62,7 +61,7 @@ def _read_pope(kind: str) -> Any:
     return read
 
 
-def score_pope(answer: str, truth: JsonObject) -> float:
+def score_pope(answer: str, truth: Truth) -> float:
     """1 where the answer, read as POPE reads it, is the true one."""
     return float(pope_answer(answer) == truth["answer"])
 
@@ -101,7 +100,7 @@ def _read_hateful(data: DataFolder) -> Iterator[Question]:
         )
 
 
-def _score_hateful(answer: str, truth: JsonObject) -> float:
+def _score_hateful(answer: str, truth: Truth) -> float:
     return float(yes_no(answer) == ("yes" if truth["label"] else "no"))
 
 
@@ -123,7 +122,7 @@ _HATEFUL_STATISTICS = Statistics(
 )
 
 
-def score_choice(answer: str, truth: JsonObject) -> float:
+def score_choice(answer: str, truth: Truth) -> float:
     """1 where the right choice was taken."""
     return float(answer == truth["answer"])
 

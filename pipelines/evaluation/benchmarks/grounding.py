@@ -8,10 +8,9 @@ from pathlib import Path
 
 from pipelines.data.sources.pickles import load_plain_pickle
 from pipelines.data.sources.referring import corners
-from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question, Statistics
+from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question, Statistics, Truth
 from pipelines.evaluation.benchmarks.files import COCO_FOLDERS, BenchmarkFiles, DataFolder, read_json
 from pipelines.evaluation.benchmarks.vqa import ask
-from tinygptv.json_object import JsonObject
 from tinygptv.metrics.metrics import grounding_overlap, rec_hit
 from tinygptv.metrics.released import released_rec
 
@@ -52,7 +51,7 @@ DATA_SETS = {
 _FOLDERS = ("train2014", *COCO_FOLDERS)
 
 
-def _question(key: str, sentence: str, image: Path, truth: JsonObject) -> Question:
+def _question(key: str, sentence: str, image: Path, truth: Truth) -> Question:
     return Question(key, ask("refer", sentence), image, truth)
 
 
@@ -60,7 +59,7 @@ def _read_list(files: BenchmarkFiles, path: Path) -> Iterator[Question]:
     """``[{img_id, sents, bbox, width, height}]``, the form of the MiniGPT-v2 evaluation; one entry per sentence."""
     images = files.images(*_FOLDERS)
     for number, entry in enumerate(read_json(path)):
-        truth = {
+        truth: Truth = {
             "img_id": entry["img_id"],
             "box": corners(*entry["bbox"]),
             "width": entry["width"],
@@ -84,7 +83,7 @@ def _read_references(files: BenchmarkFiles, data: ReferringData, split: str) -> 
         if ref["split"] != split:
             continue
         width, height = sizes[ref["image_id"]]
-        truth = {
+        truth: Truth = {
             "img_id": f"COCO_train2014_{ref['image_id']:012d}_{ref['ref_id']}",
             "box": corners(*boxes[ref["ann_id"]]),
             "width": width,
@@ -95,7 +94,7 @@ def _read_references(files: BenchmarkFiles, data: ReferringData, split: str) -> 
             yield _question(str(sentence["sent_id"]), sentence["sent"], image, truth)
 
 
-def score_refer(answer: str, truth: JsonObject) -> float:
+def score_refer(answer: str, truth: Truth) -> float:
     """1 where the answered box overlaps the true one by more than half."""
     return rec_hit(answer, truth["box"], truth["width"], truth["height"])
 

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
 
 from pipelines.data.sources.referring import corners
-from pipelines.evaluation.benchmarks.base import Benchmark, Question
+from pipelines.evaluation.benchmarks.base import Benchmark, Question, Truth
 from pipelines.evaluation.benchmarks.files import DataFolder, read_json
 from pipelines.evaluation.benchmarks.grounding import OVERLAPS, score_refer
 from pipelines.evaluation.benchmarks.vqa import ask
 from tinygptv.data.prompt_layout import Exchange
-from tinygptv.json_object import JsonObject
 from tinygptv.metrics.metrics import exact_match, grounded_f1
 from tinygptv.miniature.meaning import NotUnderstood, check_caption, find
+from tinygptv.miniature.question_files import (
+    CaptionRecord,
+    CommonFields,
+    ConversationRecord,
+    GroundingRecord,
+    IdentifyRecord,
+    ReferRecord,
+    VqaRecord,
+)
 from tinygptv.miniature.scenes import SceneObject
 
-Entry = JsonObject
+R = TypeVar("R", bound=CommonFields)
 
 
-def _reader(file: str, question: Callable[[Entry], JsonObject]) -> Callable[[DataFolder], Iterator[Question]]:
+@dataclass(frozen=True)
+class Asked:
+    """What a record asks, what the answer is checked with, and the turns before it."""
+
+    instruction: str
+    truth: Truth
+    history: tuple[Exchange, ...] = ()
+
+
+def _reader(file: str, question: Callable[[R], Asked]) -> Callable[[DataFolder], Iterator[Question]]:
     def read(data: DataFolder) -> Iterator[Question]:
         root = data.folder
         folder = root / "benchmarks" if (root / "benchmarks").is_dir() else root
@@ -28,47 +47,54 @@ def _reader(file: str, question: Callable[[Entry], JsonObject]) -> Callable[[Dat
                 f"{path} is missing: draw the world with jobs/miniature.py task=draw output={root}."
             )
         for number, entry in enumerate(read_json(path)):
-            fields = {"kind": entry.get("kind", ""), "split": entry["split"], **question(entry)}
-            yield Question(id=f"{file}-{number}", image=folder / "images" / entry["image"], **fields)
+            asked = question(entry)
+            yield Question(
+                id=f"{file}-{number}",
+                image=folder / "images" / entry["image"],
+                instruction=asked.instruction,
+                truth=asked.truth,
+                kind=entry.get("kind", ""),
+                split=entry["split"],
+                history=asked.history,
+            )
 
     return read
 
 
-def _objects(truth: JsonObject) -> list[SceneObject]:
+def _objects(truth: Truth) -> list[SceneObject]:
     return [SceneObject.from_dict(fields) for fields in truth["objects"]]
 
 
-def _vqa(entry: Entry) -> JsonObject:
-    return {"instruction": ask("vqa", entry["question"]), "truth": {"answer": entry["answer"]}}
+def _vqa(entry: VqaRecord) -> Asked:
+    return Asked(ask("vqa", entry["question"]), {"answer": entry["answer"]})
 
 
-def _refer(entry: Entry) -> JsonObject:
-    truth = {"box": corners(*entry["bbox"]), "width": entry["width"], "height": entry["height"]}
-    return {"instruction": ask("refer", entry["sents"]), "truth": truth}
+def _refer(entry: ReferRecord) -> Asked:
+    truth: Truth = {"box": corners(*entry["bbox"]), "width": entry["width"], "height": entry["height"]}
+    return Asked(ask("refer", entry["sents"]), truth)
 
 
-def _identify(entry: Entry) -> JsonObject:
-    truth = {"objects": entry["objects"], "index": entry["index"], "phrases": entry["phrases"]}
-    return {"instruction": ask("identify", entry["box"]), "truth": truth}
+def _identify(entry: IdentifyRecord) -> Asked:
+    truth: Truth = {"objects": entry["objects"], "index": entry["index"], "phrases": entry["phrases"]}
+    return Asked(ask("identify", entry["box"]), truth)
 
 
-def _caption(entry: Entry) -> JsonObject:
-    return {"instruction": ask("caption"), "truth": {"objects": entry["objects"]}}
+def _caption(entry: CaptionRecord) -> Asked:
+    return Asked(ask("caption"), {"objects": entry["objects"]})
 
 
-def _grounding(entry: Entry) -> JsonObject:
+def _grounding(entry: GroundingRecord) -> Asked:
     named = " ".join(f"<p>{thing['phrase']}</p> {thing['box']}" for thing in entry["grounded"])
-    truth = {"caption": named, "width": entry["width"], "height": entry["height"]}
-    return {"instruction": ask("grounding"), "truth": truth}
+    return Asked(ask("grounding"), {"caption": named, "width": entry["width"], "height": entry["height"]})
 
 
-def _conversation(entry: Entry) -> JsonObject:
+def _conversation(entry: ConversationRecord) -> Asked:
     *earlier, last = entry["turns"]
     history = tuple(Exchange(turn["question"], turn["answer"]) for turn in earlier)
-    return {"instruction": last["question"], "truth": {"answer": last["answer"]}, "history": history}
+    return Asked(last["question"], {"answer": last["answer"]}, history)
 
 
-def _score_identify(answer: str, truth: JsonObject) -> float:
+def _score_identify(answer: str, truth: Truth) -> float:
     """The phrase means exactly the object in the box."""
     try:
         return float(find(_objects(truth), answer) == [truth["index"]])
@@ -76,7 +102,7 @@ def _score_identify(answer: str, truth: JsonObject) -> float:
         return 0.0
 
 
-def _score_caption(answer: str, truth: JsonObject) -> float:
+def _score_caption(answer: str, truth: Truth) -> float:
     """Something is said, and all of it is true: shapes, colours and relations."""
     try:
         return float(check_caption(_objects(truth), answer).all_right)
@@ -84,7 +110,7 @@ def _score_caption(answer: str, truth: JsonObject) -> float:
         return 0.0
 
 
-def _score_grounding(answer: str, truth: JsonObject) -> float:
+def _score_grounding(answer: str, truth: Truth) -> float:
     return grounded_f1(_singular(answer), truth["caption"], truth["width"], truth["height"])
 
 
@@ -95,7 +121,7 @@ def _singular(text: str) -> str:
     return text
 
 
-def _score_exact(answer: str, truth: JsonObject) -> float:
+def _score_exact(answer: str, truth: Truth) -> float:
     return exact_match(answer, truth["answer"])
 
 

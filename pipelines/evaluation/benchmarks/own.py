@@ -21,14 +21,13 @@ from pipelines.data.sources.drafts import Draft
 from pipelines.data.sources.json_entries import read_entries
 from pipelines.data.sources.own import JsonRowsReader
 from pipelines.data.sources.own_rows import own_draft
-from pipelines.evaluation.benchmarks.base import Benchmark, Question
+from pipelines.evaluation.benchmarks.base import Benchmark, Question, Truth
 from pipelines.evaluation.benchmarks.files import DataFolder
 from pipelines.evaluation.benchmarks.grounding import OVERLAPS, score_refer
 from pipelines.settings import SettingsError
 from tinygptv.data.boxes import format_box
 from tinygptv.data.prompt_layout import Exchange
 from tinygptv.data.prompts import EVALUATION_INSTRUCTIONS, INSTRUCTIONS
-from tinygptv.json_object import JsonObject
 from tinygptv.metrics.metrics import exact_match, vqa_accuracy
 from tinygptv.metrics.vqa_text import normalise_answer
 
@@ -56,11 +55,11 @@ def own_benchmark(metric: str, data: DataFolder) -> Benchmark:
     return _BENCHMARKS[metric]
 
 
-def _score_exact(answer: str, truth: JsonObject) -> float:
+def _score_exact(answer: str, truth: Truth) -> float:
     return max(exact_match(answer, each) for each in truth["answers"])
 
 
-def _score_vqa(answer: str, truth: JsonObject) -> float:
+def _score_vqa(answer: str, truth: Truth) -> float:
     """VQA accuracy; of fewer than three answers, any may be given."""
     if len(truth["answers"]) >= _ANNOTATORS:
         return vqa_accuracy(answer, truth["answers"])
@@ -115,7 +114,7 @@ def _questions(path: Path, key: str, fields: Any, folder: Path) -> Iterator[Ques
         history.append(Exchange(instruction, turn.answers[0]))
 
 
-def _ask(where: str, draft: Draft, number: int, image: Path | None) -> tuple[str, JsonObject]:
+def _ask(where: str, draft: Draft, number: int, image: Path | None) -> tuple[str, Truth]:
     """Instruction and truth of a turn."""
     turn, task = draft.turns[number], draft.task
     if task not in INSTRUCTIONS:
@@ -127,7 +126,7 @@ def _ask(where: str, draft: Draft, number: int, image: Path | None) -> tuple[str
         raise SettingsError(f"{where}: task {task!r} needs an image and boxes, as [[x1, y1, x2, y2]] in pixels.")
     width, height = _size(image)
     if task == "refer":
-        truth = {"box": list(draft.boxes[0]), "width": width, "height": height, "answers": list(turn.answers)}
+        truth: Truth = {"box": list(draft.boxes[0]), "width": width, "height": height, "answers": list(turn.answers)}
         return wording.replace("{}", turn.answers[0], 1), truth
     return wording.replace("{}", format_box(draft.boxes[0], width, height), 1), {"answers": list(turn.answers)}
 

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.evaluation.benchmarks.base import Benchmark, Question, each
+from pipelines.evaluation.benchmarks.base import Benchmark, Question, Truth, each
 from pipelines.evaluation.benchmarks.files import COCO_FOLDERS, BenchmarkFiles, DataFolder, read_json
 from tinygptv.data.prompts import EVALUATION_INSTRUCTIONS
-from tinygptv.json_object import JsonObject
 from tinygptv.metrics.metrics import direct_answer_accuracy, exact_match, vizwiz_accuracy, vqa_accuracy
 from tinygptv.metrics.released import contains_answer, released_okvqa, released_vizwiz
 
@@ -63,7 +62,7 @@ class CocoVQA:
     def _read_list(self, files: BenchmarkFiles, path: Path) -> Iterator[Question]:
         images = files.images(*COCO_FOLDERS)
         for entry in read_json(path):
-            truth = {"answers": list(entry["answer"])}
+            truth: Truth = {"answers": list(entry["answer"])}
             image = images.coco(entry["image"])
             yield Question(str(entry["question_id"]), ask("vqa", entry["question"]), image, truth)
 
@@ -144,15 +143,15 @@ def _read_aokvqa_direct(data: DataFolder) -> Iterator[Question]:
     """Questions that are too hard without choices are left out, as in the official evaluation."""
     for entry in read_aokvqa(data):
         if not entry.is_hard:
-            truth = {"answers": list(entry.direct_answers)}
+            truth: Truth = {"answers": list(entry.direct_answers)}
             yield Question(entry.id, ask("vqa", entry.question), entry.image, truth)
 
 
-def _score_vqa(answer: str, truth: JsonObject) -> float:
+def _score_vqa(answer: str, truth: Truth) -> float:
     return vqa_accuracy(answer, truth["answers"])
 
 
-def _score_gqa(answer: str, truth: JsonObject) -> float:
+def _score_gqa(answer: str, truth: Truth) -> float:
     return exact_match(answer, truth["answer"])
 
 

@@ -26,9 +26,9 @@ from tinygptv.quantization.artifact import (
     _format_class,
     is_packed,
     load_artifact,
-    read_metadata,
     write_artifact,
 )
+from tinygptv.quantization.metadata import read_metadata
 
 # Largest relative error of the logits that each method may make on random weights, which round worst.
 LOGIT_ERROR = {"cpu": 0.03, "cpu4": 0.35, "int8": 0.03, "int4": 0.35, "nf4": 0.35}
@@ -185,7 +185,7 @@ def test_drift_is_a_difference_of_means():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "stage4"
-    save_checkpoint(folder, make_model(lora=True), make_processor(), {"recipe": "mini", "stage": "stage4", "step": 7})
+    save_checkpoint(folder, make_model(lora=True), make_processor(), {"recipe": "mini", "stage": 4, "steps": 7})
     return folder
 
 
@@ -201,8 +201,8 @@ def test_an_export_measures_its_own_drift(checkpoint, tmp_path):
     assert result["drift"] == drift["loss"] == pytest.approx(drift["quantized_loss"] - drift["full_loss"], abs=1e-5)
     assert result["bytes"] == metadata["bytes"] and metadata["stage"] == {
         "recipe": "mini",
-        "stage": "stage4",
-        "step": 7,
+        "stage": 4,
+        "steps": 7,
     }
     assert metadata["lora"] == "merged" and drift["num_answers"] == 4 and 8 < metadata["bits_per_weight"] < 32
     assert json.loads((tmp_path / "artifact" / "result.json").read_text()) == result

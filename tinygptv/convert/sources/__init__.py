@@ -6,7 +6,7 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Literal, NotRequired, TypedDict, cast
 
 Kind = Literal["model", "space", "dataset", ""]
 
@@ -66,9 +66,40 @@ class Part:
         return sum(file.num_bytes for file in self.files)
 
 
+class _FileTable(TypedDict):
+    """Fields of a file in weights.toml."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class _PartTable(TypedDict):
+    """Fields of a part in weights.toml."""
+
+    title: str
+    role: str
+    publisher: str
+    license: str
+    stated_by: str
+    files: list[_FileTable]
+    base: NotRequired[str]
+    repo: NotRequired[str]
+    kind: NotRequired[Kind]
+    revision: NotRequired[str]
+    folder: NotRequired[str]
+
+
+class _Tables(TypedDict):
+    """weights.toml."""
+
+    groups: dict[str, list[str]]
+    parts: dict[str, _PartTable]
+
+
 @cache
-def _tables() -> dict[str, Any]:
-    return tomllib.loads(files(__name__).joinpath("weights.toml").read_text("utf-8"))
+def _tables() -> _Tables:
+    return cast(_Tables, tomllib.loads(files(__name__).joinpath("weights.toml").read_text("utf-8")))
 
 
 @cache
@@ -96,16 +127,20 @@ def find_parts(name: str) -> tuple[Part, ...]:
     return tuple(parts[part] for part in groups()[name])
 
 
-def _part(name: str, table: dict[str, Any]) -> Part:
+def _part(name: str, table: _PartTable) -> Part:
     folder = table.get("folder", "")
-    common = {key: table.get(key, "") for key in ("stated_by", "base", "repo", "kind", "revision", "license")}
     entries = tuple(
         SourceFile(
             path=f"{folder}/{file['name']}" if folder else file["name"],
             name=file["name"],
             num_bytes=file["bytes"],
             sha256=file["sha256"],
-            **common,
+            stated_by=table.get("stated_by", ""),
+            base=table.get("base", ""),
+            repo=table.get("repo", ""),
+            kind=table.get("kind", ""),
+            revision=table.get("revision", ""),
+            license=table.get("license", ""),
         )
         for file in table["files"]
     )
