@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from pipelines.settings import Settings, SettingsError
 from pipelines.shared_paths import check_shared_paths
@@ -204,7 +204,23 @@ def _warn_without_token(what: str) -> None:
     logger.warning("%s asks for no token: whoever reaches its ports can run code as its user and read its keys.", what)
 
 
-def _quiet_workers() -> dict[str, Any]:
+class _Quiet(TypedDict):
+    """Arguments of ``ray.init`` that decide what is printed."""
+
+    logging_level: int
+    log_to_driver: bool
+
+
+class _InitArguments(_Quiet):
+    """Arguments of ``ray.init`` for a cluster that it starts."""
+
+    address: str
+    include_dashboard: bool
+    num_cpus: NotRequired[int]
+    object_store_memory: NotRequired[int]
+
+
+def _quiet_workers() -> _Quiet:
     """What workers print is for debugging (Ray keeps it in its session folder); progress comes by our own lines."""
     return {"logging_level": logging.WARNING, "log_to_driver": "TINYGPTV_RAY_LOGS" in os.environ}
 
@@ -221,10 +237,16 @@ def _sigterm_handler_kept() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _init_arguments(settings: Settings) -> dict[str, Any]:
+def _init_arguments(settings: Settings) -> _InitArguments:
     """Arguments of ``ray.init`` for a cluster that it starts."""
+    quiet = _quiet_workers()
     # The dashboard's eight processes are for clusters that stay: `ray start --head` has it.
-    arguments: dict[str, Any] = {"address": "local", "include_dashboard": False, **_quiet_workers()}
+    arguments: _InitArguments = {
+        "address": "local",
+        "include_dashboard": False,
+        "logging_level": quiet["logging_level"],
+        "log_to_driver": quiet["log_to_driver"],
+    }
     if settings.num_cpus:
         arguments["num_cpus"] = settings.num_cpus
     if settings.object_store_mb:

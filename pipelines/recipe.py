@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from pipelines.console import jobs_folder
 from pipelines.data.shards import ShardSet
@@ -24,7 +24,6 @@ from pipelines.fetch.run import named_files
 from pipelines.json_files import read_json_object, write_json
 from pipelines.settings import CacheFeaturesSettings, RecipeSettings, SettingsError, TrainSettings
 from tinygptv.convert.sources import all_parts, find_parts
-from tinygptv.json_object import JsonObject
 from tinygptv.training.stages import RECIPES
 
 RECORD_FILE = "recipe.json"
@@ -54,7 +53,25 @@ class RecipeError(ValueError):
     """A step failed; its own message stands above."""
 
 
-def run_recipe(settings: RecipeSettings, config: str | None) -> JsonObject:
+class RecipeResult(TypedDict):
+    """``result.json`` of a recipe.
+
+    Attributes:
+        features: the plan of every feature store: fields of ``FeaturePlan``.
+        seconds: of each step that ran, by title.
+        checkpoint: of the last stage.
+        artifact: its folder.
+        result: path of the file.
+    """
+
+    features: list[dict[str, object]]
+    seconds: dict[str, float]
+    checkpoint: str
+    artifact: str
+    result: str
+
+
+def run_recipe(settings: RecipeSettings, config: str | None) -> RecipeResult:
     """Run what is not done yet, or print it.
 
     Args:
@@ -62,7 +79,7 @@ def run_recipe(settings: RecipeSettings, config: str | None) -> JsonObject:
         config: configuration file that every job reads.
 
     Returns:
-        What stands in ``result.json``: the plan of features, seconds of each step, the last checkpoint, the artifact.
+        What stands in ``result.json``.
 
     Raises:
         SettingsError: data is missing, or the recipe is unknown.
@@ -77,7 +94,7 @@ def run_recipe(settings: RecipeSettings, config: str | None) -> JsonObject:
         print(f"\n== {step.title}\n{step.shown}", flush=True)
         if not settings.dry_run:
             seconds[step.title] = recipe.run(step)
-    result = {
+    result: RecipeResult = {
         "features": [asdict(plan) for plan in recipe.plans],
         "seconds": seconds,
         "checkpoint": str(recipe.last_checkpoint),

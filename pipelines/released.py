@@ -13,7 +13,7 @@ import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import psutil
 
@@ -25,7 +25,6 @@ from pipelines.storage import DiskFullError
 from tinygptv.checkpoint.folders import CheckpointError, verify_folder
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.convert.sources import all_parts
-from tinygptv.json_object import JsonObject
 from tinygptv.quantization.artifact import METHODS
 from tinygptv.training.memory_plan import GIB, inference_memory, parse_bytes
 from tinygptv.training.stages import get_stage
@@ -76,7 +75,37 @@ class Plan:
         )
 
 
-def run_released(settings: ReleasedSettings) -> JsonObject:
+class ReleasedInputs(TypedDict):
+    """Inputs of the artifact, apart from the files' content, which the lock file pins."""
+
+    parts: list[str]
+    method: str
+    drift_samples: int
+
+
+class ReleasedResult(TypedDict):
+    """``result.json`` of ``released``.
+
+    Attributes:
+        artifact: its folder.
+        bytes: of its weights.
+        drift: rise of the held-out loss, in nats per token.
+        inputs: of the artifact.
+        plan: fields of ``Plan``.
+        files: SHA-256 of the published files, by name.
+        result: path of the file.
+    """
+
+    artifact: str
+    bytes: int
+    drift: float
+    inputs: ReleasedInputs
+    plan: dict[str, str | int]
+    files: dict[str, str]
+    result: str
+
+
+def run_released(settings: ReleasedSettings) -> ReleasedResult:
     """Make the artifact.
 
     Args:
@@ -102,7 +131,7 @@ def run_released(settings: ReleasedSettings) -> JsonObject:
     files = _fetch(settings, output)
     checkpoint = _convert(settings, output, files)
     exported = _quantize(settings, plan, checkpoint, output)
-    result = {
+    result: ReleasedResult = {
         "artifact": exported["artifact"],
         "bytes": exported["bytes"],
         "drift": exported["drift"],
@@ -115,7 +144,7 @@ def run_released(settings: ReleasedSettings) -> JsonObject:
     return result
 
 
-def serve_settings(settings: ReleasedSettings, result: JsonObject) -> ServeSettings:
+def serve_settings(settings: ReleasedSettings, result: ReleasedResult) -> ServeSettings:
     """Settings of serving the artifact: on this machine alone, unless ``server`` says otherwise."""
     values = {"artifact": result["artifact"], "num_gpus": int(result["plan"]["device"] == "cuda")}
     return ServeSettings.parse({**values, **settings.server}, "released, server")
@@ -216,8 +245,7 @@ def part_names(settings: ReleasedSettings) -> list[str]:
     return ["vision", "qformer", settings.language, f"stage{settings.stage}"]
 
 
-def _inputs(settings: ReleasedSettings, plan: Plan) -> JsonObject:
-    """Inputs of the artifact, apart from the files' content, which the lock file pins."""
+def _inputs(settings: ReleasedSettings, plan: Plan) -> ReleasedInputs:
     return {
         "parts": part_names(settings),
         "method": plan.method,
@@ -225,7 +253,7 @@ def _inputs(settings: ReleasedSettings, plan: Plan) -> JsonObject:
     }
 
 
-def _finished(output: Path, inputs: JsonObject) -> JsonObject | None:
+def _finished(output: Path, inputs: ReleasedInputs) -> ReleasedResult | None:
     """The result of an earlier run with the same inputs whose artifact is whole."""
     result = read_json_object(output / "result.json")
     if result is None or result.get("inputs") != inputs:
@@ -234,7 +262,7 @@ def _finished(output: Path, inputs: JsonObject) -> JsonObject | None:
         verify_folder(result["artifact"], hashes=False)
     except CheckpointError:
         return None
-    return result
+    return cast(ReleasedResult, result)
 
 
 def _fetch(settings: ReleasedSettings, output: Path) -> dict[str, str]:

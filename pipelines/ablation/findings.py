@@ -13,12 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Literal, TypedDict, cast
 
 import numpy as np
 
 from pipelines.training.record import StepEntry
-from tinygptv.json_object import JsonObject
 
 Status = Literal["trained", "failed", "not run"]
 
@@ -115,6 +114,28 @@ def _first_run(records: Sequence[StepEntry], flags: Sequence[bool]) -> int | Non
     return None
 
 
+class EventRecord(TypedDict):
+    """Fields of an ``Event``."""
+
+    kind: Literal["vanishing", "nan"]
+    step: int
+    part: str
+
+
+class OutcomeRecord(TypedDict):
+    """A ``StageOutcome`` in ``result.json``; numbers that are not finite are None. ``cell``: its text in the table."""
+
+    stage: int
+    status: Status
+    steps: int
+    first_loss: float | None
+    last_loss: float | None
+    event: EventRecord | None
+    depth: dict[str, float]
+    note: str
+    cell: str
+
+
 @dataclass
 class StageOutcome:
     """One cell of the table.
@@ -146,10 +167,11 @@ class StageOutcome:
             return self.status
         return str(self.event) if self.event else f"{self.last_loss:.3f}"
 
-    def to_dict(self) -> JsonObject:
+    def to_dict(self) -> OutcomeRecord:
         """JSON-able; numbers that are not finite become None."""
         values = asdict(self) | {"cell": self.cell}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        return cast(OutcomeRecord, finite)
 
 
 def outcome_of(stage: int, records: Sequence[StepEntry], reference: dict[str, float], note: str = "") -> StageOutcome:

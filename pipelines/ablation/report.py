@@ -9,16 +9,33 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, TypedDict
 
 from pipelines import storage
-from pipelines.ablation.findings import VANISHED, WINDOW, StageOutcome
+from pipelines.ablation.findings import VANISHED, WINDOW, OutcomeRecord, StageOutcome
 from pipelines.ablation.variants import Variant
 from pipelines.evaluation.scoring import BenchmarkScore
 from pipelines.settings import AblateSettings
 from pipelines.training.plots import save_figure, smooth
 from pipelines.training.record import StepEntry
-from tinygptv.json_object import JsonObject
+
+
+class RowRecord(TypedDict):
+    """A row in ``result.json``; fields as the attributes of ``AblationRow``."""
+
+    variant: str
+    title: str
+    precision: str
+    stages: dict[str, OutcomeRecord]
+    scores: dict[str, BenchmarkScore]
+
+
+class ReportFiles(TypedDict):
+    """Paths of the report: Markdown, HTML, plots."""
+
+    report: str
+    page: str
+    plots: list[str]
 
 
 @dataclass
@@ -45,7 +62,7 @@ class AblationRow:
         cells |= {f"stage {outcome.stage}": outcome.cell for outcome in self.outcomes}
         return cells | {name: _score_cell(score) for name, score in self.scores.items()}
 
-    def to_dict(self) -> JsonObject:
+    def to_dict(self) -> RowRecord:
         """JSON-able."""
         return {
             "variant": self.variant.name,
@@ -74,12 +91,8 @@ def text_table(rows: Sequence[AblationRow]) -> str:
     return "\n".join(lines)
 
 
-def write_report(output: Path, rows: Sequence[AblationRow], settings: AblateSettings, seconds: float) -> JsonObject:
-    """Write ``report.md``, ``report.html`` and the plots.
-
-    Returns:
-        ``report``, ``page`` and ``plots``: their paths.
-    """
+def write_report(output: Path, rows: Sequence[AblationRow], settings: AblateSettings, seconds: float) -> ReportFiles:
+    """Write ``report.md``, ``report.html`` and the plots; returns their paths."""
     precisions = list(dict.fromkeys(row.precision for row in rows))
     plots = []
     for precision in precisions:

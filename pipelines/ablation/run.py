@@ -18,7 +18,7 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.ablation.findings import StageOutcome, outcome_of, typical_norms
-from pipelines.ablation.report import AblationRow, text_table, write_report
+from pipelines.ablation.report import AblationRow, ReportFiles, RowRecord, text_table, write_report
 from pipelines.ablation.variant_run import SharedInputs, StageStatus, VariantOutcome, find_stage, run_variant
 from pipelines.ablation.variants import Variant, find_variant, with_precision
 from pipelines.cluster import start_ray
@@ -40,7 +40,6 @@ from pipelines.training.record import RECORD_FILE, StepEntry, read_record
 from pipelines.training.result import RESULT_FILE
 from pipelines.training.stage_features import cache_stage_features
 from pipelines.units import UnitsLostError, Workers, map_units
-from tinygptv.json_object import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +48,29 @@ _RESULTS = ("world", "backbones", "features", "report.md", "report.html", "resul
 _NOT_RUN = StageStatus("not run", "the stage before failed, or ended without a finite loss")
 
 
-def ablate(settings: AblateSettings) -> JsonObject:
+class AblationResult(ReportFiles):
+    """``result.json`` of an ablation.
+
+    Attributes:
+        rows: outcome of every stage and scores, per variant and precision.
+        table: the same as short texts.
+        text: the table for a terminal.
+        seconds: of the run.
+        result: location of the file.
+    """
+
+    rows: list[RowRecord]
+    table: list[dict[str, str]]
+    text: str
+    seconds: float
+    result: str
+
+
+def ablate(settings: AblateSettings) -> AblationResult:
     """Run the matrix and write its report.
 
     Returns:
-        ``rows`` (per variant and precision: the outcome of every stage, scores), ``table`` (the same as short texts),
-        ``text`` (for a terminal), ``report``, ``page``, ``plots``, ``seconds``, ``result``.
+        What stands in ``result.json``.
 
     Raises:
         OtherInputsError: the output holds an ablation, or a stage or score of it, of other inputs.
@@ -89,7 +105,7 @@ def ablate(settings: AblateSettings) -> JsonObject:
             cache_stage_features(stages, partial(_feature_settings, settings, shared))
         outcomes = dict(_run_all(settings, variants, shared))
     rows = _rows(settings, variants, shared, outcomes)
-    result: JsonObject = {
+    result: AblationResult = {
         "rows": [row.to_dict() for row in rows],
         "table": [row.cells() for row in rows],
         "text": text_table(rows),
@@ -99,7 +115,8 @@ def ablate(settings: AblateSettings) -> JsonObject:
     }
     _track_report(parent, result)
     if not work.location.is_local:
-        result |= {key: work.uri(Path(result[key]).name) for key in ("report", "page", "result")}
+        result["report"], result["page"] = (work.uri(Path(result[key]).name) for key in ("report", "page"))
+        result["result"] = work.uri(Path(result["result"]).name)
         result["plots"] = [work.uri(Path(plot).name) for plot in result["plots"]]
     write_json(output / "result.json", result)
     work.publish()
@@ -240,7 +257,7 @@ def _variant_runner(settings: AblateSettings, shared: SharedInputs) -> Callable[
 # ---------------------------------------------------------------------- tracking
 
 
-def _track_report(tracker: Tracker, result: JsonObject) -> None:
+def _track_report(tracker: Tracker, result: AblationResult) -> None:
     tracker.table(result["table"], "ablation")
     for path in (result["report"], result["page"], *result["plots"], result["result"]):
         tracker.artifact(Path(path))

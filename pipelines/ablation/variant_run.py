@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from pipelines import storage
 from pipelines.ablation.findings import Status
@@ -118,7 +117,7 @@ def _train_stage(
     settings: AblateSettings, variant: Variant, shared: SharedInputs, number: int, init_from: str
 ) -> tuple[str, StageStatus]:
     """Train one stage; returns its checkpoint."""
-    fields: dict[str, Any] = {
+    fields = {
         "recipe": settings.recipe,
         "seed": settings.seed,
         "output": shared.stage_folder(variant.name, number),

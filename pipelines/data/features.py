@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -187,11 +187,31 @@ class FeatureSet:
 _COMPUTE_AGAIN = "run jobs/cache_features.py again."
 
 
-def cache_features(settings: CacheFeaturesSettings) -> JsonObject:
+class FeatureResult(TypedDict):
+    """``result.json`` of ``cache_features``.
+
+    Attributes:
+        key: name of the features.
+        parts: computed now.
+        reused: finished before.
+        rows: of all parts.
+        seconds: of the run.
+        result: location of the file.
+    """
+
+    key: str
+    parts: int
+    reused: int
+    rows: int
+    seconds: float
+    result: str
+
+
+def cache_features(settings: CacheFeaturesSettings) -> FeatureResult:
     """Compute the features of every shard set in a folder; finished parts are left as they are.
 
     Returns:
-        ``key``, ``parts`` computed now, ``reused``, ``rows``, ``seconds``, ``result``.
+        What stands in ``result.json``.
 
     Raises:
         SettingsError: a setting cannot be used, or the features are there in another dtype.
@@ -213,7 +233,7 @@ def cache_features(settings: CacheFeaturesSettings) -> JsonObject:
     _compute(settings, checkpoint, image_size, waiting)
     for folder in dict.fromkeys(unit.folder for unit in units):
         _write_manifest(folder, [unit for unit in units if unit.folder == folder], key, image_size, settings.dtype)
-    result = {
+    result: FeatureResult = {
         "key": key,
         "parts": len(waiting),
         "reused": len(units) - len(waiting),

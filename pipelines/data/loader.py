@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -171,7 +171,7 @@ class BatchMaker:
         self.encoder = SampleEncoder(layout, plan.stage.limits)
         self.features = self._open_features() if plan.feature_key else {}
 
-    def _open_features(self) -> dict[str, Any]:
+    def _open_features(self) -> dict[str, FeatureSet]:
         from pipelines.data.features import FeatureSet
 
         return {name: FeatureSet.open(self.shards[name].uri, self.plan.feature_key) for name in self.names}
@@ -250,7 +250,7 @@ class RayMaker:
     def __init__(self, plan: LoadPlan) -> None:
         self.maker = BatchMaker(plan)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
         """Make the batches of a block of steps."""
         steps = [int(step) for step in batch["id"]]
         return {"batch": [pickle.dumps(self.maker.make(step), protocol=5) for step in steps]}

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import pyarrow as pa
 
@@ -54,6 +54,27 @@ class ShardError(ValueError):
     """A shard set is damaged, incomplete, or of another format. The text says which file and what to do."""
 
 
+class Spread(TypedDict):
+    """Least, mean and most of a column."""
+
+    least: float
+    mean: float
+    most: float
+
+
+class RowCounts(TypedDict, total=False):
+    """Samples by outcome: fields of ``ingest.publish.Counts``; a set that was not made by an ingest has none."""
+
+    rows_in: int
+    rows_out: int
+    duplicates: int
+    filtered: int
+    quarantined: int
+    near_duplicates: int
+    filters: dict[str, int]
+    changes: dict[str, int]
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """A shard's line in the manifest.
@@ -70,7 +91,7 @@ class ShardInfo:
     rows: int
     bytes: int
     sha256: str
-    statistics: JsonObject = field(default_factory=dict)
+    statistics: dict[str, Spread] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, content: JsonObject) -> ShardInfo:
@@ -106,8 +127,8 @@ class Manifest:
 
     source: str
     shards: tuple[ShardInfo, ...]
-    counts: JsonObject = field(default_factory=dict)
-    settings: JsonObject = field(default_factory=dict)
+    counts: RowCounts = field(default_factory=RowCounts)
+    settings: dict[str, object] = field(default_factory=dict)
     batch_rows: int = BATCH_ROWS
 
     @property
@@ -148,7 +169,7 @@ class Manifest:
             raise ShardError(f"{location} is not of format {FORMAT} version {VERSION}: {PREPARE_AGAIN}")
         try:
             shards = tuple(ShardInfo.from_json(shard) for shard in content["shards"])
-            counts, settings = dict(content["counts"]), dict(content["settings"])
+            counts, settings = cast(RowCounts, dict(content["counts"])), dict(content["settings"])
             return cls(str(content["source"]), shards, counts, settings, _positive(content["batch_rows"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ShardError(f"{location} is damaged ({type(error).__name__}: {error}): {PREPARE_AGAIN}") from error

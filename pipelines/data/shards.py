@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any, cast
+from typing import cast
 
 import pyarrow as pa
 
@@ -138,11 +138,8 @@ class ShardSet:
             names = ", ".join(wrong)
             raise ShardError(f"{self.uri}: the content of {names} does not match the manifest; {PREPARE_AGAIN}")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"uri": self.uri, "manifest": self.manifest, "cache": self._cache}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        ShardSet.__init__(self, state["uri"], state["manifest"], state["cache"])
+    def __reduce__(self) -> tuple[type[ShardSet], tuple[str, Manifest, ShardCache]]:
+        return ShardSet, (self.uri, self.manifest, self._cache)
 
     def _locate(self, index: int) -> tuple[dict[str, pa.Array], int]:
         """The columns of a row's record batch, and its position there."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from pipelines.settings import SettingsError
 from tinygptv.convert.sources import SourceFile
@@ -85,6 +85,45 @@ class DataSet:
         return self.rows / LINKS_PER_HOUR if self.links else self.gigabytes * 1e9 / BYTES_PER_HOUR
 
 
+class _FileTable(TypedDict):
+    """A file in datasets.toml."""
+
+    url: str
+    name: str
+    unpack: NotRequired[bool]
+
+
+class _ByHandTable(TypedDict):
+    """What a person has to fetch, in datasets.toml."""
+
+    address: str
+    path: str
+
+
+class _ListTable(TypedDict):
+    """A list of links in datasets.toml."""
+
+    file: str
+    output: str
+
+
+class _SetTable(TypedDict):
+    title: str
+    sources: list[str]
+    folder: str
+    input: NotRequired[str]
+    files: NotRequired[list[_FileTable]]
+    list: NotRequired[_ListTable]
+    by_hand: NotRequired[list[_ByHandTable]]
+    needs: NotRequired[list[str]]
+    gigabytes: float
+    rows: int
+    license: str
+
+
+"""A set in datasets.toml; its fields are described there."""
+
+
 @cache
 def all_sets() -> dict[str, DataSet]:
     """Every published data set, by name."""
@@ -131,7 +170,7 @@ def find_sets(name: str) -> list[DataSet]:
     return sets_of_stages(stages)
 
 
-def _data_set(name: str, table: dict[str, Any]) -> DataSet:
+def _data_set(name: str, table: _SetTable) -> DataSet:
     folder = table["folder"]
     entries = table.get("files", [])
     listed = table.get("list")
@@ -151,6 +190,6 @@ def _data_set(name: str, table: dict[str, Any]) -> DataSet:
     )
 
 
-def _file(folder: str, entry: dict[str, Any], license_: str) -> SourceFile:
+def _file(folder: str, entry: _FileTable, license_: str) -> SourceFile:
     base, _, name = entry["url"].rpartition("/")
     return SourceFile(path=f"{folder}/{entry['name']}", name=name, base=f"{base}/", license=license_)

@@ -25,7 +25,6 @@ from pipelines.progress import Bar
 from pipelines.redact import redact
 from pipelines.settings import FetchSettings, SettingsError
 from tinygptv.convert.sources import SourceFile, all_parts, find_parts, groups
-from tinygptv.json_object import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +33,26 @@ MARGIN_BYTES = 256 << 20
 """Room that stays free on the disk."""
 SHOWN_EVERY_S = 0.25
 LEAST_SHOWN_BYTES = 5_000_000
+
+
+class LockEntry(TypedDict):
+    """A file in ``fetch.lock.json``.
+
+    Attributes:
+        bytes: its size.
+        sha256: in hexadecimal.
+        modified_ns: when it was last changed, in nanoseconds since 1970.
+        address: where the publisher has it.
+        revision: commit of the repository; empty for other addresses.
+        license: as the publisher states it.
+    """
+
+    bytes: int
+    sha256: str
+    modified_ns: int
+    address: str
+    revision: str
+    license: str
 
 
 class FetchResult(TypedDict):
@@ -49,7 +68,7 @@ class FetchResult(TypedDict):
     """
 
     folder: str
-    files: dict[str, JsonObject]
+    files: dict[str, LockEntry]
     bytes_downloaded: int
     by_hand: list[str]
     commands: list[str]
@@ -138,10 +157,10 @@ class _Fetch:
 
     def __init__(self, settings: FetchSettings, folder: Path, client: httpx.Client, retries: Retries) -> None:
         self.settings, self.folder, self.client, self.retries = settings, folder, client, retries
-        self.lock: dict[str, JsonObject] = (read_json_object(folder / LOCK_FILE) or {}).get("files", {})
+        self.lock: dict[str, LockEntry] = (read_json_object(folder / LOCK_FILE) or {}).get("files", {})
         self.bytes_downloaded = 0
 
-    def run(self, files: Iterable[SourceFile]) -> dict[str, JsonObject]:
+    def run(self, files: Iterable[SourceFile]) -> dict[str, LockEntry]:
         """Bring the files; returns their entries in the lock file."""
         wanted = [self._look(file) for file in files]
         self._tell(wanted)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 import httpx
 
@@ -32,8 +32,70 @@ from pipelines.settings import (
     TrainSettings,
 )
 from pipelines.training.record import read_record
-from tinygptv.json_object import JsonObject
 from tinygptv.training.stages import RECIPES
+
+if TYPE_CHECKING:
+    from pipelines.evaluation.scoring import BenchmarkScore
+    from pipelines.export import ExportResult
+
+
+class MeanLosses(TypedDict):
+    """Mean losses of a stage's first and last tenth of steps, in nats per token."""
+
+    first_tenth: float
+    last_tenth: float
+
+
+class StageLosses(MeanLosses):
+    """And those of its first and last step."""
+
+    first: float
+    last: float
+
+
+class AskedQuestion(TypedDict):
+    """A question that was asked over HTTP, and its true answer."""
+
+    question: str
+    answer: str
+    truth: str
+
+
+class LocatedPhrase(TypedDict):
+    """A phrase whose box was asked for over HTTP."""
+
+    phrase: str
+    answer: str
+
+
+class DemoResult(TypedDict):
+    """``result.json`` of the demo.
+
+    Attributes:
+        rows: of all shard sets.
+        losses: of each stage, by its number.
+        checkpoint: of the last stage.
+        scores: by benchmark.
+        artifact: result of the export.
+        question: asked over HTTP.
+        refer: phrase whose box was asked for.
+        image: path of the image with that box.
+        hops: seconds of each phase, by title.
+        seconds: of the run.
+        result: path of the file.
+    """
+
+    rows: int
+    losses: dict[int, StageLosses]
+    checkpoint: str
+    scores: dict[str, BenchmarkScore]
+    artifact: ExportResult
+    question: NotRequired[AskedQuestion]
+    refer: LocatedPhrase
+    image: str
+    hops: dict[str, float]
+    seconds: float
+    result: str
 
 
 @dataclass
@@ -51,7 +113,7 @@ class Demo:
     settings: DemoSettings
     config: str | None
     root: Path
-    result: JsonObject = field(default_factory=dict)
+    result: DemoResult = field(default_factory=lambda: cast(DemoResult, {}))
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -75,7 +137,7 @@ class Demo:
         return kind.parse({**loaded.model_dump(), **common, **fields}, "the demo")
 
 
-def run_demo(settings: DemoSettings, config: str | None) -> JsonObject:
+def run_demo(settings: DemoSettings, config: str | None) -> DemoResult:
     """Run the whole pipeline.
 
     Args:
@@ -94,10 +156,11 @@ def run_demo(settings: DemoSettings, config: str | None) -> JsonObject:
         _score(demo, checkpoint, world)
         artifact = _quantize(demo, checkpoint)
         _ask(demo, artifact, world)
-    result = {**demo.result, "hops": demo.seconds, "seconds": round(time.perf_counter() - started, 1)}
+    demo.result["hops"] = demo.seconds
+    demo.result["seconds"] = round(time.perf_counter() - started, 1)
     path = demo.root / "result.json"
-    write_json(path, result)
-    return {**result, "result": str(path)}
+    write_json(path, demo.result)
+    return {**demo.result, "result": str(path)}
 
 
 def _draw(demo: Demo) -> tuple[Path, Path]:
@@ -134,7 +197,8 @@ def _train(demo: Demo, shards: Path, backbones: Path) -> Path:
     if settings.features == "cached":
         _cache_features(demo, shards, backbones)
     parent = continue_tracker(settings, run_title(settings.recipe, "training"), demo.root)
-    start, losses = str(backbones), {}
+    start = str(backbones)
+    losses: dict[int, StageLosses] = {}
     for stage in RECIPES[settings.recipe]:
         output = demo.root / f"stage{stage.number}"
         with demo.phase(f"stage {stage.number}: {stage.title}"):
@@ -162,7 +226,7 @@ def _cache_features(demo: Demo, shards: Path, backbones: Path) -> None:
         cache_stage_features(stages, partial(demo.load, CacheFeaturesSettings, **fields))
 
 
-def mean_losses(record: Path) -> dict[str, float]:
+def mean_losses(record: Path) -> MeanLosses:
     """Mean loss of a stage's first and last tenth of steps: the samples of a single step vary too much."""
     losses = [entry["loss"] for entry in read_record(record)]
     tenth = max(1, len(losses) // 10)
@@ -241,14 +305,14 @@ def _draw_answer(path: Path, phrase: str, answer: str, target: Path) -> Path:
     return target
 
 
-def summary(result: JsonObject) -> str:
+def summary(result: DemoResult) -> str:
     """The closing summary."""
     from pipelines.evaluation.scoring import score_table
 
     lines = ["", "Losses, first -> last step of each stage (means of its first and last tenth):"]
     for number, loss in result["losses"].items():
-        first, last, *means = (f"{loss[name]:.3f}" for name in ("first", "last", "first_tenth", "last_tenth"))
-        lines.append(f"  stage {number}: {first} -> {last}  ({' -> '.join(means)})")
+        means = f"{loss['first_tenth']:.3f} -> {loss['last_tenth']:.3f}"
+        lines.append(f"  stage {number}: {loss['first']:.3f} -> {loss['last']:.3f}  ({means})")
     lines += ["", "Scores on held-out scenes (blind: the same model with a blank image):"]
     lines += [f"  {line}" for line in score_table(result["scores"]).splitlines()]
     if "question" in result:

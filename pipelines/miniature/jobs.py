@@ -13,6 +13,7 @@ from pipelines.miniature.example import draw_example
 from pipelines.miniature.world import MiniatureResult, draw_world
 from pipelines.settings import MiniatureSettings, SettingsError
 from pipelines.tracking.base import Tracker, continue_tracker
+from tinygptv.checkpoint.stage_record import StageRecord
 
 if TYPE_CHECKING:
     from torch import nn

@@ -50,14 +50,14 @@ def make_rows(source: str, count: int) -> list[SampleRow]:
     rows = []
     for i in range(count):
         scene = make_scene(3, "train", i)
-        image: dict[str, Any] = {"image": encode_jpeg(scene), "width": scene.width, "height": scene.height}
+        image = (encode_jpeg(scene), scene.width, scene.height)
         words = " ".join(rng.choice(["red", "blue", "dog", "cat", "big"], size=int(rng.integers(1, 6))))
         if source == "pairs":
-            rows.append(SampleRow(f"p{i}", source, "pair", (Turn("", (words,)),), **image))
+            rows.append(SampleRow(f"p{i}", source, "pair", (Turn("", (words,)),), *image))
         elif i % 4 == 3:
             rows.append(SampleRow(f"q{i}", source, "text", (Turn(f"say {words}", (words,)),)))
         else:
-            rows.append(SampleRow(f"q{i}", source, "vqa", (Turn("what?", (words, "yes")),), **image))
+            rows.append(SampleRow(f"q{i}", source, "vqa", (Turn("what?", (words, "yes")),), *image))
     return rows
 
 

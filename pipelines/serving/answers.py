@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NotRequired, TypedDict, cast
 
 from pydantic import BaseModel, Field
 
-from pipelines.serving.backend import Failure, Item, PromptRead, TokenProbability
+from pipelines.serving.backend import Failure, Item, PromptRead, TokenProbability, TokenRecord
 from pipelines.serving.protocol import Coordinates
 from tinygptv.data.boxes import COLOURS, parse_boxes, to_pixels
-from tinygptv.json_object import JsonObject
 
 
 class FoundBox(BaseModel):
@@ -120,6 +119,88 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+class BoxRecord(TypedDict):
+    """``FoundBox`` in an event."""
+
+    label: str
+    box: Coordinates
+    entity: int
+    colour: str
+    image: int
+
+
+class UsageRecord(TypedDict):
+    """``Usage`` in an event."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[str, int]
+
+
+class LogprobsRecord(TypedDict):
+    """``Logprobs`` in an event."""
+
+    content: list[TokenRecord]
+
+
+class Delta(TypedDict, total=False):
+    """What an event adds to the answer."""
+
+    role: Literal["assistant"]
+    content: str
+    boxes: list[BoxRecord]
+
+
+class ChunkChoice(TypedDict):
+    """The one choice of an event."""
+
+    index: int
+    delta: Delta
+    logprobs: LogprobsRecord | None
+    finish_reason: FinishReason | None
+
+
+class Chunk(TypedDict):
+    """An event of a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: NotRequired[UsageRecord]
+
+
+class MessageRecord(TypedDict):
+    """``AnswerMessage`` in a response."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+    boxes: list[BoxRecord]
+
+
+class ChoiceRecord(TypedDict):
+    """``Choice`` in a response."""
+
+    index: int
+    message: MessageRecord
+    logprobs: LogprobsRecord | None
+    finish_reason: FinishReason | None
+
+
+class Completion(TypedDict):
+    """``ChatCompletion`` in a response."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChoiceRecord]
+    usage: UsageRecord
+
+
 @dataclass
 class Answer:
     """An answer that is being written.
@@ -165,7 +246,7 @@ class Answer:
         """Boxes of the text so far, in pixels."""
         return find_boxes(self.text, self.image_size, self.image_index)
 
-    def usage(self) -> JsonObject:
+    def usage(self) -> UsageRecord:
         """The ``usage`` field."""
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -174,49 +255,71 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
-    def first_chunk(self) -> JsonObject:
+    def first_chunk(self) -> Chunk:
         """The event that opens a stream."""
         return self._chunk({"role": "assistant", "content": ""})
 
-    def text_chunk(self, text: str, logprobs: tuple[TokenProbability, ...]) -> JsonObject:
+    def text_chunk(self, text: str, logprobs: tuple[TokenProbability, ...]) -> Chunk:
         """An event with text."""
         return self._chunk({"content": text}, logprobs=self._logprobs(logprobs) if logprobs else None)
 
-    def last_chunk(self) -> JsonObject:
+    def last_chunk(self) -> Chunk:
         """The event that says why the answer ended, with its boxes."""
-        boxes = [box.model_dump() for box in self.boxes()]
+        boxes = self._box_records()
         return self._chunk({"boxes": boxes} if boxes else {}, finish_reason=self.finish_reason)
 
-    def usage_chunk(self) -> JsonObject:
+    def usage_chunk(self) -> Chunk:
         """The event that ``stream_options.include_usage`` asks for."""
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()}
+        chunk = self._event([])
+        chunk["usage"] = self.usage()
+        return chunk
 
-    def completion(self, logprobs: tuple[TokenProbability, ...]) -> JsonObject:
+    def completion(self, logprobs: tuple[TokenProbability, ...]) -> Completion:
         """The whole answer."""
-        boxes = [box.model_dump() for box in self.boxes()]
-        choice = {
+        choice: ChoiceRecord = {
             "index": 0,
-            "message": {"role": "assistant", "content": self.text, "refusal": None, "boxes": boxes},
+            "message": {
+                "role": "assistant",
+                "content": self.text,
+                "refusal": None,
+                "boxes": self._box_records(),
+            },
             "logprobs": self._logprobs(logprobs),
             "finish_reason": self.finish_reason,
         }
-        return {**self._head("chat.completion"), "choices": [choice], "usage": self.usage()}
+        return {
+            "id": self.id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": [choice],
+            "usage": self.usage(),
+        }
 
     def _chunk(
         self,
-        delta: JsonObject,
+        delta: Delta,
         *,
-        logprobs: JsonObject | None = None,
+        logprobs: LogprobsRecord | None = None,
         finish_reason: FinishReason | None = None,
-    ) -> JsonObject:
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+    ) -> Chunk:
+        choice: ChunkChoice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return self._event([choice])
 
-    def _logprobs(self, entries: tuple[TokenProbability, ...]) -> JsonObject | None:
+    def _event(self, choices: list[ChunkChoice]) -> Chunk:
+        return {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def _logprobs(self, entries: tuple[TokenProbability, ...]) -> LogprobsRecord | None:
         return {"content": [entry.to_json() for entry in entries]} if self.with_logprobs else None
 
-    def _head(self, kind: str) -> JsonObject:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+    def _box_records(self) -> list[BoxRecord]:
+        return [cast(BoxRecord, box.model_dump()) for box in self.boxes()]
 
 
 def find_boxes(text: str, size: tuple[int, int] | None, image: int) -> list[FoundBox]:

@@ -34,7 +34,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 CHAT = "/v1/chat/completions"
 
-ERRORS: dict[int | str, dict[str, Any]] = {
+Responses = dict[int | str, dict[str, Any]]
+"""FastAPI's ``responses``: status -> its description and the type of its body."""
+
+ERRORS: Responses = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
         400: "the request is wrong",
@@ -219,5 +222,5 @@ def _schema(app: FastAPI, model_name: str) -> dict[str, Any]:
     return schema
 
 
-def _only(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def _only(*statuses: int) -> Responses:
     return {status: ERRORS[status] for status in statuses}

@@ -8,10 +8,26 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, NotRequired, Protocol, TypedDict
 
-from pipelines.serving.errors import ProtocolError
+from pipelines.serving.errors import ErrorType, ProtocolError
 from tinygptv.data.conversation import ChatImage, ChatMessage, image_number
+
+
+class SamplingFields(TypedDict):
+    """Fields of ``tinygptv.inference.sampling.SamplingParams`` that a request decides."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    seed: int | None
+    stop: tuple[str, ...]
+    logprobs: int | None
 
 
 @dataclass(frozen=True)
@@ -20,13 +36,13 @@ class ChatJob:
 
     Attributes:
         messages: user and assistant in turn.
-        sampling: fields of ``SamplingParams``.
+        sampling: how the answer is drawn.
         interval_s: shortest time between two pieces of a stream, in seconds.
         salt: of the client; see ``clients.Client``.
     """
 
     messages: tuple[ChatMessage[ChatImage], ...]
-    sampling: dict[str, Any]
+    sampling: SamplingFields
     interval_s: float = 0.0
     salt: int = 0
 
@@ -54,6 +70,15 @@ class ModelInfo:
     scope: str = ""
 
 
+class TokenRecord(TypedDict):
+    """A token in OpenAI's shape; only the one that was drawn has ``top_logprobs``."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: NotRequired[list[TokenRecord]]
+
+
 @dataclass(frozen=True)
 class TokenProbability:
     """A token with its log-probability, and the most probable ones at its position."""
@@ -63,9 +88,9 @@ class TokenProbability:
     data: bytes
     alternatives: tuple[TokenProbability, ...] | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> TokenRecord:
         """OpenAI's shape."""
-        entry: dict[str, Any] = {"token": self.token, "logprob": self.logprob, "bytes": list(self.data)}
+        entry: TokenRecord = {"token": self.token, "logprob": self.logprob, "bytes": list(self.data)}
         if self.alternatives is not None:
             entry["top_logprobs"] = [other.to_json() for other in self.alternatives]
         return entry
@@ -91,7 +116,18 @@ class Piece:
 
 FailureKind = Literal["request", "too_long", "stale_image", "unavailable", "model"]
 
-_FAILURES: Mapping[FailureKind, dict[str, Any]] = {
+
+class _Refusal(TypedDict):
+    """Fields of the ``ProtocolError`` for a kind of failure."""
+
+    status: int
+    kind: NotRequired[ErrorType]
+    param: NotRequired[str]
+    code: NotRequired[str]
+    retry_after_s: NotRequired[int]
+
+
+_FAILURES: Mapping[FailureKind, _Refusal] = {
     "request": {"status": 400},
     "too_long": {"status": 400, "param": "messages", "code": "context_length_exceeded"},
     "stale_image": {"status": 503, "kind": "server_error", "code": "unavailable", "retry_after_s": 1},

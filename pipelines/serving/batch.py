@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import httpx
 
@@ -58,6 +58,32 @@ class BatchRequest:
     start: int
     size: int
     error: str = ""
+
+
+class BatchResponse(TypedDict):
+    """Response to a request: ``body`` is that of the API."""
+
+    status_code: int
+    request_id: str
+    body: JsonObject
+
+
+class BatchAnswer(TypedDict):
+    """A line of ``answers.jsonl``, in the shape of OpenAI's batch output.
+
+    Attributes:
+        id: of the answer.
+        custom_id: of the request.
+        request_sha256: of the request's line.
+        response: of the API.
+        error: None; what goes wrong stands in the response.
+    """
+
+    id: str
+    custom_id: str
+    request_sha256: str
+    response: BatchResponse
+    error: None
 
 
 @dataclass(frozen=True)
@@ -257,7 +283,7 @@ async def _answer_all(
                     workers.create_task(work())
 
 
-async def _answer(client: httpx.AsyncClient, request: BatchRequest, model: str, files: RequestFiles) -> JsonObject:
+async def _answer(client: httpx.AsyncClient, request: BatchRequest, model: str, files: RequestFiles) -> BatchAnswer:
     status, content = 400, _error_body(request.error)
     if not request.error:
         try:

@@ -6,10 +6,12 @@ Extensions are additional fields, which OpenAI's clients pass through: ``task``,
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from pipelines.serving.backend import SamplingFields
 
 MAX_PARTS = 64
 """Content parts of one message."""
@@ -197,8 +199,8 @@ class ChatRequest(BaseModel):
         """Names of fields that this server does not know, or takes and does not use."""
         return [name for name, value in (self.model_extra or {}).items() if value is not None]
 
-    def sampling(self, max_tokens: int, temperature: float) -> dict[str, Any]:
-        """Fields of ``tinygptv.inference.sampling.SamplingParams``.
+    def sampling(self, max_tokens: int, temperature: float) -> SamplingFields:
+        """How the answer is drawn.
 
         Args:
             max_tokens: where the request names none.

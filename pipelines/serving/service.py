@@ -10,7 +10,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 
@@ -31,7 +31,6 @@ from pipelines.serving.metrics import Metrics
 from pipelines.serving.protocol import ChatRequest
 from pipelines.serving.turns import read_turns
 from pipelines.settings import ServeSettings
-from tinygptv.json_object import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +221,7 @@ def unknown_model(name: str, served: str) -> ProtocolError:
     )
 
 
-def _event(data: JsonObject) -> str:
+def _event(data: Mapping[str, object]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 

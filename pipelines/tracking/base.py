@@ -45,7 +45,7 @@ class Tracker(Protocol):
     def image(self, image: Image, key: str, step: int) -> None:
         """Log an image under a key, at a step."""
 
-    def table(self, rows: list[dict[str, Any]], name: str) -> None:
+    def table(self, rows: Sequence[Mapping[str, object]], name: str) -> None:
         """Log a table (JSON); PIL images are allowed as cells."""
 
     def model(self, name: str, location: str) -> None:
@@ -78,7 +78,7 @@ class NullTracker:
     def image(self, image: Image, key: str, step: int) -> None:
         """Do nothing."""
 
-    def table(self, rows: list[dict[str, Any]], name: str) -> None:
+    def table(self, rows: Sequence[Mapping[str, object]], name: str) -> None:
         """Do nothing."""
 
     def model(self, name: str, location: str) -> None:

@@ -102,7 +102,7 @@ class MLflowTracker:
         """Log an image."""
         self._outbox.put("image", image=image, key=key, step=step)
 
-    def table(self, rows: list[dict[str, Any]], name: str) -> None:
+    def table(self, rows: Sequence[Mapping[str, object]], name: str) -> None:
         """Log a table; images become MLflow images."""
         self._outbox.put("table", rows=rows, name=name)
 
@@ -195,7 +195,7 @@ class MLflowTracker:
             case "metrics":
                 self._deliver_metrics(client, entries)
             case "params":
-                self._deliver_params(client, entry["values"])
+                self._deliver_params(client, dict(entry["values"]))
             case "tags":
                 for key, value in entry["values"].items():
                     client.set_tag(run_id, self._names.valid(key), value)
@@ -318,7 +318,7 @@ def _as_image(value: Any) -> Any:
     return Image.open(value["png"]) if isinstance(value, dict) and "png" in value else value
 
 
-def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+def _columns(rows: Sequence[Mapping[str, object]]) -> dict[str, list[Any]]:
     """Rows as columns, as MLflow's tables want them; a column of images has one in every row."""
     import mlflow
     from PIL import Image
@@ -332,9 +332,9 @@ def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     return columns
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
     """Nested mappings to dotted keys; lists and other values become text."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
             flat.update(flatten(value, f"{prefix}{key}."))

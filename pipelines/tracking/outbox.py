@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from pipelines import storage
 from pipelines.redact import redact
-from tinygptv.json_object import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +26,38 @@ MAX_BATCH_VALUES = 900
 
 _LONGEST_PAUSE_S = 60.0
 
-Entry = JsonObject
+EntryKind = Literal["params", "metrics", "tags", "inputs", "artifact", "image", "table", "model", "end"]
+
+
+class Entry(TypedDict):
+    """What is to be sent, also as a line of the journal. Every kind has the fields that its sender reads.
+
+    Attributes:
+        kind: of the entry.
+        values: params, metrics or tags, by name; in the journal, metrics are text.
+        step: of metrics or an image.
+        at: time of metrics, in milliseconds since 1970.
+        data: fields of the data sets that a run reads.
+        path: of an artifact, and ``folder`` that it goes to.
+        image: a PIL image, or the path of its file; ``key`` names it.
+        rows: of the table ``name``.
+        location: of the model ``name``.
+        status: of a run that ended.
+    """
+
+    kind: EntryKind
+    values: NotRequired[Mapping[str, Any]]
+    step: NotRequired[int]
+    at: NotRequired[int]
+    data: NotRequired[Sequence[Mapping[str, Any]]]
+    path: NotRequired[str]
+    folder: NotRequired[str]
+    image: NotRequired[Any]
+    key: NotRequired[str]
+    rows: NotRequired[Sequence[Mapping[str, object]]]
+    name: NotRequired[str]
+    location: NotRequired[str]
+    status: NotRequired[str]
 
 
 class Outbox:
@@ -49,10 +79,10 @@ class Outbox:
         self._thread = threading.Thread(target=self._send_loop, name="outbox", daemon=True)
         self._thread.start()
 
-    def put(self, kind: str, **data: Any) -> None:
+    def put(self, kind: EntryKind, **data: Any) -> None:
         """Take an entry; returns at once."""
         with self._lock:
-            self._queue.append({"kind": kind, **data})
+            self._queue.append(cast(Entry, {"kind": kind, **data}))
         if kind != "metrics":
             self._wake.set()  # metrics come often and travel together
 

@@ -187,9 +187,9 @@ def training_fingerprint(settings: TrainSettings, stage: Stage, start: Path, dat
     )
 
 
-def _held_out_inputs(settings: TrainSettings) -> JsonObject:
+def _held_out_inputs(settings: TrainSettings) -> dict[str, object]:
     """Effect of held-out rows on the weights: which rows are left to train on, and which step is the last."""
-    inputs: JsonObject = {}
+    inputs: dict[str, object] = {}
     if settings.eval_fraction:
         inputs["eval_fraction"] = settings.eval_fraction
     if settings.early_stop or settings.use_best:

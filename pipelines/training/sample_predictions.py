@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -77,7 +76,7 @@ class SamplePredictor:
         layout = maker.encoder.layout
         ids = layout.encode_prompt([replace(exchanges[0], answer=None)])
         input_ids = torch.tensor([ids], device=model.device)
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        inputs: dict[str, torch.Tensor] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if image is not None:
             pixels = torch.from_numpy(resize_pixels(image, maker.plan.stage.image_size)).to(model.device)
             inputs["pixel_values"] = normalise_pixels(pixels).unsqueeze(0)

@@ -106,6 +106,10 @@ ALLOWED_IMPORTS = {"tinygptv": _LIBRARY, "pipelines": _PIPELINES}
 
 MOST_LINES = 420
 
+MOST_FREE_OBJECTS = 72
+"""Uses of ``dict[str, Any]``, ``JsonObject`` and their aliases: for JSON and keyword arguments of others alone. What we
+write ourselves is a dataclass or a ``TypedDict``."""
+
 
 @pytest.mark.parametrize("package", LAYERS)
 def test_imports_run_one_way(package):
@@ -167,6 +171,28 @@ def test_files_stay_small():
     sources = [path for name, path in modules().items() if not name.startswith("tests")]
     lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in sources}
     assert not {name: length for name, length in lengths.items() if length > MOST_LINES}
+
+
+def free_objects(text: str) -> int:
+    """Uses of ``dict[str, Any]``, ``JsonObject`` and their aliases in the text of a module."""
+    tree = ast.parse(text)
+    names = {"JsonObject"}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.value) in ("dict[str, Any]", *names):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and n.id in names]
+    return len(uses) + sum(ast.unparse(n) == "dict[str, Any]" for n in ast.walk(tree) if isinstance(n, ast.Subscript))
+
+
+def test_free_objects_stay_few():
+    text = "Row = JsonObject\ndef f(a: Row, b: dict[str, Any]) -> list[dict[str, Any]]: ...\n"
+    assert free_objects(text) == 4
+    counts = {
+        name: free_objects(path.read_text())
+        for name, path in modules().items()
+        if name.split(".")[0] in ("tinygptv", "pipelines", "jobs")
+    }
+    assert sum(counts.values()) <= MOST_FREE_OBJECTS, {name: count for name, count in counts.items() if count}
 
 
 def test_importing_the_library_does_no_work():

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tinygptv.json_object import JsonObject
 from tinygptv.miniature import captions
 from tinygptv.miniature.conversations import DETAIL_QUESTIONS, Turn, conversation, multitask_conversation, reasoning
 from tinygptv.miniature.instructions import text_instruction
@@ -21,7 +20,9 @@ from tinygptv.miniature.scenes import SIZES, Scene, pick
 from tinygptv.miniature.shapes import SHAPES, outline
 from tinygptv.miniature.words import VALUES, article, count_of, full_name, plural
 
-Entry = JsonObject
+Entry = dict[str, object]
+"""An annotation of a data set; fields as its publishers have them."""
+
 Describe = Callable[[Scene, np.random.Generator], list[Entry]]
 
 _SENTENCES = 3
@@ -115,7 +116,7 @@ def _refs(kinds: Sequence[str], the: float) -> Describe:
     """Referred objects of a scene. ``the``: share of sentences that begin with the article."""
 
     def describe(scene: Scene, rng: np.random.Generator) -> list[Entry]:
-        entries = []
+        entries: list[Entry] = []
         for index in (int(i) for i in rng.permutation(len(scene.objects))[:_REFERRED]):
             found = expressions(scene.objects, index, rng, kinds=kinds)
             texts = [expression.text for expression, _ in zip(found, range(_SENTENCES), strict=False)]

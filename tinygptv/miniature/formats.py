@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tinygptv.miniature.entries import DESCRIBE, Describe, Entry, coco_name, vg_folder
 from tinygptv.miniature.scenes import Scene
@@ -59,7 +59,7 @@ IMAGE_PATHS: dict[str, Callable[[Scene], str]] = {
 def add_web_sample(tar: tarfile.TarFile, key: str, sample: Entry, jpeg: bytes) -> None:
     """Append key.jpg, key.txt and key.json to an img2dataset shard; the same bytes for the same sample."""
     fields = json.dumps({**sample, "key": key}).encode()
-    for suffix, data in (("jpg", jpeg), ("txt", sample["caption"].encode()), ("json", fields)):
+    for suffix, data in (("jpg", jpeg), ("txt", str(sample["caption"]).encode()), ("json", fields)):
         member = tarfile.TarInfo(f"{key}.{suffix}")
         member.size = len(data)
         tar.addfile(member, io.BytesIO(data))
@@ -83,7 +83,7 @@ def _save_refs(folder: str, partition: str) -> Save:
 
     def save(root: Path, entries: list[Entry]) -> None:
         target = root / folder
-        images = {entry["image"]["id"]: entry["image"] for entry in entries}
+        images = {str(entry["image"]): entry["image"] for entry in entries}  # each once
         instances = {
             "images": list(images.values()),
             "annotations": [entry["annotation"] for entry in entries],
@@ -109,14 +109,14 @@ def _save_textcaps(root: Path, entries: list[Entry]) -> None:
 
 def _save_vqa(root: Path, entries: list[Entry]) -> None:
     """Both files of VQA v2, as both are trained on; every tenth image's questions count as validation."""
-    validation = [entry["question_id"] // 10 % 10 == 0 for entry in entries]
+    validation = [cast(int, entry["question_id"]) // 10 % 10 == 0 for entry in entries]
     for name, wanted in (("train", False), ("val", True)):
         chosen = [entry for entry, held in zip(entries, validation, strict=True) if held == wanted]
         write_json(root / f"coco_vqa/vqa_{name}.json", chosen)
 
 
 def _by_key(entries: list[Entry]) -> dict[str, Entry]:
-    return {entry["key"]: {name: value for name, value in entry.items() if name != "key"} for entry in entries}
+    return {str(entry["key"]): {name: value for name, value in entry.items() if name != "key"} for entry in entries}
 
 
 def _file(name: str, path: str, folder: str, images: str, *, every: int = 1, **saver: Any) -> SourceFormat:

@@ -1,4 +1,4 @@
-"""``quantization.json`` of an artifact: method, format and size of every part, measured drift (docs/quantization.md)."""
+"""``quantization.json`` of an artifact: method, format and size of every part, drift (docs/quantization.md)."""
 
 from __future__ import annotations
 

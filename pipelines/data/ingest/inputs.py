@@ -17,7 +17,6 @@ from pipelines.data.shard_format import FORMAT, MANIFEST
 from pipelines.data.sources.base import SourceInput, SourceUnit
 from pipelines.redact import redact
 from pipelines.settings import PrepareDataSettings, SettingsError
-from tinygptv.json_object import JsonObject
 
 INPUTS = "inputs.json"
 STAGING = "_staging"
@@ -47,7 +46,7 @@ class SetInputs:
     units: int
     source: dict[str, str]
     files: tuple[FileFacts, ...]
-    settings: JsonObject
+    settings: dict[str, object]
     missing: tuple[tuple[str, str], ...] = field(default=())
 
     @classmethod
@@ -78,7 +77,9 @@ class SetInputs:
         """Differences from other inputs, in words; empty where nothing does."""
         if self.fingerprint == now.fingerprint:
             return ""
-        pairs = [(key, self.source.get(key), value) for key, value in now.source.items()]
+        pairs: list[tuple[str, object, object]] = [
+            (key, self.source.get(key), value) for key, value in now.source.items()
+        ]
         pairs += [(key, self.settings.get(key), value) for key, value in now.settings.items()]
         for key, before, value in pairs:
             if before != value:

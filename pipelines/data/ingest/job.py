@@ -17,9 +17,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 from pipelines import storage
 from pipelines.cluster import start_ray
@@ -28,7 +29,7 @@ from pipelines.data.ingest.lists import NEAR_DUPLICATES, REMOVED, Staging
 from pipelines.data.ingest.publish import NothingKeptError, ShardPlan, publish, write_shard
 from pipelines.data.ingest.report import REPORT_HTML, REPORT_JSON
 from pipelines.data.ingest.staging import content_settings, stage_unit
-from pipelines.data.shard_format import MANIFEST, ShardError, ShardInfo
+from pipelines.data.shard_format import MANIFEST, RowCounts, ShardError, ShardInfo
 from pipelines.data.shards import ShardSet
 from pipelines.data.sources import locate
 from pipelines.data.sources.base import SourceUnit
@@ -37,16 +38,41 @@ from pipelines.redact import redact
 from pipelines.settings import PrepareDataSettings, SettingsError
 from pipelines.tracking.base import open_tracker
 from pipelines.units import Workers, map_units
-from tinygptv.json_object import JsonObject
 
 logger = logging.getLogger(__name__)
+
+
+class IngestCounts(RowCounts):
+    """Samples by outcome, and units of work: all of them, and those that an earlier run had finished."""
+
+    units: int
+    reused_units: int
+
+
+class SetLocations(TypedDict):
+    """Locations of everything that an ingest writes."""
+
+    output: str
+    result: str
+    manifest: str
+    quarantine: str
+    removed: str
+    near_duplicate_list: str
+    report_json: str
+    report_html: str
+
+
+class IngestResult(IngestCounts, SetLocations):
+    """``result.json`` of an ingest."""
+
+    seconds: float
 
 
 class UnreadableError(ValueError):
     """A file that was there when the work was planned cannot be read now."""
 
 
-def ingest(settings: PrepareDataSettings, *, parent_run_id: str = "", replaces_other: bool = False) -> JsonObject:
+def ingest(settings: PrepareDataSettings, *, parent_run_id: str = "", replaces_other: bool = False) -> IngestResult:
     """Prepare one source.
 
     Finished work of an interrupted run is verified and kept; a finished set is verified and returned as it is.
@@ -58,9 +84,7 @@ def ingest(settings: PrepareDataSettings, *, parent_run_id: str = "", replaces_o
             same input is kept.
 
     Returns:
-        ``rows_in, rows_out, duplicates, filtered, quarantined`` (rows_in is the sum of the others), counts per filter
-        and per change, locations of everything that was written, ``seconds``, and ``result``: where this is written as
-        JSON.
+        What stands in ``result.json``: counts, locations, ``seconds``.
 
     Raises:
         SettingsError: the source is unknown, its input is missing, or the output holds something else.
@@ -84,12 +108,12 @@ def ingest(settings: PrepareDataSettings, *, parent_run_id: str = "", replaces_o
             counts = _prepare(settings, source_input.name, units, output, inputs)
             _track(settings, source_input.name, counts, output, parent_run_id)
         storage.remove_folder(storage.join(output, STAGING))
-    result = {**counts, **_locations(output), "seconds": round(time.perf_counter() - started, 2)}
+    result: IngestResult = {**counts, **_locations(output), "seconds": round(time.perf_counter() - started, 2)}
     storage.write_atomically(result["result"], json.dumps(result, indent=1).encode() + b"\n")
     return result
 
 
-def _track(settings: PrepareDataSettings, name: str, counts: JsonObject, output: str, parent_run_id: str) -> None:
+def _track(settings: PrepareDataSettings, name: str, counts: IngestCounts, output: str, parent_run_id: str) -> None:
     """Log settings, counts and the report."""
     tracker = open_tracker(settings, f"prepare {name}", parent_run_id=parent_run_id)
     tracker.params({"source": settings.source, "input": redact(settings.input), **content_settings(settings)})
@@ -108,20 +132,20 @@ def _output_folder(settings: PrepareDataSettings, name: str) -> str:
     return str(settings.output_dir(f"data/{name}"))
 
 
-def _locations(output: str) -> dict[str, str]:
-    names = {
-        "result": "result.json",
-        "manifest": MANIFEST,
-        "quarantine": QUARANTINE,
-        "removed": REMOVED,
-        "near_duplicate_list": NEAR_DUPLICATES,
-        "report_json": REPORT_JSON,
-        "report_html": REPORT_HTML,
+def _locations(output: str) -> SetLocations:
+    return {
+        "output": output,
+        "result": storage.join(output, "result.json"),
+        "manifest": storage.join(output, MANIFEST),
+        "quarantine": storage.join(output, QUARANTINE),
+        "removed": storage.join(output, REMOVED),
+        "near_duplicate_list": storage.join(output, NEAR_DUPLICATES),
+        "report_json": storage.join(output, REPORT_JSON),
+        "report_html": storage.join(output, REPORT_HTML),
     }
-    return {"output": output, **{key: storage.join(output, name) for key, name in names.items()}}
 
 
-def _finished_before(output: str, inputs: SetInputs) -> JsonObject | None:
+def _finished_before(output: str, inputs: SetInputs) -> IngestCounts | None:
     """Counts of a finished and sound set made from the same input with the same settings; None where there is none."""
     before = SetInputs.read(output)
     if before is None or before.difference(inputs):
@@ -147,7 +171,7 @@ def _finished_before(output: str, inputs: SetInputs) -> JsonObject | None:
 
 def _prepare(
     settings: PrepareDataSettings, name: str, units: Sequence[SourceUnit], output: str, inputs: SetInputs
-) -> JsonObject:
+) -> IngestCounts:
     """Do what is missing; the folder is complete when it has a manifest, and known when it has ``INPUTS``."""
     staging = storage.join(output, STAGING)
     if storage.exists(storage.join(output, INPUTS)):
@@ -164,7 +188,7 @@ def _prepare(
             storage.remove_folder(staging)
             raise
     inputs.write(output, staged.missing())
-    return {**asdict(counts), "units": len(units), "reused_units": reused}
+    return {**counts.to_dict(), "units": len(units), "reused_units": reused}
 
 
 def _run_units(settings: PrepareDataSettings, units: Sequence[SourceUnit], staging: str) -> int:

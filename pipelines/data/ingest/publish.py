@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from pipelines.data.ingest.inputs import QUARANTINE
 from pipelines.data.ingest.lists import NEAR_DUPLICATES, REMOVED, RowNames, Staging, repeated_rows, write_lists
 from pipelines.data.ingest.report import Totals, write_report
 from pipelines.data.ingest.staging import content_settings
-from pipelines.data.shard_format import MANIFEST, Manifest, ShardInfo, ShardWriter
+from pipelines.data.shard_format import MANIFEST, Manifest, RowCounts, ShardInfo, ShardWriter
 from pipelines.data.shards import ShardSet
 from pipelines.settings import PrepareDataSettings
 
@@ -98,6 +99,10 @@ class Counts:
     filters: dict[str, int]
     changes: dict[str, int]
 
+    def to_dict(self) -> RowCounts:
+        """As in the files."""
+        return cast(RowCounts, asdict(self))
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -156,7 +161,7 @@ def publish(settings: PrepareDataSettings, source: str, output: str, staging: St
     _remove_stale_shards(output, {shard.file for shard in shards})
     if num_kept == 0:
         raise NothingKeptError(_nothing_kept(source, output, counts, totals))
-    manifest = Manifest(source, shards, asdict(counts), content_settings(settings))
+    manifest = Manifest(source, shards, counts.to_dict(), content_settings(settings))
     write_report(output, ShardSet(output, manifest), totals)
     storage.write_atomically(storage.join(output, MANIFEST), manifest.to_json())
     _warn(source, output, counts, totals)

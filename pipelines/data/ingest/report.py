@@ -14,18 +14,17 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from string import Template
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.data.shard_format import Manifest
+from pipelines.data.shard_format import Manifest, RowCounts, Spread
 from pipelines.data.shards import ShardSet
 from pipelines.data.sources.base import Rejected
 from tinygptv.data.images import open_image
 from tinygptv.data.sample import SampleRow
-from tinygptv.json_object import JsonObject
 
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
@@ -72,7 +71,7 @@ class Totals:
     images: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
-    _shards: list[JsonObject] = field(default_factory=list)
+    _shards: list[dict[str, Spread]] = field(default_factory=list)
     _waiting: list[pa.Table] = field(default_factory=list)
 
     def add(self, index: pa.Table) -> None:
@@ -102,7 +101,7 @@ class Totals:
         self._waiting = []
         self._shards.append({name: _spread(table[name].to_numpy()) for name in _STATISTICS})
 
-    def shard_statistics(self) -> list[JsonObject]:
+    def shard_statistics(self) -> list[dict[str, Spread]]:
         """Least, mean and most of each column, per shard."""
         return self._shards
 
@@ -112,7 +111,7 @@ class Totals:
         self.histograms[name] += np.bincount(bins, minlength=len(borders))
 
 
-def _spread(values: np.ndarray) -> dict[str, float]:
+def _spread(values: np.ndarray) -> Spread:
     if not len(values):
         return {"least": 0, "mean": 0, "most": 0}
     return {"least": int(values.min()), "mean": round(float(values.mean()), 2), "most": int(values.max())}
@@ -126,6 +125,39 @@ def general_reason(found: Rejected) -> str:
     return re.sub(r"\d+", "N", reason)
 
 
+class Histogram(TypedDict):
+    """Rows of each bin."""
+
+    lower_borders: list[float]
+    rows: list[int]
+
+
+class ReportContent(TypedDict):
+    """``report.json``.
+
+    Attributes:
+        source: data set name.
+        counts: samples by outcome.
+        settings: that decide what the set holds.
+        shards: number of them.
+        bytes: of the shards.
+        images: rows with an image.
+        images_with_original_bytes: rows whose image kept its bytes.
+        quarantine_reasons: reason -> samples, the most frequent ones.
+        histograms: by name.
+    """
+
+    source: str
+    counts: RowCounts
+    settings: dict[str, object]
+    shards: int
+    bytes: int
+    images: int
+    images_with_original_bytes: int
+    quarantine_reasons: dict[str, int]
+    histograms: dict[str, Histogram]
+
+
 def write_report(output: str, shards: ShardSet, totals: Totals) -> None:
     """Write report.json and report.html into the output folder.
 
@@ -135,7 +167,7 @@ def write_report(output: str, shards: ShardSet, totals: Totals) -> None:
         totals: counted while it was made.
     """
     manifest = shards.manifest
-    content = {
+    content: ReportContent = {
         "source": manifest.source,
         "counts": manifest.counts,
         "settings": manifest.settings,
@@ -160,10 +192,18 @@ def _sample_rows(shards: ShardSet) -> list[SampleRow]:
     return shards.rows(sorted({int(row) for row in np.linspace(0, len(shards) - 1, count)})) if count else []
 
 
-def _page(content: JsonObject, manifest: Manifest, rows: Sequence[SampleRow]) -> str:
+_TILES: tuple[Literal["rows_in", "rows_out", "duplicates", "filtered", "quarantined"], ...] = (
+    "rows_in",
+    "rows_out",
+    "duplicates",
+    "filtered",
+    "quarantined",
+)
+
+
+def _page(content: ReportContent, manifest: Manifest, rows: Sequence[SampleRow]) -> str:
     counts = content["counts"]
-    keys = ("rows_in", "rows_out", "duplicates", "filtered", "quarantined")
-    tiles = [(key.replace("_", " "), counts[key]) for key in keys]
+    tiles = [(key.replace("_", " "), counts[key]) for key in _TILES]
     tiles += [("near-duplicates (kept)", counts["near_duplicates"]), ("shards", content["shards"])]
     histograms = "".join(
         _histogram(TITLES[name], BINS[name], content["histograms"][name]["rows"])

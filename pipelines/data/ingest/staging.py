@@ -132,7 +132,7 @@ def fingerprint(unit: SourceUnit, settings: PrepareDataSettings) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
-def content_settings(settings: PrepareDataSettings) -> JsonObject:
+def content_settings(settings: PrepareDataSettings) -> dict[str, object]:
     """The settings that decide what the shards hold."""
     return {name: getattr(settings, name) for name in CONTENT_SETTINGS}
 
