@@ -53,6 +53,7 @@ def test_numbers_booleans_and_choices_are_read_from_the_command_line():
     )
     assert (loaded.min_side, loaded.min_letters, loaded.quiet, loaded.duplicates) == (12, 0.5, True, "keep")
     assert loaded.num_workers is None
+    assert PrepareDataSettings.load(None, ["num_workers=null"]).num_workers is None
     assert TrainSettings.load(None, ["guard=off"]).guard == "off"
     assert TrainSettings.load(None, ["encoder_precision="]).encoder_precision is None
 
@@ -189,6 +190,11 @@ def test_mistakes_in_a_section_name_file_and_section(tmp_path):
     config = write(tmp_path, "train: {max_steps: -4}\nseed: 1")
     with pytest.raises(SettingsError, match=r"config.yaml, section train: max_steps=-4"):
         TrainSettings.load(config)
+    with pytest.raises(SettingsError, match=r"config.yaml, section train: seed='x'"):
+        TrainSettings.load(write(tmp_path, "seed: 1\ntrain: {seed: x}"))
+    with pytest.raises(SettingsError, match=r"config.yaml: seed='x'"):
+        TrainSettings.load(write(tmp_path, "seed: x\ntrain: {max_steps: 1}"))
+    config = write(tmp_path, "train: {max_steps: -4}\nseed: 1")
     with pytest.raises(SettingsError, match=r"^the command line: seed='x'"):
         TrainSettings.load(config, ["max_steps=1", "seed=x"])
 

@@ -15,7 +15,7 @@ from mlflow.utils.validation import _validate_metric_name, _validate_param
 from pipelines.redact import redact
 from pipelines.settings import TrainSettings
 from pipelines.tracking import mlflow as module
-from pipelines.tracking.base import NullTracker, continue_tracker, open_tracker
+from pipelines.tracking.base import NullTracker, absolute_uri, continue_tracker, open_tracker, reachable_uri
 from pipelines.tracking.described import DataInput, hardware_tags, run_title
 from pipelines.tracking.identity import RUN_FILE, RunIdentity, read_identity
 from pipelines.tracking.names import NameTable, valid_name
@@ -46,8 +46,8 @@ class Store:
         return self.runs[run_id]
 
     def search_runs(self, experiment_ids, query):
-        key = query.split("'")[1]
-        return [r for r in self.runs.values() if key in r.data.tags.values() and r.info.experiment_id in experiment_ids]
+        name, value = re.fullmatch(r"tags\.`(.+)` = '(.+)'", query).groups()
+        return [r for r in self.runs.values() if r.data.tags[name] == value and r.info.experiment_id in experiment_ids]
 
     def get_run(self, run_id):
         if run_id not in self.runs:
@@ -205,6 +205,23 @@ def test_a_run_that_was_never_answered_for_is_found_by_its_key(stores, tmp_path,
     second = continue_tracker(settings(), "stage", tmp_path)
     second.close()
     assert first.run_id == second.run_id and points(stores["one"], second.run_id, "loss") == [(0, 1.0)]
+
+
+def test_a_database_has_one_path_wherever_a_process_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute_uri("") == absolute_uri("sqlite:///mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
+    for uri in ("sqlite:////data/mlflow.db", "http://mlflow:5000", "none", "databricks"):
+        assert absolute_uri(uri) == uri
+
+
+def test_files_of_one_machine_track_no_run_of_several(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    local = f"sqlite:///{tmp_path}/x.db"
+    assert reachable_uri("sqlite:///x.db", "/data/run") == local and not caplog.text
+    assert reachable_uri("http://mlflow:5000", "s3://bucket/run") == "http://mlflow:5000" and not caplog.text
+    assert reachable_uri("none", "s3://bucket/run") == "none" and not caplog.text
+    assert reachable_uri("", "s3://bucket/run") == "none"
+    assert "tracking_uri='' would be files of one machine, and output=s3://bucket/run" in caplog.text
 
 
 @pytest.mark.security

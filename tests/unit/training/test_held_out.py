@@ -143,7 +143,8 @@ RISING = {"schedule": {"steps_per_epoch": 8, "epochs": 2, "peak": 3.0, "minimum"
 @pytest.fixture(scope="module")
 def stopped(settings_of, tmp_path_factory):
     output = tmp_path_factory.mktemp("stopped")
-    settings = settings_of(output, stage=RISING, eval_every=2, early_stop=2, use_best=True, guard="off")
+    changes = {"eval_every": 2, "early_stop": 2, "use_best": True, "keep_checkpoints": 1, "guard": "off"}
+    settings = settings_of(output, stage=RISING, **changes)
     return run_stage(settings, 4), output, settings
 
 

@@ -45,6 +45,15 @@ def test_the_best_state_is_the_one_of_least_mean_loss(tmp_path):
     assert names(tmp_path) == ["step-00000015", "step-00000018"], "the new best one is among the newest"
 
 
+def test_a_held_out_loss_decides_where_there_is_one(tmp_path):
+    losses = {3: (0.1, None), 6: (0.9, 0.5), 9: (0.2, 0.7), 12: (0.3, 0.6)}  # of training, of held-out rows
+    store = store_in(tmp_path, keep=1, keep_best=True)
+    for step, (mean, held_out) in losses.items():
+        store.save(step, {"parameter/x": torch.zeros(1)}, {"mean_loss": mean, "held_out_loss": held_out})
+    store.wait()
+    assert names(tmp_path) == ["step-00000006", "step-00000012"]
+
+
 def test_a_state_without_a_loss_is_never_the_best(tmp_path):
     losses = {3: 9.0, 6: None, 9: None}
     save(store_in(tmp_path, keep=1, keep_best=True), losses, losses)
