@@ -117,6 +117,9 @@ class TrainSettings(Settings):
         0.0, ge=0, lt=1, description="share of the images of data that is held out instead, by hash, e.g. 0.05"
     )
     eval_rows: int = Field(256, ge=1, description="held-out rows of each source whose loss is computed")
+    eval_questions: int = Field(
+        32, ge=0, description="held-out questions of each source that are answered and scored, too; 0: none"
+    )
     eval_every: int = Field(0, ge=0, description="steps between evaluations on held-out rows; 0: checkpoint_every")
     early_stop: int = Field(0, ge=0, description="evaluations in a row without a lower loss that end training; 0: none")
     use_best: bool = Field(False, description="write the weights of the least held-out loss, not the last ones")

@@ -1,4 +1,4 @@
-"""Loss of held-out rows while a stage trains: which rows, and how it is computed.
+"""Loss of held-out rows while a stage trains, and the score of answers to them: which rows, and how it is computed.
 
 The rows and their wordings depend on the data and the seed alone. Computing the loss changes nothing that training
 depends on, so a resumed run stays the same to the last bit.
@@ -7,7 +7,7 @@ depends on, so a resumed run stays the same to the last bit.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from pipelines.data.held_out import row_hashes
 from pipelines.data.loader import BatchMaker, LoadPlan
 from pipelines.data.shards import ShardSet, find_shard_sets
 from pipelines.settings import TrainSettings
+from pipelines.training.held_out_questions import HeldOutQuestions
 from tinygptv.data.collate import LoadedSample
 from tinygptv.training.train_step import TrainStep
 
@@ -78,14 +79,27 @@ def _open(
     return HeldOutSource(name, shards, tuple(candidates[chosen].tolist()), tuple(hashes[chosen].tolist()), features)
 
 
-class HeldOutLoss:
-    """Computes the loss of held-out rows; all workers of a training do it together."""
+@dataclass(frozen=True)
+class HeldOutShare:
+    """What one worker found.
+
+    Attributes:
+        losses: sum of token losses and number of tokens, by source.
+        scores: sum of scores (0..1) and number of questions, by source; sources without questions are missing.
+    """
+
+    losses: Mapping[str, tuple[float, int]]
+    scores: Mapping[str, tuple[float, int]]
+
+
+class HeldOutRows:
+    """Computes loss and scores of held-out rows; all workers of a training do it together."""
 
     def __init__(self, settings: TrainSettings, plan: LoadPlan, train_step: TrainStep) -> None:
         """Open the rows.
 
         Args:
-            settings: ``eval_data``, ``eval_rows``, ``seed``.
+            settings: ``eval_data``, ``eval_rows``, ``eval_questions``, ``seed``.
             plan: of this worker.
             train_step: whose model is evaluated, in the precision of the training.
         """
@@ -93,19 +107,22 @@ class HeldOutLoss:
         self.train_step = train_step
         self.seed = settings.seed
         self.sources = open_sources(settings, plan, self.maker.shards)
+        rows = {source.name: (source.shards, source.rows) for source in self.sources}
+        self.questions = HeldOutQuestions(self.maker, rows, train_step, settings.eval_questions)
 
     @property
     def num_rows(self) -> dict[str, int]:
         """Rows that are evaluated, by source."""
         return {source.name: len(source.rows) for source in self.sources}
 
-    def sums(self) -> dict[str, tuple[float, int]]:
-        """Sum of token losses and number of tokens per source, over this worker's share of the rows."""
+    def share(self) -> HeldOutShare:
+        """Losses and scores of this worker's share of the rows."""
         model = self.train_step.model
         model.eval()
         try:
             with torch.no_grad(), self.train_step.as_written():
-                return {source.name: self._sum(source) for source in self.sources}
+                losses = {source.name: self._sum(source) for source in self.sources}
+                return HeldOutShare(losses, self.questions.sums())
         finally:
             model.train()
 

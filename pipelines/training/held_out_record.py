@@ -1,15 +1,19 @@
-"""The evaluations of a run on held-out rows: history, least loss, ``held_out.jsonl``."""
+"""The evaluations of a run on held-out rows: losses, scores, least loss, ``held_out.jsonl``."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from pipelines import storage
 from pipelines.json_files import to_json
 from pipelines.training.record import number
+
+if TYPE_CHECKING:
+    from pipelines.training.held_out import HeldOutShare
 
 
 class Evaluation(TypedDict):
@@ -19,11 +23,22 @@ class Evaluation(TypedDict):
         step: optimizer steps that were done.
         loss: mean over the held-out tokens of all sources, in nats.
         sources: the same for each source.
+        scores: share of the held-out questions that are answered rightly, in per cent, by source; boxes count from an
+            overlap (IoU) of 0.5.
     """
 
     step: int
     loss: float
     sources: dict[str, float]
+    scores: dict[str, float]
+
+
+class HeldOutScores(TypedDict):
+    """Scores of a source's held-out questions in ``result.json``, in per cent."""
+
+    first: float
+    last: float
+    questions: int
 
 
 class HeldOutResult(TypedDict):
@@ -36,6 +51,7 @@ class HeldOutResult(TypedDict):
         best_step: steps done at the least one.
         checkpoint_step: steps done of the weights in the checkpoint.
         rows: evaluated, by source.
+        scores: of the answers, by source; sources without questions are missing.
     """
 
     first: float
@@ -44,6 +60,7 @@ class HeldOutResult(TypedDict):
     best_step: int
     checkpoint_step: int
     rows: dict[str, int]
+    scores: dict[str, HeldOutScores]
 
 
 class HeldOutState(TypedDict, total=False):
@@ -64,12 +81,17 @@ class HeldOutHistory:
     def __init__(self, evaluations: list[Evaluation] | None = None) -> None:
         self.evaluations = evaluations or []
 
-    def add(self, step: int, shares: list[dict[str, tuple[float, int]]]) -> Evaluation:
+    def add(self, step: int, shares: Sequence[HeldOutShare]) -> Evaluation:
         """Take the sums of all workers."""
-        totals = {name: [sum(share[name][i] for share in shares) for i in (0, 1)] for name in shares[0]}
-        loss = sum(total for total, _ in totals.values()) / max(1, sum(tokens for _, tokens in totals.values()))
-        sources = {name: total / tokens for name, (total, tokens) in totals.items() if tokens}
-        found = Evaluation(step=step, loss=loss, sources=sources)
+        losses = _totals([share.losses for share in shares])
+        scores = _totals([share.scores for share in shares])
+        loss = sum(total for total, _ in losses.values()) / max(1, sum(tokens for _, tokens in losses.values()))
+        found = Evaluation(
+            step=step,
+            loss=loss,
+            sources={name: total / tokens for name, (total, tokens) in losses.items() if tokens},
+            scores={name: 100 * total / questions for name, (total, questions) in scores.items() if questions},
+        )
         self.evaluations.append(found)
         return found
 
@@ -99,15 +121,20 @@ class HeldOutHistory:
             "held_out_loss": newest["loss"] if newest["step"] == next_step else None,
         }
 
-    def result(self, checkpoint_step: int, rows: dict[str, int]) -> HeldOutResult:
+    def result(self, checkpoint_step: int, rows: dict[str, int], questions: dict[str, int]) -> HeldOutResult:
         """For ``result.json``."""
+        first, last = self.evaluations[0], self.evaluations[-1]
         return HeldOutResult(
-            first=self.evaluations[0]["loss"],
-            last=self.evaluations[-1]["loss"],
+            first=first["loss"],
+            last=last["loss"],
             best=self.best["loss"],
             best_step=self.best["step"],
             checkpoint_step=checkpoint_step,
             rows=rows,
+            scores={
+                name: HeldOutScores(first=first["scores"][name], last=last["scores"][name], questions=number)
+                for name, number in questions.items()
+            },
         )
 
     def write(self, path: Path) -> None:
@@ -119,12 +146,20 @@ class HeldOutHistory:
         storage.write_atomically(str(path), "".join(to_json(each) + "\n" for each in self.evaluations).encode())
 
 
+def _totals(shares: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:
+    """Sums over all workers."""
+    return {
+        name: (sum(share[name][0] for share in shares), sum(share[name][1] for share in shares)) for name in shares[0]
+    }
+
+
 def read_evaluations(path: Path) -> list[Evaluation]:
     """The lines of a ``held_out.jsonl``; empty where there is none."""
     return [parse_evaluation(json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def parse_evaluation(values: Evaluation) -> Evaluation:
-    """One line of the file; losses that are ``null`` become NaN."""
+    """One line of the file; losses that are ``null`` become NaN. Lines of earlier versions have no scores."""
     sources = {name: number(loss) for name, loss in values["sources"].items()}
-    return Evaluation(step=int(values["step"]), loss=number(values["loss"]), sources=sources)
+    scores = {name: float(score) for name, score in values.get("scores", {}).items()}
+    return Evaluation(step=int(values["step"]), loss=number(values["loss"]), sources=sources, scores=scores)

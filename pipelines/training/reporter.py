@@ -155,13 +155,15 @@ class Reporter:
         self.tracker.metrics(values, batch.step)
 
     def evaluation(self, found: Evaluation, history: HeldOutHistory) -> None:
-        """Report the loss of the held-out rows."""
+        """Report loss and scores of the held-out rows."""
         history.write(self.path.with_name(HELD_OUT_FILE))
-        per_source = {f"loss/held_out/{name}": loss for name, loss in found["sources"].items()}
-        self.tracker.metrics({"loss/held_out": found["loss"], **per_source}, found["step"])
+        values = {f"loss/held_out/{name}": loss for name, loss in found["sources"].items()}
+        values |= {f"score/held_out/{name}": score for name, score in found["scores"].items()}
+        self.tracker.metrics({"loss/held_out": found["loss"], **values}, found["step"])
         best = history.best
         note = "the least so far" if best is found else f"least {best['loss']:.4f} after step {best['step']}"
-        logger.info("held-out loss after step %d: %.4f (%s)", found["step"], found["loss"], note)
+        scores = "".join(f", {name} {score:.1f}%" for name, score in found["scores"].items())
+        logger.info("held-out loss after step %d: %.4f (%s)%s", found["step"], found["loss"], note, scores)
         self._show(f"{self.progress.title}: held-out loss {found['loss']:.3f} after step {found['step']} ({note})")
         self.clock = time.perf_counter()  # this was no training
 

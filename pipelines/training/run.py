@@ -29,10 +29,11 @@ from pipelines.tracking.identity import RUN_FILE, RunIdentity, read_identity
 from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.training.describe import describe_stage
 from pipelines.training.guard import TrainingStopped
+from pipelines.training.held_out_record import read_evaluations
 from pipelines.training.job import TrainJob, resolve_job, resolve_stage, resolved_config, with_start_adapters
 from pipelines.training.plots import PAPER_LOSSES, PAPER_RECIPES, loss_curve
 from pipelines.training.ray_entry import WORKER_RESULT, train_worker
-from pipelines.training.record import HELD_OUT_FILE, RECORD_FILE, WORKER_FILES
+from pipelines.training.record import HELD_OUT_FILE, RECORD_FILE, WORKER_FILES, read_record
 from pipelines.training.result import RESULT_FILE, StageResult, WorkerResult, cut_sentence, read_result, write_result
 from pipelines.training.states import StateStore
 from pipelines.training.worker import train_loop
@@ -49,6 +50,9 @@ LOSS_PLOT = "loss.png"
 
 GPU_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
 """Of training workers with a GPU: memory is taken in segments that grow, so that little is lost between tensors."""
+
+_TRAINING_POINTS = 500
+"""About so many steps of a stage are shown in the run of its training."""
 
 
 def run_stage(settings: TrainSettings, number: int, *, parent_run_id: str = "") -> StageResult:
@@ -291,12 +295,36 @@ def _log_outcome(job: TrainJob, output: Path, result: StageResult) -> None:
     tracker.tags({"checkpoint": result["checkpoint"]})
     tracker.model(f"stage{job.stage.number}", result["checkpoint"])
     tracker.close()
+    _log_to_training(job, output)
+
+
+def _log_to_training(job: TrainJob, output: Path) -> None:
+    """Log the stage's curve to the run of the whole training, so that its charts show all stages.
+
+    The names are those of an ablation's variants. Where the stage's own entries still wait, these wait for the next run
+    of the same command, too.
+    """
+    identity = read_identity(output)
+    if identity is None or not identity.parent or (output / JOURNAL_FILE).is_file():
+        return
+    entries, prefix = read_record(output / RECORD_FILE), f"stage{job.stage.number}"
+    name = run_title(job.settings.recipe, "training")
+    tracker = open_tracker(job.settings, name, identity=RunIdentity(run_id=identity.parent))
+    every = max(1, len(entries) // _TRAINING_POINTS)
+    for entry in entries:
+        if entry["step"] % every == 0 or entry is entries[-1]:
+            tracker.metrics({f"{prefix}/loss": entry["loss"], f"{prefix}/lr": entry["lr"]}, entry["step"])
+    for each in read_evaluations(output / HELD_OUT_FILE):
+        scores = {f"{prefix}/score/held_out/{name}": score for name, score in each["scores"].items()}
+        tracker.metrics({f"{prefix}/loss/held_out": each["loss"], **scores}, each["step"])
+    tracker.close()
 
 
 def _send_unsent(job: TrainJob, output: Path) -> None:
     """Send what an earlier run could not send to its tracker."""
     if (output / JOURNAL_FILE).is_file() and job.settings.tracking_uri != "none":
         _continue_tracker(job, output).close()
+        _log_to_training(job, output)
 
 
 def _continue_tracker(job: TrainJob, output: Path, parent_run_id: str = "") -> Tracker:

@@ -22,7 +22,7 @@ from pipelines.redact import redact
 from pipelines.training.distributed import gather, rank, world_size
 from pipelines.training.fit import device_capacity, fit_to_device
 from pipelines.training.guard import Diagnosis, Fault, Guard, TrainingStopped, describe, diagnose
-from pipelines.training.held_out import HeldOutLoss
+from pipelines.training.held_out import HeldOutRows
 from pipelines.training.held_out_record import HeldOutHistory, parse_evaluation
 from pipelines.training.job import TrainJob
 from pipelines.training.record import GUARD_FILE, WORKER_FILES
@@ -98,7 +98,7 @@ class TrainWorker:
             keep_best=settings.keep_best or settings.use_best,
         )
         self.work = storage.WorkFolder(job.storage)
-        self.held_out = HeldOutLoss(settings, self.plan, self.train_step) if job.evaluates else None
+        self.held_out = HeldOutRows(settings, self.plan, self.train_step) if job.evaluates else None
         self.history = HeldOutHistory()
         self.end = job.num_steps
         self.compiling = False
@@ -163,9 +163,9 @@ class TrainWorker:
         return self.end
 
     def _evaluate(self, steps_done: int) -> None:
-        """Compute the loss of the held-out rows; all workers do."""
+        """Compute loss and scores of the held-out rows; all workers do."""
         assert self.held_out is not None
-        found = self.history.add(steps_done, gather(self.held_out.sums()))
+        found = self.history.add(steps_done, gather(self.held_out.share()))
         if self.reporter:
             self.reporter.evaluation(found, self.history)
 
@@ -318,7 +318,9 @@ class TrainWorker:
         self.store.wait()
         self.reporter.flush()
         step = self._use_best() if self.job.settings.use_best else self.end
-        held_out = self.history.result(step, self.held_out.num_rows) if self.held_out else None
+        held_out = None
+        if self.held_out:
+            held_out = self.history.result(step, self.held_out.num_rows, self.held_out.questions.num_questions)
         result = self.reporter.finish(self._save_checkpoint(), self.cut, self.end, held_out)
         self.work.publish(*WORKER_FILES)
         return result

@@ -19,6 +19,8 @@ from pipelines.data.features import cache_features
 from pipelines.miniature.tiny_training import as_words, make_world, train_settings
 from pipelines.settings import CacheFeaturesSettings
 from pipelines.tracking.outbox import JOURNAL_FILE
+from pipelines.training.held_out_record import read_evaluations
+from pipelines.training.record import HELD_OUT_FILE
 from pipelines.training.run import run_stage
 from tests.paths import ROOT
 from tests.training_runs import run_until
@@ -83,6 +85,22 @@ def test_two_workers_and_the_next_stage(ray_cluster, world, straight, tmp_path):
         assert a["sample_ids"] == b["sample_ids"]
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
     assert second["last_loss"] == pytest.approx(inline["last_loss"], rel=2e-4)
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_held_out_rows(ray_cluster, world, tmp_path):
+    """Each computes its share; losses and scores are those of one worker."""
+    found = []
+    for workers in (0, 2):
+        output = tmp_path / str(workers)
+        settings = train_settings(world, output, num_workers=workers, eval_fraction=0.3, eval_every=4, use_best=True)
+        run_stage(settings, 4)
+        found.append(read_evaluations(output / HELD_OUT_FILE))
+    assert [each["step"] for each in found[0]] == [0, 4, 8, 12]
+    for one, two in zip(*found, strict=True):
+        assert two["step"] == one["step"] and two["scores"] == one["scores"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=2e-4)
+        assert two["sources"] == pytest.approx(one["sources"], rel=2e-4)
 
 
 @pytest.mark.slow
@@ -224,6 +242,9 @@ def test_a_resumed_run_continues_its_curve_and_stages_share_a_parent(world, tmp_
     assert run.info.status == "FINISHED" and run.data.params["stage.lora_rank"] == "2"
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"config.yaml", "metrics.jsonl", "loss.png", "predictions"} <= names
+    training = runs["training"]
+    assert steps_of(client, training, "stage4/loss") == list(range(12)), "its charts show all stages"
+    assert steps_of(client, training, "stage2/loss") == list(range(3))
     tables = {file.path for file in client.list_artifacts(run.info.run_id, "predictions")}
     assert {"predictions/step_000006.json", "predictions/step_000012.json"} <= tables
     (model,) = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
@@ -239,4 +260,5 @@ def test_mlflow_away_stops_nothing_and_is_told_later(world, straight, tmp_path):
     run_stage(train_settings(world, output, tracking_uri=uri), 4)  # finished: nothing is trained, what waited is sent
     assert not (output / JOURNAL_FILE).exists()
     client = client_of(uri)
-    assert steps_of(client, runs_of(client)["stage 4 multi-task learning"]) == list(range(12))
+    runs = runs_of(client)
+    assert steps_of(client, runs["stage 4 multi-task learning"]) == list(range(12))

@@ -208,7 +208,7 @@ class TrainStep:
         flat = flatten(batch, self.model.config.image_token_id) if self.flat else None
         if flat is not None:
             return self._flat_losses(flat, query_features)
-        with self._autocast(self.autocast_dtype):
+        with self.autocast():
             inputs_embeds = self.model.embed(self._to_device(batch.input_ids), query_features=query_features)
             return self.model.token_losses(
                 inputs_embeds,
@@ -228,7 +228,7 @@ class TrainStep:
             flat.supervised_ids,
             flat.cu_seqlens,
         )
-        with self._autocast(self.autocast_dtype):
+        with self.autocast():
             inputs_embeds = self.model.embed(
                 ids.unsqueeze(0), query_features=query_features, image_positions=image_positions
             )
@@ -249,15 +249,21 @@ class TrainStep:
         """Cached query features, or those of the batch's images, encoded now."""
         if batch.query_features is not None:
             return self._to_device(batch.query_features)
-        if batch.pixels is None:
-            return None
+        return None if batch.pixels is None else self.encode(batch.pixels)
+
+    def encode(self, pixels: np.ndarray) -> Tensor:
+        """Query features [N, Q, F] of uint8 images [N, 3, R, R], in the precision of the encoder."""
         # Weights that are 16-bit already need no autocast, whose float32 norms cost a tenth of the encoder's time.
         weights = self.model.qformer.query_tokens.dtype
         size = images_at_a_time(cast(TinyGPTVConfig, self.model.config))
-        images = [batch.pixels[start : start + size] for start in range(0, len(batch.pixels), size)]
+        images = [pixels[start : start + size] for start in range(0, len(pixels), size)]
         with self._autocast(self.encoder_dtype if self.encoder_dtype != weights else torch.float32):
             features = [self.model.encode_query_features(self.pixel_values(part)) for part in images]
         return features[0] if len(features) == 1 else torch.cat(features)
+
+    def autocast(self) -> torch.autocast:
+        """Computation in the precision of the training."""
+        return self._autocast(self.autocast_dtype)
 
     def _autocast(self, dtype: torch.dtype) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from pipelines.data.shards import ShardSet
 from pipelines.fingerprint import OtherInputsError
 from pipelines.miniature.tiny_training import make_rows, make_world, train_settings, write_shard_set
 from pipelines.settings import SettingsError
-from pipelines.training.held_out import HeldOutLoss
-from pipelines.training.held_out_record import HeldOutHistory, read_evaluations
+from pipelines.training import held_out_questions
+from pipelines.training.held_out import HeldOutRows, HeldOutShare
+from pipelines.training.held_out_questions import HeldOutQuestions
+from pipelines.training.held_out_record import Evaluation, HeldOutHistory, parse_evaluation, read_evaluations
 from pipelines.training.job import resolve_job
 from pipelines.training.plots import loss_curve
 from pipelines.training.record import HELD_OUT_FILE
@@ -23,6 +26,7 @@ from pipelines.training.run import run_stage
 from pipelines.training.sample_predictions import SamplePredictor
 from tests.training_runs import run_until
 from tinygptv.checkpoint.checkpoint import load_checkpoint
+from tinygptv.data.sample import SampleRow, Turn
 from tinygptv.training.stages import get_stage
 from tinygptv.training.train_step import TrainStep
 
@@ -106,9 +110,95 @@ def test_the_loss_is_the_mean_over_the_tokens_of_the_rows(straight, settings_of,
     job, _ = resolve_job(settings_of(tmp_path, micro_batch_size=2), 4)
     model, _, _ = load_checkpoint(straight[1] / "checkpoint")
     step = TrainStep(model, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), num_sources=2)
-    shares = [HeldOutLoss(job.settings, job.plan.for_worker(rank, 3), step).sums() for rank in range(3)]
+    shares = [HeldOutRows(job.settings, job.plan.for_worker(rank, 3), step).share() for rank in range(3)]
     found = HeldOutHistory().add(12, shares)
     assert found["loss"] == pytest.approx(straight[0]["held_out"]["last"], rel=1e-4)
+    assert found["scores"] == read_evaluations(straight[1] / HELD_OUT_FILE)[-1]["scores"]
+
+
+def question_rows():
+    """Rows of the four kinds: several annotators, one answer, a box, a phrase; and one that is no question."""
+    image = make_rows("pairs", 1)[0]
+    fields = {"image": image.image, "width": 100, "height": 100}
+    box = {**fields, "boxes": ((10.0, 20.0, 50.0, 60.0),)}
+    return [
+        SampleRow("a", "q", "vqa", (Turn("many?", ("two",) * 4 + ("three",) * 2),), **fields),
+        SampleRow("b", "q", "caption", (Turn("", ("two",)),), **fields),
+        SampleRow("c", "q", "vqa", (Turn("one?", ("a cat",)),)),
+        SampleRow("d", "q", "refer", (Turn("", ("red star",)),), **box),
+        SampleRow("e", "q", "identify", (Turn("", ("red star", "star")),), **box),
+    ]
+
+
+@pytest.fixture
+def asked(settings_of, world, tmp_path):
+    """Questions of ``question_rows``, with a model whose answers are given by instruction."""
+    shards = ShardSet.open(str(write_shard_set(tmp_path / "q", question_rows())))
+    job, _ = resolve_job(settings_of(tmp_path / "out"), 4)
+    model, _, _ = load_checkpoint(world["init_from"])
+    model.set_image_size(28)
+    step = TrainStep(model.eval(), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), num_sources=2)
+
+    def make(rank=0, world_size=1, per_source=9):
+        plan = job.plan.for_worker(rank, world_size)
+        return HeldOutQuestions(BatchMaker(plan), {"q": (shards, range(len(shards)))}, step, per_source)
+
+    return make
+
+
+def test_rows_with_short_answers_are_asked_in_the_words_of_benchmarks(asked, monkeypatch):
+    questions, heard = asked(), []
+    answers = {
+        "[vqa] Based on the image, respond to this question with a short answer: many?": "two",
+        "[vqa] Based on the image, respond to this question with a short answer: one?": "A Cat",
+        "[refer] give me the location of red star": "{<10><20><50><58>}",
+        "[identify] what object is in this location {<10><20><50><60>}": "circle",
+    }
+
+    def answer(rows):
+        heard.extend(held_out_questions.question_of(row) for row in rows)
+        return [answers[held_out_questions.question_of(row).instruction] for row in rows]
+
+    monkeypatch.setattr(questions, "_answer", answer)
+    assert questions.sums() == {"q": (3.0, 4)} and questions.num_questions == {"q": 4}
+    assert [each.num_images for each in heard] == [1, 1, 1, 0] and {e.instruction for e in heard} == set(answers)
+    assert asked(per_source=2).num_questions == {"q": 2} and asked(per_source=0).num_questions == {}
+    found = HeldOutHistory().add(3, [HeldOutShare({"q": (2.0, 4)}, {"q": (3.0, 4)})])
+    assert found["scores"] == {"q": 75.0} and found["loss"] == 0.5
+
+
+def test_a_batch_of_questions_is_answered_like_each_alone(asked, monkeypatch):
+    """Prompts of unequal length, with and without an image."""
+    questions = asked()
+    rows = [row for row in question_rows() if row.task != "caption"]
+    with_image = [row for row in rows if row.image is not None]
+    alone = [questions._answer([row])[0] for row in rows]
+    assert questions._answer(with_image) == [a for a, row in zip(alone, rows, strict=True) if row.image is not None]
+    heard = []
+    monkeypatch.setattr(
+        questions, "_answer", lambda batch: heard.append([row.id for row in batch]) or [""] * len(batch)
+    )
+    questions.sums()
+    assert [sorted(each) for each in heard] == [["a", "d", "e"], ["c"]]
+
+
+def test_workers_share_the_questions(asked, monkeypatch):
+    shares = []
+    for rank in range(3):
+        questions = asked(rank, 3)
+        monkeypatch.setattr(questions, "_answer", lambda rows: ["two"] * len(rows))
+        shares.append(questions.sums()["q"])
+    assert [number for _, number in shares] == [2, 1, 1] and sum(score for score, _ in shares) == 1.0
+
+
+def test_scores_are_recorded_and_read_again(straight):
+    result, output = straight
+    found = read_evaluations(output / HELD_OUT_FILE)
+    assert all(set(each["scores"]) == {"questions"} for each in found), "captions are no questions"
+    scores = result["held_out"]["scores"]["questions"]
+    assert (scores["first"], scores["last"]) == tuple(found[place]["scores"]["questions"] for place in (0, -1))
+    assert 0 < scores["questions"] < result["held_out"]["rows"]["questions"], "texts are not asked"
+    assert parse_evaluation({"step": 0, "loss": 1, "sources": {}})["scores"] == {}, "written by an earlier version"
 
 
 @pytest.mark.parametrize("at", [2, 5, 10])
@@ -122,6 +212,9 @@ def test_resumed_runs_stay_the_same_to_the_last_bit(straight, settings_of, tmp_p
 
 def test_evaluating_changes_no_step(straight, settings_of, tmp_path):
     run_stage(settings_of(tmp_path, eval_every=1, eval_rows=3), 4)
+    assert losses(tmp_path) == losses(straight[1])
+    shutil.rmtree(tmp_path)
+    run_stage(settings_of(tmp_path, eval_every=1, eval_questions=0), 4)
     assert losses(tmp_path) == losses(straight[1])
 
 
@@ -157,7 +250,7 @@ def test_training_ends_early_and_the_best_weights_are_written(stopped, settings_
     job, _ = resolve_job(settings, 4)
     model, _, metadata = load_checkpoint(output / "checkpoint")
     step = TrainStep(model, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), num_sources=2)
-    again = HeldOutHistory().add(0, [HeldOutLoss(job.settings, job.plan, step).sums()])
+    again = HeldOutHistory().add(0, [HeldOutRows(job.settings, job.plan, step).share()])
     assert again["loss"] == pytest.approx(held_out["best"], rel=1e-5) and metadata["steps"] == result["steps"]
 
 
@@ -197,18 +290,22 @@ def test_mistakes(settings_of, tmp_path, changes, error, message):
         run_stage(settings_of(tmp_path, **changes), 4)
 
 
-def test_the_plot_shows_both_curves(straight, tmp_path, monkeypatch):
+def test_the_plot_shows_losses_and_scores(straight, tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
-    drawn, original = [], Axes.plot
+    shutil.copy(straight[1] / "metrics.jsonl", tmp_path)
+    evaluations = [Evaluation(step=n, loss=1.0, sources={}, scores={"vqa": 10.0 * n}) for n in (0, 8, 12)]
+    HeldOutHistory(evaluations).write(tmp_path / HELD_OUT_FILE)
+    drawn, original = {}, Axes.plot
 
     def plot(self, *arguments, **more):
-        drawn.append(more.get("label"))
+        drawn[more.get("label")] = arguments
         return original(self, *arguments, **more)
 
     monkeypatch.setattr(Axes, "plot", plot)
-    loss_curve(straight[1] / "metrics.jsonl", tmp_path / "loss.png", get_stage("mini", 4), "mini")
+    loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png", get_stage("mini", 4), "mini")
     assert {"loss per step", "held-out loss"} <= set(drawn)
+    assert drawn["vqa"] == ([0, 8, 12], [0.0, 80.0, 120.0])
 
 
 def test_every_worker_draws_the_same_rows(settings_of, tmp_path):
