@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 
 import pytest
@@ -142,3 +143,15 @@ def test_few_copies_are_kept(tmp_path, monkeypatch, cache):
         newest = local_checkpoint(place)
     copies = [path for path in cache.iterdir() if path.is_dir()]
     assert len(copies) == 2 and newest in copies
+
+
+def test_the_copy_that_was_used_longest_ago_is_removed(tmp_path, monkeypatch, cache):
+    monkeypatch.setattr(node_cache, "MAX_FOLDERS", 2)
+    remote = [f"memory://bucket/{tmp_path.name}/{number}" for number in range(3)]
+    for number, location in enumerate(remote):
+        storage.upload_folder(checkpoint(tmp_path / str(number), bytes([number])), location, MANIFEST)
+    first, second = local_checkpoint(remote[0]), local_checkpoint(remote[1])
+    os.utime(first, (1000, 1000)), os.utime(second, (2000, 2000))
+    assert local_checkpoint(remote[0]) == first, "used again"
+    third = local_checkpoint(remote[2])
+    assert {path for path in cache.iterdir() if path.is_dir()} == {first, third}

@@ -11,7 +11,8 @@ import pytest
 
 from pipelines import storage
 from pipelines.evaluation.benchmarks.base import Benchmark, Question
-from pipelines.evaluation.run import evaluate
+from pipelines.evaluation.benchmarks.files import DataFolder
+from pipelines.evaluation.run import _read, evaluate
 from pipelines.evaluation.worker import UnitAnswerer, _other_images
 from pipelines.fingerprint import OtherInputsError
 from pipelines.settings import ScoreSettings, SettingsError
@@ -68,6 +69,13 @@ def test_result(run):
         assert entry["unanswered"] == 0 and entry["low"] <= entry["value"] <= entry["high"]
     assert result["benchmarks"]["miniature_vqa"]["n"] == 6
     assert set(result["benchmarks"]["miniature_refer"]["also"]) == {"IoU > 0.3", "mean IoU"}
+
+
+@pytest.mark.parametrize(("limit", "asked"), [(0, 3), (1, 1), (2, 2), (3, 3), (9, 3)])
+def test_a_limit_asks_so_many_questions(tmp_path, limit, asked):
+    questions = [Question(f"q{number}", "what?", None, {"answer": "x"}) for number in range(3)]
+    benchmark = Benchmark("own", "exact match", lambda data: iter(questions), lambda answer, truth: 0.0)
+    assert _read(ScoreSettings(limit=limit), benchmark, DataFolder(tmp_path, None)).questions == questions[:asked]
 
 
 def test_predictions_hold_every_question_with_every_view(run, world):

@@ -61,6 +61,17 @@ def test_answers_do_not_depend_on_earlier_calls(embeds):
     assert warm.answer(prompts, embeds) == once.answer(prompts, embeds)
 
 
+def test_positions_of_an_image_name_it(answerer, embeds):
+    """Prompts with the same question and another image must not share a computed beginning."""
+    prompts = [Prompt("what is it?", 0), Prompt("what is it?", 2), Prompt("what is it?", 2), Prompt("what is it?")]
+    ids = [answerer.prompt_ids(prompt) for prompt in prompts]
+    asked = [answerer._request(of, prompt, embeds).ids for of, prompt in zip(ids, prompts, strict=True)]
+    shown = ids[0] == answerer.processor.image_token_id
+    assert shown.any() and all((of[shown] < 0).all() for of in asked[:3]), "no number of a token"
+    assert not (asked[0] == asked[1])[shown].any() and (asked[1] == asked[2]).all()
+    assert (asked[0] == asked[1])[~shown].all() and (asked[3] >= 0).all()
+
+
 def test_no_prompts(answerer):
     assert answerer.answer([], []) == []
     assert answerer.choice_losses([], []) == []

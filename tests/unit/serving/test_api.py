@@ -9,8 +9,8 @@ import re
 import openai
 import pytest
 
-from pipelines.serving.answers import find_boxes
-from pipelines.serving.backend import ChatJob, Failure, ModelInfo
+from pipelines.serving.answers import Answer, find_boxes
+from pipelines.serving.backend import ChatJob, Failure, ModelInfo, Piece
 from pipelines.serving.errors import ProtocolError
 from pipelines.serving.model_backend import ModelBackend
 from pipelines.settings import ServeSettings
@@ -49,6 +49,15 @@ def test_an_answer_has_openais_shape(client):
     usage = body["usage"]
     assert usage["completion_tokens"] == 12
     assert usage["total_tokens"] == usage["prompt_tokens"] + 12
+
+
+def test_tokens_of_all_pieces_are_counted():
+    answer = Answer("id", "name", 0, False, None, 0)
+    for item in (READ, Piece("a", num_tokens=2, cached_tokens=5), Piece("b", num_tokens=3, finish_reason="stop")):
+        answer.add(item)
+    usage = answer.usage()
+    assert (usage["completion_tokens"], usage["prompt_tokens_details"]["cached_tokens"]) == (5, 5)
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 5 and usage["prompt_tokens"] == READ.prompt_tokens > 0
 
 
 def test_a_stream_says_the_same_as_a_whole_answer(client):

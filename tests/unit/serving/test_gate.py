@@ -103,3 +103,21 @@ def test_the_mean_time_follows_the_requests(monkeypatch):
         with gate.admit("a"):
             now[0] += 4.0
     assert gate._mean_seconds == pytest.approx(4.0, abs=0.05)
+
+
+def test_a_request_moves_the_mean_time_by_a_twentieth(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(gates.time, "monotonic", lambda: now[0])
+    gate = Gate(capacity=10, parallel=1)
+    with gate.admit("a"):
+        now[0] += 5.0
+    assert gate._mean_seconds == pytest.approx(1.0 + 0.05 * 4.0)
+
+
+def test_clients_that_left_have_no_share():
+    gate = Gate(capacity=80, parallel=16)
+    for number in range(30):
+        with gate.admit(f"client {number}"):
+            pass
+    with fill(gate, "a", 80), fill(gate, "b", 40):
+        refusal(gate, "b")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from pipelines.data.ingest.staging import stage_unit
 from pipelines.data.sources import SOURCES
 from pipelines.data.sources.base import SourceInput
 from pipelines.settings import PrepareDataSettings
-from tests.source_files import write_web_tar
+from tests.source_files import jpeg, write_web_tar
 
 
 @pytest.fixture
@@ -52,3 +54,20 @@ def test_a_damaged_unit_is_read_again(unit_and_settings, tmp_path, damage, endin
         (staging / name).write_bytes(changed if damage == "changed" else data[:middle])
     assert stage_unit(unit, 0, settings, str(staging)) == (first, False)
     assert {path.name: path.read_bytes() for path in staging.iterdir()} == whole
+
+
+def test_a_unit_whose_missing_images_appeared_is_read_again(tmp_path):
+    staging, images = tmp_path / "staging", tmp_path / "own"
+    staging.mkdir(), images.mkdir()
+    own = images / "own.jsonl"
+    own.write_text("".join(json.dumps({"image": f"{n}.jpg", "caption": f"c {n}"}) + "\n" for n in range(2)))
+    (images / "0.jpg").write_bytes(jpeg(0))
+    settings = PrepareDataSettings(source="jsonl", input=str(own), output=str(tmp_path / "out"), num_workers=0)
+    source = SOURCES["jsonl"]
+    (unit,) = source.reader.plan(SourceInput("jsonl", str(own), "", "own", source.task))
+    first, _ = stage_unit(unit, 0, settings, str(staging))
+    assert first.rows == 1 and len(first.rejected) == 1 and first.missing
+    assert stage_unit(unit, 0, settings, str(staging))[1], "still missing"
+    (images / "1.jpg").write_bytes(jpeg(1))
+    again, was_there = stage_unit(unit, 0, settings, str(staging))
+    assert (again.rows, again.missing, was_there) == (2, [], False)

@@ -1,0 +1,42 @@
+"""Rows that stay are copied from a staged file, whichever of its record batches they are in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines.data.ingest.publish import Piece, ShardPlan, write_shard
+from pipelines.data.shard_format import SCHEMA, ShardInfo, record_batch
+from tinygptv.data.sample import SampleRow, Turn
+
+
+def rows(numbers):
+    return [SampleRow(f"row {n}", "x", "text", (Turn("q", (f"a {n}",)),)) for n in numbers]
+
+
+@pytest.fixture
+def staged(tmp_path):
+    """Three batches of three rows."""
+    path = tmp_path / "unit.arrow"
+    with pa.ipc.new_file(str(path), SCHEMA) as file:
+        for start in (0, 3, 6):
+            file.write_batch(record_batch(rows(range(start, start + 3))))
+    return str(path)
+
+
+@pytest.mark.parametrize("stay", [[0, 3, 6], [2, 5, 8], [2, 3], [6, 7, 8], [4], list(range(9))])
+def test_rows_that_stay_are_those_of_their_batch(staged, tmp_path, stay):
+    plan = ShardPlan(str(tmp_path / "part.arrow"), (Piece(staged, ShardInfo("unit.arrow", 9, 1, ""), np.array(stay)),))
+    assert write_shard(plan).rows == len(stay)
+    with pa.memory_map(str(tmp_path / "part.arrow")) as file:
+        assert pa.ipc.open_file(file).read_all()["id"].to_pylist() == [f"row {n}" for n in stay]
+
+
+def test_pieces_follow_one_another(staged, tmp_path):
+    info = ShardInfo("unit.arrow", 9, 1, "")
+    pieces = (Piece(staged, info, np.array([8])), Piece(staged, info, None), Piece(staged, info, np.array([0, 1])))
+    assert write_shard(ShardPlan(str(tmp_path / "part.arrow"), pieces)).rows == 12
+    with pa.memory_map(str(tmp_path / "part.arrow")) as file:
+        found = pa.ipc.open_file(file).read_all()["id"].to_pylist()
+    assert found == [f"row {n}" for n in (8, *range(9), 0, 1)]
