@@ -1,0 +1,91 @@
+"""Faults of a remote storage: those that pass are tried again with growing pauses, the others told at once."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from pipelines.storage import Location, StorageError, retry
+from pipelines.storage.retry import TRIES, refusal, with_retries
+
+REMOTE = Location("s3://bucket", "folder/file")
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    found = []
+    monkeypatch.setattr(retry.time, "sleep", found.append)
+    monkeypatch.setattr(retry.random, "uniform", lambda low, high: 1.0)
+    return found
+
+
+def failing(times, error):
+    """An action that fails so many times, and counts its calls."""
+    calls = []
+
+    def action():
+        calls.append(len(calls) + 1)
+        if len(calls) <= times:
+            raise error
+        return "done"
+
+    return action, calls
+
+
+def test_a_fault_that_passes_is_tried_again_after_doubled_pauses(pauses, caplog):
+    action, calls = failing(4, OSError("connection reset"))
+    assert with_retries(REMOTE, action) == "done"
+    assert len(calls) == 5 and pauses == [0.5, 1.0, 2.0, 4.0]
+    assert "s3://bucket/folder/file failed (try 4 of 6), again in 4.0 s: connection reset" in caplog.text
+
+
+def test_a_fault_that_stays_is_told_after_the_last_try(pauses):
+    action, calls = failing(99, OSError("connection\n reset"))
+    with pytest.raises(StorageError, match=r"^s3://bucket/folder/file failed 6 times, last with: connection reset\."):
+        with_retries(REMOTE, action)
+    assert len(calls) == TRIES == 6 and len(pauses) == 5
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("gone"),
+        IsADirectoryError("a folder"),
+        StorageError("told already"),
+        OSError(errno.ENOSPC, "no space left"),
+        OSError(errno.EDQUOT, "quota"),
+    ],
+)
+def test_lasting_errors_are_raised_as_they_are_at_the_first_try(pauses, error):
+    action, calls = failing(9, error)
+    with pytest.raises(type(error)) as caught:
+        with_retries(REMOTE, action)
+    assert caught.value is error and len(calls) == 1 and not pauses
+
+
+def test_a_local_disk_gets_one_try(pauses):
+    action, calls = failing(9, OSError("broken"))
+    with pytest.raises(OSError, match="broken"):
+        with_retries(Location("", "/data/file"), action)
+    assert len(calls) == 1 and not pauses
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError("When reading: NoSuchBucket"), "the bucket of s3://bucket/folder/file does not exist: check the name"),
+        (OSError("AWS Error ACCESS_DENIED during PutObject"), "s3://bucket/folder/file refuses access"),
+        (OSError("HTTP response code 403"), "refuses access"),
+        (PermissionError("no"), "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_a_refusal_names_the_fix_at_the_first_try(pauses, error, sentence):
+    action, calls = failing(9, error)
+    with pytest.raises(StorageError) as caught:
+        with_retries(REMOTE, action)
+    assert sentence in str(caught.value) == refusal(REMOTE, error) and len(calls) == 1
+
+
+def test_other_errors_are_no_refusal():
+    assert refusal(REMOTE, OSError("timeout")) == "" == refusal(REMOTE, OSError("HTTP response code 503"))

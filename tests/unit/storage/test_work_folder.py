@@ -1,0 +1,77 @@
+"""A job's working folder and the location at which its files are published."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines import storage
+from pipelines.storage import WorkFolder, folders
+
+
+@pytest.fixture
+def location(tmp_path):
+    return f"memory://work/{tmp_path.name}"
+
+
+def published(location):
+    return {name: storage.read_bytes(storage.join(location, name)) for name in storage.list_names(location)}
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    found, original = [], folders.upload
+    monkeypatch.setattr(folders, "upload", lambda path, to: (found.append(path.name), original(path, to))[1])
+    return found
+
+
+def test_only_what_changed_is_published_again(location, uploads):
+    work = WorkFolder(location)
+    (work.path / "a.txt").write_text("one")
+    (work.path / "b.txt").write_text("two")
+    work.publish()
+    assert published(location) == {"a.txt": b"one", "b.txt": b"two"} and uploads == ["a.txt", "b.txt"]
+    (work.path / "b.txt").write_text("two, longer")
+    work.publish("a.txt", "b.txt", "missing.txt")
+    assert published(location) == {"a.txt": b"one", "b.txt": b"two, longer"} and uploads == ["a.txt", "b.txt", "b.txt"]
+
+
+def test_files_are_published_in_the_order_given(location, uploads):
+    work = WorkFolder(location)
+    for name in ("a", "b", "c"):
+        (work.path / name).write_text(name)
+    work.publish("c", "a", "b")
+    assert uploads == ["c", "a", "b"]
+
+
+def test_a_file_that_is_gone_is_removed_there(location):
+    work = WorkFolder(location)
+    (work.path / "folder").mkdir()
+    for name in ("folder/a", "folder/b", "folder.txt"):
+        (work.path / name).write_text(name)
+    work.publish()
+    (work.path / "folder/a").unlink()
+    work.publish("folder")
+    assert list(storage.list_names(f"{location}/folder")) == ["b"]
+    assert storage.exists(f"{location}/folder.txt"), "of a name that begins alike"
+
+
+def test_what_another_run_published_is_fetched_and_not_sent_again(location, uploads):
+    first = WorkFolder(location)
+    (first.path / "record.jsonl").write_text("1\n")
+    (first.path / "folder").mkdir()
+    (first.path / "folder/x").write_text("x")
+    first.publish()
+    uploads.clear()
+    second = WorkFolder(location)
+    second.fetch("record.jsonl", "folder", "never-written")
+    assert (second.path / "record.jsonl").read_text() == "1\n" and (second.path / "folder/x").read_text() == "x"
+    second.publish("record.jsonl", "folder")
+    assert uploads == []
+    assert second.uri("record.jsonl") == f"{location}/record.jsonl" and second.uri() == location
+
+
+def test_a_local_folder_is_the_location_itself(tmp_path):
+    work = WorkFolder(str(tmp_path / "out"))
+    (work.path / "a").write_text("a")
+    work.publish(), work.fetch("a")
+    assert (tmp_path / "out/a").read_text() == "a" and work.uri("a") == str(tmp_path / "out/a")
