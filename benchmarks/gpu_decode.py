@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from gpu_model import random_model as trainable_model
 from gpu_rows import GIB, Clock, Row, Rows, synchronize, table
 from serving_common import make_tokenizer
 
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.convert.load import rebuild_buffers
 from tinygptv.inference.decoder import FlatDecoder
 from tinygptv.inference.engine import Engine
 from tinygptv.inference.engine_thread import EngineLoop
@@ -43,9 +43,8 @@ from tinygptv.inference.request import Request
 from tinygptv.inference.sampling import SamplingParams
 from tinygptv.kernels.shapes import PackedWeight, pack_codes, pad_groups
 from tinygptv.miniature.tiny import tiny_config
-from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.quantization.linear_packed import PackedLinear, from_int4, from_int8
-from tinygptv.training.memory_plan import build_on_meta
 
 BITS = {"bf16": 16.0, "nf4": 4.25, "int4": 4.5, "int8": 8.0}
 """Bits that a weight of the language layers takes on the device, scales included; the head stays bf16."""
@@ -79,22 +78,9 @@ SIZES: dict[str, Size] = {
 
 
 def random_model(config: TinyGPTVConfig, device: torch.device, dtype: torch.dtype) -> TinyGPTVForConditionalGeneration:
-    """Random weights, made where they stay, ready for inference; answers depend on every token of the prompt."""
+    """Random weights without adapters, ready for inference."""
     config.lora_rank = 0
-    model = build_on_meta(config)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in list(model.named_parameters()):
-        kind = torch.float32 if FLOAT32_NAMES.match(name) else dtype
-        value = torch.zeros(parameter.shape, dtype=kind, device=device)
-        if parameter.ndim > 1:
-            value.normal_(std=0.02, generator=generator)
-        elif not name.endswith("bias"):
-            value.fill_(1.0)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    for module in model.modules():
-        rebuild_buffers(module)
-    return model.to(device).eval()
+    return trainable_model(config, device, dtype).requires_grad_(False).eval()
 
 
 def random_layer(kind: str, outputs: int, inputs: int, bias: Tensor | None, device: torch.device) -> nn.Module:

@@ -19,13 +19,21 @@ TRAINED = ("projector", "language_norms", "lora")
 """What stages 2 to 4 train."""
 
 
-def random_model(config: TinyGPTVConfig, device: torch.device) -> TinyGPTVForConditionalGeneration:
-    """Random weights made where they stay, in the dtypes of training in bf16."""
+def random_model(
+    config: TinyGPTVConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> TinyGPTVForConditionalGeneration:
+    """Random weights made where they stay; answers depend on every token of the prompt.
+
+    Args:
+        config: sizes.
+        device: where they stay.
+        dtype: of the matrices; what stages train is float32.
+    """
     model = build_on_meta(config)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in list(model.named_parameters()):
-        dtype = torch.float32 if FLOAT32_NAMES.match(name) else torch.bfloat16
-        value = torch.zeros(parameter.shape, dtype=dtype, device=device)
+        kind = torch.float32 if FLOAT32_NAMES.match(name) else dtype
+        value = torch.zeros(parameter.shape, dtype=kind, device=device)
         if parameter.ndim > 1:
             value.normal_(std=0.02, generator=generator)
         elif not name.endswith("bias"):

@@ -25,8 +25,8 @@ from note import LoadWatch, versions, write_note
 from photo_tars import SIZE, make_pictures
 from PIL import Image
 
-from pipelines.data.shard_format import MANIFEST, Manifest, ShardWriter, record_batch
 from pipelines.data.shards import ShardSet
+from pipelines.miniature.tiny_training import write_shard_set
 from tinygptv.data.images import open_image, resize_pixels
 from tinygptv.data.sample import SampleRow, Turn
 
@@ -45,17 +45,6 @@ def make_rows(count: int) -> Iterator[SampleRow]:
         picture.save(buffer, "JPEG", quality=90)
         turn = Turn("", (f"picture number {number}",))
         yield SampleRow(f"set/{number:06d}", "set", "pair", (turn,), buffer.getvalue(), *SIZE)
-
-
-def write_set(rows: list[SampleRow], folder: Path, rows_per_shard: int = 500) -> ShardSet:
-    folder.mkdir()
-    shards = []
-    for number, start in enumerate(range(0, len(rows), rows_per_shard)):
-        writer = ShardWriter(str(folder / f"part-{number:05d}.arrow"))
-        writer.write(record_batch(rows[start : start + rows_per_shard]))
-        shards.append(writer.close())
-    (folder / MANIFEST).write_bytes(Manifest("set", tuple(shards)).to_json())
-    return ShardSet.open(str(folder))
 
 
 def write_tar(rows: Iterable[SampleRow], path: Path) -> Path:
@@ -137,7 +126,7 @@ def main() -> None:
     arguments = parser.parse_args()
     load = LoadWatch()
     with tempfile.TemporaryDirectory(prefix="reader-") as folder:
-        shards = write_set(list(make_rows(2000)), Path(folder, "set"))
+        shards = ShardSet.open(str(write_shard_set(Path(folder, "set"), list(make_rows(2000)), 500)))
         ways = readers(shards, Path(folder))
         lines = compare(ways, arguments.rounds, arguments.rows)
         header = [

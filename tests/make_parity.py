@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests import reference_model as reference
-from tests.release_files import language_state, qformer_state, stage_state, vision_state, write_release
+from tests.release_files import double, language_state, qformer_state, stage_state, vision_state, write_release
 from tinygptv.convert.layouts import plain_key
 from tinygptv.miniature.tiny import tiny_config, tiny_tokenizer
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
@@ -68,9 +68,6 @@ def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     write_release(FOLDER, plain, HEADS)
-
-    def double(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.double() for name, tensor in state.items()}
 
     vision, qformer = double(vision_state(plain)), double(qformer_state(plain))
     stage = {name: tensor.requires_grad_() for name, tensor in double(stage_state(plain, heads=HEADS)).items()}

@@ -30,6 +30,11 @@ def gelu_new(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
 
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference as a share of the largest value."""
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
+
+
 def heads_of(x: Tensor, heads: int) -> list[Tensor]:
     return list(x.split(x.shape[-1] // heads, dim=-1))
 

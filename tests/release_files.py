@@ -26,6 +26,11 @@ def write_release(folder, plain, heads=4):
     }
 
 
+def double(state):
+    """The tensors in float64."""
+    return {name: tensor.double() for name, tensor in state.items()}
+
+
 def vision_state(plain):
     prefix = "vision_encoder.vit."
     return {name.removeprefix(prefix): tensor for name, tensor in plain.items() if name.startswith(prefix)}

@@ -29,12 +29,14 @@ def is_hub(name: str | Path) -> bool:
     return str(name).startswith(PREFIX)
 
 
-def local_folder(name: str | Path, output: str | Path | None = None) -> Path:
+def local_folder(name: str | Path, output: str | Path | None = None, *, hashes: bool = False) -> Path:
     """A folder of this machine: the path itself, or a repository of the hub, downloaded and checked.
 
     Args:
         name: a path, or ``hf://org/name[@revision]``.
         output: where a repository goes; None keeps it in the hub's cache.
+        hashes: compare a repository's files with its manifest by their hashes, not their sizes alone; whatever loads
+            the folder compares the hashes anyway.
 
     Raises:
         CheckpointError: the repository cannot be had, is no checkpoint folder, or does not match its manifest.
@@ -51,7 +53,7 @@ def local_folder(name: str | Path, output: str | Path | None = None) -> Path:
     except Exception as error:  # the hub's own errors, its HTTP library's, and the system's
         raise CheckpointError(f"{name} cannot be downloaded: {_reason(error)}") from error
     if (folder / MANIFEST).is_file():
-        verify_folder(folder)
+        verify_folder(folder, hashes=hashes)
     return folder
 
 
@@ -109,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result: Any
         if options.command == "pull":
             name = options.name if is_hub(options.name) else PREFIX + options.name
-            result = local_folder(name, options.output)
+            result = local_folder(name, options.output, hashes=True)
         else:
             result = push_folder(options.folder, options.repo, private=options.private)
     except (CheckpointError, OSError) as error:

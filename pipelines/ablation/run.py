@@ -19,7 +19,7 @@ from typing import Any
 from pipelines import storage
 from pipelines.ablation.findings import StageOutcome, outcome_of, typical_norms
 from pipelines.ablation.report import AblationRow, ReportFiles, RowRecord, text_table, write_report
-from pipelines.ablation.variant_run import SharedInputs, StageStatus, VariantOutcome, find_stage, run_variant
+from pipelines.ablation.variant_run import SharedInputs, StageStatus, VariantOutcome, run_variant
 from pipelines.ablation.variants import Variant, find_variant, with_precision
 from pipelines.cluster import start_ray
 from pipelines.fingerprint import Fingerprint, claim
@@ -36,6 +36,7 @@ from pipelines.tracking.base import Tracker, continue_tracker, reachable_uri
 from pipelines.tracking.described import run_title
 from pipelines.tracking.identity import RUN_FILE
 from pipelines.tracking.outbox import JOURNAL_FILE
+from pipelines.training.job import resolve_stage
 from pipelines.training.record import RECORD_FILE, StepEntry, read_record
 from pipelines.training.result import RESULT_FILE
 from pipelines.training.stage_features import cache_stage_features
@@ -80,7 +81,7 @@ def ablate(settings: AblateSettings) -> AblationResult:
     variants = [
         with_precision(find_variant(name), precision) for precision in settings.precisions for name in settings.variants
     ]
-    stages = [find_stage(settings, number) for number in settings.stages]
+    stages = [resolve_stage(settings, number) for number in settings.stages]
     if not variants or not stages:
         raise SettingsError("an ablation needs at least one of variants=, precisions= and stages=.")
     work = storage.WorkFolder(settings.output_location("outputs/ablation"))
@@ -206,7 +207,7 @@ def _prepare_world(settings: AblateSettings, world: Path) -> Path:
     common = {key: getattr(settings, key) for key in ("recipe", "seed", "quiet")} | {"tracking_uri": "none"}
     scenes = settings.world_scenes
     draw_world(MiniatureSettings(output=str(world), train_scenes=scenes, test_scenes=max(1, scenes // 4), **common))
-    sources = {source.name for number in settings.stages for source in find_stage(settings, number).sources}
+    sources = {source.name for number in settings.stages for source in resolve_stage(settings, number).sources}
     prepare_world(world, world / "shards", partial(PrepareDataSettings, **common), sources)
     return world / "shards"
 

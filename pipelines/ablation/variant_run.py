@@ -16,10 +16,9 @@ from pipelines.settings import AblateSettings, ScoreSettings, TrainSettings
 from pipelines.tracking.base import Tracker, continue_tracker
 from pipelines.tracking.identity import RUN_FILE
 from pipelines.tracking.outbox import JOURNAL_FILE
-from pipelines.training.job import apply_stage_settings
+from pipelines.training.job import resolve_stage
 from pipelines.training.record import RECORD_FILE, read_record
 from pipelines.training.run import run_stage
-from tinygptv.training.stages import Stage, get_stage
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +68,6 @@ class VariantOutcome:
 
     stages: dict[int, StageStatus] = field(default_factory=dict)
     scores: dict[str, BenchmarkScore] = field(default_factory=dict)
-
-
-def find_stage(settings: AblateSettings, number: int) -> Stage:
-    """A stage of the recipe with the changes that all variants share."""
-    return apply_stage_settings(get_stage(settings.recipe, number), settings.stage)
 
 
 def run_variant(settings: AblateSettings, variant: Variant, shared: SharedInputs) -> VariantOutcome:
@@ -133,7 +127,7 @@ def _train_stage(
         "features": settings.features,
         "log_every": 1,
         "guard": "off",  # an ablation reports what the guard would leave out
-        "stage": {**settings.stage, **variant.stage_changes(find_stage(settings, number))},
+        "stage": {**settings.stage, **variant.stage_changes(resolve_stage(settings, number))},
         **settings.train,
         **variant.train,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 
 from pipelines.node_cache import local_checkpoint
 from pipelines.settings import SettingsError
+from pipelines.settings.near_match import near_match
 from tinygptv.checkpoint.checkpoint import read_stage, save_checkpoint
 from tinygptv.checkpoint.folders import CheckpointError, verify_folder
 from tinygptv.checkpoint.stage_record import StageRecord
@@ -80,9 +80,9 @@ def find_variant(text: str) -> Variant:
     if text in VARIANTS:
         return VARIANTS[text]
     if "=" not in text:
-        near = difflib.get_close_matches(text, VARIANTS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(VARIANTS)}."
-        raise SettingsError(f"variant {text!r} is unknown; {hint} A change is written like stage.lora_rank=4.")
+        raise SettingsError(
+            f"variant {text!r} is unknown; {near_match(text, VARIANTS)} A change is written like stage.lora_rank=4."
+        )
     changes: dict[str, dict[str, Any]] = {"config": {}, "stage": {}, "train": {}}
     for change in text.split(","):
         key, _, value = change.partition("=")

@@ -21,7 +21,7 @@ from pipelines.data.shards import ShardSet, find_shard_sets
 from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim, digest_of
 from pipelines.node_cache import checked_checkpoint
 from pipelines.redact import redact
-from pipelines.settings import SettingsError, TrainSettings
+from pipelines.settings import AblateSettings, SettingsError, TrainSettings
 from pipelines.settings.near_match import near_match
 from pipelines.tracking.base import reachable_uri
 from pipelines.tracking.described import run_title
@@ -199,7 +199,7 @@ def _held_out_inputs(settings: TrainSettings) -> dict[str, object]:
     return inputs
 
 
-def resolve_stage(settings: TrainSettings, number: int) -> Stage:
+def resolve_stage(settings: TrainSettings | AblateSettings, number: int) -> Stage:
     """The stage of the recipe with the changes of the settings."""
     return apply_stage_settings(get_stage(settings.recipe, number), settings.stage)
 

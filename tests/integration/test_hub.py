@@ -67,12 +67,25 @@ print(type(model).__name__, type(processor).__name__, sum(p.numel() for p in mod
 def test_a_repository_is_downloaded_checked_and_loaded(server, tmp_path):
     code = f"""
 from pipelines.node_cache import local_checkpoint
+from tinygptv.checkpoint import folders
 from tinygptv.inference.loading import load_for_inference
+hashed, hash_file = [], folders.hash_file
+folders.hash_file = lambda path: hashed.append(path.name) or hash_file(path)
 model, processor = load_for_inference("hf://{REPO}@main")
 assert (local_checkpoint("hf://{REPO}") / "manifest.json").is_file()
+assert hashed.count("model.safetensors") == 1, hashed
 print(type(model).__name__)
 """
     assert python(server, tmp_path, code) == "TinyGPTVForConditionalGeneration"
+    weights = f"/{REPO}/resolve/{COMMIT}/model.safetensors"
+    whole = server.files[weights]
+    server.files[weights] = whole[:-4] + b"\1\2\3\4"  # of the same size
+    code = f"""
+from tinygptv.hub import main
+print(main(["pull", "{REPO}", "--output", {str(tmp_path / "out")!r}]))
+"""
+    assert python(server, tmp_path / "changed", code) == "2"  # does not match its hash
+    server.files[weights] = whole
     server.files[f"/{REPO}/resolve/{COMMIT}/generation_config.json"] = b'{"a": 1}'
     code = f"""
 from tinygptv.hub import main

@@ -13,7 +13,6 @@ import time
 
 import psutil
 import pytest
-import torch
 
 from pipelines.data.features import cache_features
 from pipelines.miniature.tiny_training import as_words, make_world, train_settings
@@ -23,7 +22,7 @@ from pipelines.training.held_out_record import read_evaluations
 from pipelines.training.record import HELD_OUT_FILE
 from pipelines.training.run import run_stage
 from tests.paths import ROOT
-from tests.training_runs import run_until
+from tests.training_runs import assert_same_weights, losses, record, run_until
 from tinygptv.checkpoint.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.integration
@@ -40,19 +39,6 @@ def straight(world, tmp_path_factory):
     output = tmp_path_factory.mktemp("straight")
     run_stage(train_settings(world, output), 4)
     return output
-
-
-def record(output):
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(output):
-    return [entry["loss_hex"] for entry in record(output)]
-
-
-def assert_same_weights(one, two):
-    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
 
 
 def assert_same_run(one, two):

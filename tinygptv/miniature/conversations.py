@@ -26,6 +26,7 @@ from tinygptv.miniature.words import (
     name_of,
     only_one,
     plural,
+    value_counts,
 )
 
 KINDS = ("attribute", "relation", "existence", "count")
@@ -106,9 +107,8 @@ def reasoning(scene: Scene, rng: np.random.Generator) -> Turn:
 
 def _more_of(scene: Scene, rng: np.random.Generator) -> Turn | None:
     attribute = pick(rng, ("shape", "colour"))
-    present = sorted({getattr(item, attribute) for item in scene.objects})
-    counts = {value: count_of(scene.objects, {attribute: value}) for value in present}
-    pairs = [(v, w) for v in present for w in present if counts[v] > counts[w]]
+    counts = value_counts(scene.objects, attribute)
+    pairs = [(v, w) for v in counts for w in counts if counts[v] > counts[w]]
     if not pairs:
         return None
     v, w = pick(rng, pairs)

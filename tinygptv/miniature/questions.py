@@ -29,6 +29,7 @@ from tinygptv.miniature.words import (
     name_from,
     only_one,
     plural,
+    value_counts,
 )
 
 KINDS = ("colour", "shape", "size", "texture", "count", "existence", "relation", "comparison")
@@ -271,9 +272,8 @@ def _ask_same(scene: Scene, rng: np.random.Generator, style: Style) -> Question 
 
 def _ask_more(scene: Scene, rng: np.random.Generator, style: Style) -> Question | None:
     attribute = pick(rng, ("shape", "colour"))
-    present = sorted({getattr(item, attribute) for item in scene.objects})
-    counts = {value: count_of(scene.objects, {attribute: value}) for value in present}
-    pairs = [(v, w) for v in present for w in present if counts[v] != counts[w]]
+    counts = value_counts(scene.objects, attribute)
+    pairs = [(v, w) for v in counts for w in counts if counts[v] != counts[w]]
     if not pairs:
         return None
     v, w = pick(rng, pairs)

@@ -100,6 +100,12 @@ def count_of(objects: Sequence[SceneObject], values: dict[str, str]) -> int:
     return sum(all(getattr(item, a) == value for a, value in values.items()) for item in objects)
 
 
+def value_counts(objects: Sequence[SceneObject], attribute: str) -> dict[str, int]:
+    """Number of objects with each value of an attribute that occurs, by value."""
+    present = sorted({getattr(item, attribute) for item in objects})
+    return {value: count_of(objects, {attribute: value}) for value in present}
+
+
 def is_held_out(values: dict[str, str], split: str) -> bool:
     """Whether these values name a colour and shape that ``split`` must not speak of."""
     return split != "combination" and (values.get("colour"), values.get("shape")) in HELD_OUT

@@ -6,8 +6,6 @@ set is from, and how its files are laid out: docs/datasets.md.
 
 from __future__ import annotations
 
-import difflib
-
 from pipelines.data.sources import entries
 from pipelines.data.sources.annotations import AnnotationReader
 from pipelines.data.sources.base import Source, SourceInput
@@ -17,6 +15,7 @@ from pipelines.data.sources.own import JsonRowsReader, TableReader
 from pipelines.data.sources.referring import RefCocoReader, VisualGenomeReader
 from pipelines.data.sources.tar import TarReader
 from pipelines.settings import PrepareDataSettings, SettingsError
+from pipelines.settings.near_match import near_match
 from tinygptv.data.prompts import INSTRUCTIONS
 
 _REFCOCO = RefCocoReader("refcoco", "unc")
@@ -132,9 +131,7 @@ def locate(settings: PrepareDataSettings) -> tuple[Source, SourceInput]:
     """
     name = settings.source
     if name not in SOURCES:
-        near = difflib.get_close_matches(name, SOURCES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(SOURCES)}."
-        raise SettingsError(f"source={name!r} is no known data set; {hint}")
+        raise SettingsError(f"source={name!r} is no known data set; {near_match(name, SOURCES)}")
     source = SOURCES[name]
     if settings.task and source.task:
         raise SettingsError(f"task={settings.task!r} is only for own data; source={name} has the task {source.task!r}.")

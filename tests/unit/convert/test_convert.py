@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import PhiConfig, PhiForCausalLM
 
 from tests.release_files import language_state, stage_state, write_language, write_release
+from tests.training_runs import assert_same_weights
 from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from tinygptv.checkpoint.folders import write_folder
 from tinygptv.checkpoint.weight_files import WeightFileError, open_weights
@@ -50,11 +51,6 @@ def whole(plain, tmp_path_factory):
     return load(write_release(tmp_path_factory.mktemp("whole"), plain, HEADS))
 
 
-def assert_equal(one, two):
-    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-
-
 def load(files, **changes):
     return load_release(**{**files, **changes}, vision_heads=HEADS, qformer_heads=HEADS)
 
@@ -85,7 +81,7 @@ def test_whole_release_loads_exactly(files, model):
 def test_four_phi2_layouts_give_the_same_model(tmp_path, files, plain, whole, layout, form):
     folder = tmp_path / "other"
     write_language(folder, plain, layout, form=form)
-    assert_equal(load(files, language=folder), whole)
+    assert_same_weights(load(files, language=folder), whole)
 
 
 def test_the_block_that_the_release_leaves_out_is_ignored(files, whole, plain, monkeypatch):
@@ -98,7 +94,7 @@ def test_the_block_that_the_release_leaves_out_is_ignored(files, whole, plain, m
     torch.save(state | extra, files["vision"])
     loaded = load(files)
     assert loaded.config.vision_config.num_hidden_layers == 2
-    assert_equal(loaded, whole)
+    assert_same_weights(loaded, whole)
     left_out = {key for key, file, _ in loaded.load_report.ignored if "eva_vit_g" in file}
     assert left_out == extra.keys()
     monkeypatch.setattr(match, "RELEASE_VISION_DEPTH", 39)
@@ -129,13 +125,13 @@ def test_split_layout_equals_transformers_own_phi(tmp_path, files, plain):
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_peft_names_and_prefixes(tmp_path, files, plain, whole, style, prefix):
     torch.save({"model": {prefix + k: v for k, v in stage_state(plain, style).items()}}, tmp_path / "other.pth")
-    assert_equal(load(files, checkpoint=tmp_path / "other.pth"), whole)
+    assert_same_weights(load(files, checkpoint=tmp_path / "other.pth"), whole)
 
 
 def test_files_of_old_torch_and_what_else_a_runner_saves(tmp_path, files, plain, whole):
     content = {"model": stage_state(plain), "optimizer": {"state": {}}, "config": {"run": {}}, "scaler": None}
     torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    assert_equal(load(files, checkpoint=tmp_path / "old.pth"), whole)
+    assert_same_weights(load(files, checkpoint=tmp_path / "old.pth"), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import struct
 import time
-import zlib
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from PIL import Image
 from pipelines.data.ingest.check_images import check_image
 from pipelines.data.sources.base import Malformed
 from pipelines.settings import PrepareDataSettings
-from tests.source_files import encode, jpeg, picture
+from tests.source_files import encode, jpeg, picture, png_chunk
 from tinygptv.data.image_orientation import is_plain_jpeg
 from tinygptv.data.image_structure import MAX_JPEG_SCANS, check_structure
 from tinygptv.data.images import open_image, to_rgb
@@ -25,10 +24,6 @@ def with_scans(number: int) -> bytes:
     data = encode(picture(0), progressive=True)
     last = data[data.rindex(b"\xff\xda") : -2]
     return data[:-2] + last * (number - data.count(b"\xff\xda")) + b"\xff\xd9"
-
-
-def chunk(kind: bytes, body: bytes = b"") -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def png(*more: bytes) -> bytes:
@@ -48,8 +43,8 @@ HOSTILE = {
     "markers": lambda: b"\xff\xd8" + b"\xff\xe5\x00\x02" * 200_000 + jpeg(0)[2:],
     "scans behind garbage": lambda: b"\xff\xd8garbage" + with_scans(120)[2:],
     "scans with fill bytes": lambda: with_scans(120).replace(b"\xff\xda", b"\xff\xff\xff\xda"),
-    "empty PNG chunks": lambda: png(chunk(b"teXt") * 300_000),
-    "empty pixels": lambda: png(chunk(b"IDAT") * 300_000),
+    "empty PNG chunks": lambda: png(png_chunk(b"teXt") * 300_000),
+    "empty pixels": lambda: png(png_chunk(b"IDAT") * 300_000),
     "GIF comments": lambda: b"GIF89a" + bytes(7) + b"\x21\xfe" + b"\x01x" * 500_000 + b"\0",
     "GIF extensions": lambda: b"GIF89a" + bytes(7) + b"\x21\xf9\x00" * 500_000,
     "bytes between GIF blocks": lambda: b"GIF89a" + bytes(7) + bytes(1_000_000),
@@ -79,7 +74,7 @@ def test_hostile_structures_are_refused_at_once(name):
         jpeg(0, progressive=True),
         with_scans(MAX_JPEG_SCANS),
         encode(picture(0), "PNG"),
-        png(chunk(b"tEXt", b"a\0b") * 100),
+        png(png_chunk(b"tEXt", b"a\0b") * 100),
         encode(picture(0), "GIF", save_all=True, append_images=[picture(n) for n in range(1, 9)]),
         encode(picture(0), "TIFF"),
         encode(picture(0), "WEBP"),

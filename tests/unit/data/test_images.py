@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -13,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.source_files import encode
 from tinygptv.data.images import load_image, normalise_pixels, open_image, stack_pixels, to_rgb
 from tinygptv.data.processing import TinyGPTVImageProcessor, flatten_images
 
@@ -20,9 +20,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 
 
 def encoded(image: Image.Image, kind="PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
+    return encode(image, kind, **options)
 
 
 @pytest.fixture

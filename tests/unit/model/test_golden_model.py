@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.paths import GOLDEN
+from tests.reference_model import relative_error
 from tinygptv.convert import load_release
 from tinygptv.data.images import normalise_pixels
 from tinygptv.data.processing import load_tokenizer
@@ -22,10 +23,6 @@ from tinygptv.training.stages import set_trainable
 IMAGE = "<Img><ImageHere></Img> "
 VARIANTS = ("minigpt4_lora0", "minigptv2_lora4")
 FULL = GOLDEN / "4_full"
-
-
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
 
 
 def config_of(variant: str) -> dict:

@@ -10,15 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.paths import GOLDEN
+from tests.reference_model import relative_error
 from tinygptv.convert import load_release
 from tinygptv.model.vision_encoder import interpolate_position_embedding
 from tinygptv.training.schedule import Schedule
 
 SOURCES = GOLDEN / "4_full/sources"
-
-
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
 
 
 def load(**files):

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests import reference_model as reference
+from tests.release_files import double, qformer_state, stage_state, vision_state, write_release
 from tests.release_files import language_state as phi_state
-from tests.release_files import qformer_state, stage_state, vision_state, write_release
 from tinygptv.convert import load_release
 from tinygptv.convert.layouts import interleave_heads, plain_key, release_key
 from tinygptv.data.prompt_layout import Exchange, PromptLayout
@@ -35,10 +35,6 @@ class World:
     qformer: dict[str, torch.Tensor]
     stage: dict[str, torch.Tensor]
     language: dict[str, torch.Tensor]
-
-
-def double(state):
-    return {name: tensor.double() for name, tensor in state.items()}
 
 
 @pytest.fixture(scope="module", params=[0, RANK], ids=["no_lora", "lora"])

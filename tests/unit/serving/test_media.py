@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import struct
 import time
 import tracemalloc
@@ -20,6 +19,7 @@ from pipelines.serving.turns import ImageReference
 from pipelines.settings import ServeSettings
 from tests.serving_api import decoders
 from tests.serving_model import data_url, make_image
+from tests.source_files import encode, png_chunk
 
 pytestmark = pytest.mark.security
 
@@ -36,20 +36,10 @@ def refusal(*urls, **settings):
     return caught.value
 
 
-def saved(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 def png_header(width, height, body=b""):
     """A PNG that claims to be of this size."""
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", body) + png_chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
@@ -62,12 +52,12 @@ def test_usual_formats_are_taken(kind):
 def test_unusual_pixels_are_taken(mode):
     image = Image.new(mode, (30, 20))
     kind = "JPEG" if mode == "CMYK" else "PNG"
-    assert load(data_url(saved(image, kind)))[0].pixels.shape == (3, 16, 16)
+    assert load(data_url(encode(image, kind)))[0].pixels.shape == (3, 16, 16)
 
 
 def test_of_an_animation_the_first_frame_is_taken():
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue", "green")]
-    data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     red, green, blue = load(data_url(data, "image/gif"))[0].pixels[:, 8, 8].tolist()
     assert red > 200 and green < 50 and blue < 50
 
@@ -88,7 +78,7 @@ def test_a_wrong_label_does_no_harm():
         ("data:" + "x" * 300, "invalid_image_url"),
         (data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml"), "invalid_image"),
         (data_url(b"%PDF-1.7", "image/png"), "invalid_image"),
-        (data_url(saved(Image.new("RGB", (8, 8)), "TIFF"), "image/tiff"), "invalid_image"),
+        (data_url(encode(Image.new("RGB", (8, 8)), "TIFF"), "image/tiff"), "invalid_image"),
         (data_url(make_image(kind="JPEG")[:300]), "invalid_image"),
         (data_url(make_image(kind="PNG")[:100]), "invalid_image"),
         (data_url(png_header(0, 10)), "invalid_image"),
@@ -109,8 +99,8 @@ def test_everything_else_is_refused_with_its_field(url, code):
 def test_a_decompression_bomb_is_refused_by_its_header():
     bombs = [
         png_header(60_000, 60_000, zlib.compress(b"\0" * 1_000_000)),
-        saved(Image.new("1", (20_000, 20_000)), "PNG"),
-        saved(Image.new("P", (16_000, 16_000)), "GIF"),
+        encode(Image.new("1", (20_000, 20_000)), "PNG"),
+        encode(Image.new("P", (16_000, 16_000)), "GIF"),
     ]
     for bomb in bombs:
         url = data_url(bomb)

@@ -14,6 +14,7 @@ from pipelines.storage.files import AtomicFile
 from pipelines.training import worker
 from pipelines.training.plots import loss_curve
 from pipelines.training.run import run_stage
+from tests.training_runs import losses
 from tinygptv.training.stages import get_stage
 
 pytestmark = pytest.mark.security
@@ -29,10 +30,6 @@ def straight(world, tmp_path_factory):
     output = tmp_path_factory.mktemp("straight")
     run_stage(train_settings(world, output), 4)
     return output
-
-
-def losses(output):
-    return [line.split('"loss_hex": ')[1].split(",")[0] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def leftovers(output):

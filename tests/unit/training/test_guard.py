@@ -18,6 +18,7 @@ from pipelines.training.job import resolve_job
 from pipelines.training.run import run_stage
 from pipelines.training.run_reports import NoReports
 from pipelines.training.worker import TrainWorker
+from tests.training_runs import record
 from tinygptv.checkpoint.checkpoint import load_checkpoint
 from tinygptv.training.train_step import StepResult, TrainStep
 
@@ -269,10 +270,6 @@ def plant(monkeypatch, step, change):
 
 def nan_features(sample):
     return replace(sample, pixels=None, query_features=np.full((4, 24), math.nan, np.float32))
-
-
-def record(output):
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def faults(output):

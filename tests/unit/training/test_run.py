@@ -18,7 +18,7 @@ from pipelines.training.run import dry_run, run_stage
 from pipelines.training.run_reports import NoReports
 from pipelines.training.states import StateStore
 from pipelines.training.worker import TrainWorker, _dropout_seed
-from tests.training_runs import run_until
+from tests.training_runs import losses, record, run_until
 from tinygptv.checkpoint.checkpoint import load_checkpoint
 from tinygptv.checkpoint.folders import CheckpointError
 from tinygptv.training.stages import get_stage
@@ -34,14 +34,6 @@ def straight(world, tmp_path_factory):
     """An uninterrupted run."""
     output = tmp_path_factory.mktemp("straight")
     return run_stage(train_settings(world, output), 4), output
-
-
-def record(output):
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(output):
-    return [entry["loss_hex"] for entry in record(output)]
 
 
 def weights(output):

@@ -14,7 +14,7 @@ from PIL.ExifTags import Base
 from pipelines.data.ingest.check_images import check_image, perceptual_hash
 from pipelines.data.sources.base import Filtered, Malformed
 from pipelines.settings import PrepareDataSettings
-from tests.source_files import encode, jpeg, picture
+from tests.source_files import encode, jpeg, picture, png_chunk
 from tinygptv.data.images import open_image
 
 SETTINGS = PrepareDataSettings(image_size=64)
@@ -120,15 +120,12 @@ def test_odd_modes_become_plain_jpegs_of_the_first_frame(name):
 
 
 def png_bomb(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-        + chunk(b"IEND", b"")
+        + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + png_chunk(b"IEND", b"")
     )
 
 
