@@ -7,11 +7,19 @@ import json
 import torch
 from safetensors.torch import save_file
 
+from tinygptv.convert import load_release
 from tinygptv.convert.layouts import interleave_heads, release_key, split_phi_tensors
 from tinygptv.miniature.tiny import tiny_tokenizer
 
+HEADS = 4
 
-def write_release(folder, plain, heads=4):
+
+def load(files, **changes):
+    """The model of such files."""
+    return load_release(**{**files, **changes}, vision_heads=HEADS, qformer_heads=HEADS)
+
+
+def write_release(folder, plain, heads=HEADS):
     """All files of a release, by the argument of ``load_release`` that takes them."""
     torch.save(vision_state(plain), folder / "eva_vit_g.pth")
     extra = {"t5_proj.weight": torch.zeros(3, 3), "Qformer.bert.embeddings.position_ids": torch.arange(5)}

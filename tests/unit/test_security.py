@@ -59,7 +59,7 @@ PROMISES: dict[str, dict[str, tuple[str, ...]]] = {
         "data/sources/test_json_entries": ("a_broken_entry_costs_itself_alone",),
     },
     "a request sizes no work of the engine's thread": {
-        "serving/test_api": ("mistakes_are_answered_in_openais_shape",),
+        "serving/test_refusals": ("mistakes_are_answered_in_openais_shape",),
         "inference/test_assistant": ("too_much_text_is_refused_before_any_work",),
     },
     "keys share no cache": {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import struct
 
 import pytest
@@ -10,49 +9,19 @@ import torch
 from safetensors.torch import save_file
 from transformers import PhiConfig, PhiForCausalLM
 
-from tests.release_files import language_state, stage_state, write_language, write_release
+from tests.release_files import HEADS, language_state, load, stage_state, write_language, write_release
 from tests.training_runs import assert_same_weights
-from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
-from tinygptv.checkpoint.folders import write_folder
-from tinygptv.checkpoint.weight_files import WeightFileError, open_weights
+from tinygptv.checkpoint.weight_files import WeightFileError
 from tinygptv.convert import load_release, match
-from tinygptv.convert.__main__ import main
-from tinygptv.convert.layouts import interleave_heads, plain_key, release_key, separate_heads
-from tinygptv.data.processing import TinyGPTVProcessor
-from tinygptv.miniature.tiny import tiny_config, tiny_tokenizer
+from tinygptv.convert.layouts import interleave_heads, release_key, separate_heads
+from tinygptv.miniature.tiny import tiny_config
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv.quantization.artifact import write_artifact
-
-HEADS = 4
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    model = TinyGPTVForConditionalGeneration(tiny_config(lora_rank=4)).eval()
-    for parameter in model.parameters():  # every tensor different from its initial value
-        parameter.data.normal_(std=0.05)
-    return model
-
-
-@pytest.fixture(scope="module")
-def plain(model):
-    return {plain_key(name): tensor for name, tensor in model.state_dict().items()}
-
-
-@pytest.fixture
-def files(tmp_path, plain):
-    return write_release(tmp_path, plain, HEADS)
 
 
 @pytest.fixture(scope="module")
 def whole(plain, tmp_path_factory):
     """The model that the release's own files give."""
     return load(write_release(tmp_path_factory.mktemp("whole"), plain, HEADS))
-
-
-def load(files, **changes):
-    return load_release(**{**files, **changes}, vision_heads=HEADS, qformer_heads=HEADS)
 
 
 def assert_same(loaded, model, *, except_lora=False):
@@ -257,143 +226,6 @@ def test_a_pickle_never_runs_code(tmp_path, files, capsys):
     torch.save({"cls_token": Evil()}, tmp_path / "evil.pth")
     bad(files, "no file of tensors alone", vision=tmp_path / "evil.pth")
     assert "must not run" not in capsys.readouterr().out
-
-
-# ------------------------------------------------------------------ round trips through the command line
-
-
-def test_round_trips_are_bit_exact(tmp_path, files, capsys):
-    arguments = [f"--{role}={path}" for role, path in files.items()]
-    heads = ["--vision-heads=4", "--qformer-heads=4", "--dtype=float32"]
-    assert main(["release", *arguments, *heads, f"--output={tmp_path / 'ours'}"]) == 0
-    assert "layout 3" in capsys.readouterr().out
-    ours, processor, _ = load_checkpoint(tmp_path / "ours")
-    direct = load(files)
-    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), direct.state_dict().values(), strict=True))
-    assert processor.image_token_id == ours.config.image_token_id
-
-    assert main(["to-release", str(tmp_path / "ours"), f"--output={tmp_path / 'back.pth'}"]) == 0
-    original, back = (torch.load(f, weights_only=True)["model"] for f in (files["checkpoint"], tmp_path / "back.pth"))
-    assert set(back) == set(original) | {"Qformer.bert.embeddings.position_ids"}
-    assert all(torch.equal(back[key], original[key]) for key in original)
-
-    assert main(["to-phi2", str(tmp_path / "ours"), f"--output={tmp_path / 'phi'}"]) == 2
-    assert "merge_lora" in capsys.readouterr().err
-
-
-def test_phi2_round_trip(tmp_path, files, plain, capsys):
-    arguments = [f"--{role}={path}" for role, path in files.items() if role != "checkpoint"]
-    main(
-        [
-            "release",
-            *arguments,
-            "--vision-heads=4",
-            "--qformer-heads=4",
-            "--dtype=float32",
-            f"--output={tmp_path / 'ours'}",
-        ]
-    )
-    assert main(["to-phi2", str(tmp_path / "ours"), f"--output={tmp_path / 'phi'}"]) == 0
-    assert "left out 10 tensors of added norms" in capsys.readouterr().out
-    written = {key: lazy.load() for key, lazy in open_weights(tmp_path / "phi").items()}
-    wanted = language_state(plain, "split")
-    assert set(written) == set(wanted) and all(torch.equal(written[k], wanted[k]) for k in wanted)
-    assert PhiForCausalLM.from_pretrained(tmp_path / "phi").config.num_attention_heads == HEADS
-    direct, again = (load({**files, "checkpoint": None, "language": f}) for f in (files["language"], tmp_path / "phi"))
-    supplied = direct.state_dict().keys() - set(direct.load_report.fresh)
-    assert all(torch.equal(direct.state_dict()[name], again.state_dict()[name]) for name in supplied)
-
-
-# ------------------------------------------------------------------ mistakes on the command line
-
-
-@pytest.fixture(scope="module")
-def checkpoints(model, tmp_path_factory):
-    """A checkpoint with adapters, the same merged, and an artifact."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    processor = TinyGPTVProcessor.from_config(model.config, tiny_tokenizer())
-    save_checkpoint(folder / "lora", model, processor, {})
-    merged = copy.deepcopy(model)
-    merged.merge_lora()
-    save_checkpoint(folder / "merged", merged, processor, {})
-    write_folder(folder / "artifact", lambda staging: write_artifact(staging, merged, processor, "cpu"))
-    return folder
-
-
-def fails(capsys, *arguments):
-    assert main([str(argument) for argument in arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1, err
-    return err
-
-
-def test_an_output_replaces_only_what_the_command_wrote(checkpoints, tmp_path, capsys):
-    source, phi = checkpoints / "merged", tmp_path / "phi"
-    for _ in range(2):
-        assert main(["to-phi2", str(source), f"--output={phi}"]) == 0
-    capsys.readouterr()
-    (phi / "notes.txt").write_text("mine")
-    assert "holds notes.txt" in fails(capsys, "to-phi2", source, f"--output={phi}")
-    (tmp_path / "file").write_text("mine")
-    assert "is a file that would be deleted" in fails(capsys, "to-phi2", source, f"--output={tmp_path / 'file'}")
-    assert "would change the input" in fails(capsys, "to-phi2", source, f"--output={source}")
-    assert "would change the input" in fails(capsys, "to-release", source, f"--output={source / 'stage.pth'}")
-    assert "exists already" in fails(capsys, "to-release", source, f"--output={tmp_path / 'file'}")
-    assert "is a folder" in fails(capsys, "to-release", source, f"--output={tmp_path}")
-    assert "does not exist" in fails(capsys, "to-release", source, f"--output={tmp_path / 'no/such/s.pth'}")
-    assert (tmp_path / "file").read_text() == (phi / "notes.txt").read_text() == "mine"
-
-
-def test_the_language_folder_is_never_the_output(files, tmp_path, capsys):
-    before = {path: path.read_bytes() for path in files["language"].iterdir()}
-    arguments = [f"--{role}={path}" for role, path in files.items()]
-    assert "would change the input" in fails(capsys, "release", *arguments, f"--output={files['language']}")
-    assert before == {path: path.read_bytes() for path in files["language"].iterdir()}
-
-
-def test_what_kind_of_checkpoint_was_given_is_checked(checkpoints, files, tmp_path, capsys):
-    out = f"--output={tmp_path / 'x'}"
-    for command in ("to-release", "to-phi2"):
-        assert "is a quantized artifact" in fails(capsys, command, checkpoints / "artifact", out)
-    assert "are merged into its weights" in fails(capsys, "to-release", checkpoints / "merged", out)
-    assert "--merge-lora" in fails(capsys, "to-phi2", checkpoints / "lora", out)
-    others = [f"--{role}={path}" for role, path in files.items() if role != "language"]
-    for kind, reason in (("lora", "is a checkpoint of this project"), ("artifact", "is a quantized artifact")):
-        assert reason in fails(capsys, "release", *others, f"--language={checkpoints / kind}", out)
-    assert not (tmp_path / "x").exists()
-
-
-def test_mistakes_are_found_before_anything_is_read(files, tmp_path, capsys):
-    out = f"--output={tmp_path / 'x'}"
-    arguments = [f"--{role}={path}" for role, path in files.items()]
-    assert "--template vicuna is unknown" in fails(capsys, "release", *arguments, "--template=vicuna", out)
-    without = [argument for argument in arguments if "--language" not in argument]
-    assert "give --tokenizer" in fails(capsys, "release", *without, out)
-    whole = (files["language"] / "config.json").read_text()
-    (files["language"] / "config.json").write_text("[1, 2]")
-    assert "holds a list where an object" in fails(capsys, "release", *arguments, out)
-    (files["language"] / "config.json").write_text('{"num_attention_heads": "many"}')
-    assert "num_attention_heads='many'" in fails(capsys, "release", *arguments, out)
-    (files["language"] / "config.json").write_text(whole)
-    for content, reason in (
-        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
-        (b"<!doctype html>", "a web page"),
-        (b"GGUF\0\0", "a GGUF file"),
-    ):
-        (tmp_path / "other.pth").write_bytes(content)
-        others = [argument for argument in arguments if "--vision" not in argument]
-        error = fails(capsys, "release", *others, f"--vision={tmp_path / 'other.pth'}", out)
-        assert reason in error and "weights_only" not in error
-        assert reason in fails(capsys, "release", f"--vision={tmp_path / 'other.pth'}", out), "before the tokenizer"
-
-
-def test_adapters_are_merged_on_the_way(checkpoints, tmp_path):
-    for kind, extra in (("lora", ["--merge-lora"]), ("merged", [])):
-        assert main(["to-phi2", str(checkpoints / kind), *extra, f"--output={tmp_path / kind}"]) == 0
-    ours, wanted = (open_weights(tmp_path / kind) for kind in ("lora", "merged"))
-    assert ours.keys() == wanted.keys() and not any("lora" in key for key in ours)
-    for key, lazy in wanted.items():
-        assert torch.allclose(ours[key].load(), lazy.load(), atol=1e-6), key
 
 
 def test_row_orders_are_inverse():
