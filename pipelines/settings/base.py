@@ -261,4 +261,4 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _unknown_key(key: str, location: str, known: set[str]) -> str:
-    return f"{location}: unknown key {key!r}; {near_match(key, known)}"
+    return f"{location}: unknown key {key!r}; {near_match(key, sorted(known))}"

@@ -7,6 +7,6 @@ from collections.abc import Collection
 
 
 def near_match(name: str, known: Collection[str]) -> str:
-    """``did you mean 'x'?``, or the known names where none is near."""
+    """``did you mean 'x'?``, or the known names, in their order, where none is near."""
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}."
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."

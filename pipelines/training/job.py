@@ -273,7 +273,7 @@ def apply_stage_settings(stage: Stage, changes: dict[str, Any]) -> Stage:
     for key, value in changes.items():
         if key not in {field.name for field in dataclasses.fields(Stage)}:
             known = [field.name for field in dataclasses.fields(Stage)]
-            raise SettingsError(f"stage.{key} is no field of a stage; {near_match(key, known)}")
+            raise SettingsError(f"stage.{key} is no field of a stage; {near_match(key, sorted(known))}")
         try:
             values[key] = _stage_value(stage, key, _numbers(value))
         except (TypeError, ValueError) as error:
@@ -312,7 +312,7 @@ def _with_fields(whole: Any, changes: Any) -> Any:
         raise ValueError(f"a mapping of {', '.join(known)} is wanted")
     for name in changes:
         if name not in known:
-            raise ValueError(f"{name!r} is unknown; {near_match(name, known)}")
+            raise ValueError(f"{name!r} is unknown; {near_match(name, sorted(known))}")
     return dataclasses.replace(whole, **changes)
 
 
