@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 UV := uv==0.13.9
+# auto: PyTorch's CPU build on a machine without an NVIDIA driver, else its CUDA build. TORCH=cpu or TORCH=cuda decides.
+TORCH ?= auto
 CONFIG ?= configs/mini.yaml
 export RAY_USAGE_STATS_ENABLED ?= 0
 
@@ -12,17 +14,19 @@ help: ## list the targets
 
 setup: .venv/.installed ## make .venv and install the pinned requirements
 
-.venv/.installed: requirements.lock pyproject.toml
+# Another TORCH than the one that is installed: install again.
+ifneq ($(filter cpu cuda,$(TORCH)),)
+ifneq ($(shell cat .venv/.installed 2>/dev/null),$(TORCH))
+.PHONY: .venv/.installed
+endif
+endif
+
+.venv/.installed: requirements.lock requirements-cpu.lock pyproject.toml deploy/install.sh
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; this is $$($(PYTHON) -V). Try make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing the pinned requirements into .venv: about 7 GB on disk (torch's GPU libraries are most of it), once ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(UV)"
-	@# Compiled here once: Ray starts many processes, and where Python writes no bytecode each would compile for itself.
-	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
-	@touch $@
-	@echo "installed."
+	@deploy/install.sh $(TORCH) $@
 
 demo: setup ## draw, prepare, train four stages, score, quantize, serve, ask: about ten minutes
 	@$(BIN)/python jobs/demo.py --config $(CONFIG) output=outputs/demo
@@ -68,9 +72,10 @@ format: setup ## rewrite files in the project's format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-lock: setup ## resolve requirements.lock again from pyproject.toml
+lock: setup ## resolve requirements.lock and requirements-cpu.lock again from pyproject.toml
 	@$(BIN)/uv pip compile pyproject.toml --extra pipelines --extra cluster --extra dev --extra docs --universal --python-version 3.11 \
 		--no-header --quiet -o requirements.lock
+	@grep -vE '^ |^(cuda-|nvidia-|triton==)' requirements.lock > requirements-cpu.lock
 
 docs: setup ## build the documentation site into site/, offline
 	@$(BIN)/python -m mkdocs build --strict --quiet

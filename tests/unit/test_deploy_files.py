@@ -122,7 +122,7 @@ def test_every_query_of_the_dashboard_finds_something():
 def test_what_the_image_copies_is_there():
     text = (ROOT / "deploy/Dockerfile").read_text()
     assert "jobs/serve_http.py" in text and (ROOT / "jobs/serve_http.py").is_file()
-    assert "USER ray" in text
+    assert "USER 1000" in text
 
 
 RAYJOBS = list(yaml.safe_load_all((ROOT / "deploy/kuberay/jobs/jobs.yaml").read_text()))
