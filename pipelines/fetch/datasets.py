@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -48,6 +48,25 @@ class LinkList:
 
 
 @dataclass(frozen=True)
+class ImageRule:
+    """Where single images of a set are.
+
+    Attributes:
+        match: regular expression with one group, searched in the name that the annotation gives.
+        path: below the folder of raw data, with what the group found in place of ``{}``.
+        urls: addresses, tried in order, with the same.
+        fields: fields of the annotation that hold the address instead, tried in order.
+        id: field of the annotation that is in the name; empty: the entry's key.
+    """
+
+    match: str
+    path: str
+    urls: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
+    id: str = ""
+
+
+@dataclass(frozen=True)
 class DataSet:
     """A published data set.
 
@@ -61,6 +80,10 @@ class DataSet:
         by_hand: what a person has to fetch.
         needs: names of sets whose images it uses.
         links: images that img2dataset downloads; None for other sets.
+        images: where its single images are; empty where there are none.
+        of_images: local paths of archives that hold nothing but images.
+        cut: local path of an archive -> paths of the annotations in it, of which a sample keeps the first.
+        per_entry: rows of an entry of its annotations, about.
         gigabytes: on disk, rounded; 0 where it is not stated.
         rows: samples, rounded; 0 where it is not stated.
         license: of the annotations.
@@ -75,6 +98,10 @@ class DataSet:
     by_hand: tuple[ByHand, ...]
     needs: tuple[str, ...]
     links: LinkList | None
+    images: tuple[ImageRule, ...]
+    of_images: frozenset[str]
+    cut: Mapping[str, tuple[str, ...]]
+    per_entry: int
     gigabytes: float
     rows: int
     license: str
@@ -184,12 +211,25 @@ def _data_set(name: str, table: _SetTable) -> DataSet:
         by_hand=tuple(ByHand(entry["address"], entry["path"]) for entry in table.get("by_hand", [])),
         needs=tuple(table.get("needs", [])),
         links=LinkList(f"{folder}/{listed['file']}", f"{folder}/{listed['output']}") if listed else None,
+        images=tuple(_image_rule(folder, entry) for entry in table.get("images", [])),
+        of_images=frozenset(f"{folder}/{entry['name']}" for entry in entries if entry.get("of_images")),
+        cut={f"{folder}/{e['name']}": tuple(f"{folder}/{name}" for name in e["cut"]) for e in entries if "cut" in e},
+        per_entry=table.get("per_entry", 1),
         gigabytes=table["gigabytes"],
         rows=table["rows"],
         license=table["license"],
     )
 
 
+<<<<<<< HEAD
 def _file(folder: str, entry: _FileTable, license_: str) -> SourceFile:
+=======
+def _image_rule(folder: str, entry: dict[str, Any]) -> ImageRule:
+    lists = {key: tuple(entry.get(key, ())) for key in ("urls", "fields")}
+    return ImageRule(entry["match"], f"{folder}/{entry['path']}", **lists, id=entry.get("id", ""))
+
+
+def _file(folder: str, entry: dict[str, Any], license_: str) -> SourceFile:
+>>>>>>> 9400afd (Samples of data sets: first rows and their single images; sizes of installations; README's recipe rehearsed)
     base, _, name = entry["url"].rpartition("/")
     return SourceFile(path=f"{folder}/{entry['name']}", name=name, base=f"{base}/", license=license_)

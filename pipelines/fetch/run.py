@@ -20,6 +20,9 @@ from pipelines.fetch.data import describe, files_left, finish_sets, missing_by_h
 from pipelines.fetch.datasets import DATA_GROUPS, all_sets, find_sets, with_needs
 from pipelines.fetch.download import check_file, download, part_of, size_of
 from pipelines.fetch.http import TIMEOUT, DownloadError, Remote, Retries, ask, on_mirror
+from pipelines.fetch.sample import DEFAULT_ROWS, SAMPLE, Annotations, Record
+from pipelines.fetch.sample import RECORD_FILE as SAMPLE_RECORD
+from pipelines.fetch.single_images import fetch_images
 from pipelines.json_files import read_json_object, write_json
 from pipelines.progress import Bar
 from pipelines.redact import redact
@@ -109,10 +112,14 @@ def fetch(settings: FetchSettings, retries: Retries | None = None) -> FetchResul
         DownloadError: a file cannot be had; those before it are kept.
         DiskFullError: there is no room.
     """
+    if SAMPLE in settings.what:
+        return _fetch_samples(settings, retries or Retries())
     sets = with_needs(each for name in settings.what for each in find_sets(name))
     names = [name for name in settings.what if not find_sets(name)]
     files = named_files(names) if names or not sets else []
     folder = settings.output_dir("raw" if sets else "weights")
+    if (folder / SAMPLE_RECORD).exists():
+        raise SettingsError(f"{folder} holds samples of data sets: give another output= for whole ones.")
     if sets and not settings.quiet:
         print(describe(sets), flush=True)
     busy = f"another fetch is writing to {folder}: wait for it, or give another output=."
@@ -127,6 +134,60 @@ def fetch(settings: FetchSettings, retries: Retries | None = None) -> FetchResul
         folder=str(folder),
         files=here,
         bytes_downloaded=job.bytes_downloaded,
+        by_hand=by_hand,
+        commands=commands,
+        result=str(folder / "result.json"),
+    )
+    write_json(folder / "result.json", result)
+    return result
+
+
+def _fetch_samples(settings: FetchSettings, retries: Retries) -> FetchResult:
+    """The first rows of data sets, with their images.
+
+    Raises:
+        SettingsError: a name is no data set, or the folder holds something else.
+        DownloadError: annotations cannot be had, or a server of images fails at every try.
+    """
+    names = [name for name in settings.what if name != SAMPLE] or ["data"]
+    sets = with_needs(each for name in names for each in find_sets(name))
+    if unknown := [name for name in names if not find_sets(name)]:
+        raise SettingsError(
+            f"what={','.join(settings.what)}: {', '.join(unknown)} is no data set; samples are made of "
+            f"{', '.join([*DATA_GROUPS, *all_sets()])}."
+        )
+    folder, rows = settings.output_dir("raw_sample"), settings.rows or DEFAULT_ROWS
+    if (folder / LOCK_FILE).exists():
+        raise SettingsError(f"{folder} holds whole data sets or weights: give another output= for samples.")
+    record = Record(folder, rows)
+    if settings.dry_run:
+        print(f"{describe(sets)}\nOf each the first {rows:,} rows, with their images.", flush=True)
+    commands: list[str] = []
+    left: list[str] = []
+    with storage.locked(folder / ".fetch", f"another fetch is writing to {folder}: wait for it."), _client() as client:
+
+        def locate(file: SourceFile) -> Remote:
+            url, headers = address(file, settings)
+            return Remote(url, headers=headers)
+
+        annotations = Annotations(settings, folder, client, retries, locate, record)
+        for each in [] if settings.dry_run else sets:
+            annotations.bring(each)
+            if not settings.quiet:
+                print(f"{each.name}: first {rows:,} rows", flush=True)
+        if not settings.dry_run:
+            links = [each for each in sets if each.links]
+            commands = finish_sets(links, folder, settings)
+            report = fetch_images(annotations, sets)
+            left = report.left
+            print(f"{report.found:,} images fetched, {report.lost:,} not there.", flush=True)
+    by_hand = [f"{text} Or name the folder that holds it with local=." for text in missing_by_hand(sets, folder)] + left
+    for text in [*by_hand, *(f"Then run: {command}" for command in commands)]:
+        print(text, flush=True)
+    result = FetchResult(
+        folder=str(folder),
+        files={path: {"rows": rows} for path in record.files},
+        bytes_downloaded=0,
         by_hand=by_hand,
         commands=commands,
         result=str(folder / "result.json"),

@@ -17,7 +17,8 @@ class FetchSettings(Settings):
     what: list[str] = Field(
         default_factory=list,
         description="weights: released, start, stages, or parts of docs/weights.md; data sets: names of "
-        "docs/datasets.md, data (all of the paper's recipe) or data1 .. data4 (of a stage)",
+        "docs/datasets.md, data (all of the paper's recipe) or data1 .. data4 (of a stage); sample: the first rows of "
+        "all sets, or of those named beside it, with their images one by one",
     )
     local: list[str] = Field(
         default_factory=list, description="folders where files may lie already; they are linked or copied, and checked"
@@ -28,7 +29,9 @@ class FetchSettings(Settings):
     images: Literal["print", "run"] = Field(
         "print", description="lists of links: print the img2dataset call that downloads the images, or run it"
     )
-    rows: int = Field(0, ge=0, description="lists of links: how many of the first to take; 0 takes all")
+    rows: int = Field(
+        0, ge=0, description="samples and lists of links: how many of the first to take; 0: 1000 of a sample, all links"
+    )
     verify: bool = Field(False, description="hash again what was fetched before")
     accept_changed: bool = Field(
         False, description="take files whose size or hash differ from the recorded ones, and record the new ones"

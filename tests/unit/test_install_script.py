@@ -1,4 +1,4 @@
-"""deploy/install.sh with a stand-in for uv: which lock is installed on which machine, and what happens without an index."""
+"""deploy/install.sh with a stand-in for uv: which lock is installed where, and what happens without an index."""
 
 from __future__ import annotations
 
