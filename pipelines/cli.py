@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
 
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 """Errors of wrong settings, missing folders and damaged files: shown as one sentence. Others show their trace."""
@@ -77,7 +79,7 @@ def run_stage_main(number: int, argv: Sequence[str] | None, description: str) ->
 
 def quiet_libraries() -> None:
     """Our progress lines are the ones to read: others' progress bars and chatter are switched off."""
-    if not any("hf://" in word for word in sys.argv):  # nothing else asks the hub, and libraries shall not on their own
+    if not _names_the_hub(sys.argv):  # nothing else asks the hub, and libraries shall not on their own
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -86,5 +88,16 @@ def quiet_libraries() -> None:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    for name in ("httpx", "alembic", "bitsandbytes", "matplotlib"):
+    for name in ("httpx", "httpx2", "alembic", "bitsandbytes", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _names_the_hub(argv: Sequence[str]) -> bool:
+    """Whether a word, or the configuration file, names a repository of the hub."""
+    files = [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+    files += [value for word, value in pairwise(argv) if word == "--config"]
+    try:
+        texts = [Path(file).read_text("utf-8", "replace") for file in files]
+    except OSError:  # the job says so itself
+        texts = []
+    return any("hf://" in text for text in (*argv, *texts))

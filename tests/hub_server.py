@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections import defaultdict
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from pathlib import PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "c0ffee" * 6 + "c0de"
 
@@ -63,6 +65,15 @@ def _handler(files):
         def do_GET(self):
             self.answer()
 
+        def do_POST(self):
+            """The hub's question about paths of a repository: files and folders of its published tree."""
+            asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            path = urlsplit(self.path).path
+            files.requests.append((self.command, path, dict(self.headers)))
+            tree = json.loads(files.files[path.replace("/paths-info/", "/tree/")])
+            body = json.dumps([entry for entry in tree if entry["path"] in asked.get("paths", [])]).encode()
+            self.send(200, {"Content-Length": len(body), "Content-Type": "application/json"}, body)
+
         def answer(self):
             path = unquote(urlsplit(self.path).path)  # a request through a proxy names the whole address
             files.requests.append((self.command, path, dict(self.headers)))
@@ -88,11 +99,13 @@ def _handler(files):
             headers = {"ETag": tag, "Content-Type": "application/octet-stream", **headers}
             wanted, start, status = self.headers.get("Range"), 0, 200
             if wanted and self.headers.get("If-Range", tag) == tag:
-                start, status = int(wanted.removeprefix("bytes=").rstrip("-")), 206
-                if start >= len(content):
-                    self.send(416, {"Content-Range": f"bytes */{len(content)}", "Content-Length": 0})
+                first, _, last = wanted.removeprefix("bytes=").partition("-")
+                start, status, total = int(first), 206, len(content)
+                if start >= total:
+                    self.send(416, {"Content-Range": f"bytes */{total}", "Content-Length": 0})
                     return
-                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+                content = content[: int(last) + 1] if last else content
+                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{total}"
             headers["Content-Length"] = len(content) - start
             self.send(status, headers, content[start : fault.get("cut_at")])
             if "cut_at" in fault:
@@ -107,6 +120,34 @@ def _handler(files):
                 self.wfile.write(body)
 
     return Handler
+
+
+def publish_repository(files, folder, repo, kind="models", below=""):
+    """Put a folder on a ``FileServer`` as a repository of the hub: its tree, metadata, and files by name.
+
+    Args:
+        files: the server.
+        folder: with the files.
+        repo: ``org/name``.
+        kind: ``models`` or ``datasets``.
+        below: folder of the repository that they are in.
+    """
+    tree = [{"type": "directory", "path": below, "size": 0, "oid": "0" * 40}] if below else []
+    prefix = f"/{repo}" if kind == "models" else f"/{kind}/{repo}"
+    for path in sorted(folder.rglob("*")):
+        name = str(PurePosixPath(below) / path.relative_to(folder))
+        entry = {"type": "directory" if path.is_dir() else "file", "path": name, "oid": "0" * 40}
+        tree.append({**entry, "size": 0 if path.is_dir() else path.stat().st_size})
+        for revision in ("main", COMMIT) if path.is_file() else ():
+            files.files[f"{prefix}/resolve/{revision}/{name}"] = path.read_bytes()
+    siblings = [{"rfilename": entry["path"], "size": entry["size"]} for entry in tree if entry["type"] == "file"]
+    info = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "private": False}
+    dates = {"lastModified": "2026-01-01T00:00:00.000Z", "createdAt": "2026-01-01T00:00:00.000Z"}
+    known = json.dumps(info | dates | {"tags": [], "downloads": 0, "likes": 0, "author": "org"}).encode()
+    files.files[f"/api/{kind}/{repo}"] = known
+    for revision in ("main", COMMIT):
+        files.files[f"/api/{kind}/{repo}/revision/{revision}"] = known
+        files.files[f"/api/{kind}/{repo}/tree/{revision}"] = json.dumps(tree).encode()
 
 
 def hub_headers(path, content):

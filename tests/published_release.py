@@ -30,10 +30,11 @@ SIZES = {
 _SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
-def publish_release(server, folder):
+def publish_release(server, folder, image_size=28):
     """Put every file of ``tinygptv.convert.sources`` on a ``FileServer``; returns the model that it was made from."""
     torch.manual_seed(0)
-    model = TinyGPTVForConditionalGeneration(tiny_config(lora_rank=4, **SIZES)).eval()
+    sizes = {**SIZES, "vision_config": {**SIZES["vision_config"], "image_size": image_size}}
+    model = TinyGPTVForConditionalGeneration(tiny_config(lora_rank=4, **sizes)).eval()
     plain = {plain_key(name): tensor for name, tensor in model.state_dict().items()}
     folder.mkdir()
     write_files(folder, plain)

@@ -136,9 +136,14 @@ class Settings(BaseModel):
         """The output folder: an absolute path, or a URI as it is written.
 
         Raises:
-            SettingsError: it would lie in the folder of a submitted job, which Ray removes after the job.
+            SettingsError: it would lie in the folder of a submitted job, which Ray removes afterwards, or on the hub.
         """
         given = self.output.removeprefix("file://") or default
+        if given.startswith("hf://"):
+            raise SettingsError(
+                f"output={given} is on the hub, where each file would be a commit: give a folder or a bucket, and "
+                "upload a finished checkpoint with `python -m tinygptv.hub push FOLDER org/name`."
+            )
         if "://" in given:
             return given.rstrip("/")
         path = Path(given).expanduser()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import yaml
@@ -98,7 +99,7 @@ class Rehearsal:
 def rehearsal(tmp_path_factory):
     folder = tmp_path_factory.mktemp("paper")
     with serve_files() as server:
-        publish_release(server, folder / "release")
+        publish_release(server, folder / "release", image_size=224)
         publish_data(server, folder / "published")
         yield Rehearsal(folder / "work", server)
 
@@ -180,7 +181,8 @@ def kill_in_stage_3(r, recipe):
                 time.sleep(0.2)
             time.sleep(1)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait(timeout=30)
 
 

@@ -128,7 +128,7 @@ def _track(settings: PrepareDataSettings, name: str, counts: IngestCounts, outpu
 
 def _output_folder(settings: PrepareDataSettings, name: str) -> str:
     if not storage.is_local(settings.output or "."):
-        return settings.output.rstrip("/")
+        return settings.output_location(f"data/{name}")
     return str(settings.output_dir(f"data/{name}"))
 
 

@@ -212,6 +212,12 @@ def test_help_shows_every_key_with_the_value_that_will_be_used(tmp_path, capsys,
     assert not any("Undefined" in key or "None" in key for key in keys)
 
 
+def test_results_are_not_written_to_the_hub():
+    for kind in (TrainSettings, PrepareDataSettings):
+        with pytest.raises(SettingsError, match=r"output=hf://org/name is on the hub.*tinygptv.hub push FOLDER"):
+            kind(output="hf://org/name").output_location("outputs")
+
+
 def test_a_relative_output_of_a_submitted_job_is_refused(tmp_path, monkeypatch):
     folder = tmp_path / "runtime_resources/working_dir_files/_ray_pkg_1"
     folder.mkdir(parents=True)
