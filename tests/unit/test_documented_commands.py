@@ -84,7 +84,8 @@ def outputs_of(words: tuple[str, ...], values: dict[str, str]) -> set[str]:
         from pipelines.fetch.datasets import find_sets
         from tinygptv.convert.sources import find_parts
 
-        names = [name for name in values.get("what", "").strip("[]").split(",") if not find_sets(name.strip())]
+        what = [name.strip() for name in values.get("what", "").strip("[]").split(",")]
+        names = [name for name in what if name != "sample" and not find_sets(name)]
         return {f"{output}/{part.path}" for name in names for part in find_parts(name)}
     return {f"{output}/{part}".rstrip("/") for part in MAKES.get(job, ("",))}
 
