@@ -6,8 +6,8 @@
     python jobs/fetch.py what=released output=weights local=/mnt/usb offline=true
     python jobs/fetch.py what=sample rows=1000 output=SAMPLE
 
-The names are in docs/weights.md and docs/datasets.md. HF_ENDPOINT or hub= names a mirror of the hub, mirror= a base address for the other
-files, HTTPS_PROXY a proxy, HF_TOKEN the token for files that need one.
+The names are in docs/weights.md and docs/datasets.md. HF_ENDPOINT or hub= names a mirror of the hub, mirror= a base
+address for the other files, HTTPS_PROXY a proxy, HF_TOKEN the token for files that need one.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.fetch.addresses import published_address
 from pipelines.fetch.datasets import all_sets
-from pipelines.fetch.run import published_address
 from tests.source_files import jpeg, write_web_tar
 
 TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A star."}]

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import torch
 from safetensors.torch import save_file
 
-from pipelines.fetch.run import published_address
+from pipelines.fetch.addresses import published_address
 from tests.release_files import language_state, qformer_state, stage_state, vision_state
 from tinygptv.convert.layouts import plain_key
 from tinygptv.convert.sources import all_parts

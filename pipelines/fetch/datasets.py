@@ -118,6 +118,8 @@ class _FileTable(TypedDict):
     url: str
     name: str
     unpack: NotRequired[bool]
+    of_images: NotRequired[bool]
+    cut: NotRequired[list[str]]
 
 
 class _ByHandTable(TypedDict):
@@ -134,7 +136,19 @@ class _ListTable(TypedDict):
     output: str
 
 
+class _ImageTable(TypedDict):
+    """Where single images are, in datasets.toml."""
+
+    match: str
+    path: str
+    urls: NotRequired[list[str]]
+    fields: NotRequired[list[str]]
+    id: NotRequired[str]
+
+
 class _SetTable(TypedDict):
+    """A set in datasets.toml; its fields are described there."""
+
     title: str
     sources: list[str]
     folder: str
@@ -143,12 +157,11 @@ class _SetTable(TypedDict):
     list: NotRequired[_ListTable]
     by_hand: NotRequired[list[_ByHandTable]]
     needs: NotRequired[list[str]]
+    images: NotRequired[list[_ImageTable]]
+    per_entry: NotRequired[int]
     gigabytes: float
     rows: int
     license: str
-
-
-"""A set in datasets.toml; its fields are described there."""
 
 
 @cache
@@ -221,15 +234,11 @@ def _data_set(name: str, table: _SetTable) -> DataSet:
     )
 
 
-<<<<<<< HEAD
+def _image_rule(folder: str, entry: _ImageTable) -> ImageRule:
+    urls, fields = tuple(entry.get("urls", ())), tuple(entry.get("fields", ()))
+    return ImageRule(entry["match"], f"{folder}/{entry['path']}", urls, fields, entry.get("id", ""))
+
+
 def _file(folder: str, entry: _FileTable, license_: str) -> SourceFile:
-=======
-def _image_rule(folder: str, entry: dict[str, Any]) -> ImageRule:
-    lists = {key: tuple(entry.get(key, ())) for key in ("urls", "fields")}
-    return ImageRule(entry["match"], f"{folder}/{entry['path']}", **lists, id=entry.get("id", ""))
-
-
-def _file(folder: str, entry: dict[str, Any], license_: str) -> SourceFile:
->>>>>>> 9400afd (Samples of data sets: first rows and their single images; sizes of installations; README's recipe rehearsed)
     base, _, name = entry["url"].rpartition("/")
     return SourceFile(path=f"{folder}/{entry['name']}", name=name, base=f"{base}/", license=license_)

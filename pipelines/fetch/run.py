@@ -11,18 +11,19 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
 
 import httpx
 
 from pipelines import storage
+from pipelines.fetch.addresses import address, open_client, published_address
 from pipelines.fetch.data import describe, files_left, finish_sets, missing_by_hand
 from pipelines.fetch.datasets import DATA_GROUPS, all_sets, find_sets, with_needs
 from pipelines.fetch.download import check_file, download, part_of, size_of
-from pipelines.fetch.http import TIMEOUT, DownloadError, Remote, Retries, ask, on_mirror
-from pipelines.fetch.sample import DEFAULT_ROWS, SAMPLE, Annotations, Record
+from pipelines.fetch.http import DownloadError, Remote, Retries, ask
+from pipelines.fetch.results import LOCK_FILE, FetchResult, LockEntry
 from pipelines.fetch.sample import RECORD_FILE as SAMPLE_RECORD
-from pipelines.fetch.single_images import fetch_images
+from pipelines.fetch.sample import SAMPLE
+from pipelines.fetch.samples import fetch_samples
 from pipelines.json_files import read_json_object, write_json
 from pipelines.progress import Bar
 from pipelines.redact import redact
@@ -31,51 +32,10 @@ from tinygptv.convert.sources import SourceFile, all_parts, find_parts, groups
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = "fetch.lock.json"
 MARGIN_BYTES = 256 << 20
 """Room that stays free on the disk."""
 SHOWN_EVERY_S = 0.25
 LEAST_SHOWN_BYTES = 5_000_000
-
-
-class LockEntry(TypedDict):
-    """A file in ``fetch.lock.json``.
-
-    Attributes:
-        bytes: its size.
-        sha256: in hexadecimal.
-        modified_ns: when it was last changed, in nanoseconds since 1970.
-        address: where the publisher has it.
-        revision: commit of the repository; empty for other addresses.
-        license: as the publisher states it.
-    """
-
-    bytes: int
-    sha256: str
-    modified_ns: int
-    address: str
-    revision: str
-    license: str
-
-
-class FetchResult(TypedDict):
-    """``result.json`` of a fetch.
-
-    Attributes:
-        folder: that holds the files.
-        files: path below the folder -> its entry in the lock file.
-        bytes_downloaded: by this run.
-        by_hand: what a person has to fetch, a sentence each.
-        commands: what downloads the images of lists of links.
-        result: path of this file.
-    """
-
-    folder: str
-    files: dict[str, LockEntry]
-    bytes_downloaded: int
-    by_hand: list[str]
-    commands: list[str]
-    result: str
 
 
 @dataclass(frozen=True)
@@ -113,7 +73,7 @@ def fetch(settings: FetchSettings, retries: Retries | None = None) -> FetchResul
         DiskFullError: there is no room.
     """
     if SAMPLE in settings.what:
-        return _fetch_samples(settings, retries or Retries())
+        return fetch_samples(settings, retries or Retries())
     sets = with_needs(each for name in settings.what for each in find_sets(name))
     names = [name for name in settings.what if not find_sets(name)]
     files = named_files(names) if names or not sets else []
@@ -123,7 +83,7 @@ def fetch(settings: FetchSettings, retries: Retries | None = None) -> FetchResul
     if sets and not settings.quiet:
         print(describe(sets), flush=True)
     busy = f"another fetch is writing to {folder}: wait for it, or give another output=."
-    with storage.locked(folder / ".fetch", busy), _client() as client:
+    with storage.locked(folder / ".fetch", busy), open_client() as client:
         job = _Fetch(settings, folder, client, retries or Retries(most=1 if settings.dry_run else Retries.most))
         here = job.run([*files, *(file for each in sets for file in files_left(each, folder))])
         commands = [] if settings.dry_run else finish_sets(sets, folder, settings)
@@ -134,60 +94,6 @@ def fetch(settings: FetchSettings, retries: Retries | None = None) -> FetchResul
         folder=str(folder),
         files=here,
         bytes_downloaded=job.bytes_downloaded,
-        by_hand=by_hand,
-        commands=commands,
-        result=str(folder / "result.json"),
-    )
-    write_json(folder / "result.json", result)
-    return result
-
-
-def _fetch_samples(settings: FetchSettings, retries: Retries) -> FetchResult:
-    """The first rows of data sets, with their images.
-
-    Raises:
-        SettingsError: a name is no data set, or the folder holds something else.
-        DownloadError: annotations cannot be had, or a server of images fails at every try.
-    """
-    names = [name for name in settings.what if name != SAMPLE] or ["data"]
-    sets = with_needs(each for name in names for each in find_sets(name))
-    if unknown := [name for name in names if not find_sets(name)]:
-        raise SettingsError(
-            f"what={','.join(settings.what)}: {', '.join(unknown)} is no data set; samples are made of "
-            f"{', '.join([*DATA_GROUPS, *all_sets()])}."
-        )
-    folder, rows = settings.output_dir("raw_sample"), settings.rows or DEFAULT_ROWS
-    if (folder / LOCK_FILE).exists():
-        raise SettingsError(f"{folder} holds whole data sets or weights: give another output= for samples.")
-    record = Record(folder, rows)
-    if settings.dry_run:
-        print(f"{describe(sets)}\nOf each the first {rows:,} rows, with their images.", flush=True)
-    commands: list[str] = []
-    left: list[str] = []
-    with storage.locked(folder / ".fetch", f"another fetch is writing to {folder}: wait for it."), _client() as client:
-
-        def locate(file: SourceFile) -> Remote:
-            url, headers = address(file, settings)
-            return Remote(url, headers=headers)
-
-        annotations = Annotations(settings, folder, client, retries, locate, record)
-        for each in [] if settings.dry_run else sets:
-            annotations.bring(each)
-            if not settings.quiet:
-                print(f"{each.name}: first {rows:,} rows", flush=True)
-        if not settings.dry_run:
-            links = [each for each in sets if each.links]
-            commands = finish_sets(links, folder, settings)
-            report = fetch_images(annotations, sets)
-            left = report.left
-            print(f"{report.found:,} images fetched, {report.lost:,} not there.", flush=True)
-    by_hand = [f"{text} Or name the folder that holds it with local=." for text in missing_by_hand(sets, folder)] + left
-    for text in [*by_hand, *(f"Then run: {command}" for command in commands)]:
-        print(text, flush=True)
-    result = FetchResult(
-        folder=str(folder),
-        files={path: {"rows": rows} for path in record.files},
-        bytes_downloaded=0,
         by_hand=by_hand,
         commands=commands,
         result=str(folder / "result.json"),
@@ -384,31 +290,6 @@ class _Fetch:
             "license": file.license,
         }
         write_json(self.folder / LOCK_FILE, {"files": dict(sorted(self.lock.items()))})
-
-
-def published_address(file: SourceFile) -> str:
-    """Where the publisher has it, whatever mirror is used."""
-    if file.repo:
-        prefix = {"space": "spaces/", "dataset": "datasets/"}.get(file.kind, "")
-        return f"https://huggingface.co/{prefix}{file.repo}/resolve/{file.revision}/{file.name}"
-    return file.base + file.name
-
-
-def address(file: SourceFile, settings: FetchSettings) -> tuple[str, dict[str, str]]:
-    """Where a file is asked for, and the headers of the request: a token goes to the hub alone."""
-    if not file.repo:
-        return on_mirror(published_address(file), settings.mirror), {}
-    from huggingface_hub import get_token, hf_hub_url
-
-    url = hf_hub_url(
-        file.repo, file.name, repo_type=file.kind, revision=file.revision, endpoint=settings.hub.rstrip("/") or None
-    )
-    token = get_token()
-    return url, {"Authorization": f"Bearer {token}"} if token else {}
-
-
-def _client() -> httpx.Client:
-    return httpx.Client(timeout=TIMEOUT, headers={"User-Agent": "tinygptv-fetch"})
 
 
 def _gigabytes(num_bytes: int) -> str:

@@ -9,9 +9,12 @@ import sys
 
 import pytest
 
-from tests.hub_server import COMMIT, serve_files
+from pipelines.miniature.tiny_training import make_rows, write_shard_set
+from tests.hub_server import COMMIT, publish_repository, serve_files
+from tests.paths import ROOT
 from tests.serving_model import make_model, make_processor
 from tinygptv.checkpoint.checkpoint import save_checkpoint
+from tinygptv.training.stages import RECIPES
 
 pytestmark = pytest.mark.integration
 
@@ -26,18 +29,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def server(folder):
-    """The folder as a repository: metadata of the commit and its tree, and the files by name."""
+    """The folder as a repository."""
     with serve_files() as files:
-        names = sorted(path.name for path in folder.iterdir())
-        siblings = [{"rfilename": name, "size": (folder / name).stat().st_size} for name in names]
-        info = {"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings, "private": False}
-        for revision in ("main", COMMIT):
-            files.files[f"/api/models/{REPO}/revision/{revision}"] = json.dumps(info).encode()
-            tree = [{"type": "file", "path": s["rfilename"], "size": s["size"], "oid": "0" * 40} for s in siblings]
-            files.files[f"/api/models/{REPO}/tree/{revision}"] = json.dumps(tree).encode()
-            for name in names:
-                files.files[f"/{REPO}/resolve/{revision}/{name}"] = (folder / name).read_bytes()
-        files.files[f"/api/models/{REPO}"] = json.dumps(info).encode()
+        publish_repository(files, folder, REPO)
         yield files
 
 
@@ -92,3 +86,42 @@ from tinygptv.hub import main
 print(main(["pull", "{REPO}", "--output", {str(tmp_path / "out")!r}]))
 """
     assert python(server, tmp_path / "other", code) == "2"  # does not match its manifest
+
+
+def job(server, tmp_path, name, *words):
+    """Run a job; returns its exit status and what it printed."""
+    variables = {"HF_ENDPOINT": server.base, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | variables
+    command = [sys.executable, str(ROOT / f"jobs/{name}.py"), "tracking_uri=none", *words]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_quantize_takes_repositories(server, tmp_path):
+    """The checkpoint and the held-out rows are on the hub; a second run finds its artifact and asks for no weights."""
+    shards = write_shard_set(tmp_path / "shards", make_rows("pairs", 4))
+    publish_repository(server, shards, "org/data", "datasets", below="own")
+    words = [f"checkpoint=hf://{REPO}", "data=hf://datasets/org/data", "drift_samples=2", "max_drift=100"]
+    code, printed = job(server, tmp_path, "quantize", *words, "output=artifact")
+    assert code == 0, printed
+    metadata = json.loads((tmp_path / "artifact/quantization.json").read_text())
+    assert metadata["drift"]["data"] == "hf://datasets/org/data"
+    assert json.loads((tmp_path / "artifact/result.json").read_text())["checkpoint"] == f"hf://{REPO}"
+    server.requests.clear()
+    code, printed = job(server, tmp_path, "quantize", *words, "output=artifact")
+    assert code == 0 and "finished already" in printed, printed
+    assert not [path for _, path, _ in server.requests if path.endswith(".safetensors")]
+
+
+def test_a_stage_starts_from_a_repository_that_a_file_names(server, tmp_path):
+    """Words of the command line and of the configuration alike switch the hub on."""
+    for stage in RECIPES["mini"]:
+        for source in stage.sources if stage.number == 3 else ():
+            write_shard_set(tmp_path / "data" / source.name, make_rows("pairs", 4))
+    (tmp_path / "own.yaml").write_text(f"train:\n  init_from: hf://{REPO}\n")
+    code, printed = job(server, tmp_path, "stage3", "--config", "own.yaml", "data=data", "dry_run=true")
+    assert code == 0 and "3 (human-like learning)" in printed and "HTTP Request" not in printed, printed
+    code, printed = job(server, tmp_path, "stage3", "init_from=hf://org/nothing", "data=data", "dry_run=true")
+    assert code == 2 and "error: hf://org/nothing cannot be downloaded" in printed

@@ -13,10 +13,11 @@ import pytest
 
 from pipelines.data.sources import SOURCES
 from pipelines.fetch import data
+from pipelines.fetch.addresses import published_address
 from pipelines.fetch.data import unpack, write_table
 from pipelines.fetch.datasets import all_sets, find_sets, set_of, sets_of_stages
 from pipelines.fetch.http import DownloadError, Retries
-from pipelines.fetch.run import fetch, published_address
+from pipelines.fetch.run import fetch
 from pipelines.settings import FetchSettings, SettingsError
 from tests.hub_server import serve_files
 from tests.paths import ROOT

@@ -14,9 +14,11 @@ import httpx
 import pytest
 
 from pipelines.fetch import run as fetching
+from pipelines.fetch.addresses import address, published_address
 from pipelines.fetch.download import download, part_of
 from pipelines.fetch.http import DownloadError, Remote, Retries, on_mirror
-from pipelines.fetch.run import LOCK_FILE, address, fetch, published_address
+from pipelines.fetch.results import LOCK_FILE
+from pipelines.fetch.run import fetch
 from pipelines.settings import FetchSettings, SettingsError
 from pipelines.storage import DiskFullError
 from tests.hub_server import serve_files

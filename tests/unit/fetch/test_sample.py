@@ -8,9 +8,10 @@ from urllib.parse import urlsplit
 import pytest
 
 from pipelines.data.ingest.job import ingest
+from pipelines.fetch.addresses import published_address
 from pipelines.fetch.datasets import all_sets, find_sets
 from pipelines.fetch.http import DownloadError, Retries
-from pipelines.fetch.run import fetch, published_address
+from pipelines.fetch.run import fetch
 from pipelines.settings import FetchSettings, PrepareDataSettings, SettingsError
 from tests.dataset_files import BY_HAND, build, publish_data, publish_images
 from tests.hub_server import serve_files
