@@ -34,7 +34,10 @@ def fetch_samples(settings: FetchSettings, retries: Retries) -> FetchResult:
         raise SettingsError(f"{folder} holds whole data sets or weights: give another output= for samples.")
     record = Record(folder, rows)
     if settings.dry_run:
-        print(f"{describe(sets)}\nOf each the first {rows:,} rows, with their images.", flush=True)
+        print(
+            f"{describe(sets)}\nSizes of the whole sets; of each the first {rows:,} rows are taken, with their images.",
+            flush=True,
+        )
     commands: list[str] = []
     report = ImagesReport(0, 0, [])
     with (
@@ -49,7 +52,7 @@ def fetch_samples(settings: FetchSettings, retries: Retries) -> FetchResult:
         annotations = Annotations(settings, folder, client, retries, locate, record)
         for each in [] if settings.dry_run else sets:
             annotations.bring(each)
-            if not settings.quiet:
+            if each.sources and not settings.quiet:
                 print(f"{each.name}: first {rows:,} rows", flush=True)
         if not settings.dry_run:
             links = [each for each in sets if each.links]
