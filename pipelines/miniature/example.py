@@ -20,8 +20,11 @@ from tinygptv.data.sample import ArrowTurn
 from tinygptv.miniature.draw import encode_jpeg
 from tinygptv.miniature.scenes import RGB, Scene, SceneObject, make_scene
 
-NEW_COLOUR = "turquoise"
-_RGB: RGB = (38, 186, 180)
+NEW_COLOUR = "tan"
+"""A word that the miniature's tokenizer need not cut to pieces: of a longer one, its frozen language model learns the
+beginning in so short a training, and writes another word's end."""
+
+_RGB: RGB = (190, 148, 100)
 _SPLIT = "validation"
 """Its scenes are in neither the training nor the test split of the world."""
 
@@ -48,7 +51,7 @@ def draw_example(settings: MiniatureSettings) -> MiniatureResult:
     Raises:
         OtherInputsError: the folder holds an example of other settings.
     """
-    output = settings.output_dir("data/turquoise")
+    output = settings.output_dir("data/example")
     fingerprint = Fingerprint.of("example", seed=settings.seed, scenes=settings.example_scenes)
     claim(output, fingerprint, _FILES, overwrite=settings.overwrite)
     (output / "images").mkdir(exist_ok=True)

@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 _KEY_TAG = "tinygptv.run"
 _PARENT_TAG = "mlflow.parentRunId"
+_EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",  # else its pages open for agents, with runs as "evaluations"
+    "mlflow.note.content": "TinyGPT-V: trainings with their stages as nested runs, scores, ablations, artifacts.",
+}
 _PARAM_LIMIT = 6000
 _BATCH_PARAMS = 100
 _MAX_EXPERIMENT_NAMES = 100
@@ -164,7 +168,7 @@ class MLflowTracker:
                         self._experiment,
                         name,
                     )
-                return client.create_experiment(name, _artifact_location(self._uri, name))
+                return client.create_experiment(name, _artifact_location(self._uri, name), _EXPERIMENT_TAGS)
             if found.lifecycle_stage == "active":
                 return found.experiment_id
         raise RuntimeError(f"{_MAX_EXPERIMENT_NAMES} experiments named {self._experiment!r} were deleted.")

@@ -149,7 +149,7 @@ class Reporter:
             entry["part_norms"] = part_norms
         self.record.write(entry)
         values = {"loss": loss, "lr": step.learning_rate, "grad_norm": entry["grad_norm"], **per_source, **rates}
-        values |= {f"grad_norm/{part}": norm for part, norm in part_norms.items()}
+        values |= {f"norms/{part}": norm for part, norm in part_norms.items()}
         if entry["skipped"]:
             values["skipped"] = 1.0
         self.tracker.metrics(values, batch.step)

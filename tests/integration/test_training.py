@@ -224,7 +224,7 @@ def test_a_resumed_run_continues_its_curve_and_stages_share_a_parent(world, tmp_
         assert steps_of(client, run, key) == list(range(12)), key
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [metric.value for metric in history] == [entry["loss"] for entry in record(tmp_path / "1")]
-    assert {"tokens_per_second", "data_wait_share", "grad_norm/lora/layer_01", "loss/pairs"} <= set(run.data.metrics)
+    assert {"tokens_per_second", "data_wait_share", "norms/lora/layer_01", "loss/pairs"} <= set(run.data.metrics)
     assert run.info.status == "FINISHED" and run.data.params["stage.lora_rank"] == "2"
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"config.yaml", "metrics.jsonl", "loss.png", "predictions"} <= names

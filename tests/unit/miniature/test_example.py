@@ -13,12 +13,14 @@ from pipelines.fingerprint import OtherInputsError
 from pipelines.miniature.example import NEW_COLOUR
 from pipelines.miniature.jobs import run_miniature
 from pipelines.settings import MiniatureSettings, PrepareDataSettings
+from tinygptv.data.processing import load_tokenizer
+from tinygptv.miniature.backbones import BACKBONES
 from tinygptv.miniature.scenes import COLOURS
 
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
-    output = tmp_path_factory.mktemp("example") / "turquoise"
+    output = tmp_path_factory.mktemp("example") / "new_colour"
     settings = MiniatureSettings(task="example", output=str(output), example_scenes=6, tracking_uri="none")
     return run_miniature(settings), output
 
@@ -37,8 +39,14 @@ def test_rows_of_a_new_colour(example):
     assert all((output / row["image"]).is_file() for row in (*train, *test))
 
 
+def test_the_new_word_can_be_spelled():
+    """As an answer it is one token: the frozen language model has never written a longer unknown word."""
+    tokenizer = load_tokenizer(BACKBONES)
+    assert len(tokenizer.tokenize(NEW_COLOUR)) == 1 and len(tokenizer.tokenize(f" {NEW_COLOUR}")) <= 2
+
+
 def test_every_row_is_kept_by_the_ingest(example, tmp_path):
-    fields = {"source": "jsonl", "input": str(example[1] / "train.jsonl"), "name": "turquoise"}
+    fields = {"source": "jsonl", "input": str(example[1] / "train.jsonl"), "name": "tan"}
     common = {"output": str(tmp_path), "num_workers": 0, "tracking_uri": "none", "quiet": True}
     result = ingest(PrepareDataSettings(**fields, **common))
     assert (result["rows_out"], result["quarantined"]) == (example[0]["rows"]["train.jsonl"], 0)

@@ -30,9 +30,11 @@ class Store:
     def get_experiment_by_name(self, name):
         return self.experiments.get(name)
 
-    def create_experiment(self, name, location):
+    def create_experiment(self, name, location, tags):
         assert name not in self.experiments
-        found = SimpleNamespace(experiment_id=str(len(self.experiments)), lifecycle_stage="active", name=name)
+        found = SimpleNamespace(
+            experiment_id=str(len(self.experiments)), lifecycle_stage="active", name=name, tags=tags
+        )
         self.experiments[name] = found
         return found.experiment_id
 
@@ -154,7 +156,7 @@ def test_a_changed_parameter_keeps_its_first_value_and_new_ones_arrive(store, tm
 
 
 def test_a_deleted_experiment_stays_deleted_and_the_run_is_recorded(store, tmp_path, caplog):
-    store.create_experiment("tinygptv-mini", None)
+    store.create_experiment("tinygptv-mini", None, {})
     store.experiments["tinygptv-mini"].lifecycle_stage = "deleted"
     trackers = [continue_tracker(settings(), "stage", tmp_path / name) for name in ("a", "b")]
     for tracker in trackers:
@@ -280,3 +282,10 @@ def test_data_sets_that_could_not_be_sent_are_sent_by_the_next_run(stores, tmp_p
 def test_hardware_is_named():
     tags = hardware_tags(3)
     assert tags["hardware.workers"] == "3" and int(tags["hardware.cpus"]) > 0 and tags["hardware.torch"]
+
+
+def test_pages_of_a_new_experiment_are_those_of_model_training(stores):
+    open_tracker(settings("one"), "stage").close()
+    (experiment,) = stores["one"].experiments.values()
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    assert "TinyGPT-V" in experiment.tags["mlflow.note.content"]

@@ -106,7 +106,7 @@ def test_each_step_reaches_record_and_tracker_with_its_own_numbers(job, made):
     assert [step for step, _ in tracker.values] == [0, 1, 2]
     values = dict(tracker.values)
     assert values[0] == {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.5, "loss/pairs": 2.0}, "no tokens, no loss of a source"
-    assert values[2]["skipped"] == 1.0 and values[2]["grad_norm/lora"] == 0.25 and "samples_per_second" in values[2]
+    assert values[2]["skipped"] == 1.0 and values[2]["norms/lora"] == 0.25 and "samples_per_second" in values[2]
     reporter.write_pending({"lora": 1.0})
     assert len(tracker.values) == 3, "each step is reported once"
 
