@@ -1,4 +1,4 @@
-"""Independent units of work, in this process or on Ray: results as they finish.
+"""Independent units of work, in this process or on Ray Data: results as they finish.
 
 A unit is a small picklable description: which file, which rows. Its work writes its own output, so nothing large
 travels between processes, and whoever calls passes only those units whose output is not there yet.
@@ -6,13 +6,12 @@ travels between processes, and whoever calls passes only those units whose outpu
 
 from __future__ import annotations
 
-import logging
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipelines.cluster import quiet_ray_data, start_ray
@@ -21,14 +20,18 @@ from pipelines.settings import Settings
 if TYPE_CHECKING:
     import ray.data
 
-logger = logging.getLogger(__name__)
-
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
 Work = Callable[[Unit], Result]
 
 ATTEMPTS = 4
 """Runs of a unit whose process dies. Ray Data's own default has no bound: one unit could stall a job for ever."""
+
+_GROUP_BYTES = 64 * 2**20
+"""Small units are done together up to so many bytes: Ray Data takes about 0.15 s to follow a task by the next."""
+
+_GROUPS_PER_WORKER = 4
+"""Fewer would leave workers idle at the end."""
 
 
 class UnitsLostError(RuntimeError):
@@ -64,7 +67,13 @@ class Workers:
 
 
 def map_units(
-    setup: Callable[[], Work[Unit, Result]], units: Sequence[Unit], workers: Workers, settings: Settings, *, name: str
+    setup: Callable[[], Work[Unit, Result]],
+    units: Sequence[Unit],
+    workers: Workers,
+    settings: Settings,
+    *,
+    name: str,
+    num_bytes: Callable[[Unit], int] | None = None,
 ) -> Iterator[tuple[Unit, Result]]:
     """Run every unit once.
 
@@ -74,6 +83,7 @@ def map_units(
         workers: where and how many at a time.
         settings: of the cluster to join or start.
         name: of the work, in Ray's dashboard.
+        num_bytes: size of a unit's input. Small ones are then handed out several at a time.
 
     Yields:
         Units with their results, in the order in which they finish.
@@ -91,13 +101,51 @@ def map_units(
         return
     missing = dict(enumerate(units))
     with start_ray(settings):
-        run = _run_actors if workers.reuse_setup else _run_tasks
-        for number, outcome in run(setup, units, workers, name):
-            if outcome.error is not None:
-                raise outcome.error
-            yield missing.pop(number), outcome.result
+        most = len(units) // (_GROUPS_PER_WORKER * (workers.count or _room(workers)))
+        for groups, retries in _attempts([num_bytes(unit) if num_bytes else _GROUP_BYTES for unit in units], most):
+            left = [[number for number in group if number in missing] for group in groups]
+            for number, outcome in _run_on_ray(
+                setup, units, [group for group in left if group], workers, name, retries
+            ):
+                if outcome.error is not None:
+                    raise outcome.error
+                yield missing.pop(number), outcome.result
     if missing:
         raise UnitsLostError(list(missing.values()))
+
+
+def _attempts(sizes: Sequence[int], most: int) -> Iterator[tuple[list[list[int]], int]]:
+    """Groups of units, and how often one is repeated whose process dies: it may take sound units with it, so what a
+    group has lost is done again one by one."""
+    alone = [[number] for number in range(len(sizes))]
+    groups = _groups(sizes, most)
+    if groups == alone:
+        yield alone, ATTEMPTS - 1
+    else:
+        yield groups, 0
+        yield alone, ATTEMPTS - 2
+
+
+def _groups(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Consecutive numbers, at most ``most`` together, until their sizes reach ``_GROUP_BYTES``."""
+    groups: list[list[int]] = []
+    total = _GROUP_BYTES
+    for number, size in enumerate(sizes):
+        if total >= _GROUP_BYTES or len(groups[-1]) >= most:
+            groups.append([])
+            total = 0
+        groups[-1].append(number)
+        total += size
+    return groups
+
+
+def _room(workers: Workers) -> int:
+    """Workers that the cluster has room for now, the first one of a cluster that grows included."""
+    import ray
+
+    there = ray.cluster_resources()
+    needs = {"CPU": workers.num_cpus, "GPU": workers.num_gpus}
+    return max(1, int(min(there.get(kind, 0) / need for kind, need in needs.items() if need)))
 
 
 @dataclass(frozen=True)
@@ -106,86 +154,42 @@ class _Outcome(Generic[Result]):
     error: Exception | None = None
 
 
-Outcomes = Iterator[tuple[int, _Outcome[Any]]]
-
-
-def _run_tasks(setup: Callable[[], Work[Unit, Result]], units: Sequence[Unit], workers: Workers, name: str) -> Outcomes:
-    """One Ray task per unit. Tasks are submitted ahead, so that a worker that has finished one finds the next waiting.
-
-    Ray Data would leave 0.15 s between two tasks of a worker, more than a tar of 100 images takes.
-    """
-    import ray
-
-    task = ray.remote(_run_once).options(
-        num_cpus=workers.num_cpus,
-        num_gpus=workers.num_gpus or None,
-        max_retries=ATTEMPTS - 1,
-        name=name,
-        scheduling_strategy="SPREAD",
-    )
-    setup_ref = ray.put(setup)
-    waiting = iter(enumerate(units))
-    running: dict[ray.ObjectRef[bytes], int] = {}
-    try:
-        while True:
-            room = max(1, workers.count or 2 * _tasks_at_once(workers)) - len(running)
-            for number, unit in islice(waiting, room):
-                running[task.remote(setup_ref, pickle.dumps(unit))] = number
-            if not running:
-                return
-            (done, *_), _ = ray.wait(list(running), num_returns=1)
-            number = running.pop(done)
-            try:
-                outcome = ray.get(done)
-            except ray.exceptions.RayTaskError:  # of the code around the work: errors of the work are values
-                raise
-            except ray.exceptions.RayError as error:  # its process died in every attempt
-                logger.warning("%s: unit %d: %s", name, number, str(error).strip().partition("\n")[0])
-                continue
-            yield number, pickle.loads(outcome)
-    finally:  # the caller stopped early
-        for unfinished in running:
-            ray.cancel(unfinished)
-
-
-def _tasks_at_once(workers: Workers) -> int:
-    """Tasks that the cluster has room for now, the first ones of a cluster that grows included."""
-    import ray
-
-    there = ray.cluster_resources()
-    needs = {"CPU": workers.num_cpus, "GPU": workers.num_gpus}
-    return max(1, int(min(there.get(kind, 0) / need for kind, need in needs.items() if need)))
-
-
-def _run_actors(
-    setup: Callable[[], Work[Unit, Result]], units: Sequence[Unit], workers: Workers, name: str
-) -> Outcomes:
-    """Ray Data's pool of actors, which grows with the cluster."""
+def _run_on_ray(
+    setup: Callable[[], Work[Unit, Result]],
+    units: Sequence[Unit],
+    groups: Sequence[Sequence[int]],
+    workers: Workers,
+    name: str,
+    retries: int,
+) -> Iterator[tuple[int, _Outcome[Any]]]:
     import ray.data
 
+    if not groups:
+        return
+    resources: dict[str, Any] = {"num_cpus": workers.num_cpus, "num_gpus": workers.num_gpus or None}
     with _errored_units_left_out():
         rows = ray.data.from_items(
-            [{"number": number, "unit": pickle.dumps(unit)} for number, unit in enumerate(units)],
-            override_num_blocks=len(units),
+            [{"numbers": list(group), "units": [pickle.dumps(units[n]) for n in group]} for group in groups],
+            override_num_blocks=len(groups),
         )
-        runner: Any = _Runner  # Ray's types do not know classes here
-        done = _map_rows(
-            rows,
-            runner,
-            fn_constructor_args=(setup,),
-            compute=ray.data.ActorPoolStrategy(min_size=workers.count or 1, max_size=workers.count),
-            max_task_retries=ATTEMPTS - 1,
-            num_cpus=workers.num_cpus,
-            num_gpus=workers.num_gpus or None,
-        )
+        if workers.reuse_setup:
+            pool = ray.data.ActorPoolStrategy(min_size=workers.count or 1, max_size=workers.count)
+            runner: Any = _Runner  # Ray's types do not know classes here
+            done = _map_rows(
+                rows, runner, fn_constructor_args=(setup,), compute=pool, max_task_retries=retries, **resources
+            )
+        else:
+            tasks = ray.data.TaskPoolStrategy(size=workers.count)
+            done = _map_rows(rows, partial(_run_once, setup), compute=tasks, max_retries=retries, **resources)
     done.set_name(name)
-    for row in done.iter_rows():
-        yield row["number"], pickle.loads(row["outcome"])
+    with _all_workers_at_once():
+        for row in done.iter_rows():
+            yield from zip(row["numbers"], map(pickle.loads, row["outcomes"]), strict=True)
 
 
 @contextmanager
 def _errored_units_left_out() -> Iterator[None]:
-    """Data sets made in this block leave out what fails. A unit is a block of its own, and we count the results."""
+    """Data sets made in this block leave out what fails. A unit is counted by its result."""
     context = quiet_ray_data()
     before = context.max_errored_blocks
     context.max_errored_blocks = -1
@@ -195,6 +199,23 @@ def _errored_units_left_out() -> Iterator[None]:
         context.max_errored_blocks = before
 
 
+@contextmanager
+def _all_workers_at_once() -> Iterator[None]:
+    """Ray Data looks at the cluster's size once per second, the first time before it is known: until then it runs one
+    task at a time, which is the whole of a small job. In this block it looks more often."""
+    from ray.data._internal.execution.resource_manager import ResourceManager
+
+    before = getattr(ResourceManager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S", None)
+    if before is None:  # another release of Ray: nothing to change
+        yield
+        return
+    ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.05  # type: ignore[assignment]  # an int by its default
+    try:
+        yield
+    finally:
+        ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = before
+
+
 def _map_rows(rows: ray.data.Dataset, function: Any, **options: Any) -> ray.data.Dataset:
     """``rows.map``, without the warning that options of Ray tasks are to become arguments with names of their own."""
     with warnings.catch_warnings():
@@ -202,29 +223,27 @@ def _map_rows(rows: ray.data.Dataset, function: Any, **options: Any) -> ray.data
         return rows.map(function, **options)
 
 
-def _run_once(setup: Callable[[], Work[Any, Any]], unit: bytes) -> bytes:
-    return _Runner(setup).run(unit)
+def _run_once(setup: Callable[[], Work[Any, Any]], row: dict[str, Any]) -> dict[str, Any]:
+    return _Runner(setup)(row)
 
 
 class _Runner:
-    """Does units of work. Errors travel as values: they arrive without Ray's trace."""
+    """Does units that arrive as rows of a Ray data set. Errors travel as values: they arrive without Ray's trace."""
 
     def __init__(self, setup: Callable[[], Work[Any, Any]]) -> None:
         self._setup = setup
         self._work: Work[Any, Any] | None = None
 
-    def run(self, unit: bytes) -> bytes:
-        """A pickled unit to its pickled outcome."""
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"numbers": row["numbers"], "outcomes": [self._run(unit) for unit in row["units"]]}
+
+    def _run(self, unit: bytes) -> bytes:
         try:
             if self._work is None:
                 self._work = self._setup()
             return pickle.dumps(_Outcome(self._work(pickle.loads(unit))))
         except Exception as error:
             return _dump_error(error)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row of a Ray data set."""
-        return {"number": row["number"], "outcome": self.run(row["unit"])}
 
 
 def _dump_error(error: Exception) -> bytes:

@@ -180,7 +180,7 @@ def _prepare(demo: Demo, world: Path) -> Path:
     from pipelines.miniature.world import prepare_world
 
     shards = demo.root / "shards"
-    with demo.phase("prepare the data (Ray tasks -> Arrow shards)"):
+    with demo.phase("prepare the data (Ray Data -> Arrow shards)"):
         settings = partial(demo.load, PrepareDataSettings, tracking_uri="none")
         demo.result["rows"] = prepare_world(world, shards, settings)
     return shards

@@ -66,7 +66,7 @@ def test_a_killed_worker_process_does_not_show(tars):
         while not stop.is_set():
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if "ray::prepare_data" in " ".join(process.cmdline()):
+                    if "ray::Map" in " ".join(process.cmdline()):
                         process.send_signal(signal.SIGKILL)
                         killed.append(process.pid)
                         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from functools import partial
 
 import pytest
@@ -47,39 +46,18 @@ def test_an_error_arrives_as_it_was_raised(tmp_path):
         list(map_units(partial(setup, tmp_path), [1, "bad", 2], TASKS, SETTINGS, name="double"))
 
 
-def alone(folder):
-    def work(unit):
-        mark = folder / "running"
-        mark.touch(exist_ok=False)
-        time.sleep(0.05)
-        mark.unlink()
-        return unit
-
-    return work
-
-
-def test_no_more_units_run_at_a_time_than_asked_for(tmp_path):
-    done = dict(map_units(partial(alone, tmp_path), list(range(5)), Workers(1, num_cpus=0.1), SETTINGS, name="alone"))
-    assert done == {n: n for n in range(5)}
-
-
-def test_whoever_stops_early_leaves_no_unit_waiting(tmp_path):
-    slow = partial(sleeper, tmp_path)
-    running = map_units(slow, list(range(20)), Workers(None, num_cpus=0.5), SETTINGS, name="slow")
-    next(running)
-    running.close()
-    time.sleep(1)
-    before = len(list(tmp_path.iterdir()))
-    time.sleep(1)
-    assert len(list(tmp_path.iterdir())) == before < 20
-
-
-def sleeper(folder):
-    def work(unit):
-        (folder / str(unit)).touch()
-        time.sleep(0.3)
-
-    return work
+def test_small_units_are_done_together_and_a_deadly_one_costs_the_others_nothing(tmp_path):
+    units = [*range(20), "deadly", *range(20, 40)]
+    one = Workers(1, num_cpus=0.5)
+    done = []
+    with pytest.raises(UnitsLostError, match="1 units of work") as error:
+        for pair in map_units(partial(setup, tmp_path), units, one, SETTINGS, name="double", num_bytes=lambda unit: 1):
+            done.append(pair)
+    assert dict(done) == {n: 2 * n for n in range(40)} and len(done) == 40
+    assert error.value.units == ("deadly",)
+    assert (tmp_path / "deadly").stat().st_size == ATTEMPTS - 1 + 1
+    setups = len([path for path in tmp_path.iterdir() if path.name.startswith("setup")])
+    assert setups < 25, "one for each group, and for the units that a group has lost"
 
 
 @pytest.mark.parametrize("workers", [TASKS, ACTORS], ids=["tasks", "actors"])

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from pipelines.settings import Settings
-from pipelines.units import UnitsLostError, Workers, _dump_error, _run_once, _Runner, _tasks_at_once, map_units
+from pipelines.units import _GROUP_BYTES, UnitsLostError, Workers, _dump_error, _groups, _room, _Runner, map_units
 
 HERE = Workers(0)
 
@@ -51,28 +51,40 @@ def fail(error):
     [(ValueError("bad value"), ValueError, "bad value"), (OddError(1, 2), RuntimeError, "OddError: 1 and 2")],
 )
 def test_errors_travel_as_values_and_arrive_as_they_were_raised(error, kind, text):
-    row = _Runner(partial(fail, error))({"number": 4, "unit": pickle.dumps("x")})
-    assert row["outcome"] == _run_once(partial(fail, error), pickle.dumps("x"))
-    outcome = pickle.loads(row["outcome"])
-    assert row["number"] == 4
+    row = _Runner(partial(fail, error))({"numbers": [4], "units": [pickle.dumps("x")]})
+    outcome = pickle.loads(row["outcomes"][0])
+    assert row["numbers"] == [4]
     assert type(outcome.error) is kind
     assert str(outcome.error) == text
     assert pickle.loads(_dump_error(error)).result is None
-
-
-@pytest.mark.parametrize(
-    ("workers", "tasks"),
-    [(Workers(), 8), (Workers(num_cpus=0.5), 16), (Workers(num_gpus=0.5), 4), (Workers(num_cpus=9), 1)],
-)
-def test_tasks_are_submitted_for_what_the_cluster_has(monkeypatch, workers, tasks):
-    ray = pytest.importorskip("ray")
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
-    assert _tasks_at_once(workers) == tasks
-    monkeypatch.setattr(ray, "cluster_resources", dict)  # a cluster that only grows when asked
-    assert _tasks_at_once(workers) == 1
 
 
 def test_lost_units_are_named():
     error = UnitsLostError(["part-3", "part-4"])
     assert error.units == ("part-3", "part-4")
     assert "2 units" in str(error) and "'part-3'" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "groups"),
+    [
+        ([1, 1, 1, 1, 1], 2, [[0, 1], [2, 3], [4]]),
+        ([1, 1, 1], 0, [[0], [1], [2]]),
+        ([_GROUP_BYTES, 1, _GROUP_BYTES - 1, 5, 5], 9, [[0], [1, 2], [3, 4]]),
+        ([], 3, []),
+    ],
+)
+def test_small_units_are_grouped_in_order(sizes, most, groups):
+    assert _groups(sizes, most) == groups
+
+
+@pytest.mark.parametrize(
+    ("workers", "count"),
+    [(Workers(), 8), (Workers(num_cpus=0.5), 16), (Workers(num_gpus=0.5), 4), (Workers(num_cpus=9), 1)],
+)
+def test_room_is_what_the_cluster_has(monkeypatch, workers, count):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    assert _room(workers) == count
+    monkeypatch.setattr(ray, "cluster_resources", dict)  # a cluster that only grows when asked
+    assert _room(workers) == 1

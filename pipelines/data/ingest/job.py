@@ -1,7 +1,7 @@
-"""Ingest: source files -> checked, resized, deduplicated samples -> Arrow shards, on Ray.
+"""Ingest: source files -> checked, resized, deduplicated samples -> Arrow shards. The Ray Data graph.
 
     plan      input -> units: one per tar, or per slice of an annotation file          (driver, reads no image)
-    stage     each unit -> staged rows, an index and a record                          (one Ray task per unit)
+    stage     each unit -> staged rows, an index and a record                          (Ray Data, one or a few per task)
     publish   duplicates over all units -> shards -> lists, report, manifest           (driver, and one task per shard)
 
 A unit is done from its first byte to its last by one task that writes its own files, so no image travels through the
@@ -196,7 +196,10 @@ def _run_units(settings: PrepareDataSettings, units: Sequence[SourceUnit], stagi
     rows_in = rows = reused = 0
     setup = partial(_unit_reader, settings, staging)
     with Bar(f"prepare {settings.source}", quiet=settings.quiet) as bar:
-        done = map_units(setup, list(enumerate(units)), _workers(settings), settings, name="prepare_data")
+        numbered = list(enumerate(units))
+        done = map_units(
+            setup, numbered, _workers(settings), settings, name="prepare_data", num_bytes=lambda unit: unit[1].num_bytes
+        )
         for count, (_, outcome) in enumerate(done, start=1):
             rows_in, rows, reused = rows_in + outcome.rows_in, rows + outcome.rows, reused + outcome.was_finished
             speed = rows_in / bar.seconds
@@ -250,6 +253,7 @@ def _shard_writer() -> Callable[[tuple[int, ShardPlan]], ShardInfo]:
 
 
 def _workers(settings: PrepareDataSettings) -> Workers:
+    """Two tasks per worker, half a CPU each: while Ray Data hands out the next one, the other has the CPU."""
     return Workers(settings.num_workers)
 
 
