@@ -13,6 +13,18 @@ from tests.paths import ROOT
 pytestmark = pytest.mark.integration
 
 
+@pytest.fixture(scope="module")
+def gpu_train():
+    import importlib
+    import sys
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield importlib.import_module("gpu_train")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
 @pytest.mark.timeout(240)
 def test_all_sections_run_on_a_cpu(tmp_path):
     sections = "decode,small_card,first_token,answers,products"
@@ -26,3 +38,21 @@ def test_all_sections_run_on_a_cpu(tmp_path):
     assert next(row for row in rows if row["what"].startswith("fp32: equal answers"))["reached"] == "yes"
     text = (tmp_path / "gpu.md").read_text()
     assert "--size tiny" in text and "| decode | bf16, engine, 1 |" in text
+
+
+def test_every_case_of_training_runs(gpu_train, capsys):
+    rows = gpu_train.train_section(240, size="tiny", device="cpu")
+    assert not [row for row in rows if row.value is None]
+    what = {row.what: row for row in rows}
+    assert what["ours, cached: times plain"].floor == 4.0 and what["ours, inline: times plain"].floor == 2.5
+    assert what["448 px mix, ours, inline: times plain"].floor == 3.0
+    assert what["loss, compiled - uncompiled"].value < 0.01
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["what"] for line in printed] == [row.what for row in rows]
+    assert gpu_train.table(rows).count("\n") == len(rows) + 1
+
+
+def test_every_case_of_memory_runs(gpu_train):
+    rows = gpu_train.memory_section(240, size="tiny", device="cpu")
+    assert len(rows) == 10
+    assert all("planned" in row.note and "Error" not in row.note and "memory;" not in row.note for row in rows)
