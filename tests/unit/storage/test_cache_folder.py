@@ -1,0 +1,36 @@
+"""The cache's folder belongs to one user, and a lock to one process."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines.settings import SettingsError
+from pipelines.storage import locked, secure_folder
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
+@pytest.mark.security
+def test_a_folder_that_the_group_or_others_can_write_is_refused(tmp_path, mode):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(SettingsError, match=rf"the cache {folder} .* can be written by others: .*chmod 700 {folder}"):
+        secure_folder(folder)
+    folder.chmod(0o755)
+    assert secure_folder(folder) == folder
+
+
+@pytest.mark.security
+def test_a_new_folder_is_private_and_a_link_is_refused(tmp_path):
+    assert secure_folder(tmp_path / "a/cache").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "link").symlink_to(tmp_path / "a/cache")
+    with pytest.raises(SettingsError, match="is a link"):
+        secure_folder(tmp_path / "link")
+
+
+def test_a_lock_is_refused_while_it_is_held(tmp_path):
+    path = tmp_path / "x.lock"
+    with locked(path, "busy"), pytest.raises(SettingsError, match=r"^busy$"), locked(path, "busy"):
+        pass
+    with locked(path, "busy"):
+        assert path.stat().st_mode & 0o777 == 0o600
