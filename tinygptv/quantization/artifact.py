@@ -34,7 +34,7 @@ from tinygptv.checkpoint.load_model import load_processor
 from tinygptv.data.processing import TinyGPTVProcessor
 from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
 from tinygptv.quantization.host_memory import returning_memory
-from tinygptv.quantization.linear_cpu import HalfEmbedding
+from tinygptv.quantization.linear_cpu import HalfEmbedding, Int8EncoderLinear
 from tinygptv.quantization.linear_packed import from_int4, from_int8, from_llm_int8, from_nf4
 from tinygptv.quantization.metadata import FORMAT_VERSION, ArtifactMetadata, PartRecord, read_metadata, write_metadata
 
@@ -295,10 +295,12 @@ def _fill(
         stored = tensors.take(name)
         if not stored:
             raise CheckpointError(f"{tensors.folder} lacks the weights of {name}: export the artifact again.")
-        form = formats[name.partition(".")[0]]
+        part = name.partition(".")[0]
+        form = formats[part]
         if device.type != "cpu":
             return PACKED[form](stored, device, dtype)
-        return _format_class(form).restore(stored, device, dtype)
+        kind = Int8EncoderLinear if (part, form) == ("vision_encoder", "int8") else _format_class(form)
+        return kind.restore(stored, device, dtype)
 
     # Kernels for CPUs want weights in an order of their own, which one thread makes slowly.
     with ThreadPoolExecutor(os.cpu_count() if device.type == "cpu" else 1) as pool:

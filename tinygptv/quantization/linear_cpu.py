@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_ENCODER_ROWS = 1025
+"""Rows for which oneDNN orders the weights: patches of an image of 448 pixels and the class token."""
+
 INT4_GROUPS = (64, 32)
 """Weights that share a 4-bit scale: the first that divides the input width."""
 
@@ -91,6 +94,47 @@ class Int8Linear(nn.Module):
         else:
             product = torch.ops.aten._weight_int8pack_mm(rows, *self._packed)
             product = product if self.bias is None else product.add_(self.bias)
+        return product.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """As ``nn.Linear`` shows itself."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class Int8EncoderLinear(nn.Module):
+    """``Int8Linear`` for the hundreds of rows of an image: the same numbers, multiplied by oneDNN.
+
+    Its kernel does 700 billion operations per second on two cores with AVX-512 VNNI where FBGEMM's does 500. For one
+    row it is the slower one (docs/quantization.md).
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        """Pack weights for the kernel; as ``Int8Linear``."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+        self.weight = torch.empty(0, dtype=torch.int8)  # stands for the opaque one, as in ``Int8Linear``
+        self._packed = torch.ops.onednn.qlinear_prepack(weight, [_ENCODER_ROWS, self.in_features])
+        self._scale, self._zero_points = scale.float(), torch.zeros(len(scale), dtype=torch.int32)
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+        """Build from what ``Int8Linear.pack`` returned; an ``Int8Linear`` where this processor lacks the kernel."""
+        kind = cls if _has_vnni() and torch.backends.mkldnn.is_available() else Int8Linear
+        return kind(tensors["weight"], tensors["scale"], tensors.get("bias"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply [..., I] to [..., O]."""
+        rows = x.reshape(-1, self.in_features).float()
+        # Two passes over the rows cost a third of the time that their absolute values in new memory take.
+        peak = torch.maximum(rows.amax(dim=-1, keepdim=True), rows.amin(dim=-1, keepdim=True).neg_())
+        peak.clamp_min_(torch.finfo(torch.float32).tiny)
+        rounded = torch.quantize_per_tensor(rows / peak, 1 / 127, 128, torch.quint8).int_repr()
+        product = torch.ops.onednn.qlinear_pointwise(
+            rounded, 1 / 127, 128, self._packed, self._scale, self._zero_points, None,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        product = product.mul_(peak) if self.bias is None else torch.addcmul(self.bias, product, peak, out=product)
         return product.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

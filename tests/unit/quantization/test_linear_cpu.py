@@ -9,8 +9,16 @@ from torch import nn
 
 from tests.serving_model import make_model, make_processor
 from tinygptv.checkpoint.folders import write_folder
+from tinygptv.quantization import linear_cpu
 from tinygptv.quantization.artifact import load_artifact, write_artifact
-from tinygptv.quantization.linear_cpu import HalfEmbedding, Int4Linear, Int8Linear, round_groups, round_rows
+from tinygptv.quantization.linear_cpu import (
+    HalfEmbedding,
+    Int4Linear,
+    Int8EncoderLinear,
+    Int8Linear,
+    round_groups,
+    round_rows,
+)
 
 
 def make_linear(inputs=64, outputs=32, bias=True):
@@ -55,6 +63,40 @@ def test_a_token_of_zeros_gives_the_bias():
     torch.testing.assert_close(layer(torch.zeros(1, 64))[0], linear.bias)
     assert layer(torch.zeros(2, 3, 64, dtype=torch.float16)).shape == (2, 3, 32)
     assert layer(torch.zeros(1, 64)).dtype == torch.float32
+
+
+HAS_KERNEL = torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()
+needs_vnni = pytest.mark.skipif(not HAS_KERNEL, reason="needs AVX-512 VNNI and oneDNN")
+
+
+@needs_vnni
+@pytest.mark.parametrize("rows", [1, 5, 257])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_encoders_kernel_gives_the_numbers_of_the_other(rows, bias):
+    stored = Int8Linear.pack(make_linear(96, 48, bias), "cpu")
+    layer = Int8EncoderLinear.restore(stored, "cpu", torch.float32)
+    assert type(layer) is Int8EncoderLinear
+    x = torch.randn(2, rows, 96) * torch.logspace(-3, 3, rows)[:, None]
+    x[0, 0] = 0
+    expected = Int8Linear.restore(stored, "cpu", torch.float32)(x)
+    assert layer(x).shape == (2, rows, 48) and layer(x).dtype == torch.float32
+    # A number that lies between two steps may be rounded to the other one.
+    assert ((layer(x) - expected).norm(dim=-1) <= 2e-3 * expected.norm(dim=-1) + 1e-6).all()
+    torch.testing.assert_close(layer(x[1:])[0], layer(x)[1], rtol=0, atol=0)
+
+
+def test_without_the_encoders_kernel_the_other_takes_its_weights(monkeypatch):
+    monkeypatch.setattr(linear_cpu, "_has_vnni", lambda: False)
+    assert type(Int8EncoderLinear.restore(Int8Linear.pack(make_linear(), "cpu"), "cpu", torch.float32)) is Int8Linear
+
+
+@needs_vnni
+def test_an_artifacts_encoder_has_the_kernel_for_many_rows(tmp_path):
+    write_folder(tmp_path / "artifact", lambda folder: write_artifact(folder, make_model(), make_processor(), "cpu"))
+    model, _, _ = load_artifact(tmp_path / "artifact")
+    kinds = {part: {type(m) for m in getattr(model, part).modules()} for part in ("vision_encoder", "qformer")}
+    assert Int8EncoderLinear in kinds["vision_encoder"] and Int8Linear not in kinds["vision_encoder"]
+    assert Int8Linear in kinds["qformer"] and Int8EncoderLinear not in kinds["qformer"]
 
 
 def test_four_bits_spread_from_the_smallest_to_the_largest_of_a_group():
