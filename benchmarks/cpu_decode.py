@@ -1,6 +1,7 @@
 """How fast Phi-2's size decodes on a CPU, by way of storing the weights; and the whole system's memory and answer time.
 
     python benchmarks/cpu_decode.py linear                  every low-bit path on Phi-2's matrices
+    python benchmarks/cpu_decode.py encoder --image-size 448    the vision encoder by both int8 kernels, in turns
     python benchmarks/cpu_decode.py system --method cpu     a paper-scale artifact: written, loaded, asked
     python benchmarks/cpu_decode.py system --method cpu4
 
@@ -15,6 +16,8 @@ OpenVINO is timed where it is installed; it is no dependency.
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
 import os
 import subprocess
@@ -38,7 +41,7 @@ SHAPES = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WI
 """Output and input widths of a layer's matrices: q, k, v together; dense; fc1; fc2."""
 LAYER_WEIGHTS = sum(o * i for o, i in SHAPES)
 ALL_WEIGHTS = LAYERS * LAYER_WEIGHTS + VOCABULARY * WIDTH
-TIMED_LAYERS = 2
+TIMED_LAYERS, TIMED_BLOCKS = 2, 4
 
 Product = Callable[[Tensor], object]
 
@@ -178,6 +181,42 @@ def _time(products: list[Product], weights: list[Tensor], rows: int) -> float:
     return float(np.median(times))
 
 
+# ---------------------------------------------------------------------------------------------------------- encoder
+
+
+def bench_encoder(options: argparse.Namespace) -> None:
+    """Some of ViT-g's blocks with int8 weights, by FBGEMM and by oneDNN; scaled to all of them."""
+    from tinygptv.quantization.linear_cpu import Int8EncoderLinear, Int8Linear
+
+    encoder = random_model(options.image_size).vision_encoder
+    depth = len(encoder.vit.blocks)
+    encoder.vit.blocks = encoder.vit.blocks[:TIMED_BLOCKS]
+    for block in encoder.vit.blocks:
+        block.attn.k_bias = torch.zeros_like(block.attn.v_bias)  # a buffer, which random_model leaves on meta
+    pixels = torch.randn(1, 3, options.image_size, options.image_size)
+    ways = {}
+    for kind in (Int8Linear, Int8EncoderLinear):
+        way = copy.deepcopy(encoder)
+        for name, layer in list(way.named_modules()):
+            if type(layer) is nn.Linear:
+                way.set_submodule(name, kind.restore(Int8Linear.pack(layer, "cpu"), "cpu", torch.float32))
+        for block in way.vit.blocks:
+            block.attn.qkv_bias_separate = True
+        ways[kind.__name__] = way
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with torch.inference_mode():
+        exact = encoder(pixels)
+        drift = {name: ((way(pixels) - exact).norm() / exact.norm()).item() for name, way in ways.items()}
+        for _ in range(5):
+            for name, way in ways.items():
+                seconds[name].append(_seconds(functools.partial(way, pixels)) * depth / TIMED_BLOCKS)
+    for name, found in seconds.items():
+        print(
+            f"{name}: {np.median(found):.2f} s for {depth} blocks (least {min(found):.2f}); features of {TIMED_BLOCKS} "
+            f"blocks differ from float32's by {drift[name]:.1e} of their norm"
+        )
+
+
 # ---------------------------------------------------------------------------------------------------- the whole system
 
 
@@ -284,7 +323,7 @@ def ask(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("linear", "system", "ask"))
+    parser.add_argument("what", choices=("linear", "encoder", "system", "ask"))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="+", help="linear: paths whose names hold one of these")
     parser.add_argument("--method", default="cpu", help="system: how the artifact is stored")
@@ -298,7 +337,7 @@ def main() -> None:
     print(
         f"{options.what}, {options.threads} threads, torch {torch.__version__}, load before: {os.getloadavg()[0]:.1f}"
     )
-    {"linear": bench_linear, "system": bench_system, "ask": ask}[options.what](options)
+    {"linear": bench_linear, "encoder": bench_encoder, "system": bench_system, "ask": ask}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -35,6 +36,9 @@ TRIES = 2
 """Replicas that a request is tried on: one that dies may have been unlucky, two have been killed by the request."""
 
 REPLICA_DIED = (RayActorError, WorkerCrashedError, ReplicaUnavailableError)
+
+WAIT_POLICY = "OMP_WAIT_POLICY"
+"""OpenMP's variable: whether threads that wait spin (``ACTIVE``) or sleep (``PASSIVE``)."""
 
 AFFINITY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 """Sends the turns of a conversation to the replica that has its image and history; the next if that is full."""
@@ -154,6 +158,17 @@ class Ingress:
         return found or [self.own_metrics()]
 
 
+def _replica_options(settings: ServeSettings) -> dict[str, Any]:
+    """Ray's options of a replica. On a CPU its threads sleep while they wait for each other: threads that spin cost a
+    replica fourteen times its step where other processes share its cores (benchmarks/results/cpu_decode.md)."""
+    options: dict[str, Any] = {"num_cpus": settings.cpus_per_replica, "num_gpus": settings.num_gpus}
+    if not settings.num_gpus:
+        # Read when torch is loaded, so it has to be in the environment of the process.
+        policy = os.environ.get(WAIT_POLICY, "PASSIVE")
+        options["runtime_env"] = {"env_vars": {WAIT_POLICY: policy}}
+    return options
+
+
 def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:
     """The Serve application; ``import_path`` of Serve configurations.
 
@@ -189,7 +204,7 @@ def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:
         # Beyond a full batch, enough requests that the next one's prompt and images are ready in time.
         max_ongoing_requests=2 * settings.max_batch_size,
         max_queued_requests=2 * (settings.max_queue + settings.max_batch_size),
-        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.num_gpus},
+        ray_actor_options=_replica_options(settings),
         # A replacement needs the memory of a second model; on one GPU there is none, so there the old one stops first.
         max_surge_percent=0 if settings.num_gpus else 100,
         graceful_shutdown_timeout_s=settings.request_timeout_s,

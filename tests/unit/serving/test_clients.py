@@ -207,3 +207,13 @@ def test_no_key_is_in_what_ray_shows_of_the_application():
     arguments = [arg for arg in (*ingress.init_args, *model._bound_deployment.init_args) if arg is not model]
     assert b"secret" not in pickle.dumps(arguments)
     assert digest_of("secret-key") in ingress.init_args[1]
+
+
+def test_threads_of_replicas_on_cpus_sleep_while_they_wait(monkeypatch):
+    from pipelines.serving.app import _replica_options
+
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert _replica_options(ServeSettings())["runtime_env"] == {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
+    assert "runtime_env" not in _replica_options(ServeSettings(num_gpus=1))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert _replica_options(ServeSettings())["runtime_env"] == {"env_vars": {"OMP_WAIT_POLICY": "ACTIVE"}}
