@@ -158,15 +158,13 @@ class Ingress:
         return found or [self.own_metrics()]
 
 
-def _replica_options(settings: ServeSettings) -> dict[str, Any]:
-    """Ray's options of a replica. On a CPU its threads sleep while they wait for each other: threads that spin cost a
-    replica fourteen times its step where other processes share its cores (benchmarks/results/cpu_decode.md)."""
-    options: dict[str, Any] = {"num_cpus": settings.cpus_per_replica, "num_gpus": settings.num_gpus}
-    if not settings.num_gpus:
-        # Read when torch is loaded, so it has to be in the environment of the process.
-        policy = os.environ.get(WAIT_POLICY, "PASSIVE")
-        options["runtime_env"] = {"env_vars": {WAIT_POLICY: policy}}
-    return options
+def _replica_environment(settings: ServeSettings) -> dict[str, dict[str, str]]:
+    """Ray's runtime environment of a replica. On a CPU its threads sleep while they wait for each other: threads that
+    spin cost a replica fourteen times its step where others use its cores (benchmarks/results/cpu_decode.md)."""
+    if settings.num_gpus:
+        return {}
+    # Read when torch is loaded, so it has to be in the environment of the process.
+    return {"env_vars": {WAIT_POLICY: os.environ.get(WAIT_POLICY, "PASSIVE")}}
 
 
 def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:
@@ -204,7 +202,11 @@ def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:
         # Beyond a full batch, enough requests that the next one's prompt and images are ready in time.
         max_ongoing_requests=2 * settings.max_batch_size,
         max_queued_requests=2 * (settings.max_queue + settings.max_batch_size),
-        ray_actor_options=_replica_options(settings),
+        ray_actor_options={
+            "num_cpus": settings.cpus_per_replica,
+            "num_gpus": settings.num_gpus,
+            "runtime_env": _replica_environment(settings),
+        },
         # A replacement needs the memory of a second model; on one GPU there is none, so there the old one stops first.
         max_surge_percent=0 if settings.num_gpus else 100,
         graceful_shutdown_timeout_s=settings.request_timeout_s,

@@ -210,10 +210,10 @@ def test_no_key_is_in_what_ray_shows_of_the_application():
 
 
 def test_threads_of_replicas_on_cpus_sleep_while_they_wait(monkeypatch):
-    from pipelines.serving.app import _replica_options
+    from pipelines.serving.app import _replica_environment
 
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert _replica_options(ServeSettings())["runtime_env"] == {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
-    assert "runtime_env" not in _replica_options(ServeSettings(num_gpus=1))
+    assert _replica_environment(ServeSettings()) == {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
+    assert _replica_environment(ServeSettings(num_gpus=1)) == {}
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert _replica_options(ServeSettings())["runtime_env"] == {"env_vars": {"OMP_WAIT_POLICY": "ACTIVE"}}
+    assert _replica_environment(ServeSettings()) == {"env_vars": {"OMP_WAIT_POLICY": "ACTIVE"}}
