@@ -20,11 +20,10 @@ from tinygptv.data.sample import ArrowTurn
 from tinygptv.miniature.draw import encode_jpeg
 from tinygptv.miniature.scenes import RGB, Scene, SceneObject, make_scene
 
-NEW_COLOUR = "tan"
-"""A word that the miniature's tokenizer need not cut to pieces: of a longer one, its frozen language model learns the
-beginning in so short a training, and writes another word's end."""
+NEW_COLOUR = "aqua"
+"""A word of three tokens: of one of six (turquoise), so short a training teaches the beginning alone."""
 
-_RGB: RGB = (190, 148, 100)
+_RGB: RGB = (38, 186, 180)
 _SPLIT = "validation"
 """Its scenes are in neither the training nor the test split of the world."""
 

@@ -40,13 +40,13 @@ def test_rows_of_a_new_colour(example):
 
 
 def test_the_new_word_can_be_spelled():
-    """As an answer it is one token: the frozen language model has never written a longer unknown word."""
+    """Of six tokens the frozen language model learns the beginning only."""
     tokenizer = load_tokenizer(BACKBONES)
-    assert len(tokenizer.tokenize(NEW_COLOUR)) == 1 and len(tokenizer.tokenize(f" {NEW_COLOUR}")) <= 2
+    assert len(tokenizer.tokenize(NEW_COLOUR)) <= 3 and len(tokenizer.tokenize(f" {NEW_COLOUR}")) <= 3
 
 
 def test_every_row_is_kept_by_the_ingest(example, tmp_path):
-    fields = {"source": "jsonl", "input": str(example[1] / "train.jsonl"), "name": "tan"}
+    fields = {"source": "jsonl", "input": str(example[1] / "train.jsonl"), "name": "aqua"}
     common = {"output": str(tmp_path), "num_workers": 0, "tracking_uri": "none", "quiet": True}
     result = ingest(PrepareDataSettings(**fields, **common))
     assert (result["rows_out"], result["quarantined"]) == (example[0]["rows"]["train.jsonl"], 0)
