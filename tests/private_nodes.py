@@ -239,7 +239,10 @@ def bucket_environment(endpoint: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def bucket_server(bucket: str) -> Iterator[str]:
-    """An S3 server on loopback with one bucket; its address."""
+    """An S3 server on loopback with one bucket; its address.
+
+    Connections of a process are kept by the bucket's name: each test module has a name of its own.
+    """
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],

@@ -38,7 +38,7 @@ pytestmark = [
     pytest.mark.skipif(bool(why_not()), reason=why_not()),
 ]
 
-BUCKET = "s3://bucket"
+BUCKET = "s3://nodes"
 STAGE = {
     "sources": {"laion": {"weight": 1, "batch_size": 4}},
     "schedule": {"steps_per_epoch": 8, "epochs": 1, "peak": 1e-3, "minimum": 1e-4, "warmup_start": 1e-4},
@@ -90,7 +90,7 @@ def last_line(output):
 
 @pytest.fixture(scope="module")
 def proxy():
-    with bucket_server("bucket") as server, faulty_bucket(server) as faulty:
+    with bucket_server("nodes") as server, faulty_bucket(server) as faulty:
         for name, value in bucket_environment(faulty.endpoint).items():
             os.environ[name] = value
         yield faulty

@@ -16,12 +16,12 @@ from tinygptv.checkpoint.folders import MANIFEST
 pytest.importorskip("moto", reason="the S3 server of these tests is in the dev extra")
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900), pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
-BUCKET = "s3://bucket"
+BUCKET = "s3://private"
 
 
 def test_a_stage_on_two_nodes_from_the_bucket_to_the_bucket(tmp_path, monkeypatch):
     world = make_world(tmp_path / "world")
-    with bucket_server("bucket") as endpoint:
+    with bucket_server("private") as endpoint:
         for name, value in bucket_environment(endpoint).items():
             monkeypatch.setenv(name, value)
         storage.upload_folder(Path(world["data"], "pairs"), f"{BUCKET}/data/pairs", MANIFEST)

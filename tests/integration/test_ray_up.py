@@ -35,7 +35,7 @@ HEAD, *WORKERS = ADDRESSES = ("127.0.2.1", "127.0.2.2", "127.0.2.3")
 
 @pytest.fixture
 def bucket(monkeypatch):
-    with bucket_server("bucket") as endpoint:
+    with bucket_server("desk") as endpoint:
         for name, value in bucket_environment(endpoint).items():
             monkeypatch.setenv(name, value)
         yield bucket_environment(endpoint)
@@ -119,13 +119,13 @@ def test_machines_reached_by_ssh_become_a_cluster(machines, user, tmp_path):
         )
 
         write_world(tmp_path / "world", 24, 4, sources=("laion",))
-        storage.upload_folder(tmp_path / "world", "s3://bucket/raw", "sources.json")
+        storage.upload_folder(tmp_path / "world", "s3://desk/raw", "sources.json")
         (given,) = json.loads((tmp_path / "world/sources.json").read_text()).values()
-        words = ("source=laion", f"input=s3://bucket/raw/{given['input']}", "output=s3://bucket/data/laion")
+        words = ("source=laion", f"input=s3://desk/raw/{given['input']}", "output=s3://desk/data/laion")
         job = ("jobs/prepare_data.py", *words, "tracking_uri=none")
         printed = ray("job", "submit", "--address", address, "--working-dir", str(ROOT), "--", "python", *job)
-        assert "s3://bucket/data/laion/result.json" in printed
-        assert json.loads(storage.read_bytes("s3://bucket/data/laion/result.json"))["rows_out"] > 0
+        assert "s3://desk/data/laion/result.json" in printed
+        assert json.loads(storage.read_bytes("s3://desk/data/laion/result.json"))["rows_out"] > 0
     finally:
         told = ray("down", str(file), "--yes", check=False)
     wait_for(lambda: not [home for home in machines if is_running(home)], 60, f"Ray still runs: {told}")
