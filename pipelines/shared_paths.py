@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines import storage
 from pipelines.settings import Settings, SettingsError
-from pipelines.storage import Location
 
 if TYPE_CHECKING:
     import ray
@@ -39,7 +39,7 @@ def check_shared_paths(settings: Settings) -> None:
     paths = {
         key: Path(value.removeprefix("file://")).expanduser()
         for key, value in given.items()
-        if value and not Location.parse(value).is_object_store and "://" not in value.removeprefix("file://")
+        if value and storage.is_local(value)
     }
     paths = {key: path for key, path in paths.items() if path.is_absolute()}
     nodes = _other_nodes() if paths else {}

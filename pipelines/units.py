@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipelines.cluster import quiet_ray_data, start_ray
@@ -101,8 +102,7 @@ def map_units(
         return
     missing = dict(enumerate(units))
     with start_ray(settings):
-        most = len(units) // (_GROUPS_PER_WORKER * (workers.count or _room(workers)))
-        for groups, retries in _attempts([num_bytes(unit) if num_bytes else _GROUP_BYTES for unit in units], most):
+        for groups, retries in _attempts(units, workers, num_bytes):
             left = [[number for number in group if number in missing] for group in groups]
             for number, outcome in _run_on_ray(
                 setup, units, [group for group in left if group], workers, name, retries
@@ -114,11 +114,15 @@ def map_units(
         raise UnitsLostError(list(missing.values()))
 
 
-def _attempts(sizes: Sequence[int], most: int) -> Iterator[tuple[list[list[int]], int]]:
+def _attempts(
+    units: Sequence[Unit], workers: Workers, num_bytes: Callable[[Unit], int] | None
+) -> Iterator[tuple[list[list[int]], int]]:
     """Groups of units, and how often one is repeated whose process dies: it may take sound units with it, so what a
     group has lost is done again one by one."""
-    alone = [[number] for number in range(len(sizes))]
-    groups = _groups(sizes, most)
+    alone = groups = [[number] for number in range(len(units))]
+    if num_bytes is not None:
+        most = len(units) // (_GROUPS_PER_WORKER * (workers.count or _room(workers)))
+        groups = _groups([num_bytes(unit) for unit in units], most)
     if groups == alone:
         yield alone, ATTEMPTS - 1
     else:
@@ -182,9 +186,11 @@ def _run_on_ray(
             tasks = ray.data.TaskPoolStrategy(size=workers.count)
             done = _map_rows(rows, partial(_run_once, setup), compute=tasks, max_retries=retries, **resources)
     done.set_name(name)
+    outcomes = iter(done.iter_rows())
     with _all_workers_at_once():
-        for row in done.iter_rows():
-            yield from zip(row["numbers"], map(pickle.loads, row["outcomes"]), strict=True)
+        first = list(islice(outcomes, 1))
+    for row in chain(first, outcomes):
+        yield from zip(row["numbers"], map(pickle.loads, row["outcomes"]), strict=True)
 
 
 @contextmanager
@@ -202,7 +208,7 @@ def _errored_units_left_out() -> Iterator[None]:
 @contextmanager
 def _all_workers_at_once() -> Iterator[None]:
     """Ray Data looks at the cluster's size once per second, the first time before it is known: until then it runs one
-    task at a time, which is the whole of a small job. In this block it looks more often."""
+    task at a time. In this block, which waits for the first result, it looks more often."""
     from ray.data._internal.execution.resource_manager import ResourceManager
 
     before = getattr(ResourceManager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S", None)

@@ -253,7 +253,6 @@ def _shard_writer() -> Callable[[tuple[int, ShardPlan]], ShardInfo]:
 
 
 def _workers(settings: PrepareDataSettings) -> Workers:
-    """Two tasks per worker, half a CPU each: while Ray Data hands out the next one, the other has the CPU."""
     return Workers(settings.num_workers)
 
 
