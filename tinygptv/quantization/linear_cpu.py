@@ -67,9 +67,13 @@ class Int8Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
         # The packed weight is opaque; this stands for it where callers look at the type of the weights.
         self.weight = torch.empty(0, dtype=torch.int8)
-        self._packed = _pack(weight, scale) if has_fbgemm() else (weight, scale)
+        self._packed = self._prepack(weight, scale)
         # Without VNNI, sums of two 8-bit products can overflow 16 bits; with 7-bit inputs they cannot.
         self._levels = 127 if _has_vnni() else 63
+
+    def _prepack(self, weight: Tensor, scale: Tensor) -> Any:
+        """Weights in the kernel's order."""
+        return _pack(weight, scale) if has_fbgemm() else (weight, scale)
 
     @staticmethod
     def pack(linear: nn.Linear, device: str | torch.device) -> dict[str, Tensor]:
@@ -101,25 +105,20 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class Int8EncoderLinear(nn.Module):
+class Int8EncoderLinear(Int8Linear):
     """``Int8Linear`` for the hundreds of rows of an image: the same numbers, multiplied by oneDNN.
 
     Its kernel does 700 billion operations per second on two cores with AVX-512 VNNI where FBGEMM's does 500. For one
     row it is the slower one (docs/quantization.md).
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        """Pack weights for the kernel; as ``Int8Linear``."""
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
-        self.weight = torch.empty(0, dtype=torch.int8)  # stands for the opaque one, as in ``Int8Linear``
-        self._packed = torch.ops.onednn.qlinear_prepack(weight, [_ENCODER_ROWS, self.in_features])
+    def _prepack(self, weight: Tensor, scale: Tensor) -> Any:
         self._scale, self._zero_points = scale.float(), torch.zeros(len(scale), dtype=torch.int32)
+        return torch.ops.onednn.qlinear_prepack(weight, [_ENCODER_ROWS, self.in_features])
 
     @classmethod
-    def restore(cls, tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-        """Build from what ``Int8Linear.pack`` returned; an ``Int8Linear`` where this processor lacks the kernel."""
+    def restore(cls, tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype) -> Int8Linear:
+        """Build from what ``pack`` returned; an ``Int8Linear`` where this processor lacks the kernel."""
         kind = cls if _has_vnni() and torch.backends.mkldnn.is_available() else Int8Linear
         return kind(tensors["weight"], tensors["scale"], tensors.get("bias"))
 
@@ -136,10 +135,6 @@ class Int8EncoderLinear(nn.Module):
         )  # fmt: skip
         product = product.mul_(peak) if self.bias is None else torch.addcmul(self.bias, product, peak, out=product)
         return product.view(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        """As ``nn.Linear`` shows itself."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 def _pack(weight: Tensor, scale: Tensor) -> Any:
