@@ -1,8 +1,15 @@
-"""Tests that compare with recordings of the original are not collected where the recordings are missing."""
+"""What all tests share; those that compare with recordings of the original need the recordings to be collected."""
 
 from __future__ import annotations
 
-from tests.paths import GOLDEN, REALDATA
+import importlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+
+from tests.paths import GOLDEN, REALDATA, ROOT
 
 collect_ignore_glob = [] if GOLDEN.is_dir() and REALDATA.is_dir() else ["**/test_golden*.py"]
 
@@ -12,3 +19,13 @@ def pytest_report_header() -> str:
     if collect_ignore_glob:
         return f"recordings of the original are not in {GOLDEN.parent}: test_golden*.py are not collected"
     return f"recordings of the original: {GOLDEN.parent}"
+
+
+@pytest.fixture(scope="module")
+def gpu_train() -> Iterator[ModuleType]:
+    """The GPU benchmark's sections of training, imported as its command imports them."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield importlib.import_module("gpu_train")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))

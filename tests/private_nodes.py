@@ -24,6 +24,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from tests.paths import ROOT
 
@@ -44,6 +45,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+Found = TypeVar("Found")
+
+
+def wait_for(condition: Callable[[], Found], within_s: float, what: str) -> Found:
+    """Wait until something is found; ``what`` is said where it is not in time."""
+    deadline = time.monotonic() + within_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(1)
+    return found
 
 
 # ---------------------------------------------------------------------- nodes

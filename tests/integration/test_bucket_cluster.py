@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import urllib.request
 
 import pytest
@@ -27,6 +26,7 @@ from tests.private_nodes import (
     faulty_bucket,
     free_port,
     private_cluster,
+    wait_for,
     why_not,
 )
 
@@ -73,14 +73,6 @@ def train_words(data, init_from, output, **changes):
 def losses(location):
     lines = storage.read_bytes(location).decode().splitlines()
     return [json.loads(line)["loss_hex"] for line in lines]
-
-
-def wait_for(condition, within_s, what):
-    deadline = time.monotonic() + within_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(1)
-    return found
 
 
 def last_line(output):

@@ -13,18 +13,6 @@ from tests.paths import ROOT
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def gpu_train():
-    import importlib
-    import sys
-
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield importlib.import_module("gpu_train")
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-
-
 @pytest.mark.timeout(240)
 def test_all_sections_run_on_a_cpu(tmp_path):
     sections = "decode,small_card,first_token,answers,products"

@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ import yaml
 
 from pipelines import storage
 from tests.paths import ROOT
-from tests.private_nodes import bucket_environment, bucket_server, free_port
+from tests.private_nodes import bucket_environment, bucket_server, free_port, wait_for
 from tests.ssh_machines import make_key, ssh_machines, why_not
 
 pytest.importorskip("moto", reason="the S3 server of these tests is in the dev extra")
@@ -129,13 +128,6 @@ def test_machines_reached_by_ssh_become_a_cluster(machines, user, tmp_path):
     finally:
         told = ray("down", str(file), "--yes", check=False)
     wait_for(lambda: not [home for home in machines if is_running(home)], 60, f"Ray still runs: {told}")
-
-
-def wait_for(condition, within_s: float, what: str) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(2)
 
 
 def nodes_command(gcs: int) -> str:

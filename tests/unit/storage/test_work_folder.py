@@ -10,7 +10,7 @@ from pipelines.storage import WorkFolder, folders
 
 @pytest.fixture
 def location(tmp_path):
-    return f"memory://work/{tmp_path.name}"
+    return f"memory://published/{tmp_path.name}"
 
 
 def published(location):

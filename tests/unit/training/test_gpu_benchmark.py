@@ -2,22 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
-from tests.paths import ROOT
-
-
-@pytest.fixture(scope="module")
-def gpu_train():
-    import importlib
-    import sys
-
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield importlib.import_module("gpu_train")
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-
 
 def test_rows_say_whether_what_was_wanted_was_reached(gpu_train):
     row = gpu_train.Row
