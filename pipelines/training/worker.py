@@ -256,8 +256,10 @@ class TrainWorker:
             return Diagnosis(layer=fault.part, where="backward")
         maker = BatchMaker(replace(self.plan, micro_batch_size=1, micro_batch_tokens=0, pack_length=0))
         ids = maker.sample_ids(fault.step)[self.rank :: self.world_size]
+        refs = maker.mixture.rank_step(fault.step, self.rank, self.world_size)
+        # One at a time: together they would be put in the order of their lengths.
+        batches = [maker.batch([maker.load(ref)])[0] for ref in refs]
         torch.manual_seed(_dropout_seed(self.job.settings.seed, fault.step, self.rank))
-        batches = maker.make(fault.step).micro_batches
         found = diagnose(self.train_step, list(zip(ids, batches, strict=True)), spike=fault.kind == "spike")
         return Diagnosis.merge(gather(found))
 

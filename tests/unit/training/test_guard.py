@@ -211,7 +211,8 @@ def worker(world, tmp_path_factory):
 
 def samples(worker):
     maker = BatchMaker(worker.plan)
-    return list(zip(maker.sample_ids(0), maker.make(0).micro_batches, strict=True))
+    batches = [maker.batch([maker.load(ref)])[0] for ref in maker.mixture.step(0)]
+    return list(zip(maker.sample_ids(0), batches, strict=True))
 
 
 def with_image(worker):

@@ -317,6 +317,13 @@ def test_the_first_of_equal_losses_is_the_best():
     assert history.best["step"] == 4 and history.since_best == 2
 
 
+def test_the_loss_of_several_sources_is_the_mean_over_their_tokens():
+    shares = [HeldOutShare({"a": (4.0, 2), "b": (1.0, 5)}, {}), HeldOutShare({"a": (0.0, 0), "b": (1.0, 5)}, {})]
+    found = HeldOutHistory().add(3, shares)
+    assert found == {"step": 3, "loss": 0.5, "sources": {"a": 2.0, "b": 0.2}, "scores": {}}
+    assert HeldOutHistory().add(0, [HeldOutShare({"a": (0.0, 0)}, {"a": (0.0, 0)})])["sources"] == {}
+
+
 def test_a_state_has_the_held_out_loss_of_its_own_step_alone():
     history = HeldOutHistory()
     assert history.state(4) == {}

@@ -60,6 +60,13 @@ def test_a_state_without_a_loss_is_never_the_best(tmp_path):
     assert names(tmp_path) == ["step-00000003", "step-00000009"]
 
 
+def test_half_a_state_is_never_the_best(tmp_path):
+    (tmp_path / "step-00000001").mkdir()
+    losses = {3: 0.5, 6: 1.0}
+    save(store_in(tmp_path, keep=1, keep_best=True), losses, losses)
+    assert names(tmp_path) == ["step-00000003", "step-00000006"]
+
+
 def test_leftovers_of_a_killed_write_are_removed(tmp_path):
     (tmp_path / ".step-00000003.tmp").mkdir()
     save(store_in(tmp_path), [6])
