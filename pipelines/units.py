@@ -7,12 +7,12 @@ travels between processes, and whoever calls passes only those units whose outpu
 from __future__ import annotations
 
 import pickle
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipelines.cluster import quiet_ray_data, start_ray
@@ -29,10 +29,16 @@ ATTEMPTS = 4
 """Runs of a unit whose process dies. Ray Data's own default has no bound: one unit could stall a job for ever."""
 
 _GROUP_BYTES = 64 * 2**20
-"""Small units are done together up to so many bytes: Ray Data takes about 0.15 s to follow a task by the next."""
+"""Small units are done together up to so many bytes."""
 
 _GROUPS_PER_WORKER = 4
 """Fewer would leave workers idle at the end."""
+
+_TASKS_PER_WORKER = 4
+"""Tasks submitted, those that run included: a worker that has finished one finds the next."""
+
+_POLICIES = "backpressure_policies.enabled"
+"""Ray Data's setting (``DataContext.set_config``): what decides about one more task."""
 
 
 class UnitsLostError(RuntimeError):
@@ -171,7 +177,7 @@ def _run_on_ray(
     if not groups:
         return
     resources: dict[str, Any] = {"num_cpus": workers.num_cpus, "num_gpus": workers.num_gpus or None}
-    with _errored_units_left_out():
+    with _data_context(workers):
         rows = ray.data.from_items(
             [{"numbers": list(group), "units": [pickle.dumps(units[n]) for n in group]} for group in groups],
             override_num_blocks=len(groups),
@@ -186,40 +192,52 @@ def _run_on_ray(
             tasks = ray.data.TaskPoolStrategy(size=workers.count)
             done = _map_rows(rows, partial(_run_once, setup), compute=tasks, max_retries=retries, **resources)
     done.set_name(name)
-    outcomes = iter(done.iter_rows())
-    with _all_workers_at_once():
-        first = list(islice(outcomes, 1))
-    for row in chain(first, outcomes):
+    for row in done.iter_rows():
         yield from zip(row["numbers"], map(pickle.loads, row["outcomes"]), strict=True)
 
 
 @contextmanager
-def _errored_units_left_out() -> Iterator[None]:
-    """Data sets made in this block leave out what fails. A unit is counted by its result."""
+def _data_context(workers: Workers) -> Iterator[None]:
+    """Settings of the data sets made in this block.
+
+    They leave out what fails: a unit is counted by its result. Tasks are submitted ahead: Ray Data's own policy submits
+    one only when it has seen another's end, 0.15 s later, and starts with one until it knows the cluster's size.
+    """
     context = quiet_ray_data()
-    before = context.max_errored_blocks
+    failures, reservation = context.max_errored_blocks, context.op_resource_reservation_enabled
     context.max_errored_blocks = -1
+    if not workers.reuse_setup:
+        context.op_resource_reservation_enabled = False
+        context.set_config(_POLICIES, [partial(_TasksAhead, workers)])
     try:
         yield
     finally:
-        context.max_errored_blocks = before
+        context.max_errored_blocks, context.op_resource_reservation_enabled = failures, reservation
+        context.remove_config(_POLICIES)
 
 
-@contextmanager
-def _all_workers_at_once() -> Iterator[None]:
-    """Ray Data looks at the cluster's size once per second, the first time before it is known: until then it runs one
-    task at a time. In this block, which waits for the first result, it looks more often."""
-    from ray.data._internal.execution.resource_manager import ResourceManager
+class _TasksAhead:
+    """Decides for Ray Data whether one more task is submitted; Ray runs as many as the cluster has room for.
 
-    before = getattr(ResourceManager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S", None)
-    if before is None:  # another release of Ray: nothing to change
-        yield
-        return
-    ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.05  # type: ignore[assignment]  # an int by its default
-    try:
-        yield
-    finally:
-        ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = before
+    A backpressure policy of Ray Data by its methods.
+    """
+
+    name = "TasksAhead"
+
+    def __init__(self, workers: Workers, *_: Any) -> None:
+        self._workers = workers
+        self._most = 0
+        self._until = 0.0
+
+    def can_add_input(self, op: Any) -> bool:
+        if time.monotonic() >= self._until:  # clusters grow
+            most = _TASKS_PER_WORKER * _room(self._workers)
+            self._most = min(most, self._workers.count or most)
+            self._until = time.monotonic() + 1
+        return bool(op.num_active_tasks() < self._most)
+
+    def max_task_output_bytes_to_read(self, op: Any) -> None:
+        """Outputs are small: no limit."""
 
 
 def _map_rows(rows: ray.data.Dataset, function: Any, **options: Any) -> ray.data.Dataset:

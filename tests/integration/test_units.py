@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from pipelines.settings import Settings
-from pipelines.units import ATTEMPTS, UnitsLostError, Workers, map_units
+from pipelines.units import _POLICIES, ATTEMPTS, UnitsLostError, Workers, _data_context, map_units
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 
@@ -32,6 +32,20 @@ def setup(folder):
         return unit * 2
 
     return work
+
+
+def test_only_data_sets_of_units_have_their_settings():
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    before = context.max_errored_blocks, context.op_resource_reservation_enabled
+    with _data_context(TASKS):
+        assert context.max_errored_blocks == -1 and not context.op_resource_reservation_enabled
+        assert [policy().name for policy in context.get_config(_POLICIES)] == ["TasksAhead"]
+    with _data_context(ACTORS):
+        assert context.get_config(_POLICIES) is None
+    assert context.get_config(_POLICIES) is None
+    assert (context.max_errored_blocks, context.op_resource_reservation_enabled) == before
 
 
 @pytest.mark.parametrize("workers", [TASKS, ACTORS], ids=["tasks", "actors"])

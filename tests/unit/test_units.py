@@ -8,7 +8,18 @@ from functools import partial
 import pytest
 
 from pipelines.settings import Settings
-from pipelines.units import _GROUP_BYTES, UnitsLostError, Workers, _dump_error, _groups, _room, _Runner, map_units
+from pipelines.units import (
+    _GROUP_BYTES,
+    _TASKS_PER_WORKER,
+    UnitsLostError,
+    Workers,
+    _dump_error,
+    _groups,
+    _room,
+    _Runner,
+    _TasksAhead,
+    map_units,
+)
 
 HERE = Workers(0)
 
@@ -88,3 +99,38 @@ def test_room_is_what_the_cluster_has(monkeypatch, workers, count):
     assert _room(workers) == count
     monkeypatch.setattr(ray, "cluster_resources", dict)  # a cluster that only grows when asked
     assert _room(workers) == 1
+
+
+class Operator:
+    """A stand-in for Ray Data's, with so many tasks submitted."""
+
+    def __init__(self, num_tasks):
+        self.num_tasks = num_tasks
+
+    def num_active_tasks(self):
+        return self.num_tasks
+
+
+@pytest.mark.parametrize(
+    ("workers", "most"),
+    [(Workers(), 2 * _TASKS_PER_WORKER), (Workers(3), 3), (Workers(99, num_cpus=2.0), _TASKS_PER_WORKER)],
+)
+def test_tasks_are_submitted_ahead_and_never_more_than_may_run_at_a_time(monkeypatch, workers, most):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    policy = _TasksAhead(workers, "context", "topology", "resources")
+    assert policy.can_add_input(Operator(most - 1)) and not policy.can_add_input(Operator(most))
+
+
+def test_a_cluster_that_has_grown_gets_more_tasks(monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    clock = [5.0]
+    monkeypatch.setattr("pipelines.units.time.monotonic", lambda: clock[0])
+    policy = _TasksAhead(Workers())
+    busy = Operator(2 * _TASKS_PER_WORKER)
+    assert not policy.can_add_input(busy)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    assert not policy.can_add_input(busy), "the cluster's size is asked for once a second"
+    clock[0] += 1
+    assert policy.can_add_input(busy)
