@@ -135,7 +135,7 @@ class WorkFolder:
             self._published |= {file: _state(self.path / file) for file in self._files(name)}
 
     def publish(self, *names: str) -> None:
-        """Copy what changed to the location, in the order given; all files where no name is given.
+        """Copy what changed to the location, in the order given; all files, by name, where none is given.
 
         A file that was published and is gone is removed there, too.
 
@@ -144,7 +144,8 @@ class WorkFolder:
         """
         if self.location.is_local:
             return
-        for name in names or sorted(path.name for path in self.path.iterdir()):
+        known = {file.partition("/")[0] for file in self._published}
+        for name in names or sorted(known | {path.name for path in self.path.iterdir()}):
             present = list(self._files(name))
             for file in present:
                 state = _state(self.path / file)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from pipelines import storage
 from pipelines.fingerprint import FINGERPRINT_FILE, Fingerprint, OtherInputsError, checkpoint_digest, claim, digest_of
 from pipelines.settings import SettingsError
 from tinygptv.checkpoint.folders import write_folder
@@ -54,6 +55,22 @@ def test_overwrite_removes_what_the_job_writes_and_nothing_else(tmp_path):
     assert claim(tmp_path, fingerprint(seed=7), RESULTS, overwrite=True) is False
     assert sorted(path.name for path in tmp_path.iterdir()) == [FINGERPRINT_FILE, "notes.txt"]
     assert claim(tmp_path, fingerprint(seed=7), RESULTS) is True
+
+
+def test_an_overwrite_that_is_killed_can_be_repeated(tmp_path, monkeypatch):
+    """What is left must still be known as this job's own."""
+    claim(tmp_path, fingerprint(), RESULTS)
+    for name in RESULTS:
+        (tmp_path / name).write_text("{}")
+
+    def killed(location):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(storage, "remove_file", killed)
+        claim(tmp_path, fingerprint(seed=7), RESULTS, overwrite=True)
+    assert claim(tmp_path, fingerprint(seed=7), RESULTS, overwrite=True) is False
+    assert [path.name for path in tmp_path.iterdir()] == [FINGERPRINT_FILE]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

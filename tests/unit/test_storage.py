@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import pickle
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -238,6 +239,37 @@ def test_query_of_a_uri_stays_at_its_end():
     assert storage.parent("s3://bucket/set/a?region=x") == "s3://bucket/set?region=x"
     assert storage.file_name("s3://bucket/set/a?region=x") == "a"
     assert storage.join("a?b", "*.tar") == "a?b/*.tar"
+
+
+@pytest.mark.parametrize(
+    ("root", "account", "asked"),
+    [
+        ("az://box", "me", "abfss://box@me.dfs.core.windows.net"),
+        ("abfs://box?enable_tls=false", "me", "abfss://box@me.dfs.core.windows.net?enable_tls=false"),
+        ("abfs://box@you.dfs.core.windows.net", "me", "abfs://box@you.dfs.core.windows.net"),
+        ("hdfs://host:9000", "", "hdfs://host:9000/"),
+        ("hdfs://host?user=x", "", "hdfs://host?user=x"),
+        ("s3://bucket?region=x", "me", "s3://bucket?region=x"),
+    ],
+)
+def test_the_address_that_is_opened(monkeypatch, root, account, asked):
+    class Opened(Exception):
+        pass
+
+    def from_uri(address):
+        raise Opened(address)
+
+    monkeypatch.setenv(location_module.AZURE_ACCOUNT, account)
+    monkeypatch.setattr(location_module.pafs, "FileSystem", SimpleNamespace(from_uri=from_uri))
+    with pytest.raises(Opened) as opened:
+        location_module._connect.__wrapped__(root)
+    assert str(opened.value) == asked
+
+
+def test_a_container_without_its_account_is_told(monkeypatch):
+    monkeypatch.delenv(location_module.AZURE_ACCOUNT, raising=False)
+    with pytest.raises(SettingsError, match=r"storage account is not known; set AZURE_STORAGE_ACCOUNT_NAME"):
+        storage.resolve("az://box/a")
 
 
 def test_unknown_protocol_is_the_users_mistake():

@@ -119,7 +119,9 @@ def _spread(values: np.ndarray) -> Spread:
 
 def general_reason(found: Rejected) -> str:
     """A reason without what differs from sample to sample, so that equal troubles are counted together."""
-    reason = found.reason.replace(found.key, "..") if found.key else found.reason
+    reason = found.reason
+    if found.key:  # as a word: the key "a" is in many others
+        reason = re.sub(rf"(?<!\w){re.escape(found.key)}(?!\w)", "..", reason)
     reason = re.sub(r"(image|member) \S*\.[A-Za-z0-9]+", r"\1 ..", reason)
     reason = re.sub(r"'[^']*'", "'..'", reason)
     return re.sub(r"\d+", "N", reason)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import pytest
 
 from pipelines.settings import SettingsError
-from pipelines.storage import locked, secure_folder
+from pipelines.storage import CACHE_VARIABLE, default_cache, locked, secure_folder
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
+    assert default_cache() == tmp_path / f"t/tinygptv-cache-{os.getuid()}"
+    monkeypatch.setenv(CACHE_VARIABLE, "~/kept")
+    assert default_cache() == tmp_path / "kept"
 
 
 @pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])

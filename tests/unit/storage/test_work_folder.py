@@ -55,6 +55,51 @@ def test_a_file_that_is_gone_is_removed_there(location):
     assert storage.exists(f"{location}/folder.txt"), "of a name that begins alike"
 
 
+def test_everything_that_is_gone_is_removed_where_all_is_published(location):
+    work = WorkFolder(location)
+    (work.path / "unsent.jsonl").write_text("x")
+    (work.path / "result.json").write_text("{}")
+    work.publish()
+    again = WorkFolder(location)
+    again.fetch("unsent.jsonl", "result.json")
+    (again.path / "unsent.jsonl").unlink()
+    again.publish()
+    assert list(storage.list_names(location)) == ["result.json"]
+
+
+def test_a_file_that_is_being_written_is_not_published(location, uploads):
+    work = WorkFolder(location)
+    (work.path / "folder").mkdir()
+    for name in ("folder/.a.123.tmp", "folder/a", ".b.456.tmp"):
+        (work.path / name).write_text(name)
+    work.publish()
+    assert uploads == ["a"]
+
+
+def test_progress_is_published_in_the_background_every_few_seconds(location, uploads, monkeypatch, tmp_path):
+    now = 1000.0
+    monkeypatch.setattr(folders.time, "monotonic", lambda: now)
+    work = WorkFolder(location)
+    (work.path / "progress.txt").write_text("step 1")
+    for now, sent in ((1000.0, 1), (1004.9, 1), (1005.0, 2), (1009.0, 2)):
+        work.publish_soon("progress.txt")
+        work._thread.join(10)
+        assert len(uploads) == sent, now
+    assert published(location) == {"progress.txt": b"step 1"}
+    local = WorkFolder(str(tmp_path / "out"))
+    local.publish_soon("progress.txt")
+    assert local._thread is None and len(uploads) == 2
+
+
+def test_a_failing_background_upload_stops_nothing(location, monkeypatch):
+    def failing(path, to):
+        raise OSError("away")
+
+    monkeypatch.setattr(folders, "upload", failing)
+    work = WorkFolder(location)
+    work._try_to_publish("progress.txt")
+
+
 def test_what_another_run_published_is_fetched_and_not_sent_again(location, uploads):
     first = WorkFolder(location)
     (first.path / "record.jsonl").write_text("1\n")

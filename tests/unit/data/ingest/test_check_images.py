@@ -229,3 +229,17 @@ def test_perceptual_hash_survives_scaling_and_encoding_and_tells_pictures_apart(
 
 def test_perceptual_hash_of_a_flat_picture_is_defined():
     assert 0 <= perceptual_hash(np.full((20, 20), 255, dtype=np.uint8)) < 2**64
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize(("size", "stored"), [((641, 479), (86, 64)), ((479, 641), (64, 86)), ((96, 64), (96, 64))])
+def test_a_shrunk_image_has_the_rounded_size_and_keeps_the_originals_numbers(kind, size, stored):
+    checked = check_image(encode(picture(1, size), kind), SETTINGS)
+    assert ((checked.width, checked.height), Image.open(io.BytesIO(checked.data)).size) == (size, stored)
+
+
+@pytest.mark.parametrize("quality", [50, 95])
+def test_images_are_encoded_at_the_quality_asked_for(quality):
+    checked = check_image(encode(picture(0), "PNG"), PrepareDataSettings(jpeg_quality=quality))
+    asked_for = Image.open(io.BytesIO(encode(picture(0), quality=quality)))
+    assert Image.open(io.BytesIO(checked.data)).quantization == asked_for.quantization

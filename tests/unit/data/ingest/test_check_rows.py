@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from pipelines.data.ingest.check_rows import check_boxes, check_row
@@ -85,6 +87,17 @@ def test_caption_filters_exactly_at_their_bounds(caption, changes, name):
     with pytest.raises(Filtered) as error:
         check_row(given, web=True, settings=bounds)
     assert error.value.filter == name
+
+
+def test_the_caption_that_is_judged_is_the_first_answer_of_every_turn():
+    good, bad = "a red star", "---- ===="
+    for turns, removed in (
+        ((Turn("", (good, bad)),), False),
+        ((Turn("", (bad, good)),), True),
+        ((Turn("", (good,)), Turn("", (bad,))), True),
+    ):
+        with pytest.raises(Filtered) if removed else contextlib.nullcontext():
+            check_row(row(task="pair", turns=turns), web=True, settings=SETTINGS)
 
 
 @pytest.mark.parametrize(

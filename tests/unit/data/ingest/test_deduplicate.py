@@ -47,6 +47,12 @@ def test_near_duplicates_equal_a_double_loop(max_bits):
         assert bin(int(hashes[near.row] ^ hashes[near.earlier])).count("1") == near.bits <= max_bits
 
 
+def test_of_several_earlier_images_the_first_is_named():
+    """Three hashes that share all bands but one: each is like both others."""
+    found = find_near_duplicates(np.arange(1, 4, dtype=np.uint64), np.array([0, 1, 6], dtype=np.uint64), 4)
+    assert [(near.row, near.earlier, near.bits) for near in found] == [(1, 0, 1), (2, 0, 2)]
+
+
 def test_one_image_in_many_rows_is_no_near_duplicate():
     images = np.array([5, 5, 0, 0, 6, 5], dtype=np.uint64)
     hashes = np.array([9, 9, 0, 0, 9, 9], dtype=np.uint64)

@@ -38,6 +38,8 @@ def test_every_sample_is_accounted_for(tmp_path):
     assert (quarantine[0]["shard"], quarantine[0]["key"]) == ("00000.tar", "a2")
     removed = {line["key"]: line["filter"] for line in lines(result["removed"])}
     assert removed == {"tiny": "min_side", "c1": "min_letters", "b0": "duplicate"}
+    (repeated,) = [line for line in lines(result["removed"]) if line["key"] == "b0"]
+    assert (repeated["shard"], repeated["reason"]) == ("00001.tar", "same as 00000/a0")
     assert [(line["id"], line["near"]) for line in lines(result["near_duplicate_list"])] == [("00001/b2", "00000/a1")]
 
 
@@ -96,6 +98,22 @@ def test_shards_stay_within_their_bounds(tmp_path):
     assert [row.id for row in shards] == [f"0/{n}" for n in range(40)]
 
 
+def test_statistics_of_a_shard_are_those_of_the_rows_that_stay(tmp_path):
+    """One unit of three files; the second and third sample repeat the first."""
+    captions = ["one", "one", "one", "one two three", "one two three four", "one two"]
+    images = [jpeg(0)] * 3 + [jpeg(n, (48 + n, 32)) for n in range(3, 6)]
+    write_tar(tmp_path / "0.tar", [m for n in range(6) for m in sample(f"{n}", images[n], captions[n])])
+    result = ingest(settings(tmp_path, shard_rows=2))
+    assert (result["duplicates"], result["rows_out"]) == (2, 4)
+    found = [info.statistics for info in ShardSet.open(result["output"]).manifest.shards]
+    assert [each["words"] for each in found] == [
+        {"least": 1, "mean": 1, "most": 1},
+        {"least": 3, "mean": 3, "most": 3},
+        {"least": 2, "mean": 3, "most": 4},
+    ]
+    assert [each["width"]["most"] for each in found] == [48, 51, 53]
+
+
 def test_small_units_are_gathered_and_rows_keep_their_order(tmp_path):
     for number in range(12):
         write_web_tar(tmp_path / f"{number:05d}.tar", number * 9, 9)
@@ -121,14 +139,15 @@ def test_an_ingest_that_keeps_nothing_fails_with_the_commonest_reason(tmp_path):
 
 
 def test_an_ingest_whose_filters_remove_everything_fails_too(tmp_path):
-    write_web_tar(tmp_path / "0.tar", 0, 5)
+    members = [member for n in range(5) for member in sample(f"{n}", jpeg(n), f"picture number {n}")]
+    write_tar(tmp_path / "0.tar", [*members, *sample("junk", b"junk", "x")])
     with pytest.raises(NothingKeptError, match=r"filter min_words: 5.*removed\.jsonl"):
         ingest(settings(tmp_path, min_words=4))
 
 
-@pytest.mark.parametrize(("bad", "warns"), [(1, False), (2, True)])
-def test_much_quarantine_is_warned_of_with_the_commonest_reason(tmp_path, caplog, bad, warns):
-    good = [member for n in range(10) for member in sample(f"g{n}", jpeg(n), f"number {n}")]
+@pytest.mark.parametrize(("good", "bad", "warns"), [(9, 1, False), (10, 2, True)])
+def test_more_than_a_tenth_in_quarantine_is_warned_of_with_the_commonest_reason(tmp_path, caplog, good, bad, warns):
+    good = [member for n in range(good) for member in sample(f"g{n}", jpeg(n), f"number {n}")]
     write_tar(tmp_path / "0.tar", [*good, *(m for n in range(bad) for m in sample(f"b{n}", b"junk", "x"))])
     ingest(settings(tmp_path))
     told = [record.getMessage() for record in caplog.records if "quarantined" in record.getMessage()]
@@ -167,6 +186,23 @@ def test_finished_set_is_verified_and_not_made_again(tmp_path):
     shard.write_bytes(data)
     assert ingest(settings(tmp_path))["reused_units"] == 0
     assert content(tmp_path / "out") == expected
+
+
+def test_overwrite_reads_everything_again_and_until_it_is_done_there_is_no_manifest(tmp_path, monkeypatch):
+    write_web_tar(tmp_path / "0.tar", 0, 5)
+    with monkeypatch.context() as patched:  # a kill at the end of the first run
+        patched.setattr(ingest_module.storage, "remove_folder", lambda location: None)
+        ingest(settings(tmp_path))
+    assert list((tmp_path / "out/_staging").iterdir())
+    publish, there = ingest_module.publish, []
+
+    def looking(*arguments):
+        there.append((tmp_path / "out/manifest.json").exists())
+        return publish(*arguments)
+
+    monkeypatch.setattr(ingest_module, "publish", looking)
+    assert ingest(settings(tmp_path, overwrite=True))["reused_units"] == 0
+    assert there == [False]
 
 
 CHANGED = {

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.data.ingest.publish import Piece, ShardPlan, _fits, write_shard
+from pipelines.data.ingest.publish import Piece, ShardPlan, _fits, _is_small, write_shard
 from pipelines.data.shard_format import SCHEMA, ShardInfo, record_batch
 from pipelines.settings import PrepareDataSettings
 from tinygptv.data.sample import SampleRow, Turn
@@ -50,3 +50,17 @@ def test_pieces_follow_one_another(staged, tmp_path):
 def test_a_shard_is_filled_up_to_its_bounds_exactly(rows, num_bytes, fits):
     pieces = [Piece("x", ShardInfo("x", r, b, ""), None) for r, b in zip(rows, num_bytes, strict=True)]
     assert _fits(pieces[:1], pieces[1], PrepareDataSettings(shard_rows=9, shard_mb=1)) is fits
+
+
+def test_a_piece_counts_the_rows_that_stay():
+    info = ShardInfo("x", 10, 1000, "")
+    pieces = Piece("x", info, None), Piece("x", info, np.array([3, 4])), Piece("x", ShardInfo("x", 0, 50, ""), None)
+    assert [(piece.num_rows, piece.num_bytes) for piece in pieces] == [(10, 1000), (2, 200), (0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_bytes", "small"), [(9, 1, True), (10, 1, False), (1, 2**16 - 1, True), (1, 2**16, False)]
+)
+def test_a_file_below_a_sixteenth_of_the_bounds_is_gathered(rows, num_bytes, small):
+    piece = Piece("x", ShardInfo("x", rows, num_bytes, ""), None)
+    assert _is_small(piece, PrepareDataSettings(shard_rows=160, shard_mb=1)) is small

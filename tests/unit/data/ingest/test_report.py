@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
+import pyarrow as pa
+
 from pipelines.data.ingest import report
+from pipelines.data.ingest.staging import INDEX_SCHEMA
+from pipelines.data.sources.base import Rejected
 
 
 def test_bars_have_their_bins_counts_and_heights():
@@ -19,3 +24,66 @@ def test_bars_have_their_bins_counts_and_heights():
 def test_the_last_bin_is_open():
     drawing = report._histogram("Words", (0, 1), [0, 1200])
     assert re.findall(r"<title>(.*?)</title>", drawing) == ["1 to more: 1,200"]
+
+
+def index(*rows):
+    """Lines of an index: width, height, bytes of the image, words, whether it kept its bytes."""
+    names = ("width", "height", "image_bytes", "words", "kept")
+    lines = [{"id": "", "content_hash": bytes(16), **dict(zip(names, row, strict=True))} for row in rows]
+    return pa.Table.from_pylist(lines, INDEX_SCHEMA)
+
+
+def test_totals_count_each_row_in_its_bin_and_each_shard_by_itself():
+    totals = report.Totals()
+    totals.add(index((64, 32, 2000, 1, True), (128, 64, 4999, 3, False)))
+    totals.add(index((0, 0, 0, 7, False)))
+    totals.next_shard()
+    totals.add(index((4096, 63, 5000, 250, True)))
+    totals.next_shard()
+    assert (totals.images, totals.kept_images) == (3, 2)
+    bins = {
+        name: {report.BINS[name][bin]: int(count) for bin, count in enumerate(counts) if count}
+        for name, counts in totals.histograms.items()
+    }
+    assert bins == {
+        "width": {64: 1, 128: 1, 4096: 1},
+        "height": {0: 2, 64: 1},
+        "aspect_ratio": {2: 2, 4: 1},
+        "image_kilobytes": {2: 2, 5: 1},
+        "words": {1: 1, 3: 1, 5: 1, 200: 1},
+    }
+    first, second = totals.shard_statistics()
+    assert first["words"] == {"least": 1, "mean": 3.67, "most": 7}
+    assert first["image_bytes"] == {"least": 0, "mean": 2333, "most": 4999}
+    assert second["words"] == {"least": 250, "mean": 250, "most": 250}
+
+
+def test_reasons_are_counted_without_names_and_numbers_and_the_first_is_the_example():
+    totals = report.Totals()
+    totals.add_rejected(
+        [
+            Rejected("a", "0.tar", "image a.jpg has 3 x 4 pixels"),
+            Rejected("b7", "0.tar", "image b7.jpg has 5 x 60 pixels"),
+            Rejected("c", "0.tar", "the key 'k' of c"),
+            Rejected("d", "0.tar", "too few words", filter="min_words"),
+        ]
+    )
+    assert totals.reasons == {"image .. has N x N pixels": 2, "the key '..' of ..": 1}
+    assert totals.examples["image .. has N x N pixels"] == "image a.jpg has 3 x 4 pixels"
+
+
+def test_sample_images_are_spread_over_the_whole_set():
+    class Rows:
+        def __init__(self, count):
+            self.count = count
+
+        def __len__(self):
+            return self.count
+
+        def rows(self, numbers):
+            return list(numbers)
+
+    found = report._sample_rows(Rows(1000))
+    assert (len(found), found[0], found[-1]) == (report.SAMPLE_IMAGES, 0, 999)
+    assert max(b - a for a, b in itertools.pairwise(found)) <= 44
+    assert report._sample_rows(Rows(2)) == [0, 1] and report._sample_rows(Rows(0)) == []

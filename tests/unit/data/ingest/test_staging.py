@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 
+from pipelines.data.ingest import staging
 from pipelines.data.ingest.staging import stage_unit
 from pipelines.data.sources import SOURCES
-from pipelines.data.sources.base import SourceInput
+from pipelines.data.sources.base import Changes, Rejected, SourceInput
 from pipelines.settings import PrepareDataSettings
 from tests.source_files import jpeg, write_web_tar
+from tinygptv.data.sample import SampleRow, Turn
 
 
 @pytest.fixture
@@ -41,33 +44,124 @@ def test_a_finished_unit_is_not_read_again(unit_and_settings, tmp_path):
 )
 def test_a_damaged_unit_is_read_again(unit_and_settings, tmp_path, damage, ending):
     unit, settings = unit_and_settings
-    staging = tmp_path / "staging"
-    first, _ = stage_unit(unit, 0, settings, str(staging))
-    whole = {path.name: path.read_bytes() for path in staging.iterdir()}
+    folder = tmp_path / "staging"
+    first, _ = stage_unit(unit, 0, settings, str(folder))
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     name = first.files[0].file if ending == "rows" else next(name for name in whole if name.endswith(f".{ending}"))
     data = whole[name]
     middle = len(data) // 2
     if damage == "gone":
-        (staging / name).unlink()
+        (folder / name).unlink()
     else:
         changed = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-        (staging / name).write_bytes(changed if damage == "changed" else data[:middle])
-    assert stage_unit(unit, 0, settings, str(staging)) == (first, False)
-    assert {path.name: path.read_bytes() for path in staging.iterdir()} == whole
+        (folder / name).write_bytes(changed if damage == "changed" else data[:middle])
+    assert stage_unit(unit, 0, settings, str(folder)) == (first, False)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
 
 def test_a_unit_whose_missing_images_appeared_is_read_again(tmp_path):
-    staging, images = tmp_path / "staging", tmp_path / "own"
-    staging.mkdir(), images.mkdir()
+    folder, images = tmp_path / "staging", tmp_path / "own"
+    folder.mkdir(), images.mkdir()
     own = images / "own.jsonl"
     own.write_text("".join(json.dumps({"image": f"{n}.jpg", "caption": f"c {n}"}) + "\n" for n in range(2)))
     (images / "0.jpg").write_bytes(jpeg(0))
     settings = PrepareDataSettings(source="jsonl", input=str(own), output=str(tmp_path / "out"), num_workers=0)
     source = SOURCES["jsonl"]
     (unit,) = source.reader.plan(SourceInput("jsonl", str(own), "", "own", source.task))
-    first, _ = stage_unit(unit, 0, settings, str(staging))
+    first, _ = stage_unit(unit, 0, settings, str(folder))
     assert first.rows == 1 and len(first.rejected) == 1 and first.missing
-    assert stage_unit(unit, 0, settings, str(staging))[1], "still missing"
+    assert stage_unit(unit, 0, settings, str(folder))[1], "still missing"
     (images / "1.jpg").write_bytes(jpeg(1))
-    again, was_there = stage_unit(unit, 0, settings, str(staging))
+    again, was_there = stage_unit(unit, 0, settings, str(folder))
     assert (again.rows, again.missing, was_there) == (2, [], False)
+
+
+# ---------------------------------------------------------------- bounds, hashes, fingerprints
+
+
+def text_row(number, image=None):
+    return SampleRow(f"{number}", "x", "text", (Turn("q", (f"a {number}",)),), image)
+
+
+@pytest.mark.parametrize(
+    ("count", "num_bytes", "settings", "files"),
+    [
+        (150, 0, {"shard_rows": 100}, [100, 50]),
+        (128, 0, {"shard_rows": 64}, [64, 64]),
+        (5, 2**18, {"shard_mb": 1}, [3, 2]),  # a row takes some bytes besides its image
+        (5, 400_000, {"shard_mb": 1}, [2, 2, 1]),
+        (2, 2**21, {"shard_mb": 1}, [1, 1]),  # larger than a file alone
+        (0, 0, {}, []),
+    ],
+)
+def test_a_units_files_are_filled_up_to_their_bounds(tmp_path, count, num_bytes, settings, files):
+    staged = staging._StagedFiles(str(tmp_path / "unit"), PrepareDataSettings(**settings))
+    for number in range(count):
+        staged.add(text_row(number, bytes(num_bytes) or None), staging.IndexEntry(str(number), bytes(16)))
+    found = staged.close()
+    assert [(info.file, info.rows) for info in found] == [(f"unit-{n:03d}.arrow", rows) for n, rows in enumerate(files)]
+    assert [entry.id for entry in staged.index] == [str(number) for number in range(count)]
+
+
+def test_an_input_that_cannot_be_read_to_its_end_leaves_no_file(unit_and_settings, tmp_path, monkeypatch):
+    unit, settings = unit_and_settings
+
+    def failing(*_):
+        yield from ((text_row(n), staging.IndexEntry(str(n), bytes(16))) for n in range(100))
+        raise OSError("gone")
+
+    monkeypatch.setattr(staging, "_checked_rows", failing)
+    with pytest.raises(OSError, match="gone"):
+        stage_unit(unit, 0, settings, str(tmp_path / "staging"))
+    assert list((tmp_path / "staging").iterdir()) == []
+
+
+def test_a_record_names_so_many_missing_images_and_no_rejection_keeps_its_own(monkeypatch):
+    monkeypatch.setattr(staging, "_MOST_MISSING", 3)
+    record = staging.UnitRecord("f", "0.tar", "0/")
+    for number in range(5):
+        record.reject(Rejected(f"{number}", "0.tar", "missing", missing=(("", f"/{number}.jpg"),)))
+    assert record.missing == [("", f"/{number}.jpg") for number in range(3)]
+    assert [(found.key, found.missing) for found in record.rejected] == [(f"{number}", ()) for number in range(5)]
+    assert staging.UnitRecord.from_json(json.loads(json.dumps(asdict(record)))) == record
+
+
+def test_rows_are_the_same_where_image_texts_and_boxes_are(tmp_path):
+    images = staging._ImageChecker(PrepareDataSettings(image_size=64))
+    row = SampleRow(
+        "a",
+        "x",
+        "refer",
+        (Turn("", ("a star",)), Turn("q", ("b", "c d"))),
+        jpeg(0, (300, 200)),
+        boxes=((1, 2, 290, 190),),
+    )
+    checked, entry = staging._check_image(row, images, Changes())
+    assert (checked.width, checked.height, checked.boxes) == (300, 200, row.boxes), "of the original"
+    assert (entry.width, entry.height, entry.words, entry.kept) == (300, 200, 3, False)
+    assert entry.image_bytes == len(checked.image) < len(row.image)
+    assert (
+        staging._check_image(replace(row, id="b", source="y"), images, Changes())[1].content_hash == entry.content_hash
+    )
+    others = [
+        replace(row, image=jpeg(1, (300, 200))),
+        replace(row, boxes=((1, 2, 290, 191),)),
+        replace(row, task="identify"),
+        replace(row, turns=row.turns[:1]),
+        replace(row, turns=(row.turns[0], Turn("q", ("b", "c e")))),
+        replace(row, turns=(row.turns[0], Turn("r", ("b", "c d")))),
+    ]
+    hashes = {staging._check_image(other, images, Changes())[1].content_hash for other in others}
+    assert len(hashes - {entry.content_hash}) == len(others)
+
+
+def test_a_units_fingerprint_changes_with_everything_that_it_gives(unit_and_settings, monkeypatch):
+    unit, settings = unit_and_settings
+    fields = {"start": 1, "stop": 2, "first": 3, "num_bytes": 4, "modified_ns": 5, "shard": "x", "details": "images"}
+    others = [replace(unit, **{name: value}) for name, value in fields.items()]
+    others.append(replace(unit, source=replace(unit.source, task="caption")))
+    marks = {staging.fingerprint(each, settings) for each in (unit, *others)}
+    marks.add(staging.fingerprint(unit, settings.model_copy(update={"jpeg_quality": 1})))
+    monkeypatch.setattr(staging, "STAGING_VERSION", 0)
+    marks.add(staging.fingerprint(unit, settings))
+    assert len(marks) == len(others) + 3

@@ -1,0 +1,68 @@
+"""Whole folders: what completes one is removed first and written last; access is asked for without a trace."""
+
+from __future__ import annotations
+
+import pytest
+from pyarrow.fs import LocalFileSystem
+
+from pipelines import storage
+from pipelines.storage import StorageError, folders, upload_folder
+from pipelines.storage import location as location_module
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a", "manifest.json", "sub/z"):
+        (folder / name).write_text(f"new {name}")
+    return folder
+
+
+def test_the_file_that_completes_a_folder_comes_last(source, tmp_path, monkeypatch):
+    target, sent, upload = f"memory://uploaded/{tmp_path.name}", [], folders.upload
+    monkeypatch.setattr(folders, "upload", lambda path, to: (sent.append(path.name), upload(path, to))[1])
+    upload_folder(source, target, "manifest.json")
+    assert sorted(sent[:2]) == ["a", "z"] and sent[2:] == ["manifest.json"]
+    assert list(storage.list_tree(target)) == ["a", "manifest.json", "sub/z"]
+    copy = storage.download_files(target, storage.list_tree(target), tmp_path / "copy/deep")
+    assert {path.relative_to(copy).as_posix(): path.read_text() for path in copy.rglob("*") if path.is_file()} == {
+        name: f"new {name}" for name in ("a", "manifest.json", "sub/z")
+    }
+
+
+def test_a_folder_that_is_replaced_is_not_complete_until_it_is(source, tmp_path, monkeypatch):
+    target = f"memory://replaced/{tmp_path.name}"
+    storage.write_atomically(f"{target}/manifest.json", b"old")
+
+    def failing(path, to):
+        raise StorageError("away")
+
+    with monkeypatch.context() as patched, pytest.raises(StorageError):
+        patched.setattr(folders, "upload", failing)
+        upload_folder(source, target, "manifest.json")
+    assert storage.list_names(target) == {}
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_asking_for_access_leaves_nothing(tmp_path, monkeypatch, writes):
+    place, written, write = f"memory://asked-{writes}/{tmp_path.name}", [], folders.write_atomically
+    monkeypatch.setattr(folders, "write_atomically", lambda to, data: (written.append(to.name), write(to, data))[1])
+    storage.check_access(place, writes=writes)
+    assert storage.list_names(place) == {}
+    assert written == ([".write-check"] if writes else []) and storage.is_folder(place) is writes
+
+
+def test_a_bucket_that_is_not_there_is_told_and_a_local_folder_need_not_be(tmp_path, monkeypatch):
+    storage.check_access(str(tmp_path / "nowhere"), writes=True)
+    assert not (tmp_path / "nowhere").exists()
+    monkeypatch.setattr(location_module, "_connect", lambda root: (LocalFileSystem(), str(tmp_path / "bucket")))
+    with pytest.raises(StorageError, match="the bucket of s3://bucket/x does not exist: check the name"):
+        storage.check_access("s3://bucket/x")
+
+
+def test_a_tree_is_copied_into_one_that_is_there(source, tmp_path):
+    for _ in range(2):
+        storage.copy_tree(source, tmp_path / "target", ["sub", "a", "missing"])
+    found = {path.relative_to(tmp_path / "target").as_posix() for path in (tmp_path / "target").rglob("*")}
+    assert found == {"sub", "sub/z", "a"}
