@@ -23,7 +23,7 @@ import torch
 
 from tinygptv.config import EvaVisionConfig, TinyGPTVConfig
 from tinygptv.convert.layouts import plain_key, release_key
-from tinygptv.training.memory_plan import build_on_meta
+from tinygptv.model.meta import build_on_meta
 
 ROLES = {
     "vision": ("vision_encoder.vit.", "eva_vit_g.pth"),

@@ -8,8 +8,8 @@ from torch import nn
 
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.convert.load import rebuild_buffers
+from tinygptv.model.meta import build_on_meta
 from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
-from tinygptv.training.memory_plan import build_on_meta
 from tinygptv.training.stages import set_trainable
 from tinygptv.training.train_step import TrainStep
 

@@ -17,6 +17,7 @@ from tinygptv.config import TinyGPTVConfig
 from tinygptv.model.language_model import LanguageModel
 from tinygptv.model.lora import add_lora
 from tinygptv.model.tinygptv import FLOAT32_NAMES
+from tinygptv.training.memory_plan import layer_activation_bytes
 
 TOKENS = 256
 
@@ -58,6 +59,18 @@ def flat_inputs(width: int) -> dict:
         "max_length_q": 64,
         "use_cache": False,
     }
+
+
+def counted(rank: int, dropout: float, *, compiled: bool, fused: bool = False) -> float:
+    """Bytes per token that the memory plan counts for one of Phi-2's layers."""
+    text = TinyGPTVConfig.phi2().text_config
+    text.resid_pdrop = dropout
+    return layer_activation_bytes(text, rank, dropout, half=True, compiled=compiled, fused=fused)
+
+
+def adapter_copies(rank: int) -> float:
+    """16-bit copies of the adapters' matrices, which the plan counts apart, per token of the test."""
+    return 2 * rank * 6 * TinyGPTVConfig.phi2().text_config.hidden_size / TOKENS
 
 
 def kept_by_autograd(depth: int, rank: int, dropout: float = 0.0, *, fused: bool = False) -> int:

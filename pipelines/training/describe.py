@@ -15,7 +15,8 @@ from pipelines.settings import TrainSettings
 from pipelines.training.fit import computation_of
 from tinygptv.checkpoint.config_file import read_config
 from tinygptv.config import TinyGPTVConfig
-from tinygptv.training.memory_plan import GIB, PARTS, TrainingMemory, build_on_meta
+from tinygptv.model.meta import build_on_meta
+from tinygptv.training.memory_plan import GIB, PARTS, TrainingMemory
 from tinygptv.training.stages import Stage, set_trainable
 
 

@@ -17,6 +17,7 @@ from tinygptv.checkpoint.folders import QUANTIZATION_FILE, CheckpointError, chec
 from tinygptv.checkpoint.weight_files import WeightFileError, open_weights
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.processing import TinyGPTVProcessor
+from tinygptv.model.meta import tensor_shapes
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
 
@@ -115,11 +116,9 @@ def parameter_shapes(config: TinyGPTVConfig) -> dict[str, tuple[int, ...]]:
         CheckpointError: the configuration contradicts itself.
     """
     try:
-        with torch.device("meta"):
-            model = TinyGPTVForConditionalGeneration(config)
+        return tensor_shapes(config)
     except Exception as error:  # whatever torch, timm and transformers raise on sizes that do not fit each other
         raise CheckpointError(f"config.json describes no model that can be built: {error}") from error
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _named(names: list[str]) -> str:

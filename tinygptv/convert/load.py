@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.convert.match import Release, decorator, match_release
+from tinygptv.model.meta import build_on_meta, tensor_shapes
 from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
 
 
@@ -57,8 +58,7 @@ def load_release(
     release = match_release(
         vision, qformer, language, projection, checkpoint, image_size, vision_heads, qformer_heads, lora_alpha
     )
-    with torch.device("meta"):
-        model = TinyGPTVForConditionalGeneration(release.config)
+    model = build_on_meta(release.config)
     model = build_from_tensors(model, chain(release.tensors(dtype), build_fresh(release, dtype)))
     model.load_report = release.report
     return model.eval()
@@ -82,8 +82,7 @@ def build_from_tensors(
 def build_fresh(release: Release, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Initialise what no file supplied and a fresh start may lack: (state-dict name, value)."""
     decorate = decorator(release.config)
-    with torch.device("meta"):
-        shapes = {n: tuple(t.shape) for n, t in TinyGPTVForConditionalGeneration(release.config).state_dict().items()}
+    shapes = tensor_shapes(release.config)
     for plain in release.report.fresh:
         name = decorate(plain)
         value = _fresh(name, shapes[name], release.config)

@@ -31,7 +31,8 @@ from tinygptv.convert.layouts import (
     vision_target,
 )
 from tinygptv.convert.sizes import WHO_HOLDS, Sizes, language_settings
-from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
+from tinygptv.model.meta import tensor_shapes
+from tinygptv.model.tinygptv import FLOAT32_NAMES
 from tinygptv.model.vision_encoder import interpolate_position_embedding
 
 RELEASE_VISION_DEPTH = 39
@@ -269,8 +270,7 @@ _FRESH_AT_START = re.compile(r"(^projector\.|(q_layernorm|k_layernorm|attention_
 
 def _check(config: TinyGPTVConfig, pieces: dict[str, list[Piece]], report: LoadReport, given: dict[str, str]) -> None:
     """Compare what the files supply with what the model needs; fill in the report."""
-    with torch.device("meta"):
-        needed = {n: tuple(t.shape) for n, t in TinyGPTVForConditionalGeneration(config).state_dict().items()}
+    needed = tensor_shapes(config)
     decorate = decorator(config)
     supplied = {decorate(name): name for name in pieces}
     for decorated, name in supplied.items():

@@ -23,7 +23,7 @@ from tinygptv.convert.layouts import interleave_heads, plain_key, release_key, s
 from tinygptv.convert.load import build_fresh
 from tinygptv.convert.match import Release
 from tinygptv.data.processing import TinyGPTVProcessor
-from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.model.meta import build_on_meta
 from tinygptv.training.stages import TRAINABLE_PARTS
 
 logger = logging.getLogger(__name__)
@@ -98,8 +98,7 @@ def convert_release(
         processor.save_pretrained(staging)
         stage: StageRecord = {"title": "converted from release files"}
         (staging / STAGE_FILE).write_text(json.dumps(stage, indent=1))
-        with torch.device("meta"):
-            model = TinyGPTVForConditionalGeneration(config)
+        model = build_on_meta(config)
         processor.set_end_symbol(model.generation_config)
         model.generation_config.save_pretrained(staging)
         (staging / "README.md").write_text(model_card(model, stage))

@@ -32,6 +32,7 @@ from tinygptv.checkpoint.config_file import read_config
 from tinygptv.checkpoint.folders import QUANTIZATION_FILE, CheckpointError, check_weight_file, verify_folder
 from tinygptv.checkpoint.load_model import load_processor
 from tinygptv.data.processing import TinyGPTVProcessor
+from tinygptv.model.meta import build_on_meta
 from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
 from tinygptv.quantization.host_memory import returning_memory
 from tinygptv.quantization.linear_cpu import HalfEmbedding, Int8EncoderLinear
@@ -238,8 +239,7 @@ def load_artifact(
     metadata = read_metadata(folder)
     formats = {part: entry["format"] for part, entry in metadata["parts"].items()}
     config = read_config(folder)
-    with torch.device("meta"):
-        model = TinyGPTVForConditionalGeneration(config)
+    model = build_on_meta(config)
     with returning_memory() if device.type == "cpu" else nullcontext():
         _fill(model, _StoredTensors(folder), formats, device)
     if (folder / "generation_config.json").is_file():

@@ -26,6 +26,7 @@ from tinygptv.config import TinyGPTVConfig, TinyGPTVTextConfig
 from tinygptv.data.flatten import SEQUENCES_MULTIPLE, TOKENS_MULTIPLE
 from tinygptv.model.fused_layer import can_fuse
 from tinygptv.model.head_loss import CHUNK_ROWS
+from tinygptv.model.meta import build_on_meta
 from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
 from tinygptv.training.stages import Stage, set_trainable
 from tinygptv.training.train_step import images_at_a_time
@@ -375,12 +376,6 @@ def encoder_workspace_bytes(config: TinyGPTVConfig, element: int) -> int:
     vision = config.vision_config
     per_patch = element * (2 * vision.hidden_size + 2 * vision.intermediate_size) + 4 * vision.hidden_size
     return (vision.num_patches + 1) * per_patch + 2 * 4 * 3 * vision.image_size**2
-
-
-def build_on_meta(config: TinyGPTVConfig) -> TinyGPTVForConditionalGeneration:
-    """The model without memory: names and shapes."""
-    with torch.device("meta"):
-        return TinyGPTVForConditionalGeneration(config)
 
 
 @lru_cache(maxsize=8)

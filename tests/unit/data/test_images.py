@@ -42,9 +42,10 @@ def url(png):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/image"
     server.shutdown()
+    server.server_close()
 
 
 def test_every_form_gives_the_same_pixels(png, url):

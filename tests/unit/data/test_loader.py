@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -124,19 +125,17 @@ def test_an_error_of_the_loader_reaches_the_trainer(plan, monkeypatch):
 
 
 def test_no_more_steps_are_made_ahead_than_asked_for(plan, monkeypatch):
-    import time
-
     made = []
     original = BatchMaker.make
     monkeypatch.setattr(BatchMaker, "make", lambda self, step: (made.append(step), original(self, step))[1])
     steps = iterate_steps(plan, 0, 30, loader_workers=0, prefetch_steps=3)
     next(steps)
-    time.sleep(1)
+    time.sleep(0.4)
     assert len(made) <= 1 + 3 + 1, "the one that was taken, three that wait, one in the making"
     steps.close()
-    time.sleep(0.5)
+    time.sleep(0.1)
     stopped = len(made)
-    time.sleep(0.5)
+    time.sleep(0.2)
     assert len(made) == stopped
 
 

@@ -45,11 +45,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.seen, server.location = [], "http://169.254.169.254/secrets"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     resolve_to(monkeypatch, ["127.0.0.1"])
     monkeypatch.setattr(fetching, "is_public", lambda address: True)
     yield server
     server.shutdown()
+    server.server_close()
 
 
 def resolve_to(monkeypatch, addresses):

@@ -1,4 +1,4 @@
-"""The memory plan: its counts are those of the model, its activations those that autograd and the compiler keep."""
+"""The memory plan: its counts are those of the model, its activations those that autograd keeps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.settings import PlanMemorySettings, SettingsError
 from pipelines.training.memory_plan import INFERENCE_FORMATS, plan_memory, recipe_config
-from tests.saved_activations import TOKENS, kept_by_autograd, kept_by_the_compiler
+from tests.saved_activations import TOKENS, adapter_copies, counted, kept_by_autograd
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.flatten import TOKENS_MULTIPLE
 from tinygptv.data.sample import TextLimits
@@ -32,17 +32,6 @@ from tinygptv.training.stages import get_stage
 TEXT = TinyGPTVConfig.phi2().text_config
 
 
-def counted(rank, dropout, *, compiled, fused=False):
-    text = TinyGPTVConfig.phi2().text_config
-    text.resid_pdrop = dropout
-    return layer_activation_bytes(text, rank, dropout, half=True, compiled=compiled, fused=fused)
-
-
-def adapter_copies(rank):
-    """16-bit copies of the adapters' matrices, which the plan counts apart, per token of the test."""
-    return 2 * rank * 6 * TEXT.hidden_size / TOKENS
-
-
 @pytest.mark.parametrize("rank", [0, 64])
 def test_counted_activations_are_what_autograd_keeps(rank):
     """The difference of models of 3 and 1 layers is that of 2 layers, whatever the ends keep."""
@@ -56,14 +45,6 @@ def test_counted_activations_are_what_a_fused_layer_keeps(rank, dropout):
     assert kept / TOKENS == pytest.approx(
         counted(rank, dropout, compiled=False, fused=True) + adapter_copies(rank), rel=0.005
     )
-
-
-@pytest.mark.parametrize(
-    ("rank", "dropout"), [(64, 0.1), *(pytest.param(rank, 0.0, marks=pytest.mark.slow) for rank in (0, 64))]
-)
-def test_counted_activations_are_what_a_compiled_layer_keeps(rank, dropout):
-    kept = kept_by_the_compiler(rank, dropout) / TOKENS
-    assert kept == pytest.approx(counted(rank, dropout, compiled=True) + adapter_copies(rank), rel=0.01)
 
 
 def test_weights_gradients_and_optimizer_of_the_paper():

@@ -15,7 +15,7 @@ from tinygptv.data.sample import EncodedSample
 from tinygptv.model.head_loss import score_logits
 from tinygptv.model.lora import AdaptedLinear
 from tinygptv.training import compilation, train_step
-from tinygptv.training.compilation import compile_layers, run_eagerly, wants_compilation
+from tinygptv.training.compilation import compile_layers, wants_compilation
 from tinygptv.training.stages import set_trainable
 from tinygptv.training.train_step import TrainStep, set_dtypes
 
@@ -74,48 +74,6 @@ def test_losses_without_logits_agree(reference, monkeypatch):
 def make_step(model, **options):
     trained = [p for p in model.parameters() if p.requires_grad]
     return TrainStep(model, torch.optim.SGD(trained, lr=0.0), num_sources=1, **options)
-
-
-def test_compiled_layers_are_whole_graphs_and_change_no_loss(reference):
-    """Other lengths and numbers of images compile the encoder's block once more, the language layer never."""
-    model = tiny_model()
-    compile_layers(model, backend="aot_eager", fullgraph=True)
-    loss, gradient = loss_and_gradient(model, padded(), flat=True)
-    assert loss == pytest.approx(reference[0], abs=1e-6)
-    assert relative(gradient, reference[1]) < 1e-5
-    graphs = torch._dynamo.utils.counters["stats"]
-    before = graphs["unique_graphs"]
-    for samples in (mixed_samples()[:3], [make_sample(90), make_sample(3), make_sample(4)]):
-        compiled = loss_and_gradient(model, padded(samples), flat=True)
-        with run_eagerly():
-            eager = loss_and_gradient(model, padded(samples), flat=True)
-        assert compiled[0] == pytest.approx(eager[0], abs=1e-6)
-        assert relative(compiled[1], eager[1]) < 1e-5
-    assert graphs["unique_graphs"] - before == 1
-    torch._dynamo.reset()
-
-
-def test_compiled_layers_can_be_computed_again_in_the_backward_pass(reference):
-    model = tiny_model(lora_rank=4)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    for layer in model.language_model.layers:
-        layer.compile(dynamic=True, backend="aot_eager", fullgraph=True)
-    loss, gradient = loss_and_gradient(model, padded(), flat=True)
-    assert loss == pytest.approx(reference[0], abs=1e-6)
-    assert relative(gradient, reference[1]) < 1e-5
-    torch._dynamo.reset()
-
-
-@pytest.mark.slow
-def test_compiled_by_inductor(reference):
-    """The real compiler; a minute, as it calls a C++ compiler for each kernel."""
-    model = tiny_model()
-    compile_layers(model)
-    loss, gradient = loss_and_gradient(model, padded(), flat=True)
-    assert loss == pytest.approx(reference[0], abs=1e-5)
-    assert relative(gradient, reference[1]) < 1e-4
-    torch._dynamo.reset()
 
 
 def test_when_layers_are_compiled():
