@@ -64,14 +64,16 @@ class HandleBackend:
     async def stream(self, job: ChatJob) -> AsyncGenerator[Item, None]:
         """The answer as it grows; until the first text has come, another replica may take over."""
         handle = self.handle.options(session_id=job.conversation, stream=True)
-        for attempt in range(TRIES):
+        was_read = has_text = False
+        for _ in range(TRIES):
             items = handle.stream.remote(job)
-            has_text = False
             try:
                 async for item in items:
                     has_text = has_text or (isinstance(item, Piece) and bool(item.text))
-                    if attempt and isinstance(item, PromptRead):
-                        continue
+                    if isinstance(item, PromptRead):
+                        if was_read:  # told by the replica before
+                            continue
+                        was_read = True
                     yield item
                 return
             except BackPressureError:

@@ -179,6 +179,10 @@ def test_very_many_messages_are_refused_before_any_work():
     allowed = [*turns * 127, {"role": "user", "content": "hi"}]
     assert client.chat({**ask(), "messages": allowed}).status_code == 200
     assert client.chat({**ask(), "messages": [*turns, *allowed]}).status_code == 400
+    exact = Client(max_messages=3)
+    assert exact.chat({**ask(), "messages": [*turns, {"role": "user", "content": "hi"}]}).status_code == 200
+    refused = exact.chat({**ask(), "messages": [{"role": "user", "content": "hi"}] * 4}).json()["error"]
+    assert refused["message"] == "the conversation has 4 messages; this server takes 3."
 
 
 def test_a_client_that_leaves_is_no_error_of_the_server(caplog):

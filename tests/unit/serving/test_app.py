@@ -1,0 +1,191 @@
+"""Between ingress and replicas: what a dead or full replica costs, and what the deployments ask of Ray Serve."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from ray.exceptions import WorkerCrashedError
+from ray.serve.exceptions import BackPressureError
+
+from pipelines.serving.app import HandleBackend, build_app
+from pipelines.serving.backend import ChatJob, Failure, ModelInfo, Piece, PromptRead, ReplicaStats
+from pipelines.serving.errors import ProtocolError
+from pipelines.serving.metrics import Metrics
+from pipelines.settings import ServeSettings
+from tinygptv.data.conversation import ChatMessage
+
+JOB = ChatJob((ChatMessage("user", "hi", ()),), {})
+READ, A, END = PromptRead(3), Piece("a"), Piece("b", finish_reason="stop")
+DIED = WorkerCrashedError()
+FULL = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+CROWDED, GONE = (429, "rate_limit_exceeded"), (503, "unavailable")
+
+
+class Stream:
+    """One replica's items; an exception among them is raised there."""
+
+    def __init__(self, items):
+        self.items, self.cancelled = items, False
+
+    async def __aiter__(self):
+        for item in self.items:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    def __await__(self):
+        async def result():
+            if isinstance(self.items, Exception):
+                raise self.items
+            return self.items
+
+        return result().__await__()
+
+    def cancel(self):
+        self.cancelled = True
+
+
+class Handle:
+    """Ray Serve's handle: each call gets the next of the given outcomes."""
+
+    def __init__(self, *outcomes):
+        self.outcomes, self.calls, self.opened = list(outcomes), [], []
+        self.stream = self.complete = self.describe = self
+
+    def options(self, **options):
+        self.calls.append(options)
+        return self
+
+    def remote(self, *arguments):
+        self.opened.append(Stream(self.outcomes.pop(0)))
+        return self.opened[-1]
+
+    def broadcast(self, method):
+        self.calls.append(method)
+        return self
+
+    async def results_async(self, return_exceptions):
+        assert return_exceptions
+        return self.outcomes
+
+
+def run(*outcomes, method="stream"):
+    """Items or result, or (status, code) of the refusal; the handle; and how often another replica was tried."""
+    metrics, handle = Metrics(), Handle(*outcomes)
+    backend = HandleBackend(handle, metrics)
+
+    async def collect():
+        found = []
+        try:
+            if method != "stream":
+                return await getattr(backend, method)(*([JOB] if method == "complete" else []))
+            async for item in backend.stream(JOB):
+                found.append(item)
+        except ProtocolError as error:
+            found.append((error.status, error.code))
+        return found
+
+    found = asyncio.run(collect())
+    return found, handle, metrics.registry.get_sample_value("tinygptv_retries_total")
+
+
+@pytest.mark.parametrize(
+    ("replicas", "items", "retries"),
+    [
+        ([[READ, A, END]], [READ, A, END], 0),
+        ([[READ, DIED], [READ, A, END]], [READ, A, END], 1),
+        ([[DIED], [READ, A, END]], [READ, A, END], 1),
+        ([[READ, DIED], [READ, DIED]], [READ, GONE], 2),
+        ([[FULL]], [CROWDED], 0),
+        ([[READ, DIED], [FULL]], [READ, CROWDED], 1),
+    ],
+)
+def test_another_replica_takes_over_before_the_first_text(replicas, items, retries):
+    found, handle, tried = run(*replicas)
+    assert (found, tried) == (items, retries) and len(handle.opened) == len(replicas)
+    assert all(stream.cancelled for stream in handle.opened), "whatever is left of it ends"
+    assert handle.calls == [{"session_id": JOB.conversation, "stream": True}]
+
+
+def test_a_stream_with_text_ends_with_its_replica():
+    found, handle, tried = run([READ, A, DIED], [READ, A, END])
+    assert found[:2] == [READ, A] and isinstance(found[2], Failure) and found[2].kind == "unavailable"
+    assert len(found) == 3 and len(handle.opened) == 1 and tried == 0
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "expected", "retries"),
+    [
+        ([[READ, END]], [READ, END], 0),
+        ([DIED, [READ, END]], [READ, END], 1),
+        ([DIED, DIED, [READ, END]], [GONE], 2),
+        ([FULL], [CROWDED], 0),
+    ],
+)
+def test_whole_answers_are_tried_on_two_replicas(outcomes, expected, retries):
+    found, handle, tried = run(*outcomes, method="complete")
+    assert (found, tried) == (expected, retries) and handle.calls == [{"session_id": JOB.conversation}]
+
+
+def test_metadata_comes_from_any_replica():
+    info = ModelInfo(16, 100, 1)
+    assert run(DIED, info, method="describe")[0] == info
+
+
+@pytest.mark.parametrize(("results", "healthy"), [([None], True), ([DIED, None], True), ([DIED], False), ([], False)])
+def test_one_healthy_replica_is_enough(results, healthy):
+    backend = HandleBackend(Handle(*results), Metrics())
+    if healthy:
+        return asyncio.run(backend.check_health())
+    with pytest.raises((WorkerCrashedError, ProtocolError)):
+        asyncio.run(backend.check_health())
+
+
+def test_counters_of_replicas_that_answer():
+    one, two = ReplicaStats("1", "a", {}), ReplicaStats("2", "b", {})
+    assert run([one], DIED, [two], method="stats")[0] == [one, two]
+
+
+# ---------------------------------------------------------------------- deployments
+
+
+def deployments(**settings):
+    """Options of the ingress and of the replicas."""
+    ingress = build_app(ServeSettings(artifact="x", **settings))._bound_deployment
+    (model,) = [arg._bound_deployment for arg in ingress.init_args if hasattr(arg, "_bound_deployment")]
+    return ingress, model
+
+
+def test_replicas_get_what_the_settings_say():
+    bounds = {"max_batch_size": 4, "max_queue": 10, "request_timeout_s": 30}
+    ingress, model = deployments(**bounds, num_ingresses=2, cpus_per_replica=3)
+    assert (ingress.num_replicas, model.num_replicas) == (2, 1)
+    assert (model.max_ongoing_requests, model.max_queued_requests) == (8, 28)
+    assert model.ray_actor_options["num_cpus"] == 3 and ingress.ray_actor_options["num_cpus"] == 0
+    config = model._deployment_config
+    assert config.graceful_shutdown_timeout_s == 30 and config.autoscaling_config is None
+    assert config.max_surge_percent == 100
+
+
+@pytest.mark.parametrize(("num", "most", "scales"), [(1, 1, False), (2, 2, False), (1, 2, True), (2, 5, True)])
+def test_replicas_scale_up_to_their_most(num, most, scales):
+    config = deployments(num_replicas=num, max_replicas=most, max_batch_size=4)[1]._deployment_config
+    found = config.autoscaling_config
+    if not scales:
+        assert found is None and config.num_replicas == num
+    else:
+        assert (found.min_replicas, found.max_replicas, found.target_ongoing_requests) == (num, most, 4)
+    chosen = config.request_router_config.request_router_class
+    assert ("ConsistentHash" in str(chosen)) == (most > 1), "turns of a conversation go to the same replica"
+
+
+def test_on_a_gpu_the_old_replica_stops_first():
+    model = deployments(num_gpus=1)[1]
+    assert model._deployment_config.max_surge_percent == 0 and model.ray_actor_options["num_gpus"] == 1
+
+
+@pytest.mark.parametrize(("artifact", "kept"), [("x", ""), ("models:/name@best", "http://server:5000")])
+def test_replicas_know_the_registry_only_where_the_model_comes_from_it(artifact, kept):
+    app = build_app({"artifact": artifact, "tracking_uri": "http://server:5000"})
+    assert app._bound_deployment.init_args[0].tracking_uri == kept

@@ -1,0 +1,162 @@
+"""What a request becomes on its way to the model, and what is counted of its answer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipelines.serving.backend import ChatJob, Failure, Piece, PromptRead, TokenProbability
+from pipelines.serving.clients import ClientIdentifier
+from pipelines.serving.media import MediaLoader
+from pipelines.serving.metrics import Metrics
+from pipelines.serving.service import ChatService
+from pipelines.settings import ServeSettings
+from tests.serving_api import IMAGE, Client, FakeBackend, ask, events, said, words
+from tinygptv.data.conversation import ChatImage, ChatMessage
+
+
+def image(number, width, height):
+    return ChatImage(number, np.zeros((3, 16, 16), np.uint8), width, height)
+
+
+@pytest.mark.parametrize(
+    ("changes", "capacity", "parallel"),
+    [
+        ({}, 7, 4),
+        ({"num_replicas": 2}, 11, 8),
+        ({"num_replicas": 2, "max_replicas": 3}, 15, 12),
+    ],
+)
+def test_places_are_those_of_all_replicas_and_of_the_queue(changes, capacity, parallel):
+    settings = ServeSettings(max_batch_size=4, max_queue=3, **changes)
+    gate = ChatService(settings, FakeBackend(), Metrics(), ClientIdentifier(())).gate
+    assert (gate.capacity, gate.parallel) == (capacity, parallel)
+
+
+def test_settings_and_fields_make_the_job():
+    client = Client(stream_interval_ms=40, max_tokens=33, temperature=0.5, api_keys=["one"])
+    headers = {"Authorization": "Bearer one"}
+    client.chat(ask(words("hi")), headers=headers)
+    client.chat({**ask(words("hi"), temperature=0), "max_tokens": None}, headers=headers)
+    first, second = client.backend.jobs
+    assert first.interval_s == 0.04 and first.salt == second.salt != 0
+    assert [(job.sampling["max_tokens"], job.sampling["temperature"]) for job in (first, second)] == [
+        (12, 0.5),
+        (33, 0),
+    ]
+
+
+def test_boxes_lie_on_the_last_image(monkeypatch):
+    async def load(self, references, side):
+        return [image(1, 100, 50), image(2, 400, 200)]
+
+    monkeypatch.setattr(MediaLoader, "load", load)
+    client = Client(FakeBackend(PromptRead(3), said("<p>a dog</p> {<10><20><50><60>}", "stop")))
+    (box,) = client.chat(ask(words("where"), IMAGE, IMAGE)).json()["choices"][0]["message"]["boxes"]
+    assert box["box"] == [40.0, 40.0, 200.0, 120.0] and box["image"] == 1
+
+
+PROBABLE = (TokenProbability("b", -0.5, b"b", (TokenProbability("c", -1.0, b"c"),)),)
+ITEMS = (
+    PromptRead(5),
+    Piece("", num_tokens=1, cached_tokens=3),
+    Piece("a", num_tokens=2),
+    Piece("b", num_tokens=1, logprobs=PROBABLE),
+    Piece("", num_tokens=4, finish_reason="length"),
+)
+
+
+def texts(found):
+    return [event["choices"][0]["delta"].get("content") for event in found if event and event["choices"]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_and_times_are_counted_once(stream):
+    client = Client(FakeBackend(*ITEMS))
+    assert client.chat(ask(words("hi"), stream=stream)).status_code == 200
+    value = client.metrics.registry.get_sample_value
+    counted = {kind: value("tinygptv_tokens_total", {"kind": kind}) for kind in ("prompt", "cached", "answer")}
+    assert counted == {"prompt": 5, "cached": 3, "answer": 8}
+    assert value("tinygptv_request_seconds_count") == 1 and value("tinygptv_requests_total", {"status": "200"}) == 1
+    assert value("tinygptv_first_token_seconds_count") == int(stream)
+
+
+def test_pieces_without_text_are_no_events_and_the_reason_is_the_last():
+    found = events(Client(FakeBackend(*ITEMS)).chat(ask(words("hi"), stream=True)))
+    assert texts(found) == ["", "a", "b", None]
+    assert [event["choices"][0]["finish_reason"] for event in found[:-1]] == [None, None, None, "length"]
+
+
+@pytest.mark.parametrize(("options", "told"), [({"include_usage": True}, True), ({"include_usage": False}, False)])
+def test_usage_of_a_stream_is_told_where_it_is_asked_for(options, told):
+    found = events(Client(FakeBackend(*ITEMS)).chat(ask(words("hi"), stream=True, stream_options=options)))
+    usage = [event["usage"] for event in found[:-1] if "usage" in event]
+    wanted = {"prompt_tokens": 5, "completion_tokens": 8, "total_tokens": 13}
+    assert usage == ([{**wanted, "prompt_tokens_details": {"cached_tokens": 3}}] if told else [])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("asked", [False, True])
+def test_probabilities_are_told_where_they_are_asked_for(stream, asked):
+    fields = {"logprobs": True, "top_logprobs": 1} if asked else {}
+    response = Client(FakeBackend(*ITEMS)).chat(ask(words("hi"), stream=stream, **fields))
+    body = [event for event in events(response)[:-1]] if stream else [response.json()]
+    found = [event["choices"][0]["logprobs"] for event in body if event["choices"][0]["logprobs"] is not None]
+    entry = {"token": "b", "logprob": -0.5, "bytes": [98]}
+    alternatives = [{"token": "c", "logprob": -1.0, "bytes": [99]}]
+    assert found == ([{"content": [{**entry, "top_logprobs": alternatives}]}] if asked else [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "code", "retry"),
+    [
+        ("request", 400, None, None),
+        ("too_long", 400, "context_length_exceeded", None),
+        ("unavailable", 503, "unavailable", "5"),
+        ("stale_image", 503, "unavailable", "1"),
+        ("model", 500, None, None),
+    ],
+)
+def test_failures_have_their_status_and_say_when_to_come_back(kind, status, code, retry):
+    response = Client(FakeBackend(Failure("no answer.", kind))).chat(ask(words("hi")))
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["message"]) == (status, code, "no answer.")
+    assert response.headers.get("retry-after") == retry
+
+
+def test_only_requests_of_chats_are_counted():
+    client = Client()
+    for method, path in (("GET", "/v1/models/other"), ("GET", "/v1/nothing"), ("POST", "/v1/models")):
+        assert client.request(method, path).status_code >= 400
+    counted = [
+        s for family in client.metrics.registry.collect() for s in family.samples if s.name == "tinygptv_requests_total"
+    ]
+    assert counted == []
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/v1/models", "/"])
+def test_head_is_get_without_the_body(path):
+    client = Client()
+    whole, head = client.request("GET", path), client.request("HEAD", path)
+    assert head.status_code == whole.status_code == 200 and whole.content and not head.content
+    assert head.headers["content-type"] == whole.headers["content-type"]
+
+
+def test_keys_of_the_api_are_not_answered_with_a_browsers_question():
+    client = Client(api_keys=["one"])
+    asked = {path: client.request("GET", path).headers["www-authenticate"] for path in ("/v1/models", "/metrics")}
+    assert asked["/v1/models"] == "Bearer" and asked["/metrics"].startswith("Basic")
+
+
+def test_a_conversation_stays_with_its_first_image():
+    turns = [ChatMessage("user", "x", (image(7, 1, 1), image(8, 1, 1))), ChatMessage("user", "y", (image(9, 1, 1),))]
+    assert ChatJob(tuple(turns), {}).conversation == "7"
+    other = [ChatJob((ChatMessage("user", text, ()),), {}).conversation for text in ("a", "a", "b")]
+    assert other[0] == other[1] != other[2]
+
+
+def test_the_time_limit_is_of_the_whole_answer():
+    fake = FakeBackend(PromptRead(1), *[said("x")] * 20, said("", "stop"), wait=0.02)
+    client = Client(fake, request_timeout_s=0.1)
+    found = events(client.chat(ask(words("hi"), stream=True)))
+    assert found[-1]["error"]["code"] == "timeout" and 1 <= len(found) < 12
