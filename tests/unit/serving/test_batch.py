@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 
 import pytest
 
 from pipelines.serving.backend import Failure
-from pipelines.serving.batch import ANSWERS, finished_answers, read_requests, run_batch
-from pipelines.settings import BatchSettings, SettingsError
+from pipelines.serving.batch import ANSWERS, CHANGES_ANSWERS, finished_answers, read_requests, run_batch
+from pipelines.settings import AnswerSettings, BatchSettings, SettingsError
 from tests.serving_api import READ, FakeBackend, said, words
 from tests.serving_model import data_url, make_image, save_checkpoint
 
@@ -117,8 +118,48 @@ def test_failures_of_the_model_are_tried_again_by_the_next_run(files):
     assert files.run().answered == 1 and files.answers()["a"]["status_code"] == 200
 
 
+def test_refusals_are_answers_and_what_was_busy_is_none(tmp_path):
+    path = tmp_path / ANSWERS
+    statuses = [200, 400, 404, 408, 413, 429, 499, 500, 503]
+    rows = [{"custom_id": str(s), "request_sha256": "x", "response": {"status_code": s}} for s in statuses]
+    later = {"custom_id": "500", "request_sha256": "x", "response": {"status_code": 200}}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert finished_answers(path) == {(str(s), "x"): s for s in (200, 400, 404, 413, 499)}
+    with path.open("a") as file:
+        file.write(json.dumps(later) + "\n" + '{"custom_id"')
+    assert finished_answers(path)["500", "x"] == 200, "the last answer to a request counts"
+    assert len(path.read_text().splitlines()) == len(rows) + 1
+
+
+def test_earlier_answers_are_those_of_this_file(files):
+    files.write(*[{"custom_id": str(i), "body": body(words(str(i)))} for i in range(3)])
+    files.run()
+    files.write(*[{"custom_id": str(i), "body": body(words(str(i)))} for i in (2, 3)])
+    result = files.run()
+    assert (result.requests, result.answered, result.failed, result.earlier) == (2, 2, 0, 1)
+
+
+def test_a_request_is_found_by_the_bytes_of_its_line(tmp_path):
+    path = tmp_path / "requests.jsonl"
+    lines = [
+        b'{"messages": []}\n',
+        b"\n",
+        b"  \r\n",
+        '{"custom_id": "\u00fc", "messages": []}\r\n'.encode(),
+        b'{"messages": 1}',
+    ]
+    path.write_bytes(b"".join(lines))
+    found = list(read_requests(path))
+    assert [request.id for request in found] == ["line-1", "\u00fc", "line-5"]
+    data = path.read_bytes()
+    for request, line in zip(found, (lines[0], lines[3], lines[4]), strict=True):
+        assert data[request.start : request.start + request.size] == line
+        assert request.digest == hashlib.sha256(line.strip()).hexdigest(), "the end of the line does not matter"
+
+
 def test_a_busy_server_is_waited_for(files, monkeypatch):
-    monkeypatch.setattr("pipelines.serving.batch.asyncio.sleep", lambda _: _nothing())
+    waits = []
+    monkeypatch.setattr("pipelines.serving.batch.asyncio.sleep", lambda seconds: waits.append(seconds) or _nothing())
     files.write({"custom_id": "a", "body": body(words("hi"))})
 
     class Busy(FakeBackend):
@@ -128,6 +169,7 @@ def test_a_busy_server_is_waited_for(files, monkeypatch):
 
     files.backend = Busy()
     assert files.run().answered == 1 and len(files.backend.jobs) == 3
+    assert waits == [5.0, 5.0], "as Retry-After says"
 
 
 async def _nothing():
@@ -140,6 +182,11 @@ def test_answers_of_other_settings_are_refused(files):
     with pytest.raises(SettingsError, match="max_tokens was 256, is now 5"):
         files.run(max_tokens=5)
     assert files.run(max_tokens=5, overwrite=True).answered == 1
+    others = {"temperature": 0.5, "context_length": 99, "default_task": "vqa", "kv_cache_dtype": "bfloat16"}
+    for name, value in others.items():
+        with pytest.raises(SettingsError, match=f"{name} was "):
+            files.run(**{"max_tokens": 5, name: value})
+    assert set(CHANGES_ANSWERS) == {*others, "max_tokens"} <= set(AnswerSettings.model_fields)
 
 
 def test_a_missing_input_and_equal_ids_are_one_sentence(files):

@@ -78,6 +78,16 @@ def test_endless_headers_are_cut_off(port):
         assert is_closed_within(client, 2)
 
 
+def test_headers_are_counted_for_each_request(port, monkeypatch):
+    monkeypatch.setattr(connections, "MAX_HEADER_BYTES", 1000)
+    with connect(port) as client:
+        for _ in range(3):
+            client.sendall(GET[:-2] + b"X-Name: " + b"v" * 500)
+            time.sleep(0.05)
+            client.sendall(b"\r\n\r\n")
+            assert client.recv(10_000).startswith(b"HTTP/1.1 200")
+
+
 def test_a_body_may_take_longer_than_headers(port):
     body = b"{}"
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import socket
 
 import pytest
 
-from pipelines.serving.run import check_settings
+from pipelines.serving.run import _claim_port, _reason, _url, check_settings
 from pipelines.settings import ServeSettings, SettingsError
 from tests.serving_model import save_checkpoint
 
@@ -48,3 +49,43 @@ def test_a_missing_key_file_stops_the_start(artifact, tmp_path):
 def test_a_missing_artifact_is_named():
     with pytest.raises(SettingsError, match="no checkpoint folder"):
         check_settings(ServeSettings(artifact="/nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("::1", "http://[::1]:8000"),
+        (None, "http://127.0.0.1:8000"),
+        ("node.example", "http://node.example:8000"),
+    ],
+)
+def test_the_address_can_be_opened(host, url):
+    assert _url(host, 8000) == url
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "failed\n  ValueError: first\nRuntimeError: the model is damaged\nsee the logs\n",
+            "RuntimeError: the model is damaged",
+        ),
+        ("one\n two \n", "two"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_the_reason_is_the_last_line_that_names_an_error(text, reason):
+    assert _reason(RuntimeError(text)) == reason
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1 port {port}: .*; choose another port="):
+            _claim_port("127.0.0.1", port)
+    assert _claim_port("127.0.0.1", 0) > 0

@@ -160,3 +160,22 @@ def test_the_time_limit_is_of_the_whole_answer():
     client = Client(fake, request_timeout_s=0.1)
     found = events(client.chat(ask(words("hi"), stream=True)))
     assert found[-1]["error"]["code"] == "timeout" and 1 <= len(found) < 12
+
+
+def test_a_task_is_about_the_last_image_of_the_conversation(monkeypatch):
+    seen = []
+
+    async def load(self, references, side):
+        seen.extend(reference.param for reference in references)
+        return [image(1, 100, 50), image(2, 400, 200)]
+
+    monkeypatch.setattr(MediaLoader, "load", load)
+    client = Client()
+    history = [
+        {"role": "user", "content": [words("look"), IMAGE, words("and"), IMAGE]},
+        {"role": "assistant", "content": "yes"},
+    ]
+    client.chat({**ask(), "messages": [*history, {"role": "user", "content": "the dog"}], "task": "refer"})
+    (message,) = client.backend.jobs[0].messages
+    assert [shown.number for shown in message.images] == [2]
+    assert seen == ["messages.0.content.1.image_url", "messages.0.content.3.image_url"], "as the client numbers them"
