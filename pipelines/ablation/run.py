@@ -106,20 +106,19 @@ def ablate(settings: AblateSettings) -> AblationResult:
             cache_stage_features(stages, partial(_feature_settings, settings, shared))
         outcomes = dict(_run_all(settings, variants, shared))
     rows = _rows(settings, variants, shared, outcomes)
+    files = write_report(output, rows, settings, time.perf_counter() - started)
     result: AblationResult = {
         "rows": [row.to_dict() for row in rows],
         "table": [row.cells() for row in rows],
         "text": text_table(rows),
-        **write_report(output, rows, settings, time.perf_counter() - started),
+        "report": work.uri(Path(files["report"]).name),
+        "page": work.uri(Path(files["page"]).name),
+        "plots": [work.uri(Path(plot).name) for plot in files["plots"]],
         "seconds": round(time.perf_counter() - started, 1),
-        "result": str(output / "result.json"),
+        "result": work.uri("result.json"),
     }
-    _track_report(parent, result)
-    if not work.location.is_local:
-        result["report"], result["page"] = (work.uri(Path(result[key]).name) for key in ("report", "page"))
-        result["result"] = work.uri(Path(result["result"]).name)
-        result["plots"] = [work.uri(Path(plot).name) for plot in result["plots"]]
     write_json(output / "result.json", result)
+    _track_report(parent, result, [files["report"], files["page"], *files["plots"], str(output / "result.json")])
     work.publish()
     return result
 
@@ -258,8 +257,9 @@ def _variant_runner(settings: AblateSettings, shared: SharedInputs) -> Callable[
 # ---------------------------------------------------------------------- tracking
 
 
-def _track_report(tracker: Tracker, result: AblationResult) -> None:
+def _track_report(tracker: Tracker, result: AblationResult, files: Sequence[str]) -> None:
+    """Log the table, and the files on this machine's disk."""
     tracker.table(result["table"], "ablation")
-    for path in (result["report"], result["page"], *result["plots"], result["result"]):
+    for path in files:
         tracker.artifact(Path(path))
     tracker.close()

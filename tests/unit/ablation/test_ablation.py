@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from pipelines.ablation.findings import WINDOW, Event, depth_norms, find_event, outcome_of, typical_norms
+from pipelines.ablation.findings import WINDOW, Event, StageOutcome, depth_norms, find_event, outcome_of, typical_norms
 from pipelines.ablation.report import AblationRow, text_table, write_report
 from pipelines.ablation.variants import VARIANTS, change_config, find_variant, with_precision, write_start
 from pipelines.settings import AblateSettings, SettingsError
@@ -55,6 +55,8 @@ def test_a_dip_shorter_than_the_window_is_no_event():
     assert find_event(records, typical_norms(healthy(20))) is None
     records[20 + WINDOW - 1] = record(20 + WINDOW - 1, **{"projector": 0.0})
     assert find_event(records, typical_norms(healthy(20))).step == 20
+    records[25] = healthy(60)[25]  # two dips of half a window are none
+    assert find_event(records, typical_norms(healthy(20))) is None
 
 
 def test_the_reference_is_the_median_of_the_first_steps():
@@ -111,6 +113,11 @@ def test_outcome_of_a_stage():
     assert outcome.first_loss == pytest.approx(1.955) and outcome.last_loss == pytest.approx(1.655)
     assert outcome.cell == "1.655" and outcome.steps == 40 and outcome.depth["layer_00"] == pytest.approx(0.5)
     assert json.loads(json.dumps(outcome.to_dict()))["event"] is None
+    assert [StageOutcome(1, status, last_loss=1.5).cell for status in ("failed", "not run", "trained")] == [
+        "failed",
+        "not run",
+        "1.500",
+    ]
     lost = outcome_of(2, [record(s, loss=math.nan) for s in range(3)], {})
     assert lost.cell == "NaN at step 0" and lost.to_dict()["last_loss"] is None
 

@@ -11,6 +11,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST
 from mlflow.utils.validation import _validate_metric_name, _validate_param
+from PIL import Image
 
 from pipelines.redact import redact
 from pipelines.settings import TrainSettings
@@ -25,7 +26,7 @@ class Store:
     """As much of an MLflow store as the tracker asks for; names are checked by MLflow's own rules."""
 
     def __init__(self):
-        self.experiments, self.runs, self.refused = {}, {}, set()
+        self.experiments, self.runs, self.refused, self.asked, self.sent = {}, {}, set(), 0, []
 
     def get_experiment_by_name(self, name):
         return self.experiments.get(name)
@@ -80,7 +81,31 @@ class Store:
     def log_inputs(self, run_id, datasets):
         self.runs[run_id].inputs = datasets
 
+    def log_artifact(self, run_id, path, folder):
+        self.sent.append(("file", path, folder))
+
+    def log_artifacts(self, run_id, path, folder):
+        self.sent.append(("folder", path, folder))
+
+    def log_image(self, run_id, image, key, step):
+        self.sent.append(("image", image.size, key, step))
+
+    def log_table(self, run_id, columns, name):
+        self.sent.append(("table", columns, name))
+
+    def search_logged_models(self, experiment_ids, query):
+        name, run_id = re.fullmatch("name = '(.+)' AND source_run_id = '(.+)'", query).groups()
+        return [entry for entry in self.sent if entry[:3] == ("model", name, run_id)]
+
+    def create_logged_model(self, experiment_id, name, source_run_id, tags, model_type):
+        self.sent.append(("model", name, source_run_id, experiment_id, tags["location"]))
+        return SimpleNamespace(model_id="m1")
+
+    def finalize_logged_model(self, model_id, status):
+        self.sent.append((model_id, status))
+
     def get_metric_history(self, run_id, key):
+        self.asked += 1
         return self.runs[run_id].data.metrics.get(key, [])
 
 
@@ -102,7 +127,7 @@ def settings(uri="one", **changes):
 
 
 def points(store, run_id, key):
-    return [(metric.step, metric.value) for metric in store.get_metric_history(run_id, key)]
+    return [(metric.step, metric.value) for metric in store.runs[run_id].data.metrics.get(key, [])]
 
 
 def test_steps_and_values_arrive_and_a_resumed_run_has_no_doubles(store, tmp_path):
@@ -110,8 +135,10 @@ def test_steps_and_values_arrive_and_a_resumed_run_has_no_doubles(store, tmp_pat
     for step in range(5):
         first.metrics({"loss": 5.0 - step, "lr": 0.1}, step)
     first.close("FAILED")
+    assert store.runs[first.run_id].status == "FAILED" and store.asked == 0, "a new run has no history"
     again = continue_tracker(settings(), "stage", tmp_path)
     assert again.run_id == first.run_id == read_identity(tmp_path).run_id
+    assert store.runs[first.run_id].status == "RUNNING"
     for step in range(3, 7):  # steps 3 and 4 are done again
         again.metrics({"loss": 5.0 - step, "new": math.nan}, step)
     again.close()
@@ -139,6 +166,7 @@ def test_a_name_that_mlflow_does_not_allow_takes_nothing_with_it(store, tmp_path
 
 def test_names():
     assert [valid_name(key) for key in ("loss/a", "a+b", "/a//b/", "..", "")] == ["loss/a", "a_b", "a/b", "_", "_"]
+    assert valid_name("x" * 250) == "x" * 250 != valid_name("x" * 251)
     assert len(valid_name("x" * 300)) == 250 and valid_name("x" * 300) != valid_name("x" * 301)
     for key in ("a+b", "/a//b/", "..", "", "x" * 300, "größe", "a\nb"):
         _validate_metric_name(valid_name(key))
@@ -146,13 +174,14 @@ def test_names():
     assert table.valid("a+b") == "a_b" != table.valid("a?b") and table.valid("a+b") == "a_b"
 
 
-def test_a_changed_parameter_keeps_its_first_value_and_new_ones_arrive(store, tmp_path):
+def test_a_changed_parameter_keeps_its_first_value_and_new_ones_arrive(store, tmp_path, caplog):
     continue_tracker(settings(), "stage", tmp_path).close()
     for value in (1, 2):
         tracker = continue_tracker(settings(), "stage", tmp_path)
         tracker.params({"micro_batch_size": value, f"only{value}": value})
         tracker.close()
     assert store.runs[tracker.run_id].data.params == {"micro_batch_size": "1", "only1": "1", "only2": "2"}
+    assert "refused" not in caplog.text, "what the run has is not sent again"
 
 
 def test_a_deleted_experiment_stays_deleted_and_the_run_is_recorded(store, tmp_path, caplog):
@@ -182,6 +211,51 @@ def test_a_run_or_parent_of_another_store_is_told_calmly(stores, tmp_path, caplo
     nested = open_tracker(settings("two"), "stage", parent_run_id=child.run_id)
     nested.close()
     assert stores["two"].runs[nested.run_id].data.tags["mlflow.parentRunId"] == child.run_id
+
+
+def test_a_run_is_nested_under_its_parent_from_the_start_and_for_good(store, tmp_path):
+    parent = continue_tracker(settings(experiment="mine"), "training", tmp_path / "a")
+    for given in (parent.run_id, ""):
+        child = continue_tracker(settings(experiment="mine"), "stage", tmp_path / "b", parent_run_id=given)
+        child.close()
+    assert store.runs[child.run_id].data.tags["mlflow.parentRunId"] == parent.run_id
+    assert read_identity(tmp_path / "b").parent == parent.run_id
+    assert read_identity(tmp_path / "b").key == store.runs[child.run_id].data.tags["tinygptv.run"]
+    parent.close()
+    assert set(store.experiments) == {"mine"} and len(store.runs) == 2
+
+
+def test_files_images_tables_and_models_arrive(store, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr(module.time, "time", lambda: 1234.5678)
+    for _ in range(2):
+        tracker = continue_tracker(settings(), "stage", tmp_path / "run")
+        tracker.artifact(tmp_path / "a.txt")
+        tracker.artifact(tmp_path, "reports")
+        tracker.image(Image.new("RGB", (3, 2)), "answer", 7)
+        tracker.table([{"a": 1, "b": "x"}, {"a": 2}], "rows")
+        tracker.model("stage 1", "/out/checkpoint")
+        tracker.metrics({"loss": 1.0}, 3)
+        tracker.close()
+    once = [
+        ("file", f"{tmp_path}/a.txt", None),
+        ("folder", str(tmp_path), "reports"),
+        ("image", (3, 2), "answer", 7),
+        ("table", {"a": [1, 2], "b": ["x", None]}, "rows.json"),
+    ]
+    model = [("model", "stage 1", tracker.run_id, "0", "/out/checkpoint"), ("m1", "READY")]
+    assert store.sent == [*once, *model, *once], "a model is not doubled"
+    (metric,) = store.runs[tracker.run_id].data.metrics["loss"]
+    assert metric.timestamp == 1_234_567, "milliseconds"
+
+
+@pytest.mark.parametrize(
+    ("status", "refused"),
+    [(400, True), (404, True), (409, True), (499, True)]
+    + [(status, False) for status in (200, 401, 403, 408, 429, 500, 503)],
+)
+def test_only_a_wrong_request_is_a_refusal(status, refused):
+    assert module._is_refusal(SimpleNamespace(get_http_status_code=lambda: status)) is refused
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"run_id": "r'])
@@ -220,7 +294,8 @@ def test_files_of_one_machine_track_no_run_of_several(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     local = f"sqlite:///{tmp_path}/x.db"
     assert reachable_uri("sqlite:///x.db", "/data/run") == local and not caplog.text
-    assert reachable_uri("http://mlflow:5000", "s3://bucket/run") == "http://mlflow:5000" and not caplog.text
+    for uri in ("http://mlflow:5000", "https://mlflow", "databricks://profile"):
+        assert reachable_uri(uri, "s3://bucket/run") == uri and not caplog.text
     assert reachable_uri("none", "s3://bucket/run") == "none" and not caplog.text
     assert reachable_uri("", "s3://bucket/run") == "none"
     assert "tracking_uri='' would be files of one machine, and output=s3://bucket/run" in caplog.text

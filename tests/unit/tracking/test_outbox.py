@@ -102,3 +102,8 @@ def test_what_stays_unsent_is_told_at_the_end(service, tmp_path, caplog):
         box.close()
     assert f"1 entries for MLflow wait in {tmp_path / JOURNAL_FILE}" in caplog.text
     assert "1 entries for MLflow could not be sent" in caplog.text
+    caplog.clear()
+    box = Outbox(service.send)
+    box.put("end", status="FINISHED")
+    box.close()
+    assert "entries for MLflow" not in caplog.text, "an end alone is nothing to send"
