@@ -11,6 +11,7 @@ import pytest
 
 from pipelines import cluster
 from pipelines.cluster import AUTH_MODE, ensure_token, token_path
+from pipelines.settings import Settings
 
 pytestmark = pytest.mark.security
 
@@ -69,3 +70,29 @@ def test_without_a_home_folder_the_token_is_in_a_private_one(home, monkeypatch, 
 
 def test_nothing_of_ours_switches_tokens_off():
     assert AUTH_MODE not in cluster.ENVIRONMENT
+
+
+def test_a_started_cluster_has_what_the_settings_say(monkeypatch):
+    monkeypatch.delenv("TINYGPTV_RAY_LOGS", raising=False)
+    given = cluster._init_arguments(Settings(num_cpus=3, object_store_mb=100))
+    assert (given["num_cpus"], given["object_store_memory"]) == (3, 100 * 2**20)
+    assert (given["address"], given["include_dashboard"], given["log_to_driver"]) == ("local", False, False)
+    monkeypatch.setenv("TINYGPTV_RAY_LOGS", "1")
+    left_to_ray = cluster._init_arguments(Settings())
+    assert left_to_ray["log_to_driver"] is True
+    assert {"num_cpus", "object_store_memory"}.isdisjoint(left_to_ray)
+
+
+@pytest.mark.parametrize("before", [None, "1"])
+def test_loopback_lasts_as_long_as_its_block(monkeypatch, before):
+    from ray._private import ray_constants
+
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", "as it was")
+    if before:
+        monkeypatch.setenv(cluster._LOOPBACK_VARIABLE, before)
+    else:
+        monkeypatch.delenv(cluster._LOOPBACK_VARIABLE, raising=False)
+    with pytest.raises(KeyError), cluster._loopback():
+        assert (os.environ[cluster._LOOPBACK_VARIABLE], ray_constants.ENABLE_RAY_CLUSTER) == ("0", False)
+        raise KeyError
+    assert (os.environ.get(cluster._LOOPBACK_VARIABLE), ray_constants.ENABLE_RAY_CLUSTER) == (before, "as it was")

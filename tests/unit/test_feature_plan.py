@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pipelines.feature_plan import expected_draws, plan_features
@@ -42,11 +44,25 @@ def test_what_is_chosen_is_taken_off_the_disk():
     plans = plan(rows, free=55 * 10**9)  # 49 GB for stages 1 and 2
     assert [each.stages for each in plans] == [(1, 2), (3,), (4,)]
     assert [each.choice for each in plans] == ["cached", "cached", "cached"]
-    first = plans[0].bytes
-    assert plan(rows, free=int(first / 0.9) + 1)[0].choice == "cached"
-    assert plan(rows, free=int(first / 0.9) + 1)[2].bytes == 20 * 1000 * 32 * 768 * 2
+    assert plans[2].bytes == 20 * 1000 * 32 * 768 * 2
 
 
 @pytest.mark.parametrize("wanted", ["cached", "inline"])
 def test_the_settings_decide(wanted):
     assert {each.choice for each in plan({"laion": 10**9}, wanted=wanted)} == {wanted}
+
+
+def test_each_cache_takes_nine_tenths_at_most_of_what_those_before_it_leave():
+    stages = [PAPER[1], replace(PAPER[1], number=3, image_size=448)]
+    rows = {"laion": 90_000, "cc_sbu": 10_000}
+    size = 100_000 * 32 * 768 * 2
+    for free, choices in (
+        (int(size / 0.9) - 1, ["inline", "inline"]),
+        (int(size / 0.9) + 1, ["cached", "inline"]),
+        (int(size + size / 0.9) - 1, ["cached", "inline"]),
+        (int(size + size / 0.9) + 2, ["cached", "cached"]),
+    ):
+        assert [each.choice for each in plan_features(stages, rows, free)] == choices, free
+    for images, choice in ((20_000 * 64 - 1, "cached"), (20_000 * 64, "inline")):
+        assert plan_features(stages[:1], {"laion": images, "cc_sbu": 0}, 10**15)[0].choice == choice
+    assert expected_draws(PAPER[0], max_steps=10**9) == expected_draws(PAPER[0])

@@ -11,6 +11,7 @@ import pytest
 from pipelines import node_cache, storage
 from pipelines.fingerprint import checkpoint_digest
 from pipelines.node_cache import local_checkpoint
+from pipelines.settings import SettingsError
 from tinygptv.checkpoint.folders import MANIFEST, CheckpointError, verify_folder, write_folder
 
 
@@ -155,3 +156,35 @@ def test_the_copy_that_was_used_longest_ago_is_removed(tmp_path, monkeypatch, ca
     assert local_checkpoint(remote[0]) == first, "used again"
     third = local_checkpoint(remote[2])
     assert {path for path in cache.iterdir() if path.is_dir()} == {first, third}
+
+
+def test_data_is_copied_once_with_its_times_and_again_when_a_file_changed(tmp_path, monkeypatch):
+    place = f"memory://bucket/{tmp_path.name}/data"
+    for name in ("a.json", "deep/b.json"):
+        storage.write_atomically(f"{place}/{name}", name.encode())
+    fetched = downloads(monkeypatch)
+    first = node_cache.local_data(place)
+    assert node_cache.local_data(place) == first and sorted(fetched) == ["a.json", "deep/b.json"]
+    assert (first / "deep/b.json").read_bytes() == b"deep/b.json"
+    times = {file.name: file.modified_ns for file in storage.find_below(place)}
+    assert all((first / name).stat().st_mtime_ns // 1000 == changed // 1000 for name, changed in times.items())
+    alone = node_cache.local_data(f"{place}/a.json")
+    assert (alone.name, alone.read_bytes()) == ("a.json", b"a.json")
+    storage.write_atomically(f"{place}/a.json", b"another")
+    second = node_cache.local_data(place)
+    assert second != first and (second / "a.json").read_bytes() == b"another"
+    assert node_cache.local_data(str(tmp_path)) == tmp_path
+    with pytest.raises(SettingsError, match="holds no files: check the URI"):
+        node_cache.local_data(f"memory://bucket/{tmp_path.name}/none")
+
+
+def test_only_old_drafts_are_what_killed_downloads_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(node_cache, "MAX_FOLDERS", 3)
+    now = node_cache.time.time()
+    ages = {"draft-new": 3600, "draft-old": 7 * 3600, "a": 50, "b": 40, "c": 30, "newest": 90}
+    for name, age in ages.items():
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (now - age, now - age))
+    (tmp_path / "x.lock").touch()
+    node_cache._thin_out(tmp_path, tmp_path / "newest")
+    assert {path.name for path in tmp_path.iterdir()} == {"draft-new", "b", "c", "newest", "x.lock"}

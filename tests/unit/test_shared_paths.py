@@ -1,5 +1,7 @@
 """Which settings are asked about, and what is said where a node does not see a path."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from pipelines import shared_paths
@@ -55,3 +57,22 @@ def test_patterns_missing_inputs_and_read_only_outputs_are_the_jobs_own_matter(n
 def test_nothing_is_asked_where_nothing_is_local(monkeypatch):
     monkeypatch.setattr(shared_paths, "_other_nodes", lambda: pytest.fail("the cluster was asked"))
     shared_paths.check_shared_paths(TrainSettings(data="s3://bucket/data", output="gs://bucket/out"))
+
+
+def test_relative_paths_are_each_machines_own(nodes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "start").mkdir()
+    shared_paths.check_shared_paths(TrainSettings(init_from="start", output="out"))
+    assert nodes[0] == {} and not (tmp_path / "out").exists()
+
+
+def test_nodes_that_work_and_are_not_this_one_are_asked(monkeypatch):
+    import ray
+
+    def node(name, alive=True, **resources):
+        return {"NodeManagerAddress": f"10.0.0.{name}", "NodeID": name, "Alive": alive, "Resources": resources}
+
+    nodes = [node("1", CPU=4), node("2", CPU=4), node("3", alive=False, CPU=4), node("4"), node("5", GPU=1, CPU=1)]
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "1"))
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert shared_paths._other_nodes() == {"10.0.0.2": "2", "10.0.0.5": "5"}

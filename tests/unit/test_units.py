@@ -11,8 +11,10 @@ from pipelines.settings import Settings
 from pipelines.units import (
     _GROUP_BYTES,
     _TASKS_PER_WORKER,
+    ATTEMPTS,
     UnitsLostError,
     Workers,
+    _attempts,
     _dump_error,
     _groups,
     _room,
@@ -134,3 +136,20 @@ def test_a_cluster_that_has_grown_gets_more_tasks(monkeypatch):
     assert not policy.can_add_input(busy), "the cluster's size is asked for once a second"
     clock[0] += 1
     assert policy.can_add_input(busy)
+
+
+def test_what_a_lost_group_held_is_done_again_one_by_one():
+    sizes = [1, 1, 1, 1, _GROUP_BYTES, 1, 1, 1]
+    assert list(_attempts(range(8), Workers(1), None)) == [([[n] for n in range(8)], ATTEMPTS - 1)]
+    grouped, alone = _attempts(range(8), Workers(1), lambda unit: sizes[unit])
+    assert grouped == ([[0, 1], [2, 3], [4], [5, 6], [7]], 0)
+    assert alone == ([[n] for n in range(8)], ATTEMPTS - 2)
+    assert list(_attempts(range(8), Workers(3), lambda unit: sizes[unit])) == [([[n] for n in range(8)], ATTEMPTS - 1)]
+
+
+def test_a_process_sets_its_work_up_once_and_keeps_it():
+    made = []
+    runner = _Runner(partial(doubler, made))
+    rows = [{"numbers": [n], "units": [pickle.dumps(n), pickle.dumps(n + 1)]} for n in (3, 5)]
+    found = [[pickle.loads(outcome).result for outcome in runner(row)["outcomes"]] for row in rows]
+    assert found == [[6, 8], [10, 12]] and made == ["set up"]

@@ -158,3 +158,62 @@ def test_mistakes_are_one_sentence(made, tmp_path):
     with pytest.raises(SettingsError, match="give data=DIR"):
         cache({**made, "data": ""}, tmp_path / "out")
     assert module.FEATURES == "features"
+
+
+def test_an_encoder_is_known_by_the_names_and_values_of_its_weights(monkeypatch):
+    import torch
+
+    from tinygptv.checkpoint import weight_files
+
+    class Stored:
+        def __init__(self, *values, dtype=torch.float32):
+            self.tensor = torch.tensor(values, dtype=dtype)
+
+        def load(self):
+            return self.tensor
+
+    def hash_of(**weights):
+        monkeypatch.setattr(weight_files, "open_weights", lambda checkpoint: weights)
+        return module.encoder_hash("x")
+
+    one = {"vision_encoder.a": Stored(1.0, 2.0), "qformer.b": Stored(3.0)}
+    known = hash_of(**one)
+    assert len(known) == 16
+    assert hash_of(**dict(reversed(one.items())), **{"language_model.c": Stored(9.0)}) == known
+    assert hash_of(**{**one, "qformer.b": Stored(3.0, dtype=torch.bfloat16)}) == known
+    for other in (
+        {"vision_encoder.a": Stored(1.0, 2.0), "qformer.c": Stored(3.0)},
+        {"vision_encoder.a": Stored(2.0, 1.0), "qformer.b": Stored(3.0)},
+        {"vision_encoder.a": Stored(1.0, 2.0)},
+    ):
+        assert hash_of(**other) != known
+
+
+def test_only_the_sources_that_are_named_are_done(world, tmp_path):
+    result = cache(world, tmp_path / "out", sources=["pairs"])
+    assert (result["parts"], result["reused"], result["rows"]) == (0, 4, 30)
+    assert json.loads((tmp_path / "out/result.json").read_text()) == result
+
+
+@pytest.mark.parametrize(
+    ("changes", "done"),
+    [
+        ({}, True),
+        ({"bytes": 4}, False),
+        ({"rows": 3}, False),
+        ({"name": "b.npy"}, False),
+        ({"shard_sha256": "of other data", "dtype": "float16"}, False),
+        ({"dtype": "float16"}, None),
+    ],
+)
+def test_a_finished_part_is_one_of_these_images_in_this_form_and_whole(tmp_path, changes, done):
+    part = module.FeaturePart("a.npy", 2, "sha", "float32")
+    unit = module.FeatureUnit("set", 0, str(tmp_path), part)
+    (tmp_path / "a.npy").write_bytes(b"12345")
+    record = {"name": "a.npy", "rows": 2, "shard_sha256": "sha", "dtype": "float32", "sha256": "x", "bytes": 5}
+    (tmp_path / "a.npy.json").write_text(json.dumps({**record, **changes}))
+    if done is None:
+        with pytest.raises(SettingsError, match="holds these features as float16, and dtype=float32 was asked for"):
+            module._is_done(unit)
+    else:
+        assert module._is_done(unit) is done

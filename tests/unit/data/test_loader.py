@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from pipelines.data import loader
-from pipelines.data.loader import BatchMaker, LoadPlan, iterate_steps, open_shards
-from pipelines.miniature.tiny_training import make_world, train_settings
+from pipelines.data.loader import BatchMaker, CutCount, LoadPlan, iterate_steps, open_shards
+from pipelines.miniature.tiny_training import make_rows, make_world, train_settings
 from pipelines.training.job import resolve_job
 from tinygptv.data.images import open_image, resize_pixels
 from tinygptv.data.sample import chooser, render_sample
@@ -151,3 +152,65 @@ def test_a_source_that_was_not_prepared_is_named_with_the_others(plan):
     with pytest.raises(FileNotFoundError, match=r"/nowhere/pairs, /nowhere/questions: run jobs/prepare_data\.py"):
         open_shards("/nowhere/", stage)
     assert loader.CHUNK_STEPS >= 1
+
+
+# ---------------------------------------------------------------- bookkeeping, without a tokenizer
+
+
+def bare_maker(plan, **fields) -> BatchMaker:
+    """A maker without open shards."""
+    maker = object.__new__(BatchMaker)
+    maker.plan, maker.names = plan, ["pairs", "questions"]
+    for name, value in fields.items():
+        setattr(maker, name, value)
+    return maker
+
+
+def test_samples_are_named_by_the_rows_that_are_not_held_out(plan):
+    held = {"pairs": np.arange(0, 30, 2), "questions": np.arange(20)}
+    maker = BatchMaker(replace(plan, held_out=held))
+    for step in range(3):
+        expected = []
+        for ref in maker.mixture.step(step):
+            name = maker.names[ref.source]
+            kept = np.setdiff1d(np.arange(len(maker.shards[name])), held[name])
+            expected.append(f"{name}/{maker.shards[name].row_id(int(kept[ref.row]))}")
+        assert maker.sample_ids(step) == expected
+
+
+def test_cut_samples_are_counted_by_source(plan):
+    def sample(source, question, answer):
+        return SimpleNamespace(source=source, encoded=SimpleNamespace(question_cut=question, answer_cut=answer))
+
+    samples = [sample(0, True, False), sample(1, False, True), sample(0, True, True), sample(0, False, False)]
+    assert bare_maker(plan)._count_cut(samples) == {"pairs": CutCount(3, 2, 1), "questions": CutCount(1, 0, 1)}
+
+
+def test_features_are_those_of_the_row_and_rows_without_an_image_have_none(plan):
+    encoder = SimpleNamespace(encode=lambda rendered: "encoded")
+    maker = bare_maker(plan, encoder=encoder)
+    rows = make_rows("questions", 4)
+    shards = SimpleNamespace(row=lambda index: rows[index])
+    features = SimpleNamespace(row=lambda index: np.full((1, 1), index))
+    found = [maker.encode(shards, row, np.random.default_rng(0), 1, features) for row in range(4)]
+    assert [None if each.query_features is None else int(each.query_features[0, 0]) for each in found] == [
+        0,
+        1,
+        2,
+        None,
+    ]
+    assert all(each.pixels is None and each.source == 1 for each in found)
+    assert maker.encode(shards, 0, np.random.default_rng(0), 0).pixels.shape == (3, 28, 28)
+
+
+def test_the_plans_bounds_cut_a_step_into_micro_batches(plan, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        loader, "cut", lambda *given, **more: asked.append((*given, more)) or [slice(0, 2), slice(2, 3)]
+    )
+    monkeypatch.setattr(loader, "collate", lambda samples, pad, pack_length: (samples, pad, pack_length))
+    plan = replace(plan, micro_batch_size=3, micro_batch_tokens=77, padded=False, pack_length=64)
+    maker = bare_maker(plan, tokenizer=SimpleNamespace(pad_token_id=5))
+    long, short, middle = (SimpleNamespace(encoded=SimpleNamespace(input_ids=[0] * n)) for n in (9, 2, 4))
+    assert maker.batch([long, short, middle]) == [([short, middle], 5, 64), ([long], 5, 64)]
+    assert asked == [([2, 4, 9], 3, 77, {"padded": False})]

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import stat
 import tempfile
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ from pipelines import storage
 from pipelines.data import shards as shard_sets
 from pipelines.data.shard_cache import ShardCache
 from pipelines.data.shard_format import BATCH_ROWS, SCHEMA, Manifest, ShardError, ShardWriter, record_batch
-from pipelines.data.shards import ShardSet
+from pipelines.data.shards import ShardSet, find_shard_sets
 from pipelines.settings import SettingsError
 from tinygptv.data.sample import SampleRow, Turn
 
@@ -115,10 +116,40 @@ def test_a_row_costs_its_own_bytes_and_not_the_file(tmp_path):
     assert pa.total_allocated_bytes() - before < 100_000
 
 
-def test_pickled_set_opens_again(uri):
-    shards = ShardSet.open(uri)
+def test_pickled_set_opens_again(uri, tmp_path):
+    shards = ShardSet.open(uri, ShardCache(tmp_path, 77))
     shards.row(3)
-    assert pickle.loads(pickle.dumps(shards)).row(3) == make_row(3)
+    again = pickle.loads(pickle.dumps(shards))
+    assert again.row(3) == make_row(3) and again._cache == ShardCache(tmp_path, 77)
+
+
+def test_a_set_is_found_itself_or_directly_below_by_name(tmp_path):
+    for name in ("b", "a", "deep/c"):
+        write_set(tmp_path / name, [1])
+    (tmp_path / "empty").mkdir()
+    write_set(tmp_path / "a/inside", [1])
+    assert find_shard_sets(str(tmp_path)) == [f"{tmp_path}/a", f"{tmp_path}/b"]
+    assert find_shard_sets(f"{tmp_path}/a") == [f"{tmp_path}/a"]
+    assert find_shard_sets(f"{tmp_path}/empty") == find_shard_sets(f"{tmp_path}/none") == []
+
+
+def test_a_listing_that_lags_behind_is_asked_about_each_file(monkeypatch):
+    sizes = {"new": 7, "gone": -1}
+    monkeypatch.setattr(shard_sets.storage, "list_names", lambda folder: {"old": 3})
+    monkeypatch.setattr(shard_sets.storage, "num_bytes", lambda location: sizes[location.name])
+    assert shard_sets.sizes_of("s3://bucket/set", ["old", "new", "gone"]) == {"old": 3, "new": 7}
+    assert shard_sets.sizes_of("/disk/set", ["old", "new", "gone"]) == {"old": 3}
+
+
+def test_a_manifest_counts_rows_and_its_digest_is_that_of_the_content(uri):
+    manifest = Manifest.read(uri)
+    assert json.loads(manifest.to_json())["rows"] == 195
+    assert Manifest.read(uri) == manifest and len(manifest.digest) == 12
+    first, *rest = manifest.shards
+    for same in (replace(manifest, source="x", counts={}, settings={}), replace(manifest, batch_rows=9)):
+        assert same.digest == manifest.digest
+    for other in ((replace(first, sha256="0"), *rest), (replace(first, file="x"), *rest), (*rest, first), rest):
+        assert replace(manifest, shards=tuple(other)).digest != manifest.digest
 
 
 def test_table_is_the_canonical_schema(uri):
@@ -177,11 +208,17 @@ def test_damaged_shards_are_named(tmp_path, uri, damage):
 
 
 @pytest.mark.parametrize(
-    "content", [b"{", b"[]", b'{"format": "other"}', b'{"format": "tinygptv-shards", "version": 99}']
+    ("content", "reason"),
+    [
+        (b"{", "is no valid JSON"),
+        (b"[]", "is not of format tinygptv-shards version 1"),
+        (b'{"format": "other"}', "is not of format tinygptv-shards version 1"),
+        (b'{"format": "tinygptv-shards", "version": 99}', "is not of format tinygptv-shards version 1"),
+    ],
 )
-def test_manifest_of_another_kind(tmp_path, content):
+def test_manifest_of_another_kind(tmp_path, content, reason):
     (tmp_path / "manifest.json").write_bytes(content)
-    with pytest.raises(ShardError, match=r"run jobs/prepare_data\.py again"):
+    with pytest.raises(ShardError, match=rf"{reason}.* run jobs/prepare_data\.py again"):
         ShardSet.open(str(tmp_path))
 
 
@@ -328,6 +365,7 @@ def test_a_name_that_looks_like_options_is_a_name(tmp_path, uri):
         lambda content: content.update(shards=["x"]),
         lambda content: content.update(batch_rows=0),
         lambda content: content.update(batch_rows="64"),
+        lambda content: content.update(batch_rows=True),
         lambda content: content["shards"][0].update(rows=-1),
         lambda content: content["shards"][0].update(bytes=1.5),
         lambda content: content["shards"][0].pop("sha256"),
@@ -355,6 +393,20 @@ def test_a_file_of_other_columns_or_fewer_rows_is_named(tmp_path, uri):
         (folder / "manifest.json").write_text(json.dumps(content))
         with pytest.raises(ShardError, match=r"part-00000\.arrow cannot be read \(it has 1 record batches, not 3"):
             ShardSet.open(str(folder)).row(0)
+
+
+def test_a_file_of_as_many_batches_and_columns_of_other_types_is_named(tmp_path, uri):
+    shutil.copytree(uri, tmp_path / "set")
+    table = ShardSet.open(uri).table().slice(130, 1)
+    table = table.set_column(4, "width", table["width"].cast(pa.int64()))
+    path = tmp_path / "set/part-00001.arrow"
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    content = json.loads((tmp_path / "set/manifest.json").read_text())
+    content["shards"][1]["bytes"] = path.stat().st_size
+    (tmp_path / "set/manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ShardError, match=r"part-00001\.arrow cannot be read \(its columns are id, .* of other types"):
+        ShardSet.open(str(tmp_path / "set")).row(130)
 
 
 # ---------------------------------------------------------------- plain readers

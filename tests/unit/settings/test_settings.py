@@ -8,6 +8,7 @@ from pipelines.settings import (
     SECTIONS,
     AblateSettings,
     CacheFeaturesSettings,
+    PlanMemorySettings,
     PrepareDataSettings,
     ScoreSettings,
     ServeSettings,
@@ -230,3 +231,42 @@ def test_a_relative_output_of_a_submitted_job_is_refused(tmp_path, monkeypatch):
 def test_every_section_belongs_to_one_job():
     sections = [kind.section for kind in Settings.__subclasses__()]
     assert len(set(sections)) == len(sections)
+
+
+def test_switches_are_written_as_options_too():
+    for words, value in ((["--dry-run"], True), (["dry_run=true"], True), ([], False)):
+        assert TrainSettings.from_command_line(words, "x").dry_run is value
+    loaded = TrainSettings.from_command_line(["data=a", "--use-gpu", "max_steps=3"], "x")
+    assert (loaded.data, loaded.use_gpu, loaded.max_steps, loaded.packing) == ("a", True, 3, False)
+
+
+@pytest.mark.security
+def test_help_shows_no_key_of_the_service(tmp_path, capsys):
+    config = write(tmp_path, "serve: {api_keys: [hunter2]}")
+    with pytest.raises(SystemExit):
+        ServeSettings.from_command_line(["--help", "--config", str(config)], "x")
+    out = capsys.readouterr().out
+    assert "api_keys=..." in out and "hunter2" not in out and "SecretStr" not in out
+
+
+@pytest.mark.parametrize(
+    ("given", "value"), [("true", "on"), ("false", "off"), ("on", "on"), ("off", "off"), ("auto", "auto")]
+)
+def test_compile_is_a_switch_with_a_third_position(tmp_path, given, value):
+    assert TrainSettings.load(None, [f"compile={given}"]).compile == value
+    assert TrainSettings.load(write(tmp_path, f"train: {{compile: {given}}}")).compile == value
+
+
+def test_a_memory_plan_reads_the_trainings_keys_and_its_own_win(tmp_path):
+    config = write(
+        tmp_path,
+        "recipe: paper\ntrain: {precision: bf16, micro_batch_size: 3, packing: true, attention: eager}\n"
+        "plan_memory: {micro_batch_size: 2, train: {packing: false}}",
+    )
+    loaded = PlanMemorySettings.load(config, ["train.attention=sdpa", "gpu=8GB"])
+    found = loaded.train_settings()
+    assert (loaded.gpu, found.recipe, found.precision, found.micro_batch_size) == ("8GB", "paper", "bf16", 2)
+    assert (found.packing, found.attention, found.use_gpu) == (False, "sdpa", True)
+    assert PlanMemorySettings.load(config, ["precision=fp16", "features=cached"]).train_settings().precision == "fp16"
+    with pytest.raises(SettingsError, match="unknown key 'atention'; did you mean 'attention'"):
+        PlanMemorySettings.load(config, ["train.atention=sdpa"])

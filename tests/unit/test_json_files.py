@@ -1,0 +1,32 @@
+"""JSON files: valid for every parser, whole or absent, damaged ones are told and count as missing."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from pipelines.json_files import read_json_object, to_json, write_json
+
+
+def test_numbers_that_are_not_finite_become_null_at_any_depth(tmp_path):
+    value = {"a": [1.5, math.nan, (math.inf, {"b": -math.inf})], "c": 0, "d": "NaN", "e": True, "f": None}
+    plain = {"a": [1.5, None, [None, {"b": None}]], "c": 0, "d": "NaN", "e": True, "f": None}
+    assert json.loads(to_json(value), parse_constant=pytest.fail) == plain
+    write_json(tmp_path / "x.json", value)
+    assert read_json_object(tmp_path / "x.json") == plain
+    assert (tmp_path / "x.json").read_text().endswith("}\n")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"\xff"])
+def test_a_damaged_file_counts_as_missing_and_is_named(tmp_path, caplog, content):
+    assert read_json_object(tmp_path / "x.json") is None and not caplog.text
+    (tmp_path / "x.json").write_bytes(content)
+    assert read_json_object(tmp_path / "x.json") is None
+    assert f"{tmp_path}/x.json is empty or damaged" in caplog.text
+
+
+def test_an_object_without_members_is_one(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    assert read_json_object(str(tmp_path / "x.json")) == {}
