@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from tests.serving_model import make_image, make_model, make_processor
-from tinygptv.data.images import open_image
+from tinygptv.data.images import normalise_pixels, open_image
 from tinygptv.data.prompt_layout import Exchange
 from tinygptv.data.prompts import VQA_SHORT_ANSWER
 from tinygptv.data.sample import SampleEncoder, TextLimits
-from tinygptv.inference.batch import Answerer, Prompt
+from tinygptv.inference.batch import MEAN_COLOUR, Answerer, Prompt
+from tinygptv.inference.sample_losses import _batches_by_length
 from tinygptv.training.stages import get_stage
 
 
@@ -104,6 +105,8 @@ def test_prompt_layout_is_that_of_training(answerer):
 def test_blank_picture_is_nearly_zero_after_normalisation(answerer):
     black, blank = answerer.encode([open_image(make_image(0))])[0], answerer.blank()
     assert blank.shape == black.shape and not torch.equal(blank, black)
+    pixels = normalise_pixels(np.full((1, 3, 2, 2), np.array(MEAN_COLOUR, np.uint8)[:, None, None], np.uint8))
+    assert abs(np.asarray(pixels)).max() < 0.01, "each channel's own mean"
 
 
 def test_choice_losses_equal_the_models_loss(answerer, embeds):
@@ -149,6 +152,20 @@ def test_a_choice_that_just_fits_has_its_loss(answerer, embeds):
     assert len(answerer.layout.encode_answer(longer)) == room + end + 1
     losses = answerer.choice_losses([replace(prompt, choices=(fits, longer))], embeds)
     assert 0 < losses[0][0] < 1e4 and losses[0][1] == float("inf")
+
+
+def test_samples_of_like_length_share_a_batch_of_bounded_size():
+    assert _batches_by_length([2, 9, 5]) == [[1, 2, 0]]
+    assert _batches_by_length([4096, 4096, 1]) == [[0, 1], [2]], "8,192 tokens fit, padding included"
+    assert _batches_by_length([4097, 4096, 4095, 1]) == [[0], [1, 2], [3]]
+    assert _batches_by_length([10_000, 9000, 1, 1]) == [[0], [1], [2, 3]], "a longer one is alone"
+    assert _batches_by_length([]) == []
+
+
+def test_released_answers_are_cut_as_the_release_cuts_them(answerer):
+    released = Answerer(make_model(), make_processor(), released=True)
+    assert released._clean("x [/INST] a <s>dog </s> b") == "a dog"
+    assert answerer._clean(" a dog </s> ") == "a dog </s>"
 
 
 def test_released_prompts_are_the_releases_own():

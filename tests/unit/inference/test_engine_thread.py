@@ -12,9 +12,9 @@ import torch
 
 from tests.serving_model import make_model, make_tokenizer
 from tinygptv.inference.engine import Engine
-from tinygptv.inference.engine_thread import EngineLoop
-from tinygptv.inference.request import Request
-from tinygptv.inference.sampling import SamplingParams
+from tinygptv.inference.engine_thread import EngineLoop, _Mailbox
+from tinygptv.inference.request import Delta, Request
+from tinygptv.inference.sampling import SamplingParams, TokenLogprobs
 from tinygptv.inference.watch import ThreadFailure
 
 
@@ -99,7 +99,44 @@ def test_a_dead_event_loop_does_not_hurt_the_engine(loop):
     event_loop.run_until_complete(walk_away())
     event_loop.close()
     assert answer(loop, [5, 6], max_tokens=10)[1]
-    assert loop.is_alive
+    assert loop.is_alive and loop.stats.cancelled == 1, "nobody waits for the answer"
+
+
+def test_leaving_an_iterator_frees_its_slot(loop):
+    deltas = loop.iterate(request([1, 2], max_tokens=250))
+    next(deltas)
+    deltas.close()
+    list(loop.iterate(request([3], max_tokens=1)))
+    assert loop.stats.cancelled == 1 and loop.engine.prefix_cache.num_free == 4
+
+
+def test_deltas_that_wait_become_one():
+    woken = []
+    mailbox = _Mailbox(lambda: woken.append(1))
+    entries = [TokenLogprobs(token, -1.0) for token in (5, 6)]
+    mailbox.put(Delta("a", [5], entries[:1], num_reused=9))
+    mailbox.wake_on_any = False
+    mailbox.put(Delta("b", [6], entries[1:]))
+    assert len(woken) == 1, "between two pieces only the end wakes"
+    mailbox.put(Delta("c", [7], finish_reason="error", error="why"))
+    assert len(woken) == 2
+    assert mailbox.take() == Delta("abc", [5, 6, 7], entries, "error", "why", 9)
+    assert mailbox.take() is None
+
+
+def test_pieces_come_again_after_each_pause(loop, monkeypatch):
+    step = loop.engine.step
+    monkeypatch.setattr(loop.engine, "step", lambda: (time.sleep(0.01), step())[1])
+    deltas = asyncio.run(collect(loop.stream(request([7, 8, 9], max_tokens=20), 0.03)))
+    assert len(deltas) >= 4, "a step takes 10 ms, a pause 30 ms"
+    assert all(delta.token_ids for delta in deltas)
+
+
+def test_a_request_that_comes_while_the_thread_ends_is_told(loop):
+    loop.close()
+    loop.thread.check_alive = lambda: None  # as if it ended right after
+    (delta,) = loop.iterate(request([1, 2]))
+    assert (delta.finish_reason, delta.error) == ("error", "the model was stopped while it answered.")
 
 
 def test_what_cannot_be_answered_ends_with_an_error(loop):

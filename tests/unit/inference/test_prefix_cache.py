@@ -57,6 +57,23 @@ def test_short_beginnings_are_not_worth_it():
     assert slots.take(prompt(*LONG[:5], 1, 2, 3)).num_reused == 0
 
 
+@pytest.mark.parametrize(("common", "reused"), [(7, 0), (8, 8), (9, 9)])
+def test_eight_positions_are_worth_it(common, reused):
+    slots = PrefixCache(1, 64)
+    slots.release(fill(slots, LONG).slot)
+    assert slots.take(prompt(*LONG[:common], 1, 2, 3)).num_reused == reused
+
+
+@pytest.mark.parametrize(("common", "in_place"), [(19, False), (20, True)])
+def test_half_of_a_free_slot_is_continued_in_place(common, in_place):
+    slots = PrefixCache(2, 64)
+    first = fill(slots, LONG)
+    slots.release(first.slot)
+    found = slots.take(prompt(*LONG[:common], 1, 2))
+    assert (found.slot == first.slot, found.copy_from) == ((True, None) if in_place else (False, first.slot))
+    assert slots.lengths[found.slot] == common and slots.num_free == 1
+
+
 def test_only_computed_positions_count():
     slots = PrefixCache(2, 64)
     placement = slots.take(LONG)

@@ -68,6 +68,34 @@ def test_frequency_and_presence_penalties_count_the_answer_only():
     assert [sampler.draw(logits) for _ in range(4)] == [0, 1, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("penalties", "drawn"),
+    [
+        ({"presence_penalty": 0.3}, [0, 1, 0, 0]),
+        ({"frequency_penalty": 0.3}, [0, 1, 0, 1]),
+        ({"frequency_penalty": 0.3, "presence_penalty": -0.3}, [0, 0, 1, 1]),
+        ({"repetition_penalty": 1.5}, [0, 1, 0, 0]),
+        ({"logit_bias": ((1, 0.3),)}, [1, 1, 1, 1]),
+        ({}, [0, 0, 0, 0]),
+    ],
+)
+def test_each_penalty_counts_as_it_says(penalties, drawn):
+    """Logits of 2, 1.8 and -9, four tokens in a row: a presence counts once, a frequency each time."""
+    logits = torch.tensor([2.0, 1.8, -9.0])
+    sampler = Sampler(SamplingParams(**penalties), [])
+    assert [sampler.draw(logits) for _ in range(4)] == drawn
+    assert logits.tolist() == pytest.approx([2.0, 1.8, -9.0])
+
+
+@pytest.mark.parametrize(("asked", "told"), [(0, 0), (1, 1), (2, 2), (20, 3)])
+def test_as_many_alternatives_as_are_asked_for(asked, told):
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    found = Sampler(SamplingParams(logprobs=asked, logit_bias=((0, 9.0),)), []).logprobs(logits, 0)
+    expected = logits.log_softmax(-1).tolist()
+    assert (found.token_id, found.logprob) == (0, pytest.approx(expected[0])), "of the model, before the bias"
+    assert [token for token, _ in found.alternatives] == [1, 2, 0][:told]
+
+
 def test_bias_forbids_and_forces():
     logits = torch.tensor([3.0, 2.0, 1.0])
     assert Sampler(SamplingParams(logit_bias=((0, -100.0),)), []).draw(logits) == 1
@@ -104,6 +132,8 @@ def test_a_seed_repeats_an_answer():
         {"top_k": -1},
         {"repetition_penalty": 0},
         {"stop": ("",)},
+        {"stop": ("a", "")},
+        {"max_tokens": float("inf")},
     ],
 )
 def test_impossible_values_are_refused(wrong):

@@ -1,0 +1,238 @@
+"""The engine's accounts: who is read and answered in which step, what is counted, why an answer ends."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+
+from tests.serving_model import VOCAB_SIZE, make_model, make_tokenizer
+from tinygptv.inference.engine import Engine
+from tinygptv.inference.request import Request
+from tinygptv.inference.runner import Drawn
+from tinygptv.inference.sampling import SamplingParams, TokenLogprobs
+
+END, WORD = 0, 70
+BROKEN = Drawn(0, is_finite=False)
+
+
+class Runner:
+    """Computes nothing: the n-th token of a slot is what the script of its prompt's length says, else ``WORD``."""
+
+    num_slots = 9
+
+    def __init__(self, scripts, num_ahead):
+        self.scripts, self.num_ahead = scripts, num_ahead
+        self.launches, self.cleared, self.copied, self.admitted = [], [], [], []
+        self.tokens = {}
+
+    def admit(self, slot, params, prompt_ids, num_positions):
+        self.admitted.append((slot, prompt_ids.tolist(), num_positions))
+        self.tokens[slot] = iter(self.scripts.get(num_positions, ()))
+
+    def launch(self, rows, pieces):
+        self.launches.append(
+            ([(r.slot, r.length) for r in rows], [(p.slot, p.start, p.end, p.is_last) for p in pieces])
+        )
+        assert all(len(p.inputs_embeds) == p.end - p.start for p in pieces)
+        drawn = [self._draw(each.slot) for each in (*rows, *(p for p in pieces if p.is_last))]
+        return type("Launch", (), {"read": lambda self: drawn})()
+
+    def _draw(self, slot):
+        token = next(self.tokens[slot], WORD)
+        return token if isinstance(token, Drawn) else Drawn(token, True, TokenLogprobs(token, -1.0))
+
+    def copy_prefix(self, source, target, length):
+        self.copied.append((source, target, length))
+
+    def clear(self, slot):
+        self.cleared.append(slot)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def make(model, scripts=None, num_ahead=0, **options):
+    engine = Engine(model, make_tokenizer(), runner="flat", **{"max_batch_size": 2, **options})
+    engine.runner = Runner(scripts or {}, num_ahead)
+    return engine
+
+
+def request(ids, salt=0, **params):
+    ids = np.asarray(ids, dtype=np.int64)
+    return Request(ids, torch.zeros(len(ids), 4), SamplingParams(**params), salt)
+
+
+def prompt(length, start=1):
+    """So many ids; prompts of other lengths share no beginning."""
+    return (np.arange(length) + start + 7 * length) % 300 + 1
+
+
+def finish(engine):
+    """All deltas by request."""
+    found = defaultdict(list)
+    while engine.has_work:
+        for key, delta in engine.step():
+            found[key].append(delta)
+    return found
+
+
+def test_prompts_share_what_a_step_may_read_first_come_first_served(model):
+    engine = make(model, max_batch_size=4, prefill_tokens=8)
+    for length in (250, 240, 200):
+        engine.add(request(prompt(length), max_tokens=4))
+    engine.step()
+    engine.step()
+    assert engine.runner.launches[0] == ([], [(0, 0, 250, True), (1, 0, 240, True), (2, 0, 22, False)]), "512 in all"
+    assert engine.runner.launches[1] == ([(0, 250), (1, 240)], [(2, 22, 30, False)]), "8 where answers wait"
+    assert (engine.stats.running, engine.stats.waiting, engine.stats.steps) == (3, 0, 2)
+
+
+def test_requests_get_their_slots_in_order(model):
+    engine = make(model, max_batch_size=1)
+    keys = [engine.add(request(prompt(length), max_tokens=2)) for length in (10, 20, 30)]
+    engine.step()
+    assert (engine.stats.running, engine.stats.waiting) == (1, 2)
+    assert list(finish(engine)) == keys
+    assert [length for _, _, length in engine.runner.admitted] == [10, 20, 30]
+
+
+def test_everything_is_counted_once(model):
+    engine = make(model, {10: [WORD, END], 20: [WORD, BROKEN]}, max_batch_size=3)
+    ended, failed = engine.add(request(prompt(10))), engine.add(request(prompt(20)))
+    cancelled = engine.add(request(prompt(30)))
+    engine.step()
+    engine.cancel(cancelled)
+    found = finish(engine)
+    assert [delta.finish_reason for delta in found[ended]] == ["stop"]
+    assert [delta.finish_reason for delta in found[failed]] == ["error"]
+    assert [delta.finish_reason for delta in found[cancelled]] == ["cancelled"]
+    stats = engine.stats
+    assert (stats.finished, stats.failed, stats.cancelled, stats.steps) == (1, 1, 1, 2)
+    assert (stats.prompt_tokens, stats.reused_tokens, stats.answer_tokens) == (60, 0, 4), "the end is a token, too"
+    assert (stats.running, stats.waiting) == (0, 0) and engine.prefix_cache.num_free == 3
+
+
+def test_a_spoilt_slot_is_cleared_and_forgotten(model):
+    engine = make(model, {20: [BROKEN]}, max_batch_size=1)
+    engine.add(request(prompt(20)))
+    finish(engine)
+    assert engine.runner.cleared == [0] and engine.prefix_cache.lengths.tolist() == [0]
+    again = engine.add(request(prompt(20)))
+    assert finish(engine)[again][0].num_reused == 0
+
+
+def test_reused_positions_are_told_with_the_first_piece(model):
+    engine = make(model, max_batch_size=2)
+    ids = prompt(40)
+    engine.add(request(ids, max_tokens=1))
+    finish(engine)
+    longer = engine.add(request([*ids, 5, 6], max_tokens=3))
+    other = engine.add(request([*ids, 5, 6], salt=4, max_tokens=3))
+    found = finish(engine)
+    assert [delta.num_reused for delta in found[longer]] == [40, 0, 0]
+    assert [delta.num_reused for delta in found[other]] == [0, 0, 0], "nothing of another client"
+    assert engine.stats.reused_tokens == 40
+    assert engine.runner.launches[1][1] == [(0, 40, 42, True), (1, 0, 42, True)]
+
+
+@pytest.mark.parametrize(
+    ("script", "reason", "count"),
+    [
+        ([WORD, WORD, WORD], "length", 3),
+        ([WORD, WORD, END], "stop", 3),
+        ([WORD, END], "stop", 2),
+        ([END], "stop", 1),
+    ],
+)
+def test_why_an_answer_ends(model, script, reason, count):
+    engine = make(model, {10: script})
+    key = engine.add(request(prompt(10), max_tokens=3, logprobs=0))
+    deltas = finish(engine)[key]
+    assert deltas[-1].finish_reason == reason and len(deltas) == count
+    words = [len(delta.logprobs) for delta in deltas]
+    assert words == [1] * script.count(WORD) + [0] * script.count(END), "the end has no text, so no probability"
+
+
+def test_the_engines_stop_strings_hold_beside_the_requests(model):
+    tokenizer = make_tokenizer()
+    (mark,), (word,) = (tokenizer.encode(text, add_special_tokens=False) for text in ("#", "x"))
+    script = {10: [word, mark], 20: [mark, word], 30: [word, mark]}
+    engine = make(model, script, stop=("#",), max_batch_size=3)
+    both = engine.add(request(prompt(10), max_tokens=9, stop=("y",)))
+    own = engine.add(request(prompt(20), max_tokens=9, stop=("x",), ignore_end=True))
+    held = engine.add(request(prompt(30), max_tokens=2, stop=("#?",), ignore_end=True))
+    found = finish(engine)
+    text = {key: "".join(delta.text for delta in deltas) for key, deltas in found.items()}
+    assert (text[both], found[both][-1].finish_reason) == ("x", "stop")
+    assert (text[own], found[own][-1].finish_reason) == ("#", "stop")
+    assert (text[held], found[held][-1].finish_reason) == ("x#", "length"), "what was held back is shown at the end"
+
+
+def test_the_ends_of_tokenizer_and_configuration_both_count():
+    changed = make_model()
+    changed.config.text_config.eos_token_id = 7
+    assert make(changed).end_ids == {0, 7}
+    changed.config.text_config.eos_token_id = None
+    assert make(changed).end_ids == {0}
+
+
+@pytest.mark.parametrize(("positions", "given", "length"), [(256, 0, 256), (4096, 0, 2048), (4096, 3000, 3000)])
+def test_the_context_is_the_models_or_2048_unless_it_is_given(positions, given, length):
+    model = make_model()
+    model.config.text_config.max_position_embeddings = positions
+    assert make(model, context_length=given, max_batch_size=1).context_length == length
+
+
+def test_biases_name_tokens_of_the_vocabulary(model):
+    engine = make(model)
+    engine.check(request([1], logit_bias=((0, 1.0), (VOCAB_SIZE - 1, 1.0))))
+    for token in (-1, VOCAB_SIZE):
+        with pytest.raises(ValueError, match=f"token {token}; the vocabulary ends at {VOCAB_SIZE - 1}"):
+            engine.check(request([1], logit_bias=((token, 1.0),)))
+
+
+def test_a_prompt_that_is_being_read_can_be_cancelled(model):
+    engine = make(model, prefill_tokens=8)
+    engine.add(request(prompt(10), max_tokens=30))
+    engine.step()
+    reading = engine.add(request(prompt(200), max_tokens=5))
+    engine.step()
+    assert engine.runner.launches[-1][1] == [(1, 0, 8, False)]
+    engine.cancel(reading)
+    key, delta = engine.step()[0]
+    assert (key, delta.finish_reason) == (reading, "cancelled")
+    assert engine.runner.launches[-1] == ([(0, 11)], []) and engine.prefix_cache.num_free == 1
+    assert engine.stats.running == 1
+
+
+def test_penalties_see_the_text_of_a_prompt_and_not_its_images(model):
+    engine = make(model)
+    engine.add(request([5, -9, -9, 6], max_tokens=1))
+    engine.step()
+    assert engine.runner.admitted == [(0, [5, 6], 4)]
+
+
+def test_one_step_ahead_a_token_is_read_when_the_next_is_launched(model):
+    engine = make(model, {10: [WORD, END]}, num_ahead=1)
+    key = engine.add(request(prompt(10), max_tokens=9))
+    steps = [[(k, delta.token_ids, delta.finish_reason) for k, delta in engine.step()] for _ in range(3)]
+    assert steps == [[], [(key, [WORD], None)], [(key, [END], "stop")]]
+    assert engine.runner.launches[2] == ([(0, 11)], []), "computed once in vain"
+    assert (engine.stats.answer_tokens, engine.stats.finished) == (2, 1) and not engine.has_work
+
+
+def test_a_step_that_fails_leaves_those_that_wait(model):
+    engine = make(model, max_batch_size=1)
+    first, waiting = engine.add(request(prompt(10))), engine.add(request(prompt(20), max_tokens=1))
+    launch, engine.runner.launch = engine.runner.launch, lambda *_: 1 / 0
+    assert [(key, delta.finish_reason) for key, delta in engine.step()] == [(first, "error")]
+    assert (
+        engine.stats.failed == 1 and engine.prefix_cache.num_free == 1 and engine.prefix_cache.lengths.tolist() == [0]
+    )
+    engine.runner.launch = launch
+    assert finish(engine)[waiting][-1].finish_reason == "length"
