@@ -84,10 +84,11 @@ class StateStore:
         for _, folder in reversed(self._folders()):
             try:
                 tensors, record = self._read(folder)
-            except (CheckpointError, OSError, ValueError, KeyError) as error:
+                return int(record["next_step"]), tensors, record
+            except (CheckpointError, OSError, ValueError) as error:
                 logger.warning("a damaged training state is skipped: %s", error)
-                continue
-            return int(record["next_step"]), tensors, record
+            except (KeyError, TypeError):
+                logger.warning("a damaged training state is skipped: state.json in %s has no next_step.", folder)
         return None
 
     def at(self, step: int) -> State:

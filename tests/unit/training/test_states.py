@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pipelines.training.states import StateStore, collect_state, restore_state
+from pipelines.storage import DiskFullError
+from pipelines.training.states import StateStore, collect_state, restore_parameters, restore_state
 from tests.training_batches import mixed_samples, tiny_model
 from tinygptv.checkpoint.folders import CheckpointError
 from tinygptv.data.collate import collate
@@ -129,6 +132,111 @@ def test_object_storage_keeps_the_same(tmp_path):
     assert (step, tensors["parameter/x"].tolist(), extra["mean_loss"]) == (9, [9.0] * 3, 1.5)
 
 
+def test_a_state_lies_below_the_location_under_its_step(tmp_path):
+    assert store_in("s3://bucket/states").folder(12_345_678) == "s3://bucket/states/step-12345678"
+    store = store_in(tmp_path)
+    assert store.folder(7) == f"{tmp_path}/step-00000007"
+    for name in ("step-7", "step-00000009.old", "old-step-00000009", "step-0000000x"):
+        (tmp_path / name).mkdir()
+    save(store, [12, 5])
+    assert store._folders() == [(5, store.folder(5)), (12, store.folder(12))]
+    assert store.newest_step() == 12
+
+
+def test_the_state_of_a_step_is_read(tmp_path):
+    for location in (str(tmp_path), f"file://{tmp_path}/below", "memory://bucket/steps"):
+        store = store_in(location, keep=9)
+        save(store, [3, 6], {3: 0.5})
+        step, tensors, record = store.at(3)
+        assert (step, record) == (3, {"mean_loss": 0.5, "next_step": 3})
+        assert tensors["parameter/x"].tolist() == [3.0] * 3
+    assert names(tmp_path / "below") == ["step-00000003", "step-00000006"]
+    with pytest.raises(CheckpointError, match="step-00000004 does not exist"):
+        store_in(tmp_path).at(4)
+
+
+def test_states_are_written_one_after_the_other_in_a_thread(tmp_path, monkeypatch):
+    store, seen = store_in(tmp_path), []
+    write = store._write_state
+    monkeypatch.setattr(
+        store,
+        "_write_state",
+        lambda step, *rest: seen.append((step, threading.current_thread().name)) or write(step, *rest),
+    )
+    assert store.whole_step == 0
+    store.save(3, {"parameter/x": torch.zeros(1)}, {})
+    store.save(6, {"parameter/x": torch.zeros(1)}, {})
+    assert store.whole_step >= 3, "the write before has ended"
+    store.wait()
+    assert store.whole_step == 6 and seen == [(3, "state-writer"), (6, "state-writer")]
+    store.wait()
+
+
+def test_a_state_that_was_not_written_counts_for_nothing(tmp_path, monkeypatch):
+    store = store_in(tmp_path)
+    save(store, [3])
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "_write_state", full)
+    store.save(6, {}, {})
+    with pytest.raises(DiskFullError, match=rf"while writing the training state of step 6 in {tmp_path}: free some"):
+        store.wait()
+    assert store.whole_step == 3 and store.newest_step() == 3
+
+
+def test_the_best_state_is_kept_only_where_that_is_asked_for(tmp_path):
+    save(store_in(tmp_path, keep=1), [3, 6, 9], {3: 0.1, 6: 0.2, 9: 0.3})
+    assert names(tmp_path) == ["step-00000009"]
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"mean_loss": 2}', (True, 2.0)),
+        ('{"mean_loss": null}', (True, float("inf"))),
+        ("{}", (True, float("inf"))),
+        ('{"mean_loss": 1, "held_out_loss": 3}', (False, 3.0)),
+        ('{"mean_loss": 1, "held_out_loss": null}', (True, 1.0)),
+        ("{", (True, float("inf"))),
+        (None, (True, float("inf"))),
+    ],
+)
+def test_held_out_losses_come_before_those_of_training(tmp_path, text, key):
+    if text is not None:
+        (tmp_path / "state.json").write_text(text)
+    assert store_in(tmp_path)._loss(str(tmp_path)) == key
+
+
+def test_only_leftovers_and_old_states_are_removed(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for name in (".step-00000001.tmp", "mine.tmp", ".mine"):
+        (tmp_path / name).mkdir()
+    save(store_in(f"file://{tmp_path}", keep=1), [3, 6])
+    assert names(tmp_path) == [".mine", "mine.tmp", "notes.txt", "step-00000006"]
+
+
+def test_a_state_without_its_step_is_skipped_and_named(tmp_path, caplog):
+    store = store_in(tmp_path, keep=9)
+    save(store, [3])
+    store._write_state(6, {"parameter/x": torch.zeros(1)}, {})
+    store._write_state(9, {"parameter/x": torch.zeros(1)}, {"next_step": None})
+    caplog.clear()
+    assert store.newest()[0] == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        f"a damaged training state is skipped: state.json in {store.folder(step)} has no next_step." for step in (9, 6)
+    ]
+    (tmp_path / "step-00000009/manifest.json").unlink()
+    caplog.clear()
+    store.newest()
+    assert (
+        caplog.records[0]
+        .getMessage()
+        .startswith(f"a damaged training state is skipped: {store.folder(9)} has no manifest.json")
+    )
+
+
 # ---------------------------------------------------------------------- what a state holds
 
 
@@ -181,3 +289,79 @@ def test_a_state_of_another_stage_is_refused(tmp_path):
     del tensors[gone]
     with pytest.raises(CheckpointError, match=gone.removeprefix("parameter/")):
         restore_state(make_step(), tensors, extra)
+
+
+# ---------------------------------------------------------------------- the same of a step that is only parameters
+
+
+def layer_step(steps=1, device="cpu"):
+    """What a state is collected from: named parameters, AdamW, a scaler."""
+    torch.manual_seed(steps)
+    layer = torch.nn.Linear(2, 3, device=device)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    for _ in range(steps):
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**steps)
+    return SimpleNamespace(named=list(layer.named_parameters()), optimizer=optimizer, scaler=scaler)
+
+
+def test_a_state_has_parameters_moments_and_the_scaler_by_name():
+    tensors, record = collect_state(layer_step(0))
+    assert set(tensors) == {"parameter/weight", "parameter/bias"}
+    step = layer_step(2)
+    tensors, record = collect_state(step)
+    kinds = ("parameter", "optimizer/step", "optimizer/exp_avg", "optimizer/exp_avg_sq")
+    assert set(tensors) == {f"{kind}/{name}" for kind in kinds for name in ("weight", "bias")}
+    for name, parameter in step.named:
+        assert tensors[f"parameter/{name}"] is parameter
+        assert tensors[f"optimizer/exp_avg/{name}"] is step.optimizer.state[parameter]["exp_avg"]
+    assert record == {"scaler": step.scaler.state_dict()} and record["scaler"]["scale"] == 4.0
+
+
+def test_a_state_replaces_all_that_was_there():
+    ours, theirs = layer_step(3), layer_step(2)
+    for state in ours.optimizer.state.values():
+        state["stale"] = torch.ones(1)
+    tensors, record = collect_state(theirs)
+    restore_state(ours, {**tensors, "other/weight": torch.ones(9)}, record)
+    assert ours.scaler.get_scale() == 4.0
+    for (_, mine), (_, wanted) in zip(ours.named, theirs.named, strict=True):
+        assert mine is not wanted and mine.requires_grad and torch.equal(mine, wanted)
+        state, expected = ours.optimizer.state[mine], theirs.optimizer.state[wanted]
+        assert set(state) == set(expected) and all(torch.equal(state[key], expected[key]) for key in state)
+
+
+def test_the_step_count_of_adamw_stays_on_the_cpu():
+    """As torch keeps it, where the parameters are elsewhere; the moments are where the parameters are."""
+    tensors, record = collect_state(layer_step(1))
+    step = layer_step(0, device="meta")
+    restore_state(step, tensors, record)
+    for _, parameter in step.named:
+        devices = {key: tensor.device.type for key, tensor in step.optimizer.state[parameter].items()}
+        assert devices == {"step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
+
+
+def test_parameters_alone_leave_optimizer_and_scaler_as_they_are():
+    ours, theirs = layer_step(3), layer_step(2)
+    before = {key: tensor.clone() for key, tensor in collect_state(ours)[0].items()}
+    restore_parameters(ours, collect_state(theirs)[0])
+    after = collect_state(ours)[0]
+    assert all(torch.equal(after[key], before[key]) for key in before if key.startswith("optimizer/"))
+    assert all(torch.equal(mine, wanted) for (_, mine), (_, wanted) in zip(ours.named, theirs.named, strict=True))
+    assert ours.scaler.get_scale() == 8.0
+
+
+@pytest.mark.parametrize(("removed", "added"), [("parameter/bias", None), (None, "parameter/more")])
+def test_a_state_of_other_parameters_names_one_and_changes_nothing(removed, added):
+    ours = layer_step(3)
+    before = {key: tensor.clone() for key, tensor in collect_state(ours)[0].items()}
+    tensors, record = collect_state(layer_step(2))
+    tensors = {name: tensor for name, tensor in tensors.items() if name != removed}
+    if added:
+        tensors[added] = torch.ones(1)
+    with pytest.raises(CheckpointError) as caught:
+        restore_state(ours, tensors, record)
+    name = (removed or added).removeprefix("parameter/")
+    assert str(caught.value) == (f"the training state is of another stage or model: {name} is in only one of them.")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in collect_state(ours)[0].items())
