@@ -53,7 +53,9 @@ PIECES = {
     "collate": Piece("tinygptv/data/collate.py", ("data/test_sample.py", "data/test_collate.py")),
     "boxes": Piece("tinygptv/data/boxes.py", ("data/test_boxes.py",)),
     "schedule": Piece("tinygptv/training/schedule.py", ("training/test_schedule.py", "training/test_bounds.py")),
-    "train_step": Piece("tinygptv/training/train_step.py", ("training/test_train_step_calls.py",)),
+    "train_step": Piece(
+        "tinygptv/training/train_step.py", ("training/test_train_step_calls.py", "training/test_update_calls.py")
+    ),
     "metrics": Piece("tinygptv/metrics/metrics.py", ("metrics/test_metrics.py",)),
     "intervals": Piece("tinygptv/metrics/intervals.py", ("metrics/test_intervals.py",)),
     "vqa_text": Piece("tinygptv/metrics/vqa_text.py", ("metrics/test_metrics.py",)),

@@ -14,6 +14,7 @@ from tinygptv.checkpoint.folders import (
     CheckpointError,
     check_output,
     check_weight_file,
+    read_object,
     verify_folder,
     write_folder,
 )
@@ -204,3 +205,16 @@ def test_the_manifest_lists_size_and_hash(folder):
         "bytes": 1,
         "sha256": "3e23e8160039594a33894f6564e1b1348bbd7a0088d42c4acb73eeaed59c009d",
     }
+
+
+def test_what_is_damaged_is_named_with_its_path(folder):
+    (folder / MANIFEST).write_text('{"files": {"a.bin": 5}}')
+    with pytest.raises(CheckpointError) as caught:
+        verify_folder(folder)
+    assert str(caught.value) == f"{folder / MANIFEST} is damaged: its entry of a.bin has no size and SHA-256."
+    config = folder / "config.json"
+    config.write_text('{"a": [1]}')
+    assert read_object(config) == {"a": [1]}
+    config.write_text("[1]")
+    with pytest.raises(CheckpointError, match=r"config\.json.* holds a list"):
+        read_object(config)

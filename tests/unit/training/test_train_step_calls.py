@@ -10,53 +10,16 @@ import pytest
 import torch
 from torch import nn
 
+from tests.recording_model import batch_of, recording_step
 from tests.training_batches import make_sample
 from tinygptv.data.collate import collate
 from tinygptv.data.flatten import flatten
 from tinygptv.data.images import normalise_pixels
 from tinygptv.model.head_loss import score_logits
 from tinygptv.training import train_step
-from tinygptv.training.train_step import TrainStep, images_at_a_time, is_flat, is_fused, set_dtypes
+from tinygptv.training.train_step import images_at_a_time, is_flat, is_fused, set_dtypes
 
 CUDA = torch.device("cuda")
-
-
-class RecordingModel(nn.Module):
-    """The loss of a token is its id times a weight; what the step passes is kept."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.projector = nn.Linear(1, 2)
-        self.lm_head = nn.Linear(1, 1).requires_grad_(False)
-        self.qformer = SimpleNamespace(query_tokens=torch.zeros(1))
-        vision = SimpleNamespace(num_patches=train_step.MOST_PATCHES // 2 - 1)
-        self.config = SimpleNamespace(image_token_id=256, vision_config=vision)
-        self.device = torch.device("cpu")
-        self.encoded: list[tuple[int, bool, torch.dtype]] = []
-        nn.init.ones_(self.projector.weight)
-        nn.init.zeros_(self.projector.bias)
-
-    def encode_query_features(self, pixel_values):
-        self.encoded.append((len(pixel_values), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
-        return pixel_values.mean(dim=(1, 2, 3)).view(-1, 1, 1)
-
-    def embed(self, ids, **options):
-        self.embedded = (ids, options, torch.is_autocast_enabled("cpu"))
-        return torch.zeros(*ids.shape, 4)
-
-    def token_losses(self, inputs_embeds, positions, ids, **options):
-        self.scored = (inputs_embeds, positions, ids, options, torch.is_autocast_enabled("cpu"))
-        return self.projector.weight.sum() * ids.float()
-
-
-def make_step(model=None, num_sources=2, **options):
-    model = model or RecordingModel()
-    groups = [{"params": [parameter]} for parameter in model.projector.parameters()]
-    return TrainStep(model, torch.optim.SGD(groups, lr=1.0), num_sources=num_sources, **options)
-
-
-def batch_of(*answers, image=False):
-    return collate([make_sample(answer, image=image) for answer in answers], 0)
 
 
 # ---------------------------------------------------------------------- what is computed how
@@ -86,12 +49,12 @@ def test_what_is_not_said_follows_from_model_and_precision(monkeypatch):
     monkeypatch.setattr(train_step, "is_flat", lambda *given: asked.append(given) or "flat")
     monkeypatch.setattr(train_step, "is_fused", lambda *given: asked.append(given) or "fused")
     monkeypatch.setattr(train_step, "wants_compilation", lambda *given: asked.append(given) or False)
-    step = make_step(precision="bf16")
+    step = recording_step(precision="bf16")
     assert (step.flat, step.fused, step.compiled) == ("flat", "fused", False)
     assert asked == [(step.model, "bf16"), (step.model, "bf16"), ("off", torch.device("cpu"))]
     monkeypatch.setattr(train_step, "wants_compilation", lambda *given: asked.append(given) or True)
     monkeypatch.setattr(train_step, "compile_layers", asked.append)
-    step = make_step(flat=False, fused=False, compile="on")
+    step = recording_step(flat=False, fused=False, compile="on")
     assert (step.flat, step.fused, step.compiled) == (False, False, True)
     assert asked[3:] == [("on", torch.device("cpu")), step.model]
 
@@ -125,11 +88,11 @@ def test_what_trains_is_float32_and_frozen_parts_take_the_encoders_dtype_on_cuda
 def test_precisions(monkeypatch, options, dtypes):
     emulated = []
     monkeypatch.setattr(train_step, "emulate_half_range", emulated.append)
-    step = make_step(**options)
+    step = recording_step(**options)
     assert (step.autocast_dtype, step.encoder_dtype) == dtypes
     is_emulated = options.get("precision") == "fp16_range"
     assert step.scaler.is_enabled() == is_emulated and emulated == ([step.model] if is_emulated else [])
-    assert make_step(precision="fp16").scaler.is_enabled()
+    assert recording_step(precision="fp16").scaler.is_enabled()
 
 
 def test_a_precision_that_there_is_not_is_refused_with_those_that_there_are():
@@ -139,12 +102,12 @@ def test_a_precision_that_there_is_not_is_refused_with_those_that_there_are():
         {"precision": "fp8", "encoder_precision": "fp16"},
     ):
         with pytest.raises(ValueError, match="fp8") as caught:
-            make_step(**options)
+            recording_step(**options)
         assert str(caught.value) == "precision is 'fp8'; choose one of ['bf16', 'fp16', 'fp16_range', 'fp32']."
 
 
 def test_all_gradients_are_views_of_one_buffer():
-    step = make_step()
+    step = recording_step()
     weight, bias = step.model.projector.weight, step.model.projector.bias
     assert [name for name, _ in step.named] == ["projector.weight", "projector.bias"], "what is frozen is left out"
     assert step.gradient.tolist() == [0.0] * 4 and step._sums.dtype == torch.float64
@@ -154,7 +117,7 @@ def test_all_gradients_are_views_of_one_buffer():
 
 def test_the_loss_function_without_logits_is_for_cuda_with_a_frozen_head(monkeypatch):
     monkeypatch.setattr(train_step, "compiled_scorer", lambda: "compiled")
-    step = make_step()
+    step = recording_step()
     assert step.scorer is None and step._scorer() is None
     step.device = CUDA
     assert step._scorer() is score_logits
@@ -174,7 +137,7 @@ def test_as_written_is_left_again_after_an_error(monkeypatch):
         inside.append("left")
 
     monkeypatch.setattr(train_step, "run_eagerly", run_eagerly)
-    step = make_step(flat=True, fused=True)
+    step = recording_step(flat=True, fused=True)
     step.scorer = score_logits
     with step.as_written():
         assert (step.scorer, step.fused, step.flat) == (None, False, True) and inside == ["eager"]
@@ -188,7 +151,7 @@ def test_as_written_is_left_again_after_an_error(monkeypatch):
 
 
 def test_a_padded_batch_reaches_the_model_as_it_is():
-    step, batch = make_step(precision="bf16"), batch_of(3, 8, image=True)
+    step, batch = recording_step(precision="bf16"), batch_of(3, 8, image=True)
     step.scorer = score_logits
     losses = step.forward(batch)
     assert losses.tolist() == pytest.approx((2.0 * batch.supervised_ids).tolist())
@@ -204,7 +167,10 @@ def test_a_padded_batch_reaches_the_model_as_it_is():
 
 
 def test_masks_and_positions_reach_the_model_where_there_are_any():
-    step, batch = make_step(), collate([make_sample(3, image=False), make_sample(8, image=False)], 0, pack_length=64)
+    step, batch = (
+        recording_step(),
+        collate([make_sample(3, image=False), make_sample(8, image=False)], 0, pack_length=64),
+    )
     batch.attention_mask = np.ones_like(batch.input_ids)
     step.forward(batch)
     options = step.model.scored[3]
@@ -214,7 +180,7 @@ def test_masks_and_positions_reach_the_model_where_there_are_any():
 
 
 def test_a_flat_batch_reaches_the_model_as_one_row():
-    step, batch = make_step(precision="bf16", flat=True, fused=True), batch_of(3, 8, image=True)
+    step, batch = recording_step(precision="bf16", flat=True, fused=True), batch_of(3, 8, image=True)
     step.scorer = score_logits
     flat = flatten(batch, 256)
     step.forward(batch)
@@ -233,10 +199,10 @@ def test_a_flat_batch_reaches_the_model_as_one_row():
 
 
 def test_cached_features_are_taken_instead_of_images():
-    step, batch = make_step(), batch_of(3, image=True)
+    step, batch = recording_step(), batch_of(3, image=True)
     batch.query_features = np.full((1, 4, 2), 7, dtype=np.float16)
     assert torch.equal(step._query_features(batch), torch.full((1, 4, 2), 7, dtype=torch.float16))
-    assert not step.model.encoded and make_step()._query_features(batch_of(3)) is None
+    assert not step.model.encoded and recording_step()._query_features(batch_of(3)) is None
 
 
 @pytest.mark.parametrize(
@@ -250,7 +216,7 @@ def test_cached_features_are_taken_instead_of_images():
 )
 def test_images_are_encoded_in_pieces_and_in_the_encoders_precision(encoder_precision, weights, autocast):
     """Weights that are in 16 bits already need no autocast."""
-    step = make_step(precision="bf16", encoder_precision=encoder_precision)
+    step = recording_step(precision="bf16", encoder_precision=encoder_precision)
     step.model.qformer.query_tokens = torch.zeros(1, dtype=weights)
     pixels = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1) + np.zeros((5, 3, 2, 2), dtype=np.uint8)
     features = step.encode(pixels)
@@ -262,171 +228,3 @@ def test_images_are_encoded_in_pieces_and_in_the_encoders_precision(encoder_prec
     wanted = normalise_pixels(torch.as_tensor(pixels)).mean(dim=(1, 2, 3)).view(-1, 1, 1)
     torch.testing.assert_close(features, wanted)
     assert not torch.is_autocast_enabled("cpu")
-
-
-# ---------------------------------------------------------------------- the update
-
-
-def test_a_step_divides_once_by_the_tokens_of_all_batches():
-    step = make_step()
-    batches = [batch_of(3, 8), batch_of(5)]
-    ids = np.concatenate([batch.supervised_ids for batch in batches])
-    for _ in range(2):  # the second starts from nothing
-        result = step.run(batches, 0.0)
-        assert float(result.loss) == pytest.approx(2 * ids.mean())
-        assert step.model.projector.weight.grad.tolist() == pytest.approx(np.full((2, 1), ids.mean()))
-        assert float(result.grad_norm) == pytest.approx(2**0.5 * ids.mean())
-        assert result.source_tokens.tolist() == [16, 0]
-        assert result.source_loss_sums.tolist() == pytest.approx([2 * ids.sum(), 0])
-        assert (float(result.skipped), bool(result.rejected)) == (0.0, False)
-    step.run([], 0.0)
-    assert result.source_tokens.tolist() == [16, 0], "a result stays as it was"
-
-
-def test_a_rate_is_that_of_all_groups_and_moves_the_weights_by_the_gradient():
-    step, batch = make_step(), batch_of(4)
-    step.run([batch], 0.25)
-    assert [group["lr"] for group in step.optimizer.param_groups] == [0.25, 0.25]
-    moved = 1 - 0.25 * batch.supervised_ids.mean()
-    assert step.model.projector.weight.tolist() == pytest.approx(np.full((2, 1), moved))
-
-
-class Workers:
-    """torch.distributed of so many workers that all do the same."""
-
-    def __init__(self, size, initialized=True):
-        self.size, self.initialized, self.reduced = size, initialized, []
-
-    def is_initialized(self):
-        return self.initialized
-
-    def get_world_size(self):
-        return self.size
-
-    def all_reduce(self, tensor):
-        self.reduced.append(tensor)
-        tensor.mul_(self.size)
-
-
-def test_workers_add_up_tokens_gradients_and_sums(monkeypatch):
-    times = iter((10.0, 12.5, 20.0, 20.25))
-    monkeypatch.setattr(train_step.time, "perf_counter", lambda: next(times))
-    batch = batch_of(3, 8)
-    alone = make_step().run([batch], 0.0)
-    assert alone.reduce_s == 2.5
-    workers = Workers(2)
-    monkeypatch.setattr(train_step, "dist", workers)
-    step = make_step()
-    both = step.run([batch], 0.0)
-    assert len(workers.reduced) == 3 and workers.reduced[0].tolist() == 22.0
-    assert workers.reduced[1] is step.gradient and workers.reduced[2] is step._sums
-    assert float(both.loss) == pytest.approx(float(alone.loss))
-    assert float(both.grad_norm) == pytest.approx(float(alone.grad_norm))
-    assert both.source_tokens.tolist() == [22, 0] and both.reduce_s == 0.25
-
-
-@pytest.mark.parametrize("workers", [Workers(1), Workers(2, initialized=False)])
-def test_one_worker_reduces_nothing(monkeypatch, workers):
-    monkeypatch.setattr(train_step, "dist", workers)
-    assert float(make_step().run([batch_of(3)], 0.0).source_tokens.sum()) == 3 and not workers.reduced
-
-
-@pytest.mark.parametrize(("bound", "factor"), [(None, 1.0), (20.0, 1.0), (5.0, 0.5), (10.0, 1.0)])
-def test_a_gradient_is_clipped_to_its_bound(bound, factor):
-    step = make_step(max_grad_norm=bound)
-    step.gradient.copy_(torch.tensor([6.0, 8.0, 0.0, 0.0]))
-    result = step._update(torch.tensor(1.0), 0.5)
-    assert float(result.grad_norm) == 10.0 and result.reduce_s == 0.5
-    torch.testing.assert_close(step.gradient, factor * torch.tensor([6.0, 8.0, 0.0, 0.0]))
-    assert step.part_norms() == pytest.approx({"projector": 10.0}), "of the gradient before clipping"
-
-
-def test_a_zero_gradient_is_not_divided_by():
-    step = make_step(max_grad_norm=1.0)
-    assert float(step._update(torch.tensor(1.0), 0.0).grad_norm) == 0.0
-    assert step.gradient.tolist() == [0.0] * 4
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16_range"])
-@pytest.mark.parametrize(("gradient", "verdict"), [(1.0, True), (float("inf"), False), (float("nan"), False)])
-def test_a_step_that_is_left_out_changes_no_weight(monkeypatch, precision, gradient, verdict):
-    monkeypatch.setattr(train_step, "emulate_half_range", lambda model: None)
-    step = make_step(precision=precision, reject=lambda loss: torch.tensor(verdict))
-    scale = step.scaler.get_scale()
-    step.scaler.scale(torch.ones(()))
-    before = [parameter.clone() for _, parameter in step.named]
-    step.gradient.fill_(gradient)
-    result = step._update(torch.tensor(1.0), 0.0)
-    assert (float(result.skipped), bool(result.rejected)) == (1.0, verdict)
-    assert all(torch.equal(parameter, old) for (_, parameter), old in zip(step.named, before, strict=True))
-    assert step.scaler.get_scale() == (scale if precision == "fp32" else scale / 2)
-
-
-def test_a_scaled_gradient_is_brought_back_before_it_is_measured(monkeypatch):
-    monkeypatch.setattr(train_step, "emulate_half_range", lambda model: None)
-    batch = batch_of(3)
-    plain, scaled = make_step(), make_step(precision="fp16_range")
-    wanted = float(plain.run([batch], 0.125).grad_norm)
-    assert float(scaled.run([batch], 0.125).grad_norm) == pytest.approx(wanted)
-    for (_, one), (_, other) in zip(scaled.named, plain.named, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("verdict", [False, True])
-def test_on_cuda_the_optimizer_leaves_the_update_out_itself(verdict):
-    """The host does not wait for the verdict."""
-    step, seen = make_step(reject=lambda loss: torch.tensor(verdict)), []
-    step.device = CUDA
-    step.optimizer = SimpleNamespace(
-        step=lambda: seen.append((float(step.optimizer.found_inf), step.optimizer.grad_scale))
-    )
-    step._update(torch.tensor(1.0), 0.0)
-    assert seen == [(float(verdict), None)]
-
-
-def test_norms_are_told_per_part_and_per_layer():
-    step = make_step()
-    names = ("projector.weight", "language_model.layers.3.x.lora_A.y", "language_model.layers.3.x.lora_B.y")
-    names += ("language_model.layers.12.q_layernorm.weight", "language_model.final_layernorm.weight")
-    step.named = []
-    for value, name in zip((3.0, 4.0, 3.0, 2.0, 1.0), names, strict=True):
-        parameter = nn.Parameter(torch.zeros(1))
-        parameter.grad = torch.tensor([value])
-        step.named.append((name, parameter))
-    step._clipped_by = torch.tensor(0.5)
-    assert step.part_norms() == pytest.approx(
-        {
-            "projector": 6.0,
-            "lora": 10.0,
-            "lora/layer_03": 10.0,
-            "language_norms": 2 * 5**0.5,
-            "language_norms/layer_12": 4.0,
-        }
-    )
-
-
-# ---------------------------------------------------------------------- to the device
-
-
-def test_arrays_are_sent_in_one_transfer_and_parted_again(monkeypatch):
-    step, sent = make_step(), []
-    original = step._to_device
-    monkeypatch.setattr(step, "_to_device", lambda array: sent.append(len(array)) or original(array))
-    arrays = (np.arange(3), np.arange(0), np.arange(2))
-    assert [tensor.tolist() for tensor in step._send(*arrays)] == [[0, 1, 2], [], [0, 1]] and sent == [5]
-
-
-@pytest.mark.parametrize("is_there", [False, True])
-def test_on_cuda_host_arrays_are_pinned_and_sent_without_waiting(monkeypatch, is_there):
-    step = make_step()
-    step.device = CUDA
-    calls = []
-    pinned = SimpleNamespace(to=lambda device, **options: calls.append(("pinned", device, options)) or "sent")
-    tensor = SimpleNamespace(
-        is_cuda=is_there,
-        pin_memory=lambda: pinned,
-        to=lambda device, **options: calls.append(("plain", device, options)) or "sent",
-    )
-    monkeypatch.setattr(train_step.torch, "as_tensor", lambda array: tensor if array == "array" else None)
-    assert step._to_device("array") == "sent"
-    assert calls == [("plain", CUDA, {}) if is_there else ("pinned", CUDA, {"non_blocking": True})]
