@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 
 import cv2
 import numpy as np
@@ -36,15 +37,32 @@ class CheckedImage:
         data: JPEG bytes.
         width: of the original, upright, in pixels.
         height: the same for the height.
-        perceptual_hash: 64 bits that hardly change when the image is scaled or encoded again.
+        grey: uint8 [height, width], the image in a size that the perceptual hash can be taken of.
         kept: the bytes are the original's.
     """
 
     data: bytes
     width: int
     height: int
-    perceptual_hash: int
+    grey: np.ndarray
     kept: bool
+
+    @cached_property
+    def perceptual_hash(self) -> int:
+        """64 bits that hardly change when the image is scaled or encoded again."""
+        return perceptual_hash(self.grey)
+
+
+@dataclass(frozen=True)
+class Header:
+    """Properties from an image's header: its upright size, and how simplejpeg shall decode it (``RGB`` or ``GRAY``).
+
+    ``colours`` is empty for all but an upright JPEG; PIL decodes those.
+    """
+
+    width: int
+    height: int
+    colours: str = ""
 
 
 def check_image(data: bytes, settings: PrepareDataSettings) -> CheckedImage:
@@ -58,18 +76,37 @@ def check_image(data: bytes, settings: PrepareDataSettings) -> CheckedImage:
         Malformed: it cannot be decoded, or is a decompression bomb.
         Filtered: a filter on its size or shape removes it.
     """
+    return decode_checked(data, read_header(data, settings), settings)
+
+
+def read_header(data: bytes, settings: PrepareDataSettings) -> Header:
+    """Check what can be checked before an image is decoded.
+
+    Raises:
+        Malformed: it is no image, or a decompression bomb.
+        Filtered: a filter on its size or shape removes it.
+    """
     try:
         check_structure(data)
     except ValueError as error:
         raise Malformed(f"cannot decode image: {error}") from error
     header = _read_plain_header(data, settings) or _read_header(data, settings)
+    _filter_size(header.width, header.height, settings)
+    return header
+
+
+def decode_checked(data: bytes, header: Header, settings: PrepareDataSettings) -> CheckedImage:
+    """Turn upright, convert and shrink an image whose header has been checked.
+
+    Raises:
+        Malformed: it cannot be decoded.
+    """
     width, height = header.width, header.height
-    _filter_size(width, height, settings)
     if header.colours:
         try:
             if min(width, height) <= settings.image_size:
                 grey = simplejpeg.decode_jpeg(data, "GRAY", min_height=HASH_SIDE, min_width=HASH_SIDE)[..., 0]
-                return CheckedImage(data, width, height, perceptual_hash(grey), kept=True)
+                return CheckedImage(data, width, height, grey, kept=True)
             return _encode(_decode_shrunk(data, header, settings), width, height, settings)
         except ValueError:
             pass  # libjpeg warns; PIL decides below whether the image can be used, and it is then encoded again
@@ -80,19 +117,7 @@ def check_image(data: bytes, settings: PrepareDataSettings) -> CheckedImage:
         raise Malformed(str(error).replace("\n", " ")) from error
 
 
-@dataclass(frozen=True)
-class _Header:
-    """Properties from an image's header: its upright size, and how simplejpeg shall decode it (``RGB`` or ``GRAY``).
-
-    ``colours`` is empty for all but an upright JPEG; PIL decodes those.
-    """
-
-    width: int
-    height: int
-    colours: str = ""
-
-
-def _read_plain_header(data: bytes, settings: PrepareDataSettings) -> _Header | None:
+def _read_plain_header(data: bytes, settings: PrepareDataSettings) -> Header | None:
     """The header of a JPEG that is certainly upright and of one image, several times faster than PIL; else None."""
     if not is_plain_jpeg(data):
         return None
@@ -103,10 +128,10 @@ def _read_plain_header(data: bytes, settings: PrepareDataSettings) -> _Header | 
     colours = {"YCbCr": "RGB", "Gray": "GRAY"}.get(space)
     if colours:
         _check_area(width, height, settings)
-    return _Header(width, height, colours) if colours else None
+    return Header(width, height, colours) if colours else None
 
 
-def _read_header(data: bytes, settings: PrepareDataSettings) -> _Header:
+def _read_header(data: bytes, settings: PrepareDataSettings) -> Header:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -121,7 +146,7 @@ def _read_header(data: bytes, settings: PrepareDataSettings) -> _Header:
     orientation = read_orientation(header)
     width, height = header.size if orientation < 5 else header.size[::-1]
     plain = orientation == 1 and header.format == "JPEG"
-    return _Header(width, height, {"RGB": "RGB", "L": "GRAY"}.get(header.mode, "") if plain else "")
+    return Header(width, height, {"RGB": "RGB", "L": "GRAY"}.get(header.mode, "") if plain else "")
 
 
 def _check_area(width: int, height: int, settings: PrepareDataSettings) -> None:
@@ -143,7 +168,7 @@ def _filter_size(width: int, height: int, settings: PrepareDataSettings) -> None
         )
 
 
-def _decode_shrunk(data: bytes, header: _Header, settings: PrepareDataSettings) -> np.ndarray:
+def _decode_shrunk(data: bytes, header: Header, settings: PrepareDataSettings) -> np.ndarray:
     """Decode at the smallest of JPEG's own scales that is large enough, then shrink the rest of the way."""
     target = _target_size(header.width, header.height, settings.image_size)
     pixels = simplejpeg.decode_jpeg(data, header.colours, min_width=target[0], min_height=target[1])
@@ -176,9 +201,8 @@ def _encode(pixels: np.ndarray, width: int, height: int, settings: PrepareDataSe
     pixels = np.ascontiguousarray(pixels if pixels.ndim == 3 else pixels[..., None])
     colours, sampling = ("GRAY", "Gray") if pixels.shape[2] == 1 else ("RGB", "420")
     grey = pixels[..., 0] if pixels.shape[2] == 1 else cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    hashed = perceptual_hash(grey)  # before the encoder has pushed the pixels out of the cache
     data = simplejpeg.encode_jpeg(pixels, settings.jpeg_quality, colours, sampling)
-    return CheckedImage(data, width, height, hashed, kept=False)
+    return CheckedImage(data, width, height, grey, kept=False)
 
 
 def _resize_for_hash(grey: np.ndarray) -> np.ndarray:

@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 
 import cv2
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.data.ingest.check_images import CheckedImage, check_image
-from pipelines.data.ingest.check_rows import check_boxes, check_row
+from pipelines.data.ingest.checked_rows import IndexEntry, checked_rows
 from pipelines.data.shard_format import BATCH_ROWS, ShardInfo, ShardWriter, record_batch
-from pipelines.data.sources import SOURCES
-from pipelines.data.sources.base import Changes, Rejected, SourceUnit, rejection
+from pipelines.data.sources.base import Changes, Rejected, SourceUnit
 from pipelines.settings import PrepareDataSettings
 from tinygptv.data.sample import SampleRow
 from tinygptv.json_object import JsonObject
-from tinygptv.lru import LRU
 
 STAGING_VERSION = 3
 """Part of every fingerprint: raise it when what a unit writes changes."""
@@ -60,8 +57,6 @@ INDEX_SCHEMA = pa.schema(
         ("kept", pa.bool_()),
     ]
 )
-
-_KEPT_IMAGES = 32
 
 _MOST_MISSING = 100
 """Missing images of a unit that its record names: enough to notice that they were added."""
@@ -162,7 +157,7 @@ def stage_unit(unit: SourceUnit, number: int, settings: PrepareDataSettings, sta
     changes: Changes = Changes()
     output = _StagedFiles(storage.join(staging, unit_name(number)), settings)
     try:
-        for found in _checked_rows(unit, settings, changes):
+        for found in checked_rows(unit, settings, changes):
             record.rows_in += 1
             if isinstance(found, Rejected):
                 record.reject(found)
@@ -207,86 +202,6 @@ def _is_current(record: UnitRecord, staging: str, number: int) -> bool:
 def any_exists(locations: Iterable[tuple[str, str]]) -> bool:
     """Whether any of several files is there; they are given as pairs of ``Location``'s fields."""
     return any(storage.exists(storage.Location(root, path)) for root, path in locations)
-
-
-@dataclass(frozen=True)
-class IndexEntry:
-    """A row's line of the index; see ``INDEX_SCHEMA``.
-
-    Attributes:
-        id: of the row.
-        content_hash: of its image, texts and boxes.
-        image_hash: of the encoded image; 0 where there is none.
-        perceptual_hash: of the image.
-        width: of the original image in pixels.
-        height: the same.
-        image_bytes: size of the stored image.
-        words: of the first answers.
-        kept: the image kept its bytes.
-    """
-
-    id: str
-    content_hash: bytes
-    image_hash: int = 0
-    perceptual_hash: int = 0
-    width: int = 0
-    height: int = 0
-    image_bytes: int = 0
-    words: int = 0
-    kept: bool = False
-
-
-def _checked_rows(
-    unit: SourceUnit, settings: PrepareDataSettings, changes: Changes
-) -> Iterator[tuple[SampleRow, IndexEntry] | Rejected]:
-    """Rows that passed every check, with their line of the index; everything else as ``Rejected``."""
-    source = SOURCES[unit.source.source]
-    images = _ImageChecker(settings)
-    for found in source.reader.read(unit, changes):
-        if isinstance(found, Rejected):
-            yield found
-            continue
-        try:
-            row = check_row(found, web=source.web, settings=settings, changes=changes)
-            yield _check_image(row, images, changes)
-        except Exception as error:  # whatever is in a row costs that row alone
-            yield rejection(unit, found.id.removeprefix(unit.row_id("")), error)
-
-
-def _check_image(row: SampleRow, images: _ImageChecker, changes: Changes) -> tuple[SampleRow, IndexEntry]:
-    digest, image = b"", None
-    if row.image is not None:
-        digest = hashlib.sha256(row.image).digest()[:16]  # a processor has instructions for this one
-        image = images.check(row.image, digest)
-        row = replace(row, image=image.data, width=image.width, height=image.height)
-    row = check_boxes(row, changes)
-    content = json.dumps([row.task, [[turn.question, *turn.answers] for turn in row.turns], row.boxes])
-    content_hash = hashlib.blake2b(digest + content.encode(), digest_size=16).digest()
-    words = sum(len(turn.answers[0].split()) for turn in row.turns)
-    if image is None:
-        return row, IndexEntry(row.id, content_hash, words=words)
-    return row, IndexEntry(
-        row.id,
-        content_hash,
-        int.from_bytes(digest[:8], "big"),
-        image.perceptual_hash,
-        image.width,
-        image.height,
-        len(image.data),
-        words,
-        image.kept,
-    )
-
-
-class _ImageChecker:
-    """Checks images; remembers the last few, because neighbouring rows often share one."""
-
-    def __init__(self, settings: PrepareDataSettings) -> None:
-        self.settings = settings
-        self._kept: LRU[bytes, CheckedImage] = LRU(_KEPT_IMAGES)
-
-    def check(self, data: bytes, digest: bytes) -> CheckedImage:
-        return self._kept.get_or_make(digest, lambda: check_image(data, self.settings))
 
 
 class _StagedFiles:

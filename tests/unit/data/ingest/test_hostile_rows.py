@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipelines.data.ingest import staging
+from pipelines.data.ingest import checked_rows
 from pipelines.data.ingest.job import UnreadableError, ingest
 from pipelines.data.shards import ShardSet
 from pipelines.settings import PrepareDataSettings
@@ -70,14 +70,14 @@ def test_all_of_them_together(tmp_path):
 @pytest.mark.parametrize("error", [ZeroDivisionError, RecursionError, AssertionError, OverflowError, StopIteration])
 def test_an_error_that_nobody_thought_of_costs_its_row(tmp_path, monkeypatch, error):
     write(tmp_path, GOOD.replace("good", "bad"))
-    check = staging.check_row
+    check = checked_rows.check_row
 
     def broken(row, **options):
         if row.turns[0].answers[0] == "bad":
             raise error("of a library")
         return check(row, **options)
 
-    monkeypatch.setattr(staging, "check_row", broken)
+    monkeypatch.setattr(checked_rows, "check_row", broken)
     assert ingest(settings(tmp_path))["rows_out"] == 2
     assert f"{error.__name__} of a library" in quarantine(tmp_path)[0]["reason"]
 
@@ -93,7 +93,7 @@ def test_what_is_not_the_rows_fault_ends_the_ingest_and_keeps_what_is_done(tmp_p
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(staging, "check_row", broken)
+        patched.setattr(checked_rows, "check_row", broken)
         with pytest.raises(told):
             ingest(settings(tmp_path))
     assert not (tmp_path / "out/manifest.json").exists()

@@ -1,0 +1,64 @@
+"""Samples go through the checks some at a time: the order, and what each step sets apart, stay as they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+
+import pytest
+
+from pipelines.data.ingest import checked_rows as module
+from pipelines.data.ingest.checked_rows import checked_rows
+from pipelines.data.sources import SOURCES
+from pipelines.data.sources.base import Rejected, SourceInput
+from pipelines.settings import PrepareDataSettings
+from tests.source_files import jpeg, sample, write_tar
+
+SOUND = "a sound caption"
+SAMPLES = {
+    "0": (jpeg(0), SOUND),
+    "1": (jpeg(1), " "),  # fails where texts are checked
+    "2": (jpeg(2, (300, 20)), SOUND),  # where headers are read
+    "3": (jpeg(3)[:-200], SOUND),  # where images are decoded
+    "4": (b"no image", SOUND),  # where the source is read
+    "5": (jpeg(5), SOUND),
+    "6": (jpeg(0), SOUND),
+}
+REASONS = {"1": "an answer is empty", "2": "aspect ratio", "3": "image", "4": "image"}
+
+
+def read(tmp_path):
+    tar = write_tar(tmp_path / "0.tar", [member for key, found in SAMPLES.items() for member in sample(key, *found)])
+    settings = PrepareDataSettings(source="laion", input=str(tar), min_side=1, max_aspect_ratio=9, min_words=0)
+    (unit,) = SOURCES["laion"].reader.plan(SourceInput("laion", str(tar), "", "laion", ""))
+    return list(checked_rows(unit, settings, Counter()))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 32])
+def test_samples_stay_in_order_whatever_sets_them_apart(tmp_path, monkeypatch, num_rows):
+    monkeypatch.setattr(module, "_BATCH_ROWS", num_rows)
+    found = read(tmp_path)
+    keys = [one.key if isinstance(one, Rejected) else one[0].id.rpartition("/")[2] for one in found]
+    assert keys == list(SAMPLES)
+    rejected = {one.key: one.reason for one in found if isinstance(one, Rejected)}
+    assert rejected.keys() == REASONS.keys()
+    for key, reason in REASONS.items():
+        assert reason in rejected[key]
+    entries = [one[1] for one in found if not isinstance(one, Rejected)]
+    digests = [hashlib.sha256(SAMPLES[key][0]).digest() for key in ("0", "5", "6")]
+    assert [entry.image_hash for entry in entries] == [int.from_bytes(digest[:8], "big") for digest in digests]
+    assert entries[0].perceptual_hash == entries[2].perceptual_hash != entries[1].perceptual_hash
+
+
+def test_batches_are_bounded_in_number_and_bytes(monkeypatch):
+    class Sample:
+        def __init__(self, num_bytes):
+            self.image = bytes(num_bytes) or None
+
+    monkeypatch.setattr(module, "_BATCH_ROWS", 3)
+    monkeypatch.setattr(module, "_BATCH_BYTES", 10)
+    sizes = [0, 1, 2, 3, 7, 11, 4, Rejected("k", "s", "r")]
+    samples = [size if isinstance(size, Rejected) else Sample(size) for size in sizes]
+    batches = list(module._batches(iter(samples)))
+    assert [len(batch) for batch in batches] == [3, 2, 1, 2]
+    assert [found for batch in batches for found in batch] == samples
