@@ -81,6 +81,7 @@ def test_gqa_official_and_as_the_release_reads_it(tmp_path, write):
     (question,) = read("gqa", tmp_path)
     assert question.instruction.startswith(VQA + "Is it")
     assert BENCHMARKS["gqa"].score(question.truth["answer"].upper(), question.truth) == 1.0
+    assert question.kind == ("verify" if write is benchmark_files.gqa else "")
 
 
 @pytest.mark.parametrize("write", [benchmark_files.iconqa, benchmark_files.iconqa_as_released])
@@ -144,6 +145,14 @@ def test_miniature(tmp_path):
         assert all(BENCHMARKS["miniature_identify"].score(p, question.truth) for p in question.truth["phrases"])
     for question in read_any("miniature_grounding", tmp_path):
         assert BENCHMARKS["miniature_grounding"].score(question.truth["caption"], question.truth) == 1.0
+    talks = json.loads((tmp_path / "benchmarks/conversation.json").read_text())
+    for talk, question in zip(talks, read_any("miniature_conversation", tmp_path), strict=True):
+        turns = [(turn["question"], turn["answer"]) for turn in talk["turns"]]
+        asked = [
+            *((t.instruction, t.answer) for t in question.history),
+            (question.instruction, question.truth["answer"]),
+        ]
+        assert asked == turns and len(turns) > 1
     entries = json.loads((tmp_path / "benchmarks/caption.json").read_text())
     for entry, question in zip(entries, read_any("miniature_caption", tmp_path), strict=True):
         assert all(BENCHMARKS["miniature_caption"].score(caption, question.truth) for caption in entry["captions"])

@@ -11,10 +11,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from PIL import Image
 
-from pipelines.evaluation.harnesses.in_process import HarnessQuestion, InProcessModel
+from pipelines.evaluation.harnesses.in_process import HarnessQuestion, InProcessModel, _cut
 from tests.serving_model import make_image, make_model, make_processor, save_checkpoint
 from tinygptv.data.images import open_image
-from tinygptv.inference.batch import Answerer, Prompt
+from tinygptv.inference.batch import Answerer, Prompt, Reply
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,23 @@ def test_stop_texts_cut_and_too_long_a_question_is_empty_with_a_warning(checkpoi
     assert model.answer([HarnessQuestion("what?", pictures[0], 5, (mark,))]) == [whole.partition(mark)[0].strip()]
     assert model.answer([HarnessQuestion("word " * 400)]) == [""]
     assert "question 0 of the harness has no answer" in caplog.text
+
+
+def test_the_first_stop_text_cuts_and_questions_are_numbered_over_all_chunks(caplog):
+    assert _cut("a b c", ("c", "b", "", "x")) == "a" and _cut(" a b ", ("x",)) == " a b "
+
+    class Refusing:
+        def encode(self, images):
+            return images
+
+        def answer(self, prompts, embeds):
+            return [Reply(error="too long") if "bad" in prompt.instruction else Reply("fine") for prompt in prompts]
+
+    model = object.__new__(InProcessModel)
+    model.answerer, model.tag, model.chunk = Refusing(), "", 2
+    asked = [HarnessQuestion(text) for text in ("a", "b", "c", "bad", "d")]
+    assert model.answer(asked) == ["fine", "fine", "fine", "", "fine"]
+    assert "question 3 of the harness" in caplog.text
 
 
 def test_log_likelihood_is_minus_the_loss_and_knows_the_models_own_answer(checkpoint, pictures, answerer):

@@ -197,3 +197,17 @@ def test_a_folder_with_thousands_of_folders_and_a_circle_of_links_is_listed_at_o
     folder = DataFolder(tmp_path)
     assert len(list(BENCHMARKS["gqa"].read(folder))) == 1
     assert len(folder.image_folders) < 20
+
+
+def test_a_data_sets_own_folder_comes_first_and_then_the_users(tmp_path):
+    """Whatever the preference of names; hidden folders and those of other data sets are not looked into."""
+    places = ("deep/er/a.json", "other/a.json", "b.json", "a.json", "gqa/sub/b.json", "gqa/b.json")
+    for name in (*places, ".cache/a.json", "vizwiz/a.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    files = DataFolder(tmp_path).of("gqa")
+    found = [str(path.relative_to(tmp_path)) for path in files._candidates(("a.json", "b.json"), (), False)]
+    assert found == ["gqa/b.json", "gqa/sub/b.json", "a.json", "b.json", "other/a.json", "deep/er/a.json"]
+    own = [str(path.relative_to(tmp_path)) for path in files._candidates(("a.json", "b.json"), ("sub",), True)]
+    assert own == ["gqa/b.json"]
+    assert files.find("a.json", "b.json") == tmp_path / "gqa/b.json" and files.used == [tmp_path / "gqa/b.json"]

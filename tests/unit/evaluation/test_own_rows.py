@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from PIL import Image
 
 from pipelines.evaluation.benchmarks.files import DataFolder
-from pipelines.evaluation.benchmarks.own import own_benchmark
+from pipelines.evaluation.benchmarks.own import _size, own_benchmark
 from pipelines.evaluation.compare import Comparison
 from pipelines.evaluation.compare_page import comparison_page
 from pipelines.evaluation.run import evaluate
@@ -70,6 +71,31 @@ def test_forms_of_rows(folder):
     assert benchmark.score(" RED", asked[0].truth) == 1 and benchmark.score("blue", asked[0].truth) == 0
 
 
+def test_turns_before_a_question_are_worded_as_they_were_asked(folder):
+    turns = [{"question": f"what {n}?", "answers": [f"a{n}"]} for n in range(3)]
+    _, asked = questions(write(folder, {"image": "0.jpg", "turns": turns, "task": "vqa"}, name="turns.jsonl"))
+    assert [q.id for q in asked] == ["line 1", "line 1/1", "line 1/2"]
+    assert [(turn.instruction, turn.answer) for turn in asked[2].history] == [
+        (asked[0].instruction, "a0"), (asked[1].instruction, "a1")
+    ]  # fmt: skip
+    assert asked[0].history == () and asked[0].instruction.startswith("[vqa] Based on")
+
+
+def test_images_may_lie_in_a_folder_of_their_own(folder, tmp_path):
+    path = write(tmp_path, {"image": "0.jpg", "question": "what?", "answer": "a"})
+    assert questions(path, images=folder)[1][0].image == folder / "0.jpg"
+    assert questions(path)[1][0].image == tmp_path / "0.jpg"
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(1, (40, 30)), (3, (40, 30)), (6, (30, 40)), (8, (30, 40))])
+def test_the_size_of_an_image_is_that_of_its_upright_form(tmp_path, orientation, size):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+    assert _size(tmp_path / "a.jpg") == size
+    assert _size(tmp_path / "gone.jpg") == (1, 1)
+
+
 def test_metrics(folder):
     row = {"image": "0.jpg", "question": "how many?", "answers": ["2"]}
     path = write(folder, row, {**row, "answers": ["2"] * 2 + ["3"] * 8})
@@ -77,6 +103,8 @@ def test_metrics(folder):
     vqa, _ = questions(path, "vqa")
     assert (exact.score("two", asked[0].truth), vqa.score("two.", asked[0].truth)) == (0, 1)
     assert 0 < vqa.score("two", asked[1].truth) < 1, "ten annotators: the official rule"
+    assert vqa.score("two", {"answers": ["2", "2", "3"]}) == pytest.approx(4 / 9), "three annotators are enough for it"
+    assert vqa.score("two", {"answers": ["2", "3"]}) == 1, "of two, any may be given"
     iou, boxes = questions(write(folder, REFER, name="boxes.jsonl"))
     assert iou.metric == "IoU > 0.5" and boxes[0].instruction == "[refer] give me the location of the mug"
     assert iou.score("{<10><10><50><50>}", boxes[0].truth) == 1 and iou.score("{<60><60><90><90>}", boxes[0].truth) == 0

@@ -1,0 +1,240 @@
+"""Units of questions: what their files are named by, what is answered again, and which view gets which image."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pipelines.evaluation import run as run_module
+from pipelines.evaluation import worker as worker_module
+from pipelines.evaluation.answers import VIEWS, ViewAnswer
+from pipelines.evaluation.benchmarks.base import Benchmark, Question
+from pipelines.evaluation.benchmarks.files import DataFolder
+from pipelines.evaluation.run import _answer_units, _check_images, _options, _read, _units, _used, _worst_cases
+from pipelines.evaluation.worker import AnswerOptions, QuestionUnit, UnitAnswerer
+from pipelines.settings import ScoreSettings, SettingsError
+from tests.serving_model import make_image
+from tinygptv.inference.batch import Reply
+
+OPTIONS = AnswerOptions("/model", "abc", 2, True, False, "/answers")
+BENCHMARK = Benchmark("own", "m", lambda data: iter(()), lambda a, t: 0.0, 4)
+
+
+def questions(folder, *names, **fields):
+    return [Question(f"q{n}", "what?", name and folder / name, {}, **fields) for n, name in enumerate(names)]
+
+
+@pytest.fixture
+def images(tmp_path):
+    for seed, name in enumerate(("a.png", "b.png", "c.png")):
+        (tmp_path / name).write_bytes(make_image(seed))
+    return tmp_path
+
+
+def names(folder, options=OPTIONS, benchmark=BENCHMARK, asked=None):
+    return [unit.file for unit in _units(options, benchmark, asked or questions(folder, "a.png", None))]
+
+
+def test_units_have_four_batches_in_order(images):
+    asked = questions(images, *[None] * 19)
+    units = list(_units(OPTIONS, BENCHMARK, asked))
+    assert [len(unit.questions) for unit in units] == [8, 8, 3] and [unit.number for unit in units] == [0, 1, 2]
+    assert [question for unit in units for question in unit.questions] == asked
+    assert len({unit.file for unit in units}) == 3 and units[1].file.startswith("own-00001-")
+
+
+def test_a_units_file_is_named_by_what_decides_its_answers(images):
+    before = names(images)
+    for changes in ({"fingerprint": "x"}, {"batch_size": 3}, {"baselines": False}, {"released": True}):
+        assert names(images, replace(OPTIONS, **changes)) != before, changes
+    for changes in ({"checkpoint": "/moved"}, {"answers_dir": "/moved"}, {"copies": (("s3://x", "/y"),)}):
+        assert names(images, replace(OPTIONS, **changes)) == before, changes
+    for changes in ({"max_new_tokens": 5}, {"generates": False}):
+        assert names(images, benchmark=replace(BENCHMARK, **changes)) != before, changes
+    for changes in ({"instruction": "x"}, {"choices": ("a",)}, {"image": None}):
+        first, second = questions(images, "a.png", None)
+        assert names(images, asked=[replace(first, **changes), second]) != before, changes
+    (images / "elsewhere").mkdir()
+    (images / "a.png").rename(images / "elsewhere/a.png")
+    missing = names(images)
+    moved = names(images, asked=questions(images / "elsewhere", "a.png", None))
+    assert missing != before == moved, "a folder may be moved"
+    stat = (images / "elsewhere/a.png").stat()
+    os.utime(images / "elsewhere/a.png", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert names(images, asked=questions(images / "elsewhere", "a.png", None)) not in (before, missing), "overwritten"
+
+
+class Model:
+    """An ``Answerer`` whose image is its file's size, and whose answer says what it was asked with."""
+
+    def __init__(self, losses=None, errors=()):
+        self.losses, self.errors = losses or {}, errors
+
+    def encode(self, images):
+        return [f"image {index}" for index in range(len(images))]
+
+    def blank(self):
+        return "blank"
+
+    def answer(self, prompts, embeds):
+        return [
+            Reply(error="too long") if prompt.instruction in self.errors else Reply(self._seen(prompt, embeds))
+            for prompt in prompts
+        ]
+
+    def choice_losses(self, prompts, embeds):
+        return [[self.losses.get(choice, 1.0) for choice in prompt.choices] for prompt in prompts]
+
+    @staticmethod
+    def _seen(prompt, embeds):
+        return "no image" if prompt.image is None else embeds[prompt.image]
+
+
+def answerer(model=None, **options):
+    made = object.__new__(UnitAnswerer)
+    made.options, made.moved, made.answerer = replace(OPTIONS, **options), {}, model or Model()
+    return made
+
+
+def unit(asked, generates=True):
+    return QuestionUnit("own", 0, tuple(asked), 4, generates, "own-00000-x.jsonl")
+
+
+def texts(found):
+    return [tuple(each.views[view].text if view in each.views else None for view in VIEWS) for each in found]
+
+
+def test_every_view_has_its_image(images):
+    asked = questions(images, "a.png", None, "b.png", "a.png", "gone.png")
+    found = answerer().answers(unit(asked))
+    assert texts(found)[:4] == [
+        ("image 0", "blank", "image 1"),
+        ("no image",) * 3,
+        ("image 1", "blank", "image 0"),
+        ("image 0", "blank", "image 1"),
+    ]
+    assert found[4].views == {} and "gone.png cannot be opened" in found[4].problem
+    assert [each.problem for each in found[:4]] == [""] * 4
+    assert texts(answerer(baselines=False).answers(unit(asked[:2]))) == [
+        ("image 0", None, None),
+        ("no image", None, None),
+    ]
+    assert texts(answerer().answers(unit(asked[:2]))) == [("image 0", "blank", None), ("no image",) * 2 + (None,)]
+    assert texts(answerer().answers(unit(asked[1:2]))) == [("no image", None, None)], "nothing to be blind for"
+
+
+def test_ranked_choices_keep_their_losses_beside_the_text(images):
+    asked = questions(images, None, choices=("red", "blue", "green"))
+    model = Model({"red": 3.0, "blue": 0.5, "green": math.inf})
+    (ranked,) = answerer(model).answers(unit(asked, generates=False))
+    assert ranked.views == {"answer": ViewAnswer("blue", (3.0, 0.5, math.inf))} and ranked.problem == ""
+    (both,) = answerer(model).answers(unit(asked))
+    assert both.views == {"answer": ViewAnswer("no image", (3.0, 0.5, math.inf))}
+
+
+def test_the_first_problem_of_a_question_stays(images):
+    asked = [
+        replace(questions(images, None, choices=("red", "blue"))[0], instruction=text) for text in ("long", "fine")
+    ]
+    model = Model({"red": math.inf, "blue": math.inf}, errors=("long",))
+    found = answerer(model).answers(unit(asked))
+    assert all(each.problem.startswith("no choice has a finite loss") for each in found)
+    (too_long,) = answerer(Model(errors=("long",))).answers(unit(asked[:1]))
+    assert too_long.problem == "too long"
+
+
+def test_an_answered_unit_is_left_as_it_is(images, monkeypatch, tmp_path):
+    one, written = answerer(answers_dir=str(tmp_path)), []
+    monkeypatch.setattr(worker_module, "write_answers", lambda location, found: written.append(location))
+    monkeypatch.setattr(UnitAnswerer, "answers", lambda self, unit: [])
+    one(unit([]))
+    (tmp_path / "own-00000-x.jsonl").write_text("")
+    one(unit([]))
+    assert written == [str(tmp_path / "own-00000-x.jsonl")]
+
+
+def test_images_of_a_bucket_are_read_from_this_machines_copy(tmp_path):
+    one = answerer()
+    one.moved = {"/driver/copy": tmp_path}
+    assert one._here(Path("/driver/copy/val/a.png")) == tmp_path / "val/a.png"
+    assert one._here(Path("/driver/other/a.png")) == Path("/driver/other/a.png")
+
+
+# ---------------------------------------------------------------------- what the driver does
+
+
+def test_options_are_those_of_the_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "checkpoint_digest", lambda path: "digest")
+    data = DataFolder(tmp_path / "copy", tmp_path / "images")
+    settings = ScoreSettings(
+        checkpoint="/model", data="s3://bucket/x", images=str(tmp_path), batch_size=3, baselines=False, metric="exact"
+    )
+    found = _options(settings, tmp_path, data, str(tmp_path / "answers"))
+    assert (found.batch_size, found.baselines, found.fingerprint, found.checkpoint) == (3, False, "digest", "/model")
+    assert found.copies == (("s3://bucket/x", str(tmp_path / "copy")),), "what is local is read where it lies"
+    assert [
+        _options(settings.model_copy(update={"metric": metric}), tmp_path, data, str(tmp_path / "answers")).released
+        for metric in ("official", "released", "exact", "vqa", "iou")
+    ] == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "threads", "device"),
+    [
+        ({"num_workers": 0}, 0, "cpu"),
+        ({"num_workers": 2}, 4, "cpu"),
+        ({"num_workers": 16}, 1, "cpu"),
+        ({"num_workers": 2, "threads_per_worker": 3, "gpus_per_worker": 0.5}, 3, "cuda"),
+    ],
+)
+def test_actors_share_the_cores(monkeypatch, changes, threads, device):
+    made = []
+    monkeypatch.setattr(run_module.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(
+        run_module, "map_units", lambda setup, units, workers, settings, name: made.append((setup, workers)) or []
+    )
+    _answer_units(ScoreSettings(quiet=True, **changes), OPTIONS, [])
+    ((setup, workers),) = made
+    assert setup.args == (OPTIONS, threads, device)
+    assert (workers.count, workers.num_gpus) == (changes["num_workers"], changes.get("gpus_per_worker", 0))
+
+
+def test_one_image_that_exists_is_enough(images):
+    data = DataFolder(images)
+    _check_images("own", questions(images, "gone.png", "a.png"), data)
+    _check_images("own", questions(images, None, None), data)
+    with pytest.raises(SettingsError, match=r"none of the first 2 images exists; the first, x\.png"):
+        _check_images("own", questions(images, "x.png", "y.png"), data)
+    with pytest.raises(SettingsError, match="has no questions"):
+        _check_images("own", [], data)
+
+
+def test_files_of_a_benchmark_are_its_own(tmp_path):
+    data = DataFolder(tmp_path)
+    data.opened.append(SimpleNamespace(used=[tmp_path / "of another"], looked_in=[]))
+
+    def read(data):
+        data.opened.append(SimpleNamespace(used=[tmp_path / "own"], looked_in=[]))
+        return iter(questions(tmp_path, None))
+
+    found = _read(ScoreSettings(), replace(BENCHMARK, read=read), data)
+    assert found.files == [tmp_path / "own"] == _used(data)
+
+
+def test_the_worst_cases_with_an_image_are_tracked(images):
+    def case(number, score, image="a.png"):
+        return {
+            "benchmark": "own", "id": str(number), "instruction": "x", "answer": str(number), "truth": {"answer": "a"},
+            "score": score, "blind": None, "shuffled": None, "blind_score": None,
+            "image": image and str(images / image),
+        }  # fmt: skip
+
+    lines = [case(n, n / 100) for n in reversed(range(30))] + [case(99, 0.0, None)]
+    rows = _worst_cases(lines)
+    assert [row["answer"] for row in rows] == [str(n) for n in range(24)]
+    assert rows[0]["truth"] == '{"answer": "a"}' and rows[0]["blind"] == "null" and max(rows[0]["image"].size) == 224
