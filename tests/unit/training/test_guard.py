@@ -140,6 +140,25 @@ def test_diagnoses_of_several_workers_become_one():
     assert merged == Diagnosis("layer", "forward", ["a/1", "b/2"])
 
 
+def test_eight_samples_are_named(worker, monkeypatch):
+    many = [Diagnosis("layer", "forward", [f"{source}/{n}" for n in range(6)]) for source in "ab"]
+    assert Diagnosis.merge(many).samples == [f"{source}/{n}" for n in range(4) for source in "ab"]
+    batches = [(f"{name}-{n}", batch) for n in range(3) for name, batch in samples(worker)]
+    found = diagnose(worker.train_step, batches, spike=True)
+    assert len(batches) > 8 and len(found.samples) == 8
+    losses = [float(worker.train_step.forward(dict(batches)[name]).mean()) for name in found.samples]
+    assert losses == sorted(losses, reverse=True)
+    assert not any(module._forward_hooks for module in worker.model.modules()), "nothing observes the next step"
+
+
+def test_a_restored_guard_waits_for_no_step():
+    guard = make_guard()
+    zeros = torch.zeros(1)
+    guard.watch(3, StepResult(torch.tensor(math.nan), zeros, zeros, zeros[0], zeros[0], torch.tensor(True), 0.0))
+    guard.load_state({})
+    assert guard.check(Step()) == [] and guard.statistics.tolist() == [0.0] * 3
+
+
 def test_a_loss_that_is_not_finite_leaves_the_statistics_as_they_are():
     guard = make_guard()
     judge(guard, calm(30))

@@ -14,7 +14,10 @@ from pipelines.miniature.tiny_training import make_world, train_settings
 from pipelines.storage import WorkFolder
 from pipelines.tracking.identity import RunIdentity
 from pipelines.training import reporter as reporter_module
+from pipelines.training.held_out import HeldOutShare
+from pipelines.training.held_out_record import HeldOutHistory, read_evaluations
 from pipelines.training.job import resolve_job
+from pipelines.training.record import HELD_OUT_FILE
 from pipelines.training.reporter import Reporter
 from pipelines.training.sample_predictions import SamplePredictor
 from tests.training_batches import make_sample
@@ -130,6 +133,58 @@ def test_rates_are_those_since_the_last_report(made):
     reporter.write_pending({})
     rates = tracker.values[2][1]
     assert rates["samples_per_second"] == pytest.approx(2 / 2.0) and rates["data_wait_share"] == 1.0
+
+
+def test_the_progress_line_is_of_the_newest_step(job, made, monkeypatch):
+    reporter, tracker, clock = made(next_step=2)
+    monkeypatch.setattr("pipelines.progress.time.perf_counter", lambda: clock[0])
+    reporter.progress.began = 100.0
+    for step, loss in ((2, 3.0), (3, 2.5)):
+        reporter.add(step_batch(step, wait_s=0.5), result(loss), 1e-3 * step)
+    clock[0] += 4.0
+    reporter.write_pending({})
+    line = reporter.progress_file.read_text()
+    assert line.startswith(f"stage 4 ({job.stage.title}): step 4/12  loss 2.500  lr 3.00e-03  1.0 samples/s")
+    assert "data wait 25%" in line and line.endswith("left 0:16"), "2 s a step, 8 steps"
+    assert len(tracker.values) == 2
+
+
+def test_a_loss_of_zero_is_a_loss(made):
+    reporter, tracker, _ = made()
+    reporter.add(step_batch(0), result(0.0, sums=(0.0, 3.0), tokens=(2.0, 2.0)), 1e-3)
+    reporter.write_pending({})
+    values = tracker.values[0][1]
+    assert (values["loss/pairs"], values["loss/questions"]) == (0.0, 1.5)
+
+
+def test_evaluations_are_told_and_cost_no_rate(job, made, caplog):
+    from pathlib import Path
+
+    caplog.set_level("INFO")
+    reporter, tracker, clock = made()
+    history = HeldOutHistory()
+    for step, total in ((0, 6.0), (4, 2.0), (8, 4.0)):
+        clock[0] += 100.0
+        found = history.add(step, [HeldOutShare({"pairs": (total, 2)}, {"questions": (1.0, 4)})])
+        reporter.evaluation(found, history)
+    reporter.add(step_batch(0), result(2.0), 1e-3)
+    clock[0] += 2.0
+    reporter.write_pending({})
+    assert tracker.values[-1][1]["samples_per_second"] == 1.0, "two samples in 2 s"
+    told = [(step, values) for step, values in tracker.values if "loss/held_out" in values]
+    assert told[1] == (4, {"loss/held_out": 1.0, "loss/held_out/pairs": 1.0, "score/held_out/questions": 25.0})
+    lines = [record.getMessage() for record in caplog.records if "held-out loss" in record.getMessage()]
+    assert lines[1].endswith("after step 4: 1.0000 (the least so far), questions 25.0%")
+    assert lines[2].endswith("after step 8: 2.0000 (least 1.0000 after step 4), questions 25.0%")
+    path = Path(job.output) / HELD_OUT_FILE
+    assert [each["step"] for each in read_evaluations(path)] == [0, 4, 8]
+    reporter.rewind_held_out(HeldOutHistory(history.evaluations[:1]))
+    assert [each["step"] for each in read_evaluations(path)] == [0]
+    reporter.rewind_held_out(HeldOutHistory())
+    assert read_evaluations(path) == [], "what will be done again is gone"
+    path.unlink()
+    reporter.rewind_held_out(HeldOutHistory())
+    assert not path.exists(), "a run without evaluations has no file"
 
 
 def test_a_states_mean_loss_covers_the_steps_since_the_one_before(made):
