@@ -93,3 +93,17 @@ def test_image_parts_of_messages_are_marks():
     content = [{"type": "image"}, {"type": "text", "text": "What?"}]
     found = read_conversation([{"role": "user", "content": content}, {"role": "assistant", "content": "a"}])
     assert (found.num_marks, found.turns[0].question) == (1, "What?")
+
+
+def test_marks_are_counted_over_all_questions():
+    found = read_conversation(talk(("human", "<image> q"), ("gpt", "a"), ("human", "r <image>"), ("gpt", "b")))
+    assert (found.num_marks, [turn.question for turn in found.turns]) == (2, ["q", "r"])
+    found = read_conversation(talk(("human", "<image> q"), ("gpt", "a"), ("human", "r"), ("gpt", "b")))
+    assert found.num_marks == 1
+    kept = read_conversation(talk(("human", "<image> q"), ("gpt", "see <image>")), takes_marks=False)
+    assert (kept.num_marks, kept.turns[0].question) == (0, "<image> q")
+
+
+def test_several_system_messages_come_first_in_their_order():
+    found = read_conversation(talk(("system", "A"), ("human", "q"), ("system", ""), ("gpt", "a"), ("system", "B")))
+    assert found.turns[0].question == "A\nB\nq" and found.changes == ("system_message_joined",)

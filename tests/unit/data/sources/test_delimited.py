@@ -78,3 +78,27 @@ def test_json_lines_are_no_table(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text('{"question": "a, b", "answer": "c"}\n')
     assert not is_delimited(storage.Location.parse(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("\ufeffimage,caption\na,b\n", {"image": "a", "caption": "b"}),
+        ("image,caption;more\na,b;c\n", {"image": "a", "caption;more": "b;c"}),
+        (" image , caption\na, b\n", {"image": "a", "caption": " b"}),
+    ],
+)
+def test_names_of_columns_are_plain(tmp_path, text, fields):
+    (tmp_path / "a.csv").write_text(text)
+    assert read(tmp_path / "a.csv") == [("line 2", fields)]
+
+
+def test_a_column_that_is_named_twice_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("image,image\na,b\n")
+    with pytest.raises(SettingsError, match="must name every column once; it is 'image,image'"):
+        read(tmp_path / "a.csv")
+
+
+def test_rows_are_called_by_the_line_on_which_they_begin(tmp_path):
+    (tmp_path / "a.csv").write_text('image,caption\n\na,"b\nc"\nd,e\n')
+    assert [key for key, _ in read(tmp_path / "a.csv")] == ["line 3", "line 5"]

@@ -77,6 +77,8 @@ def test_every_form_of_a_json_line(folder):
 def test_task_of_rows_that_name_none(folder):
     path = write_lines(folder / "own.jsonl", [{"image": "a.jpg", "caption": "x"}])
     assert [row.task for row in read("jsonl", path, task="pair")] == ["pair"]
+    path.write_text('{"image": "a.jpg", "caption": "x", "task": "align"}\n')
+    assert [row.task for row in read("jsonl", path, task="pair")] == ["align"], "a row's own task wins"
     with pytest.raises(SettingsError, match="task='painting' is unknown"):
         read("jsonl", path, task="painting")
     with pytest.raises(SettingsError, match="only for own data"):

@@ -1,0 +1,136 @@
+"""What all sources share: names, reasons, where input is found, and the table of data sets itself."""
+
+from __future__ import annotations
+
+import errno
+from types import SimpleNamespace
+
+import pytest
+
+from pipelines.data.sources import SOURCES, locate
+from pipelines.data.sources.base import (
+    Filtered,
+    Malformed,
+    MissingImage,
+    Rejected,
+    SourceInput,
+    SourceUnit,
+    find_input,
+    rejection,
+    shorten,
+)
+from pipelines.settings import PrepareDataSettings, SettingsError
+from pipelines.storage import DiskFullError, Location
+
+UNIT = SourceUnit(SourceInput("laion", "", "", "laion", "pair"), Location("", "/d/a.b.tar"), "d/a.b.tar")
+
+
+def test_each_source_has_its_task_and_only_captions_of_the_web_are_filtered():
+    tasks = {name: source.task for name, source in SOURCES.items()}
+    assert tasks == {
+        **dict.fromkeys(("laion", "cc_sbu"), "pair"),
+        "cc_sbu_align": "align",
+        **dict.fromkeys(("llava_conversation", "multitask_conversation"), "conversation"),
+        **dict.fromkeys(("llava_detail", "llava_reason"), "instruct"),
+        "unnatural_instruction": "text",
+        **dict.fromkeys(("refcoco", "refcocop", "refcocog", "refvg"), "refer"),
+        **dict.fromkeys(("invrefcoco", "invrefcocop", "invrefcocog"), "identify"),
+        "flickr_grounded_caption": "grounding",
+        **dict.fromkeys(("flickr_CaptionToPhrase", "flickr_ObjectToPhrase"), "detection"),
+        **dict.fromkeys(("coco_caption", "textcaps_caption"), "caption"),
+        **dict.fromkeys(("coco_vqa", "ok_vqa", "aok_vqa", "gqa", "ocrvqa"), "vqa"),
+        **dict.fromkeys(("webdataset", "jsonl", "csv", "hf", "parquet"), ""),
+    }
+    assert {name for name, source in SOURCES.items() if source.web} == {"laion", "cc_sbu", "webdataset"}
+    readers = {name: SOURCES[name].reader for name in ("refcoco", "refcocop", "refcocog")}
+    assert {name: (reader.folder, reader.partition) for name, reader in readers.items()} == {
+        "refcoco": ("refcoco", "unc"),
+        "refcocop": ("refcoco+", "unc"),
+        "refcocog": ("refcocog", "umd"),
+    }
+
+
+def test_an_input_is_what_the_settings_say():
+    given = PrepareDataSettings(source="jsonl", input="a", images="b", name="mine", task="vqa")
+    assert locate(given)[1] == SourceInput("jsonl", "a", "b", "mine", "vqa")
+    assert locate(PrepareDataSettings(source="gqa", input="a"))[1] == SourceInput("gqa", "a", "", "gqa", "vqa")
+
+
+def test_a_rows_id_is_its_file_without_the_ending_and_its_key():
+    assert UNIT.row_id("7") == "d/a.b/7"
+
+
+@pytest.mark.parametrize(
+    ("text", "longest", "short"),
+    [
+        ("a" * 100, 100, "a" * 100),
+        ("a" * 101, 100, "a" * 75 + " .. (101 characters)"),
+        ("a" * 12_345, 100, "a" * 75 + " .. (12,345 characters)"),
+        (" a\n b\t", 100, "a b"),
+        ("\ud800", 100, "\\ud800"),
+    ],
+)
+def test_a_text_is_cut_to_one_short_line(text, longest, short):
+    assert shorten(text, longest) == short and len(short) <= longest
+    assert Rejected(text, "x", text * 3).key == shorten(text)
+    assert len(Rejected(text, "x", text * 9).reason) <= 300
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "filter_name"),
+    [
+        (Malformed("bad"), "bad", ""),
+        (Filtered("min_words", "few"), "few", "min_words"),
+        (KeyError("image"), "malformed entry: it has no 'image'", ""),
+        (TypeError("no number"), "malformed entry: TypeError no number", ""),
+    ],
+)
+def test_an_error_of_a_row_sets_it_apart(error, reason, filter_name):
+    assert rejection(UNIT, "7", error) == Rejected("7", "d/a.b.tar", reason, filter_name)
+
+
+def test_a_missing_image_says_where_it_was_looked_for():
+    error = MissingImage("gone", [Location("", "/a/1.jpg"), Location("s3://b", "1.jpg")])
+    assert rejection(UNIT, "7", error).missing == (("", "/a/1.jpg"), ("s3://b", "1.jpg"))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "disk"), DiskFullError("full")])
+def test_what_is_not_the_rows_fault_is_raised_again(error):
+    with pytest.raises(type(error)):
+        rejection(UNIT, "7", error)
+
+
+def found(folder, *defaults):
+    files = find_input(SourceInput("x", str(folder), "", "x", ""), *defaults)
+    return [file.location.path.removeprefix(f"{folder}/") for file in files]
+
+
+def test_official_files_are_looked_for_in_order_in_the_folder_and_one_below(tmp_path):
+    for name in ("annotations/b.json", "other/a.json", "c.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("[]")
+    assert found(tmp_path, "c.json", "a.json") == ["c.json"], "in the folder itself"
+    assert found(tmp_path, "b.json", "a.json") == ["annotations/b.json"], "the first name that is there"
+    assert found(tmp_path / "c.json", "a.json") == [str(tmp_path / "c.json")]
+    (tmp_path / "other/b.json").write_text("[]")
+    with pytest.raises(SettingsError, match=r"holds b\.json more than once, in .*/annotations and .*/other: name one"):
+        found(tmp_path, "b.json")
+    with pytest.raises(SettingsError, match=r"matches no file \(looked for .*/x\.json, .*/y\.json\); check the path"):
+        found(tmp_path, "x.json", "y.json")
+    with pytest.raises(SettingsError, match=r"source=x needs input=: a\.json, or its folder"):
+        find_input(SourceInput("x", "", "", "x", ""), "a.json")
+
+
+@pytest.mark.parametrize("name", ["a.zip", "A.ZIP", "a.rar", "a.7z"])
+def test_archives_are_to_be_unpacked(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(SettingsError, match="is an archive: unpack it"):
+        found(tmp_path / name)
+
+
+def test_files_are_units_with_their_size_and_time(tmp_path):
+    (tmp_path / "a.json").write_text("[1]")
+    (file,) = find_input(SourceInput("x", str(tmp_path / "a.json"), "", "x", ""))
+    unit = SourceUnit.of_file(UNIT.source, file, SimpleNamespace())
+    assert (unit.shard, unit.num_bytes, unit.start, unit.stop, unit.first) == ("a.json", 3, 0, 0, 0)
+    assert unit.modified_ns == (tmp_path / "a.json").stat().st_mtime_ns
