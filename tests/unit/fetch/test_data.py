@@ -6,7 +6,9 @@ import io
 import json
 import shlex
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -19,8 +21,10 @@ from pipelines.fetch.datasets import all_sets, find_sets, set_of, sets_of_stages
 from pipelines.fetch.http import DownloadError, Retries
 from pipelines.fetch.run import fetch
 from pipelines.settings import FetchSettings, SettingsError
+from pipelines.storage import DiskFullError
 from tests.hub_server import serve_files
 from tests.paths import ROOT
+from tinygptv.convert.sources import SourceFile
 from tinygptv.training.stages import RECIPES
 
 OWN = {"webdataset", "jsonl", "csv", "hf", "parquet"}
@@ -183,3 +187,83 @@ def test_disk_rows_and_hours_are_told_before(server, tmp_path, capsys):
     line = next(row for row in out.splitlines() if row.startswith("laion "))
     assert "2100" in line and "115,000,000" in line and " 23.0 " in line
     assert out.index("together") < out.index("to download.")
+
+
+# ---------------------------------------------------------------- values
+
+
+def test_addresses_of_the_hubs_kinds_of_repositories():
+    file = SourceFile(path="x/a.json", name="a.json", repo="org/name", kind="dataset", revision="r1")
+    found = [published_address(replace(file, kind=kind)) for kind in ("dataset", "space", "model")]
+    assert found == [
+        f"https://huggingface.co/{prefix}org/name/resolve/r1/a.json" for prefix in ("datasets/", "spaces/", "")
+    ]
+
+
+def test_hours_are_those_of_the_line_or_of_the_links_and_sum_up():
+    coco, laion = all_sets()["coco"], all_sets()["laion"]
+    assert coco.hours == pytest.approx(coco.gigabytes * 1e9 / 12.5e6 / 3600) and coco.hours > 0
+    assert laion.hours == laion.rows / 5_000_000
+    last = data.describe([coco, laion]).splitlines()[-1]
+    assert last.split()[:3] == [
+        "together",
+        f"{coco.gigabytes + laion.gigabytes:.1f}",
+        f"{coco.hours + laion.hours:.1f}",
+    ]
+
+
+def test_a_file_of_another_size_is_unpacked_again(tmp_path):
+    (tmp_path / "x.zip").write_bytes(zip_of(a="longer", b="1"))
+    (tmp_path / "a").write_text("short")
+    unpack(tmp_path / "x.zip", quiet=True)
+    assert (tmp_path / "a").read_text() == "longer"
+    (tmp_path / "a").write_text("mine now")
+    unpack(tmp_path / "x.zip", quiet=True)
+    assert (tmp_path / "a").read_text() == "mine now", "an archive is unpacked once"
+
+
+def test_an_archive_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
+    (tmp_path / "x.zip").write_bytes(zip_of(a="12345", b="678"))
+    for free, fits in ((7, False), (8, True)):
+        monkeypatch.setattr(data.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        if fits:
+            unpack(tmp_path / "x.zip", quiet=True)
+        else:
+            with pytest.raises(DiskFullError, match="the archive unpacks to"):
+                unpack(tmp_path / "x.zip", quiet=True)
+        assert (tmp_path / "a").exists() is fits
+
+
+def test_a_drive_is_no_name_in_an_archive(tmp_path):
+    with pytest.raises(DownloadError, match="leads out of its folder"):
+        data._safe_name("c:evil", tmp_path / "x.zip")
+    assert data._safe_name("a\\b/c:d", tmp_path / "x.zip") == "a/b/c:d"
+
+
+def test_a_table_of_fewer_rows_is_written_again_and_a_whole_one_is_kept(tmp_path):
+    (tmp_path / "l.json").write_text(json.dumps(LINKS))
+    lengths = []
+    for rows in (2, 3, 0):
+        lengths.append(len(write_table(tmp_path / "l.json", rows, quiet=True).read_text().splitlines()))
+    assert lengths == [3, 4, 4], "without rows= what is there is kept"
+    (tmp_path / "l.tsv").unlink()
+    assert len(write_table(tmp_path / "l.json", quiet=True).read_text().splitlines()) == 6
+
+
+def test_img2dataset_that_fails_is_told(monkeypatch):
+    monkeypatch.setattr(data.shutil, "which", lambda name: name)
+    for status in (1, 255):
+        monkeypatch.setattr(data.subprocess, "run", lambda command, check, s=status: SimpleNamespace(returncode=s))
+        with pytest.raises(DownloadError, match="img2dataset failed"):
+            data._run(["img2dataset"])
+
+
+def test_a_set_of_the_table_has_its_paths_below_its_folder():
+    refcoco, coco = all_sets()["refcoco"], all_sets()["coco"]
+    for each in all_sets().values():
+        folder = {file.path.partition("/")[0] for file in each.files}
+        assert each.archives <= {file.path for file in each.files} >= each.of_images
+        assert all(path.partition("/")[0] in folder for paths in each.cut.values() for path in paths)
+        assert set(each.cut) <= each.archives
+    assert refcoco.cut and coco.archives == {"coco/train2014.zip"} and not all_sets()["gqa"].links
+    assert all_sets()["laion"].archives == frozenset()

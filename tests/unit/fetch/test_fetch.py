@@ -330,3 +330,54 @@ def test_two_fetches_do_not_write_into_one_folder(server, run, tmp_path):
         fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(SettingsError, match="another fetch is writing"):
             run(stated(PLAIN, CONTENT))
+
+
+# ------------------------------------------------------------------ values
+
+
+def test_only_what_is_missing_is_counted_and_needs_room(server, run, tmp_path, monkeypatch):
+    target = tmp_path / "weights/eva.pth"
+    wanted = fetching.Wanted(PLAIN, target, Remote("x", num_bytes=1000), is_here=False)
+    assert [wanted.bytes_left, replace(wanted, is_here=True).bytes_left] == [1000, 0]
+    target.parent.mkdir()
+    part_of(target).write_bytes(CONTENT[:400])
+    assert wanted.bytes_left == 600 and replace(wanted, remote=Remote("x", num_bytes=300)).bytes_left == 0
+    notes = {"url": f"{server.base}/models/eva.pth", "version": ""}
+    target.with_name(".eva.pth.part.json").write_text(json.dumps(notes))
+    assert run(stated(PLAIN, CONTENT))["bytes_downloaded"] == len(CONTENT) - 400
+    assert server.asked("/models/eva.pth")[0]["Range"] == "bytes=400-"
+
+
+@pytest.mark.parametrize(("spare", "fits"), [(0, True), (-1, False)])
+def test_some_room_stays_free(server, run, monkeypatch, spare, fits):
+    free = len(CONTENT) + fetching.MARGIN_BYTES + spare
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free})())
+    if fits:
+        run(stated(PLAIN, CONTENT))
+    else:
+        with pytest.raises(DiskFullError):
+            run(stated(PLAIN, CONTENT))
+
+
+def test_nothing_is_asked_offline(server, run, tmp_path):
+    with pytest.raises(DownloadError, match="offline=true, but 2 files are missing"):
+        run(HUB, SMALL, offline=True)
+    assert not server.requests
+
+
+def test_the_lock_file_holds_no_password(server, run, tmp_path, monkeypatch):
+    secret = replace(stated(PLAIN, CONTENT), base="https://me:hush@files.example/models/")
+    run(secret)
+    text = (tmp_path / "weights" / LOCK_FILE).read_text()
+    assert "https://***@files.example/models/eva.pth" in text and "hush" not in text
+
+
+@pytest.mark.parametrize("folder", ["usb", "usb/phi-2"])
+def test_a_folder_of_files_may_be_named_itself(server, run, tmp_path, folder):
+    (tmp_path / "usb/phi-2").mkdir(parents=True)
+    (tmp_path / "usb/phi-2/model.safetensors").write_bytes(CONTENT[::-1])
+    (tmp_path / "usb/model.safetensors").write_bytes(b"of another model")
+    run(stated(HUB, CONTENT[::-1]), local=[str(tmp_path / folder)], offline=True)
+    assert received(tmp_path, HUB) == CONTENT[::-1] and not server.requests
+    with pytest.raises(SettingsError, match="local=/nowhere is no folder"):
+        run(SMALL, local=["/nowhere"])

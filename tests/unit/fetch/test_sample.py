@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
+import zipfile
+from dataclasses import replace
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 from pipelines.data.ingest.job import ingest
+from pipelines.data.sources.json_items import Item
+from pipelines.fetch import sample as sample_module
+from pipelines.fetch import single_images
 from pipelines.fetch.addresses import published_address
-from pipelines.fetch.datasets import all_sets, find_sets
+from pipelines.fetch.datasets import ImageRule, all_sets, find_sets
 from pipelines.fetch.http import DownloadError, Retries
 from pipelines.fetch.run import fetch
+from pipelines.fetch.sample import Annotations, Record
 from pipelines.settings import FetchSettings, PrepareDataSettings, SettingsError
 from tests.dataset_files import BY_HAND, build, publish_data, publish_images
 from tests.hub_server import serve_files
@@ -157,3 +166,115 @@ def test_a_damaged_list_is_one_sentence(server, tmp_path):
         sample(server, tmp_path, "okvqa")
     with pytest.raises(DownloadError, match=r"offline=true, but aokvqa/aokvqa_v1p0_train.json is missing"):
         sample(server, tmp_path, "aokvqa", offline=True)
+
+
+# ---------------------------------------------------------------- values
+
+
+def test_a_folders_rows_are_fixed_and_its_files_and_addresses_known(tmp_path):
+    record = Record(tmp_path, 5)
+    record.urls["ocrvqa"] = {"k": ["http://x"]}
+    record.add("a.json")
+    again = Record(tmp_path, 5)
+    assert (again.files, again.urls) == (["a.json"], {"ocrvqa": {"k": ["http://x"]}})
+    for rows in (4, 6):
+        with pytest.raises(SettingsError, match="holds samples of 5 rows: give rows=5"):
+            Record(tmp_path, rows)
+
+
+def annotations(folder, rows, **settings):
+    given = FetchSettings(what=["sample"], output=str(folder), quiet=True, **settings)
+    return Annotations(given, folder, None, Retries(most=1), None, Record(folder, rows))
+
+
+def test_an_archive_of_annotations_is_cut_once_unpacked_and_removed(tmp_path):
+    refs = [{"ref_id": n, "split": split} for n, split in enumerate(["train", "val", "test", "train", "train"])]
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("refcoco/refs(unc).p", pickle.dumps(refs, protocol=2))
+        archive.writestr("refcoco/list.json", json.dumps([1, 2, 3]))
+    target = tmp_path / "refs/refcoco.zip"
+    target.parent.mkdir()
+    cut = ["refs/refcoco/refs(unc).p", "refs/refcoco/list.json"]
+    annotations(tmp_path, 2)._unpack(all_sets()["gqa"], lambda: io.BytesIO(content.getvalue()), target, cut)
+    kept = pickle.loads((tmp_path / cut[0]).read_bytes())
+    assert [ref["ref_id"] for ref in kept] == [0, 3] and json.loads((tmp_path / cut[1]).read_text()) == [1, 2]
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "member", "kept"),
+    [
+        ([1, 2, 3, 4], "", [1, 2, 3]),
+        ({"a": 1, "b": 2, "c": 3, "d": 4}, "", {"a": 1, "b": 2, "c": 3}),
+        ({"info": 1, "annotations": [1, 2, 3, 4]}, "annotations", {"annotations": [1, 2, 3]}),
+    ],
+)
+def test_the_first_entries_are_as_many_as_make_the_rows(tmp_path, monkeypatch, content, member, kept):
+    monkeypatch.setattr(sample_module, "_member", lambda each: member)
+    each = replace(all_sets()["gqa"], per_entry=2, images=())
+    opened = lambda: io.BufferedReader(io.BytesIO(json.dumps(content).encode()))  # noqa: E731
+    annotations(tmp_path, 5)._cut(each, tmp_path / "x.json", opened)
+    assert json.loads((tmp_path / "x.json").read_text()) == kept
+
+
+def test_addresses_that_entries_give_are_kept_where_they_are_addresses(tmp_path):
+    rule = ImageRule("(.*)", "images/{}", fields=("flickr", "original"), id="image_id")
+    each = replace(all_sets()["gqa"], images=(rule, ImageRule("x", "y", urls=("http://h/{}",))))
+    known = annotations(tmp_path, 5)
+    entries = [
+        {"image_id": "a", "flickr": "http://h/a", "original": "ftp://h/a"},
+        {"image_id": 7, "original": "https://h/7", "flickr": None},
+    ]
+    known._note_urls(each, [Item(0, 0, 0, None, entry) for entry in entries])
+    assert known.record.urls == {"gqa": {"a": ["http://h/a"], "7": ["https://h/7"]}}
+
+
+def test_a_local_copy_is_found_by_its_layout_or_flat(tmp_path):
+    local = tmp_path / "usb"
+    for name in ("raw/coco/a.json", "b.json", "deep/c.json"):
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        (local / name).touch()
+    known = annotations(tmp_path, 5, local=[str(local / "raw"), str(local)])
+    found = [known.local(path) for path in ("coco/a.json", "coco/b.json", "coco/deep/c.json", "coco/d.json")]
+    assert found == [local / "raw/coco/a.json", local / "b.json", local / "deep/c.json", None]
+
+
+@pytest.mark.parametrize(
+    ("of_web", "answers", "offline", "found", "asked"),
+    [
+        (False, {"a": 404, "b": 200}, False, True, ["a", "b"]),
+        (False, {"a": 200, "b": 200}, False, True, ["a"]),
+        (False, {"a": 404, "b": 410}, False, False, ["a", "b"]),
+        (True, {"a": 403, "b": 200}, False, True, ["a", "b"]),
+        (True, {"a": 503, "b": 404}, False, False, ["a", "a", "b"]),
+        (False, {"a": 200, "b": 200}, True, False, []),
+    ],
+)
+def test_an_image_comes_from_the_first_place_that_has_it(tmp_path, of_web, answers, offline, found, asked):
+    requests = []
+
+    def answer(request):
+        requests.append(request.url.path[1:])
+        return httpx.Response(answers[requests[-1]], content=b"image")
+
+    client = httpx.Client(transport=httpx.MockTransport(answer))
+    known = replace(
+        annotations(tmp_path, 5, offline=offline), client=client, retries=Retries(most=5, sleep=lambda _: None)
+    )
+    image = single_images.Wanted(("http://h/a", "http://h/b"), of_web)
+    assert single_images._fetch_one(known, tmp_path / "x.jpg", image) is found and requests == asked
+    assert (tmp_path / "x.jpg").exists() is found
+
+
+def test_images_are_counted_as_found_or_lost(tmp_path, monkeypatch):
+    wanted = {tmp_path / f"{n}.jpg": single_images.Wanted((f"http://h/{n}",)) for n in range(5)}
+    monkeypatch.setattr(single_images, "_fetch_one", lambda annotations, path, image: path.stem != "3")
+    assert single_images._fetch_all(annotations(tmp_path, 5), wanted) == 1
+    rule = ImageRule(r"(\d+)\.jpg", "x/{}.jpg", urls=("http://h/{}", "http://i/{}"))
+    missing = ["0.jpg", "3.jpg", "none"]
+    monkeypatch.setattr(single_images, "_missing", lambda each, folder: missing)
+    each = replace(all_sets()["gqa"], images=(rule,), gigabytes=2.5)
+    report = single_images.fetch_images(annotations(tmp_path, 5), [each])
+    assert (report.found, report.lost, len(report.left)) == (1, 1, 1)
+    assert report.left[0].startswith("gqa: 1 images are missing; their publisher has them in an archive of 2.5 GB")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 
-
 from pipelines.data.sources import locate, referring
 from pipelines.data.sources.base import Rejected
 from pipelines.settings import PrepareDataSettings
