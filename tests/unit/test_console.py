@@ -66,3 +66,23 @@ def test_the_command_itself_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_missing_module_of_our_own_is_no_missing_library(monkeypatch):
+    for name in ("pipelines.nothing", "tinygptv.nothing"):
+
+        def missing(command, argv, name=name):
+            raise ModuleNotFoundError(name, name=name)
+
+        monkeypatch.setattr(console, "run", missing)
+        with pytest.raises(ModuleNotFoundError):
+            main(["serve"])
+
+
+def test_a_library_of_the_models_own_needs_no_extra(monkeypatch, capsys):
+    def missing(command, argv):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch.nn")
+
+    monkeypatch.setattr(console, "run", missing)
+    assert main(["chat"]) == 2
+    assert capsys.readouterr().err == "error: torch.nn is not installed: pip install 'tinygptv'.\n"

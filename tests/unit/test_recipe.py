@@ -113,6 +113,12 @@ def test_finished_steps_are_skipped_and_those_after_a_changed_one_are_not(tmp_pa
     jobs.ran.clear()
     run(tmp_path)
     assert not jobs.ran
+    run(tmp_path, benchmark="own", benchmarks="bench")
+    assert [name for name, _ in jobs.ran] == ["score", "quantize"], "a step that is new, and those after it"
+    jobs.ran.clear()
+    run(tmp_path, benchmark="other", benchmarks="bench")
+    assert [name for name, _ in jobs.ran] == ["score", "quantize"], "a step of another command"
+    jobs.ran.clear()
     (tmp_path / "out/stage2/result.json").unlink()
     run(tmp_path)
     assert [name for name, _ in jobs.ran] == ["stage2", "stage3", "stage4", "quantize"] and total > 30

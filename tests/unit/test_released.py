@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from pipelines import released
+from pipelines.json_files import write_json
 from pipelines.released import Plan, plan_released, serve_settings
 from pipelines.settings import ReleasedSettings, SettingsError
 from pipelines.storage import DiskFullError
+from tinygptv.checkpoint.folders import write_folder
 from tinygptv.training.memory_plan import GIB
 
 
@@ -82,3 +84,59 @@ def test_it_is_served_on_this_machine_alone():
     result = {"artifact": "/a", "plan": {"device": "cuda"}}
     settings = serve_settings(ReleasedSettings(server={"port": 9000}), result)
     assert (settings.host, settings.port, settings.num_gpus, settings.artifact) == ("127.0.0.1", 9000, 1, "/a")
+
+
+def test_a_finished_artifact_is_one_of_these_inputs_and_whole(tmp_path):
+    inputs = released._inputs(ReleasedSettings(stage=3, drift_samples=5), Plan("cpu", "cpu4", 1, 2, 1, 2, 1, 1))
+    assert inputs == {"parts": ["vision", "qformer", "phi-2", "stage3"], "method": "cpu4", "drift_samples": 5}
+    artifact = write_folder(tmp_path / "artifact", lambda staging: (staging / "a").write_text("a"))
+    result = {"artifact": str(artifact), "inputs": inputs}
+    assert released._finished(tmp_path, inputs) is None
+    write_json(tmp_path / "result.json", result)
+    assert released._finished(tmp_path, inputs) == result
+    assert released._finished(tmp_path, {**inputs, "method": "cpu"}) is None
+    (artifact / "a").unlink()
+    assert released._finished(tmp_path, inputs) is None
+
+
+def test_a_checkpoint_is_converted_again_where_its_inputs_changed_or_it_was_not_finished(tmp_path, monkeypatch):
+    from tinygptv.convert import match, write
+    from tinygptv.data import processing
+
+    converted = []
+
+    def convert(release, folder, *more):
+        assert not (tmp_path / "checkpoint.json").exists(), "until it is whole, it is of no inputs"
+        converted.append(release["checkpoint"].name)
+        folder.mkdir(exist_ok=True)
+        (folder / "manifest.json").touch()
+
+    monkeypatch.setattr(match, "match_release", lambda **paths: paths)
+    monkeypatch.setattr(write, "convert_release", convert)
+    monkeypatch.setattr(processing, "load_tokenizer", lambda path: None)
+    settings = ReleasedSettings(weights=str(tmp_path / "w"))
+    files = {"a": "sha"}
+    for stage, given, count in ((4, files, 1), (4, files, 1), (4, {"a": "other"}, 2), (3, files, 3)):
+        changed = settings.model_copy(update={"stage": stage})
+        assert released._convert(changed, tmp_path, given) == tmp_path / "checkpoint"
+        assert len(converted) == count, (stage, given)
+    (tmp_path / "checkpoint/manifest.json").unlink()
+    released._convert(settings.model_copy(update={"stage": 3}), tmp_path, files)
+    assert len(converted) == 4
+
+
+def test_files_are_fetched_below_the_output_unless_the_settings_say_otherwise(tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(settings):
+        asked.append(settings)
+        return {"files": {"a": {"sha256": "x"}}}
+
+    monkeypatch.setattr(released, "fetch", fetch)
+    assert released._fetch(ReleasedSettings(quiet=True, fetch={"offline": True}), tmp_path) == {"a": "x"}
+    released._fetch(ReleasedSettings(weights="/w", fetch={"mirror": "http://m"}), tmp_path)
+    assert [(each.output, each.offline, each.mirror, each.quiet) for each in asked] == [
+        (f"{tmp_path}/weights", True, "", True),
+        ("/w", False, "http://m", False),
+    ]
+    assert asked[0].what == ["vision", "qformer", "phi-2", "stage4"]

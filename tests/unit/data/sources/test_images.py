@@ -198,3 +198,15 @@ def test_folders_that_are_not_there_are_listed(tmp_path):
         find_image_folder(SourceInput("gqa", "", "", "gqa", "vqa"), file, ImageLayout(("pictures",)))
     with pytest.raises(SettingsError, match=r"images='.*nowhere' is no folder"):
         find_image_folder(SourceInput("gqa", "", str(tmp_path / "nowhere"), "gqa", "vqa"), file, ImageLayout())
+
+
+def test_a_file_that_may_not_be_read_is_not_missing(folder, monkeypatch):
+    for number, kind in ((errno.EACCES, Malformed), (errno.ENOENT, MissingImage), (errno.ENOTDIR, MissingImage)):
+
+        def failing(location, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(storage, "read_bytes", failing)
+        with pytest.raises(Malformed) as error:
+            reader(folder).read("a.jpg")
+        assert type(error.value) is kind

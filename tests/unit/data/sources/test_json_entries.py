@@ -192,3 +192,26 @@ def test_samples_of_one_entry_have_different_ids(tmp_path):
     rows = list(read_drafts(unit, "0", lambda: iter(drafts), None, None))
     assert [row.turns[0].answers[0] for row in rows] == ["answer 0", "answer 1", "answer 2"]
     assert len({row.id for row in rows}) == 3
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lambda data: data])
+def test_the_last_line_needs_no_break_and_lines_keep_their_numbers(tmp_path, pack):
+    text = '{"a": 1}\n\n{"a": 2}\n{"a": 3}'
+    found, _ = read(tmp_path / "own.jsonl", pack(text.encode()), per_unit=2)
+    assert found == [("line 1", {"a": 1}), ("line 3", {"a": 2}), ("line 4", {"a": 3})]
+
+
+def test_entries_of_slices_are_numbered_through_the_file(tmp_path):
+    found, units = read(tmp_path / "own.json", json.dumps([{"a": n} for n in range(5)]), per_unit=2)
+    assert [key for key, _ in found] == ["0", "1", "2", "3", "4"] and units == 3
+    lines = "".join(f'{{"a": {n}}}\n' for n in range(6))
+    found, units = read(tmp_path / "own.jsonl", lines, per_unit=3)
+    assert [key for key, _ in found] == [f"line {n}" for n in range(1, 7)] and units == 2
+
+
+def test_a_file_that_lacks_its_official_list_is_told_which_it_has(tmp_path):
+    text = json.dumps({"images": [{"id": 1}], "info": {"a": 1}})
+    found, _ = read(tmp_path / "a.json", text, member="annotations")
+    assert [entry for _, entry in found] == [{"id": 1}], "another list of entries is taken"
+    with pytest.raises(SettingsError, match="holds no entries in 'annotations': its members are info, n"):
+        read(tmp_path / "a.json", json.dumps({"info": {"a": 1}, "n": 3}), member="annotations")

@@ -228,3 +228,43 @@ def test_images_are_named_when_they_are_encoded_otherwise(folder):
     found = read("jsonl", path)
     assert found[0].image.startswith(b"\x89PNG")
     assert "wrong extension" in found[1].reason
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"images": ["a.jpg", "b.jpg"], "caption": "x"}, "images holds 2 images; a sample has one"),
+        ({"question": "<image> what?", "answer": "a"}, r"have 1 marks of images \(<image>\), and the row has no image"),
+        ({"image": "a.jpg", "question": "<image> <image> what?", "answer": "a"}, "2 marks .* and the row has 1 image"),
+        ({"image_url": "http://x/a.jpg", "caption": "x"}, "the row has a link in 'image_url' but no image"),
+        ({"picture_name": "a.jpg", "caption": "x"}, "the row has 'picture_name' but no 'image'"),
+        ({"image": None, "coco_url": "x", "caption": "x"}, "a link in 'coco_url'"),
+        ({"url": "x", "status": "success", "caption": "x"}, "use source=webdataset"),
+        ({"image": "a.jpg", "caption": "an <image>"}, "an answer holds the mark of an image"),
+    ],
+)
+def test_a_row_that_asks_about_an_image_it_does_not_have_is_never_text(folder, row, reason):
+    (found,) = read("jsonl", write_lines(folder / "own.jsonl", [row]))
+    assert isinstance(found, Rejected) and re.search(reason, found.reason)
+
+
+@pytest.mark.parametrize(
+    ("status", "told"), [("failed_to_download", "HTTP 404"), ("failed_to_resize", "HTTP 404"), ("other", "HTTP 404")]
+)
+def test_rows_that_were_not_downloaded_are_filtered(folder, status, told):
+    row = {"url": "x", "status": status, "error_message": told, "caption": "x"}
+    (found,) = read("jsonl", write_lines(folder / "own.jsonl", [row]))
+    assert (found.filter, found.reason) == ("not_downloaded", f"img2dataset: {told}")
+
+
+def test_rows_of_a_parquet_file_are_numbered_through_its_units(folder, monkeypatch):
+    from pipelines.data.sources import own
+
+    monkeypatch.setattr(own, "ENTRIES_PER_UNIT", 4)
+    table = pa.table({"question": [f"q{n}" for n in range(11)], "answer": ["a"] * 11})
+    pq.write_table(table, folder / "0.parquet", row_group_size=3)
+    source, location = locate(PrepareDataSettings(source="parquet", input=str(folder)))
+    units = list(source.reader.plan(location))
+    assert [(unit.start, unit.stop, unit.first) for unit in units] == [(0, 2, 0), (2, 4, 6)]
+    rows = [row for unit in units for row in source.reader.read(unit)]
+    assert [(row.id, row.turns[0].question) for row in rows] == [(f"0/row {n}", f"q{n}") for n in range(11)]

@@ -156,3 +156,27 @@ def test_img2datasets_folders_of_files(tmp_path):
     with pytest.raises(SettingsError, match="neither tars nor images with captions"):
         (tmp_path / "none").mkdir()
         read("laion", tmp_path / "none")
+
+
+def test_tables_without_splits_are_all_of_them_in_order_without_leftovers(tmp_path):
+    for name in ("b.parquet", "data/a.arrow", "a.arrow", "c.feather", "cache-0123456789abcdef.arrow", "tmpx8f2.arrow"):
+        write(tmp_path / name, name)
+    write(tmp_path / "indices-1.arrow", "order")
+    assert questions(read("hf", tmp_path)) == ["a.arrow", "b.parquet", "c.feather", "data/a.arrow"]
+
+
+def test_a_saved_sets_files_come_in_the_order_of_its_list(tmp_path):
+    names = ["data-00001.arrow", "data-00000.arrow"]
+    for name in (*names, "data-00002.arrow"):
+        write(tmp_path / name, name)
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    assert questions(read("hf", tmp_path)) == names
+
+
+def test_a_folder_of_files_has_their_size(tmp_path):
+    (tmp_path / "00000").mkdir()
+    (tmp_path / "00000/a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "00000/a.json").write_text('{"caption": "x"}')
+    chosen, given = locate(PrepareDataSettings(source="laion", input=str(tmp_path)))
+    (unit,) = chosen.reader.plan(given)
+    assert (unit.num_bytes, unit.shard) == (len(jpeg(0)) + 16, "00000.files")

@@ -1,0 +1,119 @@
+"""Jobs of the miniature without their work: what is claimed, which parts and steps are asked for, what is counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pipelines.fingerprint import OtherInputsError
+from pipelines.miniature import demo, jobs, world
+from pipelines.miniature.jobs import run_miniature
+from pipelines.settings import MiniatureSettings, PrepareDataSettings, SettingsError
+from tinygptv.miniature import backbones, writers
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Pretraining that only notes what it is asked for."""
+    found = []
+
+    def pretrain(task, part, cycles, rate, orthogonalized, settings, tracker):
+        found.append((part, cycles, rate, orthogonalized))
+        return {f"{part}/loss": 1.0}
+
+    for part in ("vision", "language"):
+        monkeypatch.setattr(jobs, f"_{part}_task", lambda *given, part=part: SimpleNamespace(module=part))
+    monkeypatch.setattr(jobs, "_pretrain", pretrain)
+    monkeypatch.setattr(jobs, "_tokenizer", lambda folder, seed, size: "tokenizer")
+    monkeypatch.setattr(backbones, "assemble_backbones", lambda to, config, *parts: found.append(parts[:3]) or to)
+    return found
+
+
+def settings(output, **changes):
+    return MiniatureSettings(output=str(output), tracking_uri="none", quiet=True, **changes)
+
+
+def test_both_parts_are_pretrained_and_put_together(asked, tmp_path):
+    result = run_miniature(settings(tmp_path, task="pretrain"))
+    assert asked == [
+        ("vision", (3_000,), 1e-3, ""),
+        ("language", (2_600, 2_400), 2e-3, "layers."),
+        ("vision", "language", "tokenizer"),
+    ]
+    assert result["scores"] == {"vision/loss": 1.0, "language/loss": 1.0}
+    assert result["checkpoint"] == f"{tmp_path}/backbones"
+    assert json.loads((tmp_path / "result.json").read_text())["checkpoint"] == result["checkpoint"]
+    with pytest.raises(OtherInputsError, match="seed was 0, is now 1"):
+        run_miniature(settings(tmp_path, task="pretrain", seed=1))
+
+
+def test_one_part_alone_takes_the_steps_asked_for_and_writes_no_checkpoint(asked, tmp_path):
+    result = run_miniature(settings(tmp_path, task="pretrain", parts="language", max_steps=7))
+    assert asked == [("language", (7,), 2e-3, "layers.")] and "checkpoint" not in result
+
+
+def test_a_world_is_drawn_once(tmp_path, monkeypatch):
+    drawn = []
+
+    def write_world(output, train, test, seed, workers, progress):
+        drawn.append((train, test, seed))
+        (output / "sources.json").write_text("{}")
+
+    monkeypatch.setattr(writers, "write_world", write_world)
+    fields = {"task": "draw", "train_scenes": 5, "test_scenes": 2, "seed": 3}
+    for _ in range(2):
+        assert run_miniature(settings(tmp_path, **fields))["folder"] == str(tmp_path)
+    assert drawn == [(5, 2, 3)]
+    with pytest.raises(OtherInputsError, match="test_scenes was 2, is now 4"):
+        run_miniature(settings(tmp_path, **{**fields, "test_scenes": 4}))
+    run_miniature(settings(tmp_path, **{**fields, "test_scenes": 4}, overwrite=True))
+    assert drawn[1:] == [(5, 4, 3)]
+
+
+def test_rows_of_all_sets_are_counted_and_only_those_named_are_prepared(tmp_path, monkeypatch):
+    from pipelines.data.ingest import job
+
+    given = []
+
+    def ingest(settings, replaces_other):
+        given.append((settings.source, settings.input, settings.images, settings.output, replaces_other))
+        return {"rows_out": {"laion": 3, "gqa": 4, "refcoco": 5}[settings.source]}
+
+    monkeypatch.setattr(job, "ingest", ingest)
+    sources = {
+        "laion": {"input": "laion/*.tar", "images": ""},
+        "gqa": {"input": "gqa/a.json", "images": "gqa/images"},
+        "refcoco": {"input": "refs", "images": "train2014"},
+    }
+    (tmp_path / "sources.json").write_text(json.dumps(sources))
+    assert world.prepare_world(tmp_path, tmp_path / "shards", PrepareDataSettings) == 12
+    assert given[1] == ("gqa", f"{tmp_path}/gqa/a.json", f"{tmp_path}/gqa/images", f"{tmp_path}/shards/gqa", True)
+    assert given[0][2] == "", "a set without an image folder"
+    assert world.prepare_world(tmp_path, tmp_path / "shards", PrepareDataSettings, {"laion", "refcoco"}) == 8
+
+
+def test_mean_losses_are_those_of_the_first_and_last_tenth(tmp_path):
+    def means(count):
+        lines = [{"step": n, "loss": float(n), "grad_norm": 1.0} for n in range(count)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return demo.mean_losses(tmp_path / "metrics.jsonl")
+
+    assert means(40) == {"first_tenth": 1.5, "last_tenth": 37.5}
+    assert means(5) == {"first_tenth": 0.0, "last_tenth": 4.0}
+
+
+def test_stages_and_backbones_are_shipped_as_asked_for(tmp_path, monkeypatch):
+    shipped = []
+    monkeypatch.setattr(backbones, "DATA", tmp_path / "package")
+    monkeypatch.setattr(backbones, "ship_backbones", shipped.append)
+    monkeypatch.setattr(backbones, "ship_stage", lambda folder, number: shipped.append((folder, number)))
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/a").write_bytes(b"12345")
+    result = run_miniature(settings(tmp_path / "out", task="ship", stages="/demo", backbones="/b"))
+    assert shipped == [Path("/b"), *((Path(f"/demo/stage{n}/checkpoint"), n) for n in (1, 2, 3, 4))]
+    assert (result["bytes"], result["package_data"]) == (5, str(tmp_path / "package"))
+    with pytest.raises(SettingsError, match="choose one of"):
+        run_miniature(settings(tmp_path, task="paint"))

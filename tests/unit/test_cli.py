@@ -1,0 +1,97 @@
+"""The end of a job: its exit status, one sentence for a user's mistake, a trace for ours."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+
+import pytest
+
+from pipelines import cli
+from pipelines.settings import SettingsError
+from pipelines.storage import DiskFullError, StorageError
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch):
+    """A job's process is its own: what it sets there must not reach other tests."""
+    monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
+    monkeypatch.delenv("TINYGPTV_TRACE", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def raising(error):
+    def work():
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    "error",
+    [SettingsError("no"), DiskFullError("no"), StorageError("no"), FileNotFoundError("no"), PermissionError("no")],
+)
+def test_a_users_mistake_is_one_sentence(capsys, error):
+    assert cli.run_main(raising(error)) == 2
+    assert capsys.readouterr().err == "error: no\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), KeyError("bug"), OSError(5, "I/O"), ConnectionError("bug")])
+def test_other_errors_show_their_trace(error):
+    with pytest.raises(type(error)):
+        cli.run_main(raising(error))
+
+
+def test_a_trace_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("TINYGPTV_TRACE", "1")
+    with pytest.raises(SettingsError):
+        cli.run_main(raising(SettingsError("no")))
+
+
+def test_a_job_that_is_stopped_says_how_to_resume(capsys):
+    assert cli.run_main(lambda: None) == 0 and capsys.readouterr().err == ""
+    assert cli.run_main(raising(KeyboardInterrupt())) == 130
+    assert cli.run_main(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
+    assert capsys.readouterr().err == "Interrupted. Run the same command to resume.\n" * 2
+
+
+def test_signals_belong_to_the_main_thread():
+    before, found = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(target=lambda: found.append(cli.run_main(lambda: None)))
+    thread.start(), thread.join()
+    assert found == [0] and signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["job", "checkpoint=hf://org/name"], True),
+        (["job", "--config", "{file}"], True),
+        (["job", "--config={file}"], True),
+        (["job", "--config", "{other}", "data=x"], False),
+        (["job", "--config", "/nowhere.yaml"], False),
+        (["job"], False),
+    ],
+)
+def test_the_hub_is_asked_only_where_a_word_or_the_file_names_it(tmp_path, words, names):
+    (tmp_path / "a.yaml").write_text("serve: {artifact: hf://org/name}")
+    (tmp_path / "b.yaml").write_text("serve: {artifact: x}")
+    paths = {"file": tmp_path / "a.yaml", "other": tmp_path / "b.yaml"}
+    assert cli._names_the_hub([word.format(**paths) for word in words]) is names
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_stage_is_trained_or_only_shown(monkeypatch, capsys, dry_run):
+    from pipelines.training import run
+
+    done = []
+    monkeypatch.setattr(run, "run_stage", lambda settings, number: done.append(number) or {"n": number})
+    monkeypatch.setattr(run, "dry_run", lambda settings, number: f"plan of {number}")
+    monkeypatch.setattr(run, "print_result", lambda result: print(f"result {result['n']}"))
+    assert cli.run_stage_main(3, [f"dry_run={str(dry_run).lower()}"], "x") == 0
+    assert capsys.readouterr().out == ("plan of 3\n" if dry_run else "result 3\n") and done == ([] if dry_run else [3])
+    assert logging.getLogger("pipelines") is not None

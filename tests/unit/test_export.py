@@ -1,0 +1,131 @@
+"""What an export is made from, measured on and recorded as; tests/unit/quantization makes real artifacts."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from pipelines import export as module
+from pipelines.export import ExportError, held_out_rows
+from pipelines.miniature.tiny_training import make_rows, write_shard_set
+from pipelines.settings import QuantizeSettings
+from pipelines.tracking.base import NullTracker
+from tinygptv.data.prompts import INSTRUCTIONS
+
+
+@pytest.fixture
+def sets(tmp_path):
+    for name, count in (("a", 10), ("b", 2), ("c", 10)):
+        write_shard_set(tmp_path / name, make_rows("pairs", count))
+    return tmp_path
+
+
+def test_held_out_rows_are_drawn_from_all_sets_in_turn(sets):
+    rows, where = held_out_rows(QuantizeSettings(data=str(sets), drift_samples=8))
+    assert where == str(sets) and len(rows) == 8
+    again, _ = held_out_rows(QuantizeSettings(data=str(sets), drift_samples=8))
+    other, _ = held_out_rows(QuantizeSettings(data=str(sets), drift_samples=8, seed=1))
+    assert [row.id for row in rows] == [row.id for row in again] != [row.id for row in other]
+    most, _ = held_out_rows(QuantizeSettings(data=str(sets), drift_samples=3))
+    assert len(most) == 3, "a row of each"
+    alone, _ = held_out_rows(QuantizeSettings(data=str(sets / "b"), drift_samples=64))
+    assert sorted(row.id for row in alone) == ["p0", "p1"], "no row twice"
+    with pytest.raises(FileNotFoundError, match="holds no shard set"):
+        held_out_rows(QuantizeSettings(data=str(sets / "none")))
+    write_shard_set(sets / "empty", [])
+    with pytest.raises(FileNotFoundError, match="have no rows"):
+        held_out_rows(QuantizeSettings(data=str(sets / "empty")))
+
+
+def test_drawn_rows_are_of_every_kind_and_of_held_out_scenes():
+    rows, where = held_out_rows(QuantizeSettings(drift_samples=20))
+    assert where == "drawn scenes of the miniature, split test" and len(rows) == 20
+    assert [row.id for row in rows] == [f"drawn-{number}" for number in range(20)]
+    assert {row.task for row in rows} == set(INSTRUCTIONS)
+    assert all((row.image is None) == (row.task == "text") for row in rows)
+
+
+@pytest.mark.parametrize(("loss", "passes"), [(0.5, True), (-1.0, True), (0.5001, False), (math.nan, False)])
+def test_a_drift_at_the_bound_passes(loss, passes):
+    drift = SimpleNamespace(loss=loss, full_loss=1.0, quantized_loss=1.0 + loss)
+    if passes:
+        module._accept(drift, QuantizeSettings(max_drift=0.5))
+    else:
+        with pytest.raises(ExportError, match=r"more than max_drift=0\.5"):
+            module._accept(drift, QuantizeSettings(max_drift=0.5))
+
+
+def test_what_decides_an_artifact_is_its_identity(sets, monkeypatch):
+    monkeypatch.setattr(module, "checkpoint_digest", lambda folder: "digest")
+    base = QuantizeSettings()
+    changes = {
+        "method": "cpu4",
+        "encoder": "half",
+        "keep_lora": True,
+        "drift_samples": 3,
+        "max_drift": 1.0,
+        "seed": 5,
+        "data": str(sets),
+    }
+    marks = [module._fingerprint(base.model_copy(update={key: value}), sets) for key, value in changes.items()]
+    assert all(mark != module._fingerprint(base, sets) for mark in marks)
+    same = base.model_copy(update={"register_as": "x", "alias": "y", "output": "z", "overwrite": True})
+    assert module._fingerprint(same, sets) == module._fingerprint(base, sets)
+    monkeypatch.setattr(module, "checkpoint_digest", lambda folder: "another")
+    assert module._fingerprint(base, sets).inputs["checkpoint"] == "another"
+
+
+class Recording(NullTracker):
+    run_id = "run1"
+
+    def __init__(self):
+        self.told, self.status = {}, ""
+
+    def params(self, values):
+        self.told |= values
+
+    def metrics(self, values, step):
+        self.told |= values
+
+    def artifact(self, path, folder=""):
+        self.told["file"] = path.name
+
+    def close(self, status="FINISHED"):
+        self.status = status
+
+
+def test_numbers_of_the_drift_are_logged_and_registered(tmp_path, monkeypatch):
+    registered = []
+    tracker = Recording()
+    monkeypatch.setattr(module, "NullTracker", type("Off", (), {}))
+    monkeypatch.setattr(module, "open_tracker", lambda settings, title: tracker)
+    monkeypatch.setattr(module, "register_model", lambda *given: registered.append(given) or 7)
+    metadata = {"bytes": 9, "drift": {"loss": 0.01234567, "num_answers": 4, "data": "x", "seed": 3, "max_loss": 0.5}}
+    settings = QuantizeSettings(method="cpu4", register_as="tiny", alias="new")
+    assert module._track(settings, "/checkpoint", tmp_path, metadata) == 7
+    drift = {"drift/loss": 0.01234567, "drift/num_answers": 4, "drift/max_loss": 0.5}
+    assert {key: tracker.told[key] for key in tracker.told if key.startswith("drift/")} == drift
+    assert (tracker.told["checkpoint"], tracker.told["bytes"], tracker.status) == ("/checkpoint", 9, "FINISHED")
+    (_, run_id, folder, name, alias, tags) = registered[0]
+    assert (run_id, folder, name, alias, tags["drift.drift/loss"]) == ("run1", tmp_path, "tiny", "new", "0.01235")
+    assert module._track(settings.model_copy(update={"register_as": ""}), "/c", tmp_path, metadata) is None
+
+
+def test_an_artifact_is_registered_later_without_being_made_again(tmp_path, monkeypatch):
+    finished = {"version": None, "bytes": 9, "artifact": "a"}
+    metadata = {"bytes": 9, "drift": {"loss": 0.25, "answer_agreement": 0.5}}
+    monkeypatch.setattr(module, "checked_checkpoint", lambda location: tmp_path)
+    monkeypatch.setattr(module, "_fingerprint", lambda settings, start: None)
+    monkeypatch.setattr(module, "_finished_result", lambda *given, overwrite: finished)
+    monkeypatch.setattr(module, "_write", lambda *given: pytest.fail("it is there"))
+    monkeypatch.setattr(module, "read_metadata", lambda folder: metadata)
+    monkeypatch.setattr(module, "_track", lambda *given: 3)
+    (tmp_path / "out").mkdir()
+    fields = {"checkpoint": str(tmp_path / "c"), "output": str(tmp_path / "out")}
+    assert module.export(QuantizeSettings(**fields)) is finished
+    result = module.export(QuantizeSettings(**fields, register_as="tiny"))
+    assert (result["version"], result["drift"], result["answer_agreement"]) == (3, 0.25, 0.5)
+    finished["version"] = 3
+    assert module.export(QuantizeSettings(**fields, register_as="tiny")) is finished
