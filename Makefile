@@ -39,8 +39,9 @@ released: setup ## the released model: fetch (8.6 GB), convert, quantize for thi
 	@$(BIN)/python jobs/released.py device=auto output=outputs/released
 
 mlflow: setup ## open the MLflow page of all runs that were started in this folder
-	@echo "MLflow (Ctrl-C stops it): http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"; \
-		$(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
+	@echo "MLflow (Ctrl-C stops it): http://127.0.0.1:5000"; \
+		echo "Click 'Model training' at its top left once, which the browser remembers: MLflow opens on pages for agents."; \
+		MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
 
 test: test-unit test-integration ## all tests
 

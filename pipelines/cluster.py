@@ -17,6 +17,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
@@ -96,7 +97,21 @@ def quiet_ray_data() -> ray.data.DataContext:
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that they are off
+    _actor_arguments_by_value()
     return context
+
+
+def _actor_arguments_by_value() -> None:
+    """Let Ray Data's actors carry their constructor's arguments, which are small here, instead of references to them.
+
+    Ray prints an error line for each actor that it may restart and whose arguments are in the object store
+    (github.com/ray-project/ray/issues/53727). With the values in the request, a restart needs no stored object.
+    """
+    from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
+
+    for reference, value in (("_map_transformer_ref", "_map_transformer"), ("_data_context_ref", "data_context")):
+        if hasattr(ActorPoolMapOperator, reference):  # another release of Ray may have other names
+            setattr(ActorPoolMapOperator, reference, property(attrgetter(value)))
 
 
 @contextmanager

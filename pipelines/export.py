@@ -24,7 +24,7 @@ from pipelines.json_files import read_json_object, write_json
 from pipelines.node_cache import checked_checkpoint, local_checkpoint
 from pipelines.settings import QuantizeSettings, SettingsError
 from pipelines.tracking.base import NullTracker, open_tracker
-from pipelines.tracking.described import run_title
+from pipelines.tracking.described import markdown_table, run_title
 from pipelines.tracking.registry import register_model
 from tinygptv.checkpoint.folders import MANIFEST, QUANTIZATION_FILE, CheckpointError, verify_folder
 from tinygptv.quantization.metadata import (
@@ -94,7 +94,7 @@ def export(settings: QuantizeSettings) -> ExportResult:
     if settings.register_as and settings.tracking_uri == "none":
         raise SettingsError("register_as needs MLflow, but tracking_uri=none switches it off: drop one of the two.")
     _refuse_unknown_method(settings)
-    started = time.perf_counter()
+    started, began = time.perf_counter(), time.time()
     checkpoint = storage.absolute(settings.checkpoint)
     output = storage.Location.parse(settings.output_location(f"outputs/{settings.recipe}/artifact"))
     storage.check_access(output, writes=True)
@@ -120,7 +120,7 @@ def export(settings: QuantizeSettings) -> ExportResult:
         checkpoint=checkpoint,
         artifact=output.uri,
         method=settings.method,
-        version=_track(settings, checkpoint, folder, metadata),
+        version=_track(settings, checkpoint, folder, metadata, began),
         seconds=round(time.perf_counter() - started, 1),
         result=(output / RESULT_FILE).uri,
     )
@@ -187,18 +187,25 @@ def _finished_result(
         return None
 
 
-def _track(settings: QuantizeSettings, checkpoint: str, folder: Path, metadata: ArtifactMetadata) -> int | None:
+def _track(
+    settings: QuantizeSettings, checkpoint: str, folder: Path, metadata: ArtifactMetadata, began: float
+) -> int | None:
     """Log the export, and register the artifact where asked for; returns the version's number."""
-    tracker = open_tracker(settings, run_title(settings.recipe, f"quantize {settings.method}"))
+    title = run_title(settings.recipe, f"quantize {settings.method}", began)
+    tracker = open_tracker(settings, title, started=began)
     tracker.params({**settings.model_dump(), "checkpoint": checkpoint})
-    tracker.metrics({"bytes": metadata["bytes"], **_drift_metrics(metadata["drift"])}, 0)
+    tracker.tags({"checkpoint": checkpoint, "method": settings.method})
+    drift = metadata["drift"]
+    shown = {"bytes": metadata["bytes"], "drift_loss": drift["loss"], "answer_agreement": drift["answer_agreement"]}
+    tracker.metrics({f"quantized/{name}": value for name, value in shown.items()}, 0)  # charts of losses come before it
+    tracker.describe(_description(metadata))
     tracker.artifact(folder / "quantization.json")
     version = None
     if settings.register_as:
         if isinstance(tracker, NullTracker):
             raise ExportError(f"{folder} is written but not registered: MLflow cannot be used (see the warning above).")
         tags = {"method": settings.method, "bytes": str(metadata["bytes"])}
-        tags |= {f"drift.{name}": f"{value:.4g}" for name, value in _drift_metrics(metadata["drift"]).items()}
+        tags |= {f"drift.{name}": f"{value:.4g}" for name, value in _drift_numbers(drift).items()}
         version = register_model(settings, tracker.run_id, folder, settings.register_as, settings.alias, tags)
     tracker.close()
     return version
@@ -293,8 +300,22 @@ def _accept(drift: Drift, settings: QuantizeSettings) -> None:
         )
 
 
-def _drift_metrics(drift: DriftRecord) -> dict[str, float]:
-    return {f"drift/{key}": value for key, value in drift.items() if isinstance(value, int | float) and key != "seed"}
+def _drift_numbers(drift: DriftRecord) -> dict[str, float]:
+    return {key: value for key, value in drift.items() if isinstance(value, int | float) and key != "seed"}
+
+
+def _description(metadata: ArtifactMetadata) -> str:
+    """The artifact's size and drift as a table, for the tracker."""
+    drift = metadata["drift"]
+    full = {"model": "full", "held-out loss": drift["full_loss"]}
+    quantized = {
+        "model": metadata["method"],
+        "held-out loss": drift["quantized_loss"],
+        "MB": metadata["bytes"] / 1e6,
+        "bits per weight": metadata.get("bits_per_weight"),
+        "equal greedy answers": f"{drift['answer_agreement']:.1%} of {drift['num_answers']}",
+    }
+    return markdown_table([full, quantized])
 
 
 # ---------------------------------------------------------------------- held-out samples

@@ -18,7 +18,7 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.ablation.findings import StageOutcome, outcome_of, typical_norms
-from pipelines.ablation.report import AblationRow, ReportFiles, RowRecord, text_table, write_report
+from pipelines.ablation.report import DEFINITIONS, AblationRow, ReportFiles, RowRecord, text_table, write_report
 from pipelines.ablation.variant_run import SharedInputs, StageStatus, VariantOutcome, run_variant
 from pipelines.ablation.variants import Variant, find_variant, with_precision
 from pipelines.cluster import start_ray
@@ -33,7 +33,7 @@ from pipelines.settings import (
     SettingsError,
 )
 from pipelines.tracking.base import Tracker, continue_tracker, reachable_uri
-from pipelines.tracking.described import run_title
+from pipelines.tracking.described import markdown_table, run_title
 from pipelines.tracking.identity import RUN_FILE
 from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.training.job import resolve_stage
@@ -258,7 +258,8 @@ def _variant_runner(settings: AblateSettings, shared: SharedInputs) -> Callable[
 
 
 def _track_report(tracker: Tracker, result: AblationResult, files: Sequence[str]) -> None:
-    """Log the table, and the files on this machine's disk."""
+    """Log the table, which the run's page begins with, and the files on this machine's disk."""
+    tracker.describe(f"{markdown_table(result['table'])}\n\n{DEFINITIONS}\n\nPlots: `report.html` in Artifacts.")
     tracker.table(result["table"], "ablation")
     for path in files:
         tracker.artifact(Path(path))

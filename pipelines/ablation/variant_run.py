@@ -162,7 +162,8 @@ def _track_stage(tracker: Tracker, number: int, folder: str) -> None:
     A resumed run has them already; the tracker leaves out what a run has.
     """
     for entry in read_record(storage.join(folder, RECORD_FILE)):
-        values = {"loss": entry["loss"], "grad_norm": entry["grad_norm"], "lr": entry["lr"]}
+        values = {"loss": entry["loss"], "norms": entry["grad_norm"], "lr": entry["lr"]}
+        values = {f"{name}/stage{number}": value for name, value in values.items()}
         if entry["step"] % _NORMS_EVERY == 0:
-            values |= {f"grad_norm/{part}": norm for part, norm in entry.get("part_norms", {}).items()}
-        tracker.metrics({f"stage{number}/{name}": value for name, value in values.items()}, entry["step"])
+            values |= {f"norms/stage{number}/{part}": norm for part, norm in entry.get("part_norms", {}).items()}
+        tracker.metrics(values, entry["step"])

@@ -34,7 +34,7 @@ from pipelines.node_cache import local_checkpoint, local_data
 from pipelines.progress import Bar
 from pipelines.settings import ScoreSettings, SettingsError
 from pipelines.tracking.base import continue_tracker
-from pipelines.tracking.described import run_title
+from pipelines.tracking.described import DataInput, markdown_table, run_title
 from pipelines.tracking.identity import RUN_FILE
 from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.units import Workers, map_units
@@ -48,6 +48,7 @@ RESULTS = ("answers", PREDICTIONS, "report.html", COMPARISON_PAGE, "result.json"
 _IMAGES_TRIED = 50
 _PATHS_NAMED = 8
 _TABLE_IMAGES = 24
+_TITLE_NAMES = 2
 _TABLE_COLUMNS = ("benchmark", "instruction", "answer", "truth", "score", "blind", "shuffled")
 
 
@@ -96,7 +97,7 @@ def evaluate(
         SettingsError: a setting cannot be used.
         FileNotFoundError: a benchmark's files are missing.
     """
-    started = time.perf_counter()
+    started, began = time.perf_counter(), time.time()
     work = storage.WorkFolder(settings.output_location("outputs/score"))
     storage.check_access(work.location, writes=True)
     output = work.path
@@ -139,7 +140,7 @@ def evaluate(
         result["comparison"] = _compare(settings, output, lines)
         result["comparison_page"] = work.uri(COMPARISON_PAGE)
     write_json(output / "result.json", result)
-    _track(settings, output, result, lines, parent_run_id)
+    _track(settings, output, result, lines, parent_run_id, began)
     pages = ["report.html", COMPARISON_PAGE] if settings.compare_with else ["report.html"]
     work.publish(PREDICTIONS, *pages, RUN_FILE, JOURNAL_FILE, "result.json")
     for name, score in scores.items():
@@ -334,14 +335,20 @@ def _answer_units(settings: ScoreSettings, options: AnswerOptions, units: Sequen
 
 
 def _track(
-    settings: ScoreSettings, output: Path, result: ScoreResult, lines: Sequence[Prediction], parent_run_id: str
+    settings: ScoreSettings,
+    output: Path,
+    result: ScoreResult,
+    lines: Sequence[Prediction],
+    parent_run_id: str,
+    began: float,
 ) -> None:
-    names = ", ".join(result["benchmarks"])
-    tracker = continue_tracker(
-        settings, run_title(settings.recipe, f"score {names}"[:120]), output, parent_run_id=parent_run_id
-    )
+    names = list(result["benchmarks"])
+    what = ", ".join(names) if len(names) <= _TITLE_NAMES else f"{names[0]} and {len(names) - 1} more"
+    title = run_title(settings.recipe, f"score {what}", began)
+    tracker = continue_tracker(settings, title, output, parent_run_id=parent_run_id, started=began)
     tracker.params(settings.model_dump())
     tracker.tags({"checkpoint": result["checkpoint"]})
+    tracker.inputs([_data_input(settings, name, score) for name, score in result["benchmarks"].items()])
     for name, score in result["benchmarks"].items():
         tracker.metrics({f"score/{name}": score["value"]}, 0)  # the baselines are in the table beside it
     left_out = ("scoring", "also", "parts", "problems")
@@ -350,6 +357,9 @@ def _track(
         for name, score in result["benchmarks"].items()
     ]
     tracker.table(rows, "scores")
+    shown = ("benchmark", "metric", "value", "low", "high", "blind", "shuffled", "n")
+    table = markdown_table([{key: row[key] for key in shown} for row in rows])
+    tracker.describe(f"{table}\n\nImages of the worst answers: `report.html` in Artifacts.")
     if "comparison" in result:
         tracker.table([{"benchmark": name, **found} for name, found in result["comparison"].items()], "comparison")
     tracker.table(_worst_cases(lines), "worst_cases")
@@ -357,6 +367,12 @@ def _track(
         if (output / name).is_file():
             tracker.artifact(output / name)
     tracker.close()
+
+
+def _data_input(settings: ScoreSettings, name: str, score: BenchmarkScore) -> DataInput:
+    """A benchmark's questions; where it has no files, its name is its digest."""
+    files = [file["sha256"] for file in score["files"]]
+    return DataInput(name, digest_of(files or name), settings.data or name, score["n"], "evaluation")
 
 
 def _worst_cases(lines: Sequence[Prediction]) -> list[dict[str, object]]:

@@ -36,6 +36,9 @@ class Tracker(Protocol):
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags."""
 
+    def describe(self, text: str) -> None:
+        """Set the description (Markdown), which stands at the top of the run's page."""
+
     def inputs(self, data: Sequence[DataInput]) -> None:
         """Log which data sets the run reads."""
 
@@ -67,6 +70,9 @@ class NullTracker:
         """Do nothing."""
 
     def tags(self, values: Mapping[str, str]) -> None:
+        """Do nothing."""
+
+    def describe(self, text: str) -> None:
         """Do nothing."""
 
     def inputs(self, data: Sequence[DataInput]) -> None:
@@ -129,6 +135,7 @@ def open_tracker(
     identity: RunIdentity | None = None,
     parent_run_id: str = "",
     journal: Path | None = None,
+    started: float | None = None,
 ) -> Tracker:
     """The tracker that the settings ask for.
 
@@ -139,6 +146,7 @@ def open_tracker(
         identity: continue this run, or begin it; None begins one.
         parent_run_id: nest a new run under this one, where ``identity`` names no parent.
         journal: folder that keeps what could not be sent.
+        started: when the work of a new run began, in seconds since the epoch; None is now.
 
     Returns:
         An MLflow tracker, or a null one where tracking is off or MLflow is not installed (with a warning).
@@ -148,13 +156,16 @@ def open_tracker(
     uri = settings.tracking_uri or default_uri(Path.cwd())
     experiment = settings.experiment or f"tinygptv-{settings.recipe}"
     try:
-        return MLflowTracker(uri, experiment, run_name, identity or RunIdentity(parent=parent_run_id), journal=journal)
+        known = identity or RunIdentity(parent=parent_run_id)
+        return MLflowTracker(uri, experiment, run_name, known, journal=journal, started=started)
     except ImportError as error:
         logger.warning("this run is not tracked: %s", error)
         return NullTracker()
 
 
-def continue_tracker(settings: Settings, run_name: str, folder: Path, *, parent_run_id: str = "") -> Tracker:
+def continue_tracker(
+    settings: Settings, run_name: str, folder: Path, *, parent_run_id: str = "", started: float | None = None
+) -> Tracker:
     """Continue the run that an output folder began, or begin it and keep its identity there.
 
     Args:
@@ -162,6 +173,7 @@ def continue_tracker(settings: Settings, run_name: str, folder: Path, *, parent_
         run_name: name of a new run.
         folder: the output folder; made where it is missing.
         parent_run_id: nest a new run under this one.
+        started: when the work of a new run began, in seconds since the epoch; None is now.
 
     Returns:
         A tracker that keeps in the folder what it cannot send.
@@ -169,7 +181,7 @@ def continue_tracker(settings: Settings, run_name: str, folder: Path, *, parent_
     if settings.tracking_uri == "none":
         return NullTracker()
     identity = read_identity(folder) or RunIdentity(parent=parent_run_id)
-    tracker = open_tracker(settings, run_name, identity=identity, journal=folder)
+    tracker = open_tracker(settings, run_name, identity=identity, journal=folder, started=started)
     folder.mkdir(parents=True, exist_ok=True)
     write_identity(folder, replace(identity, run_id=tracker.run_id))
     return tracker

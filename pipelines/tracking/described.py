@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -37,9 +38,21 @@ class DataInput:
     context: Literal["training", "evaluation"]
 
 
-def run_title(recipe: str, what: str) -> str:
-    """Name of a new run: recipe, what it does, and the time."""
-    return f"{recipe} {what}, {time.strftime('%Y-%m-%d %H:%M')}"
+def run_title(recipe: str, what: str, started: float | None = None) -> str:
+    """Name of a new run: recipe, what it does, and the time of its start (seconds since the epoch; None is now)."""
+    return f"{recipe} {what}, {time.strftime('%Y-%m-%d %H:%M', time.localtime(started))}"
+
+
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows as a Markdown table; a column for every key, numbers with four digits, empty cells for None."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns), *([_cell(row.get(key)) for key in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _cell(value: object) -> str:
+    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return " ".join(text.split()).replace("|", r"\|")
 
 
 def source_tags() -> dict[str, str]:

@@ -33,11 +33,13 @@ logger = logging.getLogger(__name__)
 
 _KEY_TAG = "tinygptv.run"
 _PARENT_TAG = "mlflow.parentRunId"
+_DESCRIPTION_TAG = "mlflow.note.content"
 _EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # else its pages open for agents, with runs as "evaluations"
-    "mlflow.note.content": "TinyGPT-V: trainings with their stages as nested runs, scores, ablations, artifacts.",
+    _DESCRIPTION_TAG: "TinyGPT-V: trainings with their stages as nested runs, scores, ablations, artifacts.",
 }
 _PARAM_LIMIT = 6000
+_TAG_LIMIT = 8000
 _BATCH_PARAMS = 100
 _MAX_EXPERIMENT_NAMES = 100
 _FOREIGN = (
@@ -51,7 +53,14 @@ class MLflowTracker:
     """Sends a run to MLflow from a background thread."""
 
     def __init__(
-        self, uri: str, experiment: str, run_name: str, identity: RunIdentity, *, journal: Path | None = None
+        self,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        identity: RunIdentity,
+        *,
+        journal: Path | None = None,
+        started: float | None = None,
     ) -> None:
         """Start or continue a run; where MLflow does not answer, later.
 
@@ -61,12 +70,14 @@ class MLflowTracker:
             run_name: name that people see.
             identity: the run to continue or begin.
             journal: folder that keeps what could not be sent.
+            started: when the work of a new run began, in seconds since the epoch; None is now.
         """
         # One quick try per call: the outbox waits and retries.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self.run_id = identity.run_id
         self._uri, self._experiment, self._run_name, self._identity = uri, experiment, run_name, identity
+        self._started_ms = int((time.time() if started is None else started) * 1000)
         self._client: MlflowClient | None = None
         self._is_new = False
         self._last_step: dict[str, int] = {}
@@ -93,6 +104,10 @@ class MLflowTracker:
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags."""
         self._outbox.put("tags", values={key: redact(value) for key, value in values.items()})
+
+    def describe(self, text: str) -> None:
+        """Set the description (Markdown), which stands at the top of the run's page."""
+        self.tags({_DESCRIPTION_TAG: text[:_TAG_LIMIT]})
 
     def inputs(self, data: Sequence[DataInput]) -> None:
         """Log data sets with source, digest and number of rows; logged again, they are not doubled."""
@@ -153,7 +168,8 @@ class MLflowTracker:
             tags[_PARENT_TAG] = parent
         elif parent:
             logger.info(_FOREIGN, parent)
-        return client.create_run(self._find_experiment(client), run_name=self._run_name, tags=tags)
+        experiment = self._find_experiment(client)
+        return client.create_run(experiment, self._started_ms, tags, self._run_name)
 
     def _find_experiment(self, client: MlflowClient) -> str:
         """Id of the experiment; where one of its name was deleted, of a new one with a number behind the name."""
@@ -189,9 +205,9 @@ class MLflowTracker:
         except MlflowException as error:
             if not _is_refusal(error):
                 raise
-            logger.warning("MLflow refused a %s entry: %s", entries[0]["kind"], _one_line(error))
+            logger.warning("MLflow refused %r: %s", entries[0]["kind"], _one_line(error))
         except (ValueError, TypeError, FileNotFoundError) as error:  # would fail again, and hold up all others
-            logger.warning("a %s entry cannot be sent to MLflow: %s", entries[0]["kind"], _one_line(error))
+            logger.warning("%r cannot be sent to MLflow: %s", entries[0]["kind"], _one_line(error))
 
     def _deliver(self, client: MlflowClient, entries: list[Entry]) -> None:
         entry, run_id = entries[0], self.run_id

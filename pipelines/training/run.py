@@ -307,16 +307,18 @@ def _log_to_training(job: TrainJob, output: Path) -> None:
     identity = read_identity(output)
     if identity is None or not identity.parent or (output / JOURNAL_FILE).is_file():
         return
-    entries, prefix = read_record(output / RECORD_FILE), f"stage{job.stage.number}"
+    entries, stage = read_record(output / RECORD_FILE), f"stage{job.stage.number}"
     name = run_title(job.settings.recipe, "training")
     tracker = open_tracker(job.settings, name, identity=RunIdentity(run_id=identity.parent))
+    tracker.tags({"recipe": job.settings.recipe, "seed": str(job.settings.seed)})
+    tracker.inputs(_data_inputs(job))
     every = max(1, len(entries) // _TRAINING_POINTS)
     for entry in entries:
         if entry["step"] % every == 0 or entry is entries[-1]:
-            tracker.metrics({f"{prefix}/loss": entry["loss"], f"{prefix}/lr": entry["lr"]}, entry["step"])
+            tracker.metrics({f"loss/{stage}": entry["loss"], f"lr/{stage}": entry["lr"]}, entry["step"])
     for each in read_evaluations(output / HELD_OUT_FILE):
-        scores = {f"{prefix}/score/held_out/{name}": score for name, score in each["scores"].items()}
-        tracker.metrics({f"{prefix}/loss/held_out": each["loss"], **scores}, each["step"])
+        scores = {f"score/held_out/{stage}/{name}": score for name, score in each["scores"].items()}
+        tracker.metrics({f"loss/held_out/{stage}": each["loss"], **scores}, each["step"])
     tracker.close()
 
 

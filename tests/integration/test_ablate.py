@@ -74,10 +74,12 @@ def test_matrix_on_the_cluster(ray_cluster, world, tmp_path):
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert {run.info.run_name for run in children} == {row["variant"] for row in result["rows"]}
     for child in children:
-        assert len(client.get_metric_history(child.info.run_id, "stage2/loss")) == 4
-        assert "stage2/grad_norm/projector" in child.data.metrics and "score/miniature_vqa" in child.data.metrics
+        assert len(client.get_metric_history(child.info.run_id, "loss/stage2")) == 4
+        assert "norms/stage2/projector" in child.data.metrics and "score/miniature_vqa" in child.data.metrics
     names = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert {"report.md", "report.html", "losses_fp32.png", "ablation.json"} <= names
+    assert {"report.md", "report.html", "losses_fp32.png", "ablation.json", "result.json"} <= names
+    head = parent.data.tags["mlflow.note.content"].splitlines()[0]
+    assert head == "| variant | precision | stage 1 | stage 2 | miniature_vqa |", "its page begins with the table"
 
 
 def test_finished_stages_are_kept_and_a_lost_one_is_trained_again(world, tmp_path):

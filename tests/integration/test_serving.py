@@ -168,6 +168,8 @@ def test_a_killed_replica_ends_streams_cleanly_and_comes_back(address):
 @pytest.fixture
 def registry(tmp_path, monkeypatch):
     """An MLflow registry whose champion is another model in low bits."""
+    from mlflow import MlflowClient
+
     from pipelines.export import export
 
     monkeypatch.chdir(tmp_path)  # MLflow keeps its files in the working directory
@@ -176,6 +178,8 @@ def registry(tmp_path, monkeypatch):
     options = {"drift_samples": 2, "max_drift": 50.0, "tracking_uri": uri, "register_as": "tinygptv"}
     result = export(QuantizeSettings(checkpoint=str(checkpoint), output=str(tmp_path / "artifact"), **options))
     assert result["version"] == 1
+    tags = MlflowClient(tracking_uri=uri).get_model_version("tinygptv", "1").tags
+    assert {"method", "bytes", "drift.loss", "drift.answer_agreement"} <= set(tags)
     return uri
 
 

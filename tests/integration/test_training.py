@@ -229,8 +229,9 @@ def test_a_resumed_run_continues_its_curve_and_stages_share_a_parent(world, tmp_
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"config.yaml", "metrics.jsonl", "loss.png", "predictions"} <= names
     training = runs["training"]
-    assert steps_of(client, training, "stage4/loss") == list(range(12)), "its charts show all stages"
-    assert steps_of(client, training, "stage2/loss") == list(range(3))
+    assert steps_of(client, training, "loss/stage4") == list(range(12)), "its charts show all stages"
+    assert steps_of(client, training, "loss/stage2") == list(range(3))
+    assert training.inputs.dataset_inputs and training.data.tags["recipe"] == run.data.tags["recipe"]
     tables = {file.path for file in client.list_artifacts(run.info.run_id, "predictions")}
     assert {"predictions/step_000006.json", "predictions/step_000012.json"} <= tables
     (model,) = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")

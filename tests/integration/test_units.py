@@ -7,6 +7,7 @@ import signal
 from functools import partial
 
 import pytest
+import ray
 
 from pipelines.settings import Settings
 from pipelines.units import _POLICIES, ATTEMPTS, UnitsLostError, Workers, _data_context, map_units
@@ -53,6 +54,17 @@ def test_every_unit_gives_its_result(tmp_path, workers):
     done = dict(map_units(partial(setup, tmp_path), list(range(7)), workers, SETTINGS, name="double"))
     assert done == {n: 2 * n for n in range(7)}
     assert len(list(tmp_path.iterdir())) == (1 if workers.reuse_setup else 7)
+
+
+def test_actors_carry_their_arguments_so_that_ray_prints_no_error_of_theirs(tmp_path, monkeypatch, capfd):
+    stored, put = [], ray.put
+    monkeypatch.setattr(
+        ray, "put", lambda value, *rest, **options: stored.append(value) or put(value, *rest, **options)
+    )
+    list(map_units(partial(setup, tmp_path), [1], ACTORS, SETTINGS, name="double"))
+    kinds = {type(value).__name__ for value in stored}
+    assert kinds and not kinds & {"MapTransformer", "DataContext"}
+    assert "object store" not in capfd.readouterr().err, "Ray prints it once per process"
 
 
 def test_an_error_arrives_as_it_was_raised(tmp_path):

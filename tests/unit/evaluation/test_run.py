@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from pipelines import storage
+from pipelines.evaluation import run as module
 from pipelines.evaluation.benchmarks.base import Benchmark, Question
 from pipelines.evaluation.benchmarks.files import DataFolder
-from pipelines.evaluation.run import _read, evaluate
+from pipelines.evaluation.run import _read, _track, evaluate
 from pipelines.evaluation.worker import UnitAnswerer, _other_images
 from pipelines.fingerprint import OtherInputsError
 from pipelines.settings import ScoreSettings, SettingsError
 from pipelines.storage import DiskFullError
 from pipelines.storage.files import AtomicFile
+from pipelines.tracking.base import NullTracker
 from tests import benchmark_files
 from tests.serving_model import make_image, save_checkpoint
 from tinygptv.metrics.metrics import exact_match
@@ -96,6 +98,37 @@ def test_page_shows_pictures_worst_first(run):
     assert page.count("data:image/jpeg;base64") == 14 + 14, "all 14 questions, and all 14 phrases"
     assert page.index('class="wrong"') < page.index("<h3>Best</h3>")
     assert "http://" not in page and "https://" not in page
+
+
+def test_the_tracker_is_told_the_scores_the_data_and_when_the_run_began(run, world, monkeypatch, tmp_path):
+    told = {}
+
+    class Recording(NullTracker):
+        def describe(self, text):
+            told["description"] = text
+
+        def inputs(self, data):
+            told["data"] = data
+
+    def begin(settings, title, folder, *, parent_run_id, started):
+        told["title"], told["started"] = title, started
+        return Recording()
+
+    monkeypatch.setattr(module, "continue_tracker", begin)
+    result, output = run
+    _track(settings(result["checkpoint"], world, output), tmp_path, result, [], "", 1e9)
+    assert told["started"] == 1e9
+    assert told["title"].startswith("mini score miniature_vqa, miniature_refer, 2001-09-")
+    head, _, first, *_ = told["description"].splitlines()
+    assert head == "| benchmark | metric | value | low | high | blind | shuffled | n |"
+    assert first.startswith("| miniature_vqa | ")
+    assert [(data.name, data.rows, data.context) for data in told["data"]] == [
+        ("miniature_vqa", 6, "evaluation"),
+        ("miniature_refer", result["benchmarks"]["miniature_refer"]["n"], "evaluation"),
+    ]
+    more = {f"miniature_{n}": result["benchmarks"]["miniature_vqa"] for n in range(3)}
+    _track(settings(result["checkpoint"], world, output), tmp_path, {**result, "benchmarks": more}, [], "", 1e9)
+    assert told["title"].startswith("mini score miniature_0 and 2 more, ")
 
 
 def test_the_same_settings_give_the_same_answers(run, checkpoint, world, tmp_path):

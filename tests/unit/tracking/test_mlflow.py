@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from pipelines.redact import redact
 from pipelines.settings import TrainSettings
 from pipelines.tracking import mlflow as module
 from pipelines.tracking.base import NullTracker, absolute_uri, continue_tracker, open_tracker, reachable_uri
-from pipelines.tracking.described import DataInput, hardware_tags, run_title
+from pipelines.tracking.described import DataInput, hardware_tags, markdown_table, run_title
 from pipelines.tracking.identity import RUN_FILE, RunIdentity, read_identity
 from pipelines.tracking.names import NameTable, valid_name
 
@@ -39,11 +40,17 @@ class Store:
         self.experiments[name] = found
         return found.experiment_id
 
-    def create_run(self, experiment_id, run_name, tags):
+    def create_run(self, experiment_id, start_time, tags, run_name):
         (experiment,) = [e for e in self.experiments.values() if e.experiment_id == experiment_id]
         assert experiment.lifecycle_stage == "active"
         run_id = f"run{len(self.runs)}"
-        info = SimpleNamespace(run_id=run_id, run_name=run_name, experiment_id=experiment_id, lifecycle_stage="active")
+        info = SimpleNamespace(
+            run_id=run_id,
+            run_name=run_name,
+            experiment_id=experiment_id,
+            lifecycle_stage="active",
+            start_time=start_time,
+        )
         data = SimpleNamespace(tags=dict(tags), params={}, metrics={})
         self.runs[run_id] = SimpleNamespace(info=info, data=data, status="RUNNING")
         return self.runs[run_id]
@@ -352,6 +359,31 @@ def test_data_sets_that_could_not_be_sent_are_sent_by_the_next_run(stores, tmp_p
     again = continue_tracker(settings(), "stage", tmp_path)
     again.close()
     assert stores["one"].runs[again.run_id].inputs[0].dataset.name == "gqa"
+
+
+def test_a_run_that_is_reported_at_its_end_has_the_time_of_its_start(store, tmp_path):
+    began = 1_700_000_000.25
+    title = run_title("mini", "score gqa", began)
+    assert title == f"mini score gqa, {time.strftime('%Y-%m-%d %H:%M', time.localtime(began))}"
+    tracker = continue_tracker(settings(), title, tmp_path, started=began)
+    assert store.runs[tracker.run_id].info.start_time == 1_700_000_000_250
+    tracker.close()
+
+
+def test_the_page_of_a_run_begins_with_its_description(store, tmp_path):
+    tracker = continue_tracker(settings(), "ablation", tmp_path)
+    rows = [{"variant": "full", "stage 1": "0.889"}, {"variant": "a|b", "stage 1": None, "n": 7, "share": 1 / 3}]
+    table = markdown_table(rows)
+    tracker.describe(table + "x" * 9000)
+    tracker.close()
+    text = store.runs[tracker.run_id].data.tags["mlflow.note.content"]
+    assert text.startswith(table) and len(text) == 8000
+    assert table.splitlines() == [
+        "| variant | stage 1 | n | share |",
+        "| --- | --- | --- | --- |",
+        "| full | 0.889 |  |  |",
+        "| a\\|b |  | 7 | 0.3333 |",
+    ]
 
 
 def test_hardware_is_named():
