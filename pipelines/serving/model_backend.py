@@ -120,9 +120,7 @@ class ModelBackend:
         try:
             return await self.assistant.prepare(job.messages, SamplingParams(**job.sampling), job.salt)
         except PromptTooLong as error:
-            # Clients such as LiteLLM know the case by OpenAI's words.
-            context = f"This model's maximum context length is {self.assistant.context_length} tokens"
-            return Failure(f"{context}: {error}", "too_long")
+            return Failure(str(error), "too_long")
         except ValueError as error:
             return Failure(str(error), "request")
         except ThreadFailure as error:

@@ -138,8 +138,9 @@ class Engine:
         """
         if num_prompt_tokens >= self.context_length:
             raise PromptTooLong(
-                f"the prompt has {num_prompt_tokens} tokens (images included) but the model's context is "
-                f"{self.context_length} tokens and the answer needs room in it: shorten the conversation."
+                # Clients such as LiteLLM know the case by the first words, which are OpenAI's.
+                f"This model's maximum context length is {self.context_length} tokens, and the answer needs room in "
+                f"it. The prompt has {num_prompt_tokens} tokens with images: shorten the question or the conversation."
             )
 
     def check(self, request: Request) -> None:

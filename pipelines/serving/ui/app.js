@@ -1,7 +1,7 @@
 // The page: what happens when somebody clicks, types, drops, pastes.
 
 import { ApiError, firstModel, isHealthy, newScene, setKey, streamAnswer } from "./api.js";
-import { Conversation, inPixels } from "./conversation.js";
+import { Conversation } from "./conversation.js";
 import { ImageView } from "./image.js";
 import { grow, listenForImages, startTheme } from "./page.js";
 
@@ -108,7 +108,7 @@ async function openImage(file, name, { isOwn = true } = {}) {
   startOver();
   $("empty").hidden = true;
   $("stage").hidden = false;
-  $("caption").textContent = `${name ? `${name} · ` : ""}${image.width} × ${image.height} pixels`;
+  $("caption").textContent = `${name ? `${name} · ` : ""}${image.fileWidth} × ${image.fileHeight} pixels`;
   chooseTask(chosenTask().id);
   if (isOwn && model.scope === DRAWN) {
     conversation.note(
@@ -299,7 +299,7 @@ function finish(asked, questionItem, isChat, options, writing, { reason, boxes, 
 function showTruth(writing) {
   if (scene.box) {
     image.showTruth(scene.box);
-    writing.addLine("Truth:", `${inPixels(scene.box)} (dashed)`);
+    writing.addLine("Truth:", `${image.inPixels(scene.box)} (dashed)`);
   } else {
     writing.addLine("Truth:", scene.answer);
   }
@@ -311,7 +311,10 @@ async function report(error, retry, asked) {
     if (await askForKey()) retry();
     return;
   }
-  if (error.code === "context_length_exceeded" && asked) $("question").value = asked.text; // to shorten it
+  if (error.code === "context_length_exceeded" && asked) {
+    $("question").value = asked.text; // to shorten it
+    grow($("question"));
+  }
   const wait = error.retryAfter ? ` Try again in about ${error.retryAfter} s.` : "";
   conversation.error(error.message + wait, error.canRetry ? retry : null);
   showReady();

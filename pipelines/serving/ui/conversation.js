@@ -161,17 +161,11 @@ class Answer {
     wrapper.append(button);
     // A sentence with phrases stays readable; an answer that is a box says where it is.
     if (!phrase && image.isLoaded) {
-      const corners = boxes.map((box) => inPixels(image.toPixels(box))).join("; ");
+      const corners = boxes.map((box) => image.inPixels(image.toPixels(box))).join("; ");
       wrapper.append(Object.assign(document.createElement("span"), { className: "coordinates", textContent: ` at ${corners}` }));
     }
     return wrapper;
   }
-}
-
-/** A box as a person reads it. */
-export function inPixels(box) {
-  const [x1, y1, x2, y2] = box.map(Math.round);
-  return `(${x1}, ${y1}) – (${x2}, ${y2}) px`;
 }
 
 function actions(entries) {

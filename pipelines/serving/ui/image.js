@@ -12,8 +12,10 @@ export class ImageView {
     this.overlay = overlay;
     this.onBox = onBox;
     this.url = "";
-    this.width = 0;
+    this.width = 0; // of the image as it is sent
     this.height = 0;
+    this.fileWidth = 0; // of the file, which a person knows
+    this.fileHeight = 0;
     this.drawn = null;
     this.listenForDrawing();
   }
@@ -32,6 +34,7 @@ export class ImageView {
       throw new Error(`${name || "This file"} is not an image that this browser can read (JPEG, PNG, WebP, GIF, BMP).`);
     }
     let { width, height } = bitmap;
+    const [fileWidth, fileHeight] = [width, height];
     if (Math.max(width, height) > LARGEST_SIDE || file.size > LARGEST_BYTES) {
       const scale = Math.min(1, LARGEST_SIDE / Math.max(width, height));
       [width, height] = [Math.round(width * scale), Math.round(height * scale)];
@@ -40,7 +43,7 @@ export class ImageView {
       url = canvas.toDataURL("image/jpeg", 0.92);
     }
     bitmap.close();
-    Object.assign(this, { url, width, height });
+    Object.assign(this, { url, width, height, fileWidth, fileHeight });
     this.image.src = url;
     this.image.alt = name ? `Your image: ${name}` : "Your image";
     await this.image.decode();
@@ -61,10 +64,11 @@ export class ImageView {
     return [(x1 / 100) * this.width, (y1 / 100) * this.height, (x2 / 100) * this.width, (y2 / 100) * this.height];
   }
 
-  /** A box in pixels as the model writes it. */
-  boxText([x1, y1, x2, y2]) {
-    const cells = [x1 / this.width, y1 / this.height, x2 / this.width, y2 / this.height];
-    return `{${cells.map((cell) => `<${Math.floor(cell * 100)}>`).join("")}}`;
+  /** A box as a person reads it, in pixels of the file. */
+  inPixels([x1, y1, x2, y2]) {
+    const [across, down] = [this.fileWidth / this.width, this.fileHeight / this.height];
+    const [left, top, right, bottom] = [x1 * across, y1 * down, x2 * across, y2 * down].map(Math.round);
+    return `(${left}, ${top}) – (${right}, ${bottom}) px`;
   }
 
   /** Draw boxes: {label, box (pixels), entity, colour}. */

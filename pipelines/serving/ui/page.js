@@ -51,5 +51,5 @@ export function listenForImages({ input, drop, onImage }) {
 /** Make a text field as high as its text. */
 export function grow(field) {
   field.style.height = "auto";
-  field.style.height = `${field.scrollHeight}px`;
+  field.style.height = `${field.scrollHeight + field.offsetHeight - field.clientHeight}px`; // its border is part of it
 }

@@ -74,10 +74,12 @@ def test_what_is_no_image_is_refused_with_a_sentence(page):
     assert "notes.txt is not an image" in page.locator(".message.error").inner_text()
 
 
-def test_a_huge_photograph_is_shrunk_before_it_is_sent(page, server):
+def test_a_huge_photograph_is_shrunk_before_it_is_sent_and_its_own_pixels_are_told(page, server):
+    server.model.text = "{<10><20><50><60>}"
     upload(page, 2600, 650)
-    ask(page, "hi")
-    wait_for_answer(page)
+    assert "2600 × 650 pixels" in page.inner_text("#caption")
+    ask(page, "the dog", "refer")
+    assert wait_for_answer(page) == "the dog at (260, 130) – (1300, 390) px"
     image = server.model.jobs[0].messages[0].images[0]
     assert (image.width, image.height) == (2048, 512)
 

@@ -57,11 +57,13 @@ def test_a_full_context_leaves_out_old_turns_and_says_so(page, server):
 def test_a_question_that_is_too_long_alone_comes_back_to_be_shortened(page, server):
     server.model.most_messages = 0
     upload(page)
-    ask(page, "a very long question")
+    long = "a very long question\nof several lines\nthat can be read\nwhen it comes back"
+    ask(page, long)
     page.wait_for_selector(".message.error")
     assert "549 tokens" in page.locator(".message.error").inner_text()
     assert page.locator(".message.error button").count() == 0, "trying again cannot help"
-    assert page.input_value("#question") == "a very long question" and page.is_enabled("#send")
+    assert page.input_value("#question") == long and page.is_enabled("#send")
+    assert page.evaluate("(({scrollHeight, clientHeight}) => scrollHeight - clientHeight)(question)") <= 1
 
 
 def test_cut_answers_say_why(page, server):

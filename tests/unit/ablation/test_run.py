@@ -131,9 +131,9 @@ def test_curves_are_sent_under_common_names_with_norms_at_every_fifth_step(stage
     stages.run(stages=[2])
     points = stages.tracker.points
     assert [step for step, _ in points] == [*range(12), 0]
-    assert points[1][1] == {"stage2/loss": 3.0, "stage2/grad_norm": 2.0, "stage2/lr": 0.1}
-    with_norms = [step for step, values in points if "stage2/grad_norm/projector" in values]
-    assert with_norms == [0, 5, 10] and points[11][1]["stage2/loss"] == 1.5
+    assert points[1][1] == {"loss/stage2": 3.0, "norms/stage2": 2.0, "lr/stage2": 0.1}
+    with_norms = [step for step, values in points if "norms/stage2/projector" in values]
+    assert with_norms == [0, 5, 10] and points[11][1]["loss/stage2"] == 1.5
     assert points[-1] == (0, {"score/miniature_vqa": 51.0})
 
 
