@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 
 import pytest
@@ -11,9 +12,11 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from tests.release_files import HEADS, language_state, load, stage_state, write_language, write_release
 from tests.training_runs import assert_same_weights
-from tinygptv.checkpoint.weight_files import WeightFileError
+from tinygptv.checkpoint.weight_files import WeightFileError, open_weights
 from tinygptv.convert import load_release, match
 from tinygptv.convert.layouts import interleave_heads, release_key, separate_heads
+from tinygptv.convert.load import build_fresh
+from tinygptv.convert.write import write_shards
 from tinygptv.miniature.tiny import tiny_config
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
@@ -127,6 +130,41 @@ def test_fresh_start_without_stage_file(files):
     loaded = load({**files, "checkpoint": None})
     assert loaded.config.lora_rank == 0
     assert {name.split(".")[0] for name in loaded.load_report.fresh} == {"projector", "language_model"}
+
+
+def test_what_is_fresh_starts_as_a_new_model_does(files):
+    given = {**files, "checkpoint": None, "projection": None}
+    release = match.match_release(**given, vision_heads=HEADS, qformer_heads=HEADS)
+    fresh = dict(build_fresh(release, torch.bfloat16))
+    norms = [name for name in fresh if "norm" in name and name.endswith("weight")]
+    biases = [name for name in fresh if name.endswith("bias")]
+    assert norms and biases and "projector.linear_1.weight" in fresh
+    assert all((fresh[name] == 1).all() for name in norms) and not any(fresh[name].any() for name in biases)
+    assert fresh["projector.linear_1.weight"].std() > 0 and {value.dtype for value in fresh.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "files"),
+    [
+        ([10], [["0"]]),
+        ([15, 10], [["0", "1"]]),
+        ([15, 11], [["0"], ["1"]]),
+        ([30, 10, 10, 10], [["0"], ["1", "2"], ["3"]]),
+    ],
+)
+def test_shards_are_filled_up_to_their_bound_and_indexed(tmp_path, sizes, files):
+    """Float32 tensors, 100 bytes a shard; a larger one is alone."""
+    write_shards(tmp_path, ((str(n), torch.full((size,), float(n))) for n, size in enumerate(sizes)), 100)
+    if len(files) == 1:
+        assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+        return
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    names = [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    assert index["weight_map"] == {key: name for keys, name in zip(files, names, strict=True) for key in keys}
+    assert index["metadata"] == {"total_size": 4 * sum(sizes)}
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == names
+    found = {key: tensor.load() for key, tensor in open_weights(tmp_path).items()}
+    assert all((found[str(n)] == n).all() and len(found[str(n)]) == size for n, size in enumerate(sizes))
 
 
 def test_minigpt4_projection_starts_the_first_layer(tmp_path, files, plain):

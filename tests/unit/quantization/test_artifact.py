@@ -24,11 +24,14 @@ from tinygptv.quantization.artifact import (
     METHODS,
     PACKED,
     _format_class,
+    _formats,
+    _rounded,
+    _shards,
     is_packed,
     load_artifact,
     write_artifact,
 )
-from tinygptv.quantization.metadata import read_metadata
+from tinygptv.quantization.metadata import bits_per_weight, read_metadata
 
 # Largest relative error of the logits that each method may make on random weights, which round worst.
 LOGIT_ERROR = {"cpu": 0.03, "cpu4": 0.35, "int8": 0.03, "int4": 0.35, "nf4": 0.35}
@@ -121,6 +124,54 @@ def test_adapters_can_be_kept(tmp_path, method):
 def test_the_image_encoder_can_stay_in_half_precision(tmp_path):
     metadata = read_metadata(make_artifact(tmp_path / "half", "cpu", encoder="half"))
     assert [metadata["parts"][part]["format"] for part in ("vision_encoder", "language_model")] == ["half", "int8"]
+
+
+@pytest.mark.parametrize(
+    ("method", "encoder", "expected"),
+    [
+        ("cpu", "", "int8 int8 int8 int8 full"),
+        ("cpu", "half", "int8 int8 half half full"),
+        ("cpu4", "", "int4 int8 int8 int8 full"),
+        ("nf4", "", "nf4 half half half full"),
+        ("nf4", "int8", "nf4 half int8 int8 full"),
+    ],
+)
+def test_every_part_has_its_format(method, encoder, expected):
+    parts = ("language_model", "lm_head", "vision_encoder", "qformer", "projector")
+    assert " ".join(_formats(METHODS[method], encoder)[part] for part in parts) == expected
+
+
+def test_parameters_and_bytes_are_counted_by_part(artifacts):
+    metadata = read_metadata(artifacts["cpu4"])
+    stored = {}
+    for path in artifacts["cpu4"].glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            part = name.partition(".")[0]
+            stored[part] = stored.get(part, 0) + tensor.numel() * tensor.element_size()
+    numbers = {}
+    for name, parameter in make_model().named_parameters():
+        numbers[name.partition(".")[0]] = numbers.get(name.partition(".")[0], 0) + parameter.numel()
+    assert {name: part["bytes"] for name, part in metadata["parts"].items()} == stored
+    assert {name: part["parameters"] for name, part in metadata["parts"].items()} == numbers
+    assert metadata["bytes"] == sum(stored.values()) and metadata["lora"] == "merged"
+    assert bits_per_weight(metadata) == pytest.approx(8 * sum(stored.values()) / sum(numbers.values()))
+
+
+def test_files_are_filled_up_to_their_bound(monkeypatch):
+    monkeypatch.setattr("tinygptv.quantization.artifact.SHARD_BYTES", 100)
+    sizes = [60, 40, 60, 60, 100, 10]
+    shards = _shards({f"{n}": torch.zeros(size, dtype=torch.uint8)} for n, size in enumerate(sizes))
+    assert [list(shard) for shard in shards] == [["0", "1"], ["2", "3"], ["4"], ["5"]]
+    assert list(_shards(iter([]))) == []
+
+
+def test_what_half_precision_cannot_hold_is_refused():
+    formats = {"qformer": "half", "projector": "full", "language_model": "int8"}
+    assert _rounded("qformer.x", torch.ones(2), formats).dtype == torch.float16
+    assert _rounded("language_model.embed_tokens.weight", torch.ones(2), formats).dtype == torch.float16
+    assert _rounded("language_model.layers.0.x", torch.full((2,), 1e6), formats).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"qformer\.x has values beyond float16's range"):
+        _rounded("qformer.x", torch.tensor([1.0, 1e6]), formats)
 
 
 def test_an_unknown_method_is_one_sentence(tmp_path):
