@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ def run(command: Command, argv: Sequence[str]) -> int:
     """Call a command's ``main``."""
     kind, _, name = command.target.partition(":")
     if kind == "module":
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the module does where it is run by itself
         return int(importlib.import_module(name).main(argv))
     path = jobs_folder() / f"{command.target}.py"
     spec = importlib.util.spec_from_file_location(f"tinygptv_job_{command.target}", path)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import json
+import os
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -171,3 +174,23 @@ def test_drawing_leaves_the_picture_as_it_is():
     drawn = draw_boxes(picture, "{<50><50><10><10>} <p>a very long phrase that does not fit</p> {<90><90><100><100>}")
     assert drawn.size == picture.size and drawn.tobytes() != picture.tobytes()
     assert picture.getcolors() == [(20000, (255, 255, 255))]
+
+
+@pytest.mark.parametrize(("given", "policy"), [("", "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_of_the_command_sleep_while_they_wait(monkeypatch, capsys, given, policy):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    if not given:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr("sys.argv", ["chat", "--help"])
+    seen = []
+
+    def watch(name, *arguments, **options):
+        if name.startswith("tinygptv."):
+            seen.append(os.environ.get("OMP_WAIT_POLICY"))
+        return load(name, *arguments, **options)
+
+    load = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", watch)
+    with pytest.raises(SystemExit):
+        exec(compile(Path(chat.__file__).read_text(), chat.__file__, "exec"), {"__name__": "__main__"})
+    assert seen[0] == policy, "OpenMP reads it when torch is imported"
