@@ -89,6 +89,9 @@ class Recording(NullTracker):
     def metrics(self, values, step):
         self.told |= values
 
+    def describe(self, text):
+        self.told["description"] = text
+
     def artifact(self, path, folder=""):
         self.told["file"] = path.name
 
@@ -100,17 +103,25 @@ def test_numbers_of_the_drift_are_logged_and_registered(tmp_path, monkeypatch):
     registered = []
     tracker = Recording()
     monkeypatch.setattr(module, "NullTracker", type("Off", (), {}))
-    monkeypatch.setattr(module, "open_tracker", lambda settings, title: tracker)
+    begun = {}
+    monkeypatch.setattr(module, "open_tracker", lambda settings, title, **how: begun.update(how) or tracker)
     monkeypatch.setattr(module, "register_model", lambda *given: registered.append(given) or 7)
-    metadata = {"bytes": 9, "drift": {"loss": 0.01234567, "num_answers": 4, "data": "x", "seed": 3, "max_loss": 0.5}}
+    drift = {"loss": 0.01234567, "full_loss": 1.5, "quantized_loss": 1.51234, "answer_agreement": 0.75}
+    drift |= {"num_answers": 4, "data": "x", "seed": 3, "max_loss": 0.5}
+    metadata = {"bytes": 9, "method": "cpu4", "bits_per_weight": 4.6, "drift": drift}
     settings = QuantizeSettings(method="cpu4", register_as="tiny", alias="new")
-    assert module._track(settings, "/checkpoint", tmp_path, metadata) == 7
-    drift = {"drift/loss": 0.01234567, "drift/num_answers": 4, "drift/max_loss": 0.5}
-    assert {key: tracker.told[key] for key in tracker.told if key.startswith("drift/")} == drift
-    assert (tracker.told["checkpoint"], tracker.told["bytes"], tracker.status) == ("/checkpoint", 9, "FINISHED")
+    assert module._track(settings, "/checkpoint", tmp_path, metadata, 1e9) == 7
+    shown = {"quantized/bytes": 9, "quantized/drift_loss": 0.01234567, "quantized/answer_agreement": 0.75}
+    assert {key: tracker.told[key] for key in tracker.told if "/" in key} == shown
+    assert (tracker.told["checkpoint"], begun, tracker.status) == ("/checkpoint", {"started": 1e9}, "FINISHED")
+    assert tracker.told["description"].splitlines()[2:] == [
+        "| full | 1.5 |  |  |  |",
+        "| cpu4 | 1.512 | 9e-06 | 4.6 | 75.0% of 4 |",
+    ]
     (_, run_id, folder, name, alias, tags) = registered[0]
-    assert (run_id, folder, name, alias, tags["drift.drift/loss"]) == ("run1", tmp_path, "tiny", "new", "0.01235")
-    assert module._track(settings.model_copy(update={"register_as": ""}), "/c", tmp_path, metadata) is None
+    assert (run_id, folder, name, alias, tags["drift.loss"]) == ("run1", tmp_path, "tiny", "new", "0.01235")
+    assert "drift.seed" not in tags and tags["drift.num_answers"] == "4"
+    assert module._track(settings.model_copy(update={"register_as": ""}), "/c", tmp_path, metadata, 1e9) is None
 
 
 def test_an_artifact_is_registered_later_without_being_made_again(tmp_path, monkeypatch):
