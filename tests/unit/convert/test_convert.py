@@ -12,6 +12,7 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from tests.release_files import HEADS, language_state, load, stage_state, write_language, write_release
 from tests.training_runs import assert_same_weights
+from tinygptv.checkpoint import weight_files
 from tinygptv.checkpoint.weight_files import WeightFileError, open_weights
 from tinygptv.convert import load_release, match
 from tinygptv.convert.layouts import interleave_heads, release_key, separate_heads
@@ -107,6 +108,21 @@ def test_files_of_old_torch_and_what_else_a_runner_saves(tmp_path, files, plain,
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (("a.pth", "optimizer.pth", "scheduler.pt", "rng_state_0.pth", "training_args.bin"), ["a.pth"]),
+        (("optimizer.bin", "b.bin", "pytorch_model.bin", "a.pth"), ["pytorch_model.bin"]),
+        (("a.safetensors", "b.safetensors", "pytorch_model.bin"), ["a.safetensors", "b.safetensors"]),
+        (("b.pt", "a.pth"), ["a.pth"]),
+    ],
+)
+def test_the_files_of_a_folder_that_hold_weights(tmp_path, names, chosen):
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    assert [path.name for path in weight_files._files(tmp_path)] == chosen
+
+
 def test_half_precision_files(tmp_path, files, plain, dtype):
     write_language(tmp_path / "half", plain, "split", dtype=dtype)
     loaded = load(files, language=tmp_path / "half")

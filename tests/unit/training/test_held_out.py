@@ -17,7 +17,7 @@ from pipelines.fingerprint import OtherInputsError
 from pipelines.miniature.tiny_training import make_rows, make_world, train_settings, write_shard_set
 from pipelines.settings import SettingsError
 from pipelines.training import held_out_questions
-from pipelines.training.held_out import HeldOutRows, HeldOutShare
+from pipelines.training.held_out import HeldOutRows, HeldOutShare, open_sources
 from pipelines.training.held_out_questions import HeldOutQuestions
 from pipelines.training.held_out_record import Evaluation, HeldOutHistory, parse_evaluation, read_evaluations
 from pipelines.training.job import resolve_job
@@ -307,6 +307,44 @@ def test_the_plot_shows_losses_and_scores(straight, tmp_path, monkeypatch):
     loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png", get_stage("mini", 4), "mini")
     assert {"loss per step", "held-out loss"} <= set(drawn)
     assert drawn["vqa"] == ([0, 8, 12], [0.0, 80.0, 120.0])
+
+
+def test_the_rows_of_least_hash_are_evaluated_in_their_order(world, settings_of, tmp_path):
+    """With wordings that are drawn from the hashes, so that they stay when rows move."""
+    job, _ = resolve_job(settings_of(tmp_path / "a", eval_fraction=0, eval_data=world["data"], eval_rows=4), 4)
+    shards = {name: ShardSet.open(f"{world['data']}/{name}") for name in ("pairs", "questions")}
+    for source in open_sources(job.settings, job.plan, shards):
+        hashes = row_hashes(shards[source.name])
+        expected = sorted(range(len(hashes)), key=lambda row: (hashes[row], row))[:4]
+        assert list(source.rows) == expected and list(source.hashes) == [hashes[row] for row in expected]
+    rows = make_rows("pairs", 30)
+    write_shard_set(tmp_path / "moved/pairs", rows[::-1])
+    model, _, _ = load_checkpoint(world["init_from"])
+    model.set_image_size(28)
+    step = TrainStep(model, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), num_sources=2)
+    words = []
+    for data in (f"{world['data']}/pairs", str(tmp_path / "moved/pairs")):
+        settings = job.settings.model_copy(update={"eval_data": data})
+        held = HeldOutRows(settings, job.plan, step)
+        words.append([sample.encoded.input_ids for sample in held._samples(held.sources[0])])
+    assert words[0] == words[1]
+    held.share()
+    assert model.training, "it trains on"
+
+
+@pytest.mark.parametrize(
+    ("answers", "said", "score"),
+    [
+        (("2", "2", "3"), "2", 4 / 9),
+        (("2", "3"), "3", 1.0),
+        (("red star", "star"), "star", 1.0),
+        (("red star", "star"), "circle", 0.0),
+    ],
+)
+def test_any_answer_of_few_people_is_right(answers, said, score):
+    row = SampleRow("a", "q", "vqa", (Turn("x?", answers),))
+    assert held_out_questions.SCORES["vqa"](said, row) == pytest.approx(score)
+    assert held_out_questions.SCORES["identify"](said, row) == pytest.approx(score)
 
 
 def test_the_first_of_equal_losses_is_the_best():

@@ -281,6 +281,16 @@ def test_the_same_samples_are_answered_each_time(worker):
     assert chosen.answer == processor.layout().template.cut_answer(text)
 
 
+def test_two_rows_of_a_source_are_asked_and_four_in_all(worker, monkeypatch):
+    from pipelines.data.loader import BatchMaker
+
+    maker = BatchMaker(worker.plan)
+    asked = [(ref.source, ref.row) for ref in SamplePredictor(maker).refs]
+    assert asked == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    monkeypatch.setattr(maker, "names", ["pairs"])
+    assert [ref.row for ref in SamplePredictor(maker).refs] == [0, 1]
+
+
 def test_the_true_answer_is_not_in_the_prompt(worker, monkeypatch):
     from pipelines.data.loader import BatchMaker
 

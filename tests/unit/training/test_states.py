@@ -70,6 +70,12 @@ def test_half_a_state_is_never_the_best(tmp_path):
     assert names(tmp_path) == ["step-00000003", "step-00000006"]
 
 
+def test_only_folders_of_states_are_states(tmp_path):
+    for name in ("step-00000003", "step-00000003.old", "step-4", "astep-00000005", "step-000000006"):
+        (tmp_path / name).mkdir()
+    assert [step for step, _ in store_in(tmp_path)._folders()] == [3]
+
+
 def test_leftovers_of_a_killed_write_are_removed(tmp_path):
     (tmp_path / ".step-00000003.tmp").mkdir()
     save(store_in(tmp_path), [6])
@@ -289,6 +295,16 @@ def test_a_state_of_another_stage_is_refused(tmp_path):
     del tensors[gone]
     with pytest.raises(CheckpointError, match=gone.removeprefix("parameter/")):
         restore_state(make_step(), tensors, extra)
+    more = {**collect_state(step)[0], "parameter/more": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match="of another stage or model: more is in only one of them"):
+        restore_state(make_step(), more, extra)
+
+
+def test_moments_of_before_are_forgotten():
+    fresh, used = make_step(), make_step()
+    run(used, 2)
+    restore_state(used, *collect_state(fresh))
+    assert not used.optimizer.state
 
 
 # ---------------------------------------------------------------------- the same of a step that is only parameters

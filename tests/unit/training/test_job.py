@@ -1,0 +1,218 @@
+"""From settings to a job, and from a job's end to the tracker: what decides, what is counted, what is told once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ray.train
+
+from pipelines.data.shards import ShardSet
+from pipelines.miniature.tiny_training import make_world, train_settings
+from pipelines.settings import TrainSettings
+from pipelines.tracking.identity import RunIdentity
+from pipelines.training import run as run_module
+from pipelines.training.describe import describe_stage
+from pipelines.training.job import apply_stage_settings, resolve_job, training_fingerprint
+from pipelines.training.memory_plan import _configured, _with_fit
+from pipelines.training.record import StepRecord
+from pipelines.training.result import RESULT_FILE, WorkerResult, read_result, write_result
+from pipelines.training.run import _data_inputs, _log_to_training
+from pipelines.training.run_reports import STATE_REFERENCE, RayTrainReports
+from tests.unit.training.test_record import entry
+from tinygptv.training.memory_plan import MemoryPlan
+from tinygptv.training.stages import get_stage
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def job_of(world, output, **changes):
+    return resolve_job(train_settings(world, output, **changes), 4)[0]
+
+
+@pytest.mark.parametrize(("asked", "steps"), [(0, 12), (5, 5), (12, 12), (99, 12)])
+def test_a_stage_has_no_more_steps_than_its_schedule(world, tmp_path, asked, steps):
+    assert job_of(world, tmp_path, max_steps=asked).num_steps == steps
+
+
+def test_storage_is_the_shared_folder_where_there_is_one(world, tmp_path):
+    job = job_of(world, tmp_path / "a")
+    assert job.storage == job.output == str(tmp_path / "a")
+    shared = job_of(world, tmp_path / "b", storage_path=str(tmp_path / "shared"))
+    assert (shared.storage, shared.output) == (str(tmp_path / "shared"), str(tmp_path / "b"))
+
+
+def test_packed_rows_are_as_long_as_the_stages_texts(world, tmp_path):
+    limits = {"limits": {"max_text_tokens": 77, "max_context_tokens": 99}}
+    assert job_of(world, tmp_path / "a", packing=True, stage=limits).plan.pack_length == 77
+    assert job_of(world, tmp_path / "b").plan.pack_length == 0
+
+
+def test_numbers_and_sources_that_are_not_named_stay():
+    stage = get_stage("mini", 4)
+    changes = {"schedule": {"peak": "+5e-4", "warmup_start": "-1e0"}, "sources": {"gqa": {"weight": 7}}}
+    changed = apply_stage_settings(stage, changes)
+    assert changed.schedule.peak == changed.schedule.warmup_start == 5e-4, "a negative start is the peak"
+    before, after = ({s.name: (s.weight, s.batch_size) for s in each.sources} for each in (stage, changed))
+    assert after == {**before, "gqa": (7, before["gqa"][1])}
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"eval_every": 3}, True),
+        ({"early_stop": 2}, False),
+        ({"early_stop": 2, "eval_every": 3}, False),
+        ({"early_stop": 2, "eval_rows": 3}, False),
+        ({"use_best": True}, False),
+        ({"encoder_precision": "fp32"}, True),
+        ({"max_steps": 3, "packing": True, "guard": "off", "keep_best": False, "eval_questions": 0}, True),
+    ],
+)
+def test_the_fingerprint_has_what_decides_the_weights(world, tmp_path, monkeypatch, changes, same):
+    monkeypatch.setattr("pipelines.training.job.checkpoint_digest", lambda path: "start")
+
+    def inputs(**more):
+        settings = train_settings(world, tmp_path, **{"eval_data": world["data"], **more})
+        return training_fingerprint(settings, get_stage("mini", 4), tmp_path, {"pairs": "x"}).inputs
+
+    assert (inputs(**changes) == inputs()) == same
+    if changes.get("early_stop"):
+        assert inputs(**changes) != inputs(early_stop=2) or len(changes) == 1
+
+
+# ---------------------------------------------------------------------- the tracker
+
+
+def test_data_sets_are_told_with_the_rows_that_are_trained_on(world, tmp_path):
+    write = f"{world['data']}/pairs"
+    job = job_of(world, tmp_path, eval_data=write)
+    held = {"pairs": np.array([1, 4, 7])}
+    job = replace(job, plan=replace(job.plan, held_out=held))
+    told = [(each.name, each.rows, each.context) for each in _data_inputs(job)]
+    assert told == [
+        ("pairs", 27, "training"),
+        ("pairs (held out)", 3, "evaluation"),
+        ("questions", 22, "training"),
+        ("pairs", 30, "evaluation"),
+    ]
+    assert _data_inputs(job)[0].digest == ShardSet.open(write).manifest.digest
+
+
+class Tracker:
+    run_id = "p"
+
+    def __init__(self):
+        self.steps, self.closed = [], 0
+
+    def tags(self, values):
+        assert set(values) == {"recipe", "seed"}
+
+    def metrics(self, values, step):
+        self.steps.append((step, sorted(values)))
+
+    def inputs(self, found):
+        assert found == ["data"]
+
+    def close(self):
+        self.closed += 1
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(3, [0, 1, 2]), (999, list(range(999))), (1000, [*range(0, 1000, 2), 999]), (1600, [*range(0, 1600, 3)])],
+)
+def test_a_training_shows_some_five_hundred_points_of_a_stage_and_the_last(
+    world, tmp_path, monkeypatch, count, expected
+):
+    tracker, opened = Tracker(), []
+    monkeypatch.setattr(run_module, "open_tracker", lambda *a, **k: opened.append(k["identity"].run_id) or tracker)
+    monkeypatch.setattr(run_module, "read_identity", lambda output: RunIdentity(run_id="r", parent="p"))
+    monkeypatch.setattr(run_module, "_data_inputs", lambda job: ["data"])
+    record = StepRecord(tmp_path / "metrics.jsonl", 0)
+    for step in range(count):
+        record.write(entry(step))
+    record.close()
+    lines = [
+        {"step": 0, "loss": 2.0, "sources": {}, "scores": {}},
+        {"step": 3, "loss": 1.0, "sources": {}, "scores": {"q": 50}},
+    ]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = SimpleNamespace(settings=TrainSettings(), stage=get_stage("mini", 4))
+    _log_to_training(job, tmp_path)
+    assert [step for step, names in tracker.steps if names == ["stage4/loss", "stage4/lr"]] == expected
+    held = [(step, names) for step, names in tracker.steps if "stage4/loss/held_out" in names]
+    assert held == [(0, ["stage4/loss/held_out"]), (3, ["stage4/loss/held_out", "stage4/score/held_out/q"])]
+    assert opened == ["p"] and tracker.closed == 1
+    (tmp_path / "unsent.jsonl").write_text("{}")
+    _log_to_training(job, tmp_path)
+    assert opened == ["p"], "what waits to be sent goes first"
+
+
+# ---------------------------------------------------------------------- Ray Train
+
+
+def test_a_node_that_will_be_taken_is_noticed_once(monkeypatch):
+    notices = [None, ["a"], ["a"], ["a", "b"], ["b"], None]
+
+    def notice():
+        taken = notices.pop(0)
+        return taken and SimpleNamespace(preempted_node_ids=taken)
+
+    monkeypatch.setattr(ray.train, "get_preemption_info", notice, raising=False)
+    reports = RayTrainReports()
+    assert [reports.must_save() for _ in range(6)] == [False, True, False, True, False, False]
+
+
+def test_ray_is_told_where_the_whole_state_lies(monkeypatch):
+    told = []
+
+    def report(metrics, checkpoint=None):
+        found = None
+        if checkpoint:
+            with checkpoint.as_directory() as folder:
+                found = json.loads(Path(folder, STATE_REFERENCE).read_text())
+        told.append((metrics, found))
+
+    monkeypatch.setattr(ray.train, "report", report)
+    metrics = {"next_step": 8.0, "saved_step": 4.0, "loss": 1.5}
+    RayTrainReports().saved(metrics, "s3://bucket/states/step-00000004")
+    RayTrainReports().saved(metrics, "")
+    assert told == [(metrics, {"location": "s3://bucket/states/step-00000004", "next_step": 4}), (metrics, None)]
+
+
+# ---------------------------------------------------------------------- results and plans
+
+
+def test_a_result_is_found_where_its_folder_was_moved_to(tmp_path):
+    worker = WorkerResult("/old/checkpoint", float("nan"), 1.5, 7)
+    assert WorkerResult.from_dict(json.loads(json.dumps({**worker.to_dict(), "first_loss": None}))).steps == 7
+    write_result(tmp_path, worker.to_stage_result("/old/result.json", 12.3456))
+    found = read_result(tmp_path)
+    assert (found["result"], found["seconds"], found["steps"]) == (str(tmp_path / RESULT_FILE), 12.3, 7)
+    write_result(tmp_path, worker.to_stage_result("s3://bucket/result.json", 1))
+    assert read_result(tmp_path)["result"] == "s3://bucket/result.json"
+    (tmp_path / RESULT_FILE).write_text('{"checkpoint": "x"}')
+    assert read_result(tmp_path) is None and read_result(tmp_path / "nothing") is None
+
+
+def test_the_plan_of_a_stage_counts_a_step_at_most():
+    stage = get_stage("mini", 4)
+    text = describe_stage(TrainSettings(micro_batch_size=999), stage)
+    assert f"{stage.max_step_samples} samples of" in text and "999 samples of" not in text
+    assert "3 samples of" in describe_stage(TrainSettings(micro_batch_size=3), stage)
+    paper = describe_stage(TrainSettings(), get_stage("paper", 4))
+    assert "samples per step  1 to 3, over 1 worker(s)" in paper
+
+
+def test_a_card_of_just_the_peak_is_enough():
+    plan = MemoryPlan({"projector": 10}, 1, 2, 3, 4, 5)
+    assert [_with_fit(plan, plan.peak + more)["fits"] for more in (-1, 0, 1)] == [False, True, True]
+    assert [_configured(TrainSettings(gradient_checkpointing=on)) for on in (False, True)] == ["plain", "checkpointing"]
