@@ -107,7 +107,6 @@ def test_files_of_old_torch_and_what_else_a_runner_saves(tmp_path, files, plain,
     assert_same_weights(load(files, checkpoint=tmp_path / "old.pth"), whole)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("names", "chosen"),
     [
@@ -123,6 +122,7 @@ def test_the_files_of_a_folder_that_hold_weights(tmp_path, names, chosen):
     assert [path.name for path in weight_files._files(tmp_path)] == chosen
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_files(tmp_path, files, plain, dtype):
     write_language(tmp_path / "half", plain, "split", dtype=dtype)
     loaded = load(files, language=tmp_path / "half")
