@@ -8,11 +8,16 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from pipelines.serving.protocol import MAX_BIASES, MAX_STOP_LENGTH, MAX_STOPS, ChatRequest
+from pipelines.serving.protocol import MAX_BIASES, MAX_STOP_LENGTH, MAX_STOPS, UNSUPPORTED, ChatRequest
 from pipelines.settings import ServeSettings
 from tests.paths import ROOT
 from tests.serving_api import IMAGE, Client, FakeBackend, ask, words
 from tests.serving_model import data_url, make_image
+
+
+@pytest.fixture(scope="module")
+def client():
+    return Client()
 
 
 @pytest.mark.parametrize(
@@ -44,8 +49,8 @@ from tests.serving_model import data_url, make_image
         {"a_field_of_next_year": {"deep": [1, 2]}},
     ],
 )
-def test_what_would_not_change_the_answer_is_taken(fields):
-    assert Client().chat(ask(words("hi"), **fields)).status_code == 200
+def test_what_would_not_change_the_answer_is_taken(client, fields):
+    assert client.chat(ask(words("hi"), **fields)).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -65,8 +70,8 @@ def test_what_would_not_change_the_answer_is_taken(fields):
         {"use_beam_search": True},
     ],
 )
-def test_what_would_change_the_answer_is_refused_by_name(fields):
-    response = Client().chat(ask(words("hi"), **fields))
+def test_what_would_change_the_answer_is_refused_by_name(client, fields):
+    response = client.chat(ask(words("hi"), **fields))
     assert response.status_code == 400
     error = response.json()["error"]
     name = next(iter(fields))
@@ -92,6 +97,44 @@ def test_ignored_fields_are_logged_in_one_line_and_once(caplog):
     client.chat(ask(words("hi"), **{f"name{i}": 1 for i in range(1000)}))
     client.chat(ask(words("hi"), another=1))
     assert len(caplog.records) == 2 and len(caplog.text) < 2000, "clients cannot fill the log with names"
+
+
+def test_fields_that_are_not_used_are_named_unless_they_are_null():
+    request = ChatRequest.model_validate(ask(words("hi"), tools=[], later=0, never=None, user="a"))
+    assert request.ignored_fields == ["tools", "later", "user"]
+    assert ChatRequest.model_validate(ask(words("hi"))).ignored_fields == []
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_each_unsupported_field_is_refused_but_for_null_and_its_neutral_values(name):
+    for value in (None, *UNSUPPORTED[name]):
+        ChatRequest.model_validate(ask(words("hi"), **{name: value}))
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate(ask(words("hi"), **{name: "other"}))
+    (error,) = caught.value.errors()
+    assert (error["type"], error["ctx"]) == ("unsupported", {"field": name})
+    assert error["msg"] == f"{name} is not supported by this server: leave it out"
+
+
+def test_tools_are_taken_where_none_may_be_chosen_and_what_follows_is_still_looked_at():
+    tools = {"tools": [{"type": "function"}]}
+    ChatRequest.model_validate(ask(words("hi"), **tools, tool_choice="none"))
+    for fields in (tools, {**tools, "tool_choice": "auto"}, {**tools, "tool_choice": "none", "best_of": 2}):
+        with pytest.raises(ValidationError) as caught:
+            ChatRequest.model_validate(ask(words("hi"), **fields))
+        assert caught.value.errors()[0]["ctx"] == {"field": "best_of" if "best_of" in fields else "tools"}
+
+
+@pytest.mark.parametrize("kind", ["json_schema", "json_object", "xml"])
+def test_a_form_that_is_not_text_says_where_boxes_are(kind):
+    message = refused(response_format={"type": kind})
+    if kind == "xml":
+        assert "text" in message
+    else:
+        assert message == (
+            f"Value error, {kind} is not supported: this model writes text. Boxes come as numbers in message.boxes, "
+            "without a response_format"
+        )
 
 
 def sampling(**fields):

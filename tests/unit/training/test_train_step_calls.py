@@ -25,7 +25,9 @@ CUDA = torch.device("cuda")
 # ---------------------------------------------------------------------- what is computed how
 
 
-@pytest.mark.parametrize(("patches", "images"), [(256, 64), (64 * 257 - 1, 1), (64 * 257, 1), (32 * 257 - 1, 2)])
+@pytest.mark.parametrize(
+    ("patches", "images"), [(256, 64), (64 * 257 - 1, 1), (64 * 257, 1), (32 * 257 - 1, 2), (32 * 257, 1)]
+)
 def test_images_at_a_time_fill_the_bound_and_are_one_at_least(patches, images):
     assert images_at_a_time(SimpleNamespace(vision_config=SimpleNamespace(num_patches=patches))) == images
 

@@ -39,6 +39,14 @@ def test_a_rate_is_that_of_all_groups_and_moves_the_weights_by_the_gradient():
     assert step.model.projector.weight.tolist() == pytest.approx(np.full((2, 1), moved))
 
 
+@pytest.mark.parametrize(("local", "counted"), [(0, 1), (1, 1), (2, 2), (2**24 + 1, 2**24 + 1)])
+def test_tokens_are_counted_exactly_and_are_one_at_least(local, counted):
+    step = recording_step()
+    assert step._global_count(local).item() == counted
+    step.device = torch.device("meta")
+    assert step._global_count(local).device.type == "meta"
+
+
 class Workers:
     """torch.distributed of so many workers that all do the same."""
 
