@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from tests.recording_model import batch_of, recording_step
+from tests.recording_model import RecordingModel, batch_of, recording_step
 from tests.training_batches import make_sample
 from tinygptv.data.collate import collate
 from tinygptv.data.flatten import flatten
 from tinygptv.data.images import normalise_pixels
 from tinygptv.model.head_loss import score_logits
 from tinygptv.training import train_step
-from tinygptv.training.train_step import images_at_a_time, is_flat, is_fused, set_dtypes
+from tinygptv.training.train_step import TrainStep, images_at_a_time, is_flat, is_fused, set_dtypes
 
 CUDA = torch.device("cuda")
 
@@ -115,6 +115,31 @@ def test_all_gradients_are_views_of_one_buffer():
     assert step.gradient.tolist() == [0.0] * 4 and step._sums.dtype == torch.float64
     step.gradient.copy_(torch.arange(4.0))
     assert weight.grad.tolist() == [[0.0], [1.0]] and bias.grad.tolist() == [2.0, 3.0]
+
+
+def test_gradients_lie_one_after_the_other():
+    step = recording_step()
+    parameters = [nn.Parameter(torch.zeros(*shape)) for shape in ((2,), (1, 3), (2, 2))]
+    step.named = [(str(number), parameter) for number, parameter in enumerate(parameters)]
+    step.gradient = torch.arange(9.0)
+    step._attach_gradients()
+    assert [parameter.grad.tolist() for parameter in parameters] == [[0, 1], [[2, 3, 4]], [[5, 6], [7, 8]]]
+
+
+def test_what_a_step_keeps_is_on_the_models_device(monkeypatch):
+    scalers = []
+    monkeypatch.setattr(train_step.torch.amp, "GradScaler", lambda *given, **options: scalers.append((given, options)))
+    monkeypatch.setattr(TrainStep, "_scorer", lambda self: "scorer")
+    model = RecordingModel().to("meta")
+    model.device = torch.device("meta")
+    step = recording_step(model, num_sources=3)
+    assert scalers == [(("meta",), {"enabled": False})] and step.scorer == "scorer" and step.num_sources == 3
+    kept = (step.gradient, step._sums, step._clipped_by)
+    assert [(tuple(tensor.shape), tensor.device.type) for tensor in kept] == [
+        ((4,), "meta"),
+        ((2, 3), "meta"),
+        ((), "meta"),
+    ]
 
 
 def test_the_loss_function_without_logits_is_for_cuda_with_a_frozen_head(monkeypatch):

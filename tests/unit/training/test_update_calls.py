@@ -100,7 +100,19 @@ def test_a_gradient_is_clipped_to_its_bound(bound, factor):
 def test_a_zero_gradient_is_not_divided_by():
     step = recording_step(max_grad_norm=1.0)
     assert float(step._update(torch.tensor(1.0), 0.0).grad_norm) == 0.0
-    assert step.gradient.tolist() == [0.0] * 4
+    assert step.gradient.tolist() == [0.0] * 4 and float(step._clipped_by) == 1.0
+
+
+def test_a_loss_is_judged_and_one_that_passes_adds_nothing_to_the_gradient(monkeypatch):
+    monkeypatch.setattr(train_step, "emulate_half_range", lambda model: None)
+    seen = []
+    for precision in ("fp32", "fp16_range"):
+        step = recording_step(precision=precision, reject=lambda loss: seen.append(float(loss)) or torch.tensor(False))
+        step.scaler.scale(torch.ones(()))
+        step._sums[0, 1] = 6.0
+        result = step._update(torch.tensor(4.0), 0.0)
+        assert float(result.grad_norm) == 0.0 and float(result.skipped) == 0.0
+    assert seen == [1.5, 1.5]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16_range"])
