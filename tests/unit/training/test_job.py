@@ -147,9 +147,9 @@ def test_a_training_shows_some_five_hundred_points_of_a_stage_and_the_last(
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     job = SimpleNamespace(settings=TrainSettings(), stage=get_stage("mini", 4))
     _log_to_training(job, tmp_path)
-    assert [step for step, names in tracker.steps if names == ["stage4/loss", "stage4/lr"]] == expected
-    held = [(step, names) for step, names in tracker.steps if "stage4/loss/held_out" in names]
-    assert held == [(0, ["stage4/loss/held_out"]), (3, ["stage4/loss/held_out", "stage4/score/held_out/q"])]
+    assert [step for step, names in tracker.steps if names == ["loss/stage4", "lr/stage4"]] == expected
+    held = [(step, names) for step, names in tracker.steps if "loss/held_out/stage4" in names]
+    assert held == [(0, ["loss/held_out/stage4"]), (3, ["loss/held_out/stage4", "score/held_out/stage4/q"])]
     assert opened == ["p"] and tracker.closed == 1
     (tmp_path / "unsent.jsonl").write_text("{}")
     _log_to_training(job, tmp_path)
