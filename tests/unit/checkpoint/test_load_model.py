@@ -159,6 +159,7 @@ def test_files_that_are_no_weights_are_named_without_a_manifest_too(folder, cont
             "num_hidden_layers=1000000000",
         ),
         ('{"model_type": "tinygptv", "text_config": {"hidden_size": "many"}}', "hidden_size='many'"),
+        ('{"model_type": "tinygptv", "text_config": {"num_hidden_layers": -1}}', "num_hidden_layers=-1"),
         (
             '{"model_type": "tinygptv", "_attn_implementation": "kernels-community/evil"}',
             "choose one of eager, sdpa, fl",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import random
 import resource
 import subprocess
 import sys
@@ -114,6 +115,10 @@ def test_a_zip_that_unpacks_to_more_than_itself_is_refused(tmp_path):
 
     with zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data.pkl", b"N" * 10_000_000)
+    with pytest.raises(WeightFileError, match="unpack to more than the file"):
+        open_weights(tmp_path / "x.pth")
+    with zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as archive:  # to twice its size
+        archive.writestr("x/data.pkl", random.Random(0).randbytes(5000).hex())
     with pytest.raises(WeightFileError, match="unpack to more than the file"):
         open_weights(tmp_path / "x.pth")
     with zipfile.ZipFile(tmp_path / "y.pth", "w") as archive:

@@ -209,6 +209,15 @@ def bad(files, match, **changes):
     assert "\n" not in str(error.value)
 
 
+def test_a_tensor_of_two_files_is_refused(tmp_path):
+    for name in ("a", "b"):
+        save_file({"same": torch.ones(1), name: torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(WeightFileError, match=r"same is in both .*a\.safetensors and .*b\.safetensors: keep one"):
+        open_weights(tmp_path)
+    (tmp_path / "b.safetensors").unlink()
+    assert {key: tensor.shape for key, tensor in open_weights(tmp_path).items()} == {"same": (1,), "a": (2,)}
+
+
 def test_truncated_files(tmp_path, files):
     torch.save(torch.load(files["qformer"]), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     for role, source in (
