@@ -63,7 +63,11 @@ def test_an_overwrite_that_is_killed_can_be_repeated(tmp_path, monkeypatch):
     for name in RESULTS:
         (tmp_path / name).write_text("{}")
 
+    remove = storage.remove_file
+
     def killed(location):
+        """After the first file."""
+        remove(location)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

@@ -29,6 +29,7 @@ def row(**changes) -> SampleRow:
         ({"turns": (Turn("q", ()),)}, "without an answer"),
         ({"image": None}, "needs an image"),
         ({"task": "refer"}, "needs a box"),
+        ({"task": "identify"}, "needs a box"),
         ({"turns": (Turn("q", ("\ud800",)),)}, "surrogate"),
     ],
 )

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from pipelines.data.ingest import checked_rows as module
 from pipelines.data.ingest.checked_rows import checked_rows
 from pipelines.data.sources import SOURCES
-from pipelines.data.sources.base import Rejected, SourceInput
+from pipelines.data.sources.base import Rejected, Source, SourceInput, SourceUnit
 from pipelines.settings import PrepareDataSettings
+from pipelines.storage import Location
 from tests.source_files import jpeg, sample, write_tar
+from tinygptv.data.sample import SampleRow, Turn
 
 SOUND = "a sound caption"
 SAMPLES = {
@@ -62,3 +66,30 @@ def test_batches_are_bounded_in_number_and_bytes(monkeypatch):
     batches = list(module._batches(iter(samples)))
     assert [len(batch) for batch in batches] == [3, 2, 1, 2]
     assert [found for batch in batches for found in batch] == samples
+
+
+def checked(monkeypatch, *rows):
+    """Rows as a source of one's own would give them, after every check."""
+    reader = SimpleNamespace(read=lambda unit, changes: iter(rows))
+    monkeypatch.setitem(SOURCES, "jsonl", Source("", reader))
+    unit = SourceUnit(SourceInput("jsonl", "", "", "own", ""), Location("", "/own.jsonl"), "own.jsonl")
+    return list(checked_rows(unit, PrepareDataSettings(image_size=64), Counter()))
+
+
+def test_rows_are_the_same_where_image_texts_and_boxes_are(monkeypatch):
+    turns = (Turn("", ("a star",)), Turn("q", ("b", "c d")))
+    row = SampleRow("a", "x", "refer", turns, jpeg(0, (300, 200)), boxes=((1, 2, 290, 190),))
+    others = [
+        replace(row, image=jpeg(1, (300, 200))),
+        replace(row, boxes=((1, 2, 290, 191),)),
+        replace(row, task="identify"),
+        replace(row, turns=turns[:1]),
+        replace(row, turns=(turns[0], Turn("q", ("b", "c e")))),
+        replace(row, turns=(turns[0], Turn("r", ("b", "c d")))),
+    ]
+    (stored, entry), (_, same), *rest = checked(monkeypatch, row, replace(row, id="b", source="y"), *others)
+    assert (stored.width, stored.height, stored.boxes) == (300, 200, row.boxes), "of the original"
+    assert (entry.width, entry.height, entry.words, entry.kept) == (300, 200, 3, False)
+    assert entry.image_bytes == len(stored.image) < len(row.image)
+    hashes = {other.content_hash for _, other in rest}
+    assert same.content_hash == entry.content_hash not in hashes and len(hashes) == len(others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -43,15 +44,44 @@ def test_every_sample_is_accounted_for(tmp_path):
     assert [(line["id"], line["near"]) for line in lines(result["near_duplicate_list"])] == [("00001/b2", "00000/a1")]
 
 
-def test_report_tells_the_same(tmp_path):
+def test_report_tells_the_same(tmp_path, capsys):
     write_messy_tars(tmp_path)
-    result = ingest(settings(tmp_path))
+    result = ingest(settings(tmp_path, quiet=False))
+    assert " 3/3  rows 10 in, 7 kept  " in capsys.readouterr().err.splitlines()[-1], "duplicates are dropped later"
     report = json.loads(Path(result["report_json"]).read_text())
-    assert report["counts"]["rows_in"] == result["rows_in"]
-    assert sum(report["histograms"]["words"]["rows"]) == result["rows_out"]
-    assert list(report["quarantine_reasons"].values()) == [1]
+    rows = {name: [row for row in histogram["rows"] if row] for name, histogram in report.pop("histograms").items()}
+    assert rows == {
+        "width": [4, 1, 1],
+        "height": [4, 1, 1],
+        "aspect_ratio": [1, 5],
+        "image_kilobytes": [5, 1],
+        "words": [2, 2, 2],
+    }
+    shard = ShardSet.open(result["output"]).manifest.shards[0]
+    counts = ("rows_in", "rows_out", "duplicates", "filtered", "quarantined", "near_duplicates", "filters", "changes")
+    assert report == {
+        "source": "laion",
+        "counts": {name: result[name] for name in counts},
+        "settings": {name: getattr(settings(tmp_path), name) for name in CONTENT_SETTINGS},
+        "shards": 1,
+        "bytes": shard.bytes,
+        "images": 6,
+        "images_with_original_bytes": 5,
+        "quarantine_reasons": {"image .. does not hold an image in a known format": 1},
+    }
+    assert {name: spread["least"] for name, spread in shard.statistics.items()}["width"] == 48
+    assert lines(result["quarantine"])[0]["source"] == "laion"
     page = Path(result["report_html"]).read_text()
-    assert page.count("<img") == result["rows_out"]
+    assert dict(re.findall(r"<div class=tile><b>(\d+)</b><span>(.*?)</span>", page)[::-1]) == {
+        "10": "rows in",
+        "6": "rows out",
+        "2": "filtered",
+        "1": "duplicates",
+    }
+    tiles = re.findall(r"<div class=tile><b>(\d+)</b><span>(.*?)</span>", page)
+    assert [name for _, name in tiles[4:]] == ["quarantined", "near-duplicates (kept)", "shards"]
+    assert page.count("<img") == result["rows_out"] and "a cat, larger<i>00001/b2</i>" in page
+    assert "<td>min_letters</td><td>1</td>" in page and "<td>jpeg_quality</td><td>90</td>" in page
     assert "http" not in page.replace("http-equiv", ""), "the page must need no network"
 
 
@@ -73,6 +103,7 @@ def test_tracker_gets_settings_counts_and_report(tmp_path, monkeypatch, output):
     write_messy_tars(tmp_path)
     ingest(settings(tmp_path, output))
     assert (told["source"], told["image_size"], told["rows_in"], told["quarantined"]) == ("laion", 448, 10, 1)
+    assert told["units"] == 3 and "filters" not in told, "numbers alone"
     assert told["report.html"].startswith(b"<!doctype html>")
     assert len(told["quarantine.jsonl"].splitlines()) == 1
 

@@ -10,7 +10,7 @@ import pytest
 from pipelines.data.ingest import staging
 from pipelines.data.ingest.staging import stage_unit
 from pipelines.data.sources import SOURCES
-from pipelines.data.sources.base import Changes, Rejected, SourceInput
+from pipelines.data.sources.base import Rejected, SourceInput
 from pipelines.settings import PrepareDataSettings
 from tests.source_files import jpeg, write_web_tar
 from tinygptv.data.sample import SampleRow, Turn
@@ -110,7 +110,7 @@ def test_an_input_that_cannot_be_read_to_its_end_leaves_no_file(unit_and_setting
         yield from ((text_row(n), staging.IndexEntry(str(n), bytes(16))) for n in range(100))
         raise OSError("gone")
 
-    monkeypatch.setattr(staging, "_checked_rows", failing)
+    monkeypatch.setattr(staging, "checked_rows", failing)
     with pytest.raises(OSError, match="gone"):
         stage_unit(unit, 0, settings, str(tmp_path / "staging"))
     assert list((tmp_path / "staging").iterdir()) == []
@@ -124,35 +124,6 @@ def test_a_record_names_so_many_missing_images_and_no_rejection_keeps_its_own(mo
     assert record.missing == [("", f"/{number}.jpg") for number in range(3)]
     assert [(found.key, found.missing) for found in record.rejected] == [(f"{number}", ()) for number in range(5)]
     assert staging.UnitRecord.from_json(json.loads(json.dumps(asdict(record)))) == record
-
-
-def test_rows_are_the_same_where_image_texts_and_boxes_are(tmp_path):
-    images = staging._ImageChecker(PrepareDataSettings(image_size=64))
-    row = SampleRow(
-        "a",
-        "x",
-        "refer",
-        (Turn("", ("a star",)), Turn("q", ("b", "c d"))),
-        jpeg(0, (300, 200)),
-        boxes=((1, 2, 290, 190),),
-    )
-    checked, entry = staging._check_image(row, images, Changes())
-    assert (checked.width, checked.height, checked.boxes) == (300, 200, row.boxes), "of the original"
-    assert (entry.width, entry.height, entry.words, entry.kept) == (300, 200, 3, False)
-    assert entry.image_bytes == len(checked.image) < len(row.image)
-    assert (
-        staging._check_image(replace(row, id="b", source="y"), images, Changes())[1].content_hash == entry.content_hash
-    )
-    others = [
-        replace(row, image=jpeg(1, (300, 200))),
-        replace(row, boxes=((1, 2, 290, 191),)),
-        replace(row, task="identify"),
-        replace(row, turns=row.turns[:1]),
-        replace(row, turns=(row.turns[0], Turn("q", ("b", "c e")))),
-        replace(row, turns=(row.turns[0], Turn("r", ("b", "c d")))),
-    ]
-    hashes = {staging._check_image(other, images, Changes())[1].content_hash for other in others}
-    assert len(hashes - {entry.content_hash}) == len(others)
 
 
 def test_a_units_fingerprint_changes_with_everything_that_it_gives(unit_and_settings, monkeypatch):
