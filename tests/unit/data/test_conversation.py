@@ -100,6 +100,13 @@ def test_images_are_known_by_their_bytes():
     assert image_number(make_image(3)) == image_number(make_image(3))
 
 
+def test_every_byte_counts_for_an_images_number():
+    data = bytes(5000)
+    numbers = {image_number(data[:at] + b"x" + data[at + 1 :]) for at in (0, 63, 64, 2500, 4999)}
+    assert len(numbers | {image_number(data), image_number(data + b"\0")}) == 7
+    assert all(-(2**63) <= number < 0 for number in numbers)
+
+
 def test_an_image_keeps_its_upright_size():
     picture = Image.new("RGB", (30, 20), "red")
     exif = picture.getexif()

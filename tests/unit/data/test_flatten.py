@@ -48,6 +48,14 @@ def test_shapes_come_in_few_sizes():
     assert sizes == {(64, 17, 64), (128, 17, 64), (128, 17, 128)}
 
 
+@pytest.mark.parametrize(("length", "bound"), [(9, 64), (64, 64), (65, 128), (128, 128), (129, 256)])
+def test_the_longest_sequence_is_bounded_by_a_power_of_two(length, bound):
+    ids = np.arange(1, length + 1)[None]
+    nothing = np.zeros(0, dtype=np.int64)
+    batch = MicroBatch(ids, None, None, nothing, nothing, nothing, None, None, 1, length)
+    assert flatten(batch, IMAGE + 999).max_length == bound
+
+
 def test_rows_without_lengths_are_sequences():
     ids = np.arange(1, 13).reshape(2, 6)
     nothing = np.zeros(0, dtype=np.int64)
