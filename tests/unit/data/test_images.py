@@ -112,6 +112,25 @@ def test_sixteen_bits_are_scaled_by_their_own_range():
     assert np.asarray(open_image(encoded(floats, "TIFF")))[0, :, 0].tolist() == [0, 64]
 
 
+@pytest.mark.parametrize(
+    ("declared", "white"),
+    [((12,), 4095), (12, 4095), ((10,), 1023), ((14,), 16383), ((16,), 65535), ((9,), 65535), (None, 65535)],
+)
+def test_grey_values_are_scaled_by_the_bits_that_a_scanner_declares(declared, white):
+    image = Image.fromarray(np.array([[0, white // 2 + 1, white]], np.uint16))
+    if declared is not None:
+        image.tag_v2 = {258: declared}
+    assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_channels_may_stand_first_or_last(channels):
+    numbers = np.random.default_rng(0).integers(0, 256, (12, 16, channels), dtype=np.uint8)
+    last, first = load_image(numbers), load_image(numbers.transpose(2, 0, 1))
+    assert last.size == (16, 12) and np.array_equal(np.asarray(last), np.asarray(first))
+    assert load_image(np.zeros((3, 16, 3), np.uint8)).size == (16, 3), "a narrow image with its channels last"
+
+
 def test_transparency_is_laid_on_white_and_pictures_stand_upright(tmp_path):
     assert np.asarray(to_rgb(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))).min() == 255
     turned = Image.fromarray(PIXELS)
