@@ -294,3 +294,10 @@ def test_joined_messages_are_what_serving_reads():
     ours = join_messages([ChatMessage("developer", "be short"), ChatMessage("user", "one"), ChatMessage("user", "two")])
     (served,) = read_turns(request).messages([], request)
     assert served.text == ours[0].text == "be short\none\ntwo"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"), [(" a dog ###b###c", "a dog"), ("a dog", "a dog"), ("### x", ""), ("", "")]
+)
+def test_an_answer_ends_at_the_first_end_symbol(text, answer):
+    assert TEMPLATES["human"].cut_answer(text) == answer
