@@ -333,3 +333,16 @@ def test_a_tokenizer_without_any_such_token_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(ValueError, match=r"'<\|endoftext\|>' is not in its vocabulary: set bos_token"):
         load_tokenizer(tmp_path)
+
+
+def test_images_follow_their_rows_when_these_are_repeated():
+    torch.manual_seed(0)
+    model = TinyGPTVForConditionalGeneration(tiny_config())
+    image, queries = model.config.image_token_id, model.config.num_query_tokens
+    rows = [[image] * 2 * queries + [1], [2] * 2 * queries + [1], [image] * queries + [1] * (queries + 1)]
+    pixels = torch.arange(3.0).reshape(3, 1, 1, 1)
+    ids, more = model._expand_inputs_for_generation(2, input_ids=torch.tensor(rows), pixel_values=pixels)
+    assert ids.tolist() == [row for row in rows for _ in range(2)]
+    assert more["pixel_values"].ravel().tolist() == [0, 1, 0, 1, 2, 2]
+    with pytest.raises(ValueError, match="positions for 3 images but 2 were given"):
+        model._expand_inputs_for_generation(2, input_ids=torch.tensor(rows), pixel_values=pixels[:2])

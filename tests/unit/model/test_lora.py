@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tinygptv.miniature.tiny import tiny_config
-from tinygptv.model.lora import add_lora, merge_lora, reset_lora
+from tinygptv.model.lora import AdaptedLinear, add_lora, merge_lora, reset_lora
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.training.stages import RECIPES, set_trainable
 
@@ -103,3 +103,15 @@ def test_a_language_model_that_trains_takes_no_adapters_along():
     both = set_trainable(model, ("language_model", "lora"))
     assert both["lora"] == sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     assert both["language_model"] == counts["language_model"]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_dropout_of_adapters_can_be_changed(dropout):
+    model = make_model(rank=2)
+    model.set_lora_dropout(0.5)
+    model.set_lora_dropout(dropout)
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    assert len(layers) == 4
+    assert {layer.train().input_dropout for layer in layers} == {dropout}
+    assert {layer.eval().input_dropout for layer in layers} == {0.0}
+    assert {getattr(layer.lora_dropout["default"], "p", 0.0) for layer in layers} == {dropout}
