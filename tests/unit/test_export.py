@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from pipelines import export as module
+from pipelines import storage
 from pipelines.export import ExportError, held_out_rows
 from pipelines.miniature.tiny_training import make_rows, write_shard_set
-from pipelines.settings import QuantizeSettings
+from pipelines.settings import QuantizeSettings, SettingsError
 from pipelines.tracking.base import NullTracker
 from tinygptv.data.prompts import INSTRUCTIONS
 
@@ -140,3 +141,32 @@ def test_an_artifact_is_registered_later_without_being_made_again(tmp_path, monk
     assert (result["version"], result["drift"], result["answer_agreement"]) == (3, 0.25, 0.5)
     finished["version"] = 3
     assert module.export(QuantizeSettings(**fields, register_as="tiny")) is finished
+
+
+def test_methods_of_gpus_are_rounded_and_measured_on_one_where_it_has_room(monkeypatch):
+    import torch
+
+    parameter = SimpleNamespace(nbytes=3 << 30)
+    model = SimpleNamespace(parameters=lambda: [parameter, parameter])
+    for there, expected in ((True, ["cuda", "cpu"]), (False, ["cpu", "cpu"])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert [module._device(QuantizeSettings(method=method)).type for method in ("nf4", "cpu4")] == expected
+    for free, kind in ((8 << 30, "cuda"), ((8 << 30) - 1, "cpu")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80 << 30))
+        assert module._measuring_device(model, torch.device("cuda")).type == kind
+    assert module._measuring_device(model, torch.device("cpu")).type == "cpu"
+
+
+def test_what_an_output_holds_already(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "local_checkpoint", lambda uri: f"copy of {uri}")
+    place = f"memory://exports/{tmp_path.name}"
+    output = storage.Location.parse(place)
+    assert module._earlier_artifact(storage.Location.parse(str(tmp_path))) == tmp_path
+    assert not module._earlier_artifact(output).exists()
+    storage.write_atomically(f"{place}/notes.txt", b"x")
+    with pytest.raises(SettingsError, match="holds something that is no artifact"):
+        module._earlier_artifact(output)
+    storage.write_atomically(f"{place}/quantization.json", b"{}")
+    assert not module._earlier_artifact(output).exists(), "one that was not finished"
+    storage.write_atomically(f"{place}/manifest.json", b"{}")
+    assert module._earlier_artifact(output) == f"copy of {place}"

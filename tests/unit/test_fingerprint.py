@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -133,8 +134,12 @@ def test_a_checkpoint_is_known_by_what_it_computes_with(tmp_path):
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain/model.safetensors").write_text("w")
     before = checkpoint_digest(tmp_path / "plain")
-    (tmp_path / "plain/model.safetensors").write_text("longer")
-    assert checkpoint_digest(tmp_path / "plain") != before
+    path = tmp_path / "plain/model.safetensors"
+    changed = path.stat().st_mtime_ns
+    for text, seconds in (("longer", 0), ("v", 0), ("v", 1)):
+        path.write_text(text)
+        os.utime(path, ns=(changed, changed + seconds))
+        assert (checkpoint_digest(tmp_path / "plain") == before) is (text == "v" and not seconds)
 
 
 def test_digests_differ_with_any_value():

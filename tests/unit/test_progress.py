@@ -53,6 +53,12 @@ def test_a_terminal_gets_one_line_that_changes(clock, capsys, monkeypatch):
     assert capsys.readouterr().err == "\r\x1b[Ka\r\x1b[Kb\n"
 
 
+def test_nothing_to_do_is_done(clock, capsys):
+    with Bar("x") as bar:
+        bar.update(0, 0)
+    assert capsys.readouterr().err == f"x [{'#' * 30}] 0/0  left 0:00\n"
+
+
 def test_quiet_says_nothing(capsys):
     with Bar("x", quiet=True) as bar:
         bar.update(1, 1)

@@ -299,17 +299,18 @@ def test_device_that_is_really_full(tmp_path, monkeypatch, size):
     assert (tmp_path / "a").read_bytes() == b"before", "an earlier file stays as it was"
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("root", ["local", "memory"])
-def test_a_write_that_fails_leaves_nothing(tmp_path, root):
+def test_a_write_that_fails_leaves_nothing(tmp_path, root, error):
     """Closing a stream of an object storage would publish what was written so far."""
-    folder = str(tmp_path) if root == "local" else "memory://failing"
+    folder = str(tmp_path) if root == "local" else f"memory://failing/{tmp_path.name}"
     storage.make_folder(folder)
 
     def lines():
         yield {"a": 1}
-        raise RuntimeError("in the middle")
+        raise error("in the middle")
 
-    with pytest.raises(RuntimeError, match="in the middle"):
+    with pytest.raises(error, match="in the middle"):
         storage.write_lines(storage.join(folder, "lines.jsonl"), lines())
     assert storage.list_names(folder) == {}
     assert storage.write_lines(storage.join(folder, "lines.jsonl"), [{"a": 1}, {"b": 2}]) == 2
@@ -339,3 +340,26 @@ def test_second_name_costs_no_copy(tmp_path):
     (tmp_path / "a").write_bytes(b"x")
     storage.link_or_copy(str(tmp_path / "a"), str(tmp_path / "b"))
     assert (tmp_path / "a").stat().st_ino == (tmp_path / "b").stat().st_ino
+
+
+@pytest.mark.parametrize(
+    ("text", "protocol", "is_object_store", "shows_partial_files"),
+    [
+        ("/a", "", False, False),
+        *((f"{name}://b/a", name, True, False) for name in ("s3", "gs", "gcs", "az", "abfs", "abfss")),
+        *((f"{name}://b/a", name, False, True) for name in ("hdfs", "viewfs", "webhdfs", "sftp", "ssh", "smb", "ftp")),
+        ("memory://b/a", "memory", False, False),
+    ],
+)
+def test_kinds_of_storages(text, protocol, is_object_store, shows_partial_files):
+    found = Location.parse(text)
+    kinds = (found.protocol, found.is_object_store, found.shows_partial_files)
+    assert kinds == (protocol, is_object_store, shows_partial_files)
+    assert found.is_local is storage.is_local(text) is (not protocol)
+
+
+def test_every_compression_is_known_by_its_first_bytes(tmp_path):
+    heads = {"gzip": b"\x1f\x8b", "bz2": b"BZh9", "zstd": b"\x28\xb5\x2f\xfd", "lz4": b"\x04\x22\x4d\x18"}
+    for kind, head in {**heads, "xz": b"\xfd7zXZ\x00", "": b"\x1f\x8c"}.items():
+        (tmp_path / "f").write_bytes(head + b"rest")
+        assert storage.compression_of(str(tmp_path / "f")) == kind

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 
+from pipelines import units as units_module
 from pipelines.settings import Settings
 from pipelines.units import (
     _GROUP_BYTES,
@@ -17,6 +19,7 @@ from pipelines.units import (
     _attempts,
     _dump_error,
     _groups,
+    _Outcome,
     _room,
     _Runner,
     _TasksAhead,
@@ -153,3 +156,44 @@ def test_a_process_sets_its_work_up_once_and_keeps_it():
     rows = [{"numbers": [n], "units": [pickle.dumps(n), pickle.dumps(n + 1)]} for n in (3, 5)]
     found = [[pickle.loads(outcome).result for outcome in runner(row)["outcomes"]] for row in rows]
     assert found == [[6, 8], [10, 12]] and made == ["set up"]
+
+
+@pytest.fixture
+def on_ray(monkeypatch):
+    """Ray whose every attempt loses the units named for it; notes what each was asked for."""
+    losses, asked = [], []
+
+    def run(setup, units, groups, workers, name, retries):
+        asked.append(([list(group) for group in groups], retries))
+        lost = losses.pop(0)
+        for number in (number for group in groups for number in group):
+            if units[number] == "bad":
+                yield number, _Outcome(None, ValueError("bad unit"))
+            elif number not in lost:
+                yield number, _Outcome(units[number] * 2)
+
+    monkeypatch.setattr(units_module, "_run_on_ray", run)
+    monkeypatch.setattr(units_module, "start_ray", lambda settings: nullcontext())
+    return losses, asked
+
+
+def test_only_what_a_group_lost_is_done_again(on_ray):
+    losses, asked = on_ray
+    losses += [{2, 3}, set()]
+    units = list("abcdefgh")
+    done = list(map_units(None, units, Workers(1), Settings(), name="x", num_bytes=lambda unit: 1))
+    assert done == [(unit, unit * 2) for unit in "abefghcd"]
+    assert asked == [([[0, 1], [2, 3], [4, 5], [6, 7]], 0), ([[2], [3]], ATTEMPTS - 2)]
+    losses += [{2, 3}, {3}]
+    with pytest.raises(UnitsLostError) as lost:
+        list(map_units(None, units, Workers(1), Settings(), name="x", num_bytes=lambda unit: 1))
+    assert lost.value.units == ("d",)
+
+
+def test_an_error_of_a_unit_is_raised_as_it_is(on_ray):
+    losses, _ = on_ray
+    losses.append(set())
+    done = map_units(None, ["a", "bad", "c"], Workers(2), Settings(), name="x")
+    assert next(done) == ("a", "aa")
+    with pytest.raises(ValueError, match="bad unit"):
+        next(done)

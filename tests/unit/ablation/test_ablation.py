@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from pipelines.ablation import report
 from pipelines.ablation.findings import WINDOW, Event, StageOutcome, depth_norms, find_event, outcome_of, typical_norms
 from pipelines.ablation.report import AblationRow, text_table, write_report
 from pipelines.ablation.variants import VARIANTS, change_config, find_variant, with_precision, write_start
@@ -55,7 +56,8 @@ def test_a_dip_shorter_than_the_window_is_no_event():
     assert find_event(records, typical_norms(healthy(20))) is None
     records[20 + WINDOW - 1] = record(20 + WINDOW - 1, **{"projector": 0.0})
     assert find_event(records, typical_norms(healthy(20))).step == 20
-    records[25] = healthy(60)[25]  # two dips of half a window are none
+    records[25] = healthy(60)[25]  # two dips that make up a window are none
+    records[30:34] = [record(step, **{"projector": 0.0}) for step in range(30, 34)]
     assert find_event(records, typical_norms(healthy(20))) is None
 
 
@@ -256,3 +258,39 @@ def test_report_has_table_3s_shape(tmp_path):
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("losses_fp32.png", "gradients_fp32.png"))
     assert len(entry["plots"]) == 2
     assert "without QK norm  fp32" in text_table(rows)
+
+
+def test_a_report_has_a_table_plots_and_notes_per_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw_losses", lambda path, rows, title: path.write_bytes(title.encode()) and path)
+    monkeypatch.setattr(report, "draw_depths", lambda path, rows, title: path.write_bytes(title.encode()) and path)
+    rows = [
+        AblationRow(
+            with_precision(VARIANTS[name], precision),
+            precision,
+            [StageOutcome(2, last_loss=1.5), StageOutcome(3, status, note=note)],
+            {},
+            {"vqa": {"value": 50.0, "blind": 30.0, "shuffled": 31.25}} if not note else {},
+        )
+        for precision in ("fp32", "bf16")
+        for name, status, note in (("full", "trained", ""), ("no_lora", "failed", f"lost in {precision}"))
+    ]
+    files = write_report(tmp_path, rows, AblateSettings(seed=3, max_steps=0, num_workers=0), seconds=90)
+    plots = ["losses_fp32.png", "gradients_fp32.png", "losses_bf16.png", "gradients_bf16.png"]
+    assert files["plots"] == [str(tmp_path / name) for name in plots]
+    text = (tmp_path / "report.md").read_text()
+    assert (
+        "Recipe mini, seed 3, each stage's own number of steps, cached features, 1 variants at a time, 1.5 min" in text
+    )
+    first, second = text.split("## bf16")
+    assert "| variant | stage 2 | stage 3 | vqa |\n|---|---|---|---|\n" in first
+    assert "| full | 1.500 | nan | 50.0 (blind 30.0, shuffled 31.2) |\n| without LoRA | 1.500 | failed |  |" in first
+    assert "![losses_fp32](losses_fp32.png)\n![gradients_fp32](gradients_fp32.png)\n" in first and "bf16" not in first
+    assert "fp32.png" not in second and "losses_bf16.png" in second
+    assert second.split("## Notes\n\n")[1].splitlines() == [
+        "- without LoRA (fp32), stage 3: lost in fp32",
+        "- without LoRA (bf16), stage 3: lost in bf16",
+    ]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<h2>") == 2 and page.count('<td class="lost">failed</td>') == 2 and page.count("<img") == 4
+    assert rows[1].to_dict()["stages"]["3"]["note"] == "lost in fp32" and rows[1].to_dict()["variant"] == "no_lora"
+    assert text_table(rows).splitlines()[0].split() == ["variant", "precision", "stage", "2", "stage", "3", "vqa"]

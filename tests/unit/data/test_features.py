@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -217,3 +218,15 @@ def test_a_finished_part_is_one_of_these_images_in_this_form_and_whole(tmp_path,
             module._is_done(unit)
     else:
         assert module._is_done(unit) is done
+
+
+def test_a_caches_manifest_names_what_it_was_made_with_and_each_part(made):
+    key = feature_key(made["init_from"], 28)
+    content = json.loads((folder(made) / "manifest.json").read_text())
+    assert (content["key"], content["image_size"], content["dtype"]) == (key, 28, "float32")
+    shards = ShardSet.open(f"{made['data']}/questions").manifest.shards
+    told = [(part["name"], part["rows"], part["shard_sha256"]) for part in content["parts"]]
+    assert told == [(f"part-{n:05d}.npy", shard.rows, shard.sha256) for n, shard in enumerate(shards)]
+    for part in content["parts"]:
+        data = (folder(made) / part["name"]).read_bytes()
+        assert (part["bytes"], part["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -133,11 +134,10 @@ def test_no_more_steps_are_made_ahead_than_asked_for(plan, monkeypatch):
     next(steps)
     time.sleep(0.4)
     assert len(made) <= 1 + 3 + 1, "the one that was taken, three that wait, one in the making"
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "loader"]
     steps.close()
-    time.sleep(0.1)
-    stopped = len(made)
-    time.sleep(0.2)
-    assert len(made) == stopped
+    thread.join(5)
+    assert not thread.is_alive(), "it does not wait for room for ever"
 
 
 def test_a_batch_says_how_long_the_trainer_waited_for_it(plan, monkeypatch):

@@ -156,7 +156,10 @@ def test_table_is_the_canonical_schema(uri):
     table = ShardSet.open(uri).table()
     assert table.schema.equals(SCHEMA)
     assert table.num_rows == 195
-    assert ShardSet.open(uri).table(["id", "task"]).column_names == ["id", "task"]
+    assert ShardSet.open(uri).table(["task", "id"]).column_names == ["task", "id"]
+    assert ShardSet.open(f"{uri}/").uri == uri
+    empty = ShardSet(uri, Manifest("x", ()))
+    assert (len(empty), empty.table().num_rows, list(empty)) == (0, 0, [])
 
 
 def test_missing_set_is_told_from_a_broken_one(tmp_path, uri):

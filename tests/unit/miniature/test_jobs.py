@@ -117,3 +117,38 @@ def test_stages_and_backbones_are_shipped_as_asked_for(tmp_path, monkeypatch):
     assert (result["bytes"], result["package_data"]) == (5, str(tmp_path / "package"))
     with pytest.raises(SettingsError, match="choose one of"):
         run_miniature(settings(tmp_path, task="paint"))
+
+
+def test_pretraining_is_told_to_the_tracker_and_kept_beside_the_result(tmp_path, monkeypatch, capsys):
+    from tinygptv.miniature import pretraining
+
+    told, given = [], {}
+
+    def pretrain(task, report, **more):
+        given.update(more)
+        report(10, {"loss": 1.23456})
+        return {"scores": 1.0}
+
+    monkeypatch.setattr(pretraining, "pretrain", pretrain)
+    tracker = SimpleNamespace(metrics=lambda values, step: told.append((step, values)))
+    chosen = settings(tmp_path).model_copy(update={"quiet": False})
+    assert jobs._pretrain("task", "vision", (30, 12), 1e-3, "layers.", chosen, tracker) == {"scores": 1.0}
+    assert told == [(10, {"vision/loss": 1.23456})] and given["state_dir"] == tmp_path / "vision"
+    assert (given["cycles"], given["peak_learning_rate"], given["orthogonalized"]) == ((30, 12), 1e-3, "layers.")
+    assert capsys.readouterr().out == "vision step 10/42: loss 1.235\n"
+
+
+def test_a_phase_of_the_demo_reads_its_section_and_what_the_demo_decides(tmp_path):
+    from pipelines.settings import DemoSettings, ScoreSettings, TrainSettings
+
+    config = tmp_path / "c.yaml"
+    config.write_text("train: {max_steps: 7, overwrite: false, data: mine}\nscore: {limit: 9}")
+    state = demo.Demo(DemoSettings(quiet=True, overwrite=True, tracking_uri="none"), str(config), tmp_path)
+    train = state.load(TrainSettings, data="shards")
+    assert (train.max_steps, train.data, train.overwrite) == (7, "shards", True)
+    assert (train.quiet, train.tracking_uri) == (True, "none")
+    state.settings = DemoSettings(tracking_uri="none")
+    assert (state.load(ScoreSettings).limit, state.load(ScoreSettings).overwrite) == (9, False)
+    with state.phase("one"):
+        pass
+    assert list(state.seconds) == ["one"] and 0 <= state.seconds["one"] < 5

@@ -16,6 +16,7 @@ from pipelines.settings import (
     SettingsError,
     TrainSettings,
 )
+from pipelines.settings.command_line import _value
 
 
 def write(tmp_path, text, encoding="utf-8"):
@@ -203,6 +204,7 @@ def test_mistakes_in_a_section_name_file_and_section(tmp_path):
 @pytest.mark.parametrize("kind", SECTIONS.values(), ids=SECTIONS)
 def test_help_shows_every_key_with_the_value_that_will_be_used(tmp_path, capsys, kind):
     config = write(tmp_path, f"seed: 7\n{kind.section}: {{num_cpus: 3}}")
+    assert _value([1, "a"]) == "[1, a]" and _value({"a": {"b": True}}) == "{a: {b: true}}" and _value(None) == ""
     with pytest.raises(SystemExit) as ended:
         kind.from_command_line(["--help", "--config", str(config), "quiet=true"], "what it does")
     assert ended.value.code == 0

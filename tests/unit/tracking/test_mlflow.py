@@ -396,3 +396,39 @@ def test_pages_of_a_new_experiment_are_those_of_model_training(stores):
     (experiment,) = stores["one"].experiments.values()
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert "TinyGPT-V" in experiment.tags["mlflow.note.content"]
+
+
+def test_nested_settings_are_dotted_and_lists_are_text():
+    nested = {"a": {"b": {"c": 1}, "d": [1, (2,)]}, "e": None, "f": {}}
+    assert module.flatten(nested) == {"a.b.c": 1, "a.d": "[1, [2]]", "e": None}
+
+
+def test_artifacts_lie_beside_a_database_and_where_a_server_says():
+    assert module._artifact_location("sqlite:////data/mlflow.db", "mine") == "/data/mlartifacts/mine"
+    assert module._artifact_location("http://mlflow:5000", "mine") is None
+
+
+def test_many_parameters_and_values_go_in_several_calls():
+    assert [len(part) for part in module._parts(range(250), 100)] == [100, 100, 50]
+    assert module._BATCH_PARAMS == 100 and list(module._parts([], 100)) == []
+
+
+def test_a_column_of_images_has_one_in_every_row(tmp_path):
+    image = Image.new("RGB", (3, 2))
+    image.save(tmp_path / "a.png")
+    rows = [{"q": "a", "i": image}, {"q": "b"}, {"q": "c", "i": {"png": str(tmp_path / "a.png")}}]
+    columns = module._columns(rows)
+    assert columns["q"] == ["a", "b", "c"] and len(columns["i"]) == 3
+    assert [found.to_pil().size for found in columns["i"]] == [(3, 2), (1, 1), (3, 2)]
+    assert module._columns([]) == {}
+
+
+def test_hardware_is_that_of_a_worker_and_a_missing_mlflow_is_told(monkeypatch, caplog):
+    assert hardware_tags(97)["hardware.workers"] == "97"
+
+    def missing(*given, **more):
+        raise ImportError("No module named 'mlflow'")
+
+    monkeypatch.setattr("pipelines.tracking.base.MLflowTracker", missing)
+    assert isinstance(open_tracker(settings(), "stage"), NullTracker)
+    assert "this run is not tracked: No module named 'mlflow'" in caplog.text

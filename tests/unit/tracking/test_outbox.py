@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -107,3 +108,18 @@ def test_what_stays_unsent_is_told_at_the_end(service, tmp_path, caplog):
     box.put("end", status="FINISHED")
     box.close()
     assert "entries for MLflow" not in caplog.text, "an end alone is nothing to send"
+
+
+def test_pauses_double_while_the_service_is_away_and_begin_again(monkeypatch):
+    answers, waited = [False, False, True, False] + [False] * 7, []
+    box = object.__new__(Outbox)
+    box._closing = False
+
+    def wait(timeout):
+        waited.append(timeout)
+        box._closing = len(waited) == len(answers)
+
+    box._wake = SimpleNamespace(wait=wait, clear=lambda: None)
+    monkeypatch.setattr(box, "_send_all", lambda: answers[len(waited) - 1])
+    box._send_loop()
+    assert waited == [1, 2, 4, 1, 2, 4, 8, 16, 32, 60, 60]

@@ -13,7 +13,7 @@ import pytest
 from pipelines.data.ingest.check_rows import check_row
 from pipelines.data.shard_format import record_batch
 from pipelines.data.sources import entries, json_entries, locate
-from pipelines.data.sources.base import Rejected
+from pipelines.data.sources.base import Malformed, Rejected
 from pipelines.settings import PrepareDataSettings, SettingsError
 from tests.paths import ROOT
 from tests.source_files import encode, jpeg, picture
@@ -268,3 +268,12 @@ def test_rows_of_a_parquet_file_are_numbered_through_its_units(folder, monkeypat
     assert [(unit.start, unit.stop, unit.first) for unit in units] == [(0, 2, 0), (2, 4, 6)]
     rows = [row for unit in units for row in source.reader.read(unit)]
     assert [(row.id, row.turns[0].question) for row in rows] == [(f"0/row {n}", f"q{n}") for n in range(11)]
+
+
+def test_an_empty_list_of_answers_is_no_answer(folder):
+    row = {"image": "a.jpg", "question": "q", "answers": [], "answer": "a"}
+    path = write_lines(folder / "own.jsonl", [row])
+    with pytest.raises(Malformed, match="a question without an answer"):
+        read("jsonl", path)
+    row["answers"] = None
+    assert read("jsonl", write_lines(path, [row]))[0].turns == (Turn("q", ("a",)),)

@@ -60,3 +60,12 @@ def test_entries_with_their_answers_are_left_alone():
         "question_id": 1,
         "answers": ("b",),
     }
+
+
+def test_a_file_of_questions_by_another_name_is_told_what_it_needs(tmp_path):
+    write(tmp_path)
+    (tmp_path / "list.json").write_text((tmp_path / QUESTIONS).read_text())
+    settings = PrepareDataSettings(source="coco_vqa", input=str(tmp_path / "list.json"), images=str(tmp_path))
+    chosen, given = locate(settings)
+    with pytest.raises(SettingsError, match=r"put its annotations \(as v2_mscoco_train2014_annotations\.json\) beside"):
+        list(chosen.reader.plan(given))

@@ -446,3 +446,9 @@ def test_links_have_no_data_whatever_they_say():
     info.type, info.linkname, info.size = tarfile.SYMTYPE, "a", 700
     members, _ = scan(info.tobuf(tarfile.GNU_FORMAT) + blocks(("b", b"y")) + bytes(1024))
     assert members == [("l", 512, 0), ("b", 1024, 1)]
+
+
+def test_names_may_begin_with_the_folder_itself(tmp_path):
+    members = [(f"./{name}", data) for name, data in sample("a/b", jpeg(0), "x")]
+    rows, rejected = read(write_tar(tmp_path / "0.tar", members))
+    assert ([row.id for row in rows], rejected) == (["0/a/b"], [])
