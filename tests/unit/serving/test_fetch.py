@@ -199,6 +199,9 @@ def test_the_name_is_resolved_once_and_the_address_is_pinned(monkeypatch, server
         ("::ffff:93.184.216.34", True),
         ("2002:7f00:1::", False),
         ("2001:0:1::1", False),
+        ("2001:20::1", False),  # newer Pythons call some of 2001::/23 global
+        ("3fff::1", False),
+        ("192.0.0.9", False),
         ("fec0::1", False),
         ("::7f00:1", False),
         ("::93.184.216.34", False),
@@ -280,7 +283,7 @@ def test_no_proxy_no_redirect_and_a_bound_on_connecting(client, monkeypatch):
     get("http://a.example/x", ["a.example"])
     options = client["options"]
     assert options["trust_env"] is False and options["follow_redirects"] is False
-    assert options["timeout"].connect == fetching.CONNECT_TIMEOUT_S and options["timeout"].read is None
+    assert options["timeout"].connect == fetching.CONNECT_TIMEOUT_S == 5 and options["timeout"].read is None
 
 
 @pytest.mark.parametrize(("max_bytes", "is_taken"), [(8, True), (7, False)])

@@ -137,6 +137,38 @@ def test_a_form_that_is_not_text_says_where_boxes_are(kind):
         )
 
 
+def said(*messages):
+    return ChatRequest.model_validate({"model": "m", "messages": list(messages)}).messages
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
+def test_a_message_has_so_many_parts_at_most(role):
+    parts = [words("hi")] * 64
+    assert len(said({"role": role, "content": parts})[0].content) == 64
+    with pytest.raises(ValidationError, match="at most 64 items"):
+        said({"role": role, "content": [*parts, words("hi")]})
+
+
+def test_an_earlier_answer_may_be_empty_and_a_question_may_not():
+    assert said({"role": "assistant"}, {"role": "assistant", "content": None})[1].content is None
+    for role in ("user", "system", "developer"):
+        with pytest.raises(ValidationError):
+            said({"role": role, "content": None})
+
+
+def test_a_request_has_a_message_and_an_image_a_url():
+    for messages in ([], [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": ""}}]}]):
+        with pytest.raises(ValidationError, match="at least 1"):
+            said(*messages)
+    with pytest.raises(ValidationError, match="at least 1"):
+        said({"role": "user", "content": [{"type": "image_url", "image_url": ""}]})
+
+
+def test_the_usage_of_a_stream_is_sent_only_where_it_is_asked_for():
+    options = ChatRequest.model_validate(ask(words("hi"), stream_options={})).stream_options
+    assert options is not None and options.include_usage is False
+
+
 def sampling(**fields):
     request = ChatRequest.model_validate(ask(words("hi"), **fields))
     return request.sampling(max_tokens=99, temperature=0.7)

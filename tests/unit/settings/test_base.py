@@ -122,6 +122,19 @@ def test_yaml_that_is_damaged_is_one_line():
     assert message.endswith(".") and "\n" not in message and "  " not in message
 
 
+@pytest.mark.parametrize("key", ["seed", "num_cpus", "object_store_mb"])
+def test_numbers_of_every_job_begin_at_0(key):
+    assert getattr(Settings.parse({key: 0}, "x"), key) == 0
+    assert refused(Settings.parse, {key: -1}, "x").startswith(f"x: {key}=-1 is not usable: ")
+
+
+@pytest.mark.parametrize("key", ["min_side", "min_letters"])
+def test_true_is_neither_a_whole_number_nor_a_fraction(key):
+    message = refused(PrepareDataSettings.parse, {key: True}, "x")
+    assert message == f"x: {key}=True is not usable: a number is wanted, not true or false."
+    assert PrepareDataSettings.parse({"quiet": True}, "x").quiet is True
+
+
 # ---------------------------------------------------------------------- values as text
 
 
