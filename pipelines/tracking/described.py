@@ -44,10 +44,14 @@ def run_title(recipe: str, what: str, started: float | None = None) -> str:
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as a Markdown table; a column for every key, numbers with four digits, empty cells for None."""
+    """Rows as a Markdown table; a column for every key, numbers with four digits, empty cells for None.
+
+    MLflow's page draws cells without any space between them, so each column but the last ends with some.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns), *([_cell(row.get(key)) for key in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    cells = [columns, *([_cell(row.get(key)) for key in columns] for row in rows)]
+    head, *body = (f"| {'&emsp; | '.join(row)} |" for row in cells)
+    return "\n".join([head, f"| {' | '.join(['---'] * len(columns))} |", *body])
 
 
 def _cell(value: object) -> str:

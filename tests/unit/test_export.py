@@ -116,8 +116,8 @@ def test_numbers_of_the_drift_are_logged_and_registered(tmp_path, monkeypatch):
     assert {key: tracker.told[key] for key in tracker.told if "/" in key} == shown
     assert (tracker.told["checkpoint"], begun, tracker.status) == ("/checkpoint", {"started": 1e9}, "FINISHED")
     assert tracker.told["description"].splitlines()[2:] == [
-        "| full | 1.5 |  |  |  |",
-        "| cpu4 | 1.512 | 9e-06 | 4.6 | 75.0% of 4 |",
+        "| full&emsp; | 1.5&emsp; | &emsp; | &emsp; |  |",
+        "| cpu4&emsp; | 1.512&emsp; | 9e-06&emsp; | 4.6&emsp; | 75.0% of 4 |",
     ]
     (_, run_id, folder, name, alias, tags) = registered[0]
     assert (run_id, folder, name, alias, tags["drift.loss"]) == ("run1", tmp_path, "tiny", "new", "0.01235")

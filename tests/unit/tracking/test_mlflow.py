@@ -379,10 +379,10 @@ def test_the_page_of_a_run_begins_with_its_description(store, tmp_path):
     text = store.runs[tracker.run_id].data.tags["mlflow.note.content"]
     assert text.startswith(table) and len(text) == 8000
     assert table.splitlines() == [
-        "| variant | stage 1 | n | share |",
+        "| variant&emsp; | stage 1&emsp; | n&emsp; | share |",
         "| --- | --- | --- | --- |",
-        "| full | 0.889 |  |  |",
-        "| a\\|b |  | 7 | 0.3333 |",
+        "| full&emsp; | 0.889&emsp; | &emsp; |  |",
+        "| a\\|b&emsp; | &emsp; | 7&emsp; | 0.3333 |",
     ]
 
 
