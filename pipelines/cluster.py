@@ -15,7 +15,7 @@ import signal
 import stat
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from operator import attrgetter
 from pathlib import Path
@@ -45,6 +45,10 @@ _TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch for machines that are no cluster: switched off, all its processes listen on 127.0.0.1."""
+
+
+_started_here = threading.Event()
+"""Set while this process has a cluster of its own."""
 
 
 def token_path() -> Path:
@@ -147,6 +151,34 @@ def start_ray(settings: Settings) -> Iterator[None]:
         yield
 
 
+def check_resources(needs: Mapping[str, float], what: str) -> None:
+    """Raise where work could wait for ever: a cluster that was started here does not grow. Of others it is only told.
+
+    Args:
+        needs: Ray's resources that the work holds at a time, e.g. ``{"CPU": 1, "GPU": 1}``.
+        what: the work and its settings, e.g. ``training (num_workers=2, use_gpu=true)``.
+
+    Raises:
+        SettingsError: the cluster lacks them.
+    """
+    import ray
+
+    there = ray.cluster_resources()
+    lacks = [
+        f"{need:g} {kind}s, and {there.get(kind, 0):g} are there"
+        for kind, need in needs.items()
+        if need > there.get(kind, 0)
+    ]
+    if not lacks:
+        return
+    if not _started_here.is_set():
+        logger.warning("%s needs %s: waiting for nodes to join the Ray cluster.", what, "; ".join(lacks))
+        return
+    raise SettingsError(
+        f"{what} needs {'; '.join(lacks)}: ask for less, or give the cluster that has them as ray_address=HOST:PORT."
+    )
+
+
 @contextmanager
 def _join(address: str) -> Iterator[None]:
     import ray
@@ -184,9 +216,11 @@ def _start(settings: Settings) -> Iterator[None]:
     with _loopback() if settings.ray_loopback else _every_interface():
         with _sigterm_handler_kept():
             ray.init(**_init_arguments(settings))
+        _started_here.set()
         try:
             yield
         finally:
+            _started_here.clear()
             ray.shutdown()
 
 

@@ -23,6 +23,7 @@ from pipelines.fingerprint import FINGERPRINT_FILE, Fingerprint, checkpoint_dige
 from pipelines.json_files import read_json_object, write_json
 from pipelines.node_cache import checked_checkpoint, local_checkpoint
 from pipelines.settings import QuantizeSettings, SettingsError
+from pipelines.settings.folders import refuse_no_folder
 from pipelines.tracking.base import NullTracker, open_tracker
 from pipelines.tracking.described import markdown_table, run_title
 from pipelines.tracking.registry import register_model
@@ -343,6 +344,7 @@ def held_out_rows(settings: QuantizeSettings) -> tuple[list[SampleRow], str]:
 
 
 def _find_shard_sets(settings: QuantizeSettings) -> list[str]:
+    refuse_no_folder("data", settings.data, "prepared shard sets (jobs/prepare_data.py)")
     folders = find_shard_sets(storage.absolute(settings.data))
     if not folders:
         raise FileNotFoundError(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from pipelines.cluster import quiet_ray_data, start_ray
+from pipelines.cluster import check_resources, quiet_ray_data, start_ray
 from pipelines.settings import Settings
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def map_units(
 
     Raises:
         Exception: the first error that a unit's work raised, as it was raised there.
+        SettingsError: a local cluster has no room for a single worker.
         UnitsLostError: the process of some units died in each of ``ATTEMPTS``; raised after all others are finished.
     """
     if not units:
@@ -108,6 +109,7 @@ def map_units(
         return
     missing = dict(enumerate(units))
     with start_ray(settings):
+        check_resources({"CPU": workers.num_cpus, "GPU": workers.num_gpus}, f"a worker of {name}")
         for groups, retries in _attempts(units, workers, num_bytes):
             left = [[number for number in group if number in missing] for group in groups]
             for number, outcome in _run_on_ray(

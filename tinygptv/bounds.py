@@ -21,7 +21,7 @@ def check_number(name: str, value: object, least: float, most: float = math.inf,
     number = math.nan  # within no bounds
     if isinstance(value, int | float) and not isinstance(value, bool) and not (whole and isinstance(value, float)):
         number = value
-    if not least <= number <= most:
+    if not least <= number <= most or math.isinf(number):
         kind = "a whole number" if whole else "a number"
         bounds = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
         raise ValueError(f"{name} is {value!r}; it must be {kind} {bounds}.")

@@ -22,8 +22,10 @@ from pipelines.ablation.report import DEFINITIONS, AblationRow, ReportFiles, Row
 from pipelines.ablation.variant_run import SharedInputs, StageStatus, VariantOutcome, run_variant
 from pipelines.ablation.variants import Variant, find_variant, with_precision
 from pipelines.cluster import start_ray
+from pipelines.evaluation.run import named_benchmarks
 from pipelines.fingerprint import Fingerprint, claim
 from pipelines.json_files import write_json
+from pipelines.node_cache import checked_checkpoint
 from pipelines.progress import Bar, poll
 from pipelines.settings import (
     AblateSettings,
@@ -32,6 +34,7 @@ from pipelines.settings import (
     PrepareDataSettings,
     SettingsError,
 )
+from pipelines.settings.folders import refuse_no_folder
 from pipelines.tracking.base import Tracker, continue_tracker, reachable_uri
 from pipelines.tracking.described import markdown_table, run_title
 from pipelines.tracking.identity import RUN_FILE
@@ -84,6 +87,7 @@ def ablate(settings: AblateSettings) -> AblationResult:
     stages = [resolve_stage(settings, number) for number in settings.stages]
     if not variants or not stages:
         raise SettingsError("an ablation needs at least one of variants=, precisions= and stages=.")
+    _refuse_unusable_inputs(settings)
     work = storage.WorkFolder(settings.output_location("outputs/ablation"))
     storage.check_access(work.location, writes=True)
     output = work.path
@@ -121,6 +125,23 @@ def ablate(settings: AblateSettings) -> AblationResult:
     _track_report(parent, result, [files["report"], files["page"], *files["plots"], str(output / "result.json")])
     work.publish()
     return result
+
+
+def _refuse_unusable_inputs(settings: AblateSettings) -> None:
+    """Raise before anything is drawn or trained where a variant would fail later.
+
+    Raises:
+        SettingsError: data is no folder, or a benchmark is unknown.
+        CheckpointError: the start is no checkpoint.
+    """
+    if settings.data:
+        refuse_no_folder("data", settings.data, "prepared shard sets (jobs/prepare_data.py)")
+    if settings.benchmark_data:
+        refuse_no_folder("benchmark_data", settings.benchmark_data, "the benchmark's files")
+    if settings.init_from and storage.is_local(settings.init_from):
+        checked_checkpoint(settings.init_from)
+    if settings.benchmark:
+        named_benchmarks(settings.benchmark)
 
 
 def _fingerprint(settings: AblateSettings) -> Fingerprint:

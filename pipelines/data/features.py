@@ -29,6 +29,7 @@ from pipelines.data.shards import ShardSet, find_shard_sets, sizes_of
 from pipelines.node_cache import checked_checkpoint, local_checkpoint
 from pipelines.progress import Bar
 from pipelines.settings import CacheFeaturesSettings, SettingsError
+from pipelines.settings.folders import refuse_no_folder
 from pipelines.units import Workers, map_units
 from tinygptv.json_object import JsonObject
 from tinygptv.lru import LRU
@@ -225,6 +226,7 @@ def cache_features(settings: CacheFeaturesSettings) -> FeatureResult:
     storage.check_access(work.location, writes=True)
     storage.check_access(settings.data, writes=True)
     checkpoint, settings = _absolute(settings)
+    refuse_no_folder("data", settings.data, "prepared shard sets (jobs/prepare_data.py)")
     start = checked_checkpoint(checkpoint)
     image_size = settings.image_size or _image_size(start)
     key = feature_key(start, image_size)

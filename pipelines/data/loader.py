@@ -142,11 +142,11 @@ def open_shards(data: str, stage: Stage) -> dict[str, ShardSet]:
         try:
             opened[source.name] = ShardSet.open(folder)
         except FileNotFoundError:
-            missing.append(folder)
+            missing.append(source.name)
     if missing:
         raise FileNotFoundError(
-            f"stage {stage.number} needs prepared data in {', '.join(missing)}: "
-            "run jobs/prepare_data.py for each source."
+            f"stage {stage.number} needs prepared data, and {data} lacks {', '.join(missing)}: "
+            "run jobs/prepare_data.py for each source, or name those that are there as stage.sources."
         )
     return opened
 

@@ -102,6 +102,7 @@ def evaluate(
     storage.check_access(work.location, writes=True)
     output = work.path
     data = _data_folder(settings)
+    _refuse_no_predictions(settings)
     chosen = list(benchmarks or _find(settings, data))
     checkpoint = _find_checkpoint(settings)
     asked = {benchmark.name: _read(settings, benchmark, data) for benchmark in chosen}
@@ -149,6 +150,12 @@ def evaluate(
     return result
 
 
+def _refuse_no_predictions(settings: ScoreSettings) -> None:
+    """Raise before anything is answered where there is nothing to compare with; a URI is asked at the end."""
+    if settings.compare_with and storage.is_local(settings.compare_with):
+        read_predictions(Path(storage.absolute(settings.compare_with)))
+
+
 def _compare(settings: ScoreSettings, output: Path, lines: Sequence[Prediction]) -> dict[str, Comparison]:
     """Compare with an earlier run, in a folder or at a URI, and write the page."""
     location = settings.compare_with
@@ -165,12 +172,25 @@ def _compare(settings: ScoreSettings, output: Path, lines: Sequence[Prediction])
 
 
 def _find(settings: ScoreSettings, data: DataFolder) -> list[Benchmark]:
+    if not settings.data:
+        raise SettingsError("give data=DIR, the folder of the benchmark's files; with benchmark=own the file of rows.")
+    if not settings.benchmark:
+        raise SettingsError("give benchmark=NAME, e.g. miniature, or own for the rows of data=rows.jsonl.")
     if settings.benchmark in (OWN, [OWN]):
         return [own_benchmark(settings.metric, data)]
     if settings.metric in METRICS:
         raise SettingsError(f"metric={settings.metric} is for one's own rows: give benchmark=own data=rows.jsonl.")
+    return named_benchmarks(settings.benchmark)
+
+
+def named_benchmarks(names: str | list[str]) -> list[Benchmark]:
+    """Look benchmarks up by name or group.
+
+    Raises:
+        SettingsError: a name is unknown.
+    """
     try:
-        return find_benchmarks(settings.benchmark)
+        return find_benchmarks(names)
     except ValueError as error:
         raise SettingsError(str(error)) from error
 

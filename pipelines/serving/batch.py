@@ -14,7 +14,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,6 +133,7 @@ def run_batch(settings: BatchSettings, backend: Backend | None = None) -> BatchR
     answers = work.path / ANSWERS
     with _local_file(source) as path:
         requests = list(read_requests(path))
+        _refuse_no_requests(settings.input, requests)
         done = finished_answers(answers)
         waiting = [request for request in requests if (request.id, request.digest) not in done]
         if waiting:
@@ -152,6 +153,17 @@ def run_batch(settings: BatchSettings, backend: Backend | None = None) -> BatchR
     )
     write_json(work.uri(RESULT), asdict(result))
     return result
+
+
+def _refuse_no_requests(name: str, requests: Sequence[BatchRequest]) -> None:
+    """Raise where a file holds nothing that could be answered: it is the wrong file."""
+    if not requests:
+        raise SettingsError(f"input={name} has no lines: give a JSON Lines file of requests.")
+    if all(request.error for request in requests):
+        raise SettingsError(
+            f"input={name} holds no request among its {len(requests)} lines: {requests[0].error} Give a JSON Lines "
+            "file of requests."
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -15,7 +16,7 @@ from ray import serve
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.exceptions import RayServeException
 
-from pipelines.cluster import start_ray
+from pipelines.cluster import check_resources, start_ray
 from pipelines.serving.app import APP_NAME, build_app
 from pipelines.serving.artifact import check_artifact
 from pipelines.serving.clients import KEYS_VARIABLE, key_digests
@@ -55,7 +56,11 @@ def serving(settings: ServeSettings) -> Iterator[str]:
     settings = check_settings(settings)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if not (settings.ray_address or os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
+        _claim_port(settings.host, settings.port)  # told before Ray starts, which takes seconds
     with start_ray(settings):
+        gpus = settings.num_gpus * settings.num_replicas
+        check_resources({"GPU": gpus}, f"serving (num_gpus={settings.num_gpus:g})")
         was_running = serve_address() is not None
         try:
             yield deploy(settings)
@@ -148,8 +153,9 @@ def _claim_port(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
+            key = "host" if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL else "port"
             raise SettingsError(
-                f"cannot listen on {host} port {port}: {error.strerror}; choose another port=."
+                f"cannot listen on {host} port {port}: {error.strerror}; choose another {key}=."
             ) from error
         return int(probe.getsockname()[1])
 

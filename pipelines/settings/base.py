@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from pipelines.settings.command_line import parse_words, print_help
 from pipelines.settings.errors import SettingsError
+from pipelines.settings.folders import refuse_unwritable
 from pipelines.settings.near_match import near_match
 from pipelines.settings.plain_yaml import load_text_list, load_yaml
 
@@ -136,7 +137,8 @@ class Settings(BaseModel):
         """The output folder: an absolute path, or a URI as it is written.
 
         Raises:
-            SettingsError: it would lie in the folder of a submitted job, which Ray removes afterwards, or on the hub.
+            SettingsError: it would lie in the folder of a submitted job, which Ray removes afterwards, or on the hub;
+                or it cannot be written.
         """
         given = self.output.removeprefix("file://") or default
         if given.startswith("hf://"):
@@ -152,7 +154,9 @@ class Settings(BaseModel):
                 f"output={self.output or default} is relative, and Ray removes the working directory of a submitted "
                 "job after it: give an absolute path that stays, e.g. output=/data/run1, or a URI, e.g. s3://bucket/run1."
             )
-        return str(path.absolute())
+        path = path.absolute()
+        refuse_unwritable("output", path)
+        return str(path)
 
     def output_dir(self, default: str) -> Path:
         """The output folder on this machine as an absolute path, made where it is missing.
@@ -253,7 +257,8 @@ def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file() and path.parts in ((path.name,), ("configs", path.name)) and shipped.is_file():
         path = shipped  # `--config configs/paper.yaml` in any folder
     if not path.is_file():
-        raise SettingsError(f"configuration {path} does not exist; the shipped ones are in {shipped_configs()}.")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise SettingsError(f"configuration {path} {what}; the shipped ones are in {shipped_configs()}.")
     try:
         values = load_yaml(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

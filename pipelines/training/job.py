@@ -22,6 +22,7 @@ from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim, digest_
 from pipelines.node_cache import checked_checkpoint
 from pipelines.redact import redact
 from pipelines.settings import AblateSettings, SettingsError, TrainSettings
+from pipelines.settings.folders import refuse_no_folder, refuse_unwritable
 from pipelines.settings.near_match import near_match
 from pipelines.tracking.base import reachable_uri
 from pipelines.tracking.described import run_title
@@ -111,8 +112,11 @@ def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, storage
     given = (settings.init_from, settings.data)
     settings = resolve_paths(settings, number, output)
     start = checked_checkpoint(settings.init_from, weights=settings.features == "cached")
+    if settings.storage_path and storage.is_local(settings.storage_path):
+        refuse_unwritable("storage_path", Path(storage.absolute(settings.storage_path)))
     for folder in dict.fromkeys((output, settings.storage_path)):
         storage.check_access(folder or output, writes=True)
+    refuse_no_folder("data", settings.data, "prepared shard sets (jobs/prepare_data.py)")
     shards = open_shards(settings.data, stage)
     held = _hold_out(settings, shards)
     build_mixture(stage, shards, settings.seed, held)
@@ -141,6 +145,8 @@ def _hold_out(settings: TrainSettings, shards: dict[str, ShardSet]) -> dict[str,
     Raises:
         SettingsError: there are none, though some are asked for, or none are left to train on.
     """
+    if settings.eval_data:
+        refuse_no_folder("eval_data", settings.eval_data, "held-out shard sets")
     for key in ("early_stop", "use_best"):
         if getattr(settings, key) and not (settings.eval_data or settings.eval_fraction):
             raise SettingsError(f"{key} needs held-out rows: give eval_data=DIR or eval_fraction=0.05.")
@@ -298,7 +304,11 @@ def _stage_value(stage: Stage, key: str, value: Any) -> Any:
         return _sources_value(stage, value)
     if key in ("schedule", "limits"):
         return _with_fields(getattr(stage, key), value)
-    return tuple(value) if key == "trainable" else value
+    if key == "trainable":
+        if not isinstance(value, list):
+            raise ValueError("a list of parts is wanted, e.g. [projector, lora]")
+        return tuple(map(str, value))
+    return value
 
 
 def _with_fields(whole: Any, changes: Any) -> Any:
@@ -317,9 +327,12 @@ def _with_fields(whole: Any, changes: Any) -> Any:
 
 
 def _sources_value(stage: Stage, value: Any) -> tuple[StageSource, ...]:
-    if isinstance(value, list):
+    known = {"weight", "batch_size"}
+    if isinstance(value, list) and all(isinstance(f, dict) and set(f) == {"name", *known} for f in value):
         return tuple(StageSource(**fields) for fields in value)
-    if all({"weight", "batch_size"} <= set(fields) for fields in value.values()):
+    if not isinstance(value, dict) or not all(isinstance(f, dict) and set(f) <= known for f in value.values()):
+        raise ValueError("write {NAME: {weight: 1, batch_size: 1}} or [{name: NAME, weight: 1, batch_size: 1}]")
+    if all(known <= set(fields) for fields in value.values()):
         return tuple(StageSource(name, **fields) for name, fields in value.items())
     unknown = sorted(set(value) - {source.name for source in stage.sources})
     if unknown:

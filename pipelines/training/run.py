@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image
 
 from pipelines import storage
-from pipelines.cluster import start_ray
+from pipelines.cluster import check_resources, start_ray
 from pipelines.data.loader import open_shards
 from pipelines.data.shards import ShardSet, find_shard_sets
 from pipelines.node_cache import checked_checkpoint, local_checkpoint
@@ -193,6 +193,13 @@ def _finished_result(output: Path, num_steps: int) -> StageResult | None:
 
 def _run_inline(job: TrainJob) -> WorkerResult:
     if job.settings.use_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SettingsError(
+                f"use_gpu=true: torch {torch.__version__} finds no CUDA GPU here. Give use_gpu=false, or num_workers=1 "
+                "and the cluster that has GPUs as ray_address=HOST:PORT."
+            )
         for name, value in GPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
     result = train_loop(job)
@@ -208,6 +215,9 @@ def _run_on_ray(job: TrainJob) -> WorkerResult:
     gpu_options: Any = {"worker_runtime_env": {"env_vars": dict(GPU_ENVIRONMENT)}} if settings.use_gpu else {}
     filesystem, storage_path = storage.resolve(job.storage)
     with start_ray(settings):
+        least = settings.min_workers or settings.num_workers
+        needs = {"CPU": least * settings.cpus_per_worker, "GPU": float(least * settings.use_gpu)}
+        check_resources(needs, f"training (num_workers={least}, use_gpu={str(settings.use_gpu).lower()})")
         workers: Any = (settings.min_workers, settings.num_workers) if settings.min_workers else settings.num_workers
         trainer = TorchTrainer(
             train_worker,

@@ -119,7 +119,7 @@ def test_a_mistake_is_one_sentence_and_fails_the_job(head, world, tmp_path):
     command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/stage1.py", *words]
     done = subprocess.run(command, env=head, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode != 0
-    assert "error: stage 1 needs prepared data in /nowhere/pairs" in done.stdout + done.stderr
+    assert "error: data=/nowhere does not exist: give the folder of prepared shard sets" in done.stdout + done.stderr
 
 
 @pytest.mark.slow

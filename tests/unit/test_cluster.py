@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipelines import cluster
-from pipelines.cluster import AUTH_MODE, ensure_token, token_path
-from pipelines.settings import Settings
+from pipelines.cluster import AUTH_MODE, check_resources, ensure_token, token_path
+from pipelines.settings import Settings, SettingsError
 
 pytestmark = pytest.mark.security
 
@@ -96,3 +97,19 @@ def test_loopback_lasts_as_long_as_its_block(monkeypatch, before):
         assert (os.environ[cluster._LOOPBACK_VARIABLE], ray_constants.ENABLE_RAY_CLUSTER) == ("0", False)
         raise KeyError
     assert (os.environ.get(cluster._LOOPBACK_VARIABLE), ray_constants.ENABLE_RAY_CLUSTER) == (before, "as it was")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_an_own_cluster_lacks_is_refused_and_another_may_grow(monkeypatch, caplog, own):
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(cluster._started_here, "is_set", lambda: own)
+    check_resources({"CPU": 4, "GPU": 0}, "training")
+    message = "training (num_workers=8) needs 8 CPUs, and 4 are there; 1 GPUs, and 0 are there"
+    if own:
+        with pytest.raises(SettingsError, match=re.escape(f"{message}: ask for less, or give the cluster")):
+            check_resources({"CPU": 8, "GPU": 1}, "training (num_workers=8)")
+    else:
+        check_resources({"CPU": 8, "GPU": 1}, "training (num_workers=8)")
+        assert f"{message}: waiting for nodes" in caplog.text

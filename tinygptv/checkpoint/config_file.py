@@ -31,7 +31,8 @@ def read_config(folder: Path) -> TinyGPTVConfig:
         CheckpointError: there is none, it is damaged, of another model, or asks for what cannot be.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist: give a checkpoint folder of a stage, or an exported artifact.")
+        what = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {what}: give a checkpoint folder of a stage, or an exported artifact.")
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} is no TinyGPT-V checkpoint: it has no config.json.")

@@ -160,7 +160,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"checkpoint {folder} does not exist.")
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise CheckpointError(f"checkpoint {folder} {what}.")
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(

@@ -98,6 +98,8 @@ class Stage:
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
+        if not self.trainable:
+            raise ValueError(f"stage {self.number} has no trainable part: choose some of {sorted(TRAINABLE_PARTS)}.")
         unknown = set(self.trainable) - set(TRAINABLE_PARTS)
         if unknown:
             raise ValueError(

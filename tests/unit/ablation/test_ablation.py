@@ -11,6 +11,7 @@ import torch
 from pipelines.ablation import report
 from pipelines.ablation.findings import WINDOW, Event, StageOutcome, depth_norms, find_event, outcome_of, typical_norms
 from pipelines.ablation.report import AblationRow, text_table, write_report
+from pipelines.ablation.run import ablate
 from pipelines.ablation.variants import VARIANTS, change_config, find_variant, with_precision, write_start
 from pipelines.settings import AblateSettings, SettingsError
 from pipelines.training.job import apply_stage_settings
@@ -294,3 +295,20 @@ def test_a_report_has_a_table_plots_and_notes_per_precision(tmp_path, monkeypatc
     assert page.count("<h2>") == 2 and page.count('<td class="lost">failed</td>') == 2 and page.count("<img") == 4
     assert rows[1].to_dict()["stages"]["3"]["note"] == "lost in fp32" and rows[1].to_dict()["variant"] == "no_lora"
     assert text_table(rows).splitlines()[0].split() == ["variant", "precision", "stage", "2", "stage", "3", "vqa"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "/nowhere"}, "data=/nowhere does not exist: give the folder of prepared shard sets"),
+        ({"benchmark_data": "/nowhere"}, "benchmark_data=/nowhere does not exist"),
+        ({"init_from": "/nowhere"}, "checkpoint /nowhere does not exist"),
+        ({"benchmark": "miniature_vaq"}, "did you mean 'miniature_vqa'"),
+    ],
+)
+def test_inputs_of_an_ablation_are_checked_before_it_draws_or_trains(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr("pipelines.ablation.run.start_ray", lambda _: pytest.fail("Ray was started"))
+    settings = AblateSettings(output=str(tmp_path / "out"), num_workers=0, tracking_uri="none", **changes)
+    with pytest.raises(ValueError, match=message):
+        ablate(settings)
+    assert not (tmp_path / "out").exists()

@@ -149,7 +149,7 @@ def test_a_batch_says_how_long_the_trainer_waited_for_it(plan, monkeypatch):
 
 def test_a_source_that_was_not_prepared_is_named_with_the_others(plan):
     stage = plan.stage
-    with pytest.raises(FileNotFoundError, match=r"/nowhere/pairs, /nowhere/questions: run jobs/prepare_data\.py"):
+    with pytest.raises(FileNotFoundError, match=r"/nowhere/ lacks pairs, questions: run jobs/prepare_data\.py"):
         open_shards("/nowhere/", stage)
     assert loader.CHUNK_STEPS >= 1
 

@@ -152,6 +152,22 @@ def score(checkpoint, path, output, **changes):
     return evaluate(ScoreSettings(**{**fields, **names, **changes}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"compare_with": "/nowhere"}, r"/nowhere has no predictions\.jsonl"),
+        ({"data": ""}, "give data=DIR, .* with benchmark=own the file of rows"),
+        ({"benchmark": []}, "give benchmark=NAME"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_answered(folder, tmp_path, changes, message):
+    path = write(folder, {"image": "0.jpg", "question": "what?", "answer": "a"})
+    checkpoint = save_checkpoint(tmp_path / "model")
+    with pytest.raises(SettingsError, match=message):
+        score(checkpoint, path, tmp_path / "out", **changes)
+    assert not list((tmp_path / "out").glob("answers/*"))
+
+
 def test_two_models_side_by_side(folder, tmp_path):
     rows = [{"image": f"{n}.jpg", "question": "what?", "answer": "a"} for n in range(3)]
     path = write(folder, *rows)

@@ -86,6 +86,21 @@ def test_wrong_lines_are_answered_with_their_error_and_stop_nothing(files):
     assert all(answer["status_code"] < 500 for answer in answers.values())
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], r"requests\.jsonl has no lines: give a JSON Lines file of requests"),
+        (["{", "[1]"], r"holds no request among its 2 lines: line 1 is not valid JSON"),
+        ([{"image": "a.jpg", "question": "x?"}], r"among its 1 lines: line 1 is no request for /v1/chat/completions"),
+    ],
+)
+def test_a_file_without_any_request_is_refused(files, lines, message):
+    files.write(*lines)
+    with pytest.raises(SettingsError, match=message):
+        files.run()
+    assert not (files.output / ANSWERS).exists()
+
+
 def test_a_killed_run_continues(files):
     requests = [{"custom_id": str(i), "body": body(words(f"question {i}"))} for i in range(6)]
     files.write(*requests[:3])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import socket
+from contextlib import closing
 
 import pytest
 
-from pipelines.serving.run import _claim_port, _reason, _url, check_settings
+from pipelines.serving.run import _claim_port, _reason, _url, check_settings, serving
 from pipelines.settings import ServeSettings, SettingsError
 from tests.serving_model import save_checkpoint
 
@@ -89,3 +90,19 @@ def test_a_port_that_is_taken_is_named():
         with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1 port {port}: .*; choose another port="):
             _claim_port("127.0.0.1", port)
     assert _claim_port("127.0.0.1", 0) > 0
+
+
+@pytest.mark.parametrize(
+    ("host", "fix"), [("127.0.0.1", "port"), ("192.0.2.1", "host"), ("no-such-host.invalid", "host")]
+)
+def test_an_address_that_cannot_be_listened_on_is_told_before_ray_starts(artifact, monkeypatch, host, fix):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("pipelines.serving.run.start_ray", lambda _: pytest.fail("Ray was started"))
+    with closing(socket.create_server(("127.0.0.1", 0))) as other:
+        port = other.getsockname()[1]
+        message = rf"cannot listen on {host} port {port}: .*; choose another {fix}=\."
+        with (
+            pytest.raises(SettingsError, match=message),
+            serving(ServeSettings(artifact=artifact, host=host, port=port)),
+        ):
+            pass
