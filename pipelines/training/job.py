@@ -145,13 +145,13 @@ def _hold_out(settings: TrainSettings, shards: dict[str, ShardSet]) -> dict[str,
     Raises:
         SettingsError: there are none, though some are asked for, or none are left to train on.
     """
-    if settings.eval_data:
-        refuse_no_folder("eval_data", settings.eval_data, "held-out shard sets")
     for key in ("early_stop", "use_best"):
         if getattr(settings, key) and not (settings.eval_data or settings.eval_fraction):
             raise SettingsError(f"{key} needs held-out rows: give eval_data=DIR or eval_fraction=0.05.")
     if settings.eval_data and settings.eval_fraction:
         raise SettingsError("eval_data and eval_fraction are both given: give the one that holds the held-out rows.")
+    if settings.eval_data:
+        refuse_no_folder("eval_data", settings.eval_data, "held-out shard sets")
     if not settings.eval_fraction:
         return {}
     held = hold_out(shards, settings.eval_fraction)

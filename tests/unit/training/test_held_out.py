@@ -283,7 +283,7 @@ def test_what_decides_the_weights_is_part_of_the_identity(straight, settings_of)
         ({"eval_data": "x"}, SettingsError, "eval_data and eval_fraction are both given"),
         ({"eval_fraction": 1e-9}, SettingsError, "holds out none of so few rows"),
         ({"eval_fraction": 0.9999999}, SettingsError, "leaves no row of pairs"),
-        ({"eval_fraction": 0, "eval_data": "/nowhere"}, FileNotFoundError, "/nowhere holds no shard set"),
+        ({"eval_fraction": 0, "eval_data": "/nowhere"}, SettingsError, "eval_data=/nowhere does not exist"),
     ],
 )
 def test_mistakes(settings_of, tmp_path, changes, error, message):

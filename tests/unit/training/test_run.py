@@ -225,7 +225,7 @@ def test_features_of_other_weights_are_refused(world, tmp_path, straight):
     [
         ({"init_from": ""}, SettingsError, "needs a start: give init_from"),
         ({"init_from": "/nowhere"}, CheckpointError, "/nowhere does not exist"),
-        ({"data": "/nowhere"}, FileNotFoundError, "/nowhere/pairs, /nowhere/questions: run jobs/prepare_data"),
+        ({"data": "/nowhere"}, SettingsError, "data=/nowhere does not exist: give the folder of prepared shard sets"),
         ({"stage": {"nonsense": 1}}, SettingsError, r"stage\.nonsense is no field"),
         (
             {"stage": {"lora_rnak": 1}},
