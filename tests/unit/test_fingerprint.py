@@ -142,5 +142,10 @@ def test_a_checkpoint_is_known_by_what_it_computes_with(tmp_path):
         assert (checkpoint_digest(tmp_path / "plain") == before) is (text == "v" and not seconds)
 
 
+def test_nested_inputs_have_dotted_names():
+    found = Fingerprint.of("x", b={"c": {"d": 1, "e": [{"f": 2}]}, "g": {}}, a=None)
+    assert dict(found.inputs) == {"job": "x", "a": None, "b.c.d": 1, "b.c.e": [{"f": 2}]}
+
+
 def test_digests_differ_with_any_value():
     assert digest_of({"a": 1, "b": [2.0]}) == digest_of({"a": 1, "b": [2.0]}) != digest_of({"a": 1, "b": [2.5]})

@@ -184,3 +184,40 @@ def test_the_documented_recipe_is_the_one_that_is_run(tmp_path, jobs):
     section = (ROOT / "README.md").read_text().split("to be run one by one")[1].split("```")[1]
     listed = re.findall(r"^python (?:jobs/(\w+)\.py|(-m))", section, re.MULTILINE)
     assert [job or module for job, module in listed] == ran
+
+
+def test_rows_are_those_of_prepared_data_or_as_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe.ShardSet, "open", lambda uri: range(7))
+    plan = recipe._Recipe(RecipeSettings(recipe="paper", data=str(tmp_path)), None, tmp_path)
+    assert plan._rows("gqa") == recipe.set_of("gqa").rows > 7
+    (tmp_path / "gqa").mkdir()
+    (tmp_path / "gqa/manifest.json").touch()
+    assert plan._rows("gqa") == 7 and plan._is_prepared("gqa") and not plan._is_prepared("ocrvqa")
+
+
+def test_words_of_the_steps(tmp_path, jobs):
+    run(tmp_path, benchmarks="official", benchmark="vqa", weights="/w", data="/d")
+    words = {name: given for name, given in jobs.ran}
+    out, config = tmp_path / "out", ["--config", PAPER]
+    assert words["fetch"] == ["what=start", "output=/w"]
+    assert words["stage4"] == [
+        *config,
+        "data=/d",
+        f"init_from={out}/stage3/checkpoint",
+        f"output={out}/stage4",
+        "features=inline",
+    ]
+    checkpoint = f"checkpoint={out}/stage4/checkpoint"
+    assert words["score"] == [*config, checkpoint, "benchmark=vqa", "data=official", f"output={out}/score"]
+    assert words["quantize"] == [*config, checkpoint, f"output={out}/artifact", "data=/d"]
+    prepared = {given[2]: given[3:] for name, given in jobs.ran if name == "prepare_data"}
+    assert prepared["source=gqa"] == [f"input={tmp_path}/raw/{recipe.set_of('gqa').input}", "output=/d/gqa"]
+    caches = [given for name, given in jobs.ran if name == "cache_features"]
+    assert caches[0][2:] == [
+        "data=/d",
+        f"checkpoint={out}/start",
+        "image_size=224",
+        "sources=[cc_sbu,laion]",
+        f"output={out}/features12",
+    ]
+    assert caches[1][4] == "image_size=224" and caches[1][6] == f"output={out}/features3"

@@ -89,6 +89,7 @@ def test_it_is_served_on_this_machine_alone():
 def test_a_finished_artifact_is_one_of_these_inputs_and_whole(tmp_path):
     inputs = released._inputs(ReleasedSettings(stage=3, drift_samples=5), Plan("cpu", "cpu4", 1, 2, 1, 2, 1, 1))
     assert inputs == {"parts": ["vision", "qformer", "phi-2", "stage3"], "method": "cpu4", "drift_samples": 5}
+    assert released.part_names(ReleasedSettings(language="phi-2-susnato"))[2:] == ["phi-2-susnato", "stage4"]
     artifact = write_folder(tmp_path / "artifact", lambda staging: (staging / "a").write_text("a"))
     result = {"artifact": str(artifact), "inputs": inputs}
     assert released._finished(tmp_path, inputs) is None

@@ -57,6 +57,7 @@ def test_wording_and_answers_are_drawn_by_the_generator_of_the_draw(plan):
             rendered = render_sample(row, chooser(maker.mixture.generator(ref)))
             encoded = maker.load(ref).encoded
             assert encoded == maker.encoder.encode(rendered) == other.load(ref).encoded
+            assert maker.load(ref).source == ref.source
             said.setdefault((ref.source, ref.row), set()).add(tuple(encoded.input_ids))
     assert any(len(texts) > 1 for texts in said.values())
 

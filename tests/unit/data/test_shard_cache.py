@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +47,12 @@ def test_a_copy_that_grew_is_read_again(tmp_path):
         file.write(b"!")
     assert cache.fetch(location, name).read_bytes() == data
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".arrow", ".lock"]
+
+
+def test_a_copy_that_another_process_removes_meanwhile_is_no_trouble(copies, monkeypatch):
+    there = sorted(copies.iterdir())
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter([folder / "gone.arrow", *there]))
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    ShardCache(copies, 20)._make_room(0)
+    monkeypatch.undo()
+    assert sorted(path.stem for path in copies.iterdir() if path.suffix in (".arrow", ".npy")) == ["a", "c"]

@@ -67,3 +67,17 @@ def test_the_same_again_and_another(example):
     assert (output / "train.jsonl").read_bytes() == before
     with pytest.raises(OtherInputsError, match="scenes was 6, is now 7"):
         run_miniature(settings.model_copy(update={"example_scenes": 7}))
+
+
+def test_the_new_colour_is_on_an_object_that_is_the_only_one_of_its_shape():
+    from collections import Counter
+
+    from pipelines.miniature.example import _phrase, _scenes
+
+    for scene, item in _scenes(0, 20):
+        shapes = Counter(other.shape for other in scene.objects)
+        coloured = [other for other in scene.objects if other.colour == NEW_COLOUR]
+        assert coloured == [item] and shapes[item.shape] == 1
+        row = _phrase("a.jpg", scene, item)
+        assert row["turns"][0]["answers"] == [f"{item.size} {NEW_COLOUR} {item.shape}"]
+        assert row["boxes"] == [[round(corner, 1) for corner in scene.pixel_box(item)]]

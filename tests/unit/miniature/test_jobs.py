@@ -152,3 +152,23 @@ def test_a_phase_of_the_demo_reads_its_section_and_what_the_demo_decides(tmp_pat
     with state.phase("one"):
         pass
     assert list(state.seconds) == ["one"] and 0 <= state.seconds["one"] < 5
+
+
+def test_the_demo_scores_short_answers_on_five_times_as_many_scenes(tmp_path, monkeypatch):
+    from pipelines.evaluation import run
+    from pipelines.settings import DemoSettings
+
+    asked = []
+
+    def evaluate(settings):
+        asked.append((settings.benchmark, settings.limit, settings.output, settings.checkpoint, settings.data))
+        return {"benchmarks": {name: len(asked) for name in settings.benchmark}}
+
+    monkeypatch.setattr(run, "evaluate", evaluate)
+    (tmp_path / "c.yaml").write_text("score: {limit: 30}")
+    state = demo.Demo(DemoSettings(quiet=True, tracking_uri="none"), str(tmp_path / "c.yaml"), tmp_path)
+    demo._score(state, Path("/c"), Path("/w"))
+    (vqa, tasks) = asked
+    assert vqa == (["miniature_vqa"], 150, f"{tmp_path}/score/vqa", "/c", "/w")
+    assert tasks[1:] == (30, f"{tmp_path}/score/tasks", "/c", "/w") and "miniature_vqa" not in tasks[0]
+    assert state.result["scores"]["miniature_vqa"] == 1 and len(state.result["scores"]) == 1 + len(tasks[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from types import SimpleNamespace
 
@@ -123,3 +124,12 @@ def test_pauses_double_while_the_service_is_away_and_begin_again(monkeypatch):
     monkeypatch.setattr(box, "_send_all", lambda: answers[len(waited) - 1])
     box._send_loop()
     assert waited == [1, 2, 4, 1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_only_metrics_wait_for_company():
+    box = object.__new__(Outbox)
+    woken = []
+    box._queue, box._lock, box._wake = [], threading.Lock(), SimpleNamespace(set=lambda: woken.append(len(box._queue)))
+    for kind in ("metrics", "tags", "metrics", "end"):
+        box.put(kind)
+    assert woken == [2, 4] and [entry["kind"] for entry in box._queue] == ["metrics", "tags", "metrics", "end"]

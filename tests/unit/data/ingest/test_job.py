@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.ingest import job as ingest_module
+from pipelines.data.ingest import publish as publish_module
 from pipelines.data.ingest.job import ingest
 from pipelines.data.ingest.publish import NothingKeptError
 from pipelines.data.ingest.staging import CONTENT_SETTINGS
@@ -392,3 +393,16 @@ def test_text_only_data_has_no_images(tmp_path):
     result = ingest(settings(tmp_path, source="jsonl", input=str(tmp_path / "t.jsonl")))
     row = ShardSet.open(result["output"]).row(4)
     assert (row.image, row.width, row.height, row.task) == (None, 0, 0, "text")
+
+
+def test_changes_are_summed_over_the_units_and_near_duplicates_are_looked_for_as_asked(tmp_path, monkeypatch):
+    asked = []
+    original = publish_module.find_near_duplicates
+    monkeypatch.setattr(
+        publish_module, "find_near_duplicates", lambda *given: asked.append(given[2]) or original(*given)
+    )
+    for number in range(2):
+        line = json.dumps({"question": f"q{number}", "answers": ["", "a"]}) + "\n"
+        (tmp_path / f"{number}.jsonl").write_text(line * (number + 1))
+    given = settings(tmp_path, source="jsonl", input=str(tmp_path), duplicates="keep", near_duplicate_bits=6)
+    assert ingest(given)["changes"] == {"empty_answer_dropped": 3} and asked == [6]

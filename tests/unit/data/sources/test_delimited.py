@@ -102,3 +102,10 @@ def test_a_column_that_is_named_twice_is_refused(tmp_path):
 def test_rows_are_called_by_the_line_on_which_they_begin(tmp_path):
     (tmp_path / "a.csv").write_text('image,caption\n\na,"b\nc"\nd,e\n')
     assert [key for key, _ in read(tmp_path / "a.csv")] == ["line 3", "line 5"]
+
+
+def test_a_row_with_broken_quotes_costs_itself_alone(tmp_path):
+    (tmp_path / "a.csv").write_text('image,caption\na,b\n"c"d,e\nf,g\n')
+    (_, first), (key, broken), (_, last) = read(tmp_path / "a.csv")
+    assert (first["image"], last["image"], key) == ("a", "f", "line 3")
+    assert isinstance(broken, Rejected) and (broken.key, "no valid row" in broken.reason) == ("line 3", True)

@@ -210,3 +210,12 @@ def test_a_file_that_may_not_be_read_is_not_missing(folder, monkeypatch):
         with pytest.raises(Malformed) as error:
             reader(folder).read("a.jpg")
         assert type(error.value) is kind
+
+
+@pytest.mark.security
+def test_a_folder_whose_name_begins_alike_is_another(folder):
+    other = folder.with_name("images-of-others")
+    other.mkdir()
+    (other / "a.jpg").write_bytes(jpeg(3))
+    with pytest.raises(Malformed, match="outside of the image folder"):
+        reader(folder).read(str(other / "a.jpg"))

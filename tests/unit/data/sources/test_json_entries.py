@@ -215,3 +215,11 @@ def test_a_file_that_lacks_its_official_list_is_told_which_it_has(tmp_path):
     assert [entry for _, entry in found] == [{"id": 1}], "another list of entries is taken"
     with pytest.raises(SettingsError, match="holds no entries in 'annotations': its members are info, n"):
         read(tmp_path / "a.json", json.dumps({"info": {"a": 1}, "n": 3}), member="annotations")
+
+
+def test_of_several_lists_the_usual_name_is_taken_in_a_fixed_order(tmp_path):
+    names = ["data", "annotations", "rows", "samples", "items", "examples", "entries", "questions", "train"]
+    for number in range(len(names) - 1):
+        lists = {name: [{"of": name}] for name in reversed(names[number:])}
+        found, _ = read(tmp_path / "a.json", json.dumps(lists))
+        assert found == [("0", {"of": names[number]})]

@@ -277,3 +277,13 @@ def test_an_empty_list_of_answers_is_no_answer(folder):
         read("jsonl", path)
     row["answers"] = None
     assert read("jsonl", write_lines(path, [row]))[0].turns == (Turn("q", ("a",)),)
+
+
+def test_boxes_and_paths_of_images_in_every_form(folder):
+    (folder / "b.jpg").write_bytes(jpeg(1))
+    turn = {"question": "", "answers": ["stars"]}
+    row = {"turns": [turn], "boxes": [[1, 2, 3, 4], ["5", 6, 7.5, 8]], "task": "refer"}
+    images = ["b.jpg", ["b.jpg"], {"path": "b.jpg", "url": "http://x/a.jpg"}, {"bytes": None, "path": "b.jpg"}]
+    path = write_lines(folder / "own.jsonl", [{"image": image, **row} for image in images])
+    for found in read("jsonl", path):
+        assert found.image == jpeg(1) and found.boxes == ((1.0, 2.0, 3.0, 4.0), (5.0, 6.0, 7.5, 8.0))

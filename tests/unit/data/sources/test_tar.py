@@ -10,6 +10,7 @@ import tarfile
 import pytest
 
 from pipelines.data.sources import locate
+from pipelines.data.sources import tar as tar_module
 from pipelines.data.sources.base import Rejected
 from pipelines.data.sources.tar_scan import Member, TarScan, _plain_member
 from pipelines.settings import PrepareDataSettings, SettingsError
@@ -452,3 +453,20 @@ def test_names_may_begin_with_the_folder_itself(tmp_path):
     members = [(f"./{name}", data) for name, data in sample("a/b", jpeg(0), "x")]
     rows, rejected = read(write_tar(tmp_path / "0.tar", members))
     assert ([row.id for row in rows], rejected) == (["0/a/b"], [])
+
+
+def test_a_text_of_absurd_size_is_no_caption(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_module, "_MOST_TEXT_BYTES", 40)
+    members = [*sample("a", jpeg(0), "x" * 30), *sample("b", jpeg(1), "y")]
+    rows, rejected = read(write_tar(tmp_path / "0.tar", members))
+    assert captions(rows) == ["y"] and "the .json member has" in rejected[0].reason
+
+
+def test_one_damaged_block_costs_its_member_alone():
+    good = blocks(("a", b"x"), ("b", b"y"), ("c", b"z"))
+    members, problems = scan(good[:1024] + b"\xff" * 512 + good[1536:] + bytes(1024))
+    assert [name for name, _, _ in members] == ["a", "c"]
+    assert problems == ["the tar is damaged: bytes 1024 to 2048 hold no readable member"]
+    members, problems = scan(good[:1024] + b"\xff" * 512 + good[1024:] + bytes(1024))
+    assert [name for name, _, _ in members] == ["a", "b", "c"]
+    assert problems == ["the tar is damaged: bytes 1024 to 1536 hold no readable member"]
