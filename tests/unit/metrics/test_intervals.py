@@ -157,3 +157,10 @@ def test_paired_permutation_test_sees_a_shift():
     same, shifted = rng.random(200), rng.random(200)
     assert sign_flip_test(same, shifted) > 0.01
     assert sign_flip_test(same + 0.5, same) < 0.001
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_the_scale_of_scores_does_not_matter(scale):
+    """What counts as equally large is a share of the scores."""
+    difference = [3 * scale, scale, scale, -2 * scale]
+    assert sign_flip_test(difference, [0.0] * 4) == sign_flip_test([3.0, 1.0, 1.0, -2.0], [0.0] * 4) == 0.625
