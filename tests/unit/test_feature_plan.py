@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pipelines.feature_plan import expected_draws, plan_features
+from pipelines.training import stage_features
 from tinygptv.training.stages import RECIPES
 
 PAPER = RECIPES["paper"]
@@ -66,3 +67,15 @@ def test_each_cache_takes_nine_tenths_at_most_of_what_those_before_it_leave():
     for images, choice in ((20_000 * 64 - 1, "cached"), (20_000 * 64, "inline")):
         assert plan_features(stages[:1], {"laion": images, "cc_sbu": 0}, 10**15)[0].choice == choice
     assert expected_draws(PAPER[0], max_steps=10**9) == expected_draws(PAPER[0])
+
+
+def test_features_are_computed_once_for_each_image_size(monkeypatch):
+    computed = []
+    monkeypatch.setattr(stage_features, "cache_features", computed.append)
+    stages = [PAPER[3], replace(PAPER[1], number=1), PAPER[1], replace(PAPER[2], image_size=448)]
+    stage_features.cache_stage_features(stages, dict)
+    large = {source.name for stage in (PAPER[2], PAPER[3]) for source in stage.sources}
+    assert computed == [
+        {"image_size": 224, "sources": ["cc_sbu", "laion"]},
+        {"image_size": 448, "sources": sorted(large)},
+    ]

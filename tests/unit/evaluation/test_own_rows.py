@@ -121,6 +121,7 @@ def test_metrics(folder):
         ([REFER, {"image": "0.jpg", "question": "a", "answer": "b"}], "iou", "line 2 asks for no box"),
         ([{"image": "0.jpg", "question": "a", "answer": "b"}, REFER], "exact", "line 2 asks for a box"),
         ([{**REFER, "boxes": []}], "iou", "needs an image and boxes"),
+        ([{key: value for key, value in REFER.items() if key != "image"}], "iou", "image"),
         ([{"image": "0.jpg", "question": "a", "answer": "b", "task": "x"}], "exact", "task 'x' is unknown"),
         ([{"foo": 1}], "exact", "no turns, conversations"),
     ],

@@ -128,6 +128,18 @@ def test_every_view_has_its_image(images):
     assert texts(answerer().answers(unit(asked[1:2]))) == [("no image", None, None)], "nothing to be blind for"
 
 
+def test_units_shuffle_their_images_apart(images):
+    for name in "defgh":
+        (images / f"{name}.png").write_bytes(make_image(ord(name)))
+    asked = questions(images, *(f"{name}.png" for name in "abcdefgh"))
+    seen = []
+    for number in range(3):
+        found = answerer().answers(replace(unit(asked), number=number))
+        seen.append(tuple(each.views["shuffled"].text for each in found))
+        assert all(text != f"image {own}" for own, text in enumerate(seen[-1]))
+    assert len(set(seen)) == 3
+
+
 def test_ranked_choices_keep_their_losses_beside_the_text(images):
     asked = questions(images, None, choices=("red", "blue", "green"))
     model = Model({"red": 3.0, "blue": 0.5, "green": math.inf})

@@ -9,8 +9,16 @@ import json
 import pytest
 
 from pipelines.serving.backend import Failure
-from pipelines.serving.batch import ANSWERS, CHANGES_ANSWERS, finished_answers, read_requests, run_batch
+from pipelines.serving.batch import (
+    ANSWERS,
+    CHANGES_ANSWERS,
+    _part_with_file,
+    finished_answers,
+    read_requests,
+    run_batch,
+)
 from pipelines.settings import AnswerSettings, BatchSettings, SettingsError
+from pipelines.storage import Location
 from tests.serving_api import READ, FakeBackend, said, words
 from tests.serving_model import data_url, make_image, save_checkpoint
 
@@ -144,6 +152,25 @@ def test_refusals_are_answers_and_what_was_busy_is_none(tmp_path):
         file.write(json.dumps(later) + "\n" + '{"custom_id"')
     assert finished_answers(path)["500", "x"] == 200, "the last answer to a request counts"
     assert len(path.read_text().splitlines()) == len(rows) + 1
+
+
+@pytest.mark.parametrize(
+    ("url", "read"),
+    [
+        ("a.png", True),
+        ("file://{folder}/a.png", True),
+        ("{folder}/a.png", True),
+        ("data:image/png;base64,eA==", False),
+        ("DATA:image/png;base64,eA==", False),
+        ("https://host/a.png", False),
+    ],
+)
+def test_paths_of_images_become_data_urls_and_urls_stay(tmp_path, url, read):
+    (tmp_path / "a.png").write_bytes(b"x")
+    for image in (url.format(folder=tmp_path), {"url": url.format(folder=tmp_path), "detail": "low"}):
+        part = {"type": "image_url", "image_url": image}
+        found = _part_with_file(part, Location.parse(str(tmp_path)))
+        assert found == ({"type": "image_url", "image_url": {"url": "data:;base64,eA=="}} if read else part)
 
 
 def test_earlier_answers_are_those_of_this_file(files):

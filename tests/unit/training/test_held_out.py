@@ -21,7 +21,7 @@ from pipelines.training.held_out import HeldOutRows, HeldOutShare, open_sources
 from pipelines.training.held_out_questions import HeldOutQuestions
 from pipelines.training.held_out_record import Evaluation, HeldOutHistory, parse_evaluation, read_evaluations
 from pipelines.training.job import resolve_job
-from pipelines.training.plots import loss_curve
+from pipelines.training.plots import loss_curve, smooth
 from pipelines.training.record import HELD_OUT_FILE
 from pipelines.training.run import run_stage
 from pipelines.training.sample_predictions import SamplePredictor
@@ -306,6 +306,8 @@ def test_the_plot_shows_losses_and_scores(straight, tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "plot", plot)
     loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png", get_stage("mini", 4), "mini")
     assert {"loss per step", "held-out loss"} <= set(drawn)
+    assert drawn["running mean"] == drawn["loss per step"], "of so few steps, one is the mean"
+    assert smooth([4.0, 2.0, 6.0, 0.0], 2) == [4.0, 3.0, 4.0, 3.0] and smooth([1.0, 3.0], 1) == [1.0, 3.0]
     assert drawn["vqa"] == ([0, 8, 12], [0.0, 80.0, 120.0])
 
 
@@ -328,8 +330,12 @@ def test_the_rows_of_least_hash_are_evaluated_in_their_order(world, settings_of,
         held = HeldOutRows(settings, job.plan, step)
         words.append([sample.encoded.input_ids for sample in held._samples(held.sources[0])])
     assert words[0] == words[1]
-    held.share()
+    whole = held.share().losses["pairs"][1]
     assert model.training, "it trains on"
+    shares = [HeldOutRows(settings, job.plan.for_worker(rank, 3), step).share().losses["pairs"] for rank in range(3)]
+    batches = held.maker.batch(list(held._samples(held.sources[0])))
+    assert sum(tokens for _, tokens in shares) == whole == sum(len(batch.supervised_ids) for batch in batches)
+    assert sum(batch.num_samples for batch in batches) == 4, "each of the rows once"
 
 
 @pytest.mark.parametrize(
