@@ -17,7 +17,7 @@ import pytest
 from pipelines import storage
 from pipelines.data import shards as shard_sets
 from pipelines.data.shard_cache import ShardCache
-from pipelines.data.shard_format import BATCH_ROWS, SCHEMA, Manifest, ShardError, ShardWriter, record_batch
+from pipelines.data.shard_format import BATCH_ROWS, SCHEMA, Manifest, ShardError, ShardInfo, ShardWriter, record_batch
 from pipelines.data.shards import ShardSet, find_shard_sets
 from pipelines.settings import SettingsError
 from tinygptv.data.sample import SampleRow, Turn
@@ -158,6 +158,7 @@ def test_table_is_the_canonical_schema(uri):
     assert table.num_rows == 195
     assert ShardSet.open(uri).table(["task", "id"]).column_names == ["task", "id"]
     assert ShardSet.open(f"{uri}/").uri == uri
+    assert ShardInfo.from_json({"file": "a", "rows": 0, "bytes": 0, "sha256": "x"}) == ShardInfo("a", 0, 0, "x")
     empty = ShardSet(uri, Manifest("x", ()))
     assert (len(empty), empty.table().num_rows, list(empty)) == (0, 0, [])
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from pipelines.data.ingest import report
 from pipelines.data.ingest.staging import INDEX_SCHEMA
+from pipelines.data.shard_format import Manifest
 from pipelines.data.sources.base import Rejected
 
 
@@ -87,3 +88,28 @@ def test_sample_images_are_spread_over_the_whole_set():
     assert (len(found), found[0], found[-1]) == (report.SAMPLE_IMAGES, 0, 999)
     assert max(b - a for a, b in itertools.pairwise(found)) <= 44
     assert report._sample_rows(Rows(2)) == [0, 1] and report._sample_rows(Rows(0)) == []
+
+
+def test_the_pages_numbers_are_those_of_the_counts():
+    counts = {"rows_in": 21, "rows_out": 6, "duplicates": 2, "filtered": 3, "quarantined": 4, "near_duplicates": 5}
+    counts |= {"filters": {"min_side": 3}, "changes": {"box_clipped": 7}}
+    content = {"counts": counts, "shards": 8, "quarantine_reasons": {"<bad>": 4}}
+    content["histograms"] = {name: {"rows": [0] * len(borders)} for name, borders in report.BINS.items()}
+    page = report._page(content, Manifest("a & b", (), counts, {"image_size": 64}), [])
+    tiles = re.findall(r"<div class=tile><b>(\d+)</b><span>(.*?)</span>", page)
+    assert [(int(value), name) for value, name in tiles] == [
+        (21, "rows in"),
+        (6, "rows out"),
+        (2, "duplicates"),
+        (3, "filtered"),
+        (4, "quarantined"),
+        (5, "near-duplicates (kept)"),
+        (8, "shards"),
+    ]
+    rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", page)
+    assert rows == [("min_side", "3"), ("&lt;bad&gt;", "4"), ("box_clipped", "7"), ("image_size", "64")]
+    assert "<title>a &amp; b: prepared data</title>" in page and "<figure>" not in page
+    nothing = {**content, "counts": {**counts, "filters": {}, "changes": {}}, "quarantine_reasons": {}}
+    page = report._page(nothing, Manifest("x", (), counts), [])
+    for sentence in ("No filter removed a row.", "Nothing was set apart.", "No text or box was changed."):
+        assert f"<p>{sentence}</p>" in page
