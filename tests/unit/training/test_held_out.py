@@ -368,6 +368,16 @@ def test_the_loss_of_several_sources_is_the_mean_over_their_tokens():
     assert HeldOutHistory().add(0, [HeldOutShare({"a": (0.0, 0)}, {"a": (0.0, 0)})])["sources"] == {}
 
 
+def test_the_result_names_the_first_the_last_and_the_best():
+    history = HeldOutHistory()
+    for step, total, right in ((0, 6.0, 1.0), (4, 2.0, 3.0), (8, 4.0, 2.0)):
+        history.add(step, [HeldOutShare({"q": (total, 2)}, {"q": (right, 4)})])
+    assert history.result(8, {"q": 7}, {"q": 4}) == {
+        "first": 3.0, "last": 2.0, "best": 1.0, "best_step": 4, "checkpoint_step": 8, "rows": {"q": 7},
+        "scores": {"q": {"first": 25.0, "last": 50.0, "questions": 4}},
+    }  # fmt: skip
+
+
 def test_a_state_has_the_held_out_loss_of_its_own_step_alone():
     history = HeldOutHistory()
     assert history.state(4) == {}

@@ -232,6 +232,23 @@ def test_other_ranks_report_without_a_location(steps, tmp_path):
     assert worker.cut == {}, "rank 0 has counted them"
 
 
+def test_a_notice_reaches_other_ranks_without_a_location(steps, tmp_path):
+    reports = Reports(notice_at=1)
+    worker = Scripted(tmp_path, 6, checkpoint_every=4, reports=reports, rank=1)
+    worker.held_out = None
+    worker.train(0)
+    assert [(metrics["saved_step"], location) for metrics, location in reports.told] == [(4, "")]
+
+
+def test_a_state_has_the_counts_of_all_workers(steps, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker_module, "gather", lambda cut: [cut, {"q": CutCount(10, 1)}])
+    worker = Scripted(tmp_path, 6, checkpoint_every=4)
+    worker.held_out = None
+    worker.train(0)
+    assert worker.store.saved[4][1]["cut"] == {"q": {"samples": 14, "questions": 1, "answers": 0}}
+    assert worker.cut == {"q": CutCount(26, 2)}, "others count again from zero"
+
+
 def test_a_step_has_its_rate_and_its_seed(tmp_path):
     worker = Scripted(tmp_path, seed=7)
     batch = StepBatch(5, [], [], {"q": CutCount(3, 1, 0)})
