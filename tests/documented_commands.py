@@ -31,7 +31,16 @@ MAKES = {
     "score": ("", "predictions.jsonl", "report.html", "comparison.html", "result.json"),
     "quantize": ("", "result.json"),
     "prepare_data": ("", "quarantine.jsonl", "manifest.json", "result.json"),
-    "miniature": ("", "world", "shards", "backbones", "train.jsonl", "test.jsonl", "test_boxes.jsonl"),
+    "miniature": (
+        "",
+        "world",
+        "shards",
+        "backbones",
+        "train.jsonl",
+        "test.jsonl",
+        "test_known.jsonl",
+        "test_boxes.jsonl",
+    ),
     "released": ("", "artifact", "result.json"),
 }
 """Job (stage1 .. stage4: stage) -> paths below its output that later commands may name; others: everything."""

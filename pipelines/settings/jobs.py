@@ -259,7 +259,7 @@ class MiniatureSettings(Settings):
     )
     train_scenes: int = Field(4000, ge=1, description="scenes of the training split")
     test_scenes: int = Field(2000, ge=1, description="held-out scenes")
-    example_scenes: int = Field(50, ge=1, description="example: scenes to learn from, and as many to score")
+    example_scenes: int = Field(50, ge=1, description="example: scenes to learn from; twice as many to score")
     max_steps: int = Field(0, ge=0, description="pretraining steps per part; 0 takes the documented number")
     parts: Literal["all", "vision", "language"] = Field(
         "all", description="vision or language alone pretrains that part: two processes side by side"

@@ -266,7 +266,7 @@ def _draw_attributes(rng: np.random.Generator, split: str) -> list[SceneObject]:
             pick(rng, tuple(SIZES)),
             pick(rng, TEXTURES),
             box=(0, 0, 0, 0),
-            rgb=_jitter(rng, COLOURS[colour]),
+            rgb=jitter(rng, COLOURS[colour]),
             angle=0.0 if shape == "circle" else float(rng.uniform(-12, 12)),
         )
         # Two objects that look alike can be told apart as "the left one of the two"; three often cannot.
@@ -276,7 +276,8 @@ def _draw_attributes(rng: np.random.Generator, split: str) -> list[SceneObject]:
     return [found[int(i)] for i in rng.permutation(count)]
 
 
-def _jitter(rng: np.random.Generator, colour: RGB) -> RGB:
+def jitter(rng: np.random.Generator, colour: RGB) -> RGB:
+    """A colour within 9 of ``colour`` in each channel, as objects have it."""
     r, g, b = (
         int(np.clip(channel + shift, 0, 255)) for channel, shift in zip(colour, rng.integers(-9, 10, 3), strict=True)
     )

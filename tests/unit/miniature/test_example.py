@@ -31,12 +31,25 @@ def rows(path):
 
 def test_rows_of_a_new_colour(example):
     result, output = example
-    train, test = rows(output / "train.jsonl"), rows(output / "test.jsonl")
+    names = ("train", "test", "test_known", "test_boxes")
+    train, test, known, boxes = (rows(output / f"{name}.jsonl") for name in names)
     assert NEW_COLOUR not in COLOURS and result["rows"]["train.jsonl"] == len(train) >= 18
     assert {row["task"] for row in train} == {"vqa", "refer", "identify"}
-    assert sum(row["answer"] == NEW_COLOUR for row in test) == 6, "one object of each scene"
-    assert not {row["image"] for row in train} & {row["image"] for row in test}
-    assert all((output / row["image"]).is_file() for row in (*train, *test))
+    assert not {row["image"] for row in train} & {row["image"] for row in (*test, *known, *boxes)}
+    assert all((output / row["image"]).is_file() for row in (*train, *test, *known, *boxes))
+    assert {row["answer"] for row in test} == {NEW_COLOUR} and 8 <= len(test) <= 12, "one object of each scene"
+    assert {row["answer"] for row in known} <= set(COLOURS) and len(boxes) == 12
+
+
+def test_the_other_things_of_a_scene_are_asked_about_too(example):
+    """Else the model learns that such images are about the new colour whatever is asked."""
+    train = rows(example[1] / "train.jsonl")
+    answers = [row["answer"] for row in train if "answer" in row]
+    others = [answer for answer in answers if answer != NEW_COLOUR]
+    assert set(others) <= set(COLOURS) and len(others) >= len(answers) / 4
+    phrases = [row["turns"][0]["answers"][0] for row in train if "turns" in row]
+    assert any(NEW_COLOUR not in phrase for phrase in phrases), "boxes of other things"
+    assert len({row["image"] for row in train}) == 6
 
 
 def test_the_new_word_can_be_spelled():
@@ -52,7 +65,10 @@ def test_every_row_is_kept_by_the_ingest(example, tmp_path):
     assert (result["rows_out"], result["quarantined"]) == (example[0]["rows"]["train.jsonl"], 0)
 
 
-@pytest.mark.parametrize(("file", "metric"), [("test.jsonl", "exact match"), ("test_boxes.jsonl", "IoU > 0.5")])
+@pytest.mark.parametrize(
+    ("file", "metric"),
+    [("test.jsonl", "exact match"), ("test_known.jsonl", "exact match"), ("test_boxes.jsonl", "IoU > 0.5")],
+)
 def test_every_held_out_row_is_asked(example, file, metric):
     data = DataFolder(example[1] / file)
     benchmark = own_benchmark("official", data)
