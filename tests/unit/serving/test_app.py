@@ -165,7 +165,8 @@ def test_replicas_get_what_the_settings_say():
     assert model.ray_actor_options["num_cpus"] == 3 and ingress.ray_actor_options["num_cpus"] == 0
     config = model._deployment_config
     assert config.graceful_shutdown_timeout_s == 30 and config.autoscaling_config is None
-    assert config.max_surge_percent == 100
+    assert config.max_surge_percent == ingress._deployment_config.max_surge_percent == 100
+    assert ingress._deployment_config.graceful_shutdown_timeout_s == 30, "answers in flight are finished"
 
 
 @pytest.mark.parametrize(("num", "most", "scales"), [(1, 1, False), (2, 2, False), (1, 2, True), (2, 5, True)])

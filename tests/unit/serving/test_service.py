@@ -96,9 +96,9 @@ def test_usage_of_a_stream_is_told_where_it_is_asked_for(options, told):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("asked", [None, False, True])
 def test_probabilities_are_told_where_they_are_asked_for(stream, asked):
-    fields = {"logprobs": True, "top_logprobs": 1} if asked else {}
+    fields = {"logprobs": True, "top_logprobs": 1} if asked else {"logprobs": asked}
     response = Client(FakeBackend(*ITEMS)).chat(ask(words("hi"), stream=stream, **fields))
     body = [event for event in events(response)[:-1]] if stream else [response.json()]
     found = [event["choices"][0]["logprobs"] for event in body if event["choices"][0]["logprobs"] is not None]
