@@ -109,6 +109,9 @@ def test_the_earlier_of_two_events_counts():
     records = healthy(10) + [record(step, **{"projector": 0.0}) for step in range(10, 30)]
     records[25]["loss"] = math.nan
     assert find_event(records, typical_norms(healthy(10))).kind == "vanishing"
+    for step in range(7, 30):
+        records[step]["part_norms"]["lora/layer_01"] = 0.0
+    assert find_event(records, typical_norms(healthy(10))) == Event("vanishing", 7, "layer_01")
 
 
 def test_outcome_of_a_stage():

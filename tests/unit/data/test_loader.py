@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipelines.data import loader
-from pipelines.data.loader import BatchMaker, CutCount, LoadPlan, iterate_steps, open_shards
+from pipelines.data.loader import BatchMaker, CutCount, LoadPlan, build_mixture, iterate_steps, open_shards
 from pipelines.miniature.tiny_training import make_rows, make_world, train_settings
 from pipelines.training.job import resolve_job
 from tinygptv.data.images import open_image, resize_pixels
@@ -215,3 +215,11 @@ def test_the_plans_bounds_cut_a_step_into_micro_batches(plan, monkeypatch):
     long, short, middle = (SimpleNamespace(encoded=SimpleNamespace(input_ids=[0] * n)) for n in (9, 2, 4))
     assert maker.batch([long, short, middle]) == [([short, middle], 5, 64), ([long], 5, 64)]
     assert asked == [([2, 4, 9], 3, 77, {"padded": False})]
+
+
+def test_a_stages_mixture_has_its_weights_batch_sizes_and_kept_rows(plan):
+    shards = {"pairs": SimpleNamespace(shard_rows=(8, 8, 8, 6)), "questions": SimpleNamespace(shard_rows=(8, 8, 6))}
+    mixture = build_mixture(plan.stage, shards, 5, {"questions": np.array([0, 8, 9])})
+    found = {source.name: (source.weight, source.batch_size, source.shard_rows) for source in mixture.sources}
+    assert found == {"pairs": (2, 4, (8, 8, 8, 6)), "questions": (1, 3, (7, 6, 6))}
+    assert (mixture.seed, mixture.draws_per_step) == (5, 2)

@@ -215,8 +215,10 @@ def test_hours_are_those_of_the_line_or_of_the_links_and_sum_up():
 def test_a_file_of_another_size_is_unpacked_again(tmp_path):
     (tmp_path / "x.zip").write_bytes(zip_of(a="longer", b="1"))
     (tmp_path / "a").write_text("short")
+    (tmp_path / "second name").hardlink_to(tmp_path / "a")
     unpack(tmp_path / "x.zip", quiet=True)
     assert (tmp_path / "a").read_text() == "longer"
+    assert (tmp_path / "second name").read_text() == "short", "a new file, never half of one"
     (tmp_path / "a").write_text("mine now")
     unpack(tmp_path / "x.zip", quiet=True)
     assert (tmp_path / "a").read_text() == "mine now", "an archive is unpacked once"

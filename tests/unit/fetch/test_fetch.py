@@ -18,7 +18,7 @@ from pipelines.fetch.addresses import address, published_address
 from pipelines.fetch.download import download, part_of
 from pipelines.fetch.http import DownloadError, Remote, Retries, on_mirror
 from pipelines.fetch.results import LOCK_FILE
-from pipelines.fetch.run import fetch
+from pipelines.fetch.run import fetch, named_files
 from pipelines.settings import FetchSettings, SettingsError
 from pipelines.storage import DiskFullError
 from tests.hub_server import serve_files
@@ -381,3 +381,20 @@ def test_a_folder_of_files_may_be_named_itself(server, run, tmp_path, folder):
     assert received(tmp_path, HUB) == CONTENT[::-1] and not server.requests
     with pytest.raises(SettingsError, match="local=/nowhere is no folder"):
         run(SMALL, local=["/nowhere"])
+
+
+def test_a_file_that_a_person_put_there_is_checked_and_recorded(server, run, tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/eva.pth").write_bytes(CONTENT)
+    result = run(stated(PLAIN, CONTENT))
+    assert not server.requests and result["bytes_downloaded"] == 0
+    entry = json.loads((tmp_path / "weights" / LOCK_FILE).read_text())["files"]["eva.pth"]
+    assert entry == result["files"]["eva.pth"]
+    assert (entry["bytes"], entry["sha256"]) == (len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+    assert entry["modified_ns"] == (tmp_path / "weights/eva.pth").stat().st_mtime_ns
+
+
+def test_files_of_several_names_come_once():
+    once = named_files(["released"])
+    assert named_files(["released", "vision", "released"]) == once and len(set(once)) == len(once)
+    assert {file.path for file in once} == {file.path for part in find_parts("released") for file in part.files}

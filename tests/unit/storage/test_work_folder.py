@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from pipelines import storage
@@ -33,6 +35,15 @@ def test_only_what_changed_is_published_again(location, uploads):
     (work.path / "b.txt").write_text("two, longer")
     work.publish("a.txt", "b.txt", "missing.txt")
     assert published(location) == {"a.txt": b"one", "b.txt": b"two, longer"} and uploads == ["a.txt", "b.txt", "b.txt"]
+
+
+def test_a_file_of_the_same_size_that_changed_is_published_again(location, uploads):
+    work = WorkFolder(location)
+    for text, seconds in (("one", 1), ("two", 2), ("two", 2)):
+        (work.path / "a").write_text(text)
+        os.utime(work.path / "a", (seconds, seconds))
+        work.publish("a")
+    assert uploads == ["a", "a"] and published(location) == {"a": b"two"}
 
 
 def test_files_are_published_in_the_order_given(location, uploads):

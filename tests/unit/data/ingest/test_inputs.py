@@ -8,6 +8,9 @@ import pytest
 
 from pipelines.data.ingest import inputs as module
 from pipelines.data.ingest.inputs import INPUTS, SetInputs
+from pipelines.data.sources.base import SourceInput, SourceUnit
+from pipelines.settings import PrepareDataSettings
+from pipelines.storage import Location
 
 FILES = (("a.tar", 10, 1), ("b.tar", 20, 2))
 KNOWN = SetInputs("f1", 2, {"source": "laion", "name": "laion"}, FILES, {"image_size": 448, "min_words": 1})
@@ -39,3 +42,19 @@ def test_inputs_come_back_with_the_first_missing_images(tmp_path, monkeypatch):
 )
 def test_the_first_difference_is_named(changes, text):
     assert KNOWN.difference(replace(KNOWN, **{"fingerprint": "f2", **changes})) == text
+
+
+def test_inputs_of_an_ingest_are_its_files_settings_and_units():
+    source = SourceInput("jsonl", "s3://key:secret@bucket/a", "", "own", "")
+    units = [
+        SourceUnit(source, Location("", "/a"), "a.jsonl", start=start, stop=start + 5, num_bytes=9, modified_ns=7)
+        for start in (0, 5)
+    ]
+    settings = PrepareDataSettings(min_words=3)
+    found = SetInputs.of(source, units, settings)
+    assert (found.units, found.files, found.settings["min_words"]) == (2, (("a.jsonl", 9, 7),), 3)
+    assert found.source["input"] == "s3://***@bucket/a" and found.source["name"] == "own"
+    assert found == SetInputs.of(source, units, settings)
+    for other in (units[:1], units[::-1], [units[0], replace(units[1], stop=11)]):
+        assert SetInputs.of(source, other, settings).fingerprint != found.fingerprint
+    assert SetInputs.of(source, units, PrepareDataSettings()).fingerprint != found.fingerprint

@@ -60,6 +60,8 @@ def test_member_list_is_found_behind_other_members():
     data = json.dumps({"info": {"annotations": 1}, "n": 12, "annotations": [{"a": 1}, {"a": 2}], "z": 0}).encode()
     assert [item.value for item in iterate_items(Dripping(data), "annotations")] == [{"a": 1}, {"a": 2}]
     assert list(iterate_items(Dripping(data), "images")) == []
+    data = json.dumps({"old_annotations": [{"a": 1}], "annotations": [{"a": 2}], "annotations_2": [{"a": 3}]}).encode()
+    assert [item.value for item in iterate_items(Dripping(data), "annotations")] == [{"a": 2}]
 
 
 def test_number_across_two_chunks_is_one_number():

@@ -236,6 +236,13 @@ def test_images_are_named_when_they_are_encoded_otherwise(folder):
         ({"images": ["a.jpg", "b.jpg"], "caption": "x"}, "images holds 2 images; a sample has one"),
         ({"question": "<image> what?", "answer": "a"}, r"have 1 marks of images \(<image>\), and the row has no image"),
         ({"image": "a.jpg", "question": "<image> <image> what?", "answer": "a"}, "2 marks .* and the row has 1 image"),
+        (
+            {
+                "image": "a.jpg",
+                "turns": [{"question": "<image> q", "answer": "a"}, {"question": "<image>", "answer": "b"}],
+            },
+            "2 marks .* and the row has 1 image",
+        ),
         ({"image_url": "http://x/a.jpg", "caption": "x"}, "the row has a link in 'image_url' but no image"),
         ({"picture_name": "a.jpg", "caption": "x"}, "the row has 'picture_name' but no 'image'"),
         ({"image": None, "coco_url": "x", "caption": "x"}, "a link in 'coco_url'"),
