@@ -17,6 +17,7 @@ from tinygptv.checkpoint.folders import (
     read_object,
     verify_folder,
     write_folder,
+    write_manifest,
 )
 
 
@@ -189,6 +190,12 @@ def test_a_malformed_manifest_is_one_sentence(folder, text, reason):
     with pytest.raises(CheckpointError, match=reason) as error:
         verify_folder(folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_manifest_that_is_written_again_does_not_list_itself(folder):
+    before = verify_folder(folder)
+    write_manifest(folder)
+    assert verify_folder(folder) == before and sorted(before.files) == ["a.bin", "sub/b.txt"]
 
 
 def test_a_folder_that_was_never_finished_is_named(tmp_path, folder):

@@ -94,6 +94,12 @@ def test_messages_that_no_turn_can_hold_are_refused():
         join_messages([ChatMessage("user", "x"), ChatMessage("assistant", "y", (1,))])
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "assistant"])
+def test_only_users_send_images(role):
+    with pytest.raises(ValueError, match=f"a message of the {role} holds an image; only the user sends images"):
+        join_messages([ChatMessage("user", "hi"), ChatMessage(role, "x", ("image",))])
+
+
 def test_images_are_known_by_their_bytes():
     numbers = {image_number(make_image(seed)) for seed in range(50)}
     assert len(numbers) == 50 and all(-(2**63) <= number < 0 for number in numbers)

@@ -53,7 +53,9 @@ def test_the_longest_sequence_is_bounded_by_a_power_of_two(length, bound):
     ids = np.arange(1, length + 1)[None]
     nothing = np.zeros(0, dtype=np.int64)
     batch = MicroBatch(ids, None, None, nothing, nothing, nothing, None, None, 1, length)
-    assert flatten(batch, IMAGE + 999).max_length == bound
+    flat = flatten(batch, IMAGE + 999)
+    assert flat.max_length == bound and len(flat.input_ids) == -(-length // 64) * 64, "whole tiles have no padding"
+    assert flat.cu_seqlens[:2].tolist() == [0, length] and set(flat.cu_seqlens[2:].tolist()) == {len(flat.input_ids)}
 
 
 def test_rows_without_lengths_are_sequences():

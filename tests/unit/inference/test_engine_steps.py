@@ -226,6 +226,13 @@ def test_one_step_ahead_a_token_is_read_when_the_next_is_launched(model):
     assert (engine.stats.answer_tokens, engine.stats.finished) == (2, 1) and not engine.has_work
 
 
+def test_one_step_ahead_no_more_is_launched_than_is_asked_for(model):
+    engine = make(model, num_ahead=1)
+    key = engine.add(request(prompt(10), max_tokens=2))
+    assert [delta.finish_reason for delta in finish(engine)[key]] == [None, "length"]
+    assert engine.runner.launches == [([], [(0, 0, 10, True)]), ([(0, 10)], [])]
+
+
 def test_a_step_that_fails_leaves_those_that_wait(model):
     engine = make(model, max_batch_size=1)
     first, waiting = engine.add(request(prompt(10))), engine.add(request(prompt(20), max_tokens=1))

@@ -121,6 +121,14 @@ def test_a_seed_repeats_an_answer():
     assert len({tuple(draw(seed)) for seed in range(20)}) > 5
 
 
+def test_without_a_seed_every_answer_is_drawn_anew():
+    logits = torch.zeros(50)
+    drawn = {
+        tuple(s.draw(logits) for _ in range(6)) for s in (Sampler(SamplingParams(temperature=1), []) for _ in range(8))
+    }
+    assert len(drawn) == 8
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

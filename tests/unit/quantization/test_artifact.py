@@ -31,7 +31,7 @@ from tinygptv.quantization.artifact import (
     load_artifact,
     write_artifact,
 )
-from tinygptv.quantization.metadata import bits_per_weight, read_metadata
+from tinygptv.quantization.metadata import bits_per_weight, read_metadata, source_stage
 
 # Largest relative error of the logits that each method may make on random weights, which round worst.
 LOGIT_ERROR = {"cpu": 0.03, "cpu4": 0.35, "int8": 0.03, "int4": 0.35, "nf4": 0.35}
@@ -155,6 +155,11 @@ def test_parameters_and_bytes_are_counted_by_part(artifacts):
     assert {name: part["parameters"] for name, part in metadata["parts"].items()} == numbers
     assert metadata["bytes"] == sum(stored.values()) and metadata["lora"] == "merged"
     assert bits_per_weight(metadata) == pytest.approx(8 * sum(stored.values()) / sum(numbers.values()))
+
+
+def test_an_artifact_keeps_the_stage_of_its_checkpoint_and_no_path():
+    record = {"recipe": "mini", "stage": 4, "steps": 9, "seed": 1, "init_from": "/home/me", "title": "x"}
+    assert source_stage(record) == {"recipe": "mini", "stage": 4, "steps": 9} and source_stage({}) == {}
 
 
 def test_files_are_filled_up_to_their_bound(monkeypatch):
