@@ -75,6 +75,7 @@ class MLflowTracker:
         # One quick try per call: the outbox waits and retries.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         self.run_id = identity.run_id
         self._uri, self._experiment, self._run_name, self._identity = uri, experiment, run_name, identity
         self._started_ms = int((time.time() if started is None else started) * 1000)
@@ -228,7 +229,7 @@ class MLflowTracker:
             case "image":
                 client.log_image(run_id, _as_image(entry["image"]), key=entry["key"], step=entry["step"])
             case "table":
-                client.log_table(run_id, _columns(entry["rows"]), f"{entry['name']}.json")
+                _log_table(client, run_id, _columns(entry["rows"]), f"{entry['name']}.json")
             case "model":
                 _log_model(client, run_id, entry["name"], entry["location"])
             case "end":
@@ -317,6 +318,14 @@ def _log_model(client: MlflowClient, run_id: str, name: str, location: str) -> N
             experiment_id, name, source_run_id=run_id, tags={"location": location}, model_type="checkpoint"
         )
         client.finalize_logged_model(model.model_id, "READY")
+
+
+def _log_table(client: MlflowClient, run_id: str, columns: dict[str, list[Any]], name: str) -> None:
+    """Log a table in place of one that is there; MLflow itself would append to it."""
+    folder, _, _ = name.rpartition("/")
+    if name in {file.path for file in client.list_artifacts(run_id, folder or None)}:
+        client.log_text(run_id, '{"columns": [], "data": []}', name)
+    client.log_table(run_id, columns, name)
 
 
 def _as_input(data: DataInput) -> DatasetInput:

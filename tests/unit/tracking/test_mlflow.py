@@ -28,6 +28,7 @@ class Store:
 
     def __init__(self):
         self.experiments, self.runs, self.refused, self.asked, self.sent = {}, {}, set(), 0, []
+        self.tables = {}
 
     def get_experiment_by_name(self, name):
         return self.experiments.get(name)
@@ -99,6 +100,14 @@ class Store:
 
     def log_table(self, run_id, columns, name):
         self.sent.append(("table", columns, name))
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        self.tables[name] = {"columns": list(columns), "data": self.tables.get(name, {"data": []})["data"] + rows}
+
+    def list_artifacts(self, run_id, folder):
+        return [SimpleNamespace(path=name) for name in self.tables if name.rpartition("/")[0] == (folder or "")]
+
+    def log_text(self, run_id, text, name):
+        self.tables[name] = json.loads(text)
 
     def search_logged_models(self, experiment_ids, query):
         name, run_id = re.fullmatch("name = '(.+)' AND source_run_id = '(.+)'", query).groups()
@@ -385,6 +394,16 @@ def test_the_page_of_a_run_begins_with_its_description(store, tmp_path):
         "| full&emsp; | 0.889&emsp; | &emsp; |  |",
         "| a\\|b&emsp; | &emsp; | 7&emsp; | 0.3333 |",
     ]
+
+
+@pytest.mark.parametrize("name", ["scores", "predictions/step_000200"])
+def test_a_table_that_is_reported_again_is_not_doubled(store, tmp_path, name):
+    for value in (1, 2):
+        tracker = continue_tracker(settings(), "score", tmp_path)
+        tracker.table([{"benchmark": "gqa", "value": value}, {"benchmark": "vsr", "value": 3}], name)
+        tracker.close()
+    table = {"columns": ["benchmark", "value"], "data": [["gqa", 2], ["vsr", 3]]}
+    assert store.tables == {f"{name}.json": table}
 
 
 def test_hardware_is_named():
