@@ -21,9 +21,10 @@ from pipelines.training.job import apply_stage_settings, resolve_job, training_f
 from pipelines.training.memory_plan import _configured, _with_fit
 from pipelines.training.record import StepRecord
 from pipelines.training.result import RESULT_FILE, WorkerResult, read_result, write_result
-from pipelines.training.run import _data_inputs, _log_to_training
+from pipelines.training.run import _data_inputs, _finished_result, _log_to_training
 from pipelines.training.run_reports import STATE_REFERENCE, RayTrainReports
 from tests.unit.training.test_record import entry
+from tinygptv.checkpoint.folders import write_folder
 from tinygptv.training.memory_plan import MemoryPlan
 from tinygptv.training.stages import get_stage
 
@@ -201,6 +202,20 @@ def test_a_result_is_found_where_its_folder_was_moved_to(tmp_path):
     assert read_result(tmp_path)["result"] == "s3://bucket/result.json"
     (tmp_path / RESULT_FILE).write_text('{"checkpoint": "x"}')
     assert read_result(tmp_path) is None and read_result(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "early", "whole", "finished"),
+    [(7, False, True, True), (5, True, True, True), (5, False, True, False), (7, False, False, False)],
+)
+def test_a_stage_is_finished_with_its_steps_and_a_whole_checkpoint(tmp_path, steps, early, whole, finished):
+    checkpoint = write_folder(tmp_path / "checkpoint", lambda folder: (folder / "a").write_text("x"))
+    worker = WorkerResult(str(checkpoint), 2.0, 1.5, steps, stopped_early=early)
+    write_result(tmp_path, worker.to_stage_result("", 1))
+    if not whole:
+        (checkpoint / "a").unlink()
+    found = _finished_result(tmp_path, 7)
+    assert (found is not None) == finished and (not found or found["steps"] == steps)
 
 
 def test_the_plan_of_a_stage_counts_a_step_at_most():
