@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         params = SamplingParams(
             max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
         )
+        if options.batch_size < 1:
+            raise ValueError(f"--batch-size {options.batch_size} is no number of answers: give 1 or more.")
         # All files and options are checked before the model is loaded, which may take minutes.
         source = _read_questions(options)
         box = _read_box(options)
@@ -237,9 +239,9 @@ def _read_questions(options: argparse.Namespace) -> list[Question] | LoadedImage
         if not images:
             raise ValueError(f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
         return [Question(p, options.question or "", options.task, {"image": str(p)}) for p in images]
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist.")
     if path.suffix != ".jsonl":
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist.")
         data = path.read_bytes()
         return LoadedImage(data, open_image(data, str(path)))
     questions = []
@@ -253,6 +255,8 @@ def _read_questions(options: argparse.Namespace) -> list[Question] | LoadedImage
             questions.append(Question(image, question or "", row.get("task", options.task), row))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f'{path}, line {number} is not {{"image": ..., "question": ...}}: {error}') from error
+    if not questions:
+        raise ValueError(f'{path} has no lines: write {{"image": ..., "question": ...}} in each.')
     return questions
 
 

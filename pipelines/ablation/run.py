@@ -33,6 +33,7 @@ from pipelines.settings import (
     MiniatureSettings,
     PrepareDataSettings,
     SettingsError,
+    TrainSettings,
 )
 from pipelines.settings.folders import refuse_no_folder
 from pipelines.tracking.base import Tracker, continue_tracker, reachable_uri
@@ -131,7 +132,7 @@ def _refuse_unusable_inputs(settings: AblateSettings) -> None:
     """Raise before anything is drawn or trained where a variant would fail later.
 
     Raises:
-        SettingsError: data is no folder, or a benchmark is unknown.
+        SettingsError: data is no folder, a benchmark is unknown or has no data, or training cannot use its settings.
         CheckpointError: the start is no checkpoint.
     """
     if settings.data:
@@ -142,6 +143,10 @@ def _refuse_unusable_inputs(settings: AblateSettings) -> None:
         checked_checkpoint(settings.init_from)
     if settings.benchmark:
         named_benchmarks(settings.benchmark)
+        if settings.data and not settings.benchmark_data:
+            raise SettingsError("give benchmark_data=DIR, the folder of the benchmark's files, or an empty benchmark=.")
+    for precision in settings.precisions:
+        TrainSettings.parse({**settings.train, "precision": precision}, "train= and precisions= of the ablation")
 
 
 def _fingerprint(settings: AblateSettings) -> Fingerprint:
@@ -209,8 +214,6 @@ def _shared_inputs(settings: AblateSettings, work: storage.WorkFolder, parent_ru
         _prepare_world(settings, work.path / "world")
         work.publish("world")
         data, benchmark_data = work.uri("world/shards"), benchmark_data or work.uri("world")
-    if settings.benchmark and not benchmark_data:
-        raise SettingsError("give benchmark_data=DIR, the folder of the benchmark's files, or an empty benchmark=.")
     return SharedInputs(
         data=storage.absolute(data),
         init_from=storage.absolute(init_from),

@@ -134,6 +134,9 @@ def test_a_task_that_lacks_words_asks_again(checkpoint, folder, monkeypatch, cap
     ("arguments", "message"),
     [
         (("nothing.png", "x"), "nothing.png does not exist"),
+        (("nothing.jsonl",), "nothing.jsonl does not exist"),
+        (("none.jsonl",), "none.jsonl has no lines"),
+        (("pictures/0.png", "x", "--batch-size", "0"), "--batch-size 0 is no number of answers"),
         (("pictures/notes.txt", "x"), "pictures/notes.txt is not an image (JPEG, PNG, WebP, GIF, BMP)."),
         (("pictures",), "give the question"),
         (("empty", "x"), "holds no image"),
@@ -157,6 +160,7 @@ def test_mistakes_are_one_sentence_before_a_model_is_loaded(folder, capsys, monk
     monkeypatch.setattr(chat, "load_for_inference", lambda *_: pytest.fail("a model was loaded"))
     (folder / "empty").mkdir()
     (folder / "good.jsonl").write_text('{"image": "pictures/0.png", "question": "x"}\n')
+    (folder / "none.jsonl").write_text("\n")
     (folder / "bad.jsonl").write_text('{"image": "pictures/0.png", "question": "x"}\nnonsense\n')
     assert run("unused", *arguments) == 1
     error = capsys.readouterr().err.strip()

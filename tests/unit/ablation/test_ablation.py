@@ -307,6 +307,9 @@ def test_a_report_has_a_table_plots_and_notes_per_precision(tmp_path, monkeypatc
         ({"benchmark_data": "/nowhere"}, "benchmark_data=/nowhere does not exist"),
         ({"init_from": "/nowhere"}, "checkpoint /nowhere does not exist"),
         ({"benchmark": "miniature_vaq"}, "did you mean 'miniature_vqa'"),
+        ({"data": "."}, "give benchmark_data=DIR"),
+        ({"precisions": ["fp12"]}, "precision='fp12' is not usable"),
+        ({"train": {"log_evry": 1}}, "unknown key 'log_evry'; did you mean 'log_every'"),
     ],
 )
 def test_inputs_of_an_ablation_are_checked_before_it_draws_or_trains(tmp_path, monkeypatch, changes, message):
