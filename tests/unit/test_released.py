@@ -59,6 +59,9 @@ def test_what_does_not_fit_is_refused(monkeypatch, settings, text):
 def test_rounding_needs_more_memory_than_answering(monkeypatch, tmp_path):
     with pytest.raises(SettingsError, match=r"rounding the weights takes 8\.\d GiB .* 7.0 are free.*serve=false"):
         released._check(plan(monkeypatch, memory="7GB"), tmp_path)
+    on_gpu = Plan("cuda", "nf4", needed=1, free=24 * GIB, quantizing=8 * GIB, host=7 * GIB, download=0, disk=0)
+    with pytest.raises(SettingsError, match="rounding the weights"):
+        released._check(on_gpu, tmp_path)
 
 
 def test_a_small_disk_is_refused_and_what_is_there_counts(monkeypatch, tmp_path):

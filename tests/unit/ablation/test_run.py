@@ -108,6 +108,7 @@ def test_each_stage_starts_from_the_one_before_with_the_ablations_settings(stage
         max_steps=12,
         features="inline",
         threads_per_worker=2,
+        use_gpu=True,
         train={"attention": "sdpa", "packing": True},
         stage={"draws_per_step": 1},
     )
@@ -118,10 +119,12 @@ def test_each_stage_starts_from_the_one_before_with_the_ablations_settings(stage
     assert (one.output, other.output) == (f"{folder}/stage2", f"{folder}/stage3")
     assert (one.data, one.seed, one.max_steps, one.features, one.threads_per_worker) == ("/data", 7, 12, "inline", 2)
     assert (one.guard, one.log_every, one.num_workers, one.tracking_uri) == ("off", 1, 0, "none")
+    assert one.use_gpu is True
     assert (one.precision, one.packing, one.attention) == ("bf16", True, "eager"), "the variant's own key wins"
     assert one.stage == {"draws_per_step": 1, "lora_rank": 4}
     (score,) = stages.scored
     assert (score.checkpoint, score.data, score.limit) == (f"{folder}/stage3/checkpoint", "/bench", 200)
+    assert (score.gpus_per_worker, score.num_workers, score.threads_per_worker) == (1, 0, 2)
     assert score.output == f"{folder}/score" and outcome.scores["miniature_vqa"]["value"] == 51.0
     assert stages.parent == "parent run" and stages.tracker.status == "FINISHED"
     assert stages.tracker.told["precision"] == "bf16" and stages.tracker.told["seed"] == 7

@@ -230,3 +230,12 @@ def test_a_caches_manifest_names_what_it_was_made_with_and_each_part(made):
     for part in content["parts"]:
         data = (folder(made) / part["name"]).read_bytes()
         assert (part["bytes"], part["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+
+
+def test_parts_belong_to_shards_by_their_content_and_not_by_their_order(world):
+    path = folder(world) / "manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "parts": content["parts"][::-1]}))
+    found = FeatureSet.open(f"{world['data']}/questions", feature_key(world["init_from"], 28))
+    assert [part.name for part in found.parts] == [f"part-{number:05d}.npy" for number in range(3)]
+    assert found.starts.tolist() == [0, 8, 16, 22]

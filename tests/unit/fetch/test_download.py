@@ -103,6 +103,9 @@ def test_a_part_that_is_all_there_is_taken_and_a_longer_one_is_not(target):
     server = Server((416, {"Content-Range": "bytes */10"}, b""), whole())
     fetch(server, target)
     assert server.asked[1] == (None, None) and target.read_bytes() == DATA
+    begin(target, DATA + b"xx")
+    fetch(Server((416, {"Content-Range": "bytes */10"}, b""), whole()), target, Remote(URL, num_bytes=10))
+    assert target.read_bytes() == DATA
     begin(target, DATA)
     fetch(Server(), target, Remote(URL, num_bytes=10))
     assert target.read_bytes() == DATA, "nothing is asked for"

@@ -46,8 +46,9 @@ def test_both_parts_are_pretrained_and_put_together(asked, tmp_path):
     assert result["scores"] == {"vision/loss": 1.0, "language/loss": 1.0}
     assert result["checkpoint"] == f"{tmp_path}/backbones"
     assert json.loads((tmp_path / "result.json").read_text())["checkpoint"] == result["checkpoint"]
-    with pytest.raises(OtherInputsError, match="seed was 0, is now 1"):
-        run_miniature(settings(tmp_path, task="pretrain", seed=1))
+    for changes, text in (({"seed": 1}, "seed was 0, is now 1"), ({"max_steps": 2}, "max_steps was 0, is now 2")):
+        with pytest.raises(OtherInputsError, match=text):
+            run_miniature(settings(tmp_path, task="pretrain", **changes))
 
 
 def test_one_part_alone_takes_the_steps_asked_for_and_writes_no_checkpoint(asked, tmp_path):

@@ -272,3 +272,13 @@ def test_a_memory_plan_reads_the_trainings_keys_and_its_own_win(tmp_path):
     assert PlanMemorySettings.load(config, ["precision=fp16", "features=cached"]).train_settings().precision == "fp16"
     with pytest.raises(SettingsError, match="unknown key 'atention'; did you mean 'attention'"):
         PlanMemorySettings.load(config, ["train.atention=sdpa"])
+
+
+@pytest.mark.security
+def test_a_key_that_is_no_key_is_refused_and_a_sound_one_taken():
+    with pytest.raises(SettingsError, match="api_keys= names no key"):
+        ServeSettings.load(None, ["port=1", "api_keys="])
+    assert [key.get_secret_value() for key in ServeSettings.load(None, ["api_keys=a1,b2"]).api_keys] == ["a1", "b2"]
+    for keys in (["a", ""], [" a"], ["a\n"], [3], "a"):
+        with pytest.raises(SettingsError, match="api_keys"):
+            ServeSettings.parse({"api_keys": keys}, "x")
