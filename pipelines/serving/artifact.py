@@ -7,13 +7,14 @@ from pathlib import Path
 from pipelines.node_cache import local_checkpoint
 from pipelines.settings import AnswerSettings
 from pipelines.storage import absolute, is_local
+from tinygptv.checkpoint.folders import MANIFEST, verify_folder
 
 
 def resolve_artifact(settings: AnswerSettings) -> Path:
     """The folder that ``settings.artifact`` names.
 
     Raises:
-        ValueError: there is no such folder, registered model, or shipped model.
+        ValueError: there is no such folder, registered model, or shipped model, or a file of the folder is cut off.
         StorageError: the storage refuses, or fails at every try.
     """
     name = settings.artifact
@@ -33,6 +34,8 @@ def resolve_artifact(settings: AnswerSettings) -> Path:
         raise ValueError(
             f"artifact {name!r} is no checkpoint folder (config.json is missing): give artifact=DIR of a trained stage."
         )
+    if (folder / MANIFEST).is_file():
+        verify_folder(folder, hashes=False)  # hashes are checked where it is loaded
     return folder
 
 

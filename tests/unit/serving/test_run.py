@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import socket
 from contextlib import closing
 
@@ -11,6 +12,7 @@ import pytest
 from pipelines.serving.run import _claim_port, _reason, _url, check_settings, serving
 from pipelines.settings import ServeSettings, SettingsError
 from tests.serving_model import save_checkpoint
+from tinygptv.checkpoint.folders import write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +108,11 @@ def test_an_address_that_cannot_be_listened_on_is_told_before_ray_starts(artifac
             serving(ServeSettings(artifact=artifact, host=host, port=port)),
         ):
             pass
+
+
+def test_an_artifact_that_is_cut_off_is_told_before_ray_starts(artifact, tmp_path):
+    shutil.copytree(artifact, tmp_path / "model")
+    write_manifest(tmp_path / "model")
+    (tmp_path / "model/model.safetensors").write_bytes(b"short")
+    with pytest.raises(SettingsError, match=r"model\.safetensors is cut off \(5 bytes; its manifest says"):
+        check_settings(ServeSettings(artifact=str(tmp_path / "model")))
