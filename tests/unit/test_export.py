@@ -33,7 +33,7 @@ def test_held_out_rows_are_drawn_from_all_sets_in_turn(sets):
     assert len(most) == 3, "a row of each"
     alone, _ = held_out_rows(QuantizeSettings(data=str(sets / "b"), drift_samples=64))
     assert sorted(row.id for row in alone) == ["p0", "p1"], "no row twice"
-    with pytest.raises(FileNotFoundError, match="holds no shard set"):
+    with pytest.raises(SettingsError, match="does not exist"):
         held_out_rows(QuantizeSettings(data=str(sets / "none")))
     write_shard_set(sets / "empty", [])
     with pytest.raises(FileNotFoundError, match="have no rows"):

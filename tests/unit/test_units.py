@@ -174,6 +174,7 @@ def on_ray(monkeypatch):
 
     monkeypatch.setattr(units_module, "_run_on_ray", run)
     monkeypatch.setattr(units_module, "start_ray", lambda settings: nullcontext())
+    monkeypatch.setattr(units_module, "check_resources", lambda needs, what: None)
     return losses, asked
 
 
