@@ -270,8 +270,8 @@ def test_a_memory_plan_reads_the_trainings_keys_and_its_own_win(tmp_path):
     assert (loaded.gpu, found.recipe, found.precision, found.micro_batch_size) == ("8GB", "paper", "bf16", 2)
     assert (found.packing, found.attention, found.use_gpu) == (False, "sdpa", True)
     assert PlanMemorySettings.load(config, ["precision=fp16", "features=cached"]).train_settings().precision == "fp16"
-    with pytest.raises(SettingsError, match="unknown key 'atention'; did you mean 'attention'"):
-        PlanMemorySettings.load(config, ["train.atention=sdpa"])
+    with pytest.raises(SettingsError, match="unknown key 'attentionn'; did you mean 'attention'"):
+        PlanMemorySettings.load(config, ["train.attentionn=sdpa"])
 
 
 @pytest.mark.security
