@@ -10,12 +10,12 @@ from pipelines.data.ingest.job import ingest
 from pipelines.evaluation.benchmarks.files import DataFolder
 from pipelines.evaluation.benchmarks.own import own_benchmark
 from pipelines.fingerprint import OtherInputsError
-from pipelines.miniature.example import NEW_COLOUR
+from pipelines.miniature.example import NEW_COLOUR, _box, _scene
 from pipelines.miniature.jobs import run_miniature
 from pipelines.settings import MiniatureSettings, PrepareDataSettings
 from tinygptv.data.processing import load_tokenizer
 from tinygptv.miniature.backbones import BACKBONES
-from tinygptv.miniature.scenes import COLOURS
+from tinygptv.miniature.scenes import COLOURS, generator
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +85,11 @@ def test_the_same_again_and_another(example):
         run_miniature(settings.model_copy(update={"example_scenes": 7}))
 
 
-def test_the_new_colour_is_on_an_object_that_is_the_only_one_of_its_shape():
-    from collections import Counter
-
-    from pipelines.miniature.example import _phrase, _scenes
-
-    for scene, item in _scenes(0, 20):
-        shapes = Counter(other.shape for other in scene.objects)
-        coloured = [other for other in scene.objects if other.colour == NEW_COLOUR]
-        assert coloured == [item] and shapes[item.shape] == 1
-        row = _phrase("a.jpg", scene, item)
-        assert row["turns"][0]["answers"] == [f"{item.size} {NEW_COLOUR} {item.shape}"]
+def test_one_object_of_a_scene_has_the_new_colour_and_its_phrase_and_box_are_its_own():
+    for index in range(20):
+        scene = _scene(0, index)
+        item, *others = scene.objects
+        assert item.colour == NEW_COLOUR and NEW_COLOUR not in {other.colour for other in others}
+        (row,) = _box("a.jpg", scene, 0, "refer", generator(scene.key, "example"))
+        assert row["turns"][0]["answers"] == [f"{NEW_COLOUR} {item.shape}"]
         assert row["boxes"] == [[round(corner, 1) for corner in scene.pixel_box(item)]]
