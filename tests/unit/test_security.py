@@ -80,7 +80,7 @@ PROMISES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "a full disk truncates nothing; the shard cache is private": {
         "training/test_disk_full": ("a_state_that_does_not_fit", "a_record_that_does_not_fit"),
-        "data/test_shards": (
+        "data/test_remote_shards": (
             "the_cache_is_a_private_folder",
             "a_cache_into_which_others_could_put_files_is_refused",
             "a_copy_with_another_content_is_fetched_again",
