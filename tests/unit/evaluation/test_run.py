@@ -71,6 +71,8 @@ def test_result(run):
         assert entry["unanswered"] == 0 and entry["low"] <= entry["value"] <= entry["high"]
     assert result["benchmarks"]["miniature_vqa"]["n"] == 6
     assert set(result["benchmarks"]["miniature_refer"]["also"]) == {"IoU > 0.3", "mean IoU"}
+    num_questions = sum(entry["n"] for entry in result["benchmarks"].values())
+    assert result["questions_per_second"] > num_questions / (result["seconds"] + 0.1), "answering is part of the time"
 
 
 @pytest.mark.parametrize(("limit", "asked"), [(0, 3), (1, 1), (2, 2), (3, 3), (9, 3)])
@@ -276,8 +278,9 @@ def test_two_runs_are_compared(run, world, tmp_path, location):
     if location != "folder":
         storage.upload_folder(run[1], location, "result.json")
     earlier = str(run[1]) if location == "folder" else location
-    result = evaluate(settings(other, world, tmp_path / "out", compare_with=earlier))
-    assert (tmp_path / "out/comparison.html").is_file()
+    output = str(tmp_path / "out") if location == "folder" else "memory://scored-later"
+    result = evaluate(settings(other, world, output, compare_with=earlier))
+    assert storage.exists(f"{output}/comparison.html") and storage.exists(f"{output}/report.html")
     found = result["comparison"]["miniature_vqa"]
     assert found["n"] == 6 and found["difference"] == pytest.approx(found["ours"] - found["theirs"], abs=1e-3)
 

@@ -47,6 +47,15 @@ def test_no_part_of_a_stop_string_is_shown(text, stops):
         assert shown == whole.strip()
 
 
+def test_the_first_of_several_stop_strings_in_a_token_ends_the_text():
+    tokenizer = make_tokenizer()
+    (token,) = tokenizer.encode("all", add_special_tokens=False)
+    for stops in (("al", "ll"), ("ll", "al"), ("l", "a")):
+        pieces, stream = pieces_of([token], stops)
+        assert stream.stopped and stream.text == "".join(pieces) == ""
+    assert pieces_of([token], ("ll",))[1].text == "a"
+
+
 def test_a_character_of_several_tokens_comes_in_one_piece():
     ids = make_tokenizer().encode("a😀b", add_special_tokens=False)
     assert len(ids) == 6
