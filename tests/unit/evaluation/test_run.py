@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,8 +73,6 @@ def test_result(run):
         assert entry["unanswered"] == 0 and entry["low"] <= entry["value"] <= entry["high"]
     assert result["benchmarks"]["miniature_vqa"]["n"] == 6
     assert set(result["benchmarks"]["miniature_refer"]["also"]) == {"IoU > 0.3", "mean IoU"}
-    num_questions = sum(entry["n"] for entry in result["benchmarks"].values())
-    assert result["questions_per_second"] > num_questions / (result["seconds"] + 0.1), "answering is part of the time"
 
 
 @pytest.mark.parametrize(("limit", "asked"), [(0, 3), (1, 1), (2, 2), (3, 3), (9, 3)])
@@ -228,13 +228,18 @@ def test_missing_and_broken_pictures_are_counted_and_named(checkpoint, tmp_path)
     assert "3 without an answer" in (tmp_path / "out/report.html").read_text()
 
 
-def test_a_prompt_that_is_too_long_is_counted_too(checkpoint, tmp_path):
+def test_a_prompt_that_is_too_long_is_counted_too(checkpoint, tmp_path, monkeypatch):
     def read(data):
         yield Question("long", "word " * 400, None, {"answer": "x"})
         yield Question("short", "what?", None, {"answer": "x"})
 
     benchmark = Benchmark("own", "m", read, lambda answer, truth: 1.0, 4)
-    entry = evaluate(settings(checkpoint, tmp_path, tmp_path), [benchmark])["benchmarks"]["own"]
+    ticks = itertools.count(100.0, 4.0)  # the start, answering, its end, the end
+    clock = SimpleNamespace(perf_counter=ticks.__next__, time=lambda: 0.0)
+    monkeypatch.setattr("pipelines.evaluation.run.time", clock)
+    result = evaluate(settings(checkpoint, tmp_path, tmp_path), [benchmark])
+    assert (result["questions_per_second"], result["seconds"]) == (0.5, 12.0)
+    entry = result["benchmarks"]["own"]
     assert (entry["unanswered"], entry["value"]) == (1, 50.0)
     assert entry["problems"][0].startswith("long: This model's maximum context length is 256 tokens")
 
