@@ -15,11 +15,12 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, WorkerCrashedError
+from ray.exceptions import RayActorError, TaskCancelledError, WorkerCrashedError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.serving.api import build_api
 from pipelines.serving.backend import ChatJob, Failure, Item, ModelInfo, Piece, PromptRead, ReplicaStats
@@ -127,6 +128,25 @@ class ModelReplica(ModelBackend):
     """A replica of the model."""
 
 
+class LostProxyIsDisconnect:
+    """A client that leaves may end the proxy's call for its body before it runs: Serve then raises Ray's error where
+    ASGI has a message."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+
+        async def receive_or_disconnect() -> Message:
+            try:
+                return await receive()
+            except (TaskCancelledError, RayActorError):
+                return {"type": "http.disconnect"}
+
+        await self.app(scope, receive_or_disconnect if scope["type"] == "http" else receive, send)
+
+
 @serve.ingress()
 class Ingress:
     """The HTTP side."""
@@ -144,9 +164,11 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         backend = HandleBackend(self.model, self.metrics)
-        return build_api(
+        app = build_api(
             self.settings, backend, self.metrics, digests=self.digests, all_metrics=self._metrics_of_all_ingresses
         )
+        app.add_middleware(LostProxyIsDisconnect)
+        return app
 
     def own_metrics(self) -> IngressMetrics:
         """Counters of this ingress, for another one to show."""

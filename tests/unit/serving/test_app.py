@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from ray.exceptions import WorkerCrashedError
+from ray.exceptions import ActorDiedError, TaskCancelledError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError
 
-from pipelines.serving.app import HandleBackend, build_app
+from pipelines.serving.api import build_api
+from pipelines.serving.app import HandleBackend, LostProxyIsDisconnect, build_app
 from pipelines.serving.backend import ChatJob, Failure, ModelInfo, Piece, PromptRead, ReplicaStats
 from pipelines.serving.errors import ProtocolError
-from pipelines.serving.metrics import Metrics
+from pipelines.serving.metrics import Metrics, render
 from pipelines.settings import ServeSettings
+from tests.serving_api import CHAT, FakeBackend
 from tinygptv.data.conversation import ChatMessage
 
 JOB = ChatJob((ChatMessage("user", "hi", ()),), {})
@@ -190,3 +192,21 @@ def test_on_a_gpu_the_old_replica_stops_first():
 def test_replicas_know_the_registry_only_where_the_model_comes_from_it(artifact, kept):
     app = build_app({"artifact": artifact, "tracking_uri": "http://server:5000"})
     assert app._bound_deployment.init_args[0].tracking_uri == kept
+
+
+@pytest.mark.parametrize("error", [TaskCancelledError(), ActorDiedError()])
+def test_a_client_that_leaves_before_its_body_is_read_is_no_error_of_the_server(error):
+    metrics, sent = Metrics(), []
+    app = build_api(ServeSettings(), FakeBackend(), metrics)
+    app.add_middleware(LostProxyIsDisconnect)
+
+    async def receive():
+        raise error
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [], "query_string": b"", "client": ("::1", 1)}
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 499
+    assert 'tinygptv_requests_total{status="499"} 1.0' in render([metrics.snapshot()], []).decode()
