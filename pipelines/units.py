@@ -185,7 +185,10 @@ def _run_on_ray(
             override_num_blocks=len(groups),
         )
         if workers.reuse_setup:
-            pool = ray.data.ActorPoolStrategy(min_size=workers.count or 1, max_size=workers.count)
+            most = (
+                min(workers.count, len(groups)) if workers.count else None
+            )  # one without a unit would set up for nothing
+            pool = ray.data.ActorPoolStrategy(min_size=most or 1, max_size=most)
             runner: Any = _Runner  # Ray's types do not know classes here
             done = _map_rows(
                 rows, runner, fn_constructor_args=(setup,), compute=pool, max_task_retries=retries, **resources

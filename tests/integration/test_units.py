@@ -56,6 +56,13 @@ def test_every_unit_gives_its_result(tmp_path, workers):
     assert len(list(tmp_path.iterdir())) == (1 if workers.reuse_setup else 7)
 
 
+def test_no_more_actors_are_started_than_there_are_units(tmp_path, recwarn):
+    workers = Workers(2, num_cpus=0.5, reuse_setup=True)
+    assert list(map_units(partial(setup, tmp_path), [1], workers, SETTINGS, name="double")) == [(1, 2)]
+    assert len(list(tmp_path.iterdir())) == 1
+    assert not [str(each.message) for each in recwarn if "concurrent actors" in str(each.message)]
+
+
 def test_actors_carry_their_arguments_so_that_ray_prints_no_error_of_theirs(tmp_path, monkeypatch, capfd):
     stored, put = [], ray.put
     monkeypatch.setattr(
