@@ -185,9 +185,8 @@ def _run_on_ray(
             override_num_blocks=len(groups),
         )
         if workers.reuse_setup:
-            most = (
-                min(workers.count, len(groups)) if workers.count else None
-            )  # one without a unit would set up for nothing
+            # An actor without a unit would be set up for nothing.
+            most = min(workers.count, len(groups)) if workers.count else None
             pool = ray.data.ActorPoolStrategy(min_size=most or 1, max_size=most)
             runner: Any = _Runner  # Ray's types do not know classes here
             done = _map_rows(

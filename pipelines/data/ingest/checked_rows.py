@@ -98,7 +98,7 @@ def checked_rows(
         if row.image is None:
             return _Row(row)
         digest = hashlib.sha256(row.image).digest()[:16]  # a processor has instructions for this one
-        return _Row(row, digest, read_header(row.image, settings))
+        return _Row(row, digest, images.read_header(row.image, digest))
 
     def check_image(found: _Row) -> _Row:
         if found.row.image is not None and found.header is not None:
@@ -164,6 +164,10 @@ class _ImageChecker:
     def __init__(self, settings: PrepareDataSettings) -> None:
         self.settings = settings
         self._kept: LRU[bytes, CheckedImage] = LRU(_KEPT_IMAGES)
+        self._headers: LRU[bytes, Header] = LRU(_KEPT_IMAGES)
+
+    def read_header(self, data: bytes, digest: bytes) -> Header:
+        return self._headers.get_or_make(digest, lambda: read_header(data, self.settings))
 
     def check(self, data: bytes, digest: bytes, header: Header) -> CheckedImage:
         return self._kept.get_or_make(digest, lambda: decode_checked(data, header, self.settings))

@@ -149,8 +149,8 @@ def test_x_forwarded_for_counts_from_trusted_proxies_only():
     assert statuses(Client(**bounds), ("10.0.0.1", first), ("10.0.0.1", second)) == [200, 429]
     trusting = Client(trusted_proxies=["10.0.0.1"], **bounds)
     assert statuses(trusting, ("10.0.0.1", first), ("10.0.0.1", second), ("10.0.0.1", first)) == [200, 200, 429]
-    stranger = ("10.0.0.9", first), ("10.0.0.9", second)
-    assert statuses(Client(trusted_proxies=["10.0.0.1"], **bounds), *stranger) == [200, 429], "no proxy of ours"
+    untrusted = ("10.0.0.9", first), ("10.0.0.9", second)
+    assert statuses(Client(trusted_proxies=["10.0.0.1"], **bounds), *untrusted) == [200, 429], "no proxy of ours"
 
 
 # ---------------------------------------------------------------------------------------------------- sources of keys
