@@ -46,7 +46,7 @@ mlflow: setup ## open the MLflow page of all runs that were started in this fold
 test: test-unit test-integration ## all tests
 
 test-unit: setup ## unit tests: offline, no cluster
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/unit
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal tests/unit
 
 test-integration: setup ## tests that start Ray, Serve and MLflow on loopback
 	@$(BIN)/python -m pytest tests/integration
@@ -67,7 +67,7 @@ lint: setup ## ruff, formatting, types, spelling
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/codespell
+	@files=$$(git ls-files) && $(BIN)/codespell $$files
 
 format: setup ## rewrite files in the project's format
 	@$(BIN)/ruff check --fix .

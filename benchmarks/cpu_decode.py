@@ -1,7 +1,7 @@
 """How fast Phi-2's size decodes on a CPU, by way of storing the weights; and the whole system's memory and answer time.
 
     python benchmarks/cpu_decode.py linear                  every low-bit path on Phi-2's matrices
-    python benchmarks/cpu_decode.py encoder --image-size 448    the vision encoder by both int8 kernels, in turns
+    python benchmarks/cpu_decode.py encoder --image-size 448    the vision encoder with and without C functions
     python benchmarks/cpu_decode.py system --method cpu     a paper-scale artifact: written, loaded, asked
     python benchmarks/cpu_decode.py system --method cpu4
 
@@ -86,6 +86,20 @@ def _ours(name: str) -> Callable[[Tensor], Product]:
     return build
 
 
+def _fbgemm(weight: Tensor) -> Product:
+    from tinygptv.quantization.linear_cpu import round_rows
+    from tinygptv.quantization.torch_products import FbgemmInt8
+
+    return FbgemmInt8(*round_rows(weight), None)
+
+
+def _aten4(weight: Tensor) -> Product:
+    from tinygptv.quantization.linear_cpu import INT4_GROUPS, round_groups
+    from tinygptv.quantization.torch_products import AtenInt4
+
+    return AtenInt4(*round_groups(weight, INT4_GROUPS[0]), None)
+
+
 def _dynamic(weight: Tensor) -> Product:
     holder = nn.Sequential(_linear(weight))
     return torch.ao.quantization.quantize_dynamic(holder, {nn.Linear}, torch.qint8)
@@ -132,11 +146,13 @@ def _openvino(bits: int) -> Callable[[Tensor], Product]:
 PATHS: dict[str, tuple[float, Callable[[Tensor], Product]]] = {
     "float32": (32, _dense(torch.float32)),
     "bfloat16": (16, _dense(torch.bfloat16)),
-    "int8, FBGEMM, scale per token (method=cpu)": (8, _ours("int8")),
+    "int8, C functions of this project (method=cpu)": (8, _ours("int8")),
+    "int8, FBGEMM, scale per token": (8, _fbgemm),
     "int8, torch quantize_dynamic": (8, _dynamic),
     "int8, aten _weight_int8pack_mm, bfloat16": (8, _int8pack),
     "int8, bitsandbytes": (8, _ours("llm_int8")),
-    "4 bits, aten _weight_int4pack_mm (method=cpu4)": (4.5, _ours("int4")),
+    "4 bits, C functions of this project (method=cpu4)": (4.5, _ours("int4")),
+    "4 bits, aten _weight_int4pack_mm": (4.5, _aten4),
     "4 bits, bitsandbytes NF4": (4.13, _ours("nf4")),
     "int8, OpenVINO": (8, _openvino(8)),
     "4 bits, OpenVINO, groups of 128": (4.125, _openvino(4)),
@@ -185,8 +201,14 @@ def _time(products: list[Product], weights: list[Tensor], rows: int) -> float:
 
 
 def bench_encoder(options: argparse.Namespace) -> None:
-    """Some of ViT-g's blocks with int8 weights, by FBGEMM and by oneDNN; scaled to all of them."""
+    """Some of ViT-g's blocks with int8 weights, scaled to all of them.
+
+    ``torch``: products by oneDNN, all else by torch. ``host``: all of it by this project's kernels. ``host, torch
+    attention``: these without attention.
+    """
+    from tinygptv.quantization.encoder_block import HostEncoderBlock
     from tinygptv.quantization.linear_cpu import Int8EncoderLinear, Int8Linear
+    from tinygptv.quantization.torch_products import OnednnInt8
 
     encoder = random_model(options.image_size).vision_encoder
     depth = len(encoder.vit.blocks)
@@ -195,14 +217,21 @@ def bench_encoder(options: argparse.Namespace) -> None:
         block.attn.k_bias = torch.zeros_like(block.attn.v_bias)  # a buffer, which random_model leaves on meta
     pixels = torch.randn(1, 3, options.image_size, options.image_size)
     ways = {}
-    for kind in (Int8Linear, Int8EncoderLinear):
+    for name in ("torch", "host, torch attention", "host"):
         way = copy.deepcopy(encoder)
-        for name, layer in list(way.named_modules()):
+        for path, layer in list(way.named_modules()):
             if type(layer) is nn.Linear:
-                way.set_submodule(name, kind.restore(Int8Linear.pack(layer, "cpu"), "cpu", torch.float32))
-        for block in way.vit.blocks:
+                stored = Int8Linear.pack(layer, "cpu")
+                packed = Int8EncoderLinear.restore(stored, "cpu", torch.float32)
+                if name == "torch":
+                    packed.product = OnednnInt8(stored["weight"], stored["scale"], packed.bias)
+                way.set_submodule(path, packed)
+        for index, block in enumerate(way.vit.blocks):
             block.attn.qkv_bias_separate = True
-        ways[kind.__name__] = way
+            if name != "torch":
+                way.vit.blocks[index] = HostEncoderBlock(block)
+                way.vit.blocks[index].has_host_attention &= name == "host"
+        ways[name] = way
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with torch.inference_mode():
         exact = encoder(pixels)

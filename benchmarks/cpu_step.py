@@ -37,6 +37,8 @@ from tinygptv.quantization.linear_cpu import Int4Linear, Int8Linear
 
 FULL_LAYERS, CONTEXT, SLOTS = 32, 1024, 4
 PROMPT, PAST = 64, 100
+TOKENS = 6
+"""Steps in a row that one timing of decoding covers, of each way."""
 
 
 def random_tensors(matrix: nn.Linear, bits: int, group: int) -> dict[str, Tensor]:
@@ -51,9 +53,14 @@ def random_tensors(matrix: nn.Linear, bits: int, group: int) -> dict[str, Tensor
     return {"weight": pairs, "scale": scales.contiguous(), "bias": bias}
 
 
-def build_runner(bits: int, layers: int, group: int) -> FlatRunner:
-    """A runner whose language model has so many of Phi-2's layers."""
-    config = TinyGPTVConfig.phi2(lora_rank=0, text_config={"num_hidden_layers": layers})
+def build_model(layers: int, **sizes: int) -> TinyGPTVForConditionalGeneration:
+    """The language model without its matrices, which stay on the meta device.
+
+    Args:
+        layers: number of Phi-2's layers.
+        sizes: of the text model, in place of Phi-2's.
+    """
+    config = TinyGPTVConfig.phi2(lora_rank=0, text_config={"num_hidden_layers": layers, **sizes})
     with torch.device("meta"):
         model = TinyGPTVForConditionalGeneration(config).eval()
     language = model.language_model
@@ -63,8 +70,14 @@ def build_runner(bits: int, layers: int, group: int) -> FlatRunner:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta and parameter.ndim == 1 and "norm" in type(module).__name__.lower():
                 setattr(module, name, nn.Parameter(torch.full(parameter.shape, float(name == "weight")), False))
+    return model
+
+
+def build_runner(bits: int, layers: int, group: int, **sizes: int) -> FlatRunner:
+    """A runner whose language model (``build_model``) has random low-bit matrices."""
+    model = build_model(layers, **sizes)
     kind = Int8Linear if bits == 8 else Int4Linear
-    for layer in language.layers:
+    for layer in model.language_model.layers:
         for name, matrix in list(layer.named_modules()):
             if type(matrix) is nn.Linear:
                 tensors = random_tensors(matrix, bits, group)
@@ -87,17 +100,18 @@ def works(runner: FlatRunner) -> dict[str, Callable[[], object]]:
     }
 
 
-def measure(jobs: dict[str, Callable[[], object]], turns: int) -> dict[str, tuple[float, float, float]]:
-    """Median and least seconds, and median CPU seconds, of each job; all take turns."""
+def measure(jobs: dict[str, Callable[[], object]], turns: int, steps: int = 1) -> dict[str, tuple[float, float, float]]:
+    """Median and least seconds, and median CPU seconds, of each job, over ``steps`` in a row; all take turns."""
     walls: dict[str, list[float]] = {name: [] for name in jobs}
     cpus: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(turns):
         for name, job in jobs.items():
             job()
             wall, cpu = time.perf_counter(), time.process_time()
-            job()
-            walls[name].append(time.perf_counter() - wall)
-            cpus[name].append(time.process_time() - cpu)
+            for _ in range(steps):
+                job()
+            walls[name].append((time.perf_counter() - wall) / steps)
+            cpus[name].append((time.process_time() - cpu) / steps)
     return {name: (float(np.median(walls[name])), min(walls[name]), float(np.median(cpus[name]))) for name in jobs}
 
 
@@ -120,18 +134,20 @@ def busy_cores() -> Iterator[None]:
             other.kill()
 
 
-def llama_job(executable: str, kind: str, threads: int, folder: str) -> Callable[[str], tuple[float, float]]:
-    """Runs llama-bench; returns seconds per token and per prompt."""
+def llama_job(executable: str, kind: str, threads: int, folder: str) -> Callable[[], list[tuple[float, float]]]:
+    """Runs llama-bench; returns median and least seconds per token and per prompt."""
     from cpu_decode_llama import write_model
 
     path = Path(folder) / f"{kind}.gguf"
     write_model(path, kind)
 
-    def run() -> tuple[float, float]:
+    def run() -> list[tuple[float, float]]:
         command = [executable, "-m", str(path), "-t", str(threads), "-r", "3", "-o", "json"]
-        done = subprocess.run([*command, "-p", str(PROMPT), "-n", "12"], capture_output=True, text=True, check=True)
-        prompt, decode = json.loads(done.stdout)
-        return 1 / max(decode["samples_ts"]), PROMPT / max(prompt["samples_ts"])
+        command += ["-p", str(PROMPT), "-n", str(TOKENS)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        prompt, decode = (np.array(entry["samples_ts"]) for entry in json.loads(done.stdout))
+        each = (1 / decode, PROMPT / prompt)
+        return [(float(np.median(seconds)), float(seconds.min())) for seconds in each]
 
     return run
 
@@ -175,7 +191,7 @@ def main() -> None:
 
 def _print_turns(
     jobs: dict[str, dict[str, Callable[[], object]]],
-    llama: dict[str, Callable[[], tuple[float, float]]],
+    llama: dict[str, Callable[[], list[tuple[float, float]]]],
     options: argparse.Namespace,
     scale: float,
 ) -> None:
@@ -183,13 +199,13 @@ def _print_turns(
     found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for _ in range(turns):
         for name, ways in jobs.items():
-            for way, (median, least, cpu) in measure(ways, options.turns).items():
+            steps = 1 if name.startswith("prompt") else TOKENS
+            for way, (median, least, cpu) in measure(ways, options.turns, steps).items():
                 entry = (median * scale, least * scale, cpu * scale / options.threads)
                 found.setdefault((name, way), []).append(entry)
         for kind, run in llama.items():
-            token, prompt = run()
-            found.setdefault(("one token", kind), []).append((token, token, float("nan")))
-            found.setdefault((f"prompt of {PROMPT}", kind), []).append((prompt, prompt, float("nan")))
+            for name, entry in zip(("one token", f"prompt of {PROMPT}"), run(), strict=True):
+                found.setdefault((name, kind), []).append((*entry, float("nan")))
     print(f"{options.threads} threads, {options.layers} layers, load {os.getloadavg()[0]:.1f}")
     print("| step | way | ms, medians of the turns | least | CPU |\n|---|---|---|---|---|")
     for (name, way), entries in sorted(found.items()):

@@ -16,7 +16,7 @@ from pipelines.settings import DemoSettings
 def start_line(settings: DemoSettings) -> str:
     """What is said at once, before the libraries are loaded."""
     return (
-        f"The demo: nine phases, results in {settings.output or 'outputs/demo'}. It took 580 s on two x86-64 cores. "
+        f"The demo: ten phases, results in {settings.output or 'outputs/demo'}. It took 580 s on two x86-64 cores. "
         "Interrupted, the same command resumes. Loading the libraries ..."
     )
 

@@ -16,7 +16,7 @@ from pipelines.settings import ServeSettings
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Start, print the address, wait."""
-    settings = ServeSettings.from_command_line(argv, "Serve a model over HTTP.")
+    settings = ServeSettings.from_command_line(argv, __doc__)
     return run_main(lambda: serve_until_stopped(settings))
 
 

@@ -46,6 +46,12 @@ _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch for machines that are no cluster: switched off, all its processes listen on 127.0.0.1."""
 
+_WORKER_SHARES, _NUM_SHARES = "worker_shares", 1_000_000
+"""Resource of clusters that are started here; see ``worker_share``."""
+
+
+_STARTS, _TOO_SLOW = 3, "timed out during startup"
+"""Tries to start Ray, and what Ray says where it was too slow."""
 
 _started_here = threading.Event()
 """Set while this process has a cluster of its own."""
@@ -151,32 +157,63 @@ def start_ray(settings: Settings) -> Iterator[None]:
         yield
 
 
-def check_resources(needs: Mapping[str, float], what: str) -> None:
+def check_resources(each: Mapping[str, float], what: str, count: int = 1) -> None:
     """Raise where work could wait for ever: a cluster that was started here does not grow. Of others it is only told.
 
     Args:
-        needs: Ray's resources that the work holds at a time, e.g. ``{"CPU": 1, "GPU": 1}``.
+        each: Ray's resources that one process of the work holds, e.g. ``{"CPU": 1, "GPU": 1}``.
         what: the work and its settings, e.g. ``training (num_workers=2, use_gpu=true)``.
+        count: processes that must run at a time.
 
     Raises:
-        SettingsError: the cluster lacks them.
+        SettingsError: the cluster lacks them, or has them on no single node.
     """
+    lacks = lacking({kind: need * count for kind, need in each.items()}) or _no_node_with(each)
+    if not lacks:
+        return
+    if not is_own_cluster():
+        logger.warning("%s needs %s: waiting for nodes to join the Ray cluster.", what, lacks)
+        return
+    raise SettingsError(
+        f"{what} needs {lacks}: ask for less, or give the cluster that has them as ray_address=HOST:PORT."
+    )
+
+
+def lacking(needs: Mapping[str, float]) -> str:
+    """What the cluster lacks, as part of a sentence: ``8 CPUs, and 4 are there``; empty where it has all."""
     import ray
 
     there = ray.cluster_resources()
-    lacks = [
+    return "; ".join(
         f"{need:g} {kind}s, and {there.get(kind, 0):g} are there"
         for kind, need in needs.items()
         if need > there.get(kind, 0)
-    ]
-    if not lacks:
-        return
-    if not _started_here.is_set():
-        logger.warning("%s needs %s: waiting for nodes to join the Ray cluster.", what, "; ".join(lacks))
-        return
-    raise SettingsError(
-        f"{what} needs {'; '.join(lacks)}: ask for less, or give the cluster that has them as ray_address=HOST:PORT."
     )
+
+
+def _no_node_with(each: Mapping[str, float]) -> str:
+    """The same for what one node must have."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(node.get(kind, 0) >= need for kind, need in each.items()) for node in nodes):
+        return ""
+    return (
+        f"{' and '.join(f'{need:g} {kind}s' for kind, need in each.items() if need)} on one node, and no node has them"
+    )
+
+
+def is_own_cluster() -> bool:
+    """Whether this process has started the Ray cluster, which then does not grow."""
+    return _started_here.is_set()
+
+
+def worker_share(count: int) -> dict[str, float]:
+    """Ray resources of which ``count`` tasks take all, so that Ray itself never runs more of them at a time.
+
+    Empty where this process did not start the cluster: there the resource is missing, or held by the task that asks.
+    """
+    return {_WORKER_SHARES: _NUM_SHARES // count} if _started_here.is_set() else {}
 
 
 @contextmanager
@@ -215,13 +252,27 @@ def _start(settings: Settings) -> Iterator[None]:
         _warn_without_token(f"this Ray cluster ({AUTH_MODE}={os.environ[AUTH_MODE]})")
     with _loopback() if settings.ray_loopback else _every_interface():
         with _sigterm_handler_kept():
-            ray.init(**_init_arguments(settings))
+            _init_with_patience(_init_arguments(settings))
         _started_here.set()
         try:
             yield
         finally:
             _started_here.clear()
             ray.shutdown()
+
+
+def _init_with_patience(arguments: _InitArguments) -> None:
+    """Start Ray; on a busy machine it gives up its own start after 30 s, and is asked again."""
+    import ray
+
+    for tries_left in reversed(range(_STARTS)):
+        try:
+            ray.init(**arguments)
+            return
+        except Exception as error:  # Ray's own has no other type
+            if not tries_left or _TOO_SLOW not in str(error):
+                raise
+            logger.warning("Ray did not start within 30 s on this busy machine; it is started again.")
 
 
 @contextmanager
@@ -265,6 +316,7 @@ class _InitArguments(_Quiet):
 
     address: str
     include_dashboard: bool
+    resources: dict[str, float]
     num_cpus: NotRequired[int]
     object_store_memory: NotRequired[int]
 
@@ -281,9 +333,11 @@ def _sigterm_handler_kept() -> Iterator[None]:
         yield
         return
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(before):
-        signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        if callable(before):
+            signal.signal(signal.SIGTERM, before)
 
 
 def _init_arguments(settings: Settings) -> _InitArguments:
@@ -293,6 +347,7 @@ def _init_arguments(settings: Settings) -> _InitArguments:
     arguments: _InitArguments = {
         "address": "local",
         "include_dashboard": False,
+        "resources": {_WORKER_SHARES: _NUM_SHARES},
         "logging_level": quiet["logging_level"],
         "log_to_driver": quiet["log_to_driver"],
     }

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import numpy as np
 
@@ -183,9 +183,9 @@ def _finished_result(
     refuse_others(str(output), fingerprint, read_json_object(folder / FINGERPRINT_FILE) or {})
     try:
         verify_folder(folder, hashes=False)
-        return ExportResult(**read_json_object((output / RESULT_FILE).uri) or {})  # type: ignore[typeddict-item]
-    except (CheckpointError, TypeError):
+    except CheckpointError:
         return None
+    return cast(ExportResult, read_json_object((output / RESULT_FILE).uri) or {}) or None
 
 
 def _track(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -127,7 +127,7 @@ def run_released(settings: ReleasedSettings) -> ReleasedResult:
         print(f"The artifact is ready: {output / 'artifact'}", flush=True)
         return done
     print(plan, flush=True)
-    _check(plan, output)
+    _check(_with_stated_sizes(settings, plan, output), output)
     files = _fetch(settings, output)
     checkpoint = _convert(settings, output, files)
     exported = _quantize(settings, plan, checkpoint, output)
@@ -203,6 +203,17 @@ def _plan(
     return Plan(device, method, needed, free, quantizing, host, download, download + checkpoint + artifact)
 
 
+def _with_stated_sizes(settings: ReleasedSettings, plan: Plan, output: Path) -> Plan:
+    """The plan with the room of the files that their servers have, where these may be others than the published ones.
+
+    Checkpoint and artifact are smaller or larger in the same proportion.
+    """
+    if not settings.fetch.get("accept_changed"):
+        return plan
+    found = fetch(_fetch_settings(settings, output, dry_run=True, quiet=True))
+    return replace(plan, disk=round(plan.disk * found["num_bytes"] / plan.download))
+
+
 def _check(plan: Plan, output: Path) -> None:
     if plan.quantizing > plan.host:
         raise SettingsError(
@@ -267,14 +278,19 @@ def _finished(output: Path, inputs: ReleasedInputs) -> ReleasedResult | None:
 
 def _fetch(settings: ReleasedSettings, output: Path) -> dict[str, str]:
     """Path of each file below the weights' folder -> its SHA-256."""
+    fetched = fetch(_fetch_settings(settings, output))
+    return {name: entry["sha256"] for name, entry in fetched["files"].items()}
+
+
+def _fetch_settings(settings: ReleasedSettings, output: Path, **changes: bool) -> FetchSettings:
     values = {
         "what": part_names(settings),
         "output": settings.weights or str(output / "weights"),
         "quiet": settings.quiet,
         **settings.fetch,
+        **changes,
     }
-    fetched = fetch(FetchSettings.parse(values, "released, fetch"))
-    return {name: entry["sha256"] for name, entry in fetched["files"].items()}
+    return FetchSettings.parse(values, "released, fetch")
 
 
 def _convert(settings: ReleasedSettings, output: Path, files: dict[str, str]) -> Path:

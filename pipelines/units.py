@@ -11,11 +11,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from pipelines.cluster import check_resources, quiet_ray_data, start_ray
+from pipelines.cluster import check_resources, quiet_ray_data, start_ray, worker_share
 from pipelines.settings import Settings
 
 if TYPE_CHECKING:
@@ -110,11 +110,10 @@ def map_units(
     missing = dict(enumerate(units))
     with start_ray(settings):
         check_resources({"CPU": workers.num_cpus, "GPU": workers.num_gpus}, f"a worker of {name}")
-        for groups, retries in _attempts(units, workers, num_bytes):
-            left = [[number for number in group if number in missing] for group in groups]
-            for number, outcome in _run_on_ray(
-                setup, units, [group for group in left if group], workers, name, retries
-            ):
+        for attempt in _attempts(units, workers, num_bytes):
+            groups = [[number for number in group if number in missing] for group in attempt.groups]
+            left = replace(attempt, groups=[group for group in groups if group])
+            for number, outcome in _run_on_ray(setup, units, left, workers, name):
                 if outcome.error is not None:
                     raise outcome.error
                 yield missing.pop(number), outcome.result
@@ -122,20 +121,38 @@ def map_units(
         raise UnitsLostError(list(missing.values()))
 
 
-def _attempts(
-    units: Sequence[Unit], workers: Workers, num_bytes: Callable[[Unit], int] | None
-) -> Iterator[tuple[list[list[int]], int]]:
-    """Groups of units, and how often one is repeated whose process dies: it may take sound units with it, so what a
-    group has lost is done again one by one."""
+@dataclass(frozen=True)
+class _Attempt:
+    """One pass over units that have no result yet.
+
+    Attributes:
+        groups: numbers of the units that are done together.
+        retries: repetitions of a group whose process dies.
+        one_by_one: hand a worker its next group when the result of its last has arrived.
+    """
+
+    groups: Sequence[Sequence[int]]
+    retries: int
+    one_by_one: bool = False
+
+
+def _attempts(units: Sequence[Unit], workers: Workers, num_bytes: Callable[[Unit], int] | None) -> Iterator[_Attempt]:
+    """Passes over the units, ``ATTEMPTS`` runs of each in all.
+
+    A process that dies takes sound units with it: those of its group, and as an actor those sent ahead or whose result
+    was still on its way. What the first pass has lost is done again one by one.
+    """
     alone = groups = [[number] for number in range(len(units))]
     if num_bytes is not None:
         most = len(units) // (_GROUPS_PER_WORKER * (workers.count or _room(workers)))
         groups = _groups([num_bytes(unit) for unit in units], most)
-    if groups == alone:
-        yield alone, ATTEMPTS - 1
-    else:
-        yield groups, 0
-        yield alone, ATTEMPTS - 2
+    if groups == alone and not workers.reuse_setup:
+        yield _Attempt(alone, ATTEMPTS - 1)
+        return
+    # What may be repeated waits for an actor that restarts; the rest would fail at once.
+    retries = 1 if workers.reuse_setup else 0
+    yield _Attempt(groups, retries)
+    yield _Attempt(alone, ATTEMPTS - 2 - retries, one_by_one=True)
 
 
 def _groups(sizes: Sequence[int], most: int) -> list[list[int]]:
@@ -169,16 +186,18 @@ class _Outcome(Generic[Result]):
 def _run_on_ray(
     setup: Callable[[], Work[Unit, Result]],
     units: Sequence[Unit],
-    groups: Sequence[Sequence[int]],
+    attempt: _Attempt,
     workers: Workers,
     name: str,
-    retries: int,
 ) -> Iterator[tuple[int, _Outcome[Any]]]:
     import ray.data
 
+    groups = attempt.groups
     if not groups:
         return
-    resources: dict[str, Any] = {"num_cpus": workers.num_cpus, "num_gpus": workers.num_gpus or None}
+    options: dict[str, Any] = {"num_cpus": workers.num_cpus, "num_gpus": workers.num_gpus or None}
+    if workers.count and not workers.reuse_setup and (share := worker_share(workers.count)):
+        options["resources"] = share
     with _data_context(workers):
         rows = ray.data.from_items(
             [{"numbers": list(group), "units": [pickle.dumps(units[n]) for n in group]} for group in groups],
@@ -187,14 +206,14 @@ def _run_on_ray(
         if workers.reuse_setup:
             # An actor without a unit would be set up for nothing.
             most = min(workers.count, len(groups)) if workers.count else None
-            pool = ray.data.ActorPoolStrategy(min_size=most or 1, max_size=most)
+            ahead = 1 if attempt.one_by_one else None
+            options["max_task_retries"] = attempt.retries
+            pool = ray.data.ActorPoolStrategy(min_size=most or 1, max_size=most, max_tasks_in_flight_per_actor=ahead)
             runner: Any = _Runner  # Ray's types do not know classes here
-            done = _map_rows(
-                rows, runner, fn_constructor_args=(setup,), compute=pool, max_task_retries=retries, **resources
-            )
+            done = _map_rows(rows, runner, fn_constructor_args=(setup,), compute=pool, **options)
         else:
-            tasks = ray.data.TaskPoolStrategy(size=workers.count)
-            done = _map_rows(rows, partial(_run_once, setup), compute=tasks, max_retries=retries, **resources)
+            tasks = ray.data.TaskPoolStrategy()  # the policy bounds them
+            done = _map_rows(rows, partial(_run_once, setup), compute=tasks, max_retries=attempt.retries, **options)
     done.set_name(name)
     for row in done.iter_rows():
         yield from zip(row["numbers"], map(pickle.loads, row["outcomes"]), strict=True)
@@ -223,7 +242,8 @@ def _data_context(workers: Workers) -> Iterator[None]:
 class _TasksAhead:
     """Decides for Ray Data whether one more task is submitted; Ray runs as many as the cluster has room for.
 
-    A backpressure policy of Ray Data by its methods.
+    Where Ray does not know the bound on the workers (``worker_share``), no more are submitted than may run at a time. A
+    backpressure policy of Ray Data by its methods.
     """
 
     name = "TasksAhead"
@@ -235,8 +255,11 @@ class _TasksAhead:
 
     def can_add_input(self, op: Any) -> bool:
         if time.monotonic() >= self._until:  # clusters grow
-            most = _TASKS_PER_WORKER * _room(self._workers)
-            self._most = min(most, self._workers.count or most)
+            room, count = _room(self._workers), self._workers.count
+            if count and not worker_share(count):
+                self._most = min(_TASKS_PER_WORKER * room, count)
+            else:
+                self._most = _TASKS_PER_WORKER * min(room, count or room)
             self._until = time.monotonic() + 1
         return bool(op.num_active_tasks() < self._most)
 

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+import hypothesis
 import pytest
 
 from tests.paths import GOLDEN, REALDATA, ROOT
 
 collect_ignore_glob = [] if GOLDEN.is_dir() and REALDATA.is_dir() else ["**/test_golden*.py"]
+
+
+# The same examples in each run, and no bounds on seconds.
+hypothesis.settings.register_profile(
+    "alike", derandomize=True, database=None, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("alike")
+
+# What test modules import lives as long as the process: no collection of garbage has to look at it.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again, of what tests make."""
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.unfreeze)  # C++ libraries report what is never freed as leaked
 
 
 def pytest_report_header() -> str:

@@ -27,7 +27,10 @@ class FileServer:
         self.base = ""
 
     def fail(self, path, **fault):
-        """The next answer for a path: status=, headers=, body=, cut_at= (where in the file the connection ends)."""
+        """The next answer for a path: status=, headers=, body=, cut_at= (where in the file the connection ends).
+
+        ``held=(came, end)``, two events: the first is set when the request has come, the second is waited for.
+        """
         self.faults[path].append(fault)
 
     def asked(self, path, method="GET"):
@@ -78,6 +81,10 @@ def _handler(files):
             path = unquote(urlsplit(self.path).path)  # a request through a proxy names the whole address
             files.requests.append((self.command, path, dict(self.headers)))
             fault = files.faults[path].pop(0) if self.command == "GET" and files.faults[path] else {}
+            if "held" in fault:
+                came, end = fault["held"]
+                came.set()
+                end.wait(600)
             if "status" in fault or "body" in fault:
                 body = fault.get("body", b"no")
                 headers = {"Content-Length": len(body), "Content-Type": "text/plain", **fault.get("headers", {})}

@@ -35,8 +35,13 @@ def _name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_names(path: Path) -> Iterator[str]:
+@cache
+def imported_names(path: Path) -> tuple[str, ...]:
     """Absolute dotted names that a file imports, with what it takes from them (``pipelines.storage.join``)."""
+    return tuple(_imported_names(path))
+
+
+def _imported_names(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -45,10 +50,11 @@ def imported_names(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             name = node.value.replace(":", ".")
-            if "." in _module_of(name):
+            if name.startswith(PACKAGES) and "." in _module_of(name):
                 yield name
 
 
+@cache
 def _module_of(name: str) -> str:
     """The module that a dotted name lies in; empty where it is none of ours."""
     while name and name not in modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 
@@ -11,20 +12,21 @@ import uvicorn
 from pipelines.serving.api import build_api
 from pipelines.serving.backend import Failure, ModelInfo, Piece, PromptRead
 from pipelines.settings import ServeSettings
-from tests.private_nodes import free_port
 from tests.serving_model import make_image
 
 WIDTH, HEIGHT = 300, 200
+PATIENCE_MS = 120_000
+"""How long the browser is waited for; what a busy machine takes fails no test."""
 GROUNDED = "<p>a dog</p> {<10><20><50><60>} and <p>two cats</p> {<60><0><100><50>}<delim>{<0><70><20><100>}."
 
 
 class ScriptedModel:
-    """Answers with ``text``, a few characters at a time; remembers what it was asked."""
+    """Answers with ``text``, four characters at a time (one permit each, where there are any); remembers its jobs."""
 
     def __init__(self):
         self.text, self.jobs, self.closed, self.pause_s, self.error = "hello", [], 0, 0.01, None
         self.scope, self.healthy, self.most_messages = "drawn scenes", True, 99
-        self.reason, self.prompt_tokens = "stop", 5
+        self.reason, self.prompt_tokens, self.permits = "stop", 5, None
 
     async def describe(self):
         return ModelInfo(16, 500, 1, self.scope)
@@ -42,6 +44,8 @@ class ScriptedModel:
             yield PromptRead(self.prompt_tokens)
             for start in range(0, len(self.text), 4):
                 await asyncio.sleep(self.pause_s)
+                while self.permits and not self.permits.acquire(blocking=False):
+                    await asyncio.sleep(0.01)
                 last = start + 4 >= len(self.text)
                 yield Piece(self.text[start : start + 4], finish_reason=self.reason if last else None)
         finally:
@@ -61,29 +65,37 @@ class ScriptedModel:
 class Server:
     def __init__(self, **settings):
         self.model = ScriptedModel()
-        self.port = free_port()
         app = build_api(ServeSettings(**settings), self.model)
-        self.server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="warning"))
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
         self.thread.start()
         while not self.server.started:
+            assert self.thread.is_alive(), "the server did not start"
             time.sleep(0.02)
-        self.url = f"http://127.0.0.1:{self.port}/"
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
 
     def stop(self):
         self.server.should_exit = True
-        self.thread.join(10)
+        self.thread.join(60)
 
 
 def expect(locator):
     """playwright's assertions, which wait; imported late, because a machine without a browser may lack playwright."""
     from playwright.sync_api import expect
 
+    expect.set_options(timeout=PATIENCE_MS)
     return expect(locator)
 
 
-def open_page(browser, server, **options):
+def new_context(browser, **options):
     context = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, **options})
+    context.set_default_timeout(PATIENCE_MS)
+    return context
+
+
+def open_page(browser, server, **options):
+    context = new_context(browser, **options)
     page = context.new_page()
     problems, addresses = [], []
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
@@ -114,5 +126,5 @@ def ask(page, text, task=""):
 
 def wait_for_answer(page, number=1):
     # Not wait_for_function: the page's own policy forbids evaluating strings, and stays in force here.
-    expect(page.locator(".message.assistant footer")).to_have_count(number, timeout=15_000)
+    expect(page.locator(".message.assistant footer")).to_have_count(number)
     return page.locator(".message.assistant > span").nth(number - 1).inner_text()

@@ -115,8 +115,8 @@ class PrivateCluster:
     folder: Path
     environment: dict[str, str]
     nodes: list[Node] = field(default_factory=list)
-    gcs_port: int = field(default_factory=free_port)
-    dashboard_port: int = field(default_factory=free_port)
+    gcs_port: int = 0
+    dashboard_port: int = 0
 
     @property
     def dashboard(self) -> str:
@@ -124,7 +124,7 @@ class PrivateCluster:
 
     def start(self, num_workers: int, cpus: int = 3) -> None:
         """Start the head, which runs no tasks, and workers."""
-        self._start_node("head", ["--head", f"--port={self.gcs_port}", "--num-cpus=0", *self._dashboard()])
+        self._start_node("head", self._head)
         deadline = time.monotonic() + _READY_WITHIN_S
         while not self._answers():
             assert time.monotonic() < deadline, self.nodes[0].log
@@ -135,10 +135,17 @@ class PrivateCluster:
     def add_worker(self, cpus: int = 3) -> Node:
         """One more node."""
         address = [f"--address=127.0.1.1:{self.gcs_port}", f"--num-cpus={cpus}"]
-        return self._start_node(f"worker{len(self.nodes)}", address)
+        return self._start_node(f"worker{len(self.nodes)}", lambda: address)
 
-    def _dashboard(self) -> list[str]:
-        return ["--include-dashboard=true", "--dashboard-host=127.0.1.1", f"--dashboard-port={self.dashboard_port}"]
+    def _head(self) -> list[str]:
+        """Arguments of a head at ports that are free now."""
+        self.gcs_port, self.dashboard_port = free_port(), free_port()
+        dashboard = [
+            "--include-dashboard=true",
+            "--dashboard-host=127.0.1.1",
+            f"--dashboard-port={self.dashboard_port}",
+        ]
+        return ["--head", f"--port={self.gcs_port}", "--num-cpus=0", *dashboard]
 
     def _answers(self) -> bool:
         try:
@@ -151,10 +158,10 @@ class PrivateCluster:
     def _authorization(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
 
-    def _start_node(self, name: str, arguments: list[str]) -> Node:
+    def _start_node(self, name: str, arguments: Callable[[], list[str]]) -> Node:
         """Start a node and wait for it. On a busy machine Ray gives up its start after seconds: it is tried again."""
         for attempt in range(_TRIES):
-            node = self._launch(f"{name}-{attempt}", arguments)
+            node = self._launch(f"{name}-{attempt}", arguments())
             while node.process.poll() is None and "Ray runtime started" not in node.log:
                 time.sleep(1)
             if node.process.poll() is None:
@@ -256,27 +263,34 @@ def bucket_server(bucket: str) -> Iterator[str]:
 
     Connections of a process are kept by the bucket's name: each test module has a name of its own.
     """
-    port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    endpoint = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                request = urllib.request.Request(f"{endpoint}/{bucket}", method="PUT")
-                urllib.request.urlopen(request, timeout=20).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, "moto does not answer"
-                time.sleep(0.5)
-        yield endpoint
-    finally:
-        process.kill()
-        process.wait()
+    for _ in range(_TRIES):  # another process may take a free port first
+        port = free_port()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        endpoint = f"http://127.0.0.1:{port}"
+        try:
+            if _makes_bucket(process, f"{endpoint}/{bucket}"):
+                yield endpoint
+                return
+        finally:
+            process.kill()
+            process.wait()
+    raise AssertionError("moto does not start")
+
+
+def _makes_bucket(process: subprocess.Popen[bytes], location: str) -> bool:
+    """Make a bucket as soon as the server answers; False where its process has ended."""
+    while process.poll() is None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(location, method="PUT"), timeout=60).close()
+        except OSError:
+            time.sleep(0.5)
+        else:
+            return process.poll() is None
+    return False
 
 
 Fault = Callable[[str, str, int], str]

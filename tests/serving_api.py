@@ -13,6 +13,7 @@ from pipelines.serving.backend import ModelInfo, Piece, PromptRead
 from pipelines.serving.decoders import ImageDecoders
 from pipelines.serving.metrics import Metrics
 from pipelines.settings import ServeSettings
+from tests import virtual_time
 from tests.serving_model import data_url, make_image
 
 IMAGE = {"type": "image_url", "image_url": {"url": data_url(make_image())}}
@@ -79,6 +80,8 @@ class FakeBackend:
 class Client:
     """Requests against the application, without a socket."""
 
+    run = staticmethod(asyncio.run)
+
     def __init__(self, backend=None, **settings):
         self.backend = backend or FakeBackend()
         self.metrics = Metrics()
@@ -93,10 +96,16 @@ class Client:
             async with self.open() as client:
                 return await client.request(method, path, **options)
 
-        return asyncio.run(send())
+        return self.run(send())
 
     def chat(self, body, **options):
         return self.request("POST", CHAT, json=body, **options)
+
+
+class TimedClient(Client):
+    """In virtual time: limits and waits last what they say, on the busiest machine too; no image can be decoded."""
+
+    run = staticmethod(virtual_time.run)
 
 
 def scope_of(path=CHAT, method="POST", headers=(), client=("127.0.0.1", 123)):

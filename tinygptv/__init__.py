@@ -15,7 +15,7 @@ from tinygptv.auto_classes import register_when_imported
 
 __version__ = "0.2.0"
 
-# peft imports bitsandbytes, which on some CPUs recommends a download with every start of every process.
+# peft (with adapters) imports bitsandbytes, which on some CPUs recommends a download with every start of every process.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:

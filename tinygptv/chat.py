@@ -44,12 +44,21 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
 @dataclass(frozen=True)
 class Question:
-    """One line of a batch."""
+    """One line of a batch.
+
+    Attributes:
+        image: its file.
+        text: the words; empty where the task needs none.
+        task: that words them, or None.
+        row: what the row of the answer repeats.
+        box: that ``identify`` asks about, as it was given.
+    """
 
     image: Path
     text: str
     task: str | None
     row: JsonObject
+    box: object = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.batch_size < 1:
             raise ValueError(f"--batch-size {options.batch_size} is no number of answers: give 1 or more.")
         # All files and options are checked before the model is loaded, which may take minutes.
-        source = _read_questions(options)
         box = _read_box(options)
+        source = _read_questions(options, box)
         if isinstance(source, LoadedImage) and options.question is not None:
             _worded(options, source, options.question, box)
         _check_device(options.device)
@@ -160,7 +169,7 @@ def _is_answers(path: Path) -> bool:
         line = file.readline()
     try:
         return not line or not {"answer", "error"}.isdisjoint(json.loads(line))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return False
 
 
@@ -229,41 +238,55 @@ def _stream(assistant: Assistant, messages: Sequence[ChatMessage[ChatImage]], pa
 # ---------------------------------------------------------------------------------------------------- many images
 
 
-def _read_questions(options: argparse.Namespace) -> list[Question] | LoadedImage:
+def _read_questions(options: argparse.Namespace, box: Sequence[float] | None = None) -> list[Question] | LoadedImage:
     """Questions of a folder or a .jsonl file, or a single image."""
     path: Path = options.image
     if path.is_dir():
-        if options.question is None and options.task not in ("caption", "grounding"):
+        if not options.question and options.task not in ("caption", "grounding") and box is None:
             raise ValueError(f"{path} is a folder: give the question to ask about each of its images.")
         images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not images:
             raise ValueError(f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-        return [Question(p, options.question or "", options.task, {"image": str(p)}) for p in images]
+        return [_question({"image": str(p)}, p, options, box) for p in images]
     if not path.is_file():
         raise ValueError(f"{path} does not exist.")
     if path.suffix != ".jsonl":
         data = path.read_bytes()
         return LoadedImage(data, open_image(data, str(path)))
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")  # not splitlines: JSON's texts may hold its other line ends
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}.") from None
     questions = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            image = path.parent / row["image"]
-            question = row.get("question", options.question)
-            questions.append(Question(image, question or "", row.get("task", options.task), row))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            questions.append(_question(row, path.parent / row["image"], options, box))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f'{path}, line {number} is not {{"image": ..., "question": ...}}: {error}') from error
     if not questions:
         raise ValueError(f'{path} has no lines: write {{"image": ..., "question": ...}} in each.')
     return questions
 
 
+def _question(row: JsonObject, image: Path, options: argparse.Namespace, box: Sequence[float] | None) -> Question:
+    """A row's own question, task and box, or those of the command line."""
+    text, task = row.get("question", options.question), row.get("task", options.task)
+    for name, value in (("question", text), ("task", task)):
+        if not isinstance(value, str | None):
+            raise ValueError(f"{name} is {value!r:.80}, which is no text")
+    default = list(box) if box is not None and task == "identify" else None
+    return Question(image, text or "", task, row, row.get("box", default))
+
+
 def _answer_batch(assistant: Assistant, questions: list[Question], params: SamplingParams, output: Path) -> int:
     """Answer all questions, several at a time; rows come out in order, failures with their reason."""
     num_failed = 0
-    with output.open("w") as file, ThreadPoolExecutor(2 * assistant.max_batch_size) as pool:
+    # Half a surrogate pair is written as JSON escapes it.
+    text_file = output.open("w", encoding="utf-8", errors="backslashreplace")
+    with text_file as file, ThreadPoolExecutor(2 * assistant.max_batch_size) as pool:
         for row in pool.map(lambda question: _answer_one(assistant, question, params), questions):
             num_failed += "error" in row
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -276,7 +299,7 @@ def _answer_one(assistant: Assistant, question: Question, params: SamplingParams
         image: ChatImage = assistant.open(question.image.read_bytes())
         text = question.text
         if question.task:
-            box = question.row.get("box")
+            box: Any = question.box
             if box is not None and not _is_box(box):
                 raise ValueError(f"box {box!r:.80} must be [x1, y1, x2, y2] in pixels.")
             text = task_instruction(question.task, text, box, (image.width, image.height))

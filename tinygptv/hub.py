@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygptv.checkpoint.folders import MANIFEST, CheckpointError, verify_folder
+from tinygptv.folder_fault import folder_fault
 
 PREFIX = "hf://"
 CARD = "README.md"
@@ -51,7 +52,8 @@ def local_folder(name: str | Path, output: str | Path | None = None, *, hashes: 
     try:
         folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=_FILES, local_dir=output))
     except Exception as error:  # the hub's own errors, its HTTP library's, and the system's
-        raise CheckpointError(f"{name} cannot be downloaded: {_reason(error)}") from error
+        fix = " Give another --output." if output else " Set HF_HOME to another folder."
+        raise CheckpointError(f"{name} cannot be downloaded: {_reason(error, fix)}") from error
     if (folder / MANIFEST).is_file():
         verify_folder(folder, hashes=hashes)
     return folder
@@ -87,7 +89,9 @@ def push_folder(folder: str | Path, repo: str, *, private: bool = False, message
     return str(commit.commit_url)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, fix: str = "") -> str:
+    if isinstance(error, OSError) and error.errno and error.filename:  # of this machine's disk, not the hub's
+        return f"{error.filename} cannot be made: {folder_fault(Path(str(error.filename)), error)}.{fix}"
     text = " ".join(str(error).split()) or type(error).__name__
     if "401" in text or "403" in text or "token" in text.lower():
         text += " Log in with `hf auth login`, or set HF_TOKEN."

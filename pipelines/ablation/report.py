@@ -210,7 +210,7 @@ def draw_losses(path: Path, rows: Sequence[AblationRow], title: str) -> Path:
         axis.set(title=f"stage {outcome.stage}", xlabel="step")
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("loss (nats per token)")
-    axes[-1].legend(fontsize=7)
+    axes[-1].legend(loc="upper right", fontsize=7)
     return save_figure(figure, path)
 
 
@@ -232,7 +232,7 @@ def draw_depths(path: Path, rows: Sequence[AblationRow], title: str) -> Path:
         axis.tick_params(axis="x", rotation=60, labelsize=7)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("gradient norm, median over the stage")
-    axes[-1].legend(fontsize=7)
+    axes[-1].legend(loc="upper right", fontsize=7)
     return save_figure(figure, path)
 
 

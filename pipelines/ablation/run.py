@@ -22,7 +22,7 @@ from pipelines.ablation.report import DEFINITIONS, AblationRow, ReportFiles, Row
 from pipelines.ablation.variant_run import SharedInputs, StageStatus, VariantOutcome, run_variant
 from pipelines.ablation.variants import Variant, find_variant, with_precision
 from pipelines.cluster import start_ray
-from pipelines.evaluation.run import named_benchmarks
+from pipelines.evaluation.benchmarks import find_benchmarks
 from pipelines.fingerprint import Fingerprint, claim
 from pipelines.json_files import write_json
 from pipelines.node_cache import checked_checkpoint
@@ -142,7 +142,7 @@ def _refuse_unusable_inputs(settings: AblateSettings) -> None:
     if settings.init_from and storage.is_local(settings.init_from):
         checked_checkpoint(settings.init_from)
     if settings.benchmark:
-        named_benchmarks(settings.benchmark)
+        find_benchmarks(settings.benchmark)
         if settings.data and not settings.benchmark_data:
             raise SettingsError("give benchmark_data=DIR, the folder of the benchmark's files, or an empty benchmark=.")
     for precision in settings.precisions:

@@ -24,14 +24,13 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from pipelines import storage
-from pipelines.data.shard_cache import ShardCache
-from pipelines.data.shards import ShardSet, find_shard_sets, sizes_of
+from pipelines.data.feature_set import FEATURES, MANIFEST, FeaturePart, feature_key
+from pipelines.data.shards import ShardSet, find_shard_sets
 from pipelines.node_cache import checked_checkpoint, local_checkpoint
 from pipelines.progress import Bar
 from pipelines.settings import CacheFeaturesSettings, SettingsError
 from pipelines.settings.folders import refuse_no_folder
 from pipelines.units import Workers, map_units
-from tinygptv.json_object import JsonObject
 from tinygptv.lru import LRU
 
 if TYPE_CHECKING:
@@ -39,49 +38,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ENCODER_PARTS = ("vision_encoder.", "qformer.")
-FEATURES = "features"
-MANIFEST = "manifest.json"
-_OPEN_PARTS = 64
 _CPU_BATCH = 32
 _LARGEST_BATCH = 1024
 _KNOWN_BYTES = 256 * 2**20
 """Features that a process remembers, to encode an image of several data sets once."""
-
-
-class FeatureError(ValueError):
-    """A feature cache is missing, incomplete or of other weights; the text says what to do."""
-
-
-@dataclass(frozen=True)
-class FeaturePart:
-    """One file of a feature cache: the features of one shard.
-
-    Attributes:
-        name: of the file.
-        rows: its rows, which are the shard's.
-        shard_sha256: of the shard whose images were encoded.
-        dtype: of the stored numbers.
-        sha256: of the file.
-        bytes: size of the file.
-    """
-
-    name: str
-    rows: int
-    shard_sha256: str
-    dtype: str
-    sha256: str = ""
-    bytes: int = 0
-
-    @classmethod
-    def from_json(cls, content: JsonObject) -> FeaturePart:
-        """Read what ``dataclasses.asdict`` gave; files of earlier versions have no size and more keys."""
-        known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
-        return cls(**known)
-
-    def is_like(self, other: FeaturePart) -> bool:
-        """Whether both hold the features of the same images in the same form."""
-        return replace(self, sha256="", bytes=0) == replace(other, sha256="", bytes=0)
 
 
 @dataclass(frozen=True)
@@ -104,88 +64,6 @@ class FeatureUnit:
     def record(self) -> str:
         """Location of the part's record, which is written after the part."""
         return storage.join(self.folder, f"{self.part.name}.json")
-
-
-def encoder_hash(checkpoint: str | Path) -> str:
-    """Hash of a checkpoint's frozen encoder, the same for every dtype that holds the values exactly."""
-    from tinygptv.checkpoint.weight_files import open_weights
-
-    digest = hashlib.sha256()
-    tensors = open_weights(checkpoint)
-    for name in sorted(name for name in tensors if name.startswith(ENCODER_PARTS)):
-        digest.update(name.encode())
-        digest.update(tensors[name].load().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def feature_key(checkpoint: str | Path, image_size: int) -> str:
-    """Name of the features that this checkpoint's encoder gives at this image size."""
-    return f"{encoder_hash(checkpoint)}-{image_size}"
-
-
-class FeatureSet:
-    """Cached features of one shard set, by row."""
-
-    def __init__(self, uri: str, key: str, parts: Sequence[FeaturePart]) -> None:
-        self.uri, self.key, self.parts = uri, key, parts
-        self.starts = np.concatenate([[0], np.cumsum([part.rows for part in parts])])
-        self._open: LRU[int, np.ndarray] = LRU(_OPEN_PARTS)
-        self._cache = ShardCache()
-
-    @classmethod
-    def open(cls, shard_uri: str, key: str) -> FeatureSet:
-        """Open the features of a shard set.
-
-        Args:
-            shard_uri: the shard set's folder.
-            key: from ``feature_key``.
-
-        Raises:
-            FeatureError: they were never computed, not for all of today's shards, or a file is damaged.
-        """
-        folder = storage.join(shard_uri, FEATURES, key)
-        try:
-            manifest = json.loads(storage.read_bytes(storage.join(folder, MANIFEST)))
-            known = {part["shard_sha256"]: FeaturePart.from_json(part) for part in manifest["parts"]}
-        except FileNotFoundError as error:
-            raise FeatureError(
-                f"{shard_uri} has no cached features of this encoder and image size ({key}): "
-                "run jobs/cache_features.py with the checkpoint that training starts from, or set features=inline."
-            ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise FeatureError(f"{folder}/{MANIFEST} is damaged ({error}): {_COMPUTE_AGAIN}") from error
-        shards = ShardSet.open(shard_uri).manifest.shards
-        missing = [shard.file for shard in shards if shard.sha256 not in known]
-        if missing:
-            raise FeatureError(f"the features in {folder} lack {missing[0]}: the data changed; {_COMPUTE_AGAIN}")
-        parts = [known[shard.sha256] for shard in shards]
-        sizes = sizes_of(folder, [part.name for part in parts])
-        for part in parts:
-            if part.name not in sizes or (part.bytes and sizes[part.name] != part.bytes):
-                raise FeatureError(f"{folder}/{part.name} is missing or cut off: {_COMPUTE_AGAIN}")
-        return cls(folder, key, parts)
-
-    def row(self, index: int) -> np.ndarray:
-        """Features [Q, F] of a row."""
-        number = int(np.searchsorted(self.starts, index, side="right")) - 1
-        part = self._open.get_or_make(number, lambda: self._load(self.parts[number]))
-        return np.array(part[index - self.starts[number]])
-
-    def _load(self, part: FeaturePart) -> np.ndarray:
-        location = storage.Location.parse(self.uri) / part.name
-        try:
-            if location.is_local:
-                features: np.ndarray = np.load(location.path, mmap_mode="r")
-            elif part.sha256:  # on disk and mapped: a part may take half a gigabyte, and many are open
-                features = np.load(self._cache.fetch(location, part.sha256), mmap_mode="r")
-            else:
-                features = np.load(io.BytesIO(storage.read_bytes(location)))
-            return features
-        except (OSError, ValueError) as error:
-            raise FeatureError(f"{location} cannot be read ({error}): {_COMPUTE_AGAIN}") from error
-
-
-_COMPUTE_AGAIN = "run jobs/cache_features.py again."
 
 
 class FeatureResult(TypedDict):
@@ -244,7 +122,23 @@ def cache_features(settings: CacheFeaturesSettings) -> FeatureResult:
         "result": work.uri("result.json"),
     }
     storage.write_atomically(work.uri("result.json"), json.dumps(result, indent=1).encode() + b"\n")
+    if not settings.image_size:
+        _tell_other_sizes(settings.recipe, image_size)
     return result
+
+
+def _tell_other_sizes(recipe: str, image_size: int) -> None:
+    """Say which stages do not read features of the checkpoint's own size; cached features of them are to be made."""
+    from tinygptv.training.stages import RECIPES
+
+    others = {stage.number: stage.image_size for stage in RECIPES.get(recipe, ()) if stage.image_size != image_size}
+    if others:
+        logger.warning(
+            "these features are for %d px, the checkpoint's size; recipe %s reads %s: run this again with image_size=.",
+            image_size,
+            recipe,
+            ", ".join(f"{size} px in stage {number}" for number, size in others.items()),
+        )
 
 
 def _absolute(settings: CacheFeaturesSettings) -> tuple[str, CacheFeaturesSettings]:

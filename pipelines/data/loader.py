@@ -29,10 +29,17 @@ from tinygptv.data.sample import SampleEncoder, chooser, render_sample
 from tinygptv.training.stages import Stage
 
 if TYPE_CHECKING:
-    from pipelines.data.features import FeatureSet
+    from pipelines.data.feature_set import FeatureSet
 
 CHUNK_STEPS = 4
 """Steps that one loader task makes: fewer tasks, less scheduling."""
+
+_MAKER_CPUS, _NUMBERS_CPUS = 0.5, 0.25
+LOADER_CPUS = _MAKER_CPUS + _NUMBERS_CPUS
+"""Logical CPUs without which a training worker's loader waits for ever.
+
+A process that makes batches has the one part, the short tasks that give it numbers of steps the other.
+"""
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,7 @@ class BatchMaker:
         self.features = self._open_features() if plan.feature_key else {}
 
     def _open_features(self) -> dict[str, FeatureSet]:
-        from pipelines.data.features import FeatureSet
+        from pipelines.data.feature_set import FeatureSet
 
         return {name: FeatureSet.open(self.shards[name].uri, self.plan.feature_key) for name in self.names}
 
@@ -320,17 +327,16 @@ def _thread_steps(plan: LoadPlan, start: int, stop: int, prefetch_steps: int) ->
 def _ray_steps(plan: LoadPlan, start: int, stop: int, workers: int, prefetch_steps: int) -> Generator[StepBatch]:
     import ray.data
 
+    from pipelines.data.ray_datasource import read_numbers
+
     quiet_ray_data().execution_options.preserve_order = True
-    num_steps = stop - start
-    steps = ray.data.range(num_steps, override_num_blocks=max(1, -(-num_steps // CHUNK_STEPS)))
-    if start:
-        steps = steps.map_batches(lambda batch: {"id": batch["id"] + start}, batch_size=None)
+    steps = read_numbers(start, stop, CHUNK_STEPS, num_cpus=_NUMBERS_CPUS)
     made = steps.map_batches(
         RayMaker,
         fn_constructor_args=(plan,),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
-        num_cpus=0.5,
+        num_cpus=_MAKER_CPUS,
     )
     made.set_name(f"batches of worker {plan.rank}")
     prefetch_blocks = max(1, prefetch_steps // CHUNK_STEPS)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines import storage
 
-_verified: set[tuple[int, int, int]] = set()
-"""Copies whose content this process has compared with their hash: device, inode, size."""
+_verified: set[tuple[str, int, int, int, int]] = set()
+"""Copies whose content this process has compared with their hash: hash, device, inode, size, time of the last change.
+
+A file system gives the inode of a removed copy to the next file, which may have the same size.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,7 @@ class ShardCache:
         """
         storage.secure_folder(self.folder)
         target = self.folder / f"{sha256}{Path(location.name).suffix}"
-        if _is_whole(target, sha256):
-            os.utime(target)
+        if _is_whole(target, sha256) and _note_use(target):
             return target
         with storage.locked(self.folder / f"{sha256[:2]}.lock"):
             if not _is_whole(target, sha256):  # else another process was faster
@@ -67,7 +70,7 @@ class ShardCache:
         kept = []
         for path in [p for p in self.folder.iterdir() if p.is_file() and p.suffix not in (".tmp", ".lock")]:
             try:
-                kept.append((path.stat().st_mtime, path.stat().st_size, path))
+                kept.append((path.stat().st_atime_ns, path.stat().st_size, path))
             except FileNotFoundError:
                 continue  # another process was faster
         total = sum(size for _, size, _ in kept) + num_bytes
@@ -78,13 +81,22 @@ class ShardCache:
             total -= size
 
 
+def _note_use(path: Path) -> bool:
+    """Set the time of the last use; that of the last change tells copies apart and stays. False where it is gone."""
+    try:
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+    except FileNotFoundError:  # another process made room
+        return False
+    return True
+
+
 def _is_whole(path: Path, sha256: str) -> bool:
     """Whether a copy has the content that its name promises; read once per process."""
     try:
         found = path.stat()
     except FileNotFoundError:
         return False
-    identity = (found.st_dev, found.st_ino, found.st_size)  # reading a copy changes its times
+    identity = (sha256, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
     if identity not in _verified:
         if storage.sha256(str(path)) != sha256:
             return False

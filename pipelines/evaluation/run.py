@@ -117,8 +117,8 @@ def evaluate(
     work.fetch(RUN_FILE, JOURNAL_FILE)
     options = _options(settings, checkpoint, data, work.uri("answers"))
     units = [unit for benchmark in chosen for unit in _units(options, benchmark, questions[benchmark.name])]
-    num_questions, answering = sum(len(unit.questions) for unit in units), time.perf_counter()
-    answered = _answer_all(settings, options, units)
+    answering = time.perf_counter()
+    answered, num_now = _answer_all(settings, options, units)
     answering_s = time.perf_counter() - answering
     released = settings.metric == "released"
     scores = {b.name: score_benchmark(b, answered[b.name], released=released) for b in chosen}
@@ -131,7 +131,7 @@ def evaluate(
         "checkpoint": options.checkpoint,
         "metric": settings.metric,
         "benchmarks": scores,
-        "questions_per_second": round(num_questions / answering_s, 2),
+        "questions_per_second": round(num_now / answering_s, 2),
         "seconds": round(time.perf_counter() - started, 1),
         "predictions": work.uri(PREDICTIONS),
         "page": work.uri("report.html"),
@@ -180,19 +180,7 @@ def _find(settings: ScoreSettings, data: DataFolder) -> list[Benchmark]:
         return [own_benchmark(settings.metric, data)]
     if settings.metric in METRICS:
         raise SettingsError(f"metric={settings.metric} is for one's own rows: give benchmark=own data=rows.jsonl.")
-    return named_benchmarks(settings.benchmark)
-
-
-def named_benchmarks(names: str | list[str]) -> list[Benchmark]:
-    """Look benchmarks up by name or group.
-
-    Raises:
-        SettingsError: a name is unknown.
-    """
-    try:
-        return find_benchmarks(names)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
+    return find_benchmarks(settings.benchmark)
 
 
 # ---------------------------------------------------------------------- units of work
@@ -322,7 +310,8 @@ def _names(paths: Sequence[Path]) -> str:
 
 def _answer_all(
     settings: ScoreSettings, options: AnswerOptions, units: Sequence[QuestionUnit]
-) -> dict[str, list[tuple[Question, Answers]]]:
+) -> tuple[dict[str, list[tuple[Question, Answers]]], int]:
+    """Answers of all units, by benchmark, and the number of questions that were answered by this call."""
     folder = storage.Location.parse(options.answers_dir)
     wanted, present = {unit.file for unit in units}, set(storage.list_names(folder))
     for name in present - wanted:  # answers of another checkpoint or other questions, or half a file
@@ -334,7 +323,7 @@ def _answer_all(
     answered: dict[str, list[tuple[Question, Answers]]] = defaultdict(list)
     for unit in units:
         answered[unit.benchmark] += list(zip(unit.questions, read_answers((folder / unit.file).uri), strict=True))
-    return answered
+    return answered, sum(len(unit.questions) for unit in waiting)
 
 
 def _answer_units(settings: ScoreSettings, options: AnswerOptions, units: Sequence[QuestionUnit]) -> None:

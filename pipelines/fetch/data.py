@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import lzma
 import shlex
 import shutil
 import subprocess
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -23,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 UNPACKED = ".unpacked"
 """Ending of the note beside an archive whose files are there."""
+_ZIP_ERRORS = (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error, lzma.LZMAError)
+"""What zipfile raises for damage, and for encryption and compression that it cannot read."""
 _COPY_BYTES = 8 << 20
+_SHOWN_LINKS = 100_000
 
 
 def describe(sets: Sequence[DataSet]) -> str:
@@ -87,7 +92,7 @@ def unpack(archive: Path, *, quiet: bool = False) -> None:
     """Unpack a zip beside itself; files that are whole already are left as they are.
 
     Raises:
-        DownloadError: it is no zip, or a name in it leads out of the folder.
+        DownloadError: it is no zip, is damaged or encrypted, or a name in it leads out of the folder.
         DiskFullError: there is no room; what is unpacked is kept.
     """
     note = _note(archive)
@@ -105,7 +110,7 @@ def unpack(archive: Path, *, quiet: bool = False) -> None:
                         _extract(opened, member, target)
                     if number % 100 == 0 or number == len(members):
                         bar.update(number, len(members), "files")
-    except zipfile.BadZipFile as error:
+    except _ZIP_ERRORS as error:
         raise DownloadError(f"{archive} is no whole zip archive: {error}. Remove it to download it again.") from error
     note.touch()
 
@@ -130,7 +135,7 @@ def _safe_name(name: str, archive: Path) -> str:
 
 
 def _extract(opened: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(str(target.parent))
     draft = storage.draft_of(target)
     try:
         with opened.open(member) as source, draft.open("wb") as sink:
@@ -192,11 +197,11 @@ def write_table(list_file: Path, rows: int = 0, *, quiet: bool = False) -> Path:
                 entry = json.loads(item.data)
                 caption, url = (" ".join(str(entry[key]).split()) for key in ("caption", "url"))
                 file.write(f"{caption}\t{url}\n".encode("utf-8", "replace"))
-                if number % 100_000 == 0:
+                if number % _SHOWN_LINKS == 0:
                     bar.update(stream.tell() >> 20, total >> 20, f"MiB  {number:,} links")
                 if number == rows:
                     break
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DownloadError(
                 f"{list_file} is no list of entries with 'caption' and 'url', or is damaged: {error!r}. Remove it to "
                 "download it again."

@@ -141,8 +141,9 @@ def ask(client: httpx.Client, remote: Remote, name: str, retries: Retries) -> St
             if urlsplit(target).netloc != urlsplit(url).netloc:
                 headers = {key: value for key, value in headers.items() if key.lower() != "authorization"}
             url = target
-        if not response.has_redirect_location:
-            refuse_bad_answer(response, remote, name)
+        if response.has_redirect_location:  # too many of them: the length is that of the last redirect
+            return _stated(response) if "X-Linked-Size" in response.headers else Stated()
+        refuse_bad_answer(response, remote, name)
         return _stated(response)
 
     return retries.run(f"{name} from {remote.shown}", request)

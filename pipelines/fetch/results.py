@@ -43,6 +43,7 @@ class FetchResult(TypedDict):
         folder: that holds the files.
         files: path below the folder -> its entry in the lock file.
         bytes_downloaded: by this run.
+        num_bytes: of all files, here or not, as published or as their servers say; not of samples.
         by_hand: what a person has to fetch, a sentence each.
         commands: what downloads the images of lists of links.
         sample: of samples: rows of each set, the annotations that are done, images fetched and not there.
@@ -52,6 +53,7 @@ class FetchResult(TypedDict):
     folder: str
     files: dict[str, LockEntry]
     bytes_downloaded: int
+    num_bytes: NotRequired[int]
     by_hand: list[str]
     commands: list[str]
     sample: NotRequired[SampleResult]

@@ -55,6 +55,11 @@ class Wanted:
     is_here: bool
 
     @property
+    def num_bytes(self) -> int:
+        """Its size: as it is here, as its server says, or as it was published."""
+        return size_of(self.target) if self.is_here else self.remote.num_bytes or self.source.num_bytes
+
+    @property
     def bytes_left(self) -> int:
         """To download, as far as is known."""
         return 0 if self.is_here else max(0, self.remote.num_bytes - size_of(part_of(self.target)))
@@ -94,6 +99,7 @@ def fetch(settings: FetchSettings, retries: Retries | None = None) -> FetchResul
         folder=str(folder),
         files=here,
         bytes_downloaded=job.bytes_downloaded,
+        num_bytes=job.num_bytes,
         by_hand=by_hand,
         commands=commands,
         result=str(folder / "result.json"),
@@ -125,11 +131,12 @@ class _Fetch:
     def __init__(self, settings: FetchSettings, folder: Path, client: httpx.Client, retries: Retries) -> None:
         self.settings, self.folder, self.client, self.retries = settings, folder, client, retries
         self.lock: dict[str, LockEntry] = (read_json_object(folder / LOCK_FILE) or {}).get("files", {})
-        self.bytes_downloaded = 0
+        self.bytes_downloaded = self.num_bytes = 0
 
     def run(self, files: Iterable[SourceFile]) -> dict[str, LockEntry]:
         """Bring the files; returns their entries in the lock file."""
         wanted = [self._look(file) for file in files]
+        self.num_bytes = sum(each.num_bytes for each in wanted)
         self._tell(wanted)
         if not self.settings.dry_run:
             self._check_disk(wanted)
@@ -189,7 +196,7 @@ class _Fetch:
         except DownloadError as error:
             logger.warning("not taken: %s", error)
             return False
-        target.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(str(target.parent))
         storage.link_or_copy(str(found), str(target))
         self._record(file, target, sha256)
         return True
@@ -263,7 +270,7 @@ class _Fetch:
             )
 
     def _download(self, each: Wanted) -> None:
-        each.target.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(str(each.target.parent))
         begun = size_of(part_of(each.target))
         with Bar(each.source.path, quiet=self.settings.quiet or each.bytes_left < LEAST_SHOWN_BYTES) as bar:
             shown_at = 0.0

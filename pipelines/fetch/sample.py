@@ -92,7 +92,7 @@ class Annotations:
             if path in each.of_images or path in self.record.files:
                 continue
             target = self.folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(str(target.parent))
             if path in each.archives:
                 self._unpack(each, opened, target, each.cut.get(path, ()))
             else:

@@ -68,7 +68,7 @@ def fetch_images(annotations: Annotations, sets: Sequence[DataSet]) -> ImagesRep
     for each in sets:
         rules = each.images or tuple(rule for name in each.needs for rule in all_sets()[name].images)
         for rule in rules:
-            (annotations.folder / rule.path).parent.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(str((annotations.folder / rule.path).parent))
         in_archive = 0
         for name in _missing(each, annotations.folder):
             path, image = _find(each, name, rules, annotations.record.urls.get(each.name, {}))

@@ -87,7 +87,7 @@ def train_settings(world: dict[str, str], output: Path, **changes: Any) -> Train
         "num_workers": 0,
         "loader_workers": 0,
         "checkpoint_every": 3,
-        "micro_batch_size": 4,
+        "micro_batch_size": 8,
         "threads_per_worker": 1,
         "log_every": 2,
         **world,

@@ -198,7 +198,7 @@ def _add_errors(app: FastAPI, service: ChatService) -> None:
         if request.url.path == CHAT:
             service.metrics.requests.labels(error.status).inc()
         headers = error.headers()
-        if error.status == 401 and request.url.path != CHAT and not request.url.path.startswith("/v1"):
+        if error.status == 401 and not request.url.path.startswith("/v1"):
             headers["WWW-Authenticate"] = 'Basic realm="API key as password"'
         return JSONResponse(error.body(), error.status, headers)
 

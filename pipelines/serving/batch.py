@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import hashlib
 import json
+import os
+import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +40,7 @@ ANSWERS, RESULT = "answers.jsonl", "result.json"
 _PUBLISH_S = 30.0
 """How often the answers so far go to an output in a bucket."""
 TRIES = 5
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 CHANGES_ANSWERS = ("context_length", "default_task", "kv_cache_dtype", "max_tokens", "temperature")
 """Settings that the same request gets another answer with."""
 
@@ -135,7 +139,7 @@ def run_batch(settings: BatchSettings, backend: Backend | None = None) -> BatchR
         requests = list(read_requests(path))
         _refuse_no_requests(settings.input, requests)
         done = finished_answers(answers)
-        waiting = [request for request in requests if (request.id, request.digest) not in done]
+        waiting = [request for request in requests if not _is_finished(request, done)]
         if waiting:
             with poll(lambda: work.publish(ANSWERS), every_s=_PUBLISH_S):
                 files = RequestFiles(path, source.parent)
@@ -227,8 +231,15 @@ def _parse(line: bytes) -> JsonObject:
         data = json.loads(line)
     except ValueError as error:
         raise ValueError(f"is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
     if not isinstance(data, dict):
         raise ValueError(f"is a {type(data).__name__}, not an object")
+    if _SURROGATE.search(line):
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds half of a surrogate pair, which is no character") from None
     return data
 
 
@@ -245,10 +256,7 @@ def _body_of(data: JsonObject) -> JsonObject:
 
 
 def finished_answers(path: Path) -> dict[tuple[str, str], int]:
-    """Status by id and digest of what is answered; a line that was cut off by a kill is removed from the file.
-
-    Refusals (400 to 499) count as finished: the same request would be refused again.
-    """
+    """Status of the last answer by id and digest; a line that was cut off by a kill is removed from the file."""
     if not path.is_file():
         return {}
     data = path.read_bytes()
@@ -257,8 +265,14 @@ def finished_answers(path: Path) -> dict[tuple[str, str], int]:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     rows = [json.loads(line) for line in whole.splitlines()]
-    statuses = {(row["custom_id"], row["request_sha256"]): int(row["response"]["status_code"]) for row in rows}
-    return {key: status for key, status in statuses.items() if status < 500 and status not in (408, 429)}
+    return {(row["custom_id"], row["request_sha256"]): int(row["response"]["status_code"]) for row in rows}
+
+
+def _is_finished(request: BatchRequest, statuses: Mapping[tuple[str, str], int]) -> bool:
+    """Whether a request has its answer. A refusal is none: a file may be there by now, or a bound be wider; only a line
+    that is no request stays refused."""
+    status = statuses.get((request.id, request.digest))
+    return status == 200 or (status is not None and bool(request.error))
 
 
 def _load(settings: AnswerSettings, artifact: Path) -> ModelBackend:
@@ -303,8 +317,11 @@ async def _answer(client: httpx.AsyncClient, request: BatchRequest, model: str, 
                 file.seek(request.start)
                 body = _body_of(_parse(file.read(request.size)))
             status, content = await _post(client, {"model": model, **_with_files(body, files.images), "stream": False})
+        except RecursionError:
+            content = _error_body("the request is nested too deep.")
         except OSError as error:
-            content = _error_body(f"{error.filename} cannot be read: {error.strerror}.")
+            named = f"{error.filename} cannot be read: {error.strerror}."  # errors of a storage are sentences
+            content = _error_body(named if error.filename else f"an image cannot be read: {error}")
     return {
         "id": f"batch_req_{request.digest[:24]}",
         "custom_id": request.id,
@@ -361,9 +378,13 @@ def _read_image(folder: storage.Location, name: str) -> bytes:
     Raises:
         OSError: it cannot be read.
     """
-    if folder.is_local:
-        return Path(folder.path, name).read_bytes()
     try:
-        return storage.read_bytes(folder / name)
-    except ValueError as error:
-        raise FileNotFoundError(2, str(error), name) from error
+        if folder.is_local:
+            return Path(folder.path, name).read_bytes()
+        location = folder / name
+    except ValueError as error:  # a zero byte, or a path that climbs out
+        raise FileNotFoundError(errno.ENOENT, str(error), name) from error
+    try:
+        return storage.read_bytes(location)
+    except FileNotFoundError as error:  # storages leave out its name
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(location)) from error

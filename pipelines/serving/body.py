@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 
 import pydantic_core
 from fastapi import Request
@@ -67,9 +69,9 @@ class BodyReader:
             async with asyncio.timeout(min(self.timeout_s, GRACE_S)) as deadline:
                 async for chunk in request.stream():
                     body += chunk
+                    self._hold(client, len(chunk))
                     if len(body) > self.max_bytes:
                         raise self._too_large()
-                    self._hold(client, len(chunk))
                     # At the least rate, what has come by now lasts until this moment.
                     deadline.reschedule(started + min(self.timeout_s, GRACE_S + len(body) / MIN_BYTES_PER_S))
         except TimeoutError:
@@ -149,14 +151,21 @@ class BodyReader:
 def _first_error(error: ValidationError) -> ProtocolError:
     # Where several types were possible, the mistake that lies deepest is the one in the type that was meant.
     first = max(error.errors(include_url=False, include_input=False), key=lambda e: len(e["loc"]))
-    # Tags of unions are part of pydantic's location, but not of the request.
-    tags = {"system", "developer", "user", "assistant", "text", "image_url", "str", "ImageURL"}
-    where = [str(p) for p in first["loc"] if not (isinstance(p, str) and (p in tags or p.startswith("list[")))]
-    if where == [] and first["loc"]:
-        where = [str(first["loc"][0])]
-    param = ".".join(where) or None
+    param = _field_at(first["loc"])
     if first["type"] == "unsupported":
         return ProtocolError(400, f"{first['msg']}.", param=first["ctx"]["field"], code="unsupported_parameter")
     # A validator of ours speaks for itself.
     message = first["msg"].removeprefix("Value error, ")
     return ProtocolError(400, f"{param or 'the request'}: {message}.", param=param, code="invalid_value")
+
+
+def _field_at(location: Sequence[int | str]) -> str | None:
+    """The field as the request has it: pydantic's location also names types, and after an index the entry's tag."""
+    names: list[str] = []
+    has_tags = True
+    for before, part in pairwise(("", *location)):
+        if str(part).startswith("list["):
+            has_tags = "tagged-union" in str(part)
+        elif part != "str" and not (has_tags and isinstance(before, int)):
+            names.append(str(part))
+    return ".".join(names) or None

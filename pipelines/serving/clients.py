@@ -44,7 +44,7 @@ class ClientIdentifier:
             trusted_proxies: addresses whose ``X-Forwarded-For`` names the client.
         """
         self.key_digests = tuple(key_digests)
-        self.trusted_proxies = frozenset(trusted_proxies)
+        self.trusted_proxies = frozenset(_ip_of(proxy) for proxy in trusted_proxies) - {None}
 
     def identify(self, request: Request) -> Client:
         """Check the bearer token, in constant time whatever it is.
@@ -86,15 +86,28 @@ class ClientIdentifier:
         return Client("key-" + digest.hex()[:16], int.from_bytes(hashlib.sha256(b"salt" + digest).digest()[:7], "big"))
 
     def _address_of(self, request: Request) -> str:
-        address = request.client.host if request.client else ""
-        if address in self.trusted_proxies:
-            address = request.headers.get("x-forwarded-for", address).rpartition(",")[2].strip()
-        try:
-            ip = ipaddress.ip_address(address.partition("%")[0])
-        except ValueError:
+        ip = _ip_of(request.client.host if request.client else "")
+        # The proxy's own entry is the last: some proxies add to a header that the client sent, some add a header.
+        if ip in self.trusted_proxies and (forwarded := request.headers.getlist("x-forwarded-for")):
+            ip = _ip_of(forwarded[-1].rpartition(",")[2])
+        if ip is None:
             return "unknown"
         # Whoever has one IPv6 address has the 2**64 of its network.
         return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
+
+
+def _ip_of(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address, IPv4 where a socket of both kinds writes it as IPv6 (``::ffff:10.0.0.1``); None where it is none."""
+    text = text.strip()
+    for address in (text, text.rpartition(":")[0].strip("[]")):  # some proxies add the port
+        try:
+            ip = ipaddress.ip_address(address.partition("%")[0])
+            break
+        except ValueError:
+            continue
+    else:
+        return None
+    return (ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None) or ip
 
 
 def digest_of(key: str) -> bytes:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
 MAX_HEADER = 1000
-"""Characters before the comma."""
+"""Most characters before the comma."""
 
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
 _HEADER = re.compile(
@@ -53,7 +53,7 @@ class DataURL:
         Raises:
             DataURLError: the URL does not begin like a data URL.
         """
-        match = _HEADER.match(url[:MAX_HEADER])
+        match = _HEADER.match(url[: MAX_HEADER + 1])
         if match is None:
             raise DataURLError("it does not begin with data:[<type>][;base64],")
         return cls((match["type"] or "").lower(), match["base64"] is not None, url[match.end() :])

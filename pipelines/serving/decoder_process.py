@@ -123,12 +123,15 @@ def receive_result(connection: Connection, image_size: int) -> ChatImage | Decod
         EOFError: the process has ended.
         ValueError: the answer is not one of ``send_result``.
     """
-    header = json.loads(connection.recv_bytes(10_000))
-    if "code" in header:
-        return DecodeError(str(header["code"]), str(header["message"]))
-    pixels = np.frombuffer(connection.recv_bytes(3 * image_size * image_size), dtype=np.uint8)
-    number, width, height = (int(header[name]) for name in ("number", "width", "height"))
-    return ChatImage(number, pixels.reshape(3, image_size, image_size), width, height)
+    try:
+        header = json.loads(connection.recv_bytes(10_000))
+        if "code" in header:
+            return DecodeError(str(header["code"]), str(header["message"]))
+        pixels = np.frombuffer(connection.recv_bytes(3 * image_size * image_size), dtype=np.uint8)
+        number, width, height = (int(header[name]) for name in ("number", "width", "height"))
+        return ChatImage(number, pixels.reshape(3, image_size, image_size), width, height)
+    except (KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"the decoder's answer is none: {error!r}") from error
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ class _DecoderProcess:
         except TimeoutError:
             self.kill()
             raise
-        except (OSError, EOFError, ValueError, KeyError):
+        except (OSError, EOFError, ValueError):
             self.kill()
             return DecodeError("invalid_image", "the image ended its decoder: it is damaged, or needs too much memory.")
 

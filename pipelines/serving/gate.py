@@ -70,7 +70,7 @@ class Gate:
         """Whether a client has less than an equal share of the slots, and there is room to let it in."""
         num_clients = len(self._by_client) + (client not in self._by_client)
         has_less = self._by_client[client] < self.capacity // num_clients
-        return num_clients > 1 and has_less and self.in_flight < OVERBOOKING * self.capacity
+        return has_less and self.in_flight < OVERBOOKING * self.capacity
 
     def wait_s(self) -> int:
         """Estimated seconds until a slot is free: the queue's length times the mean time of a request."""

@@ -24,7 +24,7 @@ from pipelines.settings import ServeSettings, SettingsError
 
 logger = logging.getLogger(__name__)
 
-HEALTHY_WITHIN_S = 60
+HEALTHY_WITHIN_S = 300
 STOPPED_WITHIN_S = 30
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -32,6 +32,8 @@ ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipelines.serving.connections:guard_connections",
     # A proxy that died is noticed after three checks.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # One that starts on a busy machine takes longer than Serve's 5 s, after which it would be killed.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
 }
 """Settings of Ray Serve's own processes: they read them from the environment in which Ray was started."""
 
@@ -59,11 +61,12 @@ def serving(settings: ServeSettings) -> Iterator[str]:
     if not (settings.ray_address or os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
         _claim_port(settings.host, settings.port)  # told before Ray starts, which takes seconds
     with start_ray(settings):
-        gpus = settings.num_gpus * settings.num_replicas
-        check_resources({"GPU": gpus}, f"serving (num_gpus={settings.num_gpus:g})")
+        replica = {"CPU": settings.cpus_per_replica, "GPU": settings.num_gpus}
+        asked = f"cpus_per_replica={settings.cpus_per_replica:g}, num_gpus={settings.num_gpus:g}"
+        check_resources(replica, f"serving (num_replicas={settings.num_replicas}, {asked})", settings.num_replicas)
         was_running = serve_address() is not None
         try:
-            yield deploy(settings)
+            yield _deploy(settings)
         finally:
             serve.delete(APP_NAME) if was_running else shut_down()
 
@@ -117,23 +120,53 @@ def deploy(settings: ServeSettings) -> str:
         The address.
 
     Raises:
-        SettingsError: the artifact is missing, or the port is taken.
+        SettingsError: the artifact is missing, the port is taken, or there is no room beside the model that is served.
         ServingError: the model does not load, or does not answer.
     """
-    settings = check_settings(settings)
+    return _deploy(check_settings(settings))
+
+
+def _deploy(settings: ServeSettings) -> str:
     address = serve_address()
     if address is None:
         port = _claim_port(settings.host, settings.port)
-        serve.start(http_options={"host": settings.host, "port": port})
+        _start_serve(settings.host, port)
         address = _url(settings.host, port)
     elif settings.port and address != _url(settings.host, settings.port):
         logger.warning("Ray Serve is running at %s; the model is served there.", address)
+    _check_room_beside(_num_replicas(), settings)
     try:
         serve.run(build_app(settings), name=APP_NAME, route_prefix="/")
     except (RuntimeError, RayServeException) as error:
         raise ServingError(f"the model did not start: {_reason(error)}") from error
     _wait_until_healthy(address)
     return address
+
+
+def _start_serve(host: str, port: int) -> None:
+    options = {"host": host, "port": port}
+    try:
+        serve.start(http_options=options)
+    except (TimeoutError, ray.exceptions.ActorDiedError):
+        # Serve stopped waiting for its proxy, which still starts: the model's health shows when it is there.
+        logger.warning("Ray Serve takes more than a minute to start on this busy machine; waiting for it.")
+        serve.start(http_options=options)
+
+
+def _num_replicas() -> int:
+    """Replicas of the model that is served now."""
+    application = serve.status().applications.get(APP_NAME)
+    model = application.deployments.get("model") if application else None
+    return sum(model.replica_states.values()) if model else 0
+
+
+def _check_room_beside(num_old: int, settings: ServeSettings) -> None:
+    """Raise where a model has no room beside the one that it replaces. On GPUs the old one stops first."""
+    if num_old and not settings.num_gpus:
+        asked = f"num_replicas={settings.num_replicas}, cpus_per_replica={settings.cpus_per_replica:g}"
+        beside = f"beside {num_old} that answer{'s' * (num_old == 1)} until then"
+        needed = {"CPU": settings.cpus_per_replica}
+        check_resources(needed, f"replacing the served model ({asked}, {beside})", num_old + settings.num_replicas)
 
 
 def serve_address() -> str | None:

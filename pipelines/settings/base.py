@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from pipelines.settings.command_line import parse_words, print_help
 from pipelines.settings.errors import SettingsError
-from pipelines.settings.folders import refuse_unwritable
+from pipelines.settings.folders import make_local_folder, refuse_unwritable
 from pipelines.settings.near_match import near_match
 from pipelines.settings.plain_yaml import load_text_list, load_yaml
 
@@ -168,7 +168,7 @@ class Settings(BaseModel):
         if "://" in location:
             raise SettingsError(f"output={location} is a URI: this job writes on this machine's disk; give a folder.")
         path = Path(location)
-        path.mkdir(parents=True, exist_ok=True)
+        make_local_folder(path, "output", "Give another output=.")
         return path
 
     @classmethod

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from pipelines.settings.errors import SettingsError
+from tinygptv.folder_fault import folder_fault
 
 
 def refuse_unwritable(key: str, path: Path) -> None:
@@ -24,6 +25,24 @@ def refuse_unwritable(key: str, path: Path) -> None:
         raise SettingsError(f"{key}={path} cannot be a folder: {nearest} is {kind}. Give another {key}=.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise SettingsError(f"{key}={path} cannot be written: {nearest} is read-only for you. Give another {key}=.")
+
+
+def make_local_folder(path: Path, what: str, fix: str, mode: int = 0o777) -> None:
+    """Make a folder and those above it, where they are missing.
+
+    Args:
+        path: of the folder.
+        what: name of the folder, for the message.
+        fix: a sentence that says what to do where it cannot be made.
+        mode: rights of a new folder.
+
+    Raises:
+        SettingsError: it cannot be made: a file is in the way, a folder is read-only, the disk is full.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=mode)
+    except OSError as error:
+        raise SettingsError(f"{what} {path} cannot be made: {folder_fault(path, error)}. {fix}") from error
 
 
 def refuse_no_folder(key: str, location: str, holds: str) -> None:

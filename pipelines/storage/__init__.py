@@ -41,7 +41,7 @@ from pipelines.storage.folders import (
     upload_folder,
 )
 from pipelines.storage.location import Location, absolute, file_name, is_local, join, parent, resolve
-from pipelines.storage.packed import compression_of, open_unpacked, unpack
+from pipelines.storage.packed import DamagedFileError, compression_of, open_unpacked, unpack
 from pipelines.storage.retry import StorageError, with_retries
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "COPY_BYTES",
     "DRAFT_ENDING",
     "AtomicFile",
+    "DamagedFileError",
     "DiskFullError",
     "FoundFile",
     "Location",

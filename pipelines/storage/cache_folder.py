@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines.settings import SettingsError
+from pipelines.settings.folders import make_local_folder
 
 CACHE_VARIABLE = "TINYGPTV_CACHE"
 
@@ -25,9 +26,9 @@ def secure_folder(folder: Path) -> Path:
     """Make a cache folder, and refuse one into which another user could put files.
 
     Raises:
-        SettingsError: it is a link, belongs to another user, or others can write to it.
+        SettingsError: it is a link, belongs to another user, or others can write to it; or it cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_local_folder(folder, "the cache", f"Set {CACHE_VARIABLE} to a folder of your own.", mode=0o700)
     found = folder.lstat()
     others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or others_write:

@@ -10,12 +10,14 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipelines.settings.folders import make_local_folder
 from pipelines.storage.location import Location, resolve
 from pipelines.storage.retry import with_retries
 
@@ -252,7 +254,7 @@ def _send(location: Location, send: Callable[[pa.NativeFile], object]) -> None:
     draft = str(draft_of(Path(target))) if location.shows_partial_files else target
 
     def write() -> None:
-        with filesystem.open_output_stream(draft) as stream:
+        with filesystem.open_output_stream(draft, compression=None) as stream:  # else by the name: a.gz twice
             send(stream)
         if draft != target:
             filesystem.move(draft, target)
@@ -260,8 +262,9 @@ def _send(location: Location, send: Callable[[pa.NativeFile], object]) -> None:
     try:
         with_retries(location, write)
     except BaseException:
-        if draft != target and filesystem.get_file_info(draft).type == pafs.FileType.File:
-            filesystem.delete_file(draft)
+        with suppress(OSError):  # of a storage that is gone: the first error says so
+            if draft != target and filesystem.get_file_info(draft).type == pafs.FileType.File:
+                filesystem.delete_file(draft)
         raise
 
 
@@ -276,17 +279,29 @@ def write_lines(location: str | Location, lines: Iterable[Mapping[str, Any]]) ->
 
 def _json_line(line: Mapping[str, Any]) -> bytes:
     """One line. The separators of Unicode are escaped, because some readers take them for the end of a line."""
-    text = json.dumps(line, ensure_ascii=False)
-    for separator in "\u2028\u2029\x85":
-        text = text.replace(separator, f"\\u{ord(separator):04x}")
+    text = _ENCODE_LINE(line)
+    if not text.isascii():
+        for separator in "\u2028\u2029\x85":
+            text = text.replace(separator, f"\\u{ord(separator):04x}")
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
+_ENCODE_LINE = json.JSONEncoder(ensure_ascii=False).encode
+"""``json.dumps`` makes an encoder per line where it is given an argument: half of the time."""
+
+
 def make_folder(location: str | Location) -> None:
-    """Make a folder and those above it. In object storages there is none to make: folders are parts of names."""
+    """Make a folder and those above it. In object storages there is none to make: folders are parts of names.
+
+    Raises:
+        SettingsError: a local folder cannot be made.
+        StorageError: the storage refuses, or fails at every try.
+    """
     location = Location.parse(location)
     filesystem, path = resolve(location)
-    if not location.is_object_store:
+    if location.is_local:
+        make_local_folder(Path(location.path), "folder", "Move away what is there, or give another path.")
+    elif not location.is_object_store:
         with_retries(location, lambda: filesystem.create_dir(path, recursive=True))
 
 

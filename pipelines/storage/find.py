@@ -55,10 +55,11 @@ def find_files(pattern: str | Location, *, tells_missing: bool = True) -> list[F
     if itself.type == pafs.FileType.File:
         found[path] = itself
     elif itself.type == pafs.FileType.NotFound:
-        base, rest = _split_existing(filesystem, path)
+        base, rest = with_retries(location, lambda: _split_existing(filesystem, path))
         names = expand_braces(rest)
+        matches = with_retries(location, lambda: list(_matching(filesystem, base, names)))
         missing: list[str] = []
-        for name, infos in zip(names, _matching(filesystem, base, names), strict=True):
+        for name, infos in zip(names, matches, strict=True):
             found |= {info.path: info for info in infos}
             if not infos:
                 missing.append(name)

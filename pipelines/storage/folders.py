@@ -61,8 +61,8 @@ def download_files(source: str | Location, names: Iterable[str], target: Path) -
     """
     source, names = Location.parse(source), list(names)
     for name in names:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-    target.mkdir(parents=True, exist_ok=True)
+        make_folder(str((target / name).parent))
+    make_folder(str(target))
     with ThreadPoolExecutor(_COPIES_AT_ONCE) as pool:
         list(pool.map(lambda name: download(source / name, target / name), names))
     return target
@@ -113,7 +113,7 @@ class WorkFolder:
         self._sent_at = 0.0
         if self.location.is_local:
             self.path = Path(self.location.path)
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.location)
         else:
             self._temporary = tempfile.TemporaryDirectory(prefix="tinygptv-work-", ignore_cleanup_errors=True)
             self.path = Path(self._temporary.name)
@@ -189,5 +189,5 @@ def copy_tree(source: Path, target: Path, names: Iterable[str]) -> None:
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name, dirs_exist_ok=True)
         elif (source / name).is_file():
-            target.mkdir(parents=True, exist_ok=True)
+            make_folder(str(target))
             shutil.copy2(source / name, target / name)

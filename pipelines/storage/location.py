@@ -113,7 +113,8 @@ class Location:
         parts = PurePosixPath(name).parts
         if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
             raise ValueError(f"{name[:200]!r} is no path below a folder: it is empty or absolute, or it climbs out")
-        return Location(self.root, "/".join(filter(None, [self.path.rstrip("/"), *parts])))
+        above = [self.path.rstrip("/")] if self.path else []
+        return Location(self.root, "/".join([*above, *parts]))
 
 
 def resolve(location: str | Location) -> tuple[pafs.FileSystem, str]:

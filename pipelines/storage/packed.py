@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import lzma
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -23,6 +23,12 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\xfd7zXZ\x00", "xz"),
 )
 _UNPACK_BYTES = 4 << 10
+_FED_BYTES = 256
+"""Compressed bytes that a decompressor gets at a time where damage is near: what it made of these may be lost."""
+
+
+class DamagedFileError(OSError):
+    """The compressed data of a file is damaged or cut off. It has no errno, as errors of pyarrow's decompressors."""
 
 
 def compression_of(location: str | Location) -> str:
@@ -37,31 +43,87 @@ def compression_of(location: str | Location) -> str:
 def open_unpacked(location: str | Location) -> Iterator[BinaryIO]:
     """The content of a file from its start, unpacked where it is compressed.
 
-    Reading raises ``OSError`` without an errno where the compressed data is damaged.
+    Where the compressed data is damaged, all that comes before is read first; then reading raises
+    ``DamagedFileError``, as does the reading of everything at once.
     """
     compression = compression_of(location)
+    if compression:
+        with _UpToDamage(location, compression) as content:
+            yield cast(BinaryIO, content)
+        return
     filesystem, path = resolve(location)
     with filesystem.open_input_stream(path, compression=None) as stream:
-        if compression == "xz":
-            with lzma.open(cast(BinaryIO, stream)) as content:
-                yield cast(BinaryIO, _ErrorsAsOsError(content))
-        elif compression:
-            yield cast(BinaryIO, pa.CompressedInputStream(stream, compression))
-        else:
-            yield cast(BinaryIO, stream)
+        yield cast(BinaryIO, stream)
 
 
-class _ErrorsAsOsError(io.RawIOBase):
-    """lzma raises errors of its own kind; readers know ``OSError``."""
+class _UpToDamage(io.RawIOBase):
+    """A compressed file's content. Decompressors keep nothing of the read in which they find damage; this does."""
 
-    def __init__(self, content: lzma.LZMAFile) -> None:
-        self.content = content
+    def __init__(self, location: str | Location, compression: str) -> None:
+        self._location, self._compression = location, compression
+        self._opened = ExitStack()
+        self._stream = self._open()
+        self._position = 0
+        self._damage: DamagedFileError | None = None
+
+    def _open(self, fed_bytes: int = 0) -> BinaryIO:
+        filesystem, path = resolve(self._location)
+        packed = self._opened.enter_context(filesystem.open_input_stream(path, compression=None))
+        fed = pa.PythonFile(_Fed(packed, fed_bytes), mode="r") if fed_bytes else packed
+        if self._compression == "xz":
+            return cast(BinaryIO, self._opened.enter_context(lzma.open(cast(BinaryIO, fed))))
+        return cast(BinaryIO, pa.CompressedInputStream(fed, self._compression))
+
+    def readable(self) -> bool:
+        return True
 
     def read(self, size: int = -1) -> bytes:
-        try:
-            return self.content.read(size)
-        except (lzma.LZMAError, EOFError) as error:
-            raise OSError(str(error)) from error
+        parts, left = [], size
+        while left and self._damage is None:
+            try:
+                part = self._stream.read(_UNPACK_BYTES if left < 0 else min(left, _UNPACK_BYTES))
+            except (OSError, lzma.LZMAError, EOFError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # of the disk or the network
+                self._damage = DamagedFileError(str(error))
+                part = self._before_damage()
+            if not part:
+                break
+            parts.append(part)
+            self._position += len(part)
+            left -= len(part) if left > 0 else 0
+        if self._damage is not None and (size < 0 or (size and not parts)):
+            raise self._damage
+        return b"".join(parts)
+
+    def _before_damage(self) -> bytes:
+        """What the failed read would have given: the file is read again from its start, then byte by byte."""
+        stream, found = self._open(_FED_BYTES), bytearray()
+        with suppress(OSError, lzma.LZMAError, EOFError):
+            left = self._position
+            while left and (skipped := stream.read(min(left, _UNPACK_BYTES))):
+                left -= len(skipped)
+            while byte := stream.read(1):
+                found += byte
+        return bytes(found)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._opened.close()
+        super().close()
+
+
+class _Fed(io.RawIOBase):
+    """A stream that gives a few bytes at a time."""
+
+    def __init__(self, stream: pa.NativeFile, size: int) -> None:
+        self._stream, self._size = stream, size
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return bytes(self._stream.read(self._size if size < 0 else min(size, self._size)))
 
 
 def unpack(location: str | Location, target: Path) -> str:
@@ -74,14 +136,11 @@ def unpack(location: str | Location, target: Path) -> str:
         OSError: the disk or the network failed.
         DiskFullError: there is no room.
     """
-    chunk_bytes = _UNPACK_BYTES if compression_of(location) else COPY_BYTES  # the chunk with the damage is lost
     with disk_full_as_error(target), open_unpacked(location) as source, target.open("wb") as sink:
         while True:
             try:
-                chunk = source.read(chunk_bytes)
-            except OSError as error:
-                if error.errno is not None:
-                    raise
+                chunk = source.read(COPY_BYTES)
+            except DamagedFileError as error:
                 return f"the compressed data is damaged or cut off: {error}"
             if not chunk:
                 return ""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pipelines import storage
 from pipelines.redact import redact
 from pipelines.storage import is_local
 from pipelines.tracking.described import DataInput
@@ -182,6 +183,6 @@ def continue_tracker(
         return NullTracker()
     identity = read_identity(folder) or RunIdentity(parent=parent_run_id)
     tracker = open_tracker(settings, run_name, identity=identity, journal=folder, started=started)
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(str(folder))
     write_identity(folder, replace(identity, run_id=tracker.run_id))
     return tracker

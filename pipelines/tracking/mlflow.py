@@ -348,12 +348,12 @@ def _as_image(value: Any) -> Any:
 
 
 def _columns(rows: Sequence[Mapping[str, object]]) -> dict[str, list[Any]]:
-    """Rows as columns, as MLflow's tables want them; a column of images has one in every row."""
+    """Rows as columns, one for every key, as MLflow's tables want them; a column of images has one in every row."""
     import mlflow
     from PIL import Image
 
     columns: dict[str, list[Any]] = {}
-    for key in rows[0] if rows else ():
+    for key in dict.fromkeys(key for row in rows for key in row):
         cells = [_as_image(row.get(key)) for row in rows]
         if any(hasattr(cell, "resize") for cell in cells):
             cells = [mlflow.Image(Image.new("RGB", (1, 1)) if cell is None else cell) for cell in cells]

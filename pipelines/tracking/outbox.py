@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
@@ -72,6 +74,7 @@ class Outbox:
         """
         self._send = send
         self._journal = journal / JOURNAL_FILE if journal else None
+        self._mark = uuid.uuid4().hex[:8]  # an earlier process may have kept an image of the same id
         self._queue: list[Entry] = self._read_journal()
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -143,11 +146,12 @@ class Outbox:
             return []
         entries = []
         for line in self._journal.read_text().splitlines():
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
+            entry = _parsed(line)
+            if entry is None:
                 logger.warning("%s has a damaged line, which is left out.", self._journal)
-        return [entry for entry in entries if entry["kind"] != "end"]
+            elif entry["kind"] != "end":
+                entries.append(entry)
+        return entries
 
     def _write_journal(self) -> None:
         """Keep what waits; where nothing waits, nothing is kept."""
@@ -158,24 +162,48 @@ class Outbox:
         if not waiting:
             self._journal.unlink(missing_ok=True)
             return
-        lines = [json.dumps(_as_text(entry), default=self._keep_image, allow_nan=False) + "\n" for entry in waiting]
         try:
-            storage.write_atomically(str(self._journal), "".join(lines).encode())
+            storage.write_atomically(str(self._journal), "".join(map(self._line, waiting)).encode())
         except (storage.DiskFullError, OSError) as error:  # the job continues without its tracking
             logger.warning("what MLflow did not get cannot be kept: %s", error)
 
+    def _line(self, entry: Entry) -> str:
+        """An entry as a line of the journal; empty, with a warning, where it cannot be kept."""
+        try:
+            return json.dumps(_as_text(entry), default=self._keep_image, allow_nan=False) + "\n"
+        except (TypeError, ValueError, OSError) as error:  # the job continues without its tracking
+            logger.warning("one of the entries for MLflow (%s) cannot be kept: %s", entry["kind"], error)
+            return ""
+
     def _keep_image(self, value: Any) -> dict[str, str]:
         """An image that waits becomes a file."""
-        assert self._journal is not None and hasattr(value, "save"), value
+        if self._journal is None or not hasattr(value, "save"):
+            raise TypeError(f"{type(value).__name__} is no value of JSON")
         folder = self._journal.with_name("unsent_images")
         folder.mkdir(exist_ok=True)
-        path = folder / f"{id(value)}.png"
+        path = folder / f"{self._mark}-{id(value)}.png"
         value.save(path)
         return {"png": str(path)}
 
 
+def _parsed(line: str) -> Entry | None:
+    """A line of the journal; None where it is damaged."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return cast(Entry, entry) if isinstance(entry, dict) and "kind" in entry else None
+
+
 def _as_text(entry: Entry) -> Entry:
-    """A metrics entry with its numbers as text: JSON has no NaN."""
-    if entry["kind"] != "metrics":
-        return entry
-    return {**entry, "values": {key: repr(float(value)) for key, value in entry["values"].items()}}
+    """An entry as JSON can hold it, which has no NaN: numbers of metrics become text, those of a table None."""
+    if entry["kind"] == "metrics":
+        return {**entry, "values": {key: repr(float(value)) for key, value in entry["values"].items()}}
+    if entry["kind"] == "table":
+        rows = [{key: _finite(value) for key, value in row.items()} for row in entry["rows"]]
+        return {**entry, "rows": rows}
+    return entry
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pipelines import storage
-from pipelines.data.features import FeatureError, FeatureSet
+from pipelines.data.feature_set import FeatureError, FeatureSet
 from pipelines.data.held_out import row_hashes
 from pipelines.data.loader import BatchMaker, LoadPlan
 from pipelines.data.shards import ShardSet, find_shard_sets

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from pipelines import storage
-from pipelines.data.features import FeatureSet, feature_key
+from pipelines.data.feature_set import FeatureSet, feature_key
 from pipelines.data.held_out import hold_out
 from pipelines.data.loader import LoadPlan, build_mixture, open_shards
 from pipelines.data.shards import ShardSet, find_shard_sets
@@ -114,8 +114,8 @@ def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, storage
     start = checked_checkpoint(settings.init_from, weights=settings.features == "cached")
     if settings.storage_path and storage.is_local(settings.storage_path):
         refuse_unwritable("storage_path", Path(storage.absolute(settings.storage_path)))
-    for folder in dict.fromkeys((output, settings.storage_path)):
-        storage.check_access(folder or output, writes=True)
+    for folder in dict.fromkeys((output, settings.storage_path or output)):
+        storage.check_access(folder, writes=True)
     refuse_no_folder("data", settings.data, "prepared shard sets (jobs/prepare_data.py)")
     shards = open_shards(settings.data, stage)
     held = _hold_out(settings, shards)

@@ -49,11 +49,21 @@ class StepEntry(TypedDict):
 
 
 def read_record(location: str | Path) -> list[StepEntry]:
-    """The steps of a ``metrics.jsonl``, local or remote, in order; empty where there is none."""
+    """The steps of a ``metrics.jsonl``, local or remote, in order, up to half a line from a kill; empty where there is
+    none."""
     try:
-        return [parse_entry(line) for line in storage.read_bytes(str(location)).decode().splitlines()]
+        text = storage.read_bytes(str(location)).decode(errors="replace")
     except FileNotFoundError:
         return []
+    return [entry for _, entry in _whole_lines(text)]
+
+
+def _whole_lines(text: str) -> Iterator[tuple[str, StepEntry]]:
+    for line in text.splitlines():
+        try:
+            yield line, parse_entry(line)
+        except ValueError:
+            return  # half a line from a kill
 
 
 def parse_entry(line: str) -> StepEntry:
@@ -89,7 +99,7 @@ class StepRecord:
         """
         self.path = path
         kept = list(self._kept_lines(next_step))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(str(path.parent))
         storage.write_atomically(str(path), "".join(f"{line}\n" for line in kept).encode())
         self.first_loss = parse_entry(kept[0])["loss"] if kept else math.nan
         self.last_loss = parse_entry(kept[-1])["loss"] if kept else math.nan
@@ -99,11 +109,7 @@ class StepRecord:
     def _kept_lines(self, next_step: int) -> Iterator[str]:
         if not self.path.exists():
             return
-        for line in self.path.read_text().splitlines():
-            try:
-                entry = parse_entry(line)
-            except ValueError:
-                return  # half a line from a kill
+        for line, entry in _whole_lines(self.path.read_text(errors="replace")):
             if entry["step"] < next_step:
                 yield line
 

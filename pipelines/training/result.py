@@ -125,5 +125,5 @@ def read_result(output: Path) -> StageResult | None:
         if storage.is_local(location or "."):
             location = str(output / RESULT_FILE)  # a folder may have been moved
         return WorkerResult.from_dict(cast(WorkerRecord, values)).to_stage_result(location, values["seconds"])
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None

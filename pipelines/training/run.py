@@ -10,14 +10,15 @@ import pickle
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
 from pipelines import storage
-from pipelines.cluster import check_resources, start_ray
-from pipelines.data.loader import open_shards
+from pipelines.cluster import check_resources, is_own_cluster, lacking, start_ray
+from pipelines.data.loader import LOADER_CPUS, open_shards
 from pipelines.data.shards import ShardSet, find_shard_sets
 from pipelines.node_cache import checked_checkpoint, local_checkpoint
 from pipelines.progress import PROGRESS_FILE, follow
@@ -202,7 +203,8 @@ def _run_inline(job: TrainJob) -> WorkerResult:
             )
         for name, value in GPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-    result = train_loop(job)
+    with start_ray(job.settings) if job.settings.loader_workers else nullcontext():
+        result = train_loop(job)
     assert result is not None, "a single process is rank 0"
     return result
 
@@ -216,8 +218,9 @@ def _run_on_ray(job: TrainJob) -> WorkerResult:
     filesystem, storage_path = storage.resolve(job.storage)
     with start_ray(settings):
         least = settings.min_workers or settings.num_workers
-        needs = {"CPU": least * settings.cpus_per_worker, "GPU": float(least * settings.use_gpu)}
-        check_resources(needs, f"training (num_workers={least}, use_gpu={str(settings.use_gpu).lower()})")
+        worker = {"CPU": settings.cpus_per_worker, "GPU": float(settings.use_gpu)}
+        check_resources(worker, f"training (num_workers={least}, use_gpu={str(settings.use_gpu).lower()})", least)
+        job = _with_loaders_that_fit(job)
         workers: Any = (settings.min_workers, settings.num_workers) if settings.min_workers else settings.num_workers
         trainer = TorchTrainer(
             train_worker,
@@ -244,6 +247,27 @@ def _run_on_ray(job: TrainJob) -> WorkerResult:
     if "stopped" in outcome:
         raise TrainingStopped(outcome["stopped"])
     return WorkerResult.from_dict(outcome)
+
+
+def _with_loaders_that_fit(job: TrainJob) -> TrainJob:
+    """The job, its batches made in the workers themselves where these leave no CPU to the loaders of a local cluster.
+
+    A worker would wait for its first batch for ever. Batches are the same wherever they are made.
+    """
+    import ray
+
+    settings = job.settings
+    room = int(ray.cluster_resources().get("CPU", 0) / settings.cpus_per_worker)
+    workers = max(1, min(settings.num_workers, room))  # an elastic training takes what there is
+    lacks = lacking({"CPU": workers * (settings.cpus_per_worker + LOADER_CPUS)})
+    if not settings.loader_workers or not lacks:
+        return job
+    what = f"training with num_workers={workers} and loader processes needs {lacks}"
+    if not is_own_cluster():
+        logger.warning("%s: loaders wait for nodes to join the Ray cluster; loader_workers=0 needs none.", what)
+        return job
+    logger.warning("%s: each worker makes its own batches (loader_workers=0).", what)
+    return dataclasses.replace(job, settings=settings.model_copy(update={"loader_workers": 0}))
 
 
 def call_in_thread(function: Callable[[], object]) -> None:

@@ -58,10 +58,10 @@ def train_loop(job: TrainJob, reports: RunReports | None = None) -> WorkerResult
     try:
         while next_step < worker.end:
             next_step = worker.train(next_step)  # to the end, or back to a state where the guard rolls back
+        return worker.finish()
     except BaseException:
         worker.abort()
         raise
-    return worker.finish()
 
 
 class TrainWorker:
@@ -186,7 +186,7 @@ class TrainWorker:
             if self.reporter:
                 self.reporter.add_skipped(batch, learning_rate)
             return
-        torch.manual_seed(_dropout_seed(self.job.settings.seed, batch.step, self.rank))
+        _seed(_dropout_seed(self.job.settings.seed, batch.step, self.rank))
         result = self.train_step.run(batch.micro_batches, learning_rate)
         self._report(batch, result, learning_rate)
         if self.compiling and self.reporter:
@@ -307,9 +307,12 @@ class TrainWorker:
         return next_step
 
     def abort(self) -> None:
-        """Close everything so that another run can resume."""
+        """Close everything so that another run can resume; the error that ends this one stays the one that is told."""
         if self.reporter:
-            self.store.wait()
+            try:
+                self.store.wait()
+            except (OSError, storage.DiskFullError) as error:
+                logger.warning("the newest training state was not written: %s", error)
             self.reporter.abort()
             self.work.publish(*WORKER_FILES)
 
@@ -323,7 +326,9 @@ class TrainWorker:
         held_out = None
         if self.held_out:
             held_out = self.history.result(step, self.held_out.num_rows, self.held_out.questions.num_questions)
-        result = self.reporter.finish(self._save_checkpoint(), self.cut, self.end, held_out)
+        checkpoint = self._save_checkpoint()
+        reporter, self.reporter = self.reporter, None  # from here on it is closed
+        result = reporter.finish(checkpoint, self.cut, self.end, held_out)
         self.work.publish(*WORKER_FILES)
         return result
 
@@ -368,6 +373,11 @@ def _due(step: int, every: int, last: bool) -> bool:
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
     """Dropout depends on the step alone, so that a resumed run draws what an uninterrupted one would."""
     return (seed * 1_000_003 + step) * 1009 + rank
+
+
+def _seed(seed: int) -> None:
+    """``torch.manual_seed``, which formats its callers three times where no GPU is in use: a tenth of a tiny step."""
+    (torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed)(seed)
 
 
 def add_counts(*counts: dict[str, CutCount]) -> dict[str, CutCount]:

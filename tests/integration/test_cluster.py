@@ -60,7 +60,7 @@ def start(env):
 def stop(process):
     process.stdin.write("\n")
     process.stdin.close()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     return process.stderr.read()
 
 
@@ -71,7 +71,6 @@ def join(address, env):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
     return done.stdout + done.stderr

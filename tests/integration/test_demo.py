@@ -15,7 +15,7 @@ from tests.paths import ROOT
 from tinygptv.miniature.backbones import BACKBONES
 
 pytestmark = [
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(not BACKBONES.is_dir(), reason="the miniature's backbones are not shipped"),
 ]
 
@@ -26,10 +26,10 @@ SMALL = {
 }
 
 
-def _run(config, output, timeout=500):
+def _run(config, output):
     store = f"tracking_uri=sqlite:///{output}/mlflow.db"
     command = [sys.executable, "jobs/demo.py", "--config", str(config), f"output={output}", "port=0", store]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
@@ -56,12 +56,13 @@ def test_the_whole_way_twice(tmp_path):
         assert (output / f"stage{stage}/checkpoint/manifest.json").is_file()
     assert "make mlflow" in first.stdout
     assert not _left_running(output)
+    finished = {path: path.stat().st_mtime_ns for path in output.glob("stage*/checkpoint/*")}
 
     again = _run(config, output)
     assert again.returncode == 0, again.stderr[-3000:]
     second = json.loads((output / "result.json").read_text())
     assert second["losses"] == result["losses"]
-    assert second["hops"]["stage 4: multi-task learning"] < 10
+    assert {path: path.stat().st_mtime_ns for path in output.glob("stage*/checkpoint/*")} == finished, "trained once"
     assert not _left_running(output)
 
 

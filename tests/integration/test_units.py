@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import time
 from functools import partial
 
 import pytest
@@ -54,6 +56,24 @@ def test_every_unit_gives_its_result(tmp_path, workers):
     done = dict(map_units(partial(setup, tmp_path), list(range(7)), workers, SETTINGS, name="double"))
     assert done == {n: 2 * n for n in range(7)}
     assert len(list(tmp_path.iterdir())) == (1 if workers.reuse_setup else 7)
+
+
+def timed():
+    """Work that tells when it ran."""
+
+    def work(unit):
+        started = time.time()
+        time.sleep(0.2)
+        return started, time.time()
+
+    return work
+
+
+def test_ray_runs_no_more_of_the_tasks_submitted_ahead_than_there_may_be_workers():
+    done = map_units(timed, list(range(8)), Workers(1, num_cpus=0.1), SETTINGS, name="timed")
+    spans = sorted(span for _, span in done)
+    assert len(spans) == 8
+    assert all(after[0] >= before[1] for before, after in itertools.pairwise(spans)), "two ran at a time"
 
 
 def test_no_more_actors_are_started_than_there_are_units(tmp_path, recwarn):

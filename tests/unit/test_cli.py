@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,11 +14,13 @@ from pipelines import cli
 from pipelines.settings import SettingsError
 from pipelines.storage import DiskFullError, StorageError
 
+quiet_libraries, quieted = cli.quiet_libraries, []
+
 
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch):
     """A job's process is its own: what it sets there must not reach other tests."""
-    monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
+    monkeypatch.setattr(cli, "quiet_libraries", lambda: quieted.append(True))
     monkeypatch.delenv("TINYGPTV_TRACE", raising=False)
     before = signal.getsignal(signal.SIGTERM)
     yield
@@ -74,12 +77,15 @@ def test_signals_belong_to_the_main_thread():
         (["job", "--config={file}"], True),
         (["job", "--config", "{other}", "data=x"], False),
         (["job", "--config", "/nowhere.yaml"], False),
+        (["job", "--config", "/nowhere.yaml", "checkpoint=hf://org/name"], True),
+        (["job", "{file}"], False),
+        (["job", "--config", "{other}", "--config", "{file}"], True),
         (["job"], False),
     ],
 )
 def test_the_hub_is_asked_only_where_a_word_or_the_file_names_it(tmp_path, words, names):
     (tmp_path / "a.yaml").write_text("serve: {artifact: hf://org/name}")
-    (tmp_path / "b.yaml").write_text("serve: {artifact: x}")
+    (tmp_path / "b.yaml").write_bytes(b"serve: {artifact: x} # \xff")  # another encoding is the job's business
     paths = {"file": tmp_path / "a.yaml", "other": tmp_path / "b.yaml"}
     assert cli._names_the_hub([word.format(**paths) for word in words]) is names
 
@@ -95,3 +101,69 @@ def test_a_stage_is_trained_or_only_shown(monkeypatch, capsys, dry_run):
     assert cli.run_stage_main(3, [f"dry_run={str(dry_run).lower()}"], "x") == 0
     assert capsys.readouterr().out == ("plan of 3\n" if dry_run else "result 3\n") and done == ([] if dry_run else [3])
     assert logging.getLogger("pipelines") is not None
+
+
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+@pytest.mark.parametrize(("words", "offline"), [(["job"], "1"), (["job", "checkpoint=hf://org/name"], None)])
+def test_a_job_quiets_libraries_unless_the_environment_says_otherwise(monkeypatch, words, offline):
+    for name in (*QUIET, "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "before")  # so that it is restored
+        monkeypatch.delenv(name)
+    levels = {
+        name: logging.getLogger(name).level for name in ("httpx", "httpx2", "alembic", "bitsandbytes", "matplotlib")
+    }
+    configured = []
+    monkeypatch.setattr(cli.logging, "basicConfig", lambda **options: configured.append(options))
+    monkeypatch.setattr(cli.sys, "argv", words)
+    monkeypatch.setenv("MLFLOW_LOGGING_LEVEL", "DEBUG")
+    try:
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.NOTSET)
+        quiet_libraries()
+        assert {name: os.environ.get(name) for name in QUIET} == {**QUIET, "MLFLOW_LOGGING_LEVEL": "DEBUG"}
+        assert os.environ.get("HF_HUB_OFFLINE") == offline
+        assert [logging.getLogger(name).level for name in levels] == [logging.WARNING] * 5
+        assert configured == [{"level": logging.INFO, "format": "%(levelname)s %(name)s: %(message)s"}]
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def test_what_the_environment_says_stays(monkeypatch):
+    names = (*QUIET, "HF_HUB_OFFLINE")
+    for name in names:
+        monkeypatch.setenv(name, "mine")
+    quiet = SimpleNamespace(setLevel=lambda level: None)
+    fake = SimpleNamespace(basicConfig=lambda **_: None, getLogger=lambda name: quiet, INFO=20, WARNING=30)
+    monkeypatch.setattr(cli, "logging", fake)
+    monkeypatch.setattr(cli.sys, "argv", ["job"])
+    quiet_libraries()
+    assert {os.environ[name] for name in names} == {"mine"}
+
+
+def test_libraries_are_quieted_before_the_work():
+    quieted.clear()
+    seen = []
+    assert cli.run_main(lambda: seen.extend(quieted)) == 0
+    assert seen == [True]
+
+
+def test_a_stage_gets_its_settings_and_its_help_says_what_it_does(monkeypatch, capsys):
+    from pipelines.training import run
+
+    done = []
+    monkeypatch.setattr(run, "run_stage", lambda settings, number: done.append((settings.data, number)))
+    monkeypatch.setattr(run, "print_result", done.append)
+    assert cli.run_stage_main(2, ["data=x"], "what it does") == 0 and done == [("x", 2), None]
+    with pytest.raises(SystemExit):
+        cli.run_stage_main(2, ["--help"], "what it does")
+    assert "what it does" in capsys.readouterr().out

@@ -103,13 +103,23 @@ def test_loopback_lasts_as_long_as_its_block(monkeypatch, before):
 def test_what_an_own_cluster_lacks_is_refused_and_another_may_grow(monkeypatch, caplog, own):
     import ray
 
+    nodes = [{"Alive": True, "Resources": {"CPU": 3.0}}, {"Alive": True, "Resources": {"CPU": 1.0}}]
+    gone = {"Alive": False, "Resources": {"CPU": 9.0, "GPU": 1.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, gone])
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(cluster._started_here, "is_set", lambda: own)
-    check_resources({"CPU": 4, "GPU": 0}, "training")
-    message = "training (num_workers=8) needs 8 CPUs, and 4 are there; 1 GPUs, and 0 are there"
-    if own:
-        with pytest.raises(SettingsError, match=re.escape(f"{message}: ask for less, or give the cluster")):
-            check_resources({"CPU": 8, "GPU": 1}, "training (num_workers=8)")
-    else:
-        check_resources({"CPU": 8, "GPU": 1}, "training (num_workers=8)")
-        assert f"{message}: waiting for nodes" in caplog.text
+    check_resources({"CPU": 1, "GPU": 0}, "training", 4)
+    check_resources({"CPU": 3, "GPU": 0}, "training")
+    assert not caplog.text
+    for each, count, lacks in (
+        ({"CPU": 1, "GPU": 0.5}, 8, "8 CPUs, and 4 are there; 4 GPUs, and 0 are there"),
+        ({"CPU": 5}, 1, "5 CPUs, and 4 are there"),
+        ({"CPU": 4, "GPU": 0}, 1, "4 CPUs on one node, and no node has them"),
+    ):
+        message = f"training (num_workers=8) needs {lacks}"
+        if own:
+            with pytest.raises(SettingsError, match=re.escape(f"{message}: ask for less, or give the cluster")):
+                check_resources(each, "training (num_workers=8)", count)
+        else:
+            check_resources(each, "training (num_workers=8)", count)
+            assert f"{message}: waiting for nodes" in caplog.text

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +15,7 @@ from pipelines import console
 from pipelines.console import COMMANDS, jobs_folder, main
 from pipelines.settings import FetchSettings
 from tests.paths import ROOT
+from tinygptv import __version__
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -43,10 +46,13 @@ def test_a_job_gets_its_words(capsys):
 
 
 def test_help_version_and_mistakes(capsys):
-    assert main(["--help"]) == 0
-    assert "serve " in capsys.readouterr().out
-    assert main([]) == 2
-    assert main(["--version"]) == 0
+    for words, status in ((["--help"], 0), (["-h"], 0), ([], 2)):
+        assert main(words) == status
+        shown = capsys.readouterr().out.splitlines()
+        assert shown[:2] == ["usage: tinygptv COMMAND [--config FILE] [key=value ...]", ""]
+        assert shown[2:-2] == [f"  {name:11}  {command.text}" for name, command in COMMANDS.items()]
+        assert shown[-2:] == ["", "COMMAND --help: its keys"]
+    assert main(["--version"]) == 0 and capsys.readouterr().out == f"{__version__}\n"
     assert main(["sevre"]) == 2
     assert "'sevre' is no command; there are: chat, convert" in capsys.readouterr().err
 
@@ -86,3 +92,57 @@ def test_a_library_of_the_models_own_needs_no_extra(monkeypatch, capsys):
     monkeypatch.setattr(console, "run", missing)
     assert main(["chat"]) == 2
     assert capsys.readouterr().err == "error: torch.nn is not installed: pip install 'tinygptv'.\n"
+
+
+def test_a_module_gets_its_words_and_waits_without_spinning(monkeypatch):
+    given = []
+    module = SimpleNamespace(main=lambda argv: given.append((argv, os.environ["OMP_WAIT_POLICY"])) or True)
+    monkeypatch.setattr(console.importlib, "import_module", lambda name: given.append(name) or module)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "x")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(console.sys, "argv", ["tinygptv", "chat", "a.jpg", "b"])
+    assert main() == 1 and console.sys.argv[0] == "tinygptv chat"
+    assert given == ["tinygptv.chat", (["a.jpg", "b"], "PASSIVE")]
+
+
+def test_how_threads_wait_is_the_environments_matter_first(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setattr(console.sys, "argv", ["tinygptv"])
+    monkeypatch.setattr(console.importlib, "import_module", lambda name: SimpleNamespace(main=lambda argv: 0))
+    assert main(["chat"]) == 0 and os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_jobs_are_those_of_the_tree_or_of_an_installed_package(tmp_path, monkeypatch):
+    assert jobs_folder() == ROOT / "jobs"
+    (tmp_path / "pipelines").mkdir()
+    monkeypatch.setattr(console, "__file__", str(tmp_path / "pipelines/console.py"))
+    assert jobs_folder() == tmp_path / "pipelines/jobs"
+
+
+def test_which_script_or_module_a_word_means():
+    assert {name: (command.target, command.extra) for name, command in COMMANDS.items()} == {
+        "chat": ("module:tinygptv.chat", ""),
+        "convert": ("module:tinygptv.convert.__main__", ""),
+        "hub": ("module:tinygptv.hub", ""),
+        "released": ("released", "serve"),
+        "fetch": ("fetch", "serve"),
+        "serve": ("serve_http", "serve"),
+        "batch": ("batch", "serve"),
+        "quantize": ("quantize", "serve"),
+        "prepare": ("prepare_data", "train"),
+        "features": ("cache_features", "train"),
+        **{f"stage{number}": (f"stage{number}", "train") for number in (1, 2, 3, 4)},
+        "recipe": ("recipe", "train"),
+        "score": ("score", "train"),
+        "ablate": ("ablate", "train"),
+        "plan-memory": ("plan_memory", "train"),
+        "miniature": ("miniature", "train"),
+        "demo": ("demo", "train"),
+    }
+
+
+def test_a_script_gets_the_words_after_it_and_gives_its_status(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["tinygptv"])
+    monkeypatch.setattr(console, "jobs_folder", lambda: tmp_path)
+    (tmp_path / "serve_http.py").write_text("import sys\ndef main(argv): print(sys.argv[0], argv); return 3")
+    assert main(["serve", "port=1"]) == 3 and capsys.readouterr().out == "tinygptv serve ['port=1']\n"

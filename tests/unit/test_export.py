@@ -30,13 +30,15 @@ def test_held_out_rows_are_drawn_from_all_sets_in_turn(sets):
     other, _ = held_out_rows(QuantizeSettings(data=str(sets), drift_samples=8, seed=1))
     assert [row.id for row in rows] == [row.id for row in again] != [row.id for row in other]
     most, _ = held_out_rows(QuantizeSettings(data=str(sets), drift_samples=3))
-    assert len(most) == 3, "a row of each"
+    assert [row.id for row in most] == [row.id for row in rows[:3]], "a row of each"
+    two, _ = held_out_rows(QuantizeSettings(data=str(sets), drift_samples=2))
+    assert [row.id for row in two] == [row.id for row in rows[:2]]
     alone, _ = held_out_rows(QuantizeSettings(data=str(sets / "b"), drift_samples=64))
     assert sorted(row.id for row in alone) == ["p0", "p1"], "no row twice"
     with pytest.raises(SettingsError, match="does not exist"):
         held_out_rows(QuantizeSettings(data=str(sets / "none")))
     write_shard_set(sets / "empty", [])
-    with pytest.raises(FileNotFoundError, match="have no rows"):
+    with pytest.raises(FileNotFoundError, match=f"the shard sets in data={sets}/empty have no rows: leave data empty"):
         held_out_rows(QuantizeSettings(data=str(sets / "empty")))
 
 
@@ -45,6 +47,8 @@ def test_drawn_rows_are_of_every_kind_and_of_held_out_scenes():
     assert where == "drawn scenes of the miniature, split test" and len(rows) == 20
     assert [row.id for row in rows] == [f"drawn-{number}" for number in range(20)]
     assert {row.task for row in rows} == set(INSTRUCTIONS)
+    (other,), _ = held_out_rows(QuantizeSettings(drift_samples=1, seed=3))
+    assert other != rows[0] and [other] == module.drawn_rows(1, 3)
     assert all((row.image is None) == (row.task == "text") for row in rows)
 
 
@@ -90,11 +94,14 @@ class Recording(NullTracker):
     def metrics(self, values, step):
         self.told |= values
 
+    def tags(self, values):
+        self.told["tags"] = values
+
     def describe(self, text):
         self.told["description"] = text
 
     def artifact(self, path, folder=""):
-        self.told["file"] = path.name
+        self.told["file"] = path
 
     def close(self, status="FINISHED"):
         self.status = status
@@ -105,7 +112,7 @@ def test_numbers_of_the_drift_are_logged_and_registered(tmp_path, monkeypatch):
     tracker = Recording()
     monkeypatch.setattr(module, "NullTracker", type("Off", (), {}))
     begun = {}
-    monkeypatch.setattr(module, "open_tracker", lambda settings, title, **how: begun.update(how) or tracker)
+    monkeypatch.setattr(module, "open_tracker", lambda given, title, **how: begun.update(how, title=title) or tracker)
     monkeypatch.setattr(module, "register_model", lambda *given: registered.append(given) or 7)
     drift = {"loss": 0.01234567, "full_loss": 1.5, "quantized_loss": 1.51234, "answer_agreement": 0.75}
     drift |= {"num_answers": 4, "data": "x", "seed": 3, "max_loss": 0.5}
@@ -114,7 +121,9 @@ def test_numbers_of_the_drift_are_logged_and_registered(tmp_path, monkeypatch):
     assert module._track(settings, "/checkpoint", tmp_path, metadata, 1e9) == 7
     shown = {"quantized/bytes": 9, "quantized/drift_loss": 0.01234567, "quantized/answer_agreement": 0.75}
     assert {key: tracker.told[key] for key in tracker.told if "/" in key} == shown
-    assert (tracker.told["checkpoint"], begun, tracker.status) == ("/checkpoint", {"started": 1e9}, "FINISHED")
+    assert (tracker.told["checkpoint"], tracker.status) == ("/checkpoint", "FINISHED")
+    assert begun["started"] == 1e9 and begun["title"].startswith("mini quantize cpu4, ")
+    assert tracker.told["tags"] == {"checkpoint": "/checkpoint", "method": "cpu4"}
     assert tracker.told["description"].splitlines()[2:] == [
         "| full&emsp; | 1.5&emsp; | &emsp; | &emsp; |  |",
         "| cpu4&emsp; | 1.512&emsp; | 9e-06&emsp; | 4.6&emsp; | 75.0% of 4 |",
@@ -122,7 +131,11 @@ def test_numbers_of_the_drift_are_logged_and_registered(tmp_path, monkeypatch):
     (_, run_id, folder, name, alias, tags) = registered[0]
     assert (run_id, folder, name, alias, tags["drift.loss"]) == ("run1", tmp_path, "tiny", "new", "0.01235")
     assert "drift.seed" not in tags and tags["drift.num_answers"] == "4"
+    assert (tags["method"], tags["bytes"]) == ("cpu4", "9")
+    assert tracker.told["file"] == tmp_path / "quantization.json"
+    tracker.status = ""
     assert module._track(settings.model_copy(update={"register_as": ""}), "/c", tmp_path, metadata, 1e9) is None
+    assert tracker.status == "FINISHED" and len(registered) == 1
 
 
 def test_an_artifact_is_registered_later_without_being_made_again(tmp_path, monkeypatch):

@@ -79,3 +79,21 @@ def test_features_are_computed_once_for_each_image_size(monkeypatch):
         {"image_size": 224, "sources": ["cc_sbu", "laion"]},
         {"image_size": 448, "sources": sorted(large)},
     ]
+
+
+@pytest.mark.parametrize(("size", "flop"), [(224, 0.52e12), (448, 2.3e12), (896, 4 * 2.3e12)])
+def test_hours_are_those_of_the_encoders_operations(size, flop):
+    stage = replace(PAPER[1], image_size=size)
+    rows = {"laion": 7000, "cc_sbu": 200}
+    (found,) = plan_features([stage], rows, 0, tflops=2.0)
+    assert found.hours_cached == pytest.approx(7200 * flop / 2e12 / 3600)
+    assert found.hours_inline == pytest.approx(20_000 * 64 * flop / 2e12 / 3600)
+    assert (found.rows, found.draws, found.sources) == (7200, 20_000 * 64, ("cc_sbu", "laion"))
+
+
+def test_an_inline_group_leaves_the_disk_to_the_next():
+    stages = [PAPER[1], replace(PAPER[1], number=3, image_size=448, sources=PAPER[2].sources)]
+    rows = {**ROWS, "laion": 10**7}
+    size = sum(rows[name] for name in plan_features(stages, rows, 0)[1].sources) * 32 * 768 * 2
+    choices = [each.choice for each in plan_features(stages, rows, int(size / 0.9) + 1)]
+    assert choices == ["inline", "cached"]

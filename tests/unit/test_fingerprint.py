@@ -8,7 +8,16 @@ import os
 import pytest
 
 from pipelines import storage
-from pipelines.fingerprint import FINGERPRINT_FILE, Fingerprint, OtherInputsError, checkpoint_digest, claim, digest_of
+from pipelines.fingerprint import (
+    FINGERPRINT_FILE,
+    Fingerprint,
+    OtherInputsError,
+    _is_within,
+    _sentence,
+    checkpoint_digest,
+    claim,
+    digest_of,
+)
 from pipelines.settings import SettingsError
 from tinygptv.checkpoint.folders import write_folder
 
@@ -82,7 +91,8 @@ def test_an_overwrite_that_is_killed_can_be_repeated(tmp_path, monkeypatch):
 def test_results_of_another_job_are_never_replaced(tmp_path, overwrite):
     claim(tmp_path, fingerprint(), RESULTS)
     (tmp_path / "result.json").write_text("{}")
-    with pytest.raises(OtherInputsError, match=r"results of another job \(train\): give another output="):
+    told = rf"^{tmp_path} holds results of another job \(train\): give another output="
+    with pytest.raises(OtherInputsError, match=told):
         claim(tmp_path, Fingerprint.of("score", seed=0), RESULTS, overwrite=overwrite)
     assert (tmp_path / "result.json").is_file()
 
@@ -95,7 +105,7 @@ def test_results_without_recorded_inputs_are_refused_and_foreign_files_are_not(t
     (tmp_path / FINGERPRINT_FILE).unlink()
     (tmp_path / "states").mkdir()
     for overwrite in (False, True):
-        with pytest.raises(OtherInputsError, match="holds states, but no fingerprint"):
+        with pytest.raises(OtherInputsError, match=f"^{tmp_path} holds states, but no fingerprint"):
             claim(tmp_path, fingerprint(), RESULTS, overwrite=overwrite)
     assert (tmp_path / "states").is_dir(), "it may be somebody else's"
 
@@ -147,5 +157,55 @@ def test_nested_inputs_have_dotted_names():
     assert dict(found.inputs) == {"job": "x", "a": None, "b.c.d": 1, "b.c.e": [{"f": 2}]}
 
 
+def test_names_come_in_order_and_five_differences_are_all():
+    found = Fingerprint.of("x", b=1, a={"z": 1, "y": 2})
+    assert list(found.inputs) == ["job", "a.y", "a.z", "b"]
+    for count, more in ((5, ""), (6, "; and 1 more"), (7, "; and 2 more")):
+        one, two = (Fingerprint.of("x", **{f"k{i}": value for i in range(count)}) for value in (0, 1))
+        text = _sentence(two.differences(one))
+        assert text == "; ".join(f"k{i} was 0, is now 1" for i in range(5)) + more
+
+
+@pytest.mark.parametrize(
+    ("path", "folder", "within"),
+    [
+        ("/a/b", "/a/b", True),
+        ("/a/b/", "/a/b", True),
+        ("/a/b/c", "/a/b/", True),
+        ("/a/bc", "/a/b", False),
+        ("/a", "/a/b", False),
+        ("s3://x/a/b", "s3://x/a/", True),
+        ("s3://x/a/", "s3://x/a", True),
+        ("s3://x/ab", "s3://x/a", False),
+        ("s3://x/a", "/x/a", False),
+        ("memory://x/a", "s3://x/a", False),
+        ("file:///a/b/c", "/a/b", True),
+    ],
+)
+def test_what_lies_within_a_folder(path, folder, within):
+    assert _is_within(path, folder) is within
+
+
+def test_links_do_not_hide_an_input(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert _is_within(str(tmp_path / "link/x"), str(tmp_path / "real"))
+    assert _is_within(str(tmp_path / "real/x"), str(tmp_path / "link"))
+
+
+def test_files_of_a_checkpoint_count_in_order_of_their_names(tmp_path, monkeypatch):
+    files = {"b": {"sha256": "2"}, "a": {"sha256": "1"}, "README.md": {"sha256": "3"}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
+    assert checkpoint_digest(tmp_path) == digest_of([["a", "1"], ["b", "2"]])
+    (tmp_path / "manifest.json").unlink()
+    for name in ("b", "a"):
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, ns=(5, 5))
+    paths = sorted(tmp_path.iterdir(), reverse=True)
+    monkeypatch.setattr(type(tmp_path), "iterdir", lambda folder: iter(paths))
+    assert checkpoint_digest(tmp_path) == digest_of([["a", "1 5"], ["b", "1 5"]])
+
+
 def test_digests_differ_with_any_value():
     assert digest_of({"a": 1, "b": [2.0]}) == digest_of({"a": 1, "b": [2.0]}) != digest_of({"a": 1, "b": [2.5]})
+    assert len(digest_of({})) == 12 and set(digest_of({})) <= set("0123456789abcdef"), "48 bits"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,8 @@ import pytest
 
 from tests.serving_model import make_model, make_processor
 from tinygptv.checkpoint.checkpoint import save_checkpoint
-from tinygptv.checkpoint.folders import CheckpointError
-from tinygptv.hub import local_folder, main, push_folder
+from tinygptv.checkpoint.folders import CheckpointError, write_folder
+from tinygptv.hub import _reason, is_hub, local_folder, main, push_folder
 
 REPO = "org/tiny"
 
@@ -46,9 +47,15 @@ def test_a_folder_goes_up_whole(folder, monkeypatch, tmp_path, capsys):
     assert {"README.md", "manifest.json", "config.json"} <= names and "notes.tmp" not in names
     assert "## Licences" in (folder / "README.md").read_text()
     assert uploaded["repo_id"] == REPO and uploaded["commit_message"] == "Upload checkpoint"
+    assert uploaded["folder_path"] == folder and set(uploaded) == {
+        "repo_id", "folder_path", "allow_patterns", "commit_message",
+    }  # fmt: skip
     push_folder(folder, REPO, message="better")
-    assert calls[2] == ("create", REPO, {"private": False, "exist_ok": True})
-    assert calls[3][1]["commit_message"] == "better"
+    assert main(["push", str(folder), REPO]) == 0
+    assert [call for call in calls[2:] if call[0] == "create"] == [
+        ("create", REPO, {"private": False, "exist_ok": True})
+    ] * 2
+    assert [call[1]["commit_message"] for call in calls[2:] if call[0] == "upload"] == ["better", "Upload checkpoint"]
 
 
 @pytest.fixture
@@ -103,6 +110,42 @@ def test_a_refusal_of_the_hub_is_one_sentence(monkeypatch, error, advice):
     assert ("hf auth login" in str(caught.value)) == advice
 
 
+@pytest.mark.parametrize(
+    ("output", "fix"), [(None, "Set HF_HOME to another folder."), ("out", "Give another --output.")]
+)
+def test_a_folder_that_cannot_be_made_is_told_with_what_to_change(monkeypatch, tmp_path, output, fix):
+    def refuse(*arguments, **more):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "no"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match=rf"downloaded: {tmp_path}/no cannot be made: .* {fix}$"):
+        local_folder("hf://org/tiny", output and tmp_path / output)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["pull", "--help"], ["hf://org/name or hf://org/name@revision", "folder [the hub's cache]"]),
+        (["push", "--help"], ["checkpoint or artifact folder", "org/name", "a new repository is private"]),
+        (["--help"], ["pull download a repository and check it", "push upload a checkpoint or artifact folder"]),
+    ],
+)
+def test_help_of_the_command(capsys, monkeypatch, words, told):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    out = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and out.startswith("usage: python -m tinygptv.hub") and all(t in out for t in told)
+
+
+def test_libraries_tell_nobody_of_a_download_unless_the_environment_says_otherwise(monkeypatch, downloads):
+    for before, after in ((None, "1"), ("0", "0")):
+        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", before or "")
+        if before is None:
+            monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY")
+        assert main(["pull", "hf://org/tiny"]) == 0 and os.environ["HF_HUB_DISABLE_TELEMETRY"] == after
+
+
 def test_damaged_folders_stay_here(folder, tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         push_folder(tmp_path / "nowhere", REPO)
@@ -117,3 +160,46 @@ def test_names_that_are_no_repository(name):
 
 def test_paths_are_left_alone():
     assert local_folder("some/folder") == Path("some/folder")
+
+
+def test_a_refusal_says_what_was_wanted_and_what_to_do(folder, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise RuntimeError("403 \n  Forbidden")
+
+    advice = "403 Forbidden Log in with `hf auth login`, or set HF_TOKEN."
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    assert main(["pull", "org/tiny@v2"]) == 2
+    assert capsys.readouterr().err == f"error: hf://org/tiny@v2 cannot be downloaded: {advice}\n"
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: SimpleNamespace(create_repo=refuse))
+    assert main(["push", str(folder), REPO]) == 2
+    assert capsys.readouterr().err == f"error: {folder} cannot be uploaded to {REPO}: {advice}\n"
+    assert _reason(KeyError()) == "KeyError" and _reason(OSError("a\n b")) == "a b"
+    assert _reason(OSError("bad Token")).endswith("set HF_TOKEN.") and _reason(OSError("401")).startswith("401 Log")
+
+
+def test_a_folder_without_its_card_stays_here(tmp_path):
+    folder = write_folder(tmp_path / "x", lambda staging: (staging / "a").write_text("a"))
+    with pytest.raises(CheckpointError) as caught:
+        push_folder(folder, REPO)
+    assert str(caught.value) == f"{folder} has no README.md, which tells the licences: save it with save_checkpoint."
+
+
+def test_a_repository_without_a_manifest_is_taken_as_it_is(monkeypatch, tmp_path):
+    asked = {}
+
+    def download(repo, **how):
+        asked.update(how)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert local_folder("hf://org/name@") == tmp_path and asked["revision"] is None
+    assert asked["allow_patterns"] == ["*.json", "*.safetensors", "*.txt", "*.md", "*.jinja", "*.model"]
+    assert is_hub("hf://a/b") and is_hub(Path("hf://a")) is False and not is_hub("a/hf://b")
+
+
+def test_a_file_that_was_changed_stays_here(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    card = (copy / "README.md").read_text()
+    (copy / "README.md").write_text("X" + card[1:])  # of equal size
+    with pytest.raises(CheckpointError, match=r"README\.md does not match the hash"):
+        push_folder(copy, REPO)

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from pipelines import cli
-from pipelines.settings import SECTIONS, TrainSettings
+from pipelines.settings import SECTIONS, ServeSettings, TrainSettings
+from tests.paths import ROOT
 
 JOBS = {
     "ablate": ("pipelines.ablation.run.ablate", {"text": "table", "report": "r.md", "page": "r.html"}),
@@ -48,7 +49,32 @@ def test_a_job_is_given_its_settings_and_prints_its_result_last(monkeypatch, cap
     assert type(settings) is SECTIONS[section]
     assert (settings.seed, settings.output, settings.recipe) == (5, "/from/file", "paper")
     assert rest == ([str(config)] if name == "recipe" else [])
-    assert capsys.readouterr().out.splitlines()[-1] == "/out/result.json"
+    before = {"ablate": "table\nreport: r.md\npage: r.html\n", "plan_memory": "fits\n"}.get(name, "")
+    assert capsys.readouterr().out == f"{before}/out/result.json\n"
+
+
+WORK = {
+    **{name: target for name, (target, _) in JOBS.items()},
+    "batch": "pipelines.serving.batch.run_batch",
+    "demo": "pipelines.miniature.demo.run_demo",
+    "released": "pipelines.released.run_released",
+    "score": "pipelines.evaluation.run.evaluate",
+    "serve_http": "jobs.serve_http.serve_until_stopped",
+    **{f"stage{number}": "pipelines.training.run.run_stage" for number in (1, 2, 3, 4)},
+}
+
+
+@pytest.mark.parametrize("name", sorted(WORK))
+def test_a_job_that_failed_or_was_interrupted_says_so_in_its_status(monkeypatch, capsys, name):
+    assert sorted(WORK) == sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
+    module, function = WORK[name].rsplit(".", 1)
+    for error, status, told in ((ValueError("no"), 2, "error: no\n"), (KeyboardInterrupt(), 130, "Interrupted. Run")):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(importlib.import_module(module), function, fail)
+        assert job(name)([]) == status and capsys.readouterr().err.startswith(told)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
@@ -106,5 +132,46 @@ def test_the_demo_reads_the_configuration_of_all_phases(monkeypatch, capsys, tmp
     monkeypatch.setattr(demo, "run_demo", lambda settings, config: given.append((settings.port, config)))
     monkeypatch.setattr(demo, "summary", lambda result: "summary")
     (tmp_path / "c.yaml").write_text("demo: {port: 9}")
+    with pytest.raises(SystemExit) as ended:
+        job("demo")(["--config"])
+    assert ended.value.code == 2
     assert job("demo")(["--config", str(tmp_path / "c.yaml")]) == 0
-    assert given == [(9, str(tmp_path / "c.yaml"))] and capsys.readouterr().out.endswith("summary\n")
+    assert given == [(9, str(tmp_path / "c.yaml"))]
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("The demo: ten phases, results in outputs/demo.") and rest == ["summary"]
+    assert job("demo")(["port=7", "output=here"]) == 0
+    assert given[1:] == [(7, None)] and "results in here." in capsys.readouterr().out
+
+
+def test_the_recipe_needs_no_configuration(monkeypatch):
+    from pipelines import recipe
+
+    given = []
+    monkeypatch.setattr(recipe, "run_recipe", lambda settings, config: given.append(config) or {"result": "r"})
+    assert job("recipe")(["output=x"]) == 0 and given == [None]
+
+
+def test_the_server_has_its_section_and_the_words_beside_it(monkeypatch, tmp_path):
+    module = importlib.import_module("jobs.serve_http")
+    served = []
+    monkeypatch.setattr(module, "serve_until_stopped", served.append)
+    (tmp_path / "c.yaml").write_text("serve: {port: 9, model_name: name}")
+    assert module.main(["--config", str(tmp_path / "c.yaml"), "model_name=other"]) == 0
+    assert [(type(each), each.port, each.model_name) for each in served] == [(ServeSettings, 9, "other")]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "jobs").glob("*.py")))
+def test_help_says_what_a_job_does_and_its_keys(capsys, name):
+    module = importlib.import_module(f"jobs.{name}")
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and module.__doc__.strip() in out and "  output=" in out
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "jobs").glob("*.py")))
+def test_a_wrong_word_ends_a_job_before_it_begins(capsys, name):
+    with pytest.raises(SystemExit) as ended:
+        job(name)(["no_such_key=1"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ") and capsys.readouterr().out == ""

@@ -30,3 +30,9 @@ def test_a_damaged_file_counts_as_missing_and_is_named(tmp_path, caplog, content
 def test_an_object_without_members_is_one(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     assert read_json_object(str(tmp_path / "x.json")) == {}
+
+
+def test_files_are_for_people_and_texts_are_short(tmp_path):
+    write_json(tmp_path / "x.json", {"a": [1]})
+    assert (tmp_path / "x.json").read_text() == '{\n "a": [\n  1\n ]\n}\n'
+    assert to_json({"a": [1]}) == '{"a": [1]}' and to_json({"a": 1}, indent=2) == '{\n  "a": 1\n}'

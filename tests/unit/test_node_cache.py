@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import threading
+import time
 
 import pytest
 
@@ -84,21 +84,30 @@ def test_a_start_that_changed_is_another_copy(remote, tmp_path):
 def test_processes_wait_for_one_download(remote, monkeypatch, tmp_path):
     """Forked processes share the memory file system's content and the lock, not what happened since."""
     log = tmp_path / "log"
-    original = storage.download_files
+    original, locked = storage.download_files, storage.locked
+    fork = multiprocessing.get_context("fork")
+    came = fork.Value("i", 0)
+
+    def lock(path):
+        with came.get_lock():
+            came.value += 1
+        return locked(path)
 
     def slow(source, wanted, target):
         with log.open("a") as file:
             file.write("download\n")
-        threading.Event().wait(0.5)
+        deadline = time.monotonic() + 60
+        while came.value < 3 and time.monotonic() < deadline:
+            time.sleep(0.001)
         return original(source, wanted, target)
 
+    monkeypatch.setattr(storage, "locked", lock)
     monkeypatch.setattr(storage, "download_files", slow)
-    fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=local_checkpoint, args=(remote,)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(120)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert log.read_text().splitlines() == ["download"]
 
@@ -158,13 +167,16 @@ def test_the_copy_that_was_used_longest_ago_is_removed(tmp_path, monkeypatch, ca
     assert {path for path in cache.iterdir() if path.is_dir()} == {first, third}
 
 
-def test_data_is_copied_once_with_its_times_and_again_when_a_file_changed(tmp_path, monkeypatch):
+def test_data_is_copied_once_with_its_times_and_again_when_a_file_changed(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     place = f"memory://bucket/{tmp_path.name}/data"
     for name in ("a.json", "deep/b.json"):
         storage.write_atomically(f"{place}/{name}", name.encode())
+    storage.write_atomically(f"{place}/large", bytes(300_000))
     fetched = downloads(monkeypatch)
     first = node_cache.local_data(place)
-    assert node_cache.local_data(place) == first and sorted(fetched) == ["a.json", "deep/b.json"]
+    assert caplog.messages == [f"fetching 3 files of {place} (0.3 MB)"]
+    assert node_cache.local_data(place) == first and sorted(fetched) == ["a.json", "deep/b.json", "large"]
     assert (first / "deep/b.json").read_bytes() == b"deep/b.json"
     times = {file.name: file.modified_ns for file in storage.find_below(place)}
     assert all((first / name).stat().st_mtime_ns // 1000 == changed // 1000 for name, changed in times.items())
@@ -188,3 +200,52 @@ def test_only_old_drafts_are_what_killed_downloads_left(tmp_path, monkeypatch):
     (tmp_path / "x.lock").touch()
     node_cache._thin_out(tmp_path, tmp_path / "newest")
     assert {path.name for path in tmp_path.iterdir()} == {"draft-new", "b", "c", "newest", "x.lock"}
+
+
+def test_a_local_checkpoint_is_compared_with_its_manifest(tmp_path, remote, monkeypatch):
+    folder = checkpoint(tmp_path / "local")
+    assert node_cache.checked_checkpoint(str(folder)) == folder
+    (folder / "config.json").write_text("{} ")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        node_cache.checked_checkpoint(str(folder))
+    asked = []
+    monkeypatch.setattr(node_cache, "local_checkpoint", lambda at, weights: asked.append((at, weights)) or folder)
+    assert node_cache.checked_checkpoint(remote, weights=False) == folder and asked == [(remote, False)]
+
+
+def test_copies_are_known_by_their_manifest_and_kept_beside_one_another(remote, cache, caplog):
+    caplog.set_level("INFO")
+    light, whole = local_checkpoint(remote, weights=False), local_checkpoint(remote)
+    assert light.name == f"{whole.name}-light" and len(whole.name) == 32 and whole.parent == cache
+    assert {path.name for path in cache.iterdir()} == {whole.name, light.name, f"{whole.name}.lock"}
+    assert caplog.messages[1] == f"fetching {remote} (0.0 MB)"
+
+
+def test_a_manifest_that_is_damaged_or_lists_too_much_is_told(remote):
+    for content in ("[]", '{"files": {"a": {}}}', '{"files": {"a": 3}}', "{}"):
+        storage.write_atomically(storage.join(remote, MANIFEST), content.encode())
+        with pytest.raises(CheckpointError, match=f"{remote}/manifest.json is damaged: "):
+            local_checkpoint(remote)
+    content = '{"files": {"gone.json": {"bytes": 1, "sha256": ""}}}'
+    storage.write_atomically(storage.join(remote, MANIFEST), content.encode())
+    with pytest.raises(CheckpointError, match=f"{remote} lacks a file that its manifest lists: "):
+        local_checkpoint(remote)
+
+
+def test_folders_alone_are_files_without_a_manifest(tmp_path):
+    place = f"memory://bucket/{tmp_path.name}/half"
+    storage.make_folder(f"{place}/tokenizer")
+    storage.write_atomically(f"{place}/tokenizer/a", b"x")
+    with pytest.raises(CheckpointError, match="has files but no"):
+        local_checkpoint(place)
+
+
+def test_copies_of_data_are_thinned_out_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(node_cache, "MAX_FOLDERS", 2)
+    places = [f"memory://bucket/{tmp_path.name}/d{number}" for number in range(3)]
+    for place in places:
+        storage.write_atomically(f"{place}/a", place.encode())
+    first, second, third = (node_cache.local_data(place) for place in places)
+    assert first.parent == tmp_path / "cache/data" and (second.is_dir(), third.is_dir()) == (True, True)
+    assert not first.exists() and {path.suffix for path in first.parent.iterdir()} == {"", ".lock"}
+    assert node_cache._used_at(first) == 0.0

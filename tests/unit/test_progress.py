@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
+import threading
 
 import pytest
 
-from pipelines import progress
+from pipelines import progress, storage
 from pipelines.progress import Bar, Line, StepProgress, follow, format_seconds, poll
 
 
@@ -83,13 +83,16 @@ def test_poll_calls_once_more_at_the_end_whatever_happens():
 
 
 def test_poll_calls_until_the_end():
-    calls = []
-    with poll(lambda: calls.append(1), every_s=0.01):
-        time.sleep(0.1)
-        assert len(calls) >= 2
-    after = len(calls)
-    time.sleep(0.05)
-    assert len(calls) == after
+    calls, twice = [], threading.Event()
+
+    def action():
+        calls.append(threading.current_thread())
+        if len(calls) == 2:
+            twice.set()
+
+    with poll(action, every_s=0.001):
+        assert twice.wait(60)
+    assert calls[0] is not threading.current_thread() is calls[-1] and not calls[0].is_alive()
 
 
 def test_follow_shows_the_last_line_of_another_process(tmp_path, capsys):
@@ -99,3 +102,50 @@ def test_follow_shows_the_last_line_of_another_process(tmp_path, capsys):
         assert not path.exists(), "a line of an earlier run would mislead"
         path.write_text("step 7")
     assert capsys.readouterr().err.splitlines()[-1] == "step 7"
+
+
+@pytest.mark.parametrize("root", ["local", "memory"])
+def test_follow_reads_any_storage_and_ends_its_line(tmp_path, capsys, monkeypatch, root):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    asked, poll = [], progress.poll
+    monkeypatch.setattr(progress, "poll", lambda action, every_s: asked.append(every_s) or poll(action, 60))
+    place = str(tmp_path / "p.txt") if root == "local" else f"memory://followed/{tmp_path.name}"
+    storage.write_atomically(place, b"old")
+    with follow(place):
+        assert not storage.exists(place)
+        storage.write_atomically(place, b"step 7 caf\xe9")
+    assert capsys.readouterr().err.endswith("\x1b[Kstep 7 caf\ufffd\n") and asked == [0.5 if root == "local" else 5.0]
+    with follow(place + "-none", quiet=True):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_an_empty_line_is_not_shown_and_the_first_one_at_once(clock, capsys):
+    clock[0] = 0.0
+    line = Line(log_every_s=10)
+    line.show("", last=True)
+    line.show("a")
+    assert capsys.readouterr().err == "", "ten seconds after the process began"
+    clock[0] = 10.0
+    line.show("a")
+    line.show("a", last=True)
+    assert capsys.readouterr().err == "a\n"
+
+
+def test_what_polls_does_not_hold_up_the_end_of_the_process(monkeypatch):
+    options, thread = [], progress.threading.Thread
+    monkeypatch.setattr(progress.threading, "Thread", lambda **given: options.append(given) or thread(**given))
+    with poll(lambda: None, every_s=60):
+        pass
+    assert options[0]["daemon"] is True
+
+
+def test_the_first_step_tells_what_is_left(clock):
+    steps = StepProgress("x", 10, 13)
+    clock[0] += 4
+    assert [steps.line(done, 1, 1, 1, 0).split("left ")[1] for done in (10, 11, 12, 13)] == [
+        "0:12",
+        "0:08",
+        "0:02",
+        "0:00",
+    ]

@@ -79,7 +79,17 @@ def test_every_command_is_understood_by_its_job(tmp_path, jobs):
 
 def test_features_are_made_where_they_pay(tmp_path, jobs):
     result = run(tmp_path)
+    out = tmp_path / "out"
     assert [plan["choice"] for plan in result["features"]] == ["cached", "cached", "inline"]
+    assert json.loads(json.dumps(result)) == json.loads((out / "result.json").read_text())
+    assert (result["checkpoint"], result["artifact"]) == (f"{out}/stage4/checkpoint", f"{out}/artifact")
+    assert result["result"] == f"{out}/result.json" and list(result["seconds"])[:2] == ["fetch", "convert"]
+    assert [name for name in result["seconds"] if "prepare" not in name][2:] == [
+        "features of stages 12",
+        "features of stages 3",
+        *(f"stage {stage.number}: {stage.title}" for stage in RECIPES["paper"]),
+        "quantize",
+    ]
     caches = [words for name, words in jobs.ran if name == "cache_features"]
     assert ["sources=[cc_sbu,laion]" in words for words in caches] == [True, False]
     chosen = {name: next(w for w in words if w.startswith("features=")) for name, words in jobs.ran if "stage" in name}
@@ -141,14 +151,17 @@ def test_missing_data_is_named_with_the_command_that_brings_it(tmp_path, jobs):
 
 
 def test_a_dry_run_prints_the_commands_and_the_plan(tmp_path, jobs, capsys):
-    run_recipe(RecipeSettings(recipe="paper", raw="DATA", output=str(tmp_path / "out"), dry_run=True), PAPER)
+    dry = RecipeSettings(recipe="paper", raw="DATA", output=str(tmp_path / "out"), dry_run=True, serve=True)
+    assert run_recipe(dry, PAPER)["seconds"] == {}
     out = capsys.readouterr().out
+    assert out.rstrip().endswith(f"artifact={tmp_path}/out/artifact") and "\n== serve\npython jobs/serve_http.py" in out
     assert not jobs.ran and "python jobs/stage4.py --config" in out and "Stage 1 and 2 (224 px): cached" in out
+    assert "\n== stage 4: multi-task learning\npython jobs/stage4.py " in out and "human --output" in out
     assert "python -m tinygptv.convert release --vision" in out and "input=DATA/laion/laion_dataset" in out
 
 
 def test_unknown_recipes_are_refused(tmp_path):
-    with pytest.raises(SettingsError, match="known recipes"):
+    with pytest.raises(SettingsError, match=r"recipe is 'x'; known recipes: \['mini', 'paper', 'released'\]"):
         run_recipe(RecipeSettings(recipe="x", output=str(tmp_path)), None)
 
 
@@ -163,7 +176,7 @@ def documented():
                     yield pytest.param(words[1:], id=f"{name}: {' '.join(words[1:4])}")
 
 
-@pytest.mark.parametrize("words", documented())
+@pytest.mark.parametrize("words", list(documented()))
 def test_documented_commands_are_understood(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     if words[:2] == ["-m", "tinygptv.convert"]:
@@ -221,3 +234,57 @@ def test_words_of_the_steps(tmp_path, jobs):
         f"output={out}/features12",
     ]
     assert caches[1][4] == "image_size=224" and caches[1][6] == f"output={out}/features3"
+
+
+def test_a_word_is_written_as_the_command_line_takes_it():
+    words = [recipe._text(value) for value in (True, False, ["a", 2], ("b",), "ab", 3, None)]
+    assert words == ["true", "false", "[a,2]", "[b]", "ab", "3", "None"]
+
+
+def test_a_step_is_run_by_this_python_from_the_jobs_folder(tmp_path, jobs, monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr(recipe.subprocess, "run", lambda words, check: called.append(words) or jobs.run(words, check))
+    plan = recipe._Recipe(RecipeSettings(recipe="paper", output=str(tmp_path)), None, tmp_path)
+    for words in (("jobs/fetch.py", "what=x y"), ("-m", "tinygptv.convert", "release")):
+        step = recipe.Step("title", words, tmp_path / "none")
+        assert plan.run(step) >= 0.0 and plan.done["title"] == step.shown
+    python = recipe.sys.executable
+    assert called == [
+        [python, str(recipe.jobs_folder() / "fetch.py"), "what=x y"],
+        [python, "-m", "tinygptv.convert", "release"],
+    ]
+    assert recipe.Step("t", ("jobs/fetch.py", "what=x y"), tmp_path).shown == "python jobs/fetch.py 'what=x y'"
+    plan._ran_any, step = False, recipe.Step("title", ("-m", "tinygptv.convert", "release"), tmp_path)
+    assert plan.run(step) == 0.0 and capsys.readouterr().out == "done already\n" and len(called) == 2
+
+
+def test_folders_may_be_in_the_home_folder_and_the_plan_is_that_of_the_settings(tmp_path, jobs, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = {}
+    monkeypatch.setattr(recipe, "plan_features", lambda stages, rows, free, **how: asked.update(how, free=free) or [])
+    monkeypatch.setattr(recipe.shutil, "disk_usage", lambda folder: SimpleNamespace(free=(7, folder)))
+    given = RecipeSettings(recipe="paper", raw="~/r", data="~/d/e", weights="~/w", tflops=3.0, features="inline")
+    plan = recipe._Recipe(given, None, tmp_path / "out")
+    assert (plan.raw, plan.data, plan.weights) == (tmp_path / "r", tmp_path / "d/e", tmp_path / "w")
+    assert plan.sources == sorted(plan.sources) and len(plan.sources) == 23
+    plan._plan()
+    assert asked == {
+        "free": (7, tmp_path),
+        "max_steps": 0,
+        "dtype": "float32",
+        "tflops": 3.0,
+        "wanted": "inline",
+    }
+
+
+def test_prepared_data_needs_no_raw_files_and_what_is_not_given_is_told(tmp_path, jobs):
+    given = RecipeSettings(recipe="paper", data=str(tmp_path), output=str(tmp_path / "out"))
+    plan = recipe._Recipe(given, None, tmp_path / "out")
+    for name in plan.sources[1:]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+    with pytest.raises(SettingsError, match=rf"^raw=\(not given\) lacks the data of {plan.sources[0]}: run"):
+        list(plan._prepare())
+    (tmp_path / plan.sources[0]).mkdir()
+    (tmp_path / plan.sources[0] / "manifest.json").touch()
+    assert [step.title for step in plan._prepare()] == [f"prepare {name}" for name in plan.sources]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -72,6 +73,18 @@ def test_a_small_disk_is_refused_and_what_is_there_counts(monkeypatch, tmp_path)
     with (tmp_path / "weights").open("wb") as stream:
         stream.truncate(15 * 10**8)
     released._check(small, tmp_path)
+
+
+def test_the_room_is_that_of_the_files_that_servers_have(monkeypatch, tmp_path):
+    """Published sizes are known; files that may be others are asked for, before anything is downloaded."""
+    asked = []
+    monkeypatch.setattr(released, "fetch", lambda settings: asked.append(settings) or {"num_bytes": 25})
+    plan = Plan("cpu", "cpu", needed=1, free=2, quantizing=1, host=2, download=100, disk=240)
+    published = released._with_stated_sizes(ReleasedSettings(), plan, tmp_path)
+    assert published is plan and not asked
+    changed = released._with_stated_sizes(ReleasedSettings(fetch={"accept_changed": True}), plan, tmp_path)
+    assert changed == replace(plan, disk=60)
+    assert [(each.dry_run, each.quiet, each.output) for each in asked] == [(True, True, f"{tmp_path}/weights")]
 
 
 def test_the_container_limit_counts(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """Which settings are asked about, and what is said where a node does not see a path."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -76,3 +77,73 @@ def test_nodes_that_work_and_are_not_this_one_are_asked(monkeypatch):
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "1"))
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     assert shared_paths._other_nodes() == {"10.0.0.2": "2", "10.0.0.5": "5"}
+
+
+def test_a_mark_is_there_while_the_nodes_are_asked(monkeypatch, tmp_path):
+    seen = {}
+
+    def answer(nodes, paths):
+        seen.update({key: (path, Path(path).exists()) for key, path in paths.items()})
+        return {}
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(shared_paths, "_other_nodes", lambda: {"10.0.0.2": "id"})
+    monkeypatch.setattr(shared_paths, "_missing_on", answer)
+    (tmp_path / "out").mkdir()
+    settings = TrainSettings(data="~/none", output="~/out", storage_path=str(tmp_path / "kept"))
+    shared_paths.check_shared_paths(settings)
+    assert set(seen) == {"output", "storage_path"}
+    for key, folder in (("output", "out"), ("storage_path", "kept")):
+        path, was_there = seen[key]
+        assert was_there and Path(path).parent == tmp_path / folder and len(Path(path).name) == 28
+        assert list((tmp_path / folder).iterdir()) == []
+
+
+class Probe:
+    """A stand-in for Ray's remote functions: every node runs here, or does not answer."""
+
+    def __init__(self, work, silent):
+        self.work, self.silent, self.node = work, silent, None
+
+    def options(self, scheduling_strategy):
+        assert scheduling_strategy.soft is False, "on this very node"
+        probe = Probe(self.work, self.silent)
+        probe.node = scheduling_strategy.node_id
+        return probe
+
+    def remote(self):
+        return self.node
+
+
+def test_each_node_says_what_it_does_not_see_or_is_passed_over(monkeypatch, tmp_path, caplog):
+    import ray
+
+    probe, asked = {}, []
+
+    def remote(**options):
+        asked.append(options)
+        return lambda work: probe.setdefault("made", Probe(work, set()))
+
+    def get(node):
+        if node == "n2":
+            raise ray.exceptions.RayError("gone")
+        return probe["made"].work()
+
+    def wait(references, num_returns, timeout):
+        asked.append((num_returns, timeout))
+        return [node for node in references if node != "n3"], [node for node in references if node == "n3"]
+
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr("ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy", Strategy)
+    paths = {"data": str(tmp_path), "output": str(tmp_path / "none")}
+    nodes = {f"10.0.0.{n}": f"n{n}" for n in (1, 2, 3)}
+    assert shared_paths._missing_on(nodes, paths) == {"10.0.0.1": ["output"]}
+    assert asked == [{"num_cpus": 0, "max_retries": 0}, (3, 60.0)]
+    assert "1 of 3 nodes did not say within a minute whether they see the paths." in caplog.text
+
+
+class Strategy:
+    def __init__(self, node_id, soft):
+        self.node_id, self.soft = node_id, soft

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 
+from pipelines import cluster
 from pipelines import units as units_module
 from pipelines.settings import Settings
 from pipelines.units import (
@@ -16,6 +17,7 @@ from pipelines.units import (
     ATTEMPTS,
     UnitsLostError,
     Workers,
+    _Attempt,
     _attempts,
     _dump_error,
     _groups,
@@ -117,14 +119,32 @@ class Operator:
 
 
 @pytest.mark.parametrize(
-    ("workers", "most"),
-    [(Workers(), 2 * _TASKS_PER_WORKER), (Workers(3), 3), (Workers(99, num_cpus=2.0), _TASKS_PER_WORKER)],
+    ("workers", "most", "started_here"),
+    [
+        (Workers(), 2 * _TASKS_PER_WORKER, False),
+        (Workers(3), 3, False),
+        (Workers(99, num_cpus=2.0), _TASKS_PER_WORKER, False),
+        (Workers(), 2 * _TASKS_PER_WORKER, True),
+        (Workers(1), _TASKS_PER_WORKER, True),
+        (Workers(3), 2 * _TASKS_PER_WORKER, True),
+    ],
 )
-def test_tasks_are_submitted_ahead_and_never_more_than_may_run_at_a_time(monkeypatch, workers, most):
+def test_tasks_are_submitted_ahead_and_never_more_run_than_may(monkeypatch, workers, most, started_here):
     ray = pytest.importorskip("ray")
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    if started_here:
+        monkeypatch.setattr(cluster._started_here, "is_set", lambda: True)
     policy = _TasksAhead(workers, "context", "topology", "resources")
     assert policy.can_add_input(Operator(most - 1)) and not policy.can_add_input(Operator(most))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 99, 900])
+def test_as_many_workers_as_there_may_be_have_a_share_and_not_one_more(monkeypatch, count):
+    assert cluster.worker_share(count) == {}
+    monkeypatch.setattr(cluster._started_here, "is_set", lambda: True)
+    ((name, share),) = cluster.worker_share(count).items()
+    shares = cluster._init_arguments(Settings())["resources"][name]
+    assert share == int(share) and count * share <= shares < (count + 1) * share
 
 
 def test_a_cluster_that_has_grown_gets_more_tasks(monkeypatch):
@@ -141,13 +161,20 @@ def test_a_cluster_that_has_grown_gets_more_tasks(monkeypatch):
     assert policy.can_add_input(busy)
 
 
-def test_what_a_lost_group_held_is_done_again_one_by_one():
+def test_what_a_lost_process_held_is_done_again_one_by_one():
     sizes = [1, 1, 1, 1, _GROUP_BYTES, 1, 1, 1]
-    assert list(_attempts(range(8), Workers(1), None)) == [([[n] for n in range(8)], ATTEMPTS - 1)]
-    grouped, alone = _attempts(range(8), Workers(1), lambda unit: sizes[unit])
-    assert grouped == ([[0, 1], [2, 3], [4], [5, 6], [7]], 0)
-    assert alone == ([[n] for n in range(8)], ATTEMPTS - 2)
-    assert list(_attempts(range(8), Workers(3), lambda unit: sizes[unit])) == [([[n] for n in range(8)], ATTEMPTS - 1)]
+    alone = [[n] for n in range(8)]
+    grouped = [[0, 1], [2, 3], [4], [5, 6], [7]]
+    assert list(_attempts(range(8), Workers(1), None)) == [_Attempt(alone, ATTEMPTS - 1)]
+    assert list(_attempts(range(8), Workers(3), lambda unit: sizes[unit])) == [_Attempt(alone, ATTEMPTS - 1)]
+    assert list(_attempts(range(8), Workers(1), lambda unit: sizes[unit])) == [
+        _Attempt(grouped, 0),
+        _Attempt(alone, ATTEMPTS - 2, one_by_one=True),
+    ]
+    assert list(_attempts(range(8), Workers(1, reuse_setup=True), None)) == [
+        _Attempt(alone, 1),
+        _Attempt(alone, ATTEMPTS - 3, one_by_one=True),
+    ]
 
 
 def test_a_process_sets_its_work_up_once_and_keeps_it():
@@ -163,10 +190,10 @@ def on_ray(monkeypatch):
     """Ray whose every attempt loses the units named for it; notes what each was asked for."""
     losses, asked = [], []
 
-    def run(setup, units, groups, workers, name, retries):
-        asked.append(([list(group) for group in groups], retries))
+    def run(setup, units, attempt, workers, name):
+        asked.append((attempt.groups, attempt.retries))
         lost = losses.pop(0)
-        for number in (number for group in groups for number in group):
+        for number in (number for group in attempt.groups for number in group):
             if units[number] == "bad":
                 yield number, _Outcome(None, ValueError("bad unit"))
             elif number not in lost:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tinygptv.checkpoint.file_kinds import FileKindError, missing_bytes, read_json_object, wrong_kind
+from tinygptv.folder_fault import folder_fault
 from tinygptv.json_object import JsonObject
 
 MANIFEST = "manifest.json"
@@ -59,29 +60,60 @@ def write_folder(folder: str | Path, fill: Callable[[Path], None], *, also_ours:
         The final path.
 
     Raises:
-        CheckpointError: the path holds something that this project did not write.
+        CheckpointError: the path holds something that this project did not write, its folder cannot be made, or the
+            complete folder cannot be renamed to it.
     """
     given = Path(folder)
     check_output(given, also_ours=also_ours)
     folder = Path(os.path.realpath(given))  # a link stays a link
-    folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    staging.mkdir()
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"output {given} cannot be made: {folder_fault(staging, error)}. Give another folder."
+        ) from error
     try:
         fill(staging)
         write_manifest(staging)
-        old = None
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
-            folder.rename(old)
-        staging.rename(folder)
-        _sync(folder.parent)
-        if old is not None:
-            shutil.rmtree(old)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    _move_into_place(staging, folder)
     return given
+
+
+def _move_into_place(new: Path, folder: Path) -> None:
+    """Rename a complete folder to its final path; the one there is removed afterwards, or restored where that fails."""
+    old = None
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} could not be written ({error.strerror or error}): the new folder is complete and stays at {new}"
+            f"{_restore(old, folder)}. Rename it to {folder} when the cause is gone."
+        ) from error
+    except BaseException:
+        _restore(old, folder)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    _sync(folder.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _restore(old: Path | None, folder: Path) -> str:
+    """Give a folder its name back; says where it is."""
+    if old is None:
+        return ""
+    try:
+        old.rename(folder)
+    except OSError:
+        return f", the one before it at {old}"
+    return f", the one before it is again at {folder}"
 
 
 def check_output(output: str | Path, inputs: Collection[str | Path] = (), *, also_ours: Collection[str] = ()) -> None:
@@ -100,7 +132,7 @@ def check_output(output: str | Path, inputs: Collection[str | Path] = (), *, als
     if not output.exists():
         blocking = next((p for p in output.absolute().parents if p.exists() and not p.is_dir()), None)
         if blocking is not None:
-            raise CheckpointError(f"output {output} cannot be made: {blocking} is a file.")
+            raise CheckpointError(f"output {output} cannot be made: {blocking} is a file. Give another folder.")
         return
     if not output.is_dir():
         raise CheckpointError(f"output {output} is a file that would be deleted: give a new or empty folder.")

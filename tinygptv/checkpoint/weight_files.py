@@ -11,6 +11,7 @@ import mmap
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,8 @@ _WRAPPERS = ("model", "state_dict", "module")
 _PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.pth", "*.pt", "*.bin")
 _FORBIDDEN = ("builtins.bytearray", "__builtin__.bytearray")
 """The one thing beside tensors that torch would make of any size that a pickle names."""
+_MAPPED_BYTES = 2**26
+"""So many bytes of a mapped file are read before it is mapped again: what was read leaves the memory of the process."""
 _NOT_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng_state")
 
 
@@ -130,20 +133,34 @@ def _open_torch(file: Path) -> Iterator[LazyTensor]:
     mapped = zipfile.is_zipfile(file)  # the format before torch 1.6 is no zip file, and cannot be mapped
     try:
         _check_zip(file) if mapped else _check_old_format(file)
-    except (PickleError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (ValueError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:  # all of zipfile's
         raise WeightFileError(
             f"{file} is damaged or no file of tensors, and was not opened further: {error}"
         ) from error
     content = _unwrap(_load_torch(file, mapped), file)
+    load = _MappedFile(file, content).tensor if mapped else content.__getitem__
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            yield LazyTensor(file, str(key), tuple(value.shape), partial(load, key))
 
-    def load(key: Any) -> Tensor:
-        return _unwrap(_load_torch(file, mapped), file)[key].clone() if mapped else content[key]
 
-    tensors = {key: tuple(value.shape) for key, value in content.items() if isinstance(value, Tensor)}
-    if mapped:
-        del content
-    for key, shape in tensors.items():
-        yield LazyTensor(file, str(key), shape, partial(load, key))
+class _MappedFile:
+    """A torch file whose tensors are read from a mapping."""
+
+    def __init__(self, file: Path, content: Mapping[str, Any]) -> None:
+        self._file = file
+        self._content: Mapping[str, Any] | None = content
+        self._bytes_read = 0
+
+    def tensor(self, key: str) -> Tensor:
+        """Copy one tensor out of the mapping."""
+        if self._content is None:
+            self._content = _unwrap(_load_torch(self._file, mapped=True), self._file)
+        tensor: Tensor = self._content[key].clone()
+        self._bytes_read += tensor.nbytes
+        if self._bytes_read > _MAPPED_BYTES:
+            self._content, self._bytes_read = None, 0
+        return tensor
 
 
 def _check_zip(file: Path) -> None:

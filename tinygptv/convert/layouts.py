@@ -60,13 +60,12 @@ def separate_heads(rows: Tensor, num_heads: int) -> Tensor:
 
 # ---------------------------------------------------------------------- normalising wrapped names
 
-_STRIP_PREFIXES = ("module.", "model.module.", "_orig_mod.")
+_WRAPPERS = re.compile(r"^(?:(?:model\.)?module\.|_orig_mod\.)+")
 
 
 def plain_key(key: str) -> str:
-    """Undo what wrappers add to names: those of DDP, ``torch.compile`` and peft."""
-    for prefix in _STRIP_PREFIXES:
-        key = key.removeprefix(prefix)
+    """Undo what wrappers add to names: those of DDP, ``torch.compile`` and peft, in any order."""
+    key = _WRAPPERS.sub("", key)
     key = (
         key.replace(".base_layer.", ".").replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
     )

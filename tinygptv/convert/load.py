@@ -90,10 +90,8 @@ def build_fresh(release: Release, dtype: torch.dtype) -> Iterator[tuple[str, Ten
 
 
 def _fresh(name: str, shape: tuple[int, ...], config: TinyGPTVConfig) -> Tensor:
-    if name.endswith("lora_B.default.weight") or name.endswith(".bias"):
+    if name.endswith(".bias"):
         return torch.zeros(shape)
-    if name.endswith("lora_A.default.weight"):
-        return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=5**0.5)
     if len(shape) == 1:
         return torch.ones(shape)
     return torch.nn.init.normal_(torch.empty(shape), std=config.initializer_range)

@@ -227,16 +227,20 @@ def _mappers(role: str, keys: list[str]) -> list[Mapper]:
 
 def _check_thirds(pieces: dict[str, list[Piece]], path: Path) -> None:
     for name, found in pieces.items():
-        thirds = sorted(piece.target.piece for piece in found if piece.target.piece is not None)
-        if thirds and thirds != [0, 1, 2]:
-            lacking = [SPLIT_PARTS[i] for i in range(3) if i not in thirds]
+        thirds = {piece.target.piece for piece in found} - {None}
+        lacking = [part for i, part in enumerate(SPLIT_PARTS) if i not in thirds]
+        if thirds and lacking:
             raise WeightFileError(
                 f"{path} lacks {', '.join(lacking)} of {name}: split q, k and v projections come in threes."
             )
-        if not thirds and len(found) > 1:
-            raise WeightFileError(
-                f"{path} holds {found[0].tensor.key} and {found[1].tensor.key}, which are the same tensor."
-            )
+        first: dict[int | None, Piece] = {}
+        for piece in found:
+            if piece.target.piece in first or (first and None in {*first, piece.target.piece}):
+                other = first.get(piece.target.piece, found[0])
+                raise WeightFileError(
+                    f"{path} holds {other.tensor.key} and {piece.tensor.key}, which are the same tensor."
+                )
+            first[piece.target.piece] = piece
 
 
 def _part(name: str) -> str:

@@ -15,8 +15,8 @@ from tinygptv.json_object import JsonObject
 RELEASE_VISION_HEAD = 88
 RELEASE_QFORMER_HEAD = 64
 PHI2_HEAD = 80
-_LARGEST_SETTING = 1 << 22
 """Head widths of the release's parts, which no tensor shows."""
+_LARGEST_SETTING = 1 << 22
 
 
 def language_settings(language: str | Path | None) -> JsonObject:

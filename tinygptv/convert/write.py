@@ -52,7 +52,7 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_byte
             size = 0
 
     for name, tensor in tensors:
-        if size + tensor.nbytes > shard_bytes:
+        if waiting and size + tensor.nbytes > shard_bytes:
             flush()
             logger.info("%.1f GB written ...", total / 1e9)
         waiting[name] = tensor.contiguous().clone()  # a mapped file must not stay open through its tensor

@@ -140,9 +140,14 @@ def encode_conversation(
         Ids [S] with ``image_token_id`` at image positions, and the images in order.
 
     Raises:
-        ValueError: the roles do not alternate from user to user.
+        ValueError: the roles do not alternate from user to user, or a text is no Unicode.
     """
     exchanges = conversation_exchanges(messages)
+    for message in messages:
+        try:
+            message.text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("a message holds half of a surrogate pair, which is no character.") from None
     if exchanges[-1].answer is not None:
         raise ValueError("the last message is the assistant's: it must be a question of the user.")
     images = [image for message in messages for image in message.images]

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterable
 
 from PIL import ExifTags, Image
 
-from tinygptv.data.image_structure import START_OF_SCAN, jpeg_segments
+from tinygptv.data.image_structure import START_OF_SCAN, Segment, jpeg_segments
 
-_APP1 = 0xE1
+_APP1, _APP2 = 0xE1, 0xE2
 _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=\"|>)\s*([1-8])")
 
 
-def is_plain_jpeg(data: bytes) -> bool:
-    """Whether a JPEG has neither Exif nor XMP nor further images before its pixels: it is certainly upright."""
+def is_plain_jpeg(data: bytes, segments: Iterable[Segment] | None = None) -> bool:
+    """Whether a JPEG has neither Exif nor XMP nor further images before its pixels: it is certainly upright.
+
+    Args:
+        data: an encoded image.
+        segments: what ``check_structure`` gave for it; None searches again.
+    """
     if not data.startswith(b"\xff\xd8"):
         return False
-    for segment in jpeg_segments(data):
-        if segment.marker == START_OF_SCAN:
+    for segment in jpeg_segments(data) if segments is None else segments:
+        marker = segment.marker
+        if marker == START_OF_SCAN:
             return True
-        if segment.marker == _APP1 or b"MPF\0" in data[segment.start : segment.start + 12]:
+        if marker == _APP1 or (marker == _APP2 and data.startswith(b"MPF\0", segment.start + 4)):
             return False
     return False
 

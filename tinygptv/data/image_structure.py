@@ -26,22 +26,30 @@ MAX_TIFF_TAGS = 2_000
 _TIFF_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 
 START_OF_SCAN, PROGRESSIVE, _END_OF_IMAGE = 0xDA, 0xC2, 0xD9
+_SEQUENTIAL = {0xC0, 0xC1}
+"""Frames of a sequential JPEG with Huffman codes."""
+
+_STARTS_OF_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _STANDALONE = {0x01, 0xD8, *range(0xD0, 0xD8)}
+_WITH_LENGTH = frozenset(range(0x02, 0xFF)) - _STANDALONE - {_END_OF_IMAGE}
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 """After a scan's header: a marker that is neither a stuffed byte, a restart mark nor padding."""
 
 
-def check_structure(data: bytes) -> None:
+def check_structure(data: bytes) -> list[Segment]:
     """Refuse an image that is cheap to send and dear to decode.
 
     Args:
         data: an encoded image; formats other than JPEG, PNG, GIF and TIFF pass, and so does what is damaged.
 
+    Returns:
+        A JPEG's segments up to its first scan, that included, which spares who needs them a second search.
+
     Raises:
         ValueError: which part there is too much of, and the bound.
     """
     if data[:2] == b"\xff\xd8":
-        _check_jpeg(data)
+        return _check_jpeg(data)
     elif data[:8] == b"\x89PNG\r\n\x1a\n":
         _check_png(data)
     elif data[:4] == b"GIF8":
@@ -50,6 +58,7 @@ def check_structure(data: bytes) -> None:
         _check_tiff(data)
     elif data[:4] in (b"II+\0", b"MM\0+"):
         raise ValueError("a BigTIFF is not decoded: convert it to JPEG or PNG.")
+    return []
 
 
 class Segment(NamedTuple):  # made ten times per image: a third of a dataclass's cost
@@ -62,25 +71,53 @@ class Segment(NamedTuple):  # made ten times per image: a third of a dataclass's
 
 def jpeg_segments(data: bytes) -> Iterator[Segment]:
     """Marker segments of a JPEG up to the end of the image, without the entropy-coded data between them."""
-    at = 2
-    while (match := _NEXT_MARKER.search(data, at)) is not None:
-        marker, at = data[match.start() + 1], match.end()
-        if marker == _END_OF_IMAGE:
-            return
-        if marker not in _STANDALONE:
-            length = int.from_bytes(data[at : at + 2], "big") if at + 2 <= len(data) else len(data)
-            at += max(2, length)
-            yield Segment(marker, match.start(), at)
+    at, last = 2, len(data) - 4
+    while True:
+        if at <= last and data[at] == 0xFF and data[at + 1] in _WITH_LENGTH:  # the next segment follows at once
+            start, marker = at, data[at + 1]
+        else:
+            match = _NEXT_MARKER.search(data, at)
+            if match is None:
+                return
+            start, at = match.span()
+            marker = data[start + 1]
+            if marker == _END_OF_IMAGE:
+                return
+            if marker in _STANDALONE:
+                continue
+        length = data[start + 2] << 8 | data[start + 3] if start <= last else len(data)
+        at = start + 2 + max(2, length)
+        yield Segment(marker, start, at)
 
 
-def _check_jpeg(data: bytes) -> None:
+def _check_jpeg(data: bytes) -> list[Segment]:
+    head: list[Segment] = []
     num_scans = 0
     for number, segment in enumerate(jpeg_segments(data), 1):
-        num_scans += segment.marker == START_OF_SCAN
+        if num_scans == 0:
+            head.append(segment)
+        if segment.marker == START_OF_SCAN:
+            num_scans += 1
+            if num_scans == 1 and _is_whole_image(data, head):
+                break
         if num_scans > MAX_JPEG_SCANS:
             raise ValueError(f"a JPEG with more than {MAX_JPEG_SCANS} scans is not decoded.")
         if number > MAX_JPEG_SEGMENTS:
             raise ValueError(f"a JPEG with more than {MAX_JPEG_SEGMENTS} segments is not decoded.")
+    return head
+
+
+def _is_whole_image(data: bytes, head: list[Segment]) -> bool:
+    """Whether a JPEG's first scan, the last of these segments, has all of its components.
+
+    libjpeg decodes one such scan and refuses a second one (its ``jdinput.c``: ``has_multiple_scans``). Nothing behind
+    this scan can make it work longer, so the pixels, which are most of the file, need not be searched for segments.
+    """
+    frames, scan = [segment for segment in head if segment.marker in _STARTS_OF_FRAMES], head[-1]
+    if len(frames) != 1 or frames[0].marker not in _SEQUENTIAL or scan.end > len(data):
+        return False
+    num_components = data[frames[0].start + 9 : frames[0].start + 10]
+    return num_components == data[scan.start + 4 : scan.start + 5]
 
 
 def _check_png(data: bytes) -> None:

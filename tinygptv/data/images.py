@@ -8,6 +8,7 @@ runs.
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import os
 import urllib.request
@@ -33,7 +34,6 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 _BITS_PER_SAMPLE = 258  # tag of a TIFF
 _DOWNLOAD_TIMEOUT_S = 30
-_LONGEST_PATH = 4096
 
 
 def load_image(source: Any) -> Image.Image:
@@ -64,12 +64,21 @@ def _load_named(name: str) -> Image.Image:
     path = unquote(name.removeprefix("file://")) if name.startswith("file://") else name
     if name[:5].lower() == "data:":
         name = name.partition(",")[2]
-    elif len(path) < _LONGEST_PATH and Path(path).is_file():
+    elif _is_file(path):
         return open_image(Path(path).read_bytes(), path)
     try:
         return open_image(base64.b64decode(name, validate=True))
     except ValueError:
         raise ValueError(f"{name:.200} is no image file, http(s) or data URL, nor base64 of an image.") from None
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # base64
+            return False
+        raise
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -78,7 +87,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    if array.dtype == object or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if array.dtype == object or not is_image or array.size == 0:
         raise ValueError(
             "an image is a PIL image, bytes, a path, a URL or an array [H, W], [H, W, C] or [C, H, W], not an array of "
             f"shape {list(array.shape)} and type {array.dtype}."
@@ -149,7 +159,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # PIL knows no direct way
         background = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(background, rgba).convert("RGB")
     return image.convert("RGB")

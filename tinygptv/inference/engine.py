@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -283,16 +284,15 @@ class Engine:
 
     # ------------------------------------------------------------------ what a token does to its sequence
 
-    def _read(self, step: _InFlight) -> list[tuple[int, Delta]]:
-        """Tokens of a launched step; those of sequences that ended in the meantime are dropped."""
-        results = []
+    def _read(self, step: _InFlight) -> Iterator[tuple[int, Delta]]:
+        """Tokens of a launched step, one by one, so that those before a failure are delivered; those of sequences that
+        ended in the meantime are dropped."""
         for sequence, length, drawn in zip(step.sequences, step.lengths, step.launch.read(), strict=True):
             if sequence.has_ended:
                 continue
             if sequence.num_answered:  # the step wrote the position of the token that was read before
                 self.prefix_cache.extend(sequence.slot, length, sequence.last_token)
-            results.append((sequence.id, self._advance(sequence, drawn)))
-        return results
+            yield sequence.id, self._advance(sequence, drawn)
 
     def _advance(self, sequence: _Sequence, drawn: Drawn) -> Delta:
         if not drawn.is_finite:

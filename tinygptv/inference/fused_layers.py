@@ -21,9 +21,10 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.activations import GELUTanh, NewGELUActivation
 
 from tinygptv.inference.decoder import FlatDecoder
+from tinygptv.inference.layer_weights import NormWeights, attention_weights, layer_norm, rms_norm
 from tinygptv.kernels import step_ops
-from tinygptv.kernels.shapes import AttentionWeights, Branch, Cache
-from tinygptv.model.language_model import Float32LayerNorm, Float32RMSNorm, PhiDecoderLayer
+from tinygptv.kernels.shapes import Branch, Cache
+from tinygptv.model.language_model import PhiDecoderLayer
 from tinygptv.quantization.linear_packed import PackedLinear
 from tinygptv.quantization.linear_tinygemm import TinygemmLinear
 
@@ -54,7 +55,7 @@ class FusedLayers:
         self.decoder = decoder
         self.ops: Any = ops or step_ops(decoder.device.type)
         self.layers = [_Layer(cast(PhiDecoderLayer, layer), decoder, self.ops) for layer in decoder.language.layers]
-        self.final_norm = _norm(decoder.language.final_layernorm)
+        self.final_norm = layer_norm(decoder.language.final_layernorm)
         is_cuda = decoder.device.type == "cuda"
         self._side = torch.cuda.Stream(decoder.device) if is_cuda else None
 
@@ -110,21 +111,12 @@ class FusedLayers:
             return hidden_TD.new_empty(0, self.decoder.model.config.text_config.vocab_size)
         return self._logits(torch.stack([normed_TD[row] for row in output_rows]))
 
-    def _add_norm(self, hidden_TD: Tensor, attention: Branch | None, mlp: Branch | None, norm: _Norm) -> Tensor:
+    def _add_norm(self, hidden_TD: Tensor, attention: Branch | None, mlp: Branch | None, norm: NormWeights) -> Tensor:
         dtype = self.decoder.matrix_dtype
         return self.ops.add_norm(hidden_TD, attention, mlp, norm.weight, norm.bias, norm.eps, dtype)
 
     def _logits(self, normed_TD: Tensor) -> Tensor:
         return self.decoder.model.compute_logits(normed_TD)
-
-
-@dataclass(frozen=True)
-class _Norm:
-    """A LayerNorm's parameters in float32; no weight: none is applied."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
 
 
 class _Layer:
@@ -136,22 +128,11 @@ class _Layer:
         self.qkv, self.dense = Projection(attention.qkv_proj), Projection(attention.dense)
         self.fc1, self.fc2 = Projection(layer.mlp.fc1), Projection(layer.mlp.fc2)
         self.activation = layer.mlp.activation_fn
-        self.norm = _norm(layer.input_layernorm)
-        query_norm, key_norm = _norm(attention.q_layernorm), _norm(attention.k_layernorm)
-        self.attention = AttentionWeights(
-            bias=self.qkv.bias,
-            q_norm=(query_norm.weight, query_norm.bias),
-            k_norm=(key_norm.weight, key_norm.bias),
-            eps=query_norm.eps,
-            cos=decoder.cos[:, 0].contiguous(),
-            sin=decoder.sin[:, 0].contiguous(),
-            rotary_dim=attention.rotary_dim,
-            scale=attention.scaling,
-        )
+        self.norm = layer_norm(layer.input_layernorm)
+        tables = decoder.rotary.cos[:, 0], decoder.rotary.sin[:, 0]
+        self.attention = attention_weights(attention, self.qkv.bias, *tables)
         self.cache = Cache(*decoder.cache[index].unbind(0))
-        rms = layer.attention_rmsnorm
-        self.rms_weight = rms.weight.detach().float() if isinstance(rms, Float32RMSNorm) else None
-        self.rms_eps = rms.eps if isinstance(rms, Float32RMSNorm) else 0.0
+        self.rms_weight, self.rms_eps = rms_norm(layer)
 
     def attention_branch(self, attended: Tensor) -> Branch:
         return Branch(self.dense.partials(attended), self.dense.bias, self.rms_weight, self.rms_eps)
@@ -209,13 +190,6 @@ class Projection:
         if isinstance(self._module, PACKED_LAYERS):
             return self._module.partial_products(x_TI)
         return self._module(x_TI).unsqueeze(0)
-
-
-def _norm(module: nn.Module) -> _Norm:
-    if not isinstance(module, Float32LayerNorm):
-        return _Norm(None, None, 0.0)
-    bias = None if module.bias is None else module.bias.detach().float()
-    return _Norm(module.weight.detach().float(), bias, module.eps)
 
 
 class _beside:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinygptv.inference.decoder import FlatDecoder, Segment, StepPlan
+from tinygptv.inference.decoder import FlatDecoder
+from tinygptv.inference.flat_layer import Segment, StepPlan
 from tinygptv.inference.sampling import Sampler, SamplingParams, TokenLogprobs
 
 
@@ -94,6 +95,12 @@ class _Done:
         return self.drawn
 
 
+def _finite_and_largest(logits_MK: Tensor | np.ndarray) -> tuple[list[bool], list[int]]:
+    """For each row, whether all of its numbers are finite, and where the largest is."""
+    is_finite_MK = np.isfinite(logits_MK) if isinstance(logits_MK, np.ndarray) else logits_MK.isfinite()
+    return is_finite_MK.all(-1).tolist(), logits_MK.argmax(-1).tolist()
+
+
 class FlatRunner:
     """Computes each step when it is launched: all rows and pieces in one forward pass (``FlatDecoder``)."""
 
@@ -118,8 +125,9 @@ class FlatRunner:
             embeds.insert(0, self.decoder.embed(last_tokens))
         logits_MK = self.decoder.forward(torch.cat(embeds) if len(embeds) > 1 else embeds[0], self._plan(rows, pieces))
         slots = [row.slot for row in rows] + [piece.slot for piece in pieces if piece.is_last]
-        is_finite, largest = logits_MK.isfinite().all(-1).tolist(), logits_MK.argmax(-1).tolist()
-        return _Done([self._draw(*values) for values in zip(slots, logits_MK, is_finite, largest, strict=True)])
+        # On a CPU by NumPy: torch's threads, which share a vocabulary among them, would spin beside the next step's.
+        found = _finite_and_largest(logits_MK.numpy() if logits_MK.device.type == "cpu" else logits_MK)
+        return _Done([self._draw(*values) for values in zip(slots, logits_MK, *found, strict=True)])
 
     def _draw(self, slot: int, logits_K: Tensor, is_finite: bool, largest: int) -> Drawn:
         if not is_finite:
@@ -152,7 +160,7 @@ class FlatRunner:
             cache_rows=self.decoder.cache_rows(torch.tensor(slots, device=device), position_T),
             segments=segments,
             num_decoding=len(rows),
-            output_rows=torch.tensor(outputs, device=device) if pieces else None,
+            output_rows=torch.tensor(outputs, dtype=torch.int64, device=device) if pieces else None,  # it may be empty
         )
 
     def _decoding_segments(self, rows: Sequence[Row]) -> list[Segment]:

@@ -9,15 +9,17 @@ Notation: S tokens of all sequences, D width, N heads, H head width.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
 from tinygptv.config import TinyGPTVTextConfig
 from tinygptv.kernels.training_functions import AdaptedProduct, AddBranches, DropForAdapter, NormAndDrop, RotateHeads
-from tinygptv.model.lora import AdaptedLinear
 from tinygptv.model.varlen_attention import varlen_attention
+
+if TYPE_CHECKING:
+    from tinygptv.model.lora import AdaptedLinear
 
 
 def can_fuse(config: TinyGPTVTextConfig) -> bool:
@@ -88,7 +90,7 @@ def fused_layer(
 
 def _project(linear: nn.Module, x: Tensor, dropped: Tensor | None = None) -> Tensor:
     """A linear layer, whose adapter reads ``dropped`` where there is one."""
-    if not (isinstance(linear, AdaptedLinear) and linear.is_adapted):
+    if not _is_adapted(linear):
         return linear(x)
     base, dropped = linear.base_layer, x if dropped is None else dropped
     if base.weight.requires_grad or base.weight.dtype != x.dtype:
@@ -99,7 +101,12 @@ def _project(linear: nn.Module, x: Tensor, dropped: Tensor | None = None) -> Ten
 
 def _adapter_dropout(linear: nn.Module) -> float:
     """Dropout on the input of a linear layer's adapter; 0 where there is none, or where it is not ours to drop."""
-    return linear.input_dropout if isinstance(linear, AdaptedLinear) and linear.is_adapted else 0.0
+    return linear.input_dropout if _is_adapted(linear) else 0.0
+
+
+def _is_adapted(linear: nn.Module) -> TypeGuard[AdaptedLinear]:
+    """Whether a layer has the model's own adapter; asked by attribute, because its class imports peft."""
+    return getattr(linear, "is_adapted", False) is True
 
 
 def _matrix_dtype(linear: nn.Module, x: Tensor) -> torch.dtype:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,7 +30,6 @@ from tinygptv.data.sample import IGNORE_INDEX
 from tinygptv.model.generation import ImageGenerationMixin
 from tinygptv.model.head_loss import Scorer, frozen_head_losses
 from tinygptv.model.language_model import LanguageModel, matrix_input
-from tinygptv.model.lora import add_lora, freeze_below_adapters, merge_lora, reset_lora, set_lora_dropout
 from tinygptv.model.projector import Projector
 from tinygptv.model.qformer import QFormer
 from tinygptv.model.vision_encoder import VisionEncoder
@@ -51,7 +51,7 @@ class TinyGPTVOutput(ModelOutput):
         past_key_values: the cache after this call.
         hidden_states: residual stream before each layer and after the final norm, where asked for.
         attentions: attention weights of each layer, where asked for (eager attention only).
-        image_embeds: [N, Q, D], where images were given.
+        image_embeds: [N, Q, D], where they were given as such.
     """
 
     loss: Tensor | None = None
@@ -104,7 +104,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         self.language_model = LanguageModel(text)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size)
         if config.lora_rank:
-            add_lora(self.language_model, config.lora_rank, config.lora_alpha, config.lora_dropout)
+            _lora().add_lora(self.language_model, config.lora_rank, config.lora_alpha, config.lora_dropout)
         self.post_init()
 
     # ------------------------------------------------------------------ what transformers asks of a model
@@ -138,7 +138,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             for bias in (module.q_bias, module.k_bias, module.v_bias):
                 nn.init.zeros_(cast(Tensor, bias))
         elif hasattr(module, "reset_lora_parameters"):
-            reset_lora(module)
+            _lora().reset_lora(module)
         else:
             super()._init_weights(module)
 
@@ -270,7 +270,6 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         Returns:
             ``TinyGPTVOutput``.
         """
-        kwargs.pop("return_dict", None)
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds.")
@@ -352,7 +351,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
 
     def merge_lora(self) -> int:
         """Fold the LoRA adapters into the base weights, in place; returns how many there were."""
-        merged = merge_lora(self.language_model)
+        merged = _lora().merge_lora(self.language_model)
         self.config.lora_rank = 0
         self.config.lora_merged = self.config.lora_merged or merged > 0
         return merged
@@ -367,7 +366,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
     def peft_config(self, configs: dict[str, PeftConfigLike]) -> None:
         self._peft_config = configs
         self.config.lora_rank = 0  # the model's own adapters are part of its weights now
-        freeze_below_adapters(self)
+        _lora().freeze_below_adapters(self)
 
     @peft_config.deleter
     def peft_config(self) -> None:
@@ -377,13 +376,20 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         """Add fresh LoRA adapters to a model that has none, in place; they start as a zero change."""
         if self.config.lora_rank:
             raise ValueError(f"the model already has LoRA adapters of rank {self.config.lora_rank}: merge them first.")
-        add_lora(self.language_model, rank, alpha, dropout)
+        _lora().add_lora(self.language_model, rank, alpha, dropout)
         self.config.lora_rank, self.config.lora_alpha, self.config.lora_dropout = rank, alpha, dropout
 
     def set_lora_dropout(self, dropout: float) -> None:
         """Change the dropout on the adapters' input while training, in place."""
-        set_lora_dropout(self.language_model, dropout)
+        _lora().set_lora_dropout(self.language_model, dropout)
         self.config.lora_dropout = dropout
+
+
+def _lora() -> ModuleType:
+    """The module of adapters; it imports peft, which takes 60 MB with bitsandbytes."""
+    from tinygptv.model import lora
+
+    return lora
 
 
 for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):

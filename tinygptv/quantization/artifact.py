@@ -24,6 +24,7 @@ from typing import Any, Protocol, cast
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
@@ -34,6 +35,7 @@ from tinygptv.checkpoint.load_model import load_processor
 from tinygptv.data.processing import TinyGPTVProcessor
 from tinygptv.model.meta import build_on_meta
 from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
+from tinygptv.quantization.encoder_block import HostEncoderBlock
 from tinygptv.quantization.host_memory import returning_memory
 from tinygptv.quantization.linear_cpu import HalfEmbedding, Int8EncoderLinear
 from tinygptv.quantization.linear_packed import from_int4, from_int8, from_llm_int8, from_nf4
@@ -343,10 +345,13 @@ def _halve_embedding(model: TinyGPTVForConditionalGeneration, embedding: nn.Embe
 def _fill_buffers(model: TinyGPTVForConditionalGeneration, device: torch.device) -> None:
     """Compute what no file holds, and let timm use packed weights."""
     model.language_model.rotary_emb = PhiRotaryEmbedding(model.config.text_config).to(device)
-    for block in model.vision_encoder.vit.blocks:
+    blocks = model.vision_encoder.vit.blocks
+    for index, block in enumerate(blocks):
         attention = block.attn
         attention.k_bias = torch.zeros_like(cast(Tensor, attention.v_bias))
         attention.qkv_bias_separate = type(attention.qkv) is not nn.Linear
+        if HostEncoderBlock.fits(block):
+            blocks[index] = HostEncoderBlock(cast(EvaBlock, block))
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

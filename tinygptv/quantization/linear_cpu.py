@@ -1,36 +1,24 @@
 """Linear layers with 8-bit and 4-bit weights for CPUs, and a token embedding with 16-bit rows.
 
-One token of an answer needs every weight once, so its time is the time to read the weights: a quarter of the bytes is
-close to a quarter of the time, where the kernel keeps up with the memory. FBGEMM's 8-bit one, which comes with torch,
-does; torch's 4-bit one halves the memory again but takes longer to unpack than it saves in reading
-(docs/quantization.md has the comparison).
+One token of an answer needs every weight once, so its time is the time to read the weights, where the kernel keeps up
+with the memory: those of ``host_linear`` do. Where they cannot be compiled, torch's are used: the same numbers with 8
+bits, inputs of bfloat16 with 4 (docs/quantization.md has the comparison).
 
 Notation: M rows of the input (tokens), I input width, O output width, G weights that share a 4-bit scale.
 """
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-_ENCODER_ROWS = 1025
-"""Rows for which oneDNN orders the weights: patches of an image of 448 pixels and the class token."""
+from tinygptv.kernels.host_linear import HostInt4, HostInt8, has_host_linear
+from tinygptv.quantization.torch_products import AtenInt4, AtenInt8, FbgemmInt8, OnednnInt8, has_fbgemm, has_onednn
 
 INT4_GROUPS = (64, 32)
 """Weights that share a 4-bit scale: the first that divides the input width."""
-
-
-def _has_vnni() -> bool:
-    """Whether 8-bit products are summed without saturating on the way (AVX-512 VNNI)."""
-    return torch.cpu._is_vnni_supported()
-
-
-def has_fbgemm() -> bool:
-    """Whether torch was built with FBGEMM (x86 processors)."""
-    return "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +35,29 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale[:, None]).round_().to(torch.int8), scale
 
 
-class Int8Linear(nn.Module):
+class _PackedLinear(nn.Module):
+    """``nn.Linear`` whose weights lie in the order of a kernel."""
+
+    def __init__(self, stored: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = stored.shape
+        self.bias = None if bias is None else nn.Parameter(bias.float().contiguous(), requires_grad=False)
+        # The weights in the kernel's order are opaque; this stands for them where callers look at their type.
+        self.weight = torch.empty(0, dtype=stored.dtype)
+        self.product: Callable[[Tensor], Tensor]
+        """Float32 [M, I] to [M, O], bias included."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply [..., I] to [..., O]."""
+        rows = x.reshape(-1, self.in_features).float()
+        return self.product(rows).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """As ``nn.Linear`` shows itself."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class Int8Linear(_PackedLinear):
     """``nn.Linear`` whose weights are int8: input of any float type [..., I], output float32 [..., O].
 
     Weights have one scale per output row. Inputs are rounded as they come, each row (token) with its own scale: so an
@@ -62,18 +72,13 @@ class Int8Linear(nn.Module):
             scale: [O] float32.
             bias: [O] float32, or None.
         """
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
-        # The packed weight is opaque; this stands for it where callers look at the type of the weights.
-        self.weight = torch.empty(0, dtype=torch.int8)
-        self._packed = self._prepack(weight, scale)
-        # Without VNNI, sums of two 8-bit products can overflow 16 bits; with 7-bit inputs they cannot.
-        self._levels = 127 if _has_vnni() else 63
+        super().__init__(weight, bias)
+        self.product = self._choose()(weight, scale.float(), self.bias)
 
-    def _prepack(self, weight: Tensor, scale: Tensor) -> Any:
-        """Weights in the kernel's order."""
-        return _pack(weight, scale) if has_fbgemm() else (weight, scale)
+    def _choose(self) -> Callable[[Tensor, Tensor, Tensor | None], Callable[[Tensor], Tensor]]:
+        if has_host_linear(self.out_features, self.in_features):
+            return HostInt8
+        return FbgemmInt8 if has_fbgemm() else AtenInt8
 
     @staticmethod
     def pack(linear: nn.Linear, device: str | torch.device) -> dict[str, Tensor]:
@@ -86,63 +91,16 @@ class Int8Linear(nn.Module):
         """Build from what ``pack`` returned; ``dtype`` is float32 on a CPU."""
         return cls(tensors["weight"], tensors["scale"], tensors.get("bias"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply [..., I] to [..., O]."""
-        rows = x.reshape(-1, self.in_features).float()
-        peak = rows.abs().amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-        if has_fbgemm():
-            product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-                rows / peak, 1 / self._levels, self._levels + 1, self._packed
-            )
-            product = product.mul_(peak) if self.bias is None else torch.addcmul(self.bias, product, peak)
-        else:
-            product = torch.ops.aten._weight_int8pack_mm(rows, *self._packed)
-            product = product if self.bias is None else product.add_(self.bias)
-        return product.view(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        """As ``nn.Linear`` shows itself."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
 
 class Int8EncoderLinear(Int8Linear):
-    """``Int8Linear`` for the hundreds of rows of an image: the same numbers, multiplied by oneDNN.
+    """``Int8Linear`` for the hundreds of rows of an image: the same numbers, by oneDNN without the C functions.
 
-    Its kernel does 700 billion operations per second on two cores with AVX-512 VNNI where FBGEMM's does 500. For one
-    row it is the slower one (docs/quantization.md).
+    It is the fastest of torch's kernels for many rows, and a slow one for single rows.
     """
 
-    def _prepack(self, weight: Tensor, scale: Tensor) -> Any:
-        self._scale, self._zero_points = scale.float(), torch.zeros(len(scale), dtype=torch.int32)
-        return torch.ops.onednn.qlinear_prepack(weight, [_ENCODER_ROWS, self.in_features])
-
-    @classmethod
-    def restore(cls, tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype) -> Int8Linear:
-        """Build from what ``pack`` returned; an ``Int8Linear`` where this processor lacks the kernel."""
-        kind = cls if _has_vnni() and torch.backends.mkldnn.is_available() else Int8Linear
-        return kind(tensors["weight"], tensors["scale"], tensors.get("bias"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply [..., I] to [..., O]."""
-        rows = x.reshape(-1, self.in_features).float()
-        # Two passes over the rows cost a third of the time that their absolute values in new memory take.
-        peak = torch.maximum(rows.amax(dim=-1, keepdim=True), rows.amin(dim=-1, keepdim=True).neg_())
-        peak.clamp_min_(torch.finfo(torch.float32).tiny)
-        rounded = torch.quantize_per_tensor(rows / peak, 1 / 127, 128, torch.quint8).int_repr()
-        product = torch.ops.onednn.qlinear_pointwise(
-            rounded, 1 / 127, 128, self._packed, self._scale, self._zero_points, None,
-            1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
-        product = product.mul_(peak) if self.bias is None else torch.addcmul(self.bias, product, peak, out=product)
-        return product.view(*x.shape[:-1], self.out_features)
-
-
-def _pack(weight: Tensor, scale: Tensor) -> Any:
-    zero_points = torch.zeros(len(scale), dtype=torch.long)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*quantized tensor creation", category=UserWarning)
-        quantized = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zero_points, 0)
-    return torch.ops.quantized.linear_prepack(quantized, None)
+    def _choose(self) -> Callable[[Tensor, Tensor, Tensor | None], Callable[[Tensor], Tensor]]:
+        kind = super()._choose()
+        return OnednnInt8 if kind is not HostInt8 and has_onednn() else kind
 
 
 def round_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -164,11 +122,8 @@ def round_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return numbers.to(torch.uint8).flatten(1), torch.stack([scale, offset], dim=-1).transpose(0, 1).contiguous()
 
 
-class Int4Linear(nn.Module):
-    """``nn.Linear`` whose weights have 4 bits: input of any float type [..., I], output float32 [..., O].
-
-    Inputs and products are bfloat16, because torch's kernel is fast with no other type.
-    """
+class Int4Linear(_PackedLinear):
+    """``nn.Linear`` whose weights have 4 bits: input of any float type [..., I], output float32 [..., O]."""
 
     def __init__(self, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> None:
         """Pack weights for the kernel.
@@ -178,13 +133,10 @@ class Int4Linear(nn.Module):
             scales: bfloat16 [I / G, O, 2].
             bias: [O] float32, or None.
         """
-        super().__init__()
-        self.out_features, self.in_features = numbers.shape
+        super().__init__(numbers, bias)
         self.group = self.in_features // len(scales)
-        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
-        self.weight = torch.empty(0, dtype=torch.uint8)  # stands for the opaque one, as in ``Int8Linear``
-        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers.int(), 1)
-        self._scales = scales
+        kind = HostInt4 if has_host_linear(self.out_features, self.in_features) else AtenInt4
+        self.product = kind(numbers, scales, self.bias)
 
     @staticmethod
     def pack(linear: nn.Linear, device: str | torch.device) -> dict[str, Tensor]:
@@ -209,17 +161,6 @@ class Int4Linear(nn.Module):
         pairs = tensors["weight"]
         numbers = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(1)
         return cls(numbers, tensors["scale"].bfloat16(), tensors.get("bias"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply [..., I] to [..., O]."""
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self._packed, self.group, self._scales).float()
-        product = product if self.bias is None else product.add_(self.bias)
-        return product.view(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        """As ``nn.Linear`` shows itself."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 def _bias_of(linear: nn.Linear) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ Shapes are dynamic where batches differ: tokens in the language model, images in
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,8 +14,11 @@ from typing import Literal
 
 import torch
 
+from tinygptv.folder_fault import folder_fault
 from tinygptv.model.head_loss import Scorer, score_logits
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+
+logger = logging.getLogger(__name__)
 
 Compile = Literal["auto", "on", "off"]
 """``auto`` compiles on CUDA devices."""
@@ -38,13 +42,24 @@ def compile_layers(
         backend: of ``torch.compile``.
         fullgraph: fail where a layer is not one graph.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE_DIR.expanduser()))
+    keep_compiled_layers()
     # With dynamic=True, floats such as LoRA's scale would be inputs of the graph, each with kernels of its own.
     torch._dynamo.config.specialize_float = True
     for layer in model.language_model.layers:
         layer.compile(dynamic=True, backend=backend, fullgraph=fullgraph)
     for layer in model.vision_encoder.vit.blocks:
         layer.compile(backend=backend, fullgraph=fullgraph)
+
+
+def keep_compiled_layers() -> None:
+    """Have torch keep what it compiles in ``CACHE_DIR``, unless the environment names another folder."""
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = CACHE_DIR.expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        except OSError as error:  # torch takes a temporary folder
+            logger.warning("compiled layers cannot be kept in %s (%s)", folder, folder_fault(folder, error))
 
 
 def compiled_scorer(backend: str = "inductor") -> Scorer:

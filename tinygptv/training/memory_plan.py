@@ -16,9 +16,9 @@ import json
 import re
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 
@@ -92,16 +92,7 @@ class MemoryPlan:
 
     def to_dict(self) -> PlanBytes:
         """Plain data, bytes."""
-        return {
-            "weights": self.weights,
-            "gradients": self.gradients,
-            "optimizer": self.optimizer,
-            "activations": self.activations,
-            "workspace": self.workspace,
-            "margin": self.margin,
-            "cuda_context": CUDA_CONTEXT_BYTES,
-            "peak": self.peak,
-        }
+        return cast("PlanBytes", {**asdict(self), "cuda_context": CUDA_CONTEXT_BYTES, "peak": self.peak})
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ BOX_TOLERANCE = 0.02
 _LEAST_TOLERANCE = 2.0
 """The same in pixels, for small images."""
 
+_LEAST_REPEATED = 8
+"""Words of a caption from which on repetitions count."""
+
 _WORD = re.compile(r"\w+")
 _BOX_TEXT = re.compile(r"\{<\s*-?[\d.][^{}]*\}")
 _GOOD_BOX_TEXT = re.compile(r"\{<(\d{1,3})><(\d{1,3})><(\d{1,3})><(\d{1,3})>\}")
@@ -61,7 +64,7 @@ def check_row(row: SampleRow, *, web: bool, settings: PrepareDataSettings, chang
     turns = tuple(_check_turn(row, turn, found) for turn in row.turns)
     if changes is not None:
         changes.update(found)
-    return replace(row, turns=turns)
+    return row if turns == row.turns else replace(row, turns=turns)
 
 
 def _check_turn(row: SampleRow, turn: Turn, changes: set[str]) -> Turn:
@@ -165,10 +168,12 @@ def _filter_caption(caption: str, settings: PrepareDataSettings) -> None:
     words = caption.split()
     if len(words) < settings.min_words:
         raise Filtered("min_words", f"{len(words)} words")
-    characters = [character for character in caption if not character.isspace()]
-    letters = sum(character.isalnum() for character in characters)
+    characters = "".join(words)
+    letters = sum(map(str.isalnum, characters))
     if characters and letters < settings.min_letters * len(characters):
         raise Filtered("min_letters", f"{letters} letters among {len(characters)} characters")
+    if len(words) < _LEAST_REPEATED:
+        return
     commonest = Counter(_WORD.findall(caption)).most_common(1)
-    if len(words) >= 8 and commonest and commonest[0][1] > settings.max_repetition * len(words):
+    if commonest and commonest[0][1] > settings.max_repetition * len(words):
         raise Filtered("max_repetition", f"{commonest[0][0]!r} is {commonest[0][1]} of {len(words)} words")

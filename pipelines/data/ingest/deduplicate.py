@@ -70,10 +70,9 @@ def find_near_duplicates(image_hashes: np.ndarray, perceptual_hashes: np.ndarray
     earlier, differs = _nearest_earlier(hashes[kinds], max_bits)
     found = np.flatnonzero(earlier >= 0)
     earliest[kinds[found]], bits[kinds[found]] = kinds[earlier[found]], differs[found]
-    return [
-        NearDuplicate(int(with_image[i]), int(with_image[earliest[i]]), int(bits[i]))
-        for i in np.flatnonzero(earliest != np.arange(len(earliest)))
-    ]
+    flagged = np.flatnonzero(earliest != np.arange(len(earliest)))
+    columns = with_image[flagged], with_image[earliest[flagged]], bits[flagged]
+    return list(map(NearDuplicate, *(column.tolist() for column in columns)))
 
 
 def _nearest_earlier(hashes: np.ndarray, max_bits: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,14 +65,14 @@ class RowNames:
     """Names of rows, looked up in the units' files; the units used last stay open."""
 
     def __init__(self, staging: Staging, starts: np.ndarray) -> None:
-        self.starts = starts
+        self._starts: list[int] = starts.tolist()
         self._ids = lru_cache(_OPEN_UNITS)(lambda number: staging.index(number, ["id"])["id"])
         self._record = lru_cache(_OPEN_UNITS)(staging.record)
 
     def row_id(self, row: int) -> str:
         """Id of a row, counted through all units."""
         number = self._unit(row)
-        return str(self._ids(number)[row - int(self.starts[number])].as_py())
+        return str(self._ids(number)[row - self._starts[number]].as_py())
 
     def shard_and_key(self, row: int) -> tuple[str, str]:
         """Input file of a row, and its key there."""
@@ -79,7 +80,7 @@ class RowNames:
         return record.shard, self.row_id(row).removeprefix(record.id_prefix)
 
     def _unit(self, row: int) -> int:
-        return int(np.searchsorted(self.starts, row, side="right")) - 1
+        return bisect_right(self._starts, row) - 1
 
 
 def repeated_rows(names: RowNames, dropped: np.ndarray, first: np.ndarray) -> Iterator[Rejected]:

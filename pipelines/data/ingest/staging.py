@@ -25,7 +25,7 @@ from pipelines.settings import PrepareDataSettings
 from tinygptv.data.sample import SampleRow
 from tinygptv.json_object import JsonObject
 
-STAGING_VERSION = 3
+STAGING_VERSION = 4
 """Part of every fingerprint: raise it when what a unit writes changes."""
 
 CONTENT_SETTINGS = (
@@ -254,7 +254,8 @@ class _StagedFiles:
 def _write_index(location: str, entries: list[IndexEntry]) -> str:
     """Write the index of a unit; returns its SHA-256."""
     sink = pa.BufferOutputStream()
-    columns = [pa.array([getattr(entry, f.name) for entry in entries], f.type) for f in INDEX_SCHEMA]
+    values = zip(*entries, strict=True) if entries else [()] * len(INDEX_SCHEMA)
+    columns = [pa.array(column, f.type) for column, f in zip(values, INDEX_SCHEMA, strict=True)]
     with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
         writer.write_table(pa.Table.from_arrays(columns, schema=INDEX_SCHEMA))
     data = sink.getvalue().to_pybytes()

@@ -8,7 +8,9 @@ Lists are written as JSON: ``answers`` as ``["red", "dark red"]``, ``boxes`` as 
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,9 +60,11 @@ def read_delimited(location: storage.Location) -> Iterator[tuple[str, JsonObject
         SettingsError: there is no header, or it has no usable names.
     """
     csv.field_size_limit(_LONGEST_FIELD)
-    text = storage.read_bytes(location).decode("utf-8-sig", errors="surrogateescape")
+    text = _decode(storage.read_bytes(location))
     header, _, _ = text.partition("\n")
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=_delimiter(location.name, header), strict=True)
+    # Not splitlines(): a field may hold form feeds and Unicode's separators, which end no row.
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter=_delimiter(location.name, header), strict=True)
     try:
         names = [name.strip() for name in next(reader, [])]
     except csv.Error as error:
@@ -78,6 +82,13 @@ def read_delimited(location: storage.Location) -> Iterator[tuple[str, JsonObject
             return
         if values:
             yield f"line {line}", _fields(f"line {line}", location.name, names, values)
+
+
+def _decode(data: bytes) -> str:
+    """Text as spreadsheets save it: UTF-8, or UTF-16 by its byte order mark. Odd bytes cost their row later."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors="replace")
+    return data.decode("utf-8-sig", errors="surrogateescape")
 
 
 def is_delimited(location: storage.Location) -> bool:
@@ -108,7 +119,7 @@ def _fields(key: str, file: str, names: list[str], values: list[str]) -> JsonObj
             continue
         try:
             fields[name] = json.loads(value) if name in _LISTS else value
-        except ValueError:
+        except (ValueError, RecursionError):
             return Rejected(key, file, f"{name} is no JSON list: {value[:60]!r}")
     return fields
 

@@ -170,7 +170,9 @@ def text_of(entry: Any, name: str) -> str:
     Raises:
         Malformed: it is missing, or something else.
     """
-    if isinstance(entry, Mapping) and name not in entry:
+    if not isinstance(entry, Mapping):
+        raise Malformed(f"what should have {name!r} is no object but {type(entry).__name__}")
+    if name not in entry:
         raise Malformed(f"the entry has {_names(entry) or 'no fields'}, but no {name!r}")
     return _text(entry[name], name)
 

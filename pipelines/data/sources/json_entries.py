@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 _HEAD_BYTES = 1 << 20
 _LINE_CHUNK = 64 << 10
-_HEAD_CHUNK = 4 << 10  # the chunk in which compressed data is damaged is lost
 _LINE_ENDINGS = (".jsonl", ".ndjson", ".jsonlines")
 _ENCODINGS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -110,11 +109,9 @@ def _read_head(stream: BinaryIO) -> tuple[bytes, bool]:
     """The first bytes of a file, and whether that is all of it; damaged compression ends it."""
     head = b""
     try:
-        while len(head) <= _HEAD_BYTES and (chunk := stream.read(_HEAD_CHUNK)):
+        while len(head) <= _HEAD_BYTES and (chunk := stream.read(_HEAD_BYTES + 1 - len(head))):
             head += chunk
-    except OSError as error:
-        if error.errno is not None:
-            raise
+    except storage.DamagedFileError:
         return head, False
     return head[:_HEAD_BYTES], len(head) <= _HEAD_BYTES
 
@@ -243,9 +240,8 @@ def _all_items(file: storage.FoundFile, form: JsonForm) -> list[Item]:
                 found += (Item(0, 0, 0, None, _parsed(line)) for line in _lines(stream))
             else:
                 found += iterate_items(stream, form.member)
-    except (JsonDamage, OSError) as error:  # reported when the entries are read
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
+    except (JsonDamage, storage.DamagedFileError):
+        pass  # reported when the entries are read
     return found
 
 
@@ -304,9 +300,7 @@ def _read_packed(unit: SourceUnit, form: JsonForm) -> Iterator[tuple[str, Any]]:
                 yield from _decode_items(unit, items, lambda item: item.data)
     except JsonDamage as error:
         yield "", Rejected("", unit.shard, str(error))
-    except OSError as error:
-        if error.errno is not None:
-            raise
+    except storage.DamagedFileError as error:
         yield "", Rejected("", unit.shard, f"the compressed data is damaged or cut off: {error}")
 
 
@@ -364,7 +358,12 @@ class _Transcoded(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         while size < 0 or len(self._ready) < size:
-            chunk = self._stream.read(storage.COPY_BYTES)
+            try:
+                chunk = self._stream.read(storage.COPY_BYTES)
+            except storage.DamagedFileError:
+                if self._ready and size >= 0:
+                    break  # told by the next read
+                raise
             self._ready += self._decoder.decode(chunk, final=not chunk).encode("utf-8", "surrogatepass")
             if not chunk:
                 break

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from pipelines import storage
+
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NUMBER_REST = re.compile(r"[-+.eE0-9]*\Z")
 _STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]|"', re.DOTALL)
@@ -119,11 +121,8 @@ def outline(stream: BinaryIO) -> dict[str, str]:
                 scanner.forget()
             if not scanner.comma("}", closed=True):
                 break
-    except JsonDamage:
+    except (JsonDamage, storage.DamagedFileError):
         pass
-    except OSError as error:  # damaged compression
-        if error.errno is not None:
-            raise
     return found
 
 
@@ -186,7 +185,8 @@ class _Scanner:
                         continue
                     raise self._damage() from error
             # "1.5e" at the end of the window reads as 1.5, but the number may continue behind it
-            if not _NUMBER_REST.match(self.text, stop) or not self._more():
+            # Only numbers do: behind the end of another entry there may be damage.
+            if not isinstance(value, int | float) or not _NUMBER_REST.match(self.text, stop) or not self._more():
                 break
         start, self.position = self.position, stop
         return self.base + start, self.base + stop, value

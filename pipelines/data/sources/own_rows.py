@@ -106,13 +106,18 @@ def _answers(fields: Mapping[str, Any]) -> tuple[str, ...]:
     if fields.get("answers") is None:
         return (text_of(fields, "answer"),)
     answers = fields["answers"]
-    if isinstance(answers, str) or not all(isinstance(answer, str) for answer in answers):
+    # An object of lists, as `datasets` may store a list of objects, would give the names of its fields as answers.
+    is_list = isinstance(answers, Sequence) and not isinstance(answers, str | bytes)
+    if not is_list or not all(isinstance(answer, str) for answer in answers):
         raise Malformed("answers is not a list of texts")
     return tuple(answers)
 
 
 def _own_box(box: Any) -> tuple[float, float, float, float]:
-    x1, y1, x2, y2 = (float(corner) for corner in box)
+    try:
+        x1, y1, x2, y2 = (float(corner) for corner in box)
+    except (TypeError, ValueError):
+        raise Malformed(f"box {shorten(repr(box), 60)} is not x1, y1, x2, y2") from None
     return (x1, y1, x2, y2)
 
 

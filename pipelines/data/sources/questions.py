@@ -41,7 +41,7 @@ def has_questions_alone(file: storage.FoundFile, form: JsonForm) -> bool:
     try:
         with open_entries(file.location) as stream:
             first = next(iterate_items(stream, form.member), None)
-    except JsonDamage:
+    except (JsonDamage, storage.DamagedFileError):
         return False
     return first is not None and isinstance(first.value, dict) and not any(f in first.value for f in _ANSWER_FIELDS)
 
@@ -105,7 +105,7 @@ def _read_answers(location: storage.Location) -> dict[Any, tuple[str, ...]]:
                     found[_id_of(item.value)] = tuple(
                         sys.intern(_utf8(text)) for text in texts if isinstance(text, str)
                     )
-    except JsonDamage as error:
+    except (JsonDamage, storage.DamagedFileError) as error:
         raise SettingsError(f"{location} cannot be used: {error}.") from error
     if not found:
         raise SettingsError(f"{location} holds no answers in {_ANNOTATIONS!r}: is it the right file?")

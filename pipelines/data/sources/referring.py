@@ -119,7 +119,7 @@ def _boxes_of(location: storage.Location) -> dict[Any, Any]:
         with open_entries(location) as stream:
             entries = (item.value for item in iterate_items(stream, "annotations"))
             return {_id_of(entry, "id"): entry.get("bbox") for entry in entries if isinstance(entry, dict)}
-    except (FileNotFoundError, JsonDamage) as error:
+    except (FileNotFoundError, JsonDamage, storage.DamagedFileError) as error:
         raise SettingsError(f"{location} cannot be used: {error}.") from error
 
 
@@ -216,7 +216,7 @@ def _image_paths(location: storage.Location) -> dict[Any, str]:
     try:
         with open_entries(location) as stream:
             entries = [item.value for item in iterate_items(stream)]
-    except (FileNotFoundError, JsonDamage) as error:
+    except (FileNotFoundError, JsonDamage, storage.DamagedFileError) as error:
         raise SettingsError(f"{location} cannot be used: {error}.") from error
     return {
         _id_of(entry, "image_id" if "image_id" in entry else "id"): "/".join(str(entry["url"]).split("/")[-2:])

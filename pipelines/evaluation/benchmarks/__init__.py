@@ -9,6 +9,7 @@ from pipelines.evaluation.benchmarks.choices import CHOICES
 from pipelines.evaluation.benchmarks.grounding import DATA_SETS, REFERRING
 from pipelines.evaluation.benchmarks.miniature import MINIATURE
 from pipelines.evaluation.benchmarks.vqa import SHORT_ANSWERS
+from pipelines.settings import SettingsError
 
 BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (*SHORT_ANSWERS, *CHOICES, *REFERRING, *MINIATURE)}
 """Every benchmark."""
@@ -28,7 +29,7 @@ def find_benchmarks(names: str | list[str]) -> list[Benchmark]:
     """Look benchmarks up by name or group.
 
     Raises:
-        ValueError: a name is unknown.
+        SettingsError: a name is unknown.
     """
     wanted: list[str] = []
     for name in [names] if isinstance(names, str) else names:
@@ -36,10 +37,12 @@ def find_benchmarks(names: str | list[str]) -> list[Benchmark]:
     for name in wanted:
         if name not in BENCHMARKS:
             if name == "own":
-                raise ValueError("benchmark=own is scored alone: give it no other benchmarks beside.")
+                raise SettingsError("benchmark=own is scored alone: give it no other benchmarks beside.")
             near = difflib.get_close_matches(name, ["own", *GROUPS, *BENCHMARKS], n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"benchmark {name!r} is unknown; {hint}known: own, {', '.join([*GROUPS, *BENCHMARKS])}.")
+            raise SettingsError(
+                f"benchmark {name!r} is unknown; {hint}known: own, {', '.join([*GROUPS, *BENCHMARKS])}."
+            )
     return [BENCHMARKS[name] for name in dict.fromkeys(wanted)]
 
 

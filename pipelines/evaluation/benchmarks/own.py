@@ -9,6 +9,7 @@ Every question of a row is asked, each with the turns before it and their true a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,14 @@ def _score_vqa(answer: str, truth: Truth) -> float:
 
 
 def _read(data: DataFolder) -> Iterator[Question]:
-    files = data.of(OWN)
-    for path in _files(data.root):
+    files, paths = data.of(OWN), _files(data.root)
+    for path in paths:
         files.used.append(path)
         folder = data.image_root or path.parent
+        prefix = f"{path.name}, " if len(paths) > 1 else ""  # a line's number is unique within its file
         for key, fields in _rows(path):
-            yield from _questions(path, key, fields, folder)
+            for question in _questions(path, key, fields, folder):
+                yield replace(question, id=prefix + question.id)
 
 
 def _files(root: Path) -> list[Path]:

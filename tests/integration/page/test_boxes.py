@@ -105,15 +105,19 @@ def test_no_piece_of_markup_reaches_a_reader(page, server, text, shown):
 
 def test_no_half_tag_stays_after_stop(page, server):
     upload(page)
-    for number, (text, shown) in enumerate(
-        [("a dog <p>one", "a dog one"), ("a dog {<10", "a dog"), ("a dog <", "a dog")], 1
-    ):
-        server.model.text, server.model.pause_s = text + " " * 4000, 0.03
-        ask(page, "go on")
-        expect(page.locator(".message.assistant > span").nth(number - 1)).to_contain_text("a dog")
-        page.wait_for_timeout(300)
-        page.click("#stop")
-        assert wait_for_answer(page, number).strip() == shown
+    number = 0
+    for text, shown in (("a dog <p>one", "a dog one"), ("a dog {<10", "a dog"), ("a dog <", "a dog")):
+        server.model.text, server.model.pause_s = text + " " * 100_000, 0.03
+        answer = ""
+        while answer != shown:  # "a dog" where the tag had not come yet
+            number += 1
+            assert number < 30
+            ask(page, "go on")
+            expect(page.locator(".message.assistant > span").nth(number - 1)).to_contain_text("a dog")
+            page.wait_for_timeout(300)
+            page.click("#stop")
+            answer = wait_for_answer(page, number).strip()
+            assert answer in ("a dog", shown)
 
 
 def test_find_says_what_and_where(page, server):

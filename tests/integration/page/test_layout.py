@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from tests.page import GROUNDED, Server, ask, open_page, upload, wait_for_answer
+from tests.page import GROUNDED, Server, ask, new_context, open_page, upload, wait_for_answer
 
 
 def test_the_dot_follows_the_server(browser):
     server = Server()
     for page in open_page(browser, server):
+        page.add_init_script("AbortSignal.timeout = () => new AbortController().signal;")  # it has a clock of its own
         page.clock.install()
         page.reload()
         page.wait_for_selector("#status[data-state=ready]")
@@ -70,7 +71,7 @@ def test_a_phone_shows_everything_without_scrolling_sideways(browser, server):
 
 
 def test_the_api_page_shows_the_schema(browser, server):
-    context = browser.new_context()
+    context = new_context(browser)
     page = context.new_page()
     page.goto(server.url + "docs")
     page.wait_for_selector("#fields tr")

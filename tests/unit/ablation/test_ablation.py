@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -124,6 +125,8 @@ def test_outcome_of_a_stage():
         "not run",
         "1.500",
     ]
+    odd = [record(step, projector=norm) for step, norm in enumerate((1.0, 2.0, 90.0))]
+    assert outcome_of(2, odd, {}).depth["projector"] == 2.0, "the median"
     lost = outcome_of(2, [record(s, loss=math.nan) for s in range(3)], {})
     assert lost.cell == "NaN at step 0" and lost.to_dict()["last_loss"] is None
 
@@ -193,7 +196,8 @@ def test_variants_start_from_the_same_backbones(backbones, tmp_path):
     assert after.config.text_config.qk_layernorm is False
     for name, tensor in after.state_dict().items():
         assert torch.equal(tensor, before.state_dict()[name]), name
-    made = (start / "manifest.json").stat().st_mtime_ns
+    made = 10**9
+    os.utime(start / "manifest.json", ns=(made, made))
     write_start(VARIANTS["no_qk_norm"], str(backbones), tmp_path / "x")
     assert (start / "manifest.json").stat().st_mtime_ns == made, "it is kept"
     write_start(VARIANTS["no_rms_norm"], str(backbones), tmp_path / "x")

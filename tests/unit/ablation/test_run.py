@@ -7,6 +7,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -104,6 +105,7 @@ def test_each_stage_starts_from_the_one_before_with_the_ablations_settings(stage
     outcome = stages.run(
         "stage.lora_rank=4,train.attention=eager",
         "bf16",
+        recipe="paper",
         seed=7,
         max_steps=12,
         features="inline",
@@ -119,12 +121,14 @@ def test_each_stage_starts_from_the_one_before_with_the_ablations_settings(stage
     assert (one.output, other.output) == (f"{folder}/stage2", f"{folder}/stage3")
     assert (one.data, one.seed, one.max_steps, one.features, one.threads_per_worker) == ("/data", 7, 12, "inline", 2)
     assert (one.guard, one.log_every, one.num_workers, one.tracking_uri) == ("off", 1, 0, "none")
-    assert one.use_gpu is True
+    assert one.use_gpu is True and (one.recipe, one.quiet, one.loader_workers) == ("paper", True, 0)
     assert (one.precision, one.packing, one.attention) == ("bf16", True, "eager"), "the variant's own key wins"
     assert one.stage == {"draws_per_step": 1, "lora_rank": 4}
     (score,) = stages.scored
     assert (score.checkpoint, score.data, score.limit) == (f"{folder}/stage3/checkpoint", "/bench", 200)
     assert (score.gpus_per_worker, score.num_workers, score.threads_per_worker) == (1, 0, 2)
+    assert (score.recipe, score.benchmark, score.page_cases) == ("paper", "miniature_vqa", 0)
+    assert (score.quiet, score.tracking_uri) == (True, "none")
     assert score.output == f"{folder}/score" and outcome.scores["miniature_vqa"]["value"] == 51.0
     assert stages.parent == "parent run" and stages.tracker.status == "FINISHED"
     assert stages.tracker.told["precision"] == "bf16" and stages.tracker.told["seed"] == 7
@@ -132,6 +136,7 @@ def test_each_stage_starts_from_the_one_before_with_the_ablations_settings(stage
 
 def test_curves_are_sent_under_common_names_with_norms_at_every_fifth_step(stages):
     stages.run(stages=[2])
+    assert (stages.asked[0][1].use_gpu, stages.scored[0].gpus_per_worker) == (False, 0)
     points = stages.tracker.points
     assert [step for step, _ in points] == [*range(12), 0]
     assert points[1][1] == {"loss/stage2": 3.0, "norms/stage2": 2.0, "lr/stage2": 0.1}
@@ -206,6 +211,7 @@ def test_gradients_are_compared_with_the_full_model_at_the_same_precision(tmp_pa
     first, second = _rows(settings, variants, shared, outcomes)
     assert [outcome.cell for outcome in first.outcomes] == ["gradient vanishing at step 0 (projector)", "not run"]
     assert [outcome.cell for outcome in second.outcomes] == ["2.000", "not run"]
+    assert (second.variant, second.precision) == (variants[1], "bf16")
     assert [outcome.note for outcome in first.outcomes] == [
         "a note",
         "the stage before failed, or ended without a finite loss",
@@ -218,10 +224,14 @@ def test_gradients_are_compared_with_the_full_model_at_the_same_precision(tmp_pa
     )
 
 
+class Passes(list):
+    """Number of stages of each pass of features; ``reported`` is what the report was made of."""
+
+
 @pytest.fixture
 def stubbed(monkeypatch):
     """``ablate`` whose variants are not run, but answer at once."""
-    tracker, features = Recording(), []
+    tracker, features = Recording(), Passes()
 
     def finish(setup, variants, workers, settings, name):
         output = settings_seen[0].output
@@ -238,6 +248,7 @@ def stubbed(monkeypatch):
         return settings_seen[0]
 
     def report(output, rows, settings, seconds):
+        features.reported = ([row.variant.name for row in rows], settings, seconds)
         for name in ("report.md", "report.html", "losses.png"):
             (output / name).write_text(name)
         return {
@@ -255,8 +266,20 @@ def stubbed(monkeypatch):
     return tracker, features
 
 
-def test_a_result_is_written_before_it_is_sent_and_a_lost_variant_is_a_failed_one(stubbed, tmp_path):
+def test_a_result_is_written_before_it_is_sent_and_a_lost_variant_is_a_failed_one(stubbed, tmp_path, monkeypatch):
     tracker, features = stubbed
+    parents, checked, claimed, claim = [], [], [], matrix.claim
+    monkeypatch.setattr(matrix.storage, "check_access", lambda place, *, writes: checked.append((place.uri, writes)))
+    published, publish = [], matrix.storage.WorkFolder.publish
+    monkeypatch.setattr(
+        matrix.storage.WorkFolder,
+        "publish",
+        lambda work, *names: published.append((*names, dict(tracker.told), tracker.files[:])) or publish(work, *names),
+    )
+    monkeypatch.setattr(matrix, "time", SimpleNamespace(perf_counter=iter((10.0, 70.0, 85.26, 90.0)).__next__))
+    monkeypatch.setattr(matrix, "claim", lambda *given, **more: claimed.append((given, more)) or claim(*given, **more))
+    shared = matrix._shared_inputs
+    monkeypatch.setattr(matrix, "_shared_inputs", lambda *given: parents.append(given[2]) or shared(*given))
     settings = AblateSettings(
         recipe="mini",
         variants=["full", "no_lora"],
@@ -275,8 +298,48 @@ def test_a_result_is_written_before_it_is_sent_and_a_lost_variant_is_a_failed_on
     assert result["plots"] == [f"{tmp_path}/out/losses.png"] and result["result"] == f"{tmp_path}/out/result.json"
     assert tracker.files == ["report.md", "report.html", "losses.png", "result.json"] and tracker.status == "FINISHED"
     assert tracker.told["ablation"] == result["table"] and features == [2]
+    assert [(row["precision"], row["stage 2"]) for row in result["table"]] == [("fp32", "2.000"), ("fp32", "failed")]
+    assert parents == ["parent"], "the variants' runs lie below the ablation's"
+    assert checked == [(f"{tmp_path}/out", True)]
+    first, last = published
+    assert first == ("run.json", {}, []), "before anything is told"
+    assert len(last) == 2 and last[1][-1] == "result.json", "all of the folder, when all is told"
+    names, used, seconds = features.reported
+    assert (names, seconds, result["seconds"]) == (["full", "no_lora"], 60.0, 75.3)
+    assert used == settings.model_copy(update={"tracking_uri": used.tracking_uri}) and "://" in used.tracking_uri
+    (((place, mark, files), more),) = claimed
+    assert (place, mark, files) == (f"{tmp_path}/out", _fingerprint(settings), ["full", "no_lora", *matrix._RESULTS])
+    assert more == {"overwrite": False, "inputs": ["", "", ""]}
     with pytest.raises(OtherInputsError, match="seed was 0, is now 1"):
         ablate(settings.model_copy(update={"seed": 1}))
+
+
+@pytest.mark.parametrize(("how", "data", "passes"), [("cached", "", 1), ("cached", "given", 1), ("inline", "", 0)])
+def test_features_are_cached_before_the_variants_run_unless_they_are_inline(stubbed, tmp_path, how, data, passes):
+    _, features = stubbed
+    if data:
+        (tmp_path / data).mkdir()
+    settings = AblateSettings(
+        recipe="mini", variants=["full"], precisions=["fp32"], stages=[2], features=how, benchmark="", quiet=True,
+        data=data and str(tmp_path / data), output=str(tmp_path / "out"),
+    )  # fmt: skip
+    ablate(settings)
+    assert features == [1] * passes
+
+
+def test_a_variant_that_was_killed_in_the_middle_of_a_line_is_in_the_report(stubbed, tmp_path):
+    write_record(tmp_path / "out/full/stage2", [2.0] * 3)
+    with (tmp_path / "out/full/stage2/metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 3, "lo')
+    settings = AblateSettings(
+        recipe="mini", variants=["full"], precisions=["fp32"], stages=[2], features="inline", quiet=True,
+        output=str(tmp_path / "out"),
+    )  # fmt: skip
+    rows = _rows(
+        settings, [with_precision(find_variant("full"), "fp32")], SharedInputs("", "", "", str(tmp_path / "out"), ""),
+        {"full": VariantOutcome({2: StageStatus("failed", "its process died")})},
+    )  # fmt: skip
+    assert rows[0].outcomes[0].cell == "failed" and [each["step"] for each in rows[0].records[2]] == [0, 1, 2]
 
 
 def test_an_empty_matrix_is_refused():

@@ -101,6 +101,11 @@ def test_a_stage_is_empty_where_there_is_none_and_named_where_it_is_damaged(tmp_
 def test_a_training_state_comes_back_as_it_was(tmp_path):
     weight = torch.arange(6.0, requires_grad=True)
     tensors = {"parameter/a": weight, "parameter/b": torch.arange(6.0).view(2, 3).T, "optimizer/step/a": torch.ones(())}
+    tensors |= {
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "wide": torch.tensor([1 / 3]).double(),
+        "n": torch.tensor(7),
+    }
     extra = {"next_step": 7, "scaler": {"scale": 2.0}}
     folder = save_training_state(tmp_path / "state", tensors, extra)
     assert folder == tmp_path / "state"
@@ -108,6 +113,7 @@ def test_a_training_state_comes_back_as_it_was(tmp_path):
     loaded, record = load_training_state(str(folder))
     assert record == extra and set(loaded) == set(tensors)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert all(loaded[name].dtype == tensor.dtype for name, tensor in tensors.items())
     assert not any(tensor.requires_grad for tensor in loaded.values())
 
 

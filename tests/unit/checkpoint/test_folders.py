@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,14 @@ def test_our_own_folder_is_replaced(folder):
     assert (folder / "a.bin").read_bytes() == b"second"
     verify_folder(folder)
     assert [path.name for path in folder.parent.iterdir()] == ["ours"], "nothing temporary stays"
+
+
+def test_what_a_kill_left_beside_a_folder_is_in_nobodys_way(folder):
+    left = folder.with_name(f".{folder.name}.old")
+    left.mkdir()
+    (left / "x").write_text("an earlier one")
+    write_folder(folder, fill(b"new"))
+    assert (folder / "a.bin").read_bytes() == b"new" and (left / "x").is_file()
 
 
 def test_new_and_empty_folders_are_filled(tmp_path):
@@ -111,6 +121,56 @@ def test_a_failure_leaves_what_was_there(folder):
         write_folder(folder, fail)
     verify_folder(folder)
     assert (folder / "a.bin").read_bytes() == b"first" and [path.name for path in folder.parent.iterdir()] == ["ours"]
+
+
+@pytest.mark.parametrize(
+    ("failing", "told", "names"),
+    [
+        ({2}, "the one before it is again at {ours}. Rename", {"ours": b"first", ".tmp": b"second"}),
+        ({2, 3}, "the one before it at {old}. Rename", {".old": b"first", ".tmp": b"second"}),
+    ],
+    ids=["restored", "not even that"],
+)
+def test_a_rename_that_fails_loses_neither_folder(folder, monkeypatch, failing, told, names):
+    rename, calls = Path.rename, []
+
+    def fail(path, target):
+        if path.is_dir():
+            calls.append(path)
+            if len(calls) in failing:
+                raise OSError(errno.EBUSY, "busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(CheckpointError) as caught:
+        write_folder(folder, fill(b"second"))
+    found = {path.suffix or path.name: path for path in folder.parent.iterdir()}
+    assert {name: (path / "a.bin").read_bytes() for name, path in found.items()} == names
+    verify_folder(found[".tmp"])
+    start = f"{folder} could not be written (busy): the new folder is complete and stays at {found['.tmp']}, "
+    assert str(caught.value).startswith(start + told.format(ours=folder, old=found.get(".old")))
+
+
+def test_a_new_folder_that_cannot_be_renamed_is_kept_and_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "rename", failing_for_folders(OSError(errno.EBUSY, "busy")))
+    with pytest.raises(CheckpointError, match=r"stays at .*\.tmp\. Rename it to .*new when the cause is gone"):
+        write_folder(tmp_path / "new", fill(b"x"))
+
+
+def test_an_interrupt_between_the_renames_restores_the_old_folder(folder, monkeypatch):
+    monkeypatch.setattr(Path, "rename", failing_for_folders(KeyboardInterrupt(), but=folder))
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(folder, fill(b"second"))
+    assert [path.name for path in folder.parent.iterdir()] == ["ours"] and (folder / "a.bin").read_bytes() == b"first"
+
+
+def failing_for_folders(error, but=None, rename=Path.rename):
+    def fail(path, target):
+        if path.is_dir() and path != but and path.suffix == ".tmp":
+            raise error
+        return rename(path, target)
+
+    return fail
 
 
 # ------------------------------------------------------------------ verification

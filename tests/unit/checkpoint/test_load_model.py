@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.serving_model import make_image, make_model, make_processor
 from tinygptv import chat
+from tinygptv.checkpoint import folders
 from tinygptv.checkpoint.checkpoint import load_checkpoint, read_stage, save_checkpoint
 from tinygptv.checkpoint.folders import CheckpointError, verify_folder, write_folder, write_manifest
 from tinygptv.data.processing import load_tokenizer
@@ -231,3 +232,10 @@ def test_the_command_line_ends_with_one_sentence(folder, tmp_path, capsys):
 
 def test_stage_json_is_read(whole):
     assert read_stage(whole) == {"stage": 4} and verify_folder(whole).files["stage.json"].bytes > 0
+
+
+def test_a_config_is_read_before_gigabytes_are_hashed(folder, monkeypatch):
+    monkeypatch.setattr(folders, "verify_folder", lambda folder: pytest.fail("hashed first"))
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"config\.json holds a list"):
+        by_inference(folder)

@@ -52,9 +52,25 @@ def test_bombs_are_refused(name):
         load_plain_pickle(BOMBS[name])
 
 
+@pytest.mark.parametrize("start", [b"", b"N" * 10])
+def test_a_memo_index_may_lead_the_opcodes_by_so_much(start):
+    most = 65536 + len(start)
+    for largest, beyond in (
+        *((opcode + b"%d\n" % most, opcode + b"%d\n" % (most + 1)) for opcode in (b"p", b"g")),
+        *((opcode + most.to_bytes(4, "little"), opcode + (most + 1).to_bytes(4, "little")) for opcode in (b"r", b"j")),
+    ):
+        assert check_pickle(start + largest + b".") == len(start + largest) + 1
+        with pytest.raises(PickleError, match=rf"^it names memo entry .*{most + 1}.* after {len(start)} opcodes\.$"):
+            check_pickle(start + beyond + b".")
+    with pytest.raises(PickleError, match=r"^it names memo entry b'-1\\n' after 0 opcodes\.$"):
+        check_pickle(b"p-1\n.")
+
+
 def test_the_number_of_opcodes_is_bounded():
     with pytest.raises(PickleError, match="more than 100 opcodes"):
-        check_pickle(b"N" * 200 + b".", max_opcodes=100)
+        check_pickle(b"N" * 100 + b".", max_opcodes=100)
+    assert check_pickle(b"N" * 99 + b".", max_opcodes=100) == 100
+    assert check_pickle(b"c\n\n.") == 4, "lines may be empty"
 
 
 def test_reading_a_bomb_takes_no_memory(tmp_path):
@@ -107,6 +123,18 @@ def test_a_weight_file_neither_runs_code_nor_takes_memory(tmp_path, capsys, zipp
 def test_a_bomb_as_weights_is_refused(tmp_path, name):
     (tmp_path / "x.pth").write_bytes(BOMBS[name])
     with pytest.raises(WeightFileError, match=r"x\.pth is (damaged|an empty)"):
+        open_weights(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_each_pickle_of_an_old_file_is_checked(tmp_path, number):
+    """Magic number, protocol, system, content and keys stand before the values."""
+    torch.save({"a": torch.ones(2)}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    data, start = (tmp_path / "x.pth").read_bytes(), 0
+    for _ in range(number):
+        start = check_pickle(data, start)
+    (tmp_path / "x.pth").write_bytes(data[:start] + BOMBS["memo index"])
+    with pytest.raises(WeightFileError, match="it names memo entry 2147483647 after 1 opcodes"):
         open_weights(tmp_path / "x.pth")
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
-from transformers import PhiForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PhiForCausalLM
 
 from tests.release_files import HEADS, language_state, load
 from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
-from tinygptv.checkpoint.folders import write_folder
+from tinygptv.checkpoint.folders import write_folder, write_manifest
 from tinygptv.checkpoint.weight_files import open_weights
 from tinygptv.convert.__main__ import main
 from tinygptv.data.processing import TinyGPTVProcessor
@@ -29,11 +31,19 @@ def test_round_trips_are_bit_exact(tmp_path, files, capsys):
     direct = load(files)
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), direct.state_dict().values(), strict=True))
     assert processor.image_token_id == ours.config.image_token_id
+    folder = tmp_path / "ours"
+    assert json.loads((folder / "stage.json").read_text()) == {"title": "converted from release files"}
+    config, settings = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "generation_config"))
+    assert (config["dtype"], config["template"]) == ("float32", "human") and settings["end_symbol"] == "###"
+    assert config["architectures"] == ["TinyGPTVForConditionalGeneration"]
+    assert "Converted or pretrained weights." in (folder / "README.md").read_text()
 
     assert main(["to-release", str(tmp_path / "ours"), f"--output={tmp_path / 'back.pth'}"]) == 0
     original, back = (torch.load(f, weights_only=True)["model"] for f in (files["checkpoint"], tmp_path / "back.pth"))
     assert set(back) == set(original) | {"Qformer.bert.embeddings.position_ids"}
     assert all(torch.equal(back[key], original[key]) for key in original)
+    assert {tensor.dtype for key, tensor in back.items() if key in original} == {torch.float32}
+    assert back["Qformer.bert.embeddings.position_ids"].tolist() == [list(range(512))]
 
     assert main(["to-phi2", str(tmp_path / "ours"), f"--output={tmp_path / 'phi'}"]) == 2
     assert "merge_lora" in capsys.readouterr().err
@@ -57,6 +67,16 @@ def test_phi2_round_trip(tmp_path, files, plain, capsys):
     wanted = language_state(plain, "split")
     assert set(written) == set(wanted) and all(torch.equal(written[k], wanted[k]) for k in wanted)
     assert PhiForCausalLM.from_pretrained(tmp_path / "phi").config.num_attention_heads == HEADS
+    config = json.loads((tmp_path / "phi/config.json").read_text())
+    told = {key: config[key] for key in ("model_type", "architectures", "hidden_act", "vocab_size")}
+    assert told == {
+        "model_type": "phi",
+        "architectures": ["PhiForCausalLM"],
+        "hidden_act": "gelu_new",
+        "vocab_size": 256,
+    }
+    assert not {"qk_layernorm", "attention_rmsnorm", "input_layernorm", "attention_rmsnorm_eps"} & set(config)
+    assert AutoTokenizer.from_pretrained(tmp_path / "phi").chat_template is None
     direct, again = (load({**files, "checkpoint": None, "language": f}) for f in (files["language"], tmp_path / "phi"))
     supplied = direct.state_dict().keys() - set(direct.load_report.fresh)
     assert all(torch.equal(direct.state_dict()[name], again.state_dict()[name]) for name in supplied)
@@ -96,9 +116,12 @@ def test_an_output_replaces_only_what_the_command_wrote(checkpoints, tmp_path, c
     assert "is a file that would be deleted" in fails(capsys, "to-phi2", source, f"--output={tmp_path / 'file'}")
     assert "would change the input" in fails(capsys, "to-phi2", source, f"--output={source}")
     assert "would change the input" in fails(capsys, "to-release", source, f"--output={source / 'stage.pth'}")
-    assert "exists already" in fails(capsys, "to-release", source, f"--output={tmp_path / 'file'}")
-    assert "is a folder" in fails(capsys, "to-release", source, f"--output={tmp_path}")
-    assert "does not exist" in fails(capsys, "to-release", source, f"--output={tmp_path / 'no/such/s.pth'}")
+    for output, reason in (
+        (tmp_path / "file", "exists already: move it, or give the path of a new file."),
+        (tmp_path, f"is a folder: give the path of a new file, for example {tmp_path}/stage.pth."),
+        (tmp_path / "no/such/s.pth", f"cannot be written: the folder {tmp_path}/no/such does not exist."),
+    ):
+        assert fails(capsys, "to-release", source, f"--output={output}") == f"error: output {output} {reason}\n"
     assert (tmp_path / "file").read_text() == (phi / "notes.txt").read_text() == "mine"
 
 
@@ -112,12 +135,37 @@ def test_the_language_folder_is_never_the_output(files, tmp_path, capsys):
 def test_what_kind_of_checkpoint_was_given_is_checked(checkpoints, files, tmp_path, capsys):
     out = f"--output={tmp_path / 'x'}"
     for command in ("to-release", "to-phi2"):
-        assert "is a quantized artifact" in fails(capsys, command, checkpoints / "artifact", out)
-    assert "are merged into its weights" in fails(capsys, "to-release", checkpoints / "merged", out)
-    assert "--merge-lora" in fails(capsys, "to-phi2", checkpoints / "lora", out)
+        assert fails(capsys, command, checkpoints / "artifact", out) == (
+            f"error: {checkpoints}/artifact is a quantized artifact, whose weights are rounded: give the checkpoint "
+            "that it was made from.\n"
+        )
+    assert fails(capsys, "to-release", checkpoints / "merged", out) == (
+        f"error: the LoRA adapters of {checkpoints}/merged are merged into its weights, and a stage file of the "
+        "release holds adapters: give the checkpoint from before the merge.\n"
+    )
+    assert fails(capsys, "to-phi2", checkpoints / "lora", out) == (
+        f"error: {checkpoints}/lora holds LoRA adapters, which plain Phi-2 cannot: add --merge-lora to fold them into "
+        "the weights (in Python, model.merge_lora()).\n"
+    )
     others = [f"--{role}={path}" for role, path in files.items() if role != "language"]
     for kind, reason in (("lora", "is a checkpoint of this project"), ("artifact", "is a quantized artifact")):
         assert reason in fails(capsys, "release", *others, f"--language={checkpoints / kind}", out)
+    weights = checkpoints / "lora/model.safetensors"
+    whole = weights.read_bytes()
+    try:
+        tensors = load_file(weights)
+        save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.bias"}, weights)
+        write_manifest(checkpoints / "lora")
+        for command in ("to-release", "to-phi2"):
+            assert "lm_head.bias" in fails(capsys, command, checkpoints / "lora", out)
+        weights.write_bytes(whole)
+        for command in ("to-release", "to-phi2"):
+            assert "model.safetensors" in fails(capsys, command, checkpoints / "lora", out), (
+                "not of the manifest's size"
+            )
+    finally:
+        weights.write_bytes(whole)
+        write_manifest(checkpoints / "lora")
     assert not (tmp_path / "x").exists()
 
 
@@ -152,3 +200,13 @@ def test_adapters_are_merged_on_the_way(checkpoints, tmp_path):
     assert ours.keys() == wanted.keys() and not any("lora" in key for key in ours)
     for key, lazy in wanted.items():
         assert torch.allclose(ours[key].load(), lazy.load(), atol=1e-6), key
+
+
+def test_a_stage_file_that_cannot_be_written_leaves_nothing(checkpoints, tmp_path, monkeypatch, capsys):
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert "No space left" in fails(capsys, "to-release", checkpoints / "lora", f"--output={tmp_path / 'stage.pth'}")
+    assert list(tmp_path.iterdir()) == []

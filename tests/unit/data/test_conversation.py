@@ -12,12 +12,14 @@ from tests.serving_model import IMAGE_SIZE, VOCAB_SIZE, make_image, make_tokeniz
 from tinygptv.data.conversation import (
     ChatImage,
     ChatMessage,
+    conversation_exchanges,
     encode_conversation,
     image_number,
     join_messages,
     task_instruction,
+    task_of,
 )
-from tinygptv.data.prompt_layout import PromptLayout
+from tinygptv.data.prompt_layout import Exchange, PromptLayout
 from tinygptv.data.prompts import TEMPLATES
 
 
@@ -64,6 +66,18 @@ def test_nobody_can_write_a_placeholder_or_a_special_token(image):
 def test_roles_must_alternate_and_end_with_a_question(roles):
     with pytest.raises(ValueError, match=r"must start with user, then|must be a question"):
         encode_conversation([ChatMessage(role, "x") for role in roles], layout())
+    if roles[-1:] == ["assistant"]:  # an empty answer is one, too
+        with pytest.raises(ValueError, match=r"must start with user, then|must be a question of the user"):
+            encode_conversation([ChatMessage("user", "x"), ChatMessage("assistant", "")], layout())
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_half_of_a_surrogate_pair_is_no_text(number):
+    texts = ["a", "b", "c"]
+    texts[number] = "x \ud800"
+    messages = [ChatMessage(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+    with pytest.raises(ValueError, match=r"^a message holds half of a surrogate pair, which is no character\.$"):
+        encode_conversation(messages, layout())
 
 
 def test_messages_are_joined_into_turns():
@@ -140,6 +154,44 @@ def test_an_image_keeps_its_upright_size():
 )
 def test_tasks_have_their_wording(task, text, box, wanted):
     assert task_instruction(task, text, box, (200, 100)) == wanted
+
+
+def test_a_jpeg_that_lacks_its_end_is_known_by_its_own_bytes_and_other_damage_is_told():
+    whole = make_image(kind="JPEG", width=64, height=64)
+    for data in (whole, whole[:-2]):
+        image = ChatImage.from_bytes(data, IMAGE_SIZE)
+        assert (image.number, image.width, image.height) == (image_number(data), 64, 64)
+    with pytest.raises(ValueError, match=r"^cannot decode the file of 300 bytes: "):
+        ChatImage.from_bytes(whole[:300], IMAGE_SIZE)
+    with pytest.raises(ValueError, match="the file is not an image"):
+        ChatImage.from_bytes(b"none", IMAGE_SIZE)
+
+
+def test_turns_are_questions_with_their_images_and_answers():
+    messages = [ChatMessage("user", "a", (1, 2)), ChatMessage("assistant", ""), ChatMessage("user", "", (3,))]
+    assert conversation_exchanges(messages) == [Exchange("a", "", 2), Exchange("", None, 1)]
+    assert conversation_exchanges(messages[:2]) == [Exchange("a", "", 2)]
+    for roles in ([], ["assistant"], ["user", "user"], ["user", "assistant", "system"]):
+        with pytest.raises(ValueError) as caught:
+            conversation_exchanges([ChatMessage(role, "x") for role in roles])
+        assert str(caught.value) == (
+            f"messages have the roles {roles}: they must start with user, then assistant, user, ..."
+        )
+
+
+def test_system_messages_alone_ask_nothing_and_keep_their_order():
+    assert join_messages([ChatMessage("system", "x")]) == []
+    messages = [ChatMessage("system", ""), ChatMessage("developer", "b"), ChatMessage("user", "")]
+    (joined,) = join_messages(messages)
+    assert (joined.role, joined.text) == ("user", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "task"),
+    [("[vqa] x", "vqa"), (" \n[refer]x", "refer"), ("x [vqa]", None), ("[VQA] x", None), ("vqa", None), ("", None)],
+)
+def test_a_question_may_begin_with_its_task(text, task):
+    assert task_of(text) == task
 
 
 def test_tasks_say_what_they_lack():

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipelines.data import features as module
-from pipelines.data.features import FeatureError, FeatureSet, FeatureWriter, cache_features, feature_key
+from pipelines.data.feature_set import FEATURES, FeatureError, FeatureSet, encoder_hash, feature_key
+from pipelines.data.features import FeatureWriter, cache_features
 from pipelines.data.shards import ShardSet
 from pipelines.miniature.tiny_training import make_rows, make_world, write_shard_set
 from pipelines.settings import CacheFeaturesSettings, SettingsError
+from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,41 @@ def test_another_image_size_is_another_cache(world, tmp_path):
     assert cache(world, tmp_path / "out", image_size=56)["reused"] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stages_checkpoint_finds_what_its_start_was_cached_for(made, tmp_path, dtype):
+    """A stage saves its position embedding resampled to its own image size: another tensor, but the same features."""
+    model, processor, _ = load_checkpoint(made["init_from"], dtype=dtype)
+    start = save_checkpoint(tmp_path / "start", model, processor, {})
+    keys = {size: feature_key(start, size) for size in (28, 56)}
+    assert keys[28].partition("-")[0] != keys[56].partition("-")[0]
+    model.set_image_size(56)
+    stage = save_checkpoint(tmp_path / "stage", model, processor, {})
+    assert feature_key(stage, 56) == keys[56]
+    assert feature_key(stage, 28) != keys[28], "resampled back it is another embedding"
+
+
+def test_features_that_were_not_computed_are_told_with_those_that_were(world):
+    key = feature_key(world["init_from"], 28)
+    uri = f"{world['data']}/questions"
+    Path(uri, "features/unfinished-56").mkdir()
+    with pytest.raises(FeatureError) as caught:
+        FeatureSet.open(uri, "0123-56")
+    assert str(caught.value) == (
+        f"{uri} has no cached features of this encoder and image size (0123-56: hash of the weights, pixels); there "
+        f"are others, of other weights or sizes: {key}; run `python jobs/cache_features.py data={world['data']} "
+        "sources=[questions] image_size=56 checkpoint=START` with the checkpoint that training starts from, or set "
+        "features=inline."
+    )
+
+
+def test_stages_that_read_another_size_are_named(made, tmp_path, caplog):
+    cache(made, tmp_path, image_size=0)
+    assert "for 28 px, the checkpoint's size; recipe mini reads 64 px in stage 1, 64 px in stage 2" in caplog.text
+    caplog.clear()
+    cache(made, tmp_path, image_size=28)
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"parts": [{}]}', '{"parts": [{"shard_sha256": "x"}]}'])
 def test_a_damaged_manifest_is_one_sentence(world, content):
     (folder(world) / "manifest.json").write_text(content)
@@ -158,12 +196,10 @@ def test_mistakes_are_one_sentence(made, tmp_path):
         cache({**made, "data": str(tmp_path)}, tmp_path / "out")
     with pytest.raises(SettingsError, match="give data=DIR"):
         cache({**made, "data": ""}, tmp_path / "out")
-    assert module.FEATURES == "features"
+    assert FEATURES == "features"
 
 
 def test_an_encoder_is_known_by_the_names_and_values_of_its_weights(monkeypatch):
-    import torch
-
     from tinygptv.checkpoint import weight_files
 
     class Stored:
@@ -175,7 +211,7 @@ def test_an_encoder_is_known_by_the_names_and_values_of_its_weights(monkeypatch)
 
     def hash_of(**weights):
         monkeypatch.setattr(weight_files, "open_weights", lambda checkpoint: weights)
-        return module.encoder_hash("x")
+        return encoder_hash("x", 28)
 
     one = {"vision_encoder.a": Stored(1.0, 2.0), "qformer.b": Stored(3.0)}
     known = hash_of(**one)

@@ -38,6 +38,8 @@ def test_supervised_positions_name_the_same_tokens(pack_length):
     before = batch.input_ids.ravel()[batch.supervised_positions]
     assert np.where(before == IMAGE, 0, before).tolist() == flat.input_ids[flat.supervised_positions].tolist()
     assert flat.input_ids[flat.supervised_positions + 1].tolist() == flat.supervised_ids.tolist()
+    assert flat.supervised_sources.tolist() == batch.supervised_sources.tolist()
+    assert flat.supervised_ids.tolist() == batch.supervised_ids.tolist()
 
 
 def test_shapes_come_in_few_sizes():

@@ -123,6 +123,13 @@ def test_grey_values_are_scaled_by_the_bits_that_a_scanner_declares(declared, wh
     assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [0, 128, 255]
 
 
+@pytest.mark.parametrize(("mode", "order"), [("I;16", "<"), ("I;16L", "<"), ("I;16B", ">")])
+def test_16_bits_may_stand_in_either_order(mode, order):
+    values = np.array([[0, 257, 65535]], f"{order}u2")
+    image = Image.frombytes(mode, (3, 1), values.tobytes())
+    assert np.asarray(to_rgb(image))[0].tolist() == [[0] * 3, [1] * 3, [255] * 3]
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_channels_may_stand_first_or_last(channels):
     numbers = np.random.default_rng(0).integers(0, 256, (12, 16, channels), dtype=np.uint8)

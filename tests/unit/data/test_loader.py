@@ -133,11 +133,14 @@ def test_no_more_steps_are_made_ahead_than_asked_for(plan, monkeypatch):
     monkeypatch.setattr(BatchMaker, "make", lambda self, step: (made.append(step), original(self, step))[1])
     steps = iterate_steps(plan, 0, 30, loader_workers=0, prefetch_steps=3)
     next(steps)
-    time.sleep(0.4)
-    assert len(made) <= 1 + 3 + 1, "the one that was taken, three that wait, one in the making"
+    deadline = time.monotonic() + 60
+    while len(made) < 5 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(0.05)
+    assert len(made) == 1 + 3 + 1, "the one that was taken, three that wait, one in the making"
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "loader"]
     steps.close()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive(), "it does not wait for room for ever"
 
 
@@ -169,6 +172,7 @@ def bare_maker(plan, **fields) -> BatchMaker:
 
 def test_samples_are_named_by_the_rows_that_are_not_held_out(plan):
     held = {"pairs": np.arange(0, 30, 2), "questions": np.arange(20)}
+    rows, encoder = make_rows("questions", 4)[3:], SimpleNamespace(encode=lambda rendered: "encoded")
     maker = BatchMaker(replace(plan, held_out=held))
     for step in range(3):
         expected = []
@@ -176,6 +180,10 @@ def test_samples_are_named_by_the_rows_that_are_not_held_out(plan):
             name = maker.names[ref.source]
             kept = np.setdiff1d(np.arange(len(maker.shards[name])), held[name])
             expected.append(f"{name}/{maker.shards[name].row_id(int(kept[ref.row]))}")
+            read = []
+            shards = SimpleNamespace(row=lambda index, read=read: read.append(index) or rows[0])
+            loaded = bare_maker(maker.plan, shards={name: shards}, features={}, mixture=maker.mixture, encoder=encoder)
+            assert loaded.load(ref).source == ref.source and read == [kept[ref.row]], "what is read is what is named"
         assert maker.sample_ids(step) == expected
 
 
@@ -207,14 +215,20 @@ def test_features_are_those_of_the_row_and_rows_without_an_image_have_none(plan)
 def test_the_plans_bounds_cut_a_step_into_micro_batches(plan, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        loader, "cut", lambda *given, **more: asked.append((*given, more)) or [slice(0, 2), slice(2, 3)]
+        loader, "cut", lambda *given, **more: asked.append((*given, more)) or [slice(0, 3), slice(3, 4)]
     )
     monkeypatch.setattr(loader, "collate", lambda samples, pad, pack_length: (samples, pad, pack_length))
     plan = replace(plan, micro_batch_size=3, micro_batch_tokens=77, padded=False, pack_length=64)
     maker = bare_maker(plan, tokenizer=SimpleNamespace(pad_token_id=5))
-    long, short, middle = (SimpleNamespace(encoded=SimpleNamespace(input_ids=[0] * n)) for n in (9, 2, 4))
-    assert maker.batch([long, short, middle]) == [([short, middle], 5, 64), ([long], 5, 64)]
-    assert asked == [([2, 4, 9], 3, 77, {"padded": False})]
+    long, short, middle, same = (SimpleNamespace(encoded=SimpleNamespace(input_ids=[n] * n)) for n in (9, 2, 4, 4))
+    found = maker.batch([long, middle, short, same])
+    assert found == [([short, middle, same], 5, 64), ([long], 5, 64)]
+    assert found[0][0][1] is middle and found[0][0][2] is same, "of one length, in the mixture's order"
+    plain = bare_maker(replace(plan, pack_length=0), tokenizer=SimpleNamespace(pad_token_id=5))
+    plain.batch([middle])
+    bare_maker(replace(plan, padded=True), tokenizer=plain.tokenizer).batch([middle])
+    assert asked[0] == ([2, 4, 4, 9], 3, 77, {"padded": False})
+    assert asked[1:] == [([4], 3, 77, {"padded": False}), ([4], 3, 77, {"padded": True})]
 
 
 def test_a_stages_mixture_has_its_weights_batch_sizes_and_kept_rows(plan):

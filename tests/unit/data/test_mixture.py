@@ -26,7 +26,7 @@ mixtures = st.builds(
 
 
 @given(mixtures)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_row_exactly_once_per_epoch(mixture):
     drawn = {i: [] for i in range(len(mixture.sources))}
     for k in range(40):
@@ -40,7 +40,7 @@ def test_every_row_exactly_once_per_epoch(mixture):
 
 
 @given(mixtures, st.integers(0, 9000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_jump_gives_what_walking_gives(mixture, k):
     fresh = Mixture(mixture.sources, mixture.seed, mixture.draws_per_step, mixture.window_shards)
     mixture.step(0), mixture.step(max(k - 1, 0))
@@ -48,12 +48,11 @@ def test_a_jump_gives_what_walking_gives(mixture, k):
 
 
 @given(mixtures, st.integers(0, 100), st.integers(1, 6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_workers_share_a_step_without_changing_it(mixture, k, world_size):
     shares = [mixture.rank_step(k, rank, world_size) for rank in range(world_size)]
-    assert sorted((ref.source, ref.position) for share in shares for ref in share) == sorted(
-        (ref.source, ref.position) for ref in mixture.step(k)
-    )
+    step = mixture.step(k)
+    assert shares == [step[rank::world_size] for rank in range(world_size)], "in turn: each of every source"
 
 
 def test_weights_decide_the_shares():

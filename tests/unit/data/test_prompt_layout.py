@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -77,8 +78,14 @@ def by_chat(processor, turns):
     return encode_conversation(messages_of(turns), processor.layout())[0].tolist()
 
 
+@cache
+def model():
+    """For what asks for one; no prompt depends on its weights."""
+    return make_model()
+
+
 def by_assistant(processor, turns):
-    assistant = Assistant(make_model(), processor, max_batch_size=2)
+    assistant = Assistant(model(), processor, max_batch_size=2)
     try:
         return assistant._encode(messages_of(turns))[0].tolist()
     finally:
@@ -97,7 +104,7 @@ def by_serving(processor, turns):
 
 
 def by_evaluation(processor, turns):
-    answerer = Answerer(make_model(), processor)
+    answerer = Answerer(model(), processor)
     history = tuple(Exchange(turn.instruction, turn.answer) for turn in turns[:-1])
     return answerer.prompt_ids(Prompt(turns[-1].instruction, 0 if turns[0].num_images else None, history)).tolist()
 

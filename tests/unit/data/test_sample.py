@@ -224,6 +224,11 @@ def test_markers_in_untrusted_text_become_words():
 
 
 def test_wordings_take_one_question():
+    assert {task: len(wordings) for task, wordings in INSTRUCTIONS.items()} == {
+        "pair": 0, "align": 4, "vqa": 2, "caption": 17, "refer": 7, "identify": 7, "grounding": 4,
+        **dict.fromkeys(("detection", "conversation", "instruct", "text"), 1),
+    }  # fmt: skip
+    assert all(len(set(wordings)) == len(wordings) for wordings in INSTRUCTIONS.values())
     for task, wordings in INSTRUCTIONS.items():
         for wording in wordings:
             assert wording.count("{}") == (0 if task in ("align", "caption", "grounding") else 1), (task, wording)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -47,6 +48,39 @@ def test_a_copy_that_grew_is_read_again(tmp_path):
         file.write(b"!")
     assert cache.fetch(location, name).read_bytes() == data
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".arrow", ".lock"]
+
+
+def test_a_file_with_the_inode_and_size_of_a_copy_is_not_taken_for_it(tmp_path):
+    location = storage.Location.parse(f"memory://reused/{tmp_path.name}.arrow")
+    storage.write_atomically(location, b"shard")
+    cache, name = ShardCache(tmp_path), hashlib.sha256(b"shard").hexdigest()
+    for _ in range(2):  # the second time it is compared
+        copy = cache.fetch(location, name)
+    before = copy.stat()
+    with copy.open("r+b") as file:
+        file.write(b"drahs")
+    os.utime(copy, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    after = copy.stat()
+    assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
+    assert cache.fetch(location, name).read_bytes() == b"shard"
+    cache.fetch(location, name)
+    other = hashlib.sha256(b"other").hexdigest()
+    (tmp_path / f"{name}.arrow").rename(tmp_path / f"{other}.arrow")  # the same file under another hash
+    storage.write_atomically(location, b"other")
+    assert cache.fetch(location, other).read_bytes() == b"other"
+
+
+def test_a_copy_that_is_used_is_not_read_again(tmp_path, monkeypatch):
+    location = storage.Location.parse(f"memory://used/{tmp_path.name}.arrow")
+    storage.write_atomically(location, b"shard")
+    cache, name = ShardCache(tmp_path), hashlib.sha256(b"shard").hexdigest()
+    cache.fetch(location, name)
+    cache.fetch(location, name)  # the first time it is compared
+    monkeypatch.setattr(storage, "sha256", Mock(side_effect=AssertionError))
+    assert cache.fetch(location, name).read_bytes() == b"shard"
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "utime", Mock(side_effect=[FileNotFoundError, None]))  # another process makes room
+    assert cache.fetch(location, name).exists()
 
 
 def test_a_copy_that_another_process_removes_meanwhile_is_no_trouble(copies, monkeypatch):

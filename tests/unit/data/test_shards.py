@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,11 @@ def test_every_row_comes_back_at_random(uri):
     assert [shards.row_id(k) for k in (0, 129, 130, 131)] == ["s/0", "s/129", "s/130", "s/131"]
     assert list(shards) == [make_row(k) for k in range(195)]
     assert (len(shards), shards.shard_rows) == (195, (130, 1, 64))
+
+
+def test_a_shard_may_be_empty(tmp_path):
+    shards = ShardSet.open(write_set(tmp_path / "set", [0, 2, 0, 1]))
+    assert [shards.row(k) for k in range(3)] == list(shards) == [make_row(k) for k in range(3)]
 
 
 def test_rows_of_one_record_batch_find_it_once_and_few_batches_stay_open(uri, monkeypatch):
@@ -201,7 +207,7 @@ def test_interrupted_writer_leaves_nothing_that_looks_finished(tmp_path):
 
 @pytest.mark.security
 @pytest.mark.parametrize(
-    "name", ["../part-00000.arrow", "/etc/passwd", "a/b.arrow", "..", "", "a\\b", "x\0y", 3, None, ["a"]]
+    "name", ["../part-00000.arrow", "/etc/passwd", "a/b.arrow", "..", ".", "", "a\\b", "x\0y", 3, None, ["a"]]
 )
 def test_a_manifests_names_do_not_lead_out_of_its_folder(tmp_path, uri, name):
     shutil.copytree(uri, tmp_path / "set")
@@ -310,6 +316,20 @@ def test_manifest_says_what_the_columns_are(uri):
     content = json.loads(storage.read_bytes(f"{uri}/manifest.json"))
     assert list(content["schema"]) == sorted(SCHEMA.names)
     assert content["rows"] == 195
+
+
+@pytest.mark.parametrize("error", [OSError("Expected 8 bytes, got 5"), pa.ArrowInvalid("no batch")])
+def test_a_batch_that_cannot_be_read_names_its_shard(uri, monkeypatch, error):
+    def fail(number):
+        raise error
+
+    shards = ShardSet.open(uri)
+    monkeypatch.setattr(shards, "_reader", lambda shard: SimpleNamespace(get_batch=fail))
+    with pytest.raises(ShardError) as caught:
+        shards.row(130)
+    assert str(caught.value) == (
+        f"{uri}/part-00001.arrow cannot be read ({error}); run jobs/prepare_data.py again with overwrite=true."
+    )
 
 
 def test_hashes_are_compared_to_their_last_digit(uri, monkeypatch):

@@ -25,8 +25,19 @@ def test_questions_that_both_answered_are_compared(tmp_path):
     assert (found["ours"], found["theirs"], found["n"]) == (62.5, 50.0, 4)
     assert (found["better"], found["worse"]) == (2, 1), "an equal score is neither"
     assert found["difference"] == 12.5 and found["low"] < 12.5 < found["high"] and 0 < found["p"] <= 1
+    assert list(found) == ["ours", "theirs", "difference", "low", "high", "p", "better", "worse", "n"]
     (back,) = compare(theirs, ours).values()
     assert (back["better"], back["worse"], back["difference"]) == (1, 2, -12.5)
+
+
+def test_means_and_p_are_rounded(tmp_path):
+    """Of three questions that one model alone answers, one sign pattern in four is as extreme."""
+    ours, theirs = (
+        write(tmp_path / name, dict.fromkeys("abc", score)) for name, score in (("ours", 2 / 3), ("theirs", 1 / 3))
+    )
+    (found,) = compare(ours, theirs).values()
+    assert (found["ours"], found["theirs"], found["p"]) == (66.667, 33.333, 0.25)
+    assert (found["low"], found["difference"], found["high"]) == (33.333,) * 3, "the same difference everywhere"
 
 
 def test_other_splits_do_not_count(tmp_path):
@@ -50,5 +61,7 @@ def test_nothing_in_common_is_told(tmp_path):
     with pytest.raises(SettingsError, match=r"compare_with=.*theirs answers none of the questions of .*ours"):
         compare(ours, theirs)
     (theirs / "predictions.jsonl").unlink()
-    with pytest.raises(SettingsError, match=r"theirs has no predictions\.jsonl"):
-        compare(ours, theirs)
+    for _ in range(2):
+        with pytest.raises(SettingsError, match=r"theirs has no predictions\.jsonl"):
+            compare(ours, theirs)
+        (theirs / "predictions.jsonl").mkdir(exist_ok=True)  # a folder of that name is none

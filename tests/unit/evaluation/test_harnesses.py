@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from PIL import Image
 
+from pipelines.evaluation.harnesses import in_process
 from pipelines.evaluation.harnesses.in_process import HarnessQuestion, InProcessModel, _cut
 from tests.serving_model import make_image, make_model, make_processor, save_checkpoint
 from tinygptv.data.images import open_image
@@ -40,6 +41,7 @@ def ours(answerer, text, seed=None, length=5, choices=()):
 
 def test_answers_over_several_chunks_equal_ours(checkpoint, pictures, answerer):
     model = InProcessModel(checkpoint, batch_size=1)
+    assert (model.chunk, model.answerer.batch_size, model.tag) == (in_process._BATCHES_AT_ONCE, 1, "[vqa] ")
     questions = [HarnessQuestion(f" what {i}? ", pictures[i % 3], 5) for i in range(6)]
     questions.append(HarnessQuestion("no picture", None, 5))
     expected = [ours(answerer, f"[vqa] what {i}?", i % 3) for i in range(6)] + [ours(answerer, "[vqa] no picture")]
@@ -148,3 +150,106 @@ def test_vlmevalkit_messages(monkeypatch, checkpoint, tmp_path, answerer):
     message = [{"type": "image", "value": str(tmp_path / "a.png")}, {"type": "text", "value": "what?"}]
     assert model.generate_inner(message) == ours(answerer, "[vqa] what?", 2)
     assert model.generate_inner([{"type": "text", "value": "what?"}]) == ours(answerer, "[vqa] what?")
+
+
+class Asked:
+    """Stands for ``InProcessModel``: notes what it is made with and asked."""
+
+    def __init__(self, checkpoint, **options):
+        self.made, self.asked = (checkpoint, options), []
+
+    def answer(self, questions):
+        self.asked += questions
+        return [question.text.upper() for question in questions]
+
+    def log_likelihoods(self, questions, continuations):
+        self.asked += zip(questions, continuations, strict=True)
+        return [(-1.0, True) for _ in questions]
+
+
+def test_what_lmms_eval_asks_for_reaches_the_model(lmms, monkeypatch):
+    monkeypatch.setattr(lmms, "InProcessModel", Asked)
+    model = lmms.TinyGPTV("c", device="cuda", batch_size="3", threads="2", tag="")
+    assert model.model.made == ("c", {"device": "cuda", "batch_size": 3, "threads": 2, "tag": ""})
+    assert lmms.TinyGPTV("c", device=None).model.made == (
+        "c", {"device": "cpu", "batch_size": 64, "threads": 0, "tag": "[vqa] "}
+    )  # fmt: skip
+    model.task_dict = {"t": {"test": ["d0", "d1"], "val": ["v0"]}}
+
+    def request(*values):
+        return SimpleNamespace(args=values)
+
+    def first(document):
+        return [f"image of {document}"]
+
+    answers = model.generate_until(
+        [
+            request("a", {"until": "stop", "max_new_tokens": "5"}, first, 1, "t", "test"),
+            request("b", {"until": ["x", "y"]}, lambda document: [], 0, "t", "val"),
+            request("c", {}, None, 0, "t", "test"),
+        ]
+    )
+    assert answers == ["A", "B", "C"]
+    assert model.model.asked == [
+        HarnessQuestion("a", "image of d1", 5, ("stop",)),
+        HarnessQuestion("b", None, 64, ("x", "y")),
+        HarnessQuestion("c", None, 64, ()),
+    ]
+    model.model.asked.clear()
+    ranked = [
+        request("q", "yes", first, 0, "t", "val"),
+        request("q", lambda document: f"of {document}", first, 1, "t", "test"),
+    ]
+    assert model.loglikelihood(ranked) == [(-1.0, True)] * 2
+    assert model.model.asked == [
+        (HarnessQuestion("q", "image of v0"), "yes"),
+        (HarnessQuestion("q", "image of d1"), "of d1"),
+    ]
+    with pytest.raises(NotImplementedError, match="several rounds"):
+        model.generate_until_multi_round([])
+
+
+def test_each_image_is_encoded_once_and_named_by_its_place(pictures):
+    model = object.__new__(InProcessModel)
+    model.tag = "[vqa] "
+    asked = [
+        HarnessQuestion(" a ", pictures[1], 7), HarnessQuestion("b"), HarnessQuestion("c", pictures[0]),
+        HarnessQuestion("d", pictures[1]),
+    ]  # fmt: skip
+    images, prompts = model._prompts(asked, [("x", "y"), (), (), ()])
+    assert [image.tobytes() for image in images] == [pictures[n].convert("RGB").tobytes() for n in (1, 0)]
+    assert [(p.instruction, p.image, p.history, p.max_new_tokens, p.choices) for p in prompts] == [
+        ("[vqa] a", 0, (), 7, ("x", "y")),
+        ("[vqa] b", None, (), 20, ()),
+        ("[vqa] c", 1, (), 20, ()),
+        ("[vqa] d", 0, (), 20, ()),
+    ]
+
+
+def test_an_image_of_another_mode_is_converted_once_and_equal_ones_are_each_encoded(pictures):
+    model = object.__new__(InProcessModel)
+    model.tag, grey = "", pictures[0].convert("L")
+    same = [grey, grey, pictures[1].convert("RGB"), pictures[1].convert("RGB")]
+    images, prompts = model._prompts([HarnessQuestion("a", image) for image in same], [()] * 4)
+    assert [image.mode for image in images] == ["RGB"] * 3 and [prompt.image for prompt in prompts] == [0, 0, 1, 2]
+
+
+def test_likelihoods_are_of_the_stripped_text_in_chunks():
+    batches = []
+
+    class Ranking:
+        def encode(self, images):
+            return images
+
+        def choice_losses(self, prompts, embeds):
+            batches.append([prompt.choices for prompt in prompts])
+            return [(float(len(prompt.choices[0])),) for prompt in prompts]
+
+        def answer(self, prompts, embeds):
+            return [Reply("red") for _ in prompts]
+
+    model = object.__new__(InProcessModel)
+    model.answerer, model.tag, model.chunk = Ranking(), "", 2
+    found = model.log_likelihoods([HarnessQuestion(text) for text in "abc"], [" red", "blue ", "red"])
+    assert found == [(-3.0, True), (-4.0, False), (-3.0, True)]
+    assert batches == [[("red",), ("blue",)], [("red",)]]

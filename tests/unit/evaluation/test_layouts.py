@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.evaluation.benchmarks import BENCHMARKS, find_benchmarks
+from pipelines.evaluation.benchmarks import files as files_module
 from pipelines.evaluation.benchmarks.files import DataFolder
 from pipelines.evaluation.run import evaluate
 from pipelines.settings import ScoreSettings, SettingsError
@@ -199,6 +200,21 @@ def test_a_folder_with_thousands_of_folders_and_a_circle_of_links_is_listed_at_o
     assert len(folder.image_folders) < 20
 
 
+def test_each_real_folder_is_listed_once_and_hidden_ones_never(tmp_path):
+    for name in ("a/b", ".cache/c", "d"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("x.json", "a/b/y.jsonl", "d/z.p", ".cache/c/w.json", "a/v.txt", "a/u.tar"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "a/again").symlink_to(tmp_path / "a")
+    (tmp_path / "a/other").symlink_to(tmp_path / "d")
+    (tmp_path / "d/root").symlink_to(tmp_path)
+    files, folders = files_module._list(tmp_path)
+    real = {path.resolve() for path in folders}
+    assert real == {tmp_path / name for name in ("a", "d", "a/b")} and len(folders) == 3, "each once"
+    assert folders == sorted(folders, key=lambda path: len(path.parts)) and files == sorted(files)
+    assert {path.name for path in files} == {"x.json", "y.jsonl", "z.p", "u.tar"} and len(files) == 4
+
+
 def test_a_data_sets_own_folder_comes_first_and_then_the_users(tmp_path):
     """Whatever the preference of names; hidden folders and those of other data sets are not looked into."""
     places = ("deep/er/a.json", "other/a.json", "b.json", "a.json", "gqa/sub/b.json", "gqa/b.json")
@@ -211,3 +227,67 @@ def test_a_data_sets_own_folder_comes_first_and_then_the_users(tmp_path):
     own = [str(path.relative_to(tmp_path)) for path in files._candidates(("a.json", "b.json"), ("sub",), True)]
     assert own == ["gqa/b.json"]
     assert files.find("a.json", "b.json") == tmp_path / "gqa/b.json" and files.used == [tmp_path / "gqa/b.json"]
+
+
+def test_an_archive_is_named_where_it_may_hold_the_file(tmp_path):
+    for place, named in (("far/away/a.zip", False), ("vizwiz/a.zip", False), ("a.zip", True), ("gqa/in/a.tar", True)):
+        data = tmp_path / place.replace("/", "_")
+        (data / place).parent.mkdir(parents=True)
+        (data / place).write_bytes(b"x")
+        with pytest.raises(FileNotFoundError, match=r"the benchmark needs gqa's x\.json or y\.json below") as missing:
+            DataFolder(data).of("gqa").find("x.json", "y.json")
+        assert ("may hold it: unpack it first" in str(missing.value)) == named, place
+
+
+def test_a_list_of_expressions_counts_by_its_fields_wherever_it_lies(tmp_path):
+    benchmark_files.refcoco_as_published(tmp_path / "data")
+    (tmp_path / "data/refcoco_val.json").write_text(json.dumps([{"img_id": "x", "sentences": []}]))
+    assert len(list(BENCHMARKS["refcoco_val"].read(DataFolder(tmp_path / "data")))) == 2, "another's list of that name"
+    benchmark_files.refcoco_as_lists(tmp_path / "lists")
+    (tmp_path / "lists/refcoco/refcoco_val.json").rename(tmp_path / "lists/refcoco_val.json")
+    (found,) = BENCHMARKS["refcoco_val"].read(DataFolder(tmp_path / "lists"))
+    assert found.instruction.endswith("refcoco val")
+
+
+def test_images_are_looked_for_in_order_of_likelihood(tmp_path):
+    """Named folders, those around the file, the user's, those called images, and named ones beside the user's."""
+    data = tmp_path / "a/b/c/data"
+    for place in ("vqa/annotations/deep", "val2014", "x/pictures", "y/val2014", "a/train2014"):
+        (data / place).mkdir(parents=True)
+    for place in ("a/b/c/val2014", "a/b/coco/val2014", "a/images/val2014", "val2014", "a/b/c/other"):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    files = DataFolder(data).of("vqav2")
+    files.used.append(data / "vqa/annotations/deep/q.json")
+    images = files.images("val2014", "train2014", "none")
+    named = [data / "val2014", data / "y/val2014", data / "a/train2014"]
+    around = [data / "vqa/annotations/deep", data / "vqa/annotations", data / "vqa"]
+    beside = [tmp_path / place for place in ("a/b/c/val2014", "a/b/coco/val2014", "a/images/val2014")]
+    assert images.folders == files.looked_in == [*named, *around, data, data / "x/pictures", *beside]
+    given = DataFolder(data, tmp_path / "a").of("vqav2").images("val2014")
+    first = ["a/images/val2014", "a/b/c/val2014", "a/b/coco/val2014", "a/b/c/data/val2014", "a/b/c/data/y/val2014"]
+    assert given.folders[:8] == [tmp_path / place for place in (*first, "a", "a/images", "a/b/c/data/x/pictures")]
+    assert set(given.folders) == {tmp_path / "a", *(path for path in (tmp_path / "a").rglob("*") if path.is_dir())}
+    for number in range(250):
+        (tmp_path / f"many/{number:03d}").mkdir(parents=True)
+    assert len(DataFolder(data, tmp_path / "many").of("vqav2").images("val2014").folders) == 200
+
+
+@pytest.mark.parametrize(
+    ("root", "file", "far"),
+    [
+        ("d", "gqa/a.json", 0),
+        ("gqa", "a.json", 0),
+        ("gqa", "sub/a.json", 0),
+        ("d", "x.json", 1),
+        ("d", "some/x.json", 2),
+        ("d", "vizwiz/x.json", None),
+        ("d", "gqa/vizwiz/x.json", None),
+        ("d", "vizwiz/GQA/x.json", 0),
+        ("vizwiz", "x.json", 2),  # the user may have named the folder after anything
+        ("vizwiz", "sub/x.json", 2),
+        ("vizwiz", "okvqa/x.json", None),
+    ],
+)
+def test_how_far_a_file_is_from_its_data_set(tmp_path, root, file, far):
+    (tmp_path / root).mkdir()
+    assert DataFolder(tmp_path / root).of("gqa")._distance(tmp_path / root / file) == far

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pipelines.evaluation.benchmarks.files import DataFolder
-from pipelines.evaluation.benchmarks.own import _size, own_benchmark
+from pipelines.evaluation.benchmarks.own import _questions, _size, own_benchmark
 from pipelines.evaluation.compare import Comparison
 from pipelines.evaluation.compare_page import comparison_page
 from pipelines.evaluation.run import evaluate
@@ -64,6 +64,7 @@ def test_forms_of_rows(folder):
     assert benchmark.metric == "exact match" and [q.id for q in asked][:4] == ["line 1", "line 2", "line 3", "line 3/1"]
     assert asked[0].instruction == "what colour is the mug?" and asked[0].image == folder / "0.jpg"
     assert asked[1].instruction.startswith("[vqa]") and asked[1].truth == {"answers": ["two", "2"]}
+    assert benchmark.score("2", asked[1].truth) == benchmark.score("two", asked[1].truth) == 1, "any of the answers"
     assert asked[3].history[0].answer == "a mug" and asked[3].instruction == "which colour?"
     assert asked[4].instruction == "[caption] Briefly describe this image."
     assert asked[5].image is None and asked[5].kind == "text"
@@ -87,7 +88,10 @@ def test_images_may_lie_in_a_folder_of_their_own(folder, tmp_path):
     assert questions(path)[1][0].image == tmp_path / "0.jpg"
 
 
-@pytest.mark.parametrize(("orientation", "size"), [(1, (40, 30)), (3, (40, 30)), (6, (30, 40)), (8, (30, 40))])
+@pytest.mark.parametrize(
+    ("orientation", "size"),
+    [(1, (40, 30)), (3, (40, 30)), (4, (40, 30)), *((turned, (30, 40)) for turned in (5, 6, 7, 8))],
+)
 def test_the_size_of_an_image_is_that_of_its_upright_form(tmp_path, orientation, size):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -137,6 +141,20 @@ def test_a_folder_with_no_rows(tmp_path):
         questions(tmp_path)
 
 
+def test_rows_have_their_images_beside_them_and_may_be_a_list(tmp_path):
+    """A JSON list has row numbers, lines have line numbers; every ending of rows is read from a folder."""
+    inline = {"image": {"bytes": make_image(0)}, "question": "what?", "answer": "a"}
+    with pytest.raises(SettingsError, match=r"^rows\.jsonl, row 7: the image is in the row; name a file\.$"):
+        list(_questions(tmp_path / "rows.jsonl", "7", inline, tmp_path))
+    (tmp_path / "list.json").write_text(json.dumps([{"question": "a", "answer": "b"}, {"question": "c"}]))
+    with pytest.raises(SettingsError, match=r"^list\.json, row [^:]*: the entry has 'question', but no 'answer'"):
+        questions(tmp_path / "list.json")
+    for name in ("a.ndjson", "b.jsonl"):
+        write(tmp_path, {"question": name, "answer": "x"}, name=name)
+    (tmp_path / "list.json").write_text(json.dumps([{"question": "list", "answer": "b"}]))
+    assert [q.instruction for q in questions(tmp_path)[1]] == ["b.jsonl", "a.ndjson", "list"]
+
+
 def test_csv_rows(folder):
     path = folder / "rows.csv"
     path.write_text('\ufeffimage,question,answer\n0.jpg,"what, here?","a ""red"" mug"\n1.jpg,what?,blue\n', "utf-8")
@@ -145,6 +163,35 @@ def test_csv_rows(folder):
         ("what, here?", ['a "red" mug']),
         ("what?", ["blue"]),
     ]
+
+
+def test_questions_of_several_files_have_ids_of_their_own(tmp_path):
+    """Else a comparison would take the last file's first line for that of every file."""
+    for name in ("b.jsonl", "a.jsonl", "c.csv"):
+        row = "question,answer\nwhat?,a\n" if name == "c.csv" else '{"question": "what?", "answer": "a"}\n'
+        (tmp_path / name).write_text(row)
+    (tmp_path / "notes.txt").write_text("no rows")
+    data = DataFolder(tmp_path)
+    assert [q.id for q in own_benchmark("exact", data).read(data)] == [
+        "a.jsonl, line 1",
+        "b.jsonl, line 1",
+        "c.csv, line 2",
+    ]
+    assert [path.name for path in data.opened[-1].used] == ["a.jsonl", "b.jsonl", "c.csv"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "first", "chosen"),
+    [
+        ("official", REFER, "IoU > 0.5"), ("released", REFER, "IoU > 0.5"),
+        ("official", {"caption": "a"}, "exact match"),
+        ("exact", REFER, "exact match"), ("vqa", REFER, "VQA accuracy"), ("iou", {"caption": "a"}, "IoU > 0.5"),
+    ],
+)  # fmt: skip
+def test_a_metric_that_is_given_wins_over_the_first_rows(folder, metric, first, chosen):
+    path = write(folder, {"image": "1.jpg", **first}, name="metric.jsonl")
+    benchmark = own_benchmark(metric, DataFolder(path))
+    assert benchmark.metric == chosen and benchmark.max_new_tokens == (20 if chosen.startswith("IoU") else 64)
 
 
 def score(checkpoint, path, output, **changes):

@@ -239,6 +239,8 @@ def test_a_prompt_that_is_too_long_is_counted_too(checkpoint, tmp_path, monkeypa
     monkeypatch.setattr("pipelines.evaluation.run.time", clock)
     result = evaluate(settings(checkpoint, tmp_path, tmp_path), [benchmark])
     assert (result["questions_per_second"], result["seconds"]) == (0.5, 12.0)
+    again = evaluate(settings(checkpoint, tmp_path, tmp_path), [benchmark])
+    assert (again["questions_per_second"], again["benchmarks"]) == (0.0, result["benchmarks"]), "none was answered now"
     entry = result["benchmarks"]["own"]
     assert (entry["unanswered"], entry["value"]) == (1, 50.0)
     assert entry["problems"][0].startswith("long: This model's maximum context length is 256 tokens")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question, S
 from pipelines.evaluation.benchmarks.grounding import OVERLAPS, REFERRING
 from pipelines.evaluation.compare import Comparison, comparison_table
 from pipelines.evaluation.compare_page import comparison_page
-from pipelines.evaluation.page import TRUE_COLOUR, drawn_case, score_page, truth_text, worst_first
+from pipelines.evaluation.page import TRUE_COLOUR, drawn_case, score_page, worst_first
 from pipelines.evaluation.scoring import format_number, score_benchmark, write_predictions
+from tinygptv.data.prompt_layout import Exchange
 from tinygptv.metrics.metrics import exact_match
 
 EXACT = Benchmark("exact", "exact match", lambda data: iter(()), lambda a, t: exact_match(a, t["answer"]))
@@ -40,6 +42,7 @@ def test_answers_come_back_from_their_file(tmp_path):
     assert read_answers(path) == written
     first = json.loads((tmp_path / "answers.jsonl").read_text().splitlines()[0])
     assert (first["answer"], first["blind"], first["answer_losses"]) == ("", None, [1.5, None])
+    assert Answers.from_dict({"id": "c", "problem": "gone"}) == Answers("c", "gone"), "a view that is not there"
 
 
 def test_each_view_has_its_own_scores_in_the_predictions(tmp_path):
@@ -53,6 +56,28 @@ def test_each_view_has_its_own_scores_in_the_predictions(tmp_path):
     found = [(line["id"], line["score"], line["blind_score"], line["shuffled_score"]) for line in lines]
     assert found == [("q0", 1.0, None, None), ("q1", 0.0, 1.0, 0.0), ("q2", 0.0, 0.0, 0.0), ("q3", 1.0, 0.0, 1.0)]
     assert [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()] == lines
+
+
+def test_a_line_of_the_predictions_has_all_of_its_question(tmp_path):
+    asked = Question(
+        "q", "which?", tmp_path / "a.png", {"answer": "b"}, "colour", "val", (Exchange("before?", "yes"),), ("a", "b")
+    )
+    views = {"answer": ViewAnswer("b", (2.0, math.inf)), "blind": ViewAnswer("a")}
+    benchmark = Benchmark("x", "m", EXACT.read, EXACT.score, released=lambda outcomes: [0.25] * len(outcomes))
+    given = [benchmark], {"x": [(asked, Answers("q", "", views))]}
+    (line,) = write_predictions(tmp_path / "p.jsonl", *given)
+    assert line == {
+        "benchmark": "x", "id": "q", "problem": "", "answer": "b", "blind": "a", "shuffled": None,
+        "answer_losses": [2.0, math.inf], "score": 1.0, "blind_score": 0.0, "shuffled_score": None,
+        "instruction": "which?", "history": [["before?", "yes"]], "choices": ["a", "b"],
+        "image": str(tmp_path / "a.png"), "split": "val", "kind": "colour", "truth": {"answer": "b"},
+    }  # fmt: skip
+    (released,) = write_predictions(tmp_path / "p.jsonl", *given, released=True)
+    assert released == {**line, "score": 0.25, "blind_score": 0.25}
+    text_only = replace(asked, image=None)
+    assert write_predictions(tmp_path / "p.jsonl", [EXACT], {"exact": [(text_only, Answers("q", "", views))]}) == [
+        {**line, "benchmark": "exact", "image": None}
+    ]
 
 
 def test_twenty_problems_are_named_and_all_are_counted():
@@ -155,17 +180,3 @@ def test_a_true_box_is_scaled_with_its_image(tmp_path):
     assert (min(x for x, _ in green), min(y for _, y in green)) == (40, 20)
     assert (max(x for x, _ in green), max(y for _, y in green)) == (120, 60)
     assert drawn_case(line("a", 1.0)) is None and drawn_case(line("a", 1.0, image="/nowhere.png")) is None
-
-
-@pytest.mark.parametrize(
-    ("truth", "text"),
-    [
-        ({"answers": ["two", "2", "two"]}, "two, 2"),
-        ({"label": 0}, "0"),
-        ({"box": [1, 2, 3, 4], "width": 9, "height": 9}, "the green box"),
-        ({"phrases": ["a", "b"], "objects": [], "index": 0}, "a, b"),
-        ({"img_id": "x"}, '{"img_id": "x"}'),
-    ],
-)
-def test_the_truth_as_text(truth, text):
-    assert truth_text(truth) == text

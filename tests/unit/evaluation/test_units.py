@@ -88,7 +88,9 @@ class Model:
         ]
 
     def choice_losses(self, prompts, embeds):
-        return [[self.losses.get(choice, 1.0) for choice in prompt.choices] for prompt in prompts]
+        """A blank image costs 10 nats more."""
+        more = 10.0 if embeds == ["blank"] else 0.0
+        return [[self.losses.get(choice, 1.0) + more for choice in prompt.choices] for prompt in prompts]
 
     @staticmethod
     def _seen(prompt, embeds):
@@ -147,6 +149,8 @@ def test_ranked_choices_keep_their_losses_beside_the_text(images):
     assert ranked.views == {"answer": ViewAnswer("blue", (3.0, 0.5, math.inf))} and ranked.problem == ""
     (both,) = answerer(model).answers(unit(asked))
     assert both.views == {"answer": ViewAnswer("no image", (3.0, 0.5, math.inf))}
+    (seen,) = answerer(model).answers(unit(questions(images, "a.png", choices=("red", "blue"))))
+    assert seen.views == {"answer": ViewAnswer("image 0", (3.0, 0.5)), "blind": ViewAnswer("blank", (13.0, 10.5))}
 
 
 def test_the_first_problem_of_a_question_stays(images):
@@ -168,6 +172,24 @@ def test_an_answered_unit_is_left_as_it_is(images, monkeypatch, tmp_path):
     (tmp_path / "own-00000-x.jsonl").write_text("")
     one(unit([]))
     assert written == [str(tmp_path / "own-00000-x.jsonl")]
+
+
+@pytest.mark.parametrize(("threads", "told"), [(0, []), (3, [3])])
+def test_an_actor_loads_its_copy_of_the_checkpoint_and_knows_its_copies_of_the_data(monkeypatch, threads, told):
+    asked, set_to = [], []
+    monkeypatch.setattr(worker_module.torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(worker_module, "local_checkpoint", lambda uri: f"copy of {uri}")
+    monkeypatch.setattr(worker_module, "local_data", lambda uri: f"copy of {uri}")
+    monkeypatch.setattr(
+        worker_module, "load_for_inference", lambda *given: asked.append(given) or ("model", "processor")
+    )
+    monkeypatch.setattr(worker_module, "Answerer", lambda *given, **more: (*given, more))
+    options = replace(OPTIONS, checkpoint="s3://c", batch_size=7, released=True, copies=(("s3://d", "/driver"),))
+    made = UnitAnswerer(options, threads, "cuda")
+    assert (asked, set_to, made.options) == ([("copy of s3://c", "cuda")], told, options)
+    assert made.moved == {"/driver": "copy of s3://d"}
+    assert made.answerer == ("model", "processor", 7, {"released": True})
+    assert UnitAnswerer(options).answerer[-1] == {"released": True} and asked[-1][1] == "cpu"
 
 
 def test_images_of_a_bucket_are_read_from_this_machines_copy(tmp_path):
@@ -249,4 +271,5 @@ def test_the_worst_cases_with_an_image_are_tracked(images):
     lines = [case(n, n / 100) for n in reversed(range(30))] + [case(99, 0.0, None)]
     rows = _worst_cases(lines)
     assert [row["answer"] for row in rows] == [str(n) for n in range(24)]
+    assert [rows[1][name] for name in ("score", "instruction", "blind")] == [0.01, "x", "null"], "numbers stay numbers"
     assert rows[0]["truth"] == '{"answer": "a"}' and rows[0]["blind"] == "null" and max(rows[0]["image"].size) == 224

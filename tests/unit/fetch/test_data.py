@@ -17,7 +17,7 @@ from pipelines.data.sources import SOURCES
 from pipelines.fetch import data
 from pipelines.fetch.addresses import published_address
 from pipelines.fetch.data import unpack, write_table
-from pipelines.fetch.datasets import all_sets, find_sets, set_of, sets_of_stages
+from pipelines.fetch.datasets import all_sets, find_sets, set_of, sets_of_stages, with_needs
 from pipelines.fetch.http import DownloadError, Retries
 from pipelines.fetch.run import fetch
 from pipelines.settings import FetchSettings, SettingsError
@@ -33,7 +33,7 @@ LINKS = [{"caption": f"a  star\t{n}\n", "url": f"http://x/{n}.jpg"} for n in ran
 
 def zip_of(**files):
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:  # its sizes are not those of the files
         for name, content in files.items():
             archive.writestr(name.replace("__", "/"), content)
     return buffer.getvalue()
@@ -80,6 +80,8 @@ def test_images_of_other_sets_come_first():
     assert [each.name for each in find_sets("llava")] == ["coco", "llava"]
     assert [each.name for each in find_sets("data1")] == ["laion", "cc_sbu"]
     assert {"coco", "llava", "cc_sbu_align"} == {each.name for each in find_sets("data3")}
+    sets = [all_sets()[name] for name in ("llava", "gqa", "vqav2", "llava")]
+    assert [each.name for each in with_needs(sets)] == ["coco", "llava", "gqa", "vqav2"], "each once, before its users"
     assert set_of("invrefcocog").name == "refcoco" and find_sets("nothing") == []
     with pytest.raises(SettingsError, match="belongs to no published data set"):
         set_of("own")
@@ -125,10 +127,39 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, name):
     assert not list(tmp_path.rglob("evil"))
 
 
+def test_a_member_that_cannot_be_unpacked_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "x.zip").write_bytes(zip_of(a="1"))
+    monkeypatch.setattr(data.shutil, "copyfileobj", lambda source, sink, size: sink.write(b"half") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        unpack(tmp_path / "x.zip", quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.zip"]
+
+
+def test_folders_of_archives_made_on_windows_are_folders(tmp_path):
+    (tmp_path / "x.zip").write_bytes(zip_of(**{"a\\b.txt": "1", "c/": ""}))
+    unpack(tmp_path / "x.zip", quiet=True)
+    assert (tmp_path / "a/b.txt").read_text() == "1" and not (tmp_path / "a\\b.txt").exists()
+
+
 def test_a_damaged_archive_is_one_sentence(tmp_path):
     (tmp_path / "x.zip").write_bytes(zip_of(a="1")[:-30])
     with pytest.raises(DownloadError, match=r"x.zip is no whole zip archive: .*Remove it to download it again"):
         unpack(tmp_path / "x.zip")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [(6, 1, "is encrypted"), (8, 9, "method is not supported"), (31, 0xFF, "invalid block type")],
+)
+def test_an_archive_that_cannot_be_unpacked_is_one_sentence(tmp_path, field, value, reason):
+    archive = bytearray(zip_of(a="1"))
+    archive[field] = value
+    if field < 30:  # stated again at the end, two bytes later
+        archive[archive.index(b"PK\x01\x02") + field + 2] = value
+    (tmp_path / "x.zip").write_bytes(archive)
+    with pytest.raises(DownloadError, match=f"x.zip is no whole zip archive: .*{reason}.*Remove it"):
+        unpack(tmp_path / "x.zip", quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.zip"]
 
 
 @pytest.mark.parametrize("rows", [0, 2])
@@ -167,6 +198,10 @@ def test_a_damaged_list_is_one_sentence(tmp_path):
     (tmp_path / "list.json").write_text('[{"caption": "a"}]')
     with pytest.raises(DownloadError, match=r"list.json is no list of entries with 'caption' and 'url'.*'url'"):
         write_table(tmp_path / "list.json")
+    for text in ("[5]", "[[]]", "[" * 9000 + "]" * 9000, "[" + "[" * 9000 + "]" * 9000 + "]", "["):
+        (tmp_path / "list.json").write_text(text)
+        with pytest.raises(DownloadError, match=r"list.json is no list of entries with 'caption' and 'url'"):
+            write_table(tmp_path / "list.json", quiet=True)
     assert not (tmp_path / "list.tsv").exists()
 
 
@@ -269,3 +304,34 @@ def test_a_set_of_the_table_has_its_paths_below_its_folder():
         assert set(each.cut) <= each.archives
     assert refcoco.cut and coco.archives == {"coco/train2014.zip"} and not all_sets()["gqa"].links
     assert all_sets()["laion"].archives == frozenset()
+
+
+def test_a_long_list_shows_how_much_of_it_is_read(tmp_path, monkeypatch):
+    shown = []
+    item = SimpleNamespace(data=b'{"caption": "a", "url": "b"}')
+
+    def items(stream, keep_data):
+        stream.seek(2 << 20)
+        yield from [item] * 5
+
+    class Bar:
+        def __init__(self, title, quiet):
+            shown.append((title, quiet))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, *given):
+            shown.append(given)
+
+    assert data._SHOWN_LINKS == 100_000
+    monkeypatch.setattr(data, "_SHOWN_LINKS", 3)
+    monkeypatch.setattr(data, "iterate_items", items)
+    monkeypatch.setattr(data, "Bar", Bar)
+    with (tmp_path / "l.json").open("wb") as stream:
+        stream.truncate(5 << 20)
+    data.write_table(tmp_path / "l.json", quiet=True)
+    assert shown == [("writing l.tsv", True), (2, 5, "MiB  3 links")]

@@ -25,6 +25,7 @@ class Server:
 
     def __call__(self, request):
         self.asked.append((request.headers.get("Range"), request.headers.get("If-Range")))
+        assert request.headers["Accept-Encoding"] == "identity", "packed bytes have another size and hash"
         status, headers, body = self.answers.pop(0)
         return httpx.Response(status, headers=headers, stream=httpx.ByteStream(body))
 
@@ -79,6 +80,10 @@ def test_bytes_of_another_address_or_of_no_known_version_are_not_joined(target, 
     server = Server(rest(4))
     fetch(server, target, known)
     assert server.asked == [("bytes=4-", None)], "its hash tells whether they belong together"
+    begin(target)
+    server = Server(rest(4))
+    fetch(server, target, known)
+    assert server.asked == [("bytes=4-", '"v1"')], "the server tells it sooner"
 
 
 def test_a_server_that_sends_all_again_begins_the_file_again(target):
@@ -139,11 +144,15 @@ def test_only_a_strong_tag_or_a_time_is_a_version(target, headers, version):
         ({"num_bytes": 10, "sha256": hashlib.sha256(DATA).hexdigest()}, "", None),
         ({"num_bytes": 9}, "", "has 10 bytes, but 9 are stated"),
         ({"num_bytes": 11}, "", "has 10 bytes, but 11 are stated"),
-        ({"sha256": "0" * 64}, "", "SHA-256"),
+        (
+            {"sha256": "0" * 64},
+            "",
+            f"has SHA-256 {hashlib.sha256(DATA).hexdigest()}, but {'0' * 64} is stated by its publisher",
+        ),
         ({"git_sha1": hashlib.sha1(b"blob 10\0" + DATA).hexdigest()}, "", None),
         ({"git_sha1": hashlib.sha1(DATA).hexdigest()}, "", "git's SHA-1"),
         ({}, hashlib.md5(DATA).hexdigest(), None),
-        ({}, "0" * 32, "MD5 .* stated by its server"),
+        ({}, "0" * 32, f"has MD5 {hashlib.md5(DATA).hexdigest()}, but {'0' * 32} is stated by its server"),
     ],
 )
 def test_a_file_is_compared_with_everything_that_is_stated(tmp_path, monkeypatch, changes, md5, what):
@@ -157,8 +166,32 @@ def test_a_file_is_compared_with_everything_that_is_stated(tmp_path, monkeypatch
         check_file(tmp_path / "f", remote, md5)
 
 
-def test_a_wrong_file_leaves_nothing_to_be_resumed(target):
-    stated = f"crc32c=AA==,md5={base64.b64encode(hashlib.md5(b'other').digest()).decode()}"
-    with pytest.raises(DownloadError, match="gave a damaged or another file, which was removed"):
-        fetch(Server(whole(**{"x-goog-hash": stated})), target)
+def test_a_server_need_not_say_how_long_a_file_is(target):
+    seen = []
+    fetch(Server((200, {}, DATA)), target, report=lambda *now: seen.append(now))
+    assert target.read_bytes() == DATA and seen == [(0, 0), (10, 0)]
+
+
+def stated_md5(data):
+    return {"x-goog-hash": f"crc32c=AA==,md5={base64.b64encode(hashlib.md5(data).digest()).decode()}"}
+
+
+def test_what_a_server_states_of_a_whole_part_is_compared(target):
+    for data, fits in ((DATA, True), (b"other", False)):
+        begin(target, DATA)
+        server = Server((416, {"Content-Range": "bytes */10", **stated_md5(data)}, b""))
+        if fits:
+            fetch(server, target)
+            target.unlink()
+        else:
+            with pytest.raises(DownloadError, match="MD5"):
+                fetch(server, target)
     assert list(target.parent.iterdir()) == []
+
+
+def test_a_wrong_file_leaves_nothing_to_be_resumed(target):
+    with pytest.raises(DownloadError, match="gave a damaged or another file, which was removed"):
+        fetch(Server(whole(**stated_md5(b"other"))), target)
+    assert list(target.parent.iterdir()) == []
+    fetch(Server(whole(**stated_md5(DATA))), target)
+    assert target.read_bytes() == DATA

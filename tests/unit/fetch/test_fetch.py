@@ -127,6 +127,18 @@ def test_files_come_whole_and_are_recorded(server, run, tmp_path):
     ]
 
 
+def test_sizes_are_those_of_the_files_that_are_here_or_offered(server, run, tmp_path):
+    other = replace(PLAIN, num_bytes=10**10, sha256="0" * 64)
+    sizes = [len(CONTENT), len(CONTENT), 8]
+    for dry_run in (True, False, True):
+        found = run(other, HUB, SMALL, accept_changed=True, dry_run=dry_run)
+        assert found["num_bytes"] == sum(sizes)
+    del server.files["/models/eva.pth"]
+    (tmp_path / "weights/eva.pth").unlink()
+    assert run(other, accept_changed=True, dry_run=True)["num_bytes"] == 10**10, "as published"
+    assert run(other, dry_run=True)["num_bytes"] == 10**10
+
+
 def test_a_second_run_asks_for_nothing(server, run):
     run(stated(PLAIN, CONTENT), HUB, SMALL)
     server.requests.clear()

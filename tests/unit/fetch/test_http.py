@@ -42,6 +42,8 @@ def test_the_last_failure_in_a_row_is_told_and_bytes_in_between_begin_a_new_row(
     assert retries.run("x", failing(*[TryAgainError("no")] * 2)) == "done"
     with pytest.raises(DownloadError, match=r"^f: 3 tries failed in a row, the last one with: no\."):
         retries.run("f", failing(*[TryAgainError("no")] * 3))
+    with pytest.raises(DownloadError, match=r"in a row, the last one with: ReadTimeout\. What was received is kept"):
+        retries.run("f", failing(*[httpx.ReadTimeout("")] * 3))
     received = iter(range(100))
     assert retries.run("x", failing(*[TryAgainError("no")] * 9), lambda: next(received)) == "done"
 
@@ -93,6 +95,15 @@ def test_a_token_stays_on_its_host(monkeypatch):
         assert ask(opened, remote, "f", Retries(most=1)).num_bytes == 3 and len(asked) == 1, "the hub has said all"
 
 
+@pytest.mark.parametrize(("redirects", "stated"), [(4, 9), (5, 0)])
+def test_a_redirect_says_nothing_of_the_file(redirects, stated):
+    answers = {f"https://h/{n}": (302, {"Location": f"/{n + 1}", "Content-Length": "154"}) for n in range(redirects)}
+    answers[f"https://h/{redirects}"] = (200, {"Content-Length": "9"})
+    with client(answers, asked := []) as opened:
+        assert ask(opened, Remote("https://h/0"), "f", Retries(most=1)) == Stated(stated)
+    assert len(asked) == 5
+
+
 @pytest.mark.parametrize(
     ("status", "headers", "name", "outcome"),
     [
@@ -101,6 +112,7 @@ def test_a_token_stays_on_its_host(monkeypatch):
         (403, {}, "f", "HTTP 403.*HF_TOKEN"),
         (407, {}, "f", "HTTPS_PROXY"),
         (404, {}, "f", "HTTP 404 Not Found"),
+        (304, {}, "f", "HTTP 304 Not Modified"),
         (501, {}, "f", "HTTP 501"),
         (200, {"Content-Type": "text/html; charset=x"}, "f.bin", "answers with a web page of https://h"),
         (200, {"Content-Type": "Application/XHTML+xml"}, "f.bin", "web page"),

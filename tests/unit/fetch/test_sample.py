@@ -18,12 +18,13 @@ from pipelines.fetch import sample as sample_module
 from pipelines.fetch import single_images
 from pipelines.fetch.addresses import published_address
 from pipelines.fetch.datasets import ImageRule, all_sets, find_sets
-from pipelines.fetch.http import DownloadError, Retries
+from pipelines.fetch.http import DownloadError, Remote, Retries
 from pipelines.fetch.run import fetch
 from pipelines.fetch.sample import Annotations, Record
 from pipelines.settings import FetchSettings, PrepareDataSettings, SettingsError
 from tests.dataset_files import BY_HAND, build, publish_data, publish_images
 from tests.hub_server import serve_files
+from tests.source_files import jpeg
 
 COCO_PATH = "/train2014/COCO_train2014_000000000009.jpg"
 
@@ -187,7 +188,8 @@ def annotations(folder, rows, **settings):
     return Annotations(given, folder, None, Retries(most=1), None, Record(folder, rows))
 
 
-def test_an_archive_of_annotations_is_cut_once_unpacked_and_removed(tmp_path):
+def test_an_archive_of_annotations_is_cut_once_unpacked_and_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_module, "_CHUNK_BYTES", 7)
     refs = [{"ref_id": n, "split": split} for n, split in enumerate(["train", "val", "test", "train", "train"])]
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
@@ -197,6 +199,7 @@ def test_an_archive_of_annotations_is_cut_once_unpacked_and_removed(tmp_path):
     target.parent.mkdir()
     cut = ["refs/refcoco/refs(unc).p", "refs/refcoco/list.json"]
     annotations(tmp_path, 2)._unpack(all_sets()["gqa"], lambda: io.BytesIO(content.getvalue()), target, cut)
+    assert (tmp_path / cut[0]).read_bytes()[:2] == b"\x80\x02", "in the published protocol"
     kept = pickle.loads((tmp_path / cut[0]).read_bytes())
     assert [ref["ref_id"] for ref in kept] == [0, 3] and json.loads((tmp_path / cut[1]).read_text()) == [1, 2]
     assert not target.exists()
@@ -206,6 +209,7 @@ def test_an_archive_of_annotations_is_cut_once_unpacked_and_removed(tmp_path):
     ("content", "member", "kept"),
     [
         ([1, 2, 3, 4], "", [1, 2, 3]),
+        ("\ufeff \r\n\t[1, 2, 3, 4]", "", [1, 2, 3]),
         ({"a": 1, "b": 2, "c": 3, "d": 4}, "", {"a": 1, "b": 2, "c": 3}),
         ({"info": 1, "annotations": [1, 2, 3, 4]}, "annotations", {"annotations": [1, 2, 3]}),
     ],
@@ -213,9 +217,28 @@ def test_an_archive_of_annotations_is_cut_once_unpacked_and_removed(tmp_path):
 def test_the_first_entries_are_as_many_as_make_the_rows(tmp_path, monkeypatch, content, member, kept):
     monkeypatch.setattr(sample_module, "_member", lambda each: member)
     each = replace(all_sets()["gqa"], per_entry=2, images=())
-    opened = lambda: io.BufferedReader(io.BytesIO(json.dumps(content).encode()))  # noqa: E731
+    text = content if isinstance(content, str) else json.dumps(content)
+    opened = lambda: io.BufferedReader(io.BytesIO(text.encode()))  # noqa: E731
     annotations(tmp_path, 5)._cut(each, tmp_path / "x.json", opened)
     assert json.loads((tmp_path / "x.json").read_text()) == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "member", "told"),
+    [
+        ("[]", "", "x.json has no entries."),
+        ('{"annotations": []}', "annotations", "x.json has no entries in 'annotations'."),
+        ('{"a": [1]}', "annotations", "x.json has no entries in 'annotations'."),
+        ("[5 5]", "", "x.json is no list of entries: the file is cut off or no valid JSON after byte 4."),
+    ],
+)
+def test_what_holds_no_entries_is_told(tmp_path, monkeypatch, text, member, told):
+    monkeypatch.setattr(sample_module, "_member", lambda each: member)
+    with pytest.raises(DownloadError) as caught:
+        annotations(tmp_path, 5)._cut(
+            all_sets()["gqa"], tmp_path / "x.json", lambda: io.BufferedReader(io.BytesIO(text.encode()))
+        )
+    assert str(caught.value) == told and not (tmp_path / "x.json").exists()
 
 
 def test_addresses_that_entries_give_are_kept_where_they_are_addresses(tmp_path):
@@ -228,6 +251,9 @@ def test_addresses_that_entries_give_are_kept_where_they_are_addresses(tmp_path)
     ]
     known._note_urls(each, [Item(0, 0, 0, None, entry) for entry in entries])
     assert known.record.urls == {"gqa": {"a": ["http://h/a"], "7": ["https://h/7"]}}
+    each = replace(all_sets()["ocrvqa"], images=(replace(rule, id=""),))
+    known._note_urls(each, [Item(0, 0, 0, "the key", {"flickr": "http://h/k"}), Item(0, 0, 0, "odd", 5)])
+    assert known.record.urls["ocrvqa"] == {"the key": ["http://h/k"], "odd": []}
 
 
 def test_a_local_copy_is_found_by_its_layout_or_flat(tmp_path):
@@ -238,6 +264,9 @@ def test_a_local_copy_is_found_by_its_layout_or_flat(tmp_path):
     known = annotations(tmp_path, 5, local=[str(local / "raw"), str(local)])
     found = [known.local(path) for path in ("coco/a.json", "coco/b.json", "coco/deep/c.json", "coco/d.json")]
     assert found == [local / "raw/coco/a.json", local / "b.json", local / "deep/c.json", None]
+    (local / "b.json").write_text("[1]")
+    with known._open(replace(all_sets()["coco"].files[0], path="coco/b.json")) as stream:
+        assert stream.read() == b"[1]", "no server is asked"
 
 
 @pytest.mark.parametrize(
@@ -267,14 +296,61 @@ def test_an_image_comes_from_the_first_place_that_has_it(tmp_path, of_web, answe
     assert (tmp_path / "x.jpg").exists() is found
 
 
+def test_images_that_rows_lack_are_named_once(tmp_path):
+    each = replace(all_sets()["gqa"], sources=("gqa", "gqa"), input="gqa")
+    assert single_images._missing(each, tmp_path) == [], "there are no annotations yet"
+    (tmp_path / "gqa/images").mkdir(parents=True)
+    (tmp_path / "gqa/images/there.jpg").write_bytes(jpeg(0))
+    entries = [{"image": f"{name}.jpg", "question": "q", "answer": "a"} for name in ("b", "there", "a", "b")]
+    (tmp_path / "gqa/train_balanced_questions.json").write_text(json.dumps(entries))
+    assert single_images._missing(each, tmp_path) == ["b.jpg", "a.jpg"]
+    assert single_images._missing(replace(each, links=all_sets()["laion"].links), tmp_path) == []
+
+
+def test_a_refused_stream_is_closed(monkeypatch):
+    closed = []
+    monkeypatch.setattr(httpx.Response, "close", lambda response: closed.append(response.status_code))
+    client = httpx.Client(
+        transport=httpx.MockTransport(lambda request: httpx.Response(404, stream=httpx.ByteStream(b"no")))
+    )
+    with pytest.raises(DownloadError, match="HTTP 404") as caught:
+        sample_module._WebStream(client, Remote("http://h/a"), "a")
+    assert caught.tb and closed == [404], "at once, not when the stream is collected"
+
+
+def test_a_file_of_a_server_is_read_as_far_as_it_is_asked_for():
+    data = bytes(range(256)) * 400
+    client = httpx.Client(
+        transport=httpx.MockTransport(lambda request: httpx.Response(200, stream=httpx.ByteStream(data)))
+    )
+    with io.BufferedReader(sample_module._WebStream(client, Remote("http://h/a"), "a")) as stream:
+        assert stream.read(10) == data[:10] and stream.read() == data[10:] and stream.read() == b""
+
+
 def test_images_are_counted_as_found_or_lost(tmp_path, monkeypatch):
     wanted = {tmp_path / f"{n}.jpg": single_images.Wanted((f"http://h/{n}",)) for n in range(5)}
     monkeypatch.setattr(single_images, "_fetch_one", lambda annotations, path, image: path.stem != "3")
+    shown = []
+    monkeypatch.setattr(single_images.Bar, "update", lambda bar, *now: shown.append(now))
     assert single_images._fetch_all(annotations(tmp_path, 5), wanted) == 1
+    assert shown == [(5, 5, "1 lost")]
+    more = {tmp_path / f"{n}": single_images.Wanted() for n in range(41)}
+    assert single_images._fetch_all(annotations(tmp_path, 5), more) == 1
+    assert [now[:2] for now in shown[1:]] == [(20, 41), (40, 41), (41, 41)]
+    ended = []
+    shutdown = single_images.ThreadPoolExecutor.shutdown
+    with monkeypatch.context() as patched:
+        patched.setattr(single_images, "_fetch_one", lambda *_: 1 / 0)
+        patched.setattr(
+            single_images.ThreadPoolExecutor, "shutdown", lambda pool, **how: ended.append(how) or shutdown(pool, **how)
+        )
+        with pytest.raises(ZeroDivisionError):
+            single_images._fetch_all(annotations(tmp_path, 5), wanted)
+    assert ended[0] == {"cancel_futures": True}, "what waits is not begun"
     rule = ImageRule(r"(\d+)\.jpg", "x/{}.jpg", urls=("http://h/{}", "http://i/{}"))
-    missing = ["0.jpg", "3.jpg", "none"]
+    missing = ["0.jpg", "3.jpg", "none", "neither"]
     monkeypatch.setattr(single_images, "_missing", lambda each, folder: missing)
     each = replace(all_sets()["gqa"], images=(rule,), gigabytes=2.5)
     report = single_images.fetch_images(annotations(tmp_path, 5), [each])
     assert (report.found, report.lost, len(report.left)) == (1, 1, 1)
-    assert report.left[0].startswith("gqa: 1 images are missing; their publisher has them in an archive of 2.5 GB")
+    assert report.left[0].startswith("gqa: 2 images are missing; their publisher has them in an archive of 2.5 GB")

@@ -89,11 +89,13 @@ def test_embeddings_are_those_of_the_model_and_made_once():
     futures = [encoder.encode(image) for image in [*images, images[3]]]
     for image, future in zip(images, futures, strict=False):
         pixel_values = torch.from_numpy(normalise_pixels(image.pixels[None]))
-        torch.testing.assert_close(future.result(10), make_model().encode_images(pixel_values)[0])
+        torch.testing.assert_close(future.result(60), make_model().encode_images(pixel_values)[0])
     assert (encoder.num_encoded, encoder.num_reused) == (4, 1)
-    encoder.encode(images[0]).result(10)  # the oldest had to leave
-    assert encoder.num_encoded == 5
+    encoder.encode(images[0]).result(60)  # the oldest had to leave
+    assert encoder.num_encoded == 5 and encoder.thread.daemon, "it does not keep a process that ends"
+    assert not any(entry.waiters for entry in encoder._entries._entries.values()), "nobody waits, nothing is held"
     encoder.close()
+    assert not encoder.thread.is_alive()
 
 
 def test_a_failing_image_is_reported_and_tried_again(monkeypatch):
@@ -107,8 +109,8 @@ def test_a_failing_image_is_reported_and_tried_again(monkeypatch):
 
     monkeypatch.setattr(encoder, "_forward", broken)
     with pytest.raises(RuntimeError, match="memory"):
-        encoder.encode(image).result(10)
-    assert encoder.encode(image).result(10).shape == (4, 64)
+        encoder.encode(image).result(60)
+    assert encoder.encode(image).result(60).shape == (4, 64)
     encoder.close()
 
 
@@ -120,7 +122,7 @@ class SlowEncoder(ImageEncoder):
         super().__init__(make_model(), **options)
 
     def _forward(self, images):
-        assert self.may_encode.acquire(timeout=10)
+        assert self.may_encode.acquire(timeout=60)
         self.batches.append([image.number for image in images])
         return super()._forward(images)
 
@@ -144,8 +146,8 @@ def test_a_caller_that_leaves_hurts_neither_the_thread_nor_others(slow_encoder):
         time.sleep(0.001)
     assert leaving.cancel()
     slow_encoder.may_encode.release(10)
-    assert staying.result(10).shape == (4, 64)
-    assert slow_encoder.encode(chat_image(2)).result(10).shape == (4, 64)
+    assert staying.result(60).shape == (4, 64)
+    assert slow_encoder.encode(chat_image(2)).result(60).shape == (4, 64)
     slow_encoder.thread.check(stuck_after_s=60)
 
 
@@ -160,7 +162,7 @@ def test_a_caller_that_leaves_a_failing_image_does_not_end_the_thread(slow_encod
         time.sleep(0.001)
     monkeypatch.undo()
     slow_encoder.may_encode.release(10)
-    assert slow_encoder.encode(chat_image(1)).result(10).shape == (4, 64)
+    assert slow_encoder.encode(chat_image(1)).result(60).shape == (4, 64)
 
 
 def test_images_that_nobody_waits_for_are_not_encoded(slow_encoder):
@@ -173,14 +175,14 @@ def test_images_that_nobody_waits_for_are_not_encoded(slow_encoder):
     again = slow_encoder.encode(chat_image(3))  # its first caller left, the second one stays
     slow_encoder.may_encode.release(10)
     for future in (blocking, wanted, again):
-        future.result(10)
+        future.result(60)
     assert slow_encoder.num_encoded == 3
 
 
 @pytest.mark.security
 def test_callers_with_different_salts_share_nothing():
     encoder = ImageEncoder(make_model())
-    results = [encoder.encode(chat_image(1), salt).result(10) for salt in (0, 0, 5)]
+    results = [encoder.encode(chat_image(1), salt).result(60) for salt in (0, 0, 5)]
     assert (encoder.num_encoded, encoder.num_reused) == (2, 1)
     torch.testing.assert_close(results[0], results[2])
     encoder.close()
@@ -205,7 +207,7 @@ def test_clients_that_leave_while_their_images_are_encoded(assistant):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        return await asyncio.wait_for(assistant.prepare(message, SamplingParams(max_tokens=2)), 10)
+        return await asyncio.wait_for(assistant.prepare(message, SamplingParams(max_tokens=2)), 60)
 
     assert len(asyncio.run(leave_and_ask()).ids) > 4
     assistant.check_health(stuck_after_s=60)

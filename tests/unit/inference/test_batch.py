@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.serving_model import make_image, make_model, make_processor
 from tinygptv.data.images import normalise_pixels, open_image
 from tinygptv.data.prompt_layout import Exchange
 from tinygptv.data.prompts import VQA_SHORT_ANSWER
 from tinygptv.data.sample import SampleEncoder, TextLimits
+from tinygptv.inference import batch
 from tinygptv.inference.batch import MEAN_COLOUR, Answerer, Prompt
 from tinygptv.inference.sample_losses import _batches_by_length
 from tinygptv.training.stages import get_stage
@@ -65,6 +67,7 @@ def test_answers_do_not_depend_on_earlier_calls(embeds):
 def test_positions_of_an_image_name_it(answerer, embeds):
     """Prompts with the same question and another image must not share a computed beginning."""
     prompts = [Prompt("what is it?", 0), Prompt("what is it?", 2), Prompt("what is it?", 2), Prompt("what is it?")]
+    assert {(prompt.max_new_tokens, prompt.choices, prompt.history) for prompt in prompts} == {(20, (), ())}
     ids = [answerer.prompt_ids(prompt) for prompt in prompts]
     asked = [answerer._request(of, prompt, embeds).ids for of, prompt in zip(ids, prompts, strict=True)]
     shown = ids[0] == answerer.processor.image_token_id
@@ -196,3 +199,18 @@ def test_released_answers_run_past_the_end_symbol(embeds):
         with torch.no_grad():
             model.lm_head.bias.copy_(bias)
     assert ours == "" and "###" in theirs
+
+
+def test_images_are_encoded_so_many_at_a_time_in_their_order(answerer, monkeypatch):
+    sizes = []
+
+    def encode(pixels):
+        sizes.append(len(pixels))
+        return pixels.mean((1, 2, 3))[:, None, None]
+
+    monkeypatch.setattr(batch, "IMAGE_BATCH", 2)
+    monkeypatch.setattr(answerer.model, "encode_images", encode)
+    shades = [Image.new("RGB", (8, 8), (shade, shade, shade)) for shade in (0, 40, 80, 120, 160)]
+    found = [float(embeds) for embeds in answerer.encode(shades)]
+    assert sizes == [2, 2, 1] and found == sorted(found) and len(set(found)) == 5
+    assert answerer.encode([]) == []

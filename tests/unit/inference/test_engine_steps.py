@@ -136,7 +136,7 @@ def test_reused_positions_are_told_with_the_first_piece(model):
     found = finish(engine)
     assert [delta.num_reused for delta in found[longer]] == [40, 0, 0]
     assert [delta.num_reused for delta in found[other]] == [0, 0, 0], "nothing of another client"
-    assert engine.stats.reused_tokens == 40
+    assert (engine.stats.reused_tokens, engine.stats.prompt_tokens) == (40, 40 + 42 + 42), "reused ones are tokens, too"
     assert engine.runner.launches[1][1] == [(0, 40, 42, True), (1, 0, 42, True)]
 
 
@@ -181,7 +181,9 @@ def test_the_ends_of_tokenizer_and_configuration_both_count():
     assert make(changed).end_ids == {0}
 
 
-@pytest.mark.parametrize(("positions", "given", "length"), [(256, 0, 256), (4096, 0, 2048), (4096, 3000, 3000)])
+@pytest.mark.parametrize(
+    ("positions", "given", "length"), [(256, 0, 256), (4096, 0, 2048), (4096, 3000, 3000), (300, 300, 300)]
+)
 def test_the_context_is_the_models_or_2048_unless_it_is_given(positions, given, length):
     model = make_model()
     model.config.text_config.max_position_embeddings = positions
@@ -243,3 +245,82 @@ def test_a_step_that_fails_leaves_those_that_wait(model):
     )
     engine.runner.launch = launch
     assert finish(engine)[waiting][-1].finish_reason == "length"
+
+
+def test_a_request_that_is_cancelled_while_it_waits_never_takes_a_slot(model):
+    engine = make(model, max_batch_size=1)
+    first, second, third = (engine.add(request(prompt(length), max_tokens=2)) for length in (3, 4, 5))
+    engine.step()
+    engine.cancel(second), engine.cancel(99)
+    found = {key for _ in range(8) for key, _ in engine.step()}
+    assert found == {first, second, third}
+    assert [length for _, _, length in engine.runner.admitted] == [3, 5], "its place is the next one's"
+    assert (engine.stats.cancelled, engine.stats.finished, engine.stats.prompt_tokens) == (1, 2, 8)
+    assert engine.prefix_cache.num_free == 1 and not engine.has_work
+
+
+@pytest.mark.parametrize(("ignores", "reason", "count"), [(False, "stop", 2), (True, "length", 4)])
+def test_the_end_of_text_is_a_token_like_others_where_it_is_ignored(model, ignores, reason, count):
+    engine = make(model, {5: [WORD, END, WORD, WORD]})
+    engine.add(request(prompt(5), max_tokens=4, ignore_end=ignores))
+    deltas = [delta for _ in range(6) for _, delta in engine.step()]
+    assert (deltas[-1].finish_reason, len(deltas), engine.stats.answer_tokens) == (reason, count, count)
+
+
+def test_a_step_that_fails_takes_nothing_from_those_that_were_told_before(model):
+    """Of a cancelled request, and of one whose token was read before another's could not be."""
+    engine = make(model, max_batch_size=3)
+    cancelled, told, spoilt = (engine.add(request(prompt(length), max_tokens=2)) for length in (3, 4, 5))
+    engine.step()
+    engine.cancel(cancelled)
+    engine._by_id[spoilt].stream.push = lambda token: 1 / 0
+    found = engine.step()
+    assert [(key, delta.finish_reason) for key, delta in found] == [
+        (cancelled, "cancelled"),
+        (told, "length"),
+        (spoilt, "error"),
+    ]
+    assert found[-1][1].error == "the model could not compute this answer: division by zero"
+    assert not engine.has_work and engine.prefix_cache.num_free == 3
+
+
+def test_one_that_ended_does_not_hide_those_after_it(model):
+    """A step ahead was computed for all of them; the tokens of the one that ended are dropped, the others' are not."""
+    engine = make(model, {3: [END]}, num_ahead=1, max_batch_size=3)
+    first, *others = (engine.add(request(prompt(length), max_tokens=3)) for length in (3, 4, 5))
+    found = finish(engine)
+    assert [delta.finish_reason for delta in found[first]] == ["stop"]
+    for key in others:
+        assert [(delta.finish_reason, delta.token_ids) for delta in found[key]] == [
+            (None, [WORD]),
+            (None, [WORD]),
+            ("length", [WORD]),
+        ]
+
+
+def test_a_prompt_is_read_to_its_last_token_before_one_is_drawn(model):
+    engine = make(model, prefill_tokens=8)
+    engine.add(request(prompt(5), max_tokens=9))
+    engine.step()
+    engine.add(request(prompt(17), max_tokens=1))
+    pieces = [engine.step() and engine.runner.launches[-1][1] for _ in range(3)]
+    assert pieces == [[(1, 0, 8, False)], [(1, 8, 16, False)], [(1, 16, 17, True)]]
+
+
+def test_a_token_whose_text_is_held_back_has_its_probability(model):
+    """Half a character, or the beginning of what may be a stop string."""
+    engine = make(model)
+    key = engine.add(request(prompt(5), max_tokens=2))
+    engine._by_id[key].stream.push = lambda token: ""
+    deltas = finish(engine)[key]
+    assert [(delta.text, len(delta.logprobs)) for delta in deltas] == [("", 1), ("", 1)]
+
+
+def test_what_was_launched_before_a_failure_is_never_read(model):
+    engine = make(model, num_ahead=1)
+    key = engine.add(request(prompt(5)))
+    engine.step()
+    assert len(engine._in_flight) == 1
+    engine.runner.launch = lambda *_: 1 / 0
+    assert [(each, delta.finish_reason) for each, delta in engine.step()] == [(key, "error")]
+    assert not engine._in_flight and not engine._answering and not engine._reading

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests import virtual_time
 from tests.serving_model import make_model, make_tokenizer
+from tinygptv.inference import engine_thread
 from tinygptv.inference.engine import Engine
 from tinygptv.inference.engine_thread import EngineLoop, _Mailbox
 from tinygptv.inference.request import Delta, Request
@@ -29,6 +31,15 @@ def loop():
     loop = EngineLoop(Engine(make_model(), make_tokenizer(), max_batch_size=4))
     yield loop
     loop.close()
+
+
+@pytest.fixture
+def steps(loop, monkeypatch):
+    """Steps that the engine may make: twenty, so that a long answer has begun and is not finished, until more come."""
+    permits, step = threading.Semaphore(20), loop.engine.step
+    monkeypatch.setattr(loop.engine, "step", lambda: (permits.acquire(timeout=60), step())[1])
+    yield permits
+    permits.release(1000)
 
 
 async def collect(stream):
@@ -64,32 +75,40 @@ def test_an_interval_gathers_deltas_and_changes_nothing_else(loop, interval_s):
         assert len(deltas) <= 3 + (time.perf_counter() - started) / interval_s
 
 
-def test_leaving_a_stream_frees_its_slot(loop):
+def test_leaving_a_stream_frees_its_slot(loop, steps):
     async def leave():
         stream = loop.stream(request([1, 2], max_tokens=250))
         await anext(stream)
         await stream.aclose()
 
     asyncio.run(leave())
+    steps.release(1000)
     list(loop.iterate(request([3], max_tokens=1)))
     assert loop.stats.cancelled == 1
     assert loop.engine.prefix_cache.num_free == 4
 
 
-def test_a_cancelled_task_frees_its_slot(loop):
+def test_a_cancelled_task_frees_its_slot(loop, steps):
     async def cancel():
-        task = asyncio.create_task(collect(loop.stream(request([1, 2], max_tokens=250))))
-        await asyncio.sleep(0.02)
+        begun = asyncio.Event()
+
+        async def consume():
+            async for _ in loop.stream(request([1, 2], max_tokens=250)):
+                begun.set()
+
+        task = asyncio.create_task(consume())
+        await begun.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     asyncio.run(cancel())
+    steps.release(1000)
     list(loop.iterate(request([3], max_tokens=1)))
     assert loop.stats.cancelled == 1
 
 
-def test_a_dead_event_loop_does_not_hurt_the_engine(loop):
+def test_a_dead_event_loop_does_not_hurt_the_engine(loop, steps):
     async def walk_away():
         stream = loop.stream(request([1, 2], max_tokens=250))
         await anext(stream)
@@ -98,14 +117,16 @@ def test_a_dead_event_loop_does_not_hurt_the_engine(loop):
     event_loop = asyncio.new_event_loop()
     event_loop.run_until_complete(walk_away())
     event_loop.close()
+    steps.release(1000)
     assert answer(loop, [5, 6], max_tokens=10)[1]
     assert loop.is_alive and loop.stats.cancelled == 1, "nobody waits for the answer"
 
 
-def test_leaving_an_iterator_frees_its_slot(loop):
+def test_leaving_an_iterator_frees_its_slot(loop, steps):
     deltas = loop.iterate(request([1, 2], max_tokens=250))
     next(deltas)
     deltas.close()
+    steps.release(1000)
     list(loop.iterate(request([3], max_tokens=1)))
     assert loop.stats.cancelled == 1 and loop.engine.prefix_cache.num_free == 4
 
@@ -124,12 +145,115 @@ def test_deltas_that_wait_become_one():
     assert mailbox.take() is None
 
 
-def test_pieces_come_again_after_each_pause(loop, monkeypatch):
-    step = loop.engine.step
-    monkeypatch.setattr(loop.engine, "step", lambda: (time.sleep(0.01), step())[1])
-    deltas = asyncio.run(collect(loop.stream(request([7, 8, 9], max_tokens=20), 0.03)))
-    assert len(deltas) >= 4, "a step takes 10 ms, a pause 30 ms"
-    assert all(delta.token_ids for delta in deltas)
+@pytest.fixture
+def scripted():
+    """A loop without a thread: the test puts the deltas into the mailboxes, and sees what is cancelled."""
+    loop = object.__new__(EngineLoop)
+    loop.boxes, loop.cancelled = [], []
+    loop._submit = lambda request, mailbox: (loop.boxes.append(mailbox), lambda: loop.cancelled.append(request))[1]
+    return loop
+
+
+def test_an_iterator_sleeps_until_there_is_something(scripted, monkeypatch):
+    class Asleep(Exception):
+        pass
+
+    class Event:
+        def __init__(self):
+            self.news, self.waits = False, 0
+
+        def set(self):
+            self.news = True
+
+        def clear(self):
+            self.news = False
+
+        def wait(self):
+            self.waits += 1
+            assert self.waits < 9, "it asks again and again"
+            if not self.news:
+                raise Asleep
+
+    monkeypatch.setattr(engine_thread.threading, "Event", Event)
+    submit, deltas = scripted._submit, [Delta("a", [5]), Delta("b", [6])]
+
+    def submit_with_news(request, mailbox):
+        for delta in deltas:
+            mailbox.put(delta)
+        return submit(request, mailbox)
+
+    scripted._submit = submit_with_news
+    iterator = scripted.iterate("request")
+    assert next(iterator) == Delta("ab", [5, 6]) and not scripted.cancelled
+    with pytest.raises(Asleep):
+        next(iterator)
+    assert scripted.cancelled == ["request"]
+    deltas[:] = [Delta("a", [5]), Delta("c", [7], finish_reason="stop")]
+    iterator = scripted.iterate("other")
+    assert next(iterator) == Delta("ac", [5, 7], finish_reason="stop")
+    assert list(iterator) == [] and scripted.cancelled[1:] == ["other"]
+
+
+async def begin(stream):
+    """The next delta of a stream, as a task that waits for it."""
+    task = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0.001)
+    return task
+
+
+def test_a_piece_that_comes_after_a_pause_is_given_at_once(scripted):
+    async def consume():
+        stream = scripted.stream("request", 0.002)
+        first = await begin(stream)
+        (box,) = scripted.boxes
+        box.put(Delta("a"))
+        assert (await first).text == "a"
+        second = await begin(stream)
+        await asyncio.sleep(0.01)
+        assert not second.done(), "nothing has come"
+        box.put(Delta("b"))
+        assert (await asyncio.wait_for(second, 5)).text == "b"
+        await stream.aclose()
+
+    virtual_time.run(consume())
+    assert scripted.cancelled == ["request"]
+
+
+def test_pieces_that_come_in_a_pause_are_given_together_when_it_ends(scripted):
+    async def consume():
+        stream = scripted.stream("request", 0.02)
+        first = await begin(stream)
+        (box,) = scripted.boxes
+        box.put(Delta("a"))
+        assert (await first).text == "a"
+        second = await begin(stream)
+        for text in "bc":
+            box.put(Delta(text))
+        await asyncio.sleep(0.001)
+        assert not second.done()
+        assert (await asyncio.wait_for(second, 5)).text == "bc"
+        last = await begin(stream)
+        box.put(Delta("d", finish_reason="stop"))
+        assert (await asyncio.wait_for(last, 5)).text == "d"
+        assert [delta async for delta in stream] == []
+
+    virtual_time.run(consume())
+    assert scripted.cancelled == ["request"]
+
+
+def test_the_end_is_not_held_back_by_a_pause(scripted):
+    async def consume():
+        stream = scripted.stream("request", 60.0)
+        first = await begin(stream)
+        (box,) = scripted.boxes
+        box.put(Delta("a"))
+        await first
+        last = await begin(stream)
+        box.put(Delta("b"))
+        box.put(Delta("c", finish_reason="stop"))
+        return (await asyncio.wait_for(last, 5)).text
+
+    assert virtual_time.run(consume()) == "bc"
 
 
 def test_a_request_that_comes_while_the_thread_ends_is_told(loop):
@@ -164,6 +288,17 @@ def test_a_request_that_cannot_be_added_does_not_end_the_thread(loop, monkeypatc
     assert answer(loop, [5, 6], max_tokens=2)[1]
 
 
+@pytest.mark.parametrize(("error", "is_logged"), [(ValueError("too long"), False), (RuntimeError("a fault"), True)])
+def test_a_clients_mistake_is_told_and_a_fault_is_logged_too(loop, monkeypatch, caplog, error, is_logged):
+    def add(request):
+        raise error
+
+    monkeypatch.setattr(loop.engine, "add", add)
+    (delta,) = loop.iterate(request([1, 2]))
+    assert (delta.finish_reason, delta.error) == ("error", str(error))
+    assert ("a request could not be added" in caplog.messages) is is_logged
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_ends_tells_everybody_and_is_noticed(loop, monkeypatch):
     def broken():
@@ -172,7 +307,7 @@ def test_a_thread_that_ends_tells_everybody_and_is_noticed(loop, monkeypatch):
     monkeypatch.setattr(loop.engine, "step", broken)
     (delta,) = loop.iterate(request([1, 2]))
     assert delta.finish_reason == "error"
-    loop.thread.join(5)
+    loop.thread.join(60)
     with pytest.raises(ThreadFailure, match="engine thread has ended"):
         loop.thread.check(stuck_after_s=60)
     with pytest.raises(ThreadFailure):
@@ -181,7 +316,7 @@ def test_a_thread_that_ends_tells_everybody_and_is_noticed(loop, monkeypatch):
 
 def test_a_step_that_takes_too_long_is_noticed(loop, monkeypatch):
     step, may_go_on = loop.engine.step, threading.Event()
-    monkeypatch.setattr(loop.engine, "step", lambda: (may_go_on.wait(10), step())[1])
+    monkeypatch.setattr(loop.engine, "step", lambda: (may_go_on.wait(60), step())[1])
     consumer = threading.Thread(target=lambda: list(loop.iterate(request([1, 2], max_tokens=2))))
     consumer.start()
     while not loop.thread.busy_s:
@@ -191,7 +326,7 @@ def test_a_step_that_takes_too_long_is_noticed(loop, monkeypatch):
     with pytest.raises(ThreadFailure, match="engine thread has been on one step"):
         loop.thread.check(stuck_after_s=0.02)
     may_go_on.set()
-    consumer.join(10)
+    consumer.join(60)
     assert loop.thread.busy_s == 0, "a thread that waits for work is not stuck"
 
 
@@ -203,7 +338,7 @@ def test_closing_ends_open_streams():
     while not deltas:
         time.sleep(0.001)
     loop.close()
-    consumer.join(timeout=10)
+    consumer.join(timeout=60)
     assert deltas[-1].finish_reason in ("error", "length")
     with pytest.raises(RuntimeError):
         list(loop.iterate(request([1])))

@@ -12,9 +12,10 @@ from tests.unit.inference.test_engine import random_prompts, request, run
 from tinygptv.inference.decoder import FlatDecoder
 from tinygptv.inference.device_sampling import DeviceSampling, read_back
 from tinygptv.inference.engine import Engine
-from tinygptv.inference.graph_runner import BUCKETS, GraphRunner, bucket_of
-from tinygptv.inference.runner import Piece, Row
-from tinygptv.inference.sampling import Sampler, SamplingParams
+from tinygptv.inference.graph_runner import BUCKETS, GraphRunner, _Ask, _drawn, _Step, bucket_of
+from tinygptv.inference.graphed_encoder import GraphedEncoder
+from tinygptv.inference.runner import Drawn, Piece, Row
+from tinygptv.inference.sampling import Sampler, SamplingParams, TokenLogprobs
 
 
 def test_buckets_hold_every_number_of_rows():
@@ -117,3 +118,82 @@ def test_the_next_step_is_launched_before_the_last_one_is_read():
     tokens = [len(dict(engine.step()).get(0).token_ids) if step else len(engine.step()) for step in range(5)]
     assert tokens == [0, 1, 1, 1, 1]
     assert not engine.has_work and engine.stats.steps == 4, "no step beyond the longest answer"
+
+
+def test_each_penalty_has_its_own_number_on_the_device():
+    """As OpenAI defines them: frequency by the count, presence once; repetition divides and multiplies by the sign."""
+    sampling = DeviceSampling(2, 16, 5, torch.device("cpu"))
+    params = SamplingParams(
+        repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((4, 1.0), (4, 2.0))
+    )
+    sampling.admit(1, params, np.array([0, 1]), 2)
+    sampling.penalties.count(torch.tensor([1, 1, 1]), torch.tensor([2, 2, 3]))
+    logits = torch.tensor([[4.0, -4.0, 4.0, 4.0, 4.0]])
+    found = sampling.penalties.apply(logits, torch.tensor([1]), sampling.options[1:2])
+    assert found.tolist() == [[2.0, -8.0, 2.0 - 1.25, 2.0 - 0.75, 7.0]]
+    assert logits.tolist() == [[4.0, -4.0, 4.0, 4.0, 4.0]]
+    sampling.admit(1, SamplingParams(), np.array([3]), 1)
+    penalties = sampling.penalties
+    assert penalties.counts.sum() == penalties.bias.sum() == 0 and penalties.seen.nonzero().tolist() == [[1, 3]]
+
+
+def test_rows_of_nobody_are_the_slot_behind_the_last():
+    runner = GraphRunner(FlatDecoder(make_model(), 3, 16))
+    assert runner.slots_T.tolist() == [3] * 4
+    runner._place([2, 0, 1])
+    assert runner.slots_T.tolist() == [2, 0, 1, 3]
+    runner._place([1])
+    assert runner.slots_T.tolist() == [1, 0, 1, 3], "one row is a bucket of its own"
+    runner.warm_up()
+    assert runner._rows == [] and runner.lengths_G.tolist() == [0] * 4
+
+
+def test_what_follows_a_step_is_captured_once_for_each_kind_of_request():
+    captured, sampled = [], []
+
+    class Runner:
+        slots_T = torch.arange(4)
+
+        def capture(self, function):
+            captured.append(function.__name__)
+            return function
+
+        def decode(self, bucket):
+            return torch.full((bucket, 5), 1.0)
+
+        def sample(self, logits, slots, penalise):
+            sampled.append((slots.tolist(), penalise))
+
+        def result(self, logits, slots, logprobs):
+            return len(logits), logprobs
+
+    step = _Step(Runner(), 2)
+    plain, ranked = _Ask(), _Ask(logprobs=True)
+    drawn, penalised = _Ask(samples=True), _Ask(samples=True, penalises=True)
+    found = [step.run(ask) for ask in (plain, drawn, penalised, ranked, drawn, plain)]
+    assert found == [(2, False), (2, False), (2, False), (2, True), (2, False), (2, False)]
+    assert sampled == [([0, 1], False), ([0, 1], True), ([0, 1], False)]
+    assert len(captured) == 4, "decoding and three kinds"
+
+
+def test_images_have_a_graph_for_each_number_of_them():
+    encoder = object.__new__(GraphedEncoder)
+    encoder.use_graphs, encoder._graphs, captured = True, {}, []
+    encoder._capture = lambda held: captured.append(len(held)) or f"graph of {len(held)}"
+    found = [encoder._encoder(torch.zeros(size, 3)) for size in (1, 4, 1, 4)]
+    assert found == ["graph of 1", "graph of 4"] * 2 and captured == [1, 4]
+    encoder.use_graphs, encoder.model = False, make_model()
+    assert encoder._encoder(torch.zeros(2, 3)) == encoder.model.encode_images
+
+
+@pytest.mark.parametrize(
+    ("asked", "alternatives"), [(None, None), (0, ()), (1, ((4, -0.5),)), (2, ((4, -0.5), (6, -1.5)))]
+)
+def test_what_comes_back_is_a_token_and_what_was_asked_for(asked, alternatives):
+    row = [4.0, 1.0, -0.5, 4.0, 6.0, -0.5, -1.5]
+    found = _drawn(row, SamplingParams(logprobs=asked))
+    expected = None if asked is None else TokenLogprobs(4, -0.5, alternatives)
+    assert found == Drawn(4, True, expected)
+    assert _drawn([4.0, 0.0, *row[2:]], SamplingParams(logprobs=asked)) == Drawn(4, False), (
+        "nothing of what is not finite"
+    )

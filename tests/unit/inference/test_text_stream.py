@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from tests.serving_model import make_tokenizer
-from tinygptv.inference.text_stream import TextStream, TokenBytes
+from tinygptv.inference.text_stream import TextStream, TokenBytes, _held_back
 
 TOKENS = TokenBytes(make_tokenizer())
 
@@ -21,7 +23,7 @@ def pieces_of(ids, stop=()):
 
 
 @given(st.lists(st.integers(0, 399), max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_pieces_add_up_to_the_decoded_text(ids):
     pieces, stream = pieces_of(ids)
     assert "".join(pieces) == stream.text
@@ -30,7 +32,7 @@ def test_pieces_add_up_to_the_decoded_text(ids):
 
 
 @given(st.text(max_size=40), st.lists(st.sampled_from(["###", "\n", "ab", "aab", "é!", "b"]), max_size=3, unique=True))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_part_of_a_stop_string_is_shown(text, stops):
     ids = make_tokenizer().encode(text, add_special_tokens=False)
     pieces, stream = pieces_of(ids, stops)
@@ -94,3 +96,81 @@ def test_other_kinds_of_tokenizer_are_refused():
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"▁日": 0, "[UNK]": 1}, "[UNK]")))
     with pytest.raises(ValueError, match="byte-level"):
         TokenBytes(plain)
+
+
+# ------------------------------------------------------------------------------------------------- piece by piece
+
+
+class Bytes:
+    """Tokens that are the bytes of their texts."""
+
+    def __init__(self, *texts):
+        self.texts = [text if isinstance(text, bytes) else text.encode() for text in texts]
+
+    def __getitem__(self, token):
+        return self.texts[token]
+
+
+def shown(*texts, stop=()):
+    """What each token sets free, and what the end does; the whole is what was given out."""
+    stream = TextStream(Bytes(*texts), stop)
+    pieces = [stream.push(token) for token in range(len(texts))]
+    pieces.append(stream.finish())
+    assert stream.text == "".join(pieces)
+    assert stream.finish() == "" and stream.text == "".join(pieces), "there is one end"
+    return pieces, stream
+
+
+@pytest.mark.parametrize(
+    ("texts", "stop", "pieces", "stopped"),
+    [
+        (("a", " ", "b"), (), ["a", "", " b", ""], False),
+        ((" ", "\n", "a ", "b", " \n"), (), ["", "", "a", " b", "", ""], False),
+        (("a", "  "), (), ["a", "", ""], False),
+        ((b"\xc3", b"\xbc", b"\xc3"), (), ["", "\u00fc", "", "\ufffd"], False),
+        (("ab", "cd"), ("xbc",), ["ab", "cd", ""], False),
+        (("xb", "d"), ("xbc",), ["", "xbd", ""], False),
+        (("axb", "cz", "more"), ("xbc",), ["a", "", "", ""], True),
+        (("a ", "x", "b", "late"), ("xb",), ["a", "", "", "", ""], True),
+        (("a", "x", "y"), ("xyz", "q"), ["a", "", "", "xy"], False),
+        (("a b", "c"), ("bc", "b cd"), ["a", "", ""], True),
+        (("one.", " two.", " three"), (".",), ["one", "", "", ""], True),
+        (("x",), ("x",), ["", ""], True),
+        (("abab", "c"), ("ababc",), ["", "", ""], True),
+        (("aab", "x"), ("ab!", "b!!!"), ["a", "abx", ""], False),
+    ],
+)
+def test_what_each_token_sets_free(texts, stop, pieces, stopped):
+    found, stream = shown(*texts, stop=stop)
+    assert found == pieces and stream.stopped is stopped
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "length"),
+    [
+        ("ab", (), 0),
+        ("ab", ("bc",), 1),
+        ("ab", ("abc",), 2),
+        ("ab", ("abc", "bx"), 2),
+        ("ab", ("bx", "abc"), 2),
+        ("ab", ("ab",), 0),
+        ("b", ("bbb",), 1),
+        ("bbbb", ("bbb",), 2),
+        ("", ("a",), 0),
+        ("xa", ("ab", "a!"), 1),
+    ],
+)
+def test_the_longest_end_that_may_begin_a_stop_string_is_held_back(text, stop, length):
+    assert _held_back(text, stop) == length
+
+
+def test_the_bytes_of_special_added_and_unknown_tokens():
+    tokenizer = copy.deepcopy(make_tokenizer())
+    tokenizer.add_tokens(["<new \u00fc>"])
+    number = tokenizer.convert_tokens_to_ids("<new \u00fc>")
+    tokens = TokenBytes(tokenizer)
+    assert tokens.special_ids == {0} and tokens[0] == b""
+    assert tokens[number] == "<new \u00fc>".encode() and len(tokens.table) == number + 1
+    assert tokens[number + 1] == tokens[-1] == b""
+    (space,) = tokenizer.encode(" ", add_special_tokens=False)
+    assert tokens[space] == b" "

@@ -85,8 +85,11 @@ def test_rotate_heads(dtype):
     arguments = (qkv, *norms, 1e-5, cos, sin, N)
     _same(heads.rotate_heads(*arguments), training_reference.rotate_heads(*arguments))
     grads = tuple(_random(T, N, H, dtype=dtype) for _ in range(3))
-    arguments = (qkv, norms[0][0], norms[1][0], 1e-5, cos, sin, grads, True, True)
-    _same(heads.rotate_heads_backward(*arguments), training_reference.rotate_heads_backward(*arguments))
+    for trains in ((True, True), (True, False), (False, True)):
+        arguments = (qkv, norms[0][0], norms[1][0], 1e-5, cos, sin, grads, *trains)
+        results = [ops.rotate_heads_backward(*arguments) for ops in (heads, training_reference)]
+        _same(*results)
+        assert [[part is not None for part in result[1:]] for result in results] == [list(trains)] * 2
 
 
 def test_dropout_drops_its_share_and_depends_on_seed_and_site(seeds):
@@ -138,6 +141,41 @@ def test_gradients_are_those_of_autograd(seeds):
         results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-4)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_normalised_is_of_the_matrices_dtype_and_the_stream_stays_as_it_is(seeds, dtype, p):
+    hidden, weight, bias = _random(1, T, D), _random(D), _random(D)
+    stream, first, second, *dropped = training_functions.NormAndDrop.apply(hidden, weight, bias, seeds, 1e-5, p, dtype)
+    assert torch.equal(stream, hidden) and torch.equal(first, second) and len(dropped) == (p > 0)
+    assert {x.dtype for x in (first, second, *dropped)} == {dtype}
+
+
+@pytest.mark.parametrize("trains", [(True, False), (False, True)], ids=["weight", "bias"])
+def test_only_what_trains_has_a_gradient(seeds, trains):
+    hidden = _random(1, T, D).requires_grad_()
+    weight, bias = (_random(D).requires_grad_(wanted) for wanted in trains)
+    _, first, second = training_functions.NormAndDrop.apply(hidden, weight, bias, seeds, 1e-5, 0.0, torch.float32)
+    (first + second).sum().backward()
+    assert [x.grad is not None for x in (hidden, weight, bias)] == [True, *trains]
+
+
+@pytest.mark.parametrize("trained", range(4))
+def test_each_part_of_the_heads_norms_can_train_alone(trained):
+    qkv, cos, sin = _random(1, T, 3 * D).requires_grad_(), _random(1, T, ROTARY), _random(1, T, ROTARY)
+    factors = [_random(T, N, H) for _ in range(3)]
+
+    def gradients(*wanted):
+        norms = [part.clone().requires_grad_(index in wanted) for index, part in enumerate(values)]
+        made = training_functions.RotateHeads.apply(qkv, *norms, cos, sin, 1e-5, N)
+        sum((part * factor).sum() for part, factor in zip(made, factors, strict=True)).backward()
+        return [part.grad for part in norms]
+
+    values = [_random(H) for _ in range(4)]
+    all_of_them, alone = gradients(0, 1, 2, 3), gradients(trained)
+    assert [part is not None for part in alone] == [index == trained for index in range(4)]
+    assert torch.equal(alone[trained], all_of_them[trained]) and alone[trained].any()
 
 
 def test_adapted_product_is_the_adapted_linear_layer():

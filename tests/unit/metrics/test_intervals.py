@@ -121,7 +121,15 @@ def every_sign(difference):
 
 
 @pytest.mark.parametrize(
-    "difference", [[1.0], [1.0, 1.0, 1.0], [1.0, -0.5, 0.25], [-1.0, -1.0, 0.5, -0.25, -1.0], [0.1] * 7]
+    "difference",
+    [
+        [1.0],
+        [1.0, 1.0, 1.0],
+        [1.0, -0.5, 0.25],
+        [-1.0, -1.0, 0.5, -0.25, -1.0],
+        [0.1] * 7,
+        [0.1, 0.2, 0.3, -0.7, 0.4],  # sums that are equal but for rounding
+    ],
 )
 def test_few_samples_are_tested_with_every_sign(difference):
     zeros = [0.0] * len(difference)

@@ -52,6 +52,7 @@ from tinygptv.metrics.vqa_text import CONTRACTIONS, normalise_answer
         ("x,y,\nz", "xy z"),  # a line break or tab is a space
         ("x,y,\tz", "xy z"),
         ("x,y", "x y"),
+        ("x;/y/z", "x y z"),  # spaces are those of the text as it was given
         ("3.5", "3.5"),
         ("no. 5.", "no 5"),  # a period that no digit follows goes
         ("a  the an", ""),
@@ -205,6 +206,10 @@ def test_grounded_f1_by_hand():
     assert grounded_f1("<p>green circle</p> {<0><0><50><50>}", truth, 100, 100) == 0.0
     twice = "<p>red circle</p> {<0><0><50><50>} <p>red circle</p> {<0><0><50><50>}"
     assert grounded_f1(twice, truth, 100, 100) == pytest.approx(2 / 4), "a true box is found once"
+    three = " ".join([twice.partition(" <p>")[0]] * 3)
+    assert grounded_f1(twice.partition(" <p>")[0], three, 100, 100) == pytest.approx(2 / 4), (
+        "and a predicted one finds one"
+    )
     assert grounded_f1("", truth, 100, 100) == grounded_f1(truth, "", 100, 100) == grounded_f1("", "", 100, 100) == 0.0
     one, half = "<p>a</p> {<0><0><99><99>}", "<p>A </p> {<0><0><49><99>}"
     assert grounded_f1(half, one, 100, 100) == 0.0, "IoU of exactly the threshold is no hit"
@@ -217,6 +222,7 @@ def test_grounded_f1_by_hand():
 def test_rouge_l_by_hand():
     assert rouge_l("a cat on a mat", ["a cat on a mat"]) == pytest.approx(1.0)
     assert rouge_l("dog", ["a cat"]) == 0.0 and rouge_l("", ["a"]) == 0.0 and rouge_l("a", [""]) == 0.0
+    assert rouge_l("a", []) == rouge_l("", []) == 0.0
     precision_, recall_ = 2 / 3, 2 / 4  # "a mat" in common, in order
     expected = (1 + 1.44) * precision_ * recall_ / (recall_ + 1.44 * precision_)
     assert rouge_l("a red mat", ["a cat blue mat"]) == pytest.approx(expected)
@@ -231,6 +237,7 @@ def test_rouge_l_by_hand():
 
 def test_released_scores_show_their_defects():
     assert contains_answer("I do not know", "no") == 1.0 and exact_match("I do not know", "no") == 0.0
+    assert contains_answer("It is RED", "red") == 1.0 and contains_answer("it is red", "Red") == 0.0, "as it stands"
     assert released_vizwiz("", ["dog"] * 10) == 1.0 and vizwiz_accuracy("", ["dog"] * 10) == 0.0
     assert released_vizwiz("Assistant: a DOG###Human: x", ["dog", "cat", "a_b"]) == pytest.approx(2 / 3)
     assert released_hateful("yes and no", 1) == 1.0 and released_hateful("I know", 0) == 1.0

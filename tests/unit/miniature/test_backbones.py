@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipelines.miniature import jobs
 from pipelines.settings import MiniatureSettings, SettingsError
 from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from tinygptv.checkpoint.folders import CheckpointError
+from tinygptv.checkpoint.weight_files import open_weights
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.processing import TinyGPTVProcessor
 from tinygptv.miniature import backbones, pretrain_language
@@ -67,6 +72,15 @@ def test_every_loss_reaches_the_encoder(pool):
         assert task.module.vision_encoder.vit.patch_embed.proj.weight.grad.abs().sum() > 0, name
 
 
+def test_words_and_numbers_are_one_token_each_and_the_end_is_number_0(tokenizer):
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 0, 0)
+    assert tokenizer.model_max_length == 512 and 256 < len(tokenizer) <= 600
+    for word in [*map(str, range(101)), " red", " circle", " striped", " small", "?"]:
+        assert len(tokenizer.encode(word, add_special_tokens=False)) == 1, word
+    text = "[vqa] what color is the star?### red###"
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
 def test_language_task_learns_to_repeat_a_batch(tokenizer):
     torch.manual_seed(0)
     task = pretrain_language.LanguageTask(
@@ -79,7 +93,7 @@ def test_language_task_learns_to_repeat_a_batch(tokenizer):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -126,7 +140,7 @@ def test_a_shipped_stage_comes_back_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"the shipped weights .* are missing .* check \.rayignore"):
         backbones.shipped_model()
 
-    stage = RECIPES["mini"][3]
+    stage = RECIPES["mini"][2]
     trained, processor, _ = load_checkpoint(backbones.write_checkpoint(tmp_path / "stage0"), dtype=torch.float32)
     trained.set_image_size(stage.image_size - stage.image_size % 14)
     trained.add_lora(stage.lora_rank, stage.lora_alpha, stage.lora_dropout)
@@ -134,17 +148,72 @@ def test_a_shipped_stage_comes_back_as_it_was(tmp_path, monkeypatch):
         for name, parameter in trained.named_parameters():
             if "lora_B" in name or "projector" in name:
                 parameter.normal_(0, 0.02)
-    monkeypatch.setattr(
-        "tinygptv.miniature.backbones.RECIPES", {"mini": (*RECIPES["mini"][:3], _with_size(stage, trained))}
-    )
+    stages = (*RECIPES["mini"][:2], _with_size(stage, trained), RECIPES["mini"][3])
+    monkeypatch.setattr("tinygptv.miniature.backbones.RECIPES", {"mini": stages})
     checkpoint = save_checkpoint(
-        tmp_path / "stage4", trained, processor, {"title": "multi-task", "init_from": "secret"}
+        tmp_path / "stage3", trained, processor, {"title": "multi-task", "init_from": "secret"}
     )
-    place = backbones.ship_stage(checkpoint, 4)
-    assert "secret" not in (place / "stage.json").read_text()
-    served = load_checkpoint(backbones.shipped_model())[0]
+    place = backbones.ship_stage(checkpoint, 3)
+    assert "secret" not in (place / "stage.json").read_text() and backbones.shipped_stages() == [3]
+    stored = load_file(place / "trained.safetensors")
+    trains = [n for n, _ in trained.named_parameters() if ".lora_" in n or n.startswith("projector.") or "norm" in n]
+    assert set(stored) <= set(trains) and any(".lora_A" in n for n in stored) and "projector.linear_2.bias" in stored
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    folder = backbones.shipped_model()
+    assert {tensor.load().dtype for tensor in open_weights(folder).values()} == {torch.float32}
+    kept = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert backbones.write_checkpoint(folder) == folder, "whatever stage it is"
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == kept
+    served, served_processor, metadata = load_checkpoint(folder)
     for (name, ours), theirs in zip(trained.named_parameters(), served.parameters(), strict=True):
         assert torch.equal(ours.half(), theirs.half()), name
+    size = trained.config.vision_config.image_size
+    assert (served.config.vision_config.image_size, served_processor.template) == (size, stage.template)
+    assert metadata["title"] == "multi-task" and "init_from" not in json.loads((place / "stage.json").read_text())
+    with pytest.raises(ValueError, match=r"stage 4 of the miniature is not shipped; shipped: \[3\]"):
+        backbones.write_checkpoint(tmp_path / "none", 4)
+    (place / "of_another_run").touch(), (tmp_path / "data/backbones/of_another_run").touch()
+    assert backbones.ship_stage(checkpoint, 3) == place and backbones.ship_backbones(start).is_dir()
+    assert not [*(tmp_path / "data").rglob("of_another_run")], "what was shipped before is gone"
+    assert sorted(path.name for path in place.iterdir()) == ["stage.json", "trained.safetensors"]
+    save_file({**stored, "projector.linear_9.bias": torch.ones(1)}, place / "trained.safetensors")
+    with pytest.raises(ValueError, match=r"stage3 does not fit the shipped backbones: projector\.linear_9\.bias\."):
+        backbones.shipped_model()
+
+    (start / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError):
+        backbones.ship_backbones(start)
+    assert (tmp_path / "data/backbones/config.json").read_text() != "{}", "what is shipped stays as it was"
+
+
+def test_backbones_are_pretrained_at_the_sizes_of_those_that_are_shipped():
+    shipped = TinyGPTVConfig.from_pretrained(backbones.BACKBONES).to_dict()
+    fresh = TinyGPTVConfig.mini(vocab_size=shipped["text_config"]["vocab_size"], lora_rank=0).to_dict()
+    for name in ("vision_config", "qformer_config", "text_config"):
+        assert {key: fresh[name][key] for key in fresh[name] if "dtype" not in key} == {
+            key: value for key, value in shipped[name].items() if "dtype" not in key
+        }
+    for key in ("num_query_tokens", "projector_hidden_size", "image_token_id"):
+        assert fresh[key] == shipped[key]
+
+
+def test_pretrained_parts_become_a_checkpoint_in_float16(tmp_path):
+    torch.manual_seed(0)
+    config = tiny_config(lora_rank=0)
+    source = TinyGPTVForConditionalGeneration(config)
+    vision = torch.nn.ModuleDict(
+        {"vision_encoder": source.vision_encoder, "qformer": source.qformer, "heads": torch.nn.Linear(2, 2)}
+    )
+    language = torch.nn.ModuleDict({"language_model": source.language_model, "lm_head": source.lm_head})
+    metadata = {"title": "backbones"}
+    folder = backbones.assemble_backbones(tmp_path / "a", config, vision, language, tiny_tokenizer(), metadata)
+    assert folder == tmp_path / "a"
+    stored = {name: tensor.load() for name, tensor in open_weights(folder).items()}
+    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.float16}
+    for name, tensor in source.named_parameters():
+        if not name.startswith("projector."):
+            assert torch.equal(stored[name], tensor.half()), name
+    assert load_checkpoint(folder)[2]["title"] == "backbones"
 
 
 def _with_size(stage, model):

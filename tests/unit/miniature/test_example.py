@@ -10,7 +10,8 @@ from pipelines.data.ingest.job import ingest
 from pipelines.evaluation.benchmarks.files import DataFolder
 from pipelines.evaluation.benchmarks.own import own_benchmark
 from pipelines.fingerprint import OtherInputsError
-from pipelines.miniature.example import NEW_COLOUR, _box, _scene
+from pipelines.miniature import example as example_module
+from pipelines.miniature.example import NEW_COLOUR, _box, _colours, _scene
 from pipelines.miniature.jobs import run_miniature
 from pipelines.settings import MiniatureSettings, PrepareDataSettings
 from tinygptv.data.processing import load_tokenizer
@@ -93,3 +94,58 @@ def test_one_object_of_a_scene_has_the_new_colour_and_its_phrase_and_box_are_its
         (row,) = _box("a.jpg", scene, 0, "refer", generator(scene.key, "example"))
         assert row["turns"][0]["answers"] == [f"{NEW_COLOUR} {item.shape}"]
         assert row["boxes"] == [[round(corner, 1) for corner in scene.pixel_box(item)]]
+
+
+def test_each_other_object_has_its_own_phrase_and_box_or_none(monkeypatch):
+    monkeypatch.setattr(
+        example_module, "refer_to", lambda objects, index, rng, **_: f"words {index}" if index % 2 else None
+    )
+    for number in range(5):
+        scene = _scene(0, number)
+        for index, item in enumerate(scene.objects):
+            found = list(_box("a.jpg", scene, index, "identify", generator(scene.key, "example")))
+            if index == 0:
+                continue
+            if index % 2 == 0:
+                assert found == [], "no words tell it apart"
+                continue
+            box = [round(corner, 1) for corner in scene.pixel_box(item)]
+            turns = [{"question": "", "answers": [f"words {index}"]}]
+            assert found == [{"image": "a.jpg", "turns": turns, "boxes": [box], "task": "identify"}]
+
+
+def test_colours_are_asked_of_what_words_tell_apart_without_them(monkeypatch):
+    hidden = []
+
+    def refer_to(objects, index, rng, hide):
+        hidden.append(hide)
+        return None if index == 0 else f"thing {index}"
+
+    monkeypatch.setattr(example_module, "refer_to", refer_to)
+    scene = _scene(0, 3)
+    found = list(_colours("a.jpg", scene, None, "colour of {x}?"))
+    assert found == [
+        {"image": "a.jpg", "question": f"colour of thing {n}?", "answer": item.colour, "task": "vqa"}
+        for n, item in enumerate(scene.objects)
+        if n
+    ]
+    assert set(hidden) == {("colour",)}
+
+
+def test_what_is_written_of_each_scene(tmp_path, monkeypatch):
+    """Twice as many images to score as to learn from, of other scenes than those of the backbones' pretraining."""
+    drawn = []
+    make = example_module._scene
+    monkeypatch.setattr(example_module, "_scene", lambda seed, index: drawn.append((seed, index)) or make(seed, index))
+    settings = MiniatureSettings(task="example", output=str(tmp_path), example_scenes=2, seed=3, tracking_uri="none")
+    result = example_module.draw_example(settings)
+    assert drawn == [(3, 10_000 + number) for number in range(6)] and result["folder"] == str(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == [f"{n:03d}.jpg" for n in range(6)]
+    assert result["rows"] == {f"{name}.jsonl": len(rows(tmp_path / f"{name}.jsonl")) for name in NAMES}
+    train = {row["image"] for row in rows(tmp_path / "train.jsonl")}
+    assert train == {"images/000.jpg", "images/001.jpg"}
+    assert [row["image"] for row in rows(tmp_path / "test_boxes.jsonl")] == [f"images/{n:03d}.jpg" for n in range(2, 6)]
+    assert {row["task"] for row in rows(tmp_path / "test_boxes.jsonl")} == {"refer"}
+
+
+NAMES = ("train", "test", "test_known", "test_boxes")

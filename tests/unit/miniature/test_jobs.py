@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pipelines.fingerprint import OtherInputsError
 from pipelines.miniature import demo, jobs, world
@@ -94,6 +95,7 @@ def test_rows_of_all_sets_are_counted_and_only_those_named_are_prepared(tmp_path
     assert given[1] == ("gqa", f"{tmp_path}/gqa/a.json", f"{tmp_path}/gqa/images", f"{tmp_path}/shards/gqa", True)
     assert given[0][2] == "", "a set without an image folder"
     assert world.prepare_world(tmp_path, tmp_path / "shards", PrepareDataSettings, {"laion", "refcoco"}) == 8
+    assert world.prepare_world(tmp_path, tmp_path / "shards", PrepareDataSettings, set()) == 0
 
 
 def test_mean_losses_are_those_of_the_first_and_last_tenth(tmp_path):
@@ -111,13 +113,19 @@ def test_stages_and_backbones_are_shipped_as_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(backbones, "DATA", tmp_path / "package")
     monkeypatch.setattr(backbones, "ship_backbones", shipped.append)
     monkeypatch.setattr(backbones, "ship_stage", lambda folder, number: shipped.append((folder, number)))
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package/a").write_bytes(b"12345")
+    (tmp_path / "package/stage1").mkdir(parents=True)
+    (tmp_path / "package/a").write_bytes(b"123")
+    (tmp_path / "package/stage1/b").write_bytes(b"45")
     result = run_miniature(settings(tmp_path / "out", task="ship", stages="/demo", backbones="/b"))
     assert shipped == [Path("/b"), *((Path(f"/demo/stage{n}/checkpoint"), n) for n in (1, 2, 3, 4))]
     assert (result["bytes"], result["package_data"]) == (5, str(tmp_path / "package"))
-    with pytest.raises(SettingsError, match="choose one of"):
-        run_miniature(settings(tmp_path, task="paint"))
+    for given, folders in (({"stages": "/demo"}, 4), ({"backbones": "/b"}, 1)):
+        shipped.clear()
+        run_miniature(settings(tmp_path / "out", task="ship", **given))
+        assert len(shipped) == folders
+    for task in ("paint", ""):
+        with pytest.raises(SettingsError, match="choose one of"):
+            run_miniature(settings(tmp_path, task=task))
 
 
 def test_pretraining_is_told_to_the_tracker_and_kept_beside_the_result(tmp_path, monkeypatch, capsys):
@@ -136,6 +144,7 @@ def test_pretraining_is_told_to_the_tracker_and_kept_beside_the_result(tmp_path,
     assert jobs._pretrain("task", "vision", (30, 12), 1e-3, "layers.", chosen, tracker) == {"scores": 1.0}
     assert told == [(10, {"vision/loss": 1.23456})] and given["state_dir"] == tmp_path / "vision"
     assert (given["cycles"], given["peak_learning_rate"], given["orthogonalized"]) == ((30, 12), 1e-3, "layers.")
+    assert given["evaluate_every"] == 1000
     assert capsys.readouterr().out == "vision step 10/42: loss 1.235\n"
 
 
@@ -173,3 +182,75 @@ def test_the_demo_scores_short_answers_on_five_times_as_many_scenes(tmp_path, mo
     assert vqa == (["miniature_vqa"], 150, f"{tmp_path}/score/vqa", "/c", "/w")
     assert tasks[1:] == (30, f"{tmp_path}/score/tasks", "/c", "/w") and "miniature_vqa" not in tasks[0]
     assert state.result["scores"]["miniature_vqa"] == 1 and len(state.result["scores"]) == 1 + len(tasks[0])
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "train", "held_out"), [(0, 24_000, 1_024), (10, 640, 640), (1000, 24_000, 1_024)]
+)
+def test_the_vision_part_learns_from_its_own_scenes(monkeypatch, max_steps, train, held_out):
+    from tinygptv.miniature import pretrain_vision
+
+    seeded, drawn = [], []
+    monkeypatch.setattr(torch, "manual_seed", seeded.append)
+    pool = SimpleNamespace(draw=lambda *given: drawn.append(given) or given[1])
+    monkeypatch.setattr(pretrain_vision, "ScenePool", pool)
+    monkeypatch.setattr(pretrain_vision, "VisionTask", lambda *given, seed: (*given, seed))
+    made = jobs._vision_task(MiniatureSettings(seed=7, max_steps=max_steps), "config")
+    assert drawn == [(7, "train", train, (64, 128)), (7, "validation", held_out, (64, 128))]
+    assert made == ("config", "train", "validation", 7) and seeded == [7]
+
+
+def test_the_language_part_has_another_seed_and_its_look_ups_from_the_second_cycle(monkeypatch):
+    from tinygptv.miniature import pretrain_language
+
+    seeded = []
+    monkeypatch.setattr(torch, "manual_seed", seeded.append)
+    monkeypatch.setattr(pretrain_language, "LanguageTask", lambda *given, **options: (given, options))
+    given, options = jobs._language_task(MiniatureSettings(seed=7), "config", "tokenizer")
+    assert given == ("config", "tokenizer") and seeded == [8]
+    assert options == {"world_seed": 7, "seed": 7, "lookups_from": 2_600}
+
+
+def test_a_tokenizer_is_trained_once(tmp_path, monkeypatch):
+    from tinygptv.data import processing
+    from tinygptv.miniature import pretrain_language
+
+    trained = []
+
+    def train(*given):
+        trained.append(given)
+        return SimpleNamespace(save_pretrained=lambda folder: (folder / "tokenizer.json").touch())
+
+    monkeypatch.setattr(pretrain_language, "train_tokenizer", train)
+    monkeypatch.setattr(processing, "load_tokenizer", lambda folder: ("loaded", folder))
+    for _ in range(2):
+        assert jobs._tokenizer(tmp_path, 3, 99) == ("loaded", tmp_path)
+    assert trained == [(3, 99)]
+
+
+def test_a_task_is_one_that_there_is_and_its_result_is_beside_it(tmp_path, monkeypatch):
+    with pytest.raises(SettingsError) as caught:
+        run_miniature(settings(tmp_path, task="paint"))
+    assert str(caught.value) == "task='paint': choose one of ['draw', 'example', 'pretrain', 'ship']."
+    with pytest.raises(SettingsError, match="give backbones=DIR"):
+        run_miniature(settings(tmp_path, task="ship"))
+    monkeypatch.setattr(jobs, "draw_example", lambda given: {"folder": str(tmp_path), "rows": {"a": given.seed}})
+    result = run_miniature(settings(tmp_path, task="example", seed=4))
+    assert result == {"folder": str(tmp_path), "rows": {"a": 4}, "result": f"{tmp_path}/result.json"}
+    assert json.loads((tmp_path / "result.json").read_text()) == {"folder": str(tmp_path), "rows": {"a": 4}}
+
+
+def test_what_was_pretrained_is_tracked_and_assembled_with_its_scores(asked, tmp_path, monkeypatch):
+    told, made = [], []
+    tracker = SimpleNamespace(params=told.append, close=lambda: told.append("closed"))
+    monkeypatch.setattr(jobs, "continue_tracker", lambda given, title, folder: told.append((title, folder)) or tracker)
+    monkeypatch.setattr(backbones, "assemble_backbones", lambda *given: made.append(given) or Path("/made"))
+    monkeypatch.setattr(jobs, "_tokenizer", lambda *given: given)
+    result = run_miniature(settings(tmp_path, task="pretrain", seed=5))
+    assert told[0] == ("pretrain the miniature", tmp_path) and told[1]["seed"] == 5 and told[2:] == ["closed"]
+    ((folder, config, vision, language, tokenizer, record),) = made
+    assert (folder, vision, language) == (tmp_path / "backbones", "vision", "language")
+    assert tokenizer == (tmp_path / "tokenizer", 5, config.text_config.vocab_size - 1)
+    scores = {"vision/loss": 1.0, "language/loss": 1.0}
+    assert record == {"title": "pretrained backbones of the miniature", "seed": 5, "scores": scores}
+    assert result["checkpoint"] == "/made" and 0 <= result["seconds"] < 60

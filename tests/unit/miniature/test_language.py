@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import cache
 from itertools import islice
 
+import numpy as np
 import pytest
 
 from tinygptv.data.boxes import iou, parse_answer_box, parse_boxes
@@ -21,7 +23,7 @@ from tinygptv.miniature.conversations import (
 )
 from tinygptv.miniature.conversations import KINDS as CONVERSATION_KINDS
 from tinygptv.miniature.documents import KINDS as DOCUMENT_KINDS
-from tinygptv.miniature.documents import documents, make_document
+from tinygptv.miniature.documents import LANGUAGE_MIX, LOOKUP_MIX, documents, make_document
 from tinygptv.miniature.instructions import text_instruction
 from tinygptv.miniature.scenes import HELD_OUT, Scene, generator, make_scene, make_scenes
 from tinygptv.miniature.words import VALUES, VOCABULARY, box_text, list_scene, plural
@@ -34,8 +36,18 @@ def train() -> list[Scene]:
     return make_scenes(11, "train", 300)
 
 
-def _cleaned_texts(scene: Scene, style: str = "usual") -> Iterator[str]:
+@cache
+def _cleaned_texts(scene: Scene, style: str = "usual") -> tuple[str, ...]:
     """Texts of the sources that the release cleans."""
+    return tuple(_say_cleaned(scene, style))
+
+
+@cache
+def _other_texts(scene: Scene) -> tuple[str, ...]:
+    return tuple(_say_others(scene))
+
+
+def _say_cleaned(scene: Scene, style: str) -> Iterator[str]:
     rng = generator(scene.key, "test")
     for index in range(len(scene.objects)):
         yield from (found.text for found in islice(referring.expressions(scene.objects, index, rng, style=style), 6))
@@ -48,7 +60,7 @@ def _cleaned_texts(scene: Scene, style: str = "usual") -> Iterator[str]:
         yield from (reasoning(scene, rng).question, *DETAIL_QUESTIONS)
 
 
-def _other_texts(scene: Scene) -> Iterator[str]:
+def _say_others(scene: Scene) -> Iterator[str]:
     rng = generator(scene.key, "test more")
     yield from (captions.detailed_caption(scene, rng), captions.grounded_caption(scene, rng), list_scene(scene))
     yield from (*captions.phrase_boxes(scene, rng), *captions.caption_phrases(scene, rng), reasoning(scene, rng).answer)
@@ -100,6 +112,17 @@ def test_held_out_pairs_are_never_spoken_of(train):
     assert any(pairs.search(text) for scene in make_scenes(0, "combination", 20) for text in _cleaned_texts(scene))
 
 
+def test_held_out_pairs_are_counted_in_their_split_alone():
+    def counted(split):
+        scenes = make_scenes(5, split, 40)
+        return [values for scene in scenes for values in questions._nouns(scene, generator(scene.key, "nouns"))]
+
+    def held_out(values):
+        return (values.get("colour"), values.get("shape")) in HELD_OUT
+
+    assert any(map(held_out, counted("combination"))) and not any(map(held_out, counted("train")))
+
+
 @pytest.mark.parametrize(("split", "style"), WORLDS)
 def test_expressions_mean_one_object(split, style):
     kinds = Counter()
@@ -135,7 +158,7 @@ def test_answers_are_true(split, style):
 
 
 def test_answers_are_balanced():
-    asked = [found for scene in make_scenes(8, "train", 1200) for found in _few(scene)]
+    asked = [found for few in _many_asked() for found in few]
     answers = defaultdict(Counter)
     for found in asked:
         answers[found.kind][found.answer] += 1
@@ -147,6 +170,12 @@ def test_answers_are_balanced():
     assert min(shares) > 0.1
     assert max(shares) < 0.3
     assert min(Counter(found.kind for found in asked).values()) > len(asked) / len(questions.KINDS) / 2
+
+
+@cache
+def _many_asked() -> list[list[questions.Question]]:
+    """A few questions about each of 1,200 scenes."""
+    return [_few(scene) for scene in make_scenes(8, "train", 1200)]
 
 
 def _few(scene: Scene) -> list[questions.Question]:
@@ -164,8 +193,8 @@ _VALUES = {"object", "objects"} | {w for words in VALUES.values() for w in (*wor
 
 def test_the_words_of_a_question_do_not_give_its_answer_away():
     known = defaultdict(Counter)
-    for scene in make_scenes(8, "train", 1200):
-        for found in _few(scene):
+    for few in _many_asked():
+        for found in few:
             known[_wording(found.question)][found.answer] += 1
     right = []
     for scene in make_scenes(8, "test", 500):
@@ -280,14 +309,25 @@ def test_reasons_are_true(train):
         for number, name in re.findall(r"(\d) ((?:\w+ )?\w+?)(?: and|,|\.)", turn.answer):
             if name.split()[-1] in _VALUES:
                 assert len(meaning.find(scene.objects, name)) == int(number), turn
+        if found := re.search(r"so there are more (.+)\.", turn.answer):
+            asked = re.fullmatch(r"are there more (.+) or (.+)\?", turn.question)
+            (other,) = set(asked.groups()) - {found[1]}
+            more, fewer = (len(meaning.find(scene.objects, name)) for name in (found[1], other))
+            assert more > fewer, turn
 
 
 def test_text_instructions_are_right():
     rng = generator(make_scene(0, "train", 0).key, "instructions")
+    asked = set()
     for _ in range(600):
         drawn = text_instruction(rng)
         expected = _carry_out(drawn.instruction)
-        assert expected is None or expected == drawn.output, drawn
+        assert expected == drawn.output or drawn.instruction.startswith("what is the opposite of "), drawn
+        asked.add(drawn.instruction.partition(",")[0])
+    assert {f"which of these words is a {kind}" for kind in _KIND_OF} <= asked
+
+
+_KIND_OF = {"shape": "shape", "color": "colour", "size": "size", "texture": "texture"}
 
 
 def _carry_out(instruction: str) -> str | None:
@@ -297,6 +337,20 @@ def _carry_out(instruction: str) -> str | None:
     if found := re.fullmatch(r"which number is (larger|smaller), (\d+) or (\d+)\?", instruction):
         return str((max if found[1] == "larger" else min)(int(found[2]), int(found[3])))
     order, _, words = instruction.partition(", ")
+    listed = words.split()
+    if found := re.fullmatch(r"which of these words is a (\w+)", order):
+        (right,) = set(listed) & set(VALUES[_KIND_OF[found[1]]])
+        return right
+    if found := re.fullmatch(r"is (\w+) a (\w+)\?", instruction):
+        return "yes" if found[1] in VALUES[_KIND_OF[found[2]]] else "no"
+    if found := re.fullmatch(r"what is half of (\d+)\?", instruction):
+        return str(int(found[1]) // 2)
+    if found := re.fullmatch(r"say the word (\w+) (two|three|four) times", instruction):
+        return " ".join([found[1]] * {"two": 2, "three": 3, "four": 4}[found[2]])
+    if order == "reverse the order of these words":
+        return " ".join(reversed(listed))
+    if found := re.fullmatch(r"say the word that is (\w+)", order):
+        return listed[("first", "second", "third").index(found[1])] if found[1] != "last" else listed[-1]
     if order == "sort these words":
         return " ".join(sorted(words.split()))
     if order == "count these words":
@@ -310,6 +364,22 @@ def test_documents_are_endless_and_repeatable():
     assert list(islice(documents(4), 20)) == list(islice(documents(4), 20))
     assert next(documents(4, start=7)) == list(islice(documents(4), 8))[7]
     assert next(documents(4)) != next(documents(5))
+    scene = make_scene(4, "test", 7)
+    document = make_document(scene, generator(scene.key, "document"))
+    assert next(documents(4, "test", 7, "<b>")) == document.text("<b>")
+    assert document.text("<b>").count("<b>") == len(document.exchanges) and "<b>" not in document.text()
+
+
+def test_kinds_of_documents_are_drawn_by_their_weights():
+    rng, scene = np.random.default_rng(0), make_scene(4, "train", 0)
+    drawn = [make_document(scene, rng, weights={"vqa": 1, "text": 0, "caption": 3}).kind for _ in range(200)]
+    assert set(drawn) == {"vqa", "caption"} and 0.65 < drawn.count("caption") / 200 < 0.85
+    usual = Counter(make_document(scene, rng).kind for _ in range(300))
+    assert 90 < usual["facts"] < 160 and set(usual) <= set(LANGUAGE_MIX) and "lookups" not in usual
+    assert LOOKUP_MIX["facts"] == 0 and LOOKUP_MIX.keys() - LANGUAGE_MIX.keys() == {"lookups"}
+    listed, shown = (make_document(scene, np.random.default_rng(1), "vqa", as_image=shown) for shown in (False, True))
+    assert (listed.num_images, shown.num_images) == (0, 1) and listed.exchanges[0].answer == shown.exchanges[0].answer
+    assert "scene : " in listed.text() and "scene : " not in shown.text()
 
 
 @pytest.mark.parametrize("kind", DOCUMENT_KINDS)

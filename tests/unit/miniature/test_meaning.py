@@ -24,6 +24,9 @@ OBJECTS = (
     [
         ("the square", [1]),
         ("red circles", [0, 2]),
+        (" A red star. ", []),
+        ("Red circles.", [0, 2]),
+        ("red circles?", [0, 2]),
         ("an object", [0, 1, 2, 3]),
         ("small plain object", [0, 3]),
         ("yellow heart", []),
@@ -70,6 +73,7 @@ def test_strange_phrases_are_refused(phrase):
         ("the small circle is of which color?", "red"),
         ("how many red objects are there?", "2"),
         ("how many hearts are in the image?", "0"),
+        (" How many hearts are in the image. ", "0"),
         ("what is the number of objects?", "4"),
         ("is there a red circle?", "yes"),
         ("are there any dotted squares?", "no"),
@@ -106,12 +110,22 @@ def test_questions(question, expected):
         ("three red circles", False),
         ("a green star at the bottom right", True),
         ("a green star at the top right", False),
+        ("a green star is at the bottom right", True),
+        ("a green star is at the top right", False),
         ("<p>a green star</p> {<70><70><85><85>} is below <p>a large blue square</p> {<60><8><90><38>}.", True),
         ("nothing at all", False),
     ],
 )
 def test_captions(caption, right):
     assert check_caption(OBJECTS, caption).all_right is right
+
+
+@pytest.mark.parametrize("relation", ["to the left of", "to the right of", "above", "below"])
+def test_objects_of_equal_position_stand_on_no_side(relation):
+    same = [SceneObject("circle", "red", "small", "plain", (0.4, 0.4, 0.6, 0.6)),
+            SceneObject("square", "blue", "small", "plain", (0.4, 0.4, 0.6, 0.6))]  # fmt: skip
+    assert find(same, f"circle {relation} the square") == []
+    assert answer(same, f"is the circle {relation} the square?") == "no"
 
 
 def test_claims_are_counted():

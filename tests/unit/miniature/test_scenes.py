@@ -135,6 +135,34 @@ def test_the_drawing_fills_its_box(shape, texture):
     assert np.abs(edges - np.array([30, 36, 90, 86.4])).max() < 2.5
 
 
+def test_light_and_dark_grounds_stay_light_and_dark_with_their_noise():
+    for level in (0, 255):
+        ground = Background((level,) * 3, (level,) * 3, 0.0, 9)
+        item = SceneObject("circle", "red", "small", "plain", (0.4, 0.4, 0.6, 0.6), COLOURS["red"])
+        pixels = np.asarray(render(Scene(SceneKey(0, "train", 0), 96, 96, ground, (item,), 95)), dtype=int)
+        assert np.abs(pixels[:20] - level).max() <= 9
+
+
+def test_a_ground_goes_from_one_colour_to_the_other_in_its_direction():
+    item = SceneObject("circle", "red", "small", "plain", (0.4, 0.4, 0.6, 0.6), COLOURS["red"])
+    for angle, first, last in ((0.0, (48, 0), (48, 95)), (np.pi / 2, (0, 48), (95, 48)), (np.pi, (48, 95), (48, 0))):
+        ground = Background((200, 210, 220), (240, 250, 230), angle, 0)
+        pixels = np.asarray(render(Scene(SceneKey(0, "train", 0), 96, 96, ground, (item,), 95)), dtype=int)
+        assert np.abs(pixels[first] - (200, 210, 220)).max() <= 3 and np.abs(pixels[last] - (240, 250, 230)).max() <= 3
+
+
+@pytest.mark.parametrize("corner", [(0.2, 0.3), (0.204, 0.306), (0.2054, 0.3072)])
+def test_a_drawing_stands_where_its_box_is_to_a_fraction_of_a_pixel(corner):
+    x, y = corner
+    item = SceneObject("square", "blue", "large", "plain", (x, y, x + 0.4, y + 0.4), COLOURS["blue"], 0.0)
+    ground = Background((240, 240, 240), (240, 240, 240), 0.0, 0)
+    scene = Scene(SceneKey(0, "train", 0), 150, 120, ground, (item,), 95)
+    cover = 240 - np.asarray(render(scene), dtype=float)[..., 0]
+    rows, columns = np.mgrid[:120, :150] + 0.5
+    centre = (cover * columns).sum() / cover.sum(), (cover * rows).sum() / cover.sum()
+    assert np.abs(np.subtract(centre, (150 * (x + 0.2), 120 * (y + 0.2)))).max() < 0.3
+
+
 @pytest.mark.parametrize("colour", COLOURS)
 def test_the_texture_shows_at_64_pixels(colour):
     """Marks differ from the colour itself even in the smallest image that the model is given."""

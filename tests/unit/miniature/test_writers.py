@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pipelines.miniature.world import _RESULTS, SOURCES_FILE
 from tinygptv.data.boxes import parse_boxes
 from tinygptv.data.prompts import clean_caption
-from tinygptv.miniature import meaning
+from tinygptv.miniature import meaning, writers
 from tinygptv.miniature.entries import DESCRIBE
 from tinygptv.miniature.formats import INVERSE, SOURCE_FORMATS
 from tinygptv.miniature.question_files import BENCHMARK_SPLITS, BENCHMARKS
-from tinygptv.miniature.scenes import HELD_OUT, SHAPES, SceneObject, make_scene, make_scenes
+from tinygptv.miniature.scenes import HELD_OUT, SHAPES, SceneKey, SceneObject, make_scene, make_scenes
 from tinygptv.miniature.writers import mini_sources, write_source, write_world
 from tinygptv.training.stages import RECIPES
 
@@ -269,6 +270,51 @@ def test_the_world_does_not_depend_on_the_number_of_workers(tmp_path):
     assert seen[-1][0] == seen[-1][1] == 8 + 8 + 4 * 2
 
 
+@pytest.fixture
+def sketches(monkeypatch):
+    """Scenes that are drawn: a file says which scene it is of."""
+    found = []
+    monkeypatch.setattr(writers, "encode_jpeg", lambda scene: found.append(scene.key) or str(scene.key).encode())
+    return found
+
+
+def test_a_world_in_several_chunks_holds_what_one_chunk_holds(tmp_path, sketches, monkeypatch):
+    sources = ["laion", "cc_sbu", "refcoco", "llava_conversation", "coco_vqa", "invrefcoco"]
+    told = []
+    for name, chunk in (("one", 500), ("many", 7)):
+        monkeypatch.setattr(writers, "CHUNK", chunk)
+        sketches.clear(), told.clear()
+        listed = write_world(tmp_path / name, 16, 9, 1, sources, progress=lambda *p: told.append(p))
+        assert list(listed) == sources == list(_read(tmp_path / name / "sources.json"))
+        assert len(sketches) == len(set(sketches)) == 16 + 9 + 4 * 3, "each scene is drawn once"
+        assert {key.split for key in sketches} == {"train", *BENCHMARK_SPLITS}
+    assert told == [(n, 37) for n in (7, 14, 16, 23, 25, 28, 31, 34, 37)]
+    one, many = _digests(tmp_path / "one"), _digests(tmp_path / "many")
+    shards = [name for name in (*one, *many) if name.endswith(".tar")]
+    assert shards == [
+        "cc_sbu/00000.tar", "laion/00000.tar",
+        "cc_sbu/00000.tar", "cc_sbu/00001.tar", "laion/00000.tar", "laion/00001.tar", "laion/00002.tar",
+    ]  # fmt: skip
+    assert {k: v for k, v in one.items() if k not in shards} == {k: v for k, v in many.items() if k not in shards}
+    with tarfile.open(tmp_path / "many/laion/00002.tar") as tar:
+        assert tar.getnames()[::3] == ["000020000.jpg", "000020001.jpg"]
+        assert tar.extractfile("000020001.jpg").read() == str(SceneKey(1, "train", 15)).encode()
+    with tarfile.open(tmp_path / "many/cc_sbu/00001.tar") as tar:
+        assert tar.getnames()[::3] == ["000010000.jpg"], "every eighth: scene 8"
+        assert tar.extractfile("000010000.jpg").read() == str(SceneKey(1, "train", 8)).encode()
+
+
+def test_without_test_scenes_there_are_no_benchmarks_and_without_a_choice_all_of_the_recipe(tmp_path, sketches):
+    listed = write_world(tmp_path, 1, 0)
+    assert tuple(listed) == mini_sources() and not (tmp_path / "benchmarks").exists()
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written <= set(_RESULTS) and {*written, "benchmarks"} >= {SOURCES_FILE, "laion"}, (
+        "overwrite=true removes them"
+    )
+    assert sketches == [SceneKey(0, "train", 0)]
+    assert write_world(tmp_path / "none", 3, 0, sources=[]) == {} == _read(tmp_path / "none/sources.json")
+
+
 def test_one_source_alone(tmp_path):
     scenes = make_scenes(0, "train", 5)
     place = write_source("invrefcoco", scenes, tmp_path)
@@ -276,6 +322,16 @@ def test_one_source_alone(tmp_path):
     assert len(list((tmp_path / "train2014").iterdir())) == 5
     assert write_source("laion", scenes, tmp_path, seed=1) == {"input": "laion/*.tar", "images": None}
     assert (tmp_path / "laion/00000.tar").is_file()
+
+
+def test_a_source_of_many_scenes_is_written_whole(tmp_path, sketches, monkeypatch):
+    monkeypatch.setattr(writers, "CHUNK", 2)
+    scenes = make_scenes(0, "test", 5, start=3)
+    write_source("laion", scenes, tmp_path)
+    assert [path.name for path in sorted((tmp_path / "laion").iterdir())] == [f"0000{n}.tar" for n in range(3)]
+    write_source("cc_sbu_align", scenes, tmp_path)
+    ids = [entry["image_id"] for entry in _read(tmp_path / "cc_sbu_align/filter_cap.json")["annotations"]]
+    assert ids == [str(scene.number) for scene in scenes], "all of them: no scene is left out"
 
 
 def test_what_is_said_follows_the_seed(tmp_path):

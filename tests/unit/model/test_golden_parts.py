@@ -172,11 +172,12 @@ def test_plain_phi2_gets_active_unit_norms(tmp_path):
     assert relative_error(output.hidden_states[1], golden["hidden_1"]) < 1e-5
 
 
-@pytest.mark.parametrize("file", sorted((GOLDEN / "7_lr_schedule").glob("*.json")), ids=lambda f: f.stem)
+SCHEDULES = [file for file in sorted((GOLDEN / "7_lr_schedule").glob("*.json")) if '"rows"' in file.read_text()]
+
+
+@pytest.mark.parametrize("file", SCHEDULES, ids=lambda f: f.stem)
 def test_learning_rates(file):
     table = json.loads(file.read_text())
-    if "rows" not in table:
-        pytest.skip("no table in this file")
     run = table["run"]
     schedule = Schedule(
         "warmup_cosine",

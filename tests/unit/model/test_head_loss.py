@@ -42,6 +42,23 @@ def test_sixteen_bits_differ_by_rounding(dtype):
     assert (own - gradient).norm() < 0.02 * gradient.norm()
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1.0), (torch.bfloat16, 1.0), (torch.float16, 1024.0)])
+def test_the_scorer_gets_rows_of_logits_in_the_heads_dtype_and_the_scale_of_its_gradient(monkeypatch, dtype, scale):
+    monkeypatch.setattr(head_loss, "CHUNK_ROWS", 8)
+    hidden, weight, bias, targets = inputs(torch.float32)
+    seen = []
+
+    def scorer(logits, some, factor):
+        seen.append((logits.shape, logits.dtype, some.tolist(), factor))
+        losses, slope = score_logits(logits, some, factor)
+        return losses + 1, slope
+
+    losses = frozen_head_losses(hidden, weight.to(dtype), bias.to(dtype), targets, scorer)
+    ids = targets.tolist()
+    assert seen == [((8, 50), dtype, ids[:8], scale), ((5, 50), dtype, ids[8:], scale)]
+    assert torch.equal(losses, frozen_head_losses(hidden, weight.to(dtype), bias.to(dtype), targets) + 1)
+
+
 def test_improbable_tokens_count_in_fp16():
     """Their probabilities are below fp16's smallest number, and there are many of them."""
     logits = torch.zeros(1, 60_000, dtype=torch.float16)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
 
 from tinygptv.miniature.tiny import tiny_config
-from tinygptv.model.lora import AdaptedLinear, add_lora, merge_lora, reset_lora
+from tinygptv.model.lora import AdaptedLinear, add_lora, freeze_below_adapters, merge_lora, reset_lora
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.training.stages import RECIPES, set_trainable
 
@@ -103,6 +108,72 @@ def test_a_language_model_that_trains_takes_no_adapters_along():
     both = set_trainable(model, ("language_model", "lora"))
     assert both["lora"] == sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     assert both["language_model"] == counts["language_model"]
+
+
+def test_the_caller_may_drop_from_the_adapters_input():
+    layer = make_adapted()
+    x, dropped = torch.randn(3, 6), torch.randn(3, 6)
+    down, up = layer.adapter
+    expected = layer.base_layer(x) + up(down(dropped) * 2.0)
+    torch.testing.assert_close(layer.forward_dropped(x, dropped), expected)
+    assert layer.eval().input_dropout == 0.0 and layer.train().input_dropout == 0.25
+
+
+def test_adapters_of_a_user_are_chosen_as_peft_says_after_the_models_own_are_weights(monkeypatch):
+    asked, layer = [], make_adapted().eval()
+    monkeypatch.setattr(BaseTunerLayer, "set_adapter", lambda self, *given: asked.append((self.is_own, *given)))
+    before = layer(torch.ones(1, 6))
+    layer.set_adapter("theirs", True)
+    assert asked[-1] == (False, "theirs", True) and not layer.lora_A and not layer.merged
+    torch.testing.assert_close(layer(torch.ones(1, 6)), before)
+    layer.set_adapter(["more"])
+    assert asked[-1] == (False, ["more"], False)
+
+
+@torch.no_grad()
+def test_adapters_that_no_checkpoint_holds_start_without_effect():
+    model = make_model(rank=2)
+    for layer in (module for module in model.modules() if isinstance(module, AdaptedLinear)):
+        down, up = layer.adapter
+        down.weight.zero_(), up.weight.fill_(1.0)
+        model._init_weights(layer)
+        assert down.weight.std() > 0 and not up.weight.any()
+
+
+def test_a_users_adapters_take_the_models_own_as_weights():
+    model = make_model(rank=2)
+    model.requires_grad_(True)
+    assert not hasattr(model, "peft_config")
+    configs = {"default": object()}
+    model.peft_config = configs
+    assert model.peft_config is configs and model.config.lora_rank == 0 and model.config.lora_alpha
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if "lora_" in name
+    }
+    del model.peft_config
+    assert not hasattr(model, "peft_config")
+
+
+def make_adapted():
+    """A linear layer of 6 to 4 with an adapter of rank 2, scaled by 2."""
+    model = nn.Sequential(OrderedDict(qkv_proj=nn.Linear(6, 4)))
+    add_lora(model, 2, 4, 0.25)
+    with torch.no_grad():
+        model.qkv_proj.adapter[1].weight.normal_()
+    return model.qkv_proj
+
+
+def test_all_but_adapters_is_frozen_and_what_peft_keeps_of_a_saved_module_too():
+    saved = ModulesToSaveWrapper(nn.Linear(2, 2), "default")
+    model = nn.Sequential(OrderedDict(adapted=make_adapted(), saved=saved, other=nn.Linear(2, 2)))
+    model.requires_grad_(True)
+    model.adapted.lora_A.requires_grad_(False)  # what its owner froze stays frozen
+    freeze_below_adapters(model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        "adapted.lora_B.default.weight",
+        "saved.modules_to_save.default.weight",
+        "saved.modules_to_save.default.bias",
+    }
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -7,6 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from tests.training_batches import tiny_model
+from tinygptv.miniature.tiny import tiny_config
+from tinygptv.model.language_model import PhiDecoderLayer
 
 IDS = torch.arange(1, 13).reshape(2, 6)
 
@@ -88,3 +90,32 @@ def test_the_loss_is_a_mean_or_a_share_of_all_items():
         whole = model(input_ids=IDS).logits
     assert float(share) == pytest.approx(float(mean) * 6 / 24, rel=1e-5), "six labels are scored"
     torch.testing.assert_close(last, whole[:, -2:])
+
+
+@pytest.mark.parametrize("attention_rmsnorm", [False, True])
+@pytest.mark.parametrize("input_layernorm", [False, True])
+@pytest.mark.parametrize("qk_layernorm", [False, True])
+def test_each_added_norm_can_be_left_out_alone(qk_layernorm, input_layernorm, attention_rmsnorm):
+    config = tiny_config().text_config
+    config.qk_layernorm, config.input_layernorm, config.attention_rmsnorm = (
+        qk_layernorm, input_layernorm, attention_rmsnorm,
+    )  # fmt: skip
+    config.resid_pdrop, config.attention_dropout = 0.25, 0.5
+    layer = PhiDecoderLayer(config, 0)
+    assert layer.resid_dropout.p == 0.25
+    found = [layer.self_attn.q_layernorm, layer.self_attn.k_layernorm, layer.input_layernorm, layer.attention_rmsnorm]
+    there = [type(norm) is not torch.nn.Identity for norm in found]
+    assert there == [qk_layernorm, qk_layernorm, input_layernorm, attention_rmsnorm]
+
+
+@torch.no_grad()
+def test_the_residual_stream_and_its_positions_are_float32_whatever_the_embeddings_are():
+    language, seen = tiny_model().eval().language_model, []
+    language.embed_tokens.to(torch.bfloat16)
+
+    def note(layer, inputs, options):
+        seen.append((inputs[0].dtype, *(table.dtype for table in options["position_embeddings"])))
+
+    language.layers[0].register_forward_pre_hook(note, with_kwargs=True)
+    assert language(input_ids=IDS).last_hidden_state.dtype == torch.float32
+    assert seen == [(torch.float32,) * 3]

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipelines.export import ExportError, export
-from pipelines.fingerprint import OtherInputsError
-from pipelines.settings import QuantizeSettings, SettingsError
 from tests.serving_model import make_image, make_model, make_processor
 from tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv.checkpoint.checkpoint import save_checkpoint
+from tinygptv.checkpoint.config_file import read_config
 from tinygptv.checkpoint.folders import CheckpointError, write_folder, write_manifest
 from tinygptv.data.conversation import ChatMessage
 from tinygptv.inference.assistant import Assistant
 from tinygptv.inference.drift import HeldOut, compare
 from tinygptv.inference.loading import load_for_inference
 from tinygptv.inference.sampling import SamplingParams
+from tinygptv.model.meta import build_on_meta
+from tinygptv.model.tinygptv import FLOAT32_NAMES
+from tinygptv.quantization import artifact
 from tinygptv.quantization.artifact import (
     METHODS,
     PACKED,
     _format_class,
     _formats,
+    _packed_modules,
     _rounded,
     _shards,
+    _StoredTensors,
+    compute_dtype,
+    is_artifact,
     is_packed,
     load_artifact,
     write_artifact,
 )
+from tinygptv.quantization.linear_packed import PackedLinear
 from tinygptv.quantization.metadata import bits_per_weight, read_metadata, source_stage
 
 # Largest relative error of the logits that each method may make on random weights, which round worst.
@@ -170,6 +176,43 @@ def test_files_are_filled_up_to_their_bound(monkeypatch):
     assert list(_shards(iter([]))) == []
 
 
+def test_each_tensor_is_written_once_and_the_bytes_are_those_of_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("tinygptv.quantization.artifact.SHARD_BYTES", 20_000)
+    folder = make_artifact(tmp_path / "a", "cpu", lora=True)
+    files = [load_file(path) for path in sorted(folder.glob("model-*.safetensors"))]
+    names = [name for file in files for name in file]
+    assert len(files) > 3 and len(names) == len(set(names))
+    assert sum(t.nbytes for file in files for t in file.values()) == read_metadata(folder)["bytes"]
+    loaded = load_artifact(folder, verify=False)[0].state_dict()
+    kept = "projector.linear_1.weight"
+    assert torch.equal(loaded[kept], next(file[kept] for file in files if kept in file))
+
+
+def test_weights_are_rounded_on_the_device_that_was_named(monkeypatch):
+    asked = []
+
+    class Format:
+        @staticmethod
+        def pack(linear, device):
+            asked.append((linear.weight.shape, device, torch.is_inference_mode_enabled()))
+            return {"weight": linear.weight.detach()}
+
+    monkeypatch.setattr("tinygptv.quantization.artifact._format_class", lambda name: Format)
+    model = torch.nn.ModuleDict({"language_model": torch.nn.Linear(4, 2), "projector": torch.nn.Linear(2, 2)})
+    stored = list(_packed_modules(model, {"language_model": "nf4", "projector": "full"}, "the device"))
+    assert asked == [((2, 4), "the device", True)]
+    assert [sorted(tensors) for tensors in stored] == [
+        ["language_model.weight"],
+        ["projector.bias", "projector.weight"],
+    ]
+
+
+def test_what_no_file_holds_and_nobody_computes_is_named(artifacts, monkeypatch):
+    monkeypatch.setattr("tinygptv.quantization.artifact._fill_buffers", lambda model, device: None)
+    with pytest.raises(CheckpointError, match=r"lacks .*(k_bias|inv_freq): export the artifact again"):
+        load_artifact(artifacts["cpu"], verify=False)
+
+
 def test_what_half_precision_cannot_hold_is_refused():
     formats = {"qformer": "half", "projector": "full", "language_model": "int8"}
     assert _rounded("qformer.x", torch.ones(2), formats).dtype == torch.float16
@@ -177,6 +220,77 @@ def test_what_half_precision_cannot_hold_is_refused():
     assert _rounded("language_model.layers.0.x", torch.full((2,), 1e6), formats).dtype == torch.float32
     with pytest.raises(ValueError, match=r"qformer\.x has values beyond float16's range"):
         _rounded("qformer.x", torch.tensor([1.0, 1e6]), formats)
+
+
+def test_the_model_is_left_as_it_is_and_what_is_read_is_frozen(tmp_path):
+    model = make_model(lora=True).train()
+    model.generation_config.max_new_tokens = 7
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    folder = tmp_path / "a"
+    written = []
+    write_folder(folder, lambda to: written.append(write_artifact(to, model, make_processor(), "cpu4")))
+    assert model.training and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trains
+    loaded, processor, metadata = load_artifact(folder)
+    assert written == [metadata] and metadata["format_version"] == 1 and metadata["method"] == "cpu4"
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert loaded.generation_config.max_new_tokens == 7
+    assert loaded.config.template == processor.template == make_processor().template
+    (folder / "generation_config.json").unlink()
+    assert load_artifact(folder, verify=False)[0].generation_config.max_new_tokens is None
+
+
+@pytest.mark.parametrize("method", ["nf4", "cpu4"])
+def test_on_a_gpu_one_kind_of_layer_multiplies_and_norms_stay_in_float32(artifacts, method):
+    """No GPU is needed to see what goes where: the meta device stands for it."""
+    metadata = read_metadata(artifacts[method])
+    formats = {part: entry["format"] for part, entry in metadata["parts"].items()}
+    model = build_on_meta(read_config(artifacts[method]))
+    packed = {name for name, module in model.named_modules() if is_packed(name, module, formats)}
+    with pytest.raises(CheckpointError, match="lacks "):  # the meta device keeps no numbers
+        artifact._fill(model, _StoredTensors(artifacts[method]), formats, torch.device("meta"))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    assert set(layers) == packed and {layer.dtype for layer in layers.values()} == {torch.bfloat16}
+    assert type(model.get_input_embeddings()) is torch.nn.Embedding
+    inside = tuple(f"{name}." for name in layers)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(inside):
+            assert parameter.dtype == (torch.float32 if FLOAT32_NAMES.match(name) else torch.bfloat16), name
+    for block in model.vision_encoder.vit.blocks:
+        assert block.attn.qkv_bias_separate is (formats["vision_encoder"] == "int8")
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bfloat16", "dtype"),
+    [
+        ("cpu", True, torch.float32),
+        ("cuda", True, torch.bfloat16),
+        ("cuda", False, torch.float16),
+        ("mps", False, torch.bfloat16),
+    ],
+)
+def test_activations_are_of_the_devices_own_dtype(monkeypatch, device, has_bfloat16, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    assert compute_dtype(torch.device(device)) == dtype
+
+
+def test_memory_is_returned_on_a_cpu_alone(artifacts, monkeypatch):
+    entered = []
+    monkeypatch.setattr(artifact, "returning_memory", lambda: entered.append("entered") or nullcontext())
+    monkeypatch.setattr(artifact, "_fill", lambda model, tensors, formats, device: entered.append(device.type))
+    for device in ("cpu", "meta"):
+        load_artifact(artifacts["cpu"], device)
+    assert entered == ["entered", "cpu", "meta"]
+
+
+def test_a_format_without_its_package_is_one_sentence(monkeypatch):
+    def missing(name):
+        raise ImportError("no", name="bitsandbytes")
+
+    monkeypatch.setattr(artifact, "import_module", missing)
+    with pytest.raises(ValueError, match=r"^weights of format nf4 need bitsandbytes, which is not installed\.$"):
+        _format_class("nf4")
 
 
 def test_an_unknown_method_is_one_sentence(tmp_path):
@@ -205,12 +319,36 @@ def test_damaged_artifacts_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds weights of language_model\.layers\.9\.mlp\.fc1"):
         load_artifact(folder, verify=False)
 
+    table = "language_model.embed_tokens.weight"
+    save_file({**tensors, table: tensors[table][1:].clone()}, weights)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{table} in {folder} has the shape \[399, 64\], but its config.json needs \[400, 64\]\.",
+    ):
+        load_artifact(folder, verify=False)
+
+    save_file({name: tensor for name, tensor in tensors.items() if name != table}, weights)
+    with pytest.raises(CheckpointError, match=rf"{folder} lacks {table}: export the artifact again"):
+        load_artifact(folder, verify=False)
+
+    flipped = bytearray(whole)
+    flipped[-1] ^= 1
+    weights.write_bytes(bytes(flipped))
+    with pytest.raises(CheckpointError, match=r"model-00000\.safetensors"):
+        load_artifact(folder)
+    load_artifact(folder, verify=False)
+
     weights.write_bytes(whole)
     metadata = read_metadata(folder)
-    (folder / "quantization.json").write_text(json.dumps({**metadata, "format_version": 99}))
-    write_manifest(folder)
-    with pytest.raises(CheckpointError, match="is of version 99; this code reads"):
-        load_artifact(folder)
+    for version in (99, None):
+        (folder / "quantization.json").write_text(json.dumps({**metadata, "format_version": version}))
+        write_manifest(folder)
+        with pytest.raises(CheckpointError, match=f"is of version {version}; this code reads"):
+            load_artifact(folder)
+    (folder / "quantization.json").unlink()
+    with pytest.raises(CheckpointError, match=r"quantization\.json .*: export the artifact again\."):
+        load_artifact(folder, verify=False)
+    assert not is_artifact(folder)
 
 
 @pytest.mark.parametrize("name", ["nf4", "llm_int8", "int8", "int4"])
@@ -233,97 +371,3 @@ def test_drift_is_a_difference_of_means():
     drift = compare(full, HeldOut(torch.tensor([1.5, 2.5]), ("red", "blue", "two", "a dog")))
     assert (drift.loss, drift.answer_agreement, drift.num_tokens, drift.num_answers) == (0.5, 0.75, 2, 4)
     assert drift.quantized_perplexity / drift.full_perplexity == pytest.approx(torch.e**0.5)
-
-
-# ---------------------------------------------------------------------------------------------------- the export
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint") / "stage4"
-    save_checkpoint(folder, make_model(lora=True), make_processor(), {"recipe": "mini", "stage": 4, "steps": 7})
-    return folder
-
-
-def settings(checkpoint, folder, **changes):
-    values = {"method": "cpu", "drift_samples": 4, "tracking_uri": "none", "max_drift": 50.0, **changes}
-    return QuantizeSettings(checkpoint=str(checkpoint), output=str(folder), **values)
-
-
-def test_an_export_measures_its_own_drift(checkpoint, tmp_path):
-    result = export(settings(checkpoint, tmp_path / "artifact"))
-    metadata = read_metadata(tmp_path / "artifact")
-    drift = metadata["drift"]
-    assert result["drift"] == drift["loss"] == pytest.approx(drift["quantized_loss"] - drift["full_loss"], abs=1e-5)
-    assert result["bytes"] == metadata["bytes"] and metadata["stage"] == {
-        "recipe": "mini",
-        "stage": 4,
-        "steps": 7,
-    }
-    assert metadata["lora"] == "merged" and drift["num_answers"] == 4 and 8 < metadata["bits_per_weight"] < 32
-    assert json.loads((tmp_path / "artifact" / "result.json").read_text()) == result
-    load_for_inference(tmp_path / "artifact")
-
-
-def test_an_artifact_belongs_to_one_checkpoint_and_one_way_to_quantize(checkpoint, tmp_path, monkeypatch):
-    folder = tmp_path / "artifact"
-    result = export(settings(checkpoint, folder))
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr("pipelines.export.held_out_rows", lambda settings: pytest.fail("it is finished already"))
-    assert export(settings(checkpoint, folder)) == result
-    other = save_checkpoint(tmp_path / "other", make_model(lora=False), make_processor(), {})
-    for changes, difference in (
-        ({"method": "cpu4"}, 'method was "cpu", is now "cpu4"'),
-        ({"keep_lora": True}, "keep_lora was false, is now true"),
-        ({"encoder": "half"}, 'encoder was "", is now "half"'),
-        ({"max_drift": 9.0}, "max_drift was 50.0, is now 9.0"),
-        ({"seed": 1}, "seed was 0, is now 1"),
-    ):
-        with pytest.raises(OtherInputsError, match=difference):
-            export(settings(checkpoint, folder, **changes))
-    with pytest.raises(OtherInputsError, match="checkpoint was"):
-        export(settings(other, folder))
-    with pytest.raises(SettingsError, match="is an input"):
-        export(settings(checkpoint, checkpoint, overwrite=True))
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    monkeypatch.undo()
-    assert export(settings(checkpoint, folder, method="cpu4", overwrite=True))["method"] == "cpu4"
-    assert read_metadata(folder)["method"] == "cpu4"
-
-
-def test_an_export_that_was_killed_before_its_result_is_done_again(checkpoint, tmp_path):
-    export(settings(checkpoint, tmp_path / "artifact"))
-    for name in ("result.json", "model-00000.safetensors"):
-        (tmp_path / "artifact" / name).unlink()
-        assert export(settings(checkpoint, tmp_path / "artifact"))["bytes"] > 0
-        load_for_inference(tmp_path / "artifact")
-
-
-def test_a_drift_above_the_bound_leaves_no_artifact(checkpoint, tmp_path, monkeypatch):
-    import tinygptv.inference.drift
-
-    monkeypatch.setattr(tinygptv.inference.drift, "measure", measured_as(1.0, 1.6))
-    with pytest.raises(ExportError, match=r"method=cpu raises the held-out loss by 0\.6000 .*max_drift=0\.5"):
-        export(settings(checkpoint, tmp_path / "artifact", max_drift=0.5))
-    monkeypatch.setattr(tinygptv.inference.drift, "measure", measured_as(1.0, float("nan")))
-    with pytest.raises(ExportError, match="nan"):
-        export(settings(checkpoint, tmp_path / "artifact", max_drift=0.5))
-    assert not list(tmp_path.iterdir())
-
-
-def measured_as(*losses):
-    values = iter(losses)
-    return lambda *args: HeldOut(torch.tensor([next(values)]), ("a",))
-
-
-def test_settings_that_cannot_be_used_are_refused_before_work(checkpoint, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("")
-    with pytest.raises(SettingsError, match="holds something that is no artifact"):
-        export(settings(checkpoint, tmp_path / "mine"))
-    with pytest.raises(SettingsError, match="method='gguf' is unknown"):
-        export(settings(checkpoint, tmp_path / "a", method="gguf"))
-    with pytest.raises(SettingsError, match="register_as needs MLflow"):
-        export(settings(checkpoint, tmp_path / "a", register_as="tinygptv"))
-    with pytest.raises(SettingsError, match="give checkpoint=DIR"):
-        export(QuantizeSettings(output=str(tmp_path / "a")))

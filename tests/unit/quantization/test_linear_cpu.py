@@ -9,8 +9,10 @@ from torch import nn
 
 from tests.serving_model import make_model, make_processor
 from tinygptv.checkpoint.folders import write_folder
+from tinygptv.kernels.host_encoder import has_host_encoder
 from tinygptv.quantization import linear_cpu
 from tinygptv.quantization.artifact import load_artifact, write_artifact
+from tinygptv.quantization.encoder_block import HostEncoderBlock
 from tinygptv.quantization.linear_cpu import (
     HalfEmbedding,
     Int4Linear,
@@ -19,6 +21,7 @@ from tinygptv.quantization.linear_cpu import (
     round_groups,
     round_rows,
 )
+from tinygptv.quantization.torch_products import OnednnInt8
 
 
 def make_linear(inputs=64, outputs=32, bias=True):
@@ -63,39 +66,46 @@ def test_a_token_of_zeros_gives_the_bias():
     torch.testing.assert_close(layer(torch.zeros(1, 64))[0], linear.bias)
     assert layer(torch.zeros(2, 3, 64, dtype=torch.float16)).shape == (2, 3, 32)
     assert layer(torch.zeros(1, 64)).dtype == torch.float32
+    assert repr(layer) == "Int8Linear(in_features=64, out_features=32, bias=True)"
 
 
-HAS_KERNEL = torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()
-needs_vnni = pytest.mark.skipif(not HAS_KERNEL, reason="needs AVX-512 VNNI and oneDNN")
+HAS_ONEDNN = torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()
 
 
-@needs_vnni
+@pytest.mark.skipif(not HAS_ONEDNN, reason="needs AVX-512 VNNI and oneDNN")
 @pytest.mark.parametrize("rows", [1, 5, 257])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_encoders_kernel_gives_the_numbers_of_the_other(rows, bias):
+def test_without_the_c_functions_onednn_gives_their_numbers_to_the_encoder(rows, bias, monkeypatch):
     stored = Int8Linear.pack(make_linear(96, 48, bias), "cpu")
-    layer = Int8EncoderLinear.restore(stored, "cpu", torch.float32)
-    assert type(layer) is Int8EncoderLinear
     x = torch.randn(2, rows, 96) * torch.logspace(-3, 3, rows)[:, None]
     x[0, 0] = 0
-    expected = Int8Linear.restore(stored, "cpu", torch.float32)(x)
+    expected = Int8EncoderLinear.restore(stored, "cpu", torch.float32)(x)
+    monkeypatch.setattr(linear_cpu, "has_host_linear", lambda *_: False)
+    layer = Int8EncoderLinear.restore(stored, "cpu", torch.float32)
+    assert type(layer.product) is OnednnInt8
+    assert not isinstance(Int8Linear.restore(stored, "cpu", torch.float32).product, OnednnInt8)
     assert layer(x).shape == (2, rows, 48) and layer(x).dtype == torch.float32
     # A number that lies between two steps may be rounded to the other one.
     assert ((layer(x) - expected).norm(dim=-1) <= 2e-3 * expected.norm(dim=-1) + 1e-6).all()
     torch.testing.assert_close(layer(x[1:])[0], layer(x)[1], rtol=0, atol=0)
 
 
-def test_without_the_encoders_kernel_the_other_takes_its_weights(monkeypatch):
-    monkeypatch.setattr(linear_cpu, "_has_vnni", lambda: False)
-    assert type(Int8EncoderLinear.restore(Int8Linear.pack(make_linear(), "cpu"), "cpu", torch.float32)) is Int8Linear
+@pytest.mark.parametrize("has_host", [True, False])
+def test_without_onednn_the_encoder_multiplies_as_the_language_model(has_host, monkeypatch):
+    stored = Int8Linear.pack(make_linear(), "cpu")
+    monkeypatch.setattr(linear_cpu, "has_onednn", lambda: False)
+    if not has_host:
+        monkeypatch.setattr(linear_cpu, "has_host_linear", lambda *_: False)
+    layers = [kind.restore(stored, "cpu", torch.float32) for kind in (Int8Linear, Int8EncoderLinear)]
+    assert type(layers[0].product) is type(layers[1].product)
 
 
-@needs_vnni
-def test_an_artifacts_encoder_has_the_kernel_for_many_rows(tmp_path):
+def test_an_artifacts_encoder_has_the_kernels_for_many_rows(tmp_path):
     write_folder(tmp_path / "artifact", lambda folder: write_artifact(folder, make_model(), make_processor(), "cpu"))
     model, _, _ = load_artifact(tmp_path / "artifact")
     kinds = {part: {type(m) for m in getattr(model, part).modules()} for part in ("vision_encoder", "qformer")}
     assert Int8EncoderLinear in kinds["vision_encoder"] and Int8Linear not in kinds["vision_encoder"]
+    assert HostEncoderBlock in kinds["vision_encoder"] or not has_host_encoder(16)
     assert Int8Linear in kinds["qformer"] and Int8EncoderLinear not in kinds["qformer"]
 
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 
-import openai
 import pytest
 
 from pipelines.serving.answers import Answer
@@ -52,6 +51,8 @@ def test_a_stream_says_the_same_as_a_whole_answer(client):
 
 
 def test_openais_client_works_unchanged(client):
+    import openai
+
     async def use():
         async with client.open() as http:
             api = openai.AsyncOpenAI(base_url="http://server/v1", api_key="none", http_client=http, max_retries=0)

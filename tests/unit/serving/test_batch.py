@@ -19,7 +19,7 @@ from pipelines.serving.batch import (
 )
 from pipelines.settings import AnswerSettings, BatchSettings, SettingsError
 from pipelines.storage import Location
-from tests.serving_api import READ, FakeBackend, said, words
+from tests.serving_api import READ, FakeBackend, decoders, said, words
 from tests.serving_model import data_url, make_image, save_checkpoint
 
 
@@ -50,7 +50,8 @@ class Files:
 
 
 @pytest.fixture
-def files(tmp_path, artifact):
+def files(tmp_path, artifact, monkeypatch):
+    monkeypatch.setattr("pipelines.serving.media.ImageDecoders", lambda _: decoders())
     return Files(tmp_path, artifact)
 
 
@@ -141,17 +142,26 @@ def test_failures_of_the_model_are_tried_again_by_the_next_run(files):
     assert files.run().answered == 1 and files.answers()["a"]["status_code"] == 200
 
 
-def test_refusals_are_answers_and_what_was_busy_is_none(tmp_path):
+def test_what_was_refused_is_asked_again_and_a_line_that_is_no_request_is_not(files):
+    """The image may be there by now, and a bound may be wider."""
+    image = {"type": "image_url", "image_url": "late.png"}
+    files.write({"custom_id": "late", "body": body(image)}, "{", {"custom_id": "long", "body": body(words("x"), image)})
+    assert files.run().failed == 3 and not files.backend.jobs
+    (files.input.parent / "late.png").write_bytes(make_image())
+    result = files.run(max_images=0)
+    assert (result.answered, result.earlier) == (0, 1)
+    result = files.run()
+    assert (result.answered, result.failed, result.earlier) == (2, 1, 1) and len(files.backend.jobs) == 2
+    assert files.run().earlier == 3 and len(files.backend.jobs) == 2
+
+
+def test_the_last_answer_to_a_request_counts(tmp_path):
     path = tmp_path / ANSWERS
-    statuses = [200, 400, 404, 408, 413, 429, 499, 500, 503]
-    rows = [{"custom_id": str(s), "request_sha256": "x", "response": {"status_code": s}} for s in statuses]
-    later = {"custom_id": "500", "request_sha256": "x", "response": {"status_code": 200}}
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert finished_answers(path) == {(str(s), "x"): s for s in (200, 400, 404, 413, 499)}
-    with path.open("a") as file:
-        file.write(json.dumps(later) + "\n" + '{"custom_id"')
-    assert finished_answers(path)["500", "x"] == 200, "the last answer to a request counts"
-    assert len(path.read_text().splitlines()) == len(rows) + 1
+    rows = [("a", "x", 500), ("b", "x", 404), ("a", "x", 200), ("a", "y", 400)]
+    lines = [{"custom_id": i, "request_sha256": d, "response": {"status_code": s}} for i, d, s in rows]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"custom_id"')
+    assert finished_answers(path) == {("a", "x"): 200, ("b", "x"): 404, ("a", "y"): 400}
+    assert len(path.read_text().splitlines()) == len(rows)
 
 
 @pytest.mark.parametrize(

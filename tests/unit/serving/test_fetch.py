@@ -6,7 +6,6 @@ import asyncio
 import http.server
 import socket
 import threading
-import time
 
 import httpx
 import pytest
@@ -23,7 +22,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.seen.append((self.path, self.headers["Host"]))
         if self.path == "/slow":
-            time.sleep(1)
+            self.server.end.wait(60)
         status = {"/redirect": 302, "/missing": 404}.get(self.path, 200)
         self.send_response(status)
         if status == 302:
@@ -45,10 +44,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.seen, server.location = [], "http://169.254.169.254/secrets"
+    server.end = threading.Event()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     resolve_to(monkeypatch, ["127.0.0.1"])
     monkeypatch.setattr(fetching, "is_public", lambda address: True)
     yield server
+    server.end.set()
     server.shutdown()
     server.server_close()
 
@@ -64,7 +65,7 @@ def resolve_to(monkeypatch, addresses):
     return calls
 
 
-def get(url, hosts, max_bytes=10_000, timeout_s=5.0):
+def get(url, hosts, max_bytes=10_000, timeout_s=60.0):
     return asyncio.run(fetch(url, allowed_hosts=hosts, max_bytes=max_bytes, timeout_s=timeout_s))
 
 
@@ -338,3 +339,16 @@ def test_what_fails_names_the_host(client, monkeypatch):
 
 def test_the_zone_of_an_address_does_not_matter():
     assert not is_public("fe80::1%eth0") and is_public("2606:4700::1111%eth0")
+
+
+def test_everything_together_has_the_time_that_is_given(monkeypatch):
+    given, timeout = [], asyncio.timeout
+    monkeypatch.setattr(fetching.asyncio, "timeout", lambda seconds: given.append(seconds) or timeout(seconds))
+
+    async def resolve(host, port):
+        raise TimeoutError
+
+    monkeypatch.setattr(fetching, "_resolve", resolve)
+    with pytest.raises(FetchError, match=r"^h\.example did not send the image within 7 s\.$"):
+        asyncio.run(fetch("https://h.example/a", allowed_hosts=["h.example"], max_bytes=9, timeout_s=7))
+    assert given == [7]

@@ -103,7 +103,7 @@ def places_in(value, path=()):
 def test_one_place_of_a_good_request_holds_anything(client):
     statuses = []
 
-    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=150)
     @given(place=st.sampled_from(list(places_in(VALID))), value=VALUES)
     def send(place, value):
         body = copy.deepcopy(VALID)
@@ -121,7 +121,7 @@ def test_fields_hold_anything_likely_or_not(client):
     statuses = []
     some = {name: st.one_of(strategy, VALUES) for name, strategy in LIKELY.items()}
 
-    @settings(max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
     @given(likely=st.fixed_dictionaries({}, optional=LIKELY), other=st.fixed_dictionaries({}, optional=some))
     def send(likely, other):
         statuses.append(is_clean(post(client, {**VALID, **likely})))
@@ -132,7 +132,7 @@ def test_fields_hold_anything_likely_or_not(client):
 
 
 def test_a_body_of_any_bytes(client):
-    @settings(max_examples=50, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=50)
     @given(st.binary(max_size=60) | FIELDS.map(lambda name: f'{{"{name}": "\\ud800"}}'.encode()))
     def send(body):
         assert 400 <= is_clean(client.request("POST", "/v1/chat/completions", content=body)) < 500

@@ -95,6 +95,12 @@ def test_retry_after_is_the_queue_times_the_mean_time(in_flight, mean_s, wanted)
         assert refusal(gate, "a").retry_after_s == wanted
 
 
+def test_a_client_at_its_most_waits_for_those_in_flight_not_for_all_slots():
+    gate = Gate(capacity=90, parallel=1, per_client=4)
+    with fill(gate, "a", 4):
+        assert refusal(gate, "a").retry_after_s == 3
+
+
 def test_the_mean_time_follows_the_requests(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(gates.time, "monotonic", lambda: now[0])
@@ -121,3 +127,33 @@ def test_clients_that_left_have_no_share():
             pass
     with fill(gate, "a", 80), fill(gate, "b", 40):
         refusal(gate, "b")
+
+
+def test_a_full_server_and_a_client_with_its_most_are_told_apart():
+    gate = Gate(capacity=2, parallel=1)
+    with fill(gate, "a", 2):
+        for _ in range(2):
+            assert (
+                refusal(gate, "a").message == "the server has 2 requests in flight and takes no more; try again soon."
+            )
+        assert gate.in_flight == 2, "what is refused holds nothing"
+    gate = Gate(capacity=9, parallel=1, per_client=2)
+    with fill(gate, "b", 2), fill(gate, "c", 1):
+        message = "this client has 2 requests in flight, the most that one client may have."
+        assert refusal(gate, "b").message == message
+        with gate.admit("c"):
+            assert gate.in_flight == 4
+
+
+def test_what_is_refused_does_not_move_the_mean_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(gates.time, "monotonic", lambda: now[0])
+    gate = Gate(capacity=1, parallel=1)
+    with gate.admit("a"):
+        now[0] += 9.0
+        refusal(gate, "a")
+        assert gate._mean_seconds == 1.0
+    with pytest.raises(KeyError), gate.admit("a"):
+        now[0] += 9.0
+        raise KeyError
+    assert gate._mean_seconds == pytest.approx(1.4 + 0.05 * (9 - 1.4)), "a request that fails takes its time too"

@@ -81,7 +81,7 @@ def test_a_url_of_the_web_is_fetched_within_the_bounds_of_the_settings(monkeypat
 
     monkeypatch.setattr(media, "fetch", fetch)
     decoders = Decoders()
-    hosts = ["images.example"]
+    hosts = ["other.example", "images.example"]
     load(decoders, "https://images.example/data:x", allowed_image_hosts=hosts, max_image_mb=2, image_timeout_s=7)
     bounds = {"allowed_hosts": hosts, "max_bytes": 2_000_000, "timeout_s": 7}
     assert asked == [("https://images.example/data:x", bounds)]

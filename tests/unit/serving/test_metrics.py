@@ -43,6 +43,8 @@ def test_whichever_ingress_is_asked_shows_them_all():
     assert samples(render([two, one], []), "tinygptv_requests_total") == samples(page, "tinygptv_requests_total")
     kinds = re.findall(rb"^# TYPE (\S+)", page, re.MULTILINE)
     assert len(kinds) == len(set(kinds)), "each family is described once"
+    families = {f"tinygptv_{name}".encode() for name in ("requests", "tokens", "retries")}
+    assert {kind.removesuffix(b"_total") for kind in kinds} >= families | {b"tinygptv_in_flight_requests"}
     assert len(samples(page, "tinygptv_request_seconds_count")) == 2
 
 
@@ -53,3 +55,41 @@ def test_process_ids_of_two_nodes_do_not_collide():
         (("replica", "17@b"),): 3,
         (("replica", "18"),): 4,
     }
+
+
+def test_names_labels_and_buckets_are_what_dashboards_ask_for():
+    families = {family.name: family for family in Metrics().registry.collect()}
+    assert {name: (family.type, family.documentation) for name, family in families.items()} == {
+        "tinygptv_requests": ("counter", "chat requests by HTTP status; 499: the client left before the answer"),
+        "tinygptv_request_seconds": ("histogram", "seconds from request to last token"),
+        "tinygptv_first_token_seconds": ("histogram", "seconds from request to first text"),
+        "tinygptv_in_flight_requests": ("gauge", "admitted requests in flight"),
+        "tinygptv_tokens": ("counter", "tokens of finished requests"),
+        "tinygptv_retries": ("counter", "requests sent to another replica because the first one died"),
+    }
+    bounds = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, float("inf")]
+    for name in ("tinygptv_request_seconds", "tinygptv_first_token_seconds"):
+        found = [float(s.labels["le"]) for s in families[name].samples if s.name.endswith("_bucket")]
+        assert found == bounds
+
+
+def test_counters_of_an_engine_are_totals_and_its_sizes_are_not():
+    values = {name: float(number) for number, name in enumerate((*ENGINE_COUNTERS, *ENGINE_GAUGES))}
+    page = render([], [ReplicaStats("9", "a", values)]).decode()
+    shown = dict(re.findall(r'^tinygptv_engine_(\w+)\{replica="9"\} (\S+)$', page, re.MULTILINE))
+    totals = {"steps", "prompt_tokens", "reused_tokens", "answer_tokens", "finished", "cancelled", "failed"}
+    totals |= {"images_encoded", "images_reused"}
+    assert {name.removesuffix("_total") for name in shown if name.endswith("_total")} == totals == set(ENGINE_COUNTERS)
+    assert {name.removesuffix("_total"): float(value) for name, value in shown.items()} == values
+    assert {name for name in shown if not name.endswith("_total")} == {"running", "waiting", "slots"}
+    assert "# HELP tinygptv_engine_waiting requests that wait for a slot" in page
+
+
+def test_a_snapshot_has_the_name_and_the_numbers_of_its_moment():
+    metrics = Metrics()
+    metrics.in_flight.set(3)
+    early = metrics.snapshot("one")
+    metrics.in_flight.set(0)
+    late = metrics.snapshot()
+    assert (early.ingress, late.ingress) == ("one", "")
+    assert [samples(render([each], []), "tinygptv_in_flight_requests")[()] for each in (early, late)] == [3, 0]

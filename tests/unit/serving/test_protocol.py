@@ -190,7 +190,9 @@ def test_the_servers_defaults_stand_in_for_what_a_request_leaves_out():
     }
 
 
-@pytest.mark.parametrize(("given", "wanted"), [("ab", ("ab",)), (["ab", "c"], ("ab", "c")), ([], ()), (None, ())])
+@pytest.mark.parametrize(
+    ("given", "wanted"), [("ab", ("ab",)), ("\n\n", ("\n\n",)), (["ab", "c"], ("ab", "c")), ([], ()), (None, ())]
+)
 def test_stop_is_a_string_or_a_list(given, wanted):
     assert sampling(stop=given)["stop"] == wanted
 

@@ -10,7 +10,20 @@ import pytest
 
 from pipelines.serving.backend import ChatJob, Failure, ModelInfo
 from pipelines.serving.errors import ProtocolError
-from tests.serving_api import CHAT, IMAGE, READ, Client, FakeBackend, ask, events, said, scope_of, words
+from tests import virtual_time
+from tests.serving_api import (
+    CHAT,
+    IMAGE,
+    READ,
+    Client,
+    FakeBackend,
+    TimedClient,
+    ask,
+    events,
+    said,
+    scope_of,
+    words,
+)
 from tests.serving_model import make_image
 from tinygptv.data.conversation import ChatImage, ChatMessage
 
@@ -91,7 +104,7 @@ def test_unknown_paths_and_methods_have_the_same_shape(client):
 
 
 def test_a_full_server_refuses_at_once_and_says_when_to_come_back():
-    fake = FakeBackend(READ, said("x", "stop"), wait=0.2)
+    fake = FakeBackend(READ, said("x", "stop"), wait=2.0)
     client = Client(fake, max_batch_size=2, max_queue=3, max_per_client=5)
 
     async def flood():
@@ -102,7 +115,7 @@ def test_a_full_server_refuses_at_once_and_says_when_to_come_back():
             after = await http.post(CHAT, json=ask(words("hi")))
             return answers, after
 
-    answers, after = asyncio.run(flood())
+    answers, after = virtual_time.run(flood())
     refused = [answer for answer in answers if answer.status_code == 429]
     assert len(refused) == 15 and sum(answer.status_code == 200 for answer in answers) == 5
     assert all(1 <= int(answer.headers["retry-after"]) <= 60 for answer in refused)
@@ -133,10 +146,10 @@ def test_a_place_is_held_until_the_answer_ends(stream):
 
 
 def test_a_slow_model_is_given_up():
-    fake = FakeBackend(READ, said("a"), said("b", "stop"), wait=0.15)
-    client = Client(fake, request_timeout_s=0.1)
+    fake = FakeBackend(READ, said("a"), said("b", "stop"), wait=1.5)
+    client = TimedClient(fake, request_timeout_s=1)
     assert client.chat(ask(words("hi"))).status_code == 504
-    client = Client(fake, request_timeout_s=0.2)
+    client = TimedClient(fake, request_timeout_s=2)
     assert events(client.chat(ask(words("hi"), stream=True)))[-1]["error"]["code"] == "timeout"
     assert fake.closed
 
@@ -188,7 +201,7 @@ def test_a_replica_says_that_an_image_does_not_fit(backend):
 
 def test_a_client_that_leaves_frees_everything():
     fake = FakeBackend(READ, *[said("x")] * 1000, wait=0.01)
-    client = Client(fake, max_batch_size=1, max_queue=0)
+    client = TimedClient(fake, max_batch_size=1, max_queue=0)
 
     async def leave():
         body = json.dumps(ask(words("hi"), stream=True)).encode()
@@ -205,7 +218,7 @@ def test_a_client_that_leaves_frees_everything():
 
         await asyncio.wait_for(client.app(scope_of(), receive, send), 5)
 
-    asyncio.run(leave())
+    virtual_time.run(leave())
     assert fake.closed
     fake.items, fake.wait = (READ, said("x", "stop")), 0
     assert client.chat(ask(words("hi"))).status_code == 200

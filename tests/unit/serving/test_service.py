@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+
 import numpy as np
 import pytest
+from starlette.requests import ClientDisconnect
 
-from pipelines.serving.backend import ChatJob, Failure, Piece, PromptRead, TokenProbability
+from pipelines.serving.backend import ChatJob, Failure, ModelInfo, Piece, PromptRead, TokenProbability
 from pipelines.serving.clients import ClientIdentifier
 from pipelines.serving.media import MediaLoader
 from pipelines.serving.metrics import Metrics
-from pipelines.serving.service import ChatService
+from pipelines.serving.service import ChatService, EventStream
 from pipelines.settings import ServeSettings
-from tests.serving_api import IMAGE, Client, FakeBackend, ask, events, said, words
+from tests import virtual_time
+from tests.serving_api import CHAT, IMAGE, READ, Client, FakeBackend, TimedClient, ask, events, said, words
 from tinygptv.data.conversation import ChatImage, ChatMessage
 
 
@@ -87,6 +92,13 @@ def test_pieces_without_text_are_no_events_and_the_reason_is_the_last():
     assert [event["choices"][0]["finish_reason"] for event in found[:-1]] == [None, None, None, "length"]
 
 
+def test_a_token_that_completes_no_letter_has_its_probability_in_an_event():
+    items = (PromptRead(1), Piece("", logprobs=PROBABLE), Piece("b", finish_reason="stop"))
+    found = events(Client(FakeBackend(*items)).chat(ask(words("hi"), stream=True, logprobs=True)))
+    assert texts(found) == ["", "", "b", None]
+    assert [entry["token"] for entry in found[1]["choices"][0]["logprobs"]["content"]] == ["b"]
+
+
 @pytest.mark.parametrize(("options", "told"), [({"include_usage": True}, True), ({"include_usage": False}, False)])
 def test_usage_of_a_stream_is_told_where_it_is_asked_for(options, told):
     found = events(Client(FakeBackend(*ITEMS)).chat(ask(words("hi"), stream=True, stream_options=options)))
@@ -134,14 +146,6 @@ def test_only_requests_of_chats_are_counted():
     assert counted == []
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/v1/models", "/"])
-def test_head_is_get_without_the_body(path):
-    client = Client()
-    whole, head = client.request("GET", path), client.request("HEAD", path)
-    assert head.status_code == whole.status_code == 200 and whole.content and not head.content
-    assert head.headers["content-type"] == whole.headers["content-type"]
-
-
 def test_keys_of_the_api_are_not_answered_with_a_browsers_question():
     client = Client(api_keys=["one"])
     asked = {path: client.request("GET", path).headers["www-authenticate"] for path in ("/v1/models", "/metrics")}
@@ -156,10 +160,10 @@ def test_a_conversation_stays_with_its_first_image():
 
 
 def test_the_time_limit_is_of_the_whole_answer():
-    fake = FakeBackend(PromptRead(1), *[said("x")] * 20, said("", "stop"), wait=0.02)
-    client = Client(fake, request_timeout_s=0.1)
+    fake = FakeBackend(PromptRead(1), *[said("x")] * 20, said("", "stop"), wait=2.0)
+    client = TimedClient(fake, request_timeout_s=9)
     found = events(client.chat(ask(words("hi"), stream=True)))
-    assert found[-1]["error"]["code"] == "timeout" and 1 <= len(found) < 12
+    assert found[-1]["error"]["code"] == "timeout" and len(found) == 5, "a role, three letters and the refusal"
 
 
 def test_a_task_is_about_the_last_image_of_the_conversation(monkeypatch):
@@ -179,3 +183,163 @@ def test_a_task_is_about_the_last_image_of_the_conversation(monkeypatch):
     (message,) = client.backend.jobs[0].messages
     assert [shown.number for shown in message.images] == [2]
     assert seen == ["messages.0.content.1.image_url", "messages.0.content.3.image_url"], "as the client numbers them"
+
+
+# ------------------------------------------------------------------------------------------------ what is sent and when
+
+
+def error_of(response):
+    return {"status": response.status_code, **response.json()["error"]}
+
+
+def test_another_model_is_named_and_so_is_the_served_one():
+    client = Client()
+    assert error_of(client.chat({**ask(words("hi")), "model": "x" * 90})) == {
+        "status": 404,
+        "message": f"the model '{'x' * 80}' does not exist; this server has 'tinygpt-v'.",
+        "type": "invalid_request_error",
+        "param": "model",
+        "code": "model_not_found",
+    }
+    assert not client.backend.jobs
+
+
+def test_a_stream_is_no_page_to_be_kept_and_its_letters_stay():
+    response = Client(FakeBackend(READ, said("für 😀", "stop"))).chat(ask(words("hi"), stream=True))
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert (response.headers["cache-control"], response.headers["x-accel-buffering"]) == ("no-cache", "no")
+    assert "für 😀" in response.text and response.text.endswith("data: [DONE]\n\n")
+    assert events(response)[0]["created"] == pytest.approx(time.time(), abs=60)
+
+
+def test_times_are_counted_from_the_request_on():
+    client = TimedClient(FakeBackend(READ, said(""), said("a"), said("b"), said("", "stop"), wait=2.0))
+    client.chat(ask(words("hi"), stream=True))
+    value = client.metrics.registry.get_sample_value
+    assert value("tinygptv_first_token_seconds_count") == 1
+    first, whole = value("tinygptv_first_token_seconds_sum"), value("tinygptv_request_seconds_sum")
+    assert (first, whole) == (pytest.approx(6), pytest.approx(10))
+
+
+def test_a_stream_that_fails_is_counted_as_begun_and_not_as_finished(caplog):
+    client = Client(FakeBackend(PromptRead(5), said("a"), RuntimeError("bug")))
+    *_, last = events(client.chat(ask(words("hi"), stream=True)))
+    assert last == {"error": {**last["error"], "type": "server_error", "param": None, "code": None}}
+    assert [record.getMessage() for record in caplog.records] == ["a stream failed"] and "bug" in caplog.text
+    value = client.metrics.registry.get_sample_value
+    assert value("tinygptv_requests_total", {"status": "200"}) == 1
+    assert value("tinygptv_request_seconds_count") == 0 and value("tinygptv_in_flight_requests") == 0
+    assert value("tinygptv_tokens_total", {"kind": "prompt"}) is None and client.backend.closed
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_of_the_model_has_its_status_counted_and_gives_its_slot_back(stream):
+    client = Client(FakeBackend(Failure("full.", "unavailable")), max_batch_size=1, max_queue=0)
+    for _ in range(2):
+        assert client.chat(ask(words("hi"), stream=stream)).status_code == 503
+    value = client.metrics.registry.get_sample_value
+    assert value("tinygptv_requests_total", {"status": "503"}) == 2
+    assert value("tinygptv_requests_total", {"status": "200"}) is None
+    assert value("tinygptv_in_flight_requests") == 0 and client.backend.closed
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_late_answer_is_told_the_limit(stream):
+    client = TimedClient(FakeBackend(READ, said("a", "stop"), wait=5.5), request_timeout_s=5.25)
+    wanted = {"message": "the answer took more than 5.25 s; it was cancelled.", "type": "server_error"}
+    response = client.chat(ask(words("hi"), stream=stream))
+    assert error_of(response) == {"status": 504, **wanted, "param": None, "code": "timeout"}
+    assert client.backend.closed and client.metrics.registry.get_sample_value("tinygptv_in_flight_requests") == 0
+
+
+@pytest.mark.parametrize(
+    ("items", "status"),
+    [((Failure("no."),), 500), ((RuntimeError("bug"),), 500), ((), 504), ((READ, said("a", "stop")), 200)],
+)
+def test_the_models_answer_is_closed_before_the_response_has_ended(items, status):
+    """Not by the end of the event loop: a slot of the engine is free at once."""
+    client = Client(FakeBackend(*(items or (READ,)), wait=0.0 if items else 60.0), request_timeout_s=30)
+
+    async def send():
+        async with client.open() as http:
+            response = await http.post(CHAT, json=ask(words("hi"), stream=True))
+            return response.status_code, client.backend.closed
+
+    assert virtual_time.run(send()) == (status, True)
+
+
+class Changing(FakeBackend):
+    """A model that is replaced by one of another image size while it is asked."""
+
+    sizes: list[int]
+
+    async def describe(self):
+        return ModelInfo(self.sizes.pop(0), 100, 1)
+
+    async def complete(self, job):
+        self.jobs.append(job)
+        side = job.messages[0].images[0].pixels.shape[1]
+        return [Failure("resized.", "stale_image")] if side == 16 else [READ, said("fine", "stop")]
+
+
+def test_a_model_is_asked_for_its_size_once_and_again_where_it_was_replaced():
+    client = Client(Changing())
+    client.backend.sizes = [16, 24]
+    for _ in range(2):
+        assert client.chat(ask(words("hi"), IMAGE)).status_code == 200
+    assert [job.messages[0].images[0].pixels.shape for job in client.backend.jobs] == [(3, s, s) for s in (16, 24, 24)]
+    client = Client(Changing())
+    client.backend.sizes = [16, 16]
+    assert error_of(client.chat(ask(words("hi"), IMAGE)))["message"] == "resized.", "not a third time"
+    assert len(client.backend.jobs) == 2
+    value = client.metrics.registry.get_sample_value
+    assert value("tinygptv_requests_total", {"status": "503"}) == 1
+
+
+def test_only_a_stream_that_asks_for_it_is_one():
+    client = Client()
+    for stream, kind in ((None, "application/json"), (False, "application/json"), (True, "text/event-stream")):
+        assert client.chat(ask(words("hi"), stream=stream)).headers["content-type"].startswith(kind)
+    ids = {client.chat(ask(words("hi"))).json()["id"] for _ in range(2)}
+    assert len(ids) == 2
+
+
+def closing_order(error=None):
+    """What ends in which order where an event stream is sent, or its client is gone at once."""
+    order = []
+
+    async def source():
+        try:
+            yield 1
+        finally:
+            order.append("source")
+
+    async def lines():
+        try:
+            yield "data: a\n\n"
+        finally:
+            order.append("events")
+
+    async def send(message):
+        order.append(message["type"])
+        if error:
+            raise error
+
+    async def run():
+        items = source()
+        await anext(items)
+        stream = EventStream(lines(), items, lambda: order.append("slot"))
+        never = asyncio.Event()
+        await stream({"type": "http", "asgi": {"spec_version": "2.4"}}, never.wait, send)
+
+    if error:
+        with pytest.raises(ClientDisconnect):
+            asyncio.run(run())
+    else:
+        asyncio.run(run())
+    return order
+
+
+def test_however_a_stream_ends_its_source_is_closed_and_then_its_slot_is_given_back():
+    assert closing_order()[-2:] == ["source", "slot"] and closing_order().count("slot") == 1
+    assert closing_order(OSError("gone")) == ["http.response.start", "source", "slot"]

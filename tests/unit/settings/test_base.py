@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 
 from pipelines.settings import PrepareDataSettings, ServeSettings, Settings, SettingsError, TrainSettings, base
+from pipelines.settings.command_line import Words, parse_words, print_help
 
 
 def refused(call, *arguments):
@@ -40,6 +41,8 @@ def test_a_relative_output_lies_in_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Settings(output="runs/1").output_location("x") == str(tmp_path / "runs/1")
     assert Settings().output_location("runs/2") == str(tmp_path / "runs/2")
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert Settings(output="link/a").output_location("x") == str(tmp_path / "link/a"), "other nodes may link elsewhere"
 
 
 def test_an_output_folder_is_made_with_its_parents_and_may_be_there(tmp_path):
@@ -77,6 +80,8 @@ def test_a_value_names_its_own_location_or_that_of_the_others():
     assert refused(Settings.parse, wrong, "job.yaml", {"quiet": "a", "seed": "b"}).startswith("b: seed=-1 ")
     message = refused(Settings.parse, {"seeds": 1}, "job.yaml")
     assert message == "job.yaml: unknown key 'seeds'; did you mean 'seed'?"
+    message = refused(Settings.parse, {"zzzzzzzz": 1}, "job.yaml")
+    assert message == f"job.yaml: unknown key 'zzzzzzzz'; known: {', '.join(sorted(Settings.model_fields))}."
 
 
 @pytest.mark.security
@@ -209,6 +214,23 @@ def test_an_empty_file_has_the_defaults(tmp_path):
     assert TrainSettings.load(path).seed == 3
 
 
+def test_a_mistake_is_told_where_it_was_made(tmp_path):
+    path = tmp_path / "train.yaml"
+    path.write_text("seed: -1\ntrain: {stage: [1], max_steps: -1}\n")
+    for overrides, start in (
+        ((), f"{path}: seed=-1"),
+        (("seed=0",), f"{path}, section train: "),
+        (("seed=-2",), "the command line: seed='-2'"),
+        (("seed=0", "max_steps=-3"), "the command line: max_steps='-3'"),
+    ):
+        changed = list(overrides)
+        assert refused(TrainSettings.load, path, changed).startswith(start), changed
+    path.write_text("train: {stage: {title: a}}\n")
+    with pytest.raises(SettingsError) as caught:
+        TrainSettings.parse({"stage": 3}, "here", {"stage": "there"})
+    assert str(caught.value).startswith("there: stage=3")
+
+
 def test_a_section_that_is_a_list_is_shown(tmp_path):
     path = tmp_path / "train.yaml"
     path.write_text("train: [1]\n")
@@ -238,3 +260,29 @@ def test_help_has_the_jobs_description(capsys, description, shown):
     before_keys = capsys.readouterr().out.partition("keys, ")[0]
     without_usage = re.sub(r"(?s)^usage:.*?\n\n", "", before_keys)
     assert without_usage.startswith(shown) and "XX" not in before_keys
+
+
+def test_help_is_a_column_of_values_and_one_of_texts(capsys):
+    fields = {"data": Settings.model_fields["output"], "x": Settings.model_fields["seed"]}
+    for config, told in (
+        ("a.yaml", "keys, with the values of a.yaml:"),
+        (None, "keys, with their defaults; --config FILE --help shows a file's:"),
+    ):
+        print_help(fields, {"data": "d" * 40, "x": 5}, "What it does.", config)
+        shown = capsys.readouterr().out
+        assert shown.partition("\n")[0].startswith("usage: ") and "[-h] [--config FILE] [key=value ...]" in shown
+        texts = (f"  {'x=5':32}  {fields['x'].description}", f"  data={'d' * 40}  {fields['data'].description}")
+        assert shown.splitlines()[-3:] == [told, texts[1], texts[0]]
+    for told in ("show this text and exit", "YAML file, e.g. configs/mini.yaml", "override the file's values"):
+        assert told in shown
+    print_help({"x": fields["x"]}, {"x": 5}, "", None)
+    assert capsys.readouterr().out.endswith(f"\n  x=5  {fields['x'].description}\n"), "no wider than its values"
+
+
+def test_options_are_written_out():
+    fields = TrainSettings.model_fields
+    for word in ("--conf", "--dry", "--packin"):
+        assert refused(parse_words, fields, [word]).startswith(f"{word} is no option: write settings as key=VALUE")
+    words = parse_words(fields, ["a=1", "--config", "x.yaml", "--packing", "b=2"])
+    assert words == Words("x.yaml", ["a=1", "b=2", "packing=true"], False)
+    assert parse_words(fields, ["-h"]) == parse_words(fields, ["--help"]) == Words(None, [], True)

@@ -56,6 +56,8 @@ def test_numbers_booleans_and_choices_are_read_from_the_command_line():
     assert (loaded.min_side, loaded.min_letters, loaded.quiet, loaded.duplicates) == (12, 0.5, True, "keep")
     assert loaded.num_workers is None
     assert PrepareDataSettings.load(None, ["num_workers=null"]).num_workers is None
+    assert PrepareDataSettings.load(None, ["num_workers=3"]).num_workers == 3
+    assert TrainSettings.load(None, ["encoder_precision=bf16"]).encoder_precision == "bf16"
     assert TrainSettings.load(None, ["guard=off"]).guard == "off"
     assert TrainSettings.load(None, ["encoder_precision="]).encoder_precision is None
 
@@ -269,7 +271,10 @@ def test_a_memory_plan_reads_the_trainings_keys_and_its_own_win(tmp_path):
     found = loaded.train_settings()
     assert (loaded.gpu, found.recipe, found.precision, found.micro_batch_size) == ("8GB", "paper", "bf16", 2)
     assert (found.packing, found.attention, found.use_gpu) == (False, "sdpa", True)
-    assert PlanMemorySettings.load(config, ["precision=fp16", "features=cached"]).train_settings().precision == "fp16"
+    own = PlanMemorySettings.load(config, ["precision=fp16", "features=cached"]).train_settings()
+    assert (own.precision, own.features) == ("fp16", "cached")
+    with pytest.raises(SettingsError, match=r"^plan_memory: seed=-1 is not usable"):
+        PlanMemorySettings(train={"seed": -1}).train_settings()
     with pytest.raises(SettingsError, match="unknown key 'attentionn'; did you mean 'attention'"):
         PlanMemorySettings.load(config, ["train.attentionn=sdpa"])
 
@@ -279,6 +284,8 @@ def test_a_key_that_is_no_key_is_refused_and_a_sound_one_taken():
     with pytest.raises(SettingsError, match="api_keys= names no key"):
         ServeSettings.load(None, ["port=1", "api_keys="])
     assert [key.get_secret_value() for key in ServeSettings.load(None, ["api_keys=a1,b2"]).api_keys] == ["a1", "b2"]
+    read = ServeSettings.parse({"api_keys": ["a1"]}, "x").api_keys
+    assert ServeSettings.parse({"api_keys": read}, "x").api_keys == read, "keys that were read before"
     for keys in (["a", ""], [" a"], ["a\n"], [3], "a"):
         with pytest.raises(SettingsError, match="api_keys"):
             ServeSettings.parse({"api_keys": keys}, "x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 
@@ -46,3 +47,12 @@ def test_a_lock_is_refused_while_it_is_held(tmp_path):
         pass
     with locked(path, "busy"):
         assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_lock_that_waits_tells_the_disks_error_as_it_is(tmp_path, monkeypatch):
+    def no_locks(file, how):
+        raise OSError("no locks here" if how == fcntl.LOCK_EX else "asked not to wait")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(OSError, match="no locks here"), locked(tmp_path / "x.lock"):
+        pass

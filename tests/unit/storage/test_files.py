@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pyarrow.fs import LocalFileSystem
@@ -81,6 +84,12 @@ def test_storages_that_show_unfinished_files_get_a_draft_first(server, root, nam
     assert [(path.name, path.read_bytes()) for path in server.iterdir()] == [("a", b"whole")]
 
 
+@pytest.mark.parametrize(("root", "made"), [("hdfs://host", True), ("sftp://host", True), ("s3://bucket", False)])
+def test_folders_of_object_storages_need_not_be_made(server, root, made):
+    storage.make_folder(Location(root, "deep/er"))
+    assert (server / "deep/er").is_dir() is made
+
+
 def test_a_draft_that_fails_is_removed_and_an_earlier_file_stays(server):
     (server / "a").write_bytes(b"before")
 
@@ -93,7 +102,21 @@ def test_a_draft_that_fails_is_removed_and_an_earlier_file_stays(server):
     assert [(path.name, path.read_bytes()) for path in server.iterdir()] == [("a", b"before")]
 
 
-@pytest.mark.parametrize("error", [None, errno.EPERM, errno.ENOSPC])
+def test_a_storage_that_is_gone_is_told_by_its_first_error(monkeypatch):
+    def gone(*_, **__):
+        raise OSError("no route")
+
+    def refuse(location, write):
+        raise storage.StorageError("told")
+
+    lost = SimpleNamespace(open_output_stream=gone, get_file_info=gone, delete_file=gone)
+    monkeypatch.setattr(files, "resolve", lambda location: (lost, "/a"))
+    monkeypatch.setattr(files, "with_retries", refuse)
+    with pytest.raises(storage.StorageError, match="told"):
+        files._send(Location("sftp://host", "a"), lambda stream: None)
+
+
+@pytest.mark.parametrize("error", [None, errno.EPERM, errno.ENOSPC, errno.EDQUOT])
 def test_a_second_name_replaces_and_is_a_copy_where_there_are_no_links(tmp_path, monkeypatch, error):
     (tmp_path / "a").write_bytes(b"new")
     (tmp_path / "b").write_bytes(b"before")
@@ -103,13 +126,14 @@ def test_a_second_name_replaces_and_is_a_copy_where_there_are_no_links(tmp_path,
 
     if error:
         monkeypatch.setattr(Path, "hardlink_to", refused)
-    if error == errno.ENOSPC:
-        with pytest.raises(storage.DiskFullError):
+    is_full = error in (errno.ENOSPC, errno.EDQUOT)
+    if is_full:
+        with pytest.raises(storage.DiskFullError, match=f"no space left while writing {tmp_path}/b"):
             storage.link_or_copy(str(tmp_path / "a"), str(tmp_path / "b"))
     else:
         storage.link_or_copy(str(tmp_path / "a"), str(tmp_path / "b"))
     same = (tmp_path / "a").stat().st_ino == (tmp_path / "b").stat().st_ino
-    assert (same, (tmp_path / "b").read_bytes()) == (not error, b"before" if error == errno.ENOSPC else b"new")
+    assert (same, (tmp_path / "b").read_bytes()) == (not error, b"before" if is_full else b"new")
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -136,6 +160,7 @@ def test_a_copy_that_fails_leaves_nothing(tmp_path, monkeypatch):
         (OSError(errno.ENOSPC, "x"), True),
         (OSError(errno.EDQUOT, "x"), True),
         (RuntimeError("write failed: No space left on device"), True),
+        (RuntimeError("write failed: Disk quota exceeded"), True),
         (OSError(errno.EIO, "x"), False),
     ],
 )
@@ -171,3 +196,102 @@ def test_the_disks_errors_are_no_damage_of_the_data(tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "open_unpacked", lambda location: nullcontext(Broken()))
     with pytest.raises(OSError, match="Input/output error"):
         storage.unpack(str(tmp_path / "a"), tmp_path / "b")
+
+
+@pytest.mark.parametrize("root", ["local", "memory"])
+def test_a_compressed_file_is_read_as_it_is_whatever_its_name(tmp_path, root):
+    place = storage.join(str(tmp_path) if root == "local" else f"memory://packed/{tmp_path.name}", "a.json.gz")
+    packed = gzip.compress(b"{}")
+    storage.write_atomically(place, packed)
+    storage.download(place, tmp_path / "copy")
+    assert storage.read_bytes(place) == (tmp_path / "copy").read_bytes() == packed
+    assert storage.sha256(place) == hashlib.sha256(packed).hexdigest()
+    assert storage.compression_of(place) == "gzip"
+    with storage.open_unpacked(place) as stream:
+        assert stream.read() == b"{}"
+
+
+def test_a_file_is_closed_when_it_is_committed_or_aborted(tmp_path, monkeypatch):
+    def not_asked(*given):
+        raise AssertionError("a local file is renamed, not copied")
+
+    monkeypatch.setattr(files, "upload", not_asked)
+    for name, finish in (("a", "commit"), ("b", "abort")):
+        file = storage.AtomicFile(str(tmp_path / name))
+        assert file.write(b"xyz") == 3 and not file.closed
+        draft = file._draft.stat().st_ino
+        getattr(file, finish)()
+        assert file.closed and file._file.closed
+        file.abort()
+        assert storage.list_names(str(tmp_path)) == {"a": 3}, "abort after the end changes nothing"
+    assert draft and (tmp_path / "a").read_bytes() == b"xyz"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_commit_that_is_interrupted_leaves_no_draft(tmp_path, monkeypatch, error):
+    def interrupted(self, target):
+        raise error
+
+    file = storage.AtomicFile(str(tmp_path / "a"))
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(error):
+        file.commit()
+    assert list(tmp_path.iterdir()) == []
+
+
+class Refusing:
+    """A storage that opens no file; notes what is deleted."""
+
+    def __init__(self):
+        self.deleted = []
+
+    def open_output_stream(self, path, compression):
+        raise storage.StorageError(f"no {path}")
+
+    def get_file_info(self, path):
+        return LocalFileSystem().get_file_info("/etc/hostname" if path.endswith("a") else "/none")
+
+    def delete_file(self, path):
+        self.deleted.append(path)
+
+
+def test_an_upload_that_fails_deletes_nothing_where_there_is_no_draft(monkeypatch):
+    """Only a draft is removed, never the earlier file of that name."""
+    bucket = Refusing()
+    monkeypatch.setattr(files, "resolve", lambda location: (bucket, "bucket/a"))
+    for root in ("s3://bucket", "sftp://host"):
+        with pytest.raises(storage.StorageError):
+            storage.write_atomically(Location(root, "a"), b"x")
+    assert bucket.deleted == []
+
+
+def test_a_draft_lies_hidden_beside_its_file(tmp_path):
+    draft = storage.draft_of(tmp_path / "a.json")
+    assert draft.parent == tmp_path and re.fullmatch(r"\.a\.json\.[0-9a-f]{12}\.tmp", draft.name)
+
+
+def test_lines_are_counted_and_stay_readable(tmp_path):
+    assert storage.write_lines(str(tmp_path / "none.jsonl"), []) == 0
+    assert (tmp_path / "none.jsonl").read_bytes() == b""
+    assert files._json_line({"a": "\u00e9\u2028"}) == b'{"a": "\xc3\xa9\\u2028"}\n'
+
+
+@pytest.mark.parametrize("root", ["local", "memory"])
+def test_folders_and_files_are_removed_and_missing_ones_are_fine(tmp_path, root):
+    place = str(tmp_path) if root == "local" else f"memory://removed/{tmp_path.name}"
+    for name in ("folder/a", "folder/below/b", "folder2/c"):
+        storage.make_folder(storage.parent(storage.join(place, name)))
+        storage.write_atomically(storage.join(place, name), b"x")
+    for _ in range(2):
+        storage.remove_folder(storage.join(place, "folder"))
+        storage.remove_file(storage.join(place, "folder2"))
+    assert list(storage.list_tree(place)) == ["folder2/c"]
+    assert storage.is_folder(place) and not storage.is_folder(storage.join(place, "folder2/c"))
+    assert [storage.exists(storage.join(place, name)) for name in ("folder2/c", "folder2", "folder")] == [1, 1, 0]
+
+
+def test_a_second_name_in_a_bucket_is_a_copy(tmp_path):
+    folder = f"memory://linked/{tmp_path.name}"
+    storage.write_atomically(f"{folder}/a", b"x")
+    storage.link_or_copy(f"{folder}/a", f"{folder}/b")
+    assert storage.list_names(folder) == {"a": 1, "b": 1}

@@ -66,3 +66,26 @@ def test_a_tree_is_copied_into_one_that_is_there(source, tmp_path):
         storage.copy_tree(source, tmp_path / "target", ["sub", "a", "missing"])
     found = {path.relative_to(tmp_path / "target").as_posix() for path in (tmp_path / "target").rglob("*")}
     assert found == {"sub", "sub/z", "a"}
+
+
+def test_files_are_sent_in_order_of_their_names_into_folders_that_are_there(tmp_path, monkeypatch):
+    made, sent = [], []
+    for name in ("b/x", "a/y", "a/deep/z", "last"):
+        (tmp_path / "from" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "from" / name).write_text(name)
+    monkeypatch.setattr(folders, "_COPIES_AT_ONCE", 1)
+    monkeypatch.setattr(folders, "make_folder", lambda place: made.append(place.path))
+    monkeypatch.setattr(folders, "upload", lambda path, to: sent.append(to.path))
+    upload_folder(tmp_path / "from", "memory://ordered/to", "last")
+    assert sent == ["to/a/deep/z", "to/a/y", "to/b/x", "to/last"]
+    assert made == ["to", "to/a", "to/a/deep", "to/b"], "those above come first"
+
+
+def test_nothing_is_downloaded_into_a_folder_that_is_made(tmp_path):
+    assert storage.download_files("memory://x", [], tmp_path / "a/b") == tmp_path / "a/b"
+    assert (tmp_path / "a/b").is_dir()
+    storage.copy_tree(tmp_path, tmp_path / "c/d", ["none"])
+    assert not (tmp_path / "c").exists()
+    (tmp_path / "file").write_text("x")
+    storage.copy_tree(tmp_path, tmp_path / "c/d", ["file"])
+    assert (tmp_path / "c/d/file").read_text() == "x"

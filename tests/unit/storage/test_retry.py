@@ -41,9 +41,14 @@ def test_a_fault_that_passes_is_tried_again_after_doubled_pauses(pauses, caplog)
 
 
 def test_a_fault_that_stays_is_told_after_the_last_try(pauses):
-    action, calls = failing(99, OSError("connection\n reset"))
-    with pytest.raises(StorageError, match=r"^s3://bucket/folder/file failed 6 times, last with: connection reset\."):
+    action, calls = failing(99, OSError("connection\n reset by s3://me:secret@host " + "x" * 300))
+    with pytest.raises(StorageError) as caught:
         with_retries(REMOTE, action)
+    last = "connection reset by s3://***@host " + "x" * 300
+    assert str(caught.value) == (
+        f"s3://bucket/folder/file failed 6 times, last with: {last[:300]}. Check the network and the storage; the same "
+        "command resumes."
+    )
     assert len(calls) == TRIES == 6 and len(pauses) == 5
 
 
@@ -89,3 +94,20 @@ def test_a_refusal_names_the_fix_at_the_first_try(pauses, error, sentence):
 
 def test_other_errors_are_no_refusal():
     assert refusal(REMOTE, OSError("timeout")) == "" == refusal(REMOTE, OSError("HTTP response code 503"))
+
+
+def test_a_missing_bucket_is_named_without_the_path():
+    sentence = retry.no_bucket(Location("s3://bucket?region=x", "folder/file"))
+    assert sentence == (
+        "the bucket of s3://bucket/folder/file?region=x does not exist: check the name and the region of "
+        "s3://bucket?region=x, or create it."
+    )
+
+
+def test_pauses_vary_so_that_many_nodes_do_not_ask_at_once(monkeypatch):
+    pauses, bounds = [], []
+    monkeypatch.setattr(retry.time, "sleep", pauses.append)
+    monkeypatch.setattr(retry.random, "uniform", lambda low, high: bounds.append((low, high)) or low)
+    action, _ = failing(2, OSError("reset"))
+    with_retries(REMOTE, action)
+    assert bounds == [(0.7, 1.3)] * 2 and pauses == [0.35, 0.7]

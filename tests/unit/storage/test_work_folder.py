@@ -94,7 +94,7 @@ def test_progress_is_published_in_the_background_every_few_seconds(location, upl
     (work.path / "progress.txt").write_text("step 1")
     for now, sent in ((1000.0, 1), (1004.9, 1), (1005.0, 2), (1009.0, 2)):
         work.publish_soon("progress.txt")
-        work._thread.join(10)
+        work._thread.join(60)
         assert len(uploads) == sent, now
     assert published(location) == {"progress.txt": b"step 1"}
     local = WorkFolder(str(tmp_path / "out"))
@@ -114,12 +114,14 @@ def test_a_failing_background_upload_stops_nothing(location, monkeypatch):
 def test_what_another_run_published_is_fetched_and_not_sent_again(location, uploads):
     first = WorkFolder(location)
     (first.path / "record.jsonl").write_text("1\n")
-    (first.path / "folder").mkdir()
+    (first.path / "folder/deep").mkdir(parents=True)
     (first.path / "folder/x").write_text("x")
+    (first.path / "folder/deep/y").write_text("y")
     first.publish()
     uploads.clear()
     second = WorkFolder(location)
     second.fetch("record.jsonl", "folder", "never-written")
+    assert (second.path / "folder/deep/y").read_text() == "y"
     assert (second.path / "record.jsonl").read_text() == "1\n" and (second.path / "folder/x").read_text() == "x"
     second.publish("record.jsonl", "folder")
     assert uploads == []
@@ -131,3 +133,40 @@ def test_a_local_folder_is_the_location_itself(tmp_path):
     (work.path / "a").write_text("a")
     work.publish(), work.fetch("a")
     assert (tmp_path / "out/a").read_text() == "a" and work.uri("a") == str(tmp_path / "out/a")
+
+
+def test_a_local_folder_is_made_with_its_parents_and_a_copy_lies_among_temporary_files(tmp_path, location):
+    for _ in range(2):
+        assert WorkFolder(str(tmp_path / "deep/er")).path == tmp_path / "deep/er"
+    copy = WorkFolder(location)
+    assert copy.path.name.startswith("tinygptv-work-") and copy.path.is_dir() and copy.path != tmp_path
+
+
+def test_everything_is_published_by_name(location, uploads, monkeypatch):
+    work = WorkFolder(location)
+    for name in ("c", "a", "b"):
+        (work.path / name).write_text(name)
+    there = sorted(work.path.iterdir(), reverse=True)
+    monkeypatch.setattr(type(work.path), "iterdir", lambda path: iter(there))
+    work.publish()
+    assert uploads == ["a", "b", "c"]
+
+
+def test_a_background_upload_does_not_hold_up_the_end_of_the_process(location, monkeypatch):
+    started = []
+    monkeypatch.setattr(folders.threading, "Thread", lambda **options: started.append(options) or FakeThread())
+    work = WorkFolder(location)
+    work.publish_soon("progress.txt")
+    monkeypatch.setattr(folders.time, "monotonic", lambda: work._sent_at + 99)
+    work.publish_soon("progress.txt")
+    assert [(each["args"], each["daemon"]) for each in started] == [(("progress.txt",), True)], "one at a time"
+
+
+class FakeThread:
+    """A thread that never ends."""
+
+    def start(self):
+        pass
+
+    def is_alive(self):
+        return True

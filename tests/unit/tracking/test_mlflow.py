@@ -232,7 +232,8 @@ def test_passwords_of_uris_are_not_logged(stores, tmp_path, caplog):
 
 
 def test_tracking_that_is_off_writes_nothing(tmp_path):
-    assert isinstance(continue_tracker(settings("none"), "stage", tmp_path), NullTracker)
+    for off in (continue_tracker(settings("none"), "stage", tmp_path), open_tracker(settings("none"), "stage")):
+        assert isinstance(off, NullTracker) and off.run_id == ""
     assert not list(tmp_path.iterdir())
 
 
@@ -336,6 +337,8 @@ def test_a_column_of_images_has_one_in_every_row(tmp_path):
     rows = [{"q": "a", "i": image}, {"q": "b"}, {"q": "c", "i": {"png": str(tmp_path / "a.png")}}]
     columns = module._columns(rows)
     assert columns["q"] == ["a", "b", "c"] and len(columns["i"]) == 3
+    uneven = module._columns([{"variant": "full"}, {"variant": "small", "score": 3}, {"score": {"gqa": 1}}])
+    assert uneven == {"variant": ["full", "small", None], "score": [None, 3, {"gqa": 1}]}, "the first may have failed"
     assert [found.to_pil().size for found in columns["i"]] == [(3, 2), (1, 1), (3, 2)]
     assert module._columns([]) == {}
 

@@ -62,7 +62,7 @@ def test_what_waits_is_kept_on_disk_and_sent_by_the_next(service, tmp_path):
     box.put("metrics", values={"loss": float("nan")}, step=3)
     box.put("image", image=Image.new("RGB", (2, 2), (9, 8, 7)), key="picture", step=3)
     box.put("end", status="FINISHED")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (tmp_path / JOURNAL_FILE).is_file():  # it does not wait for the end: a kill must lose nothing
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -79,21 +79,20 @@ def test_what_waits_is_kept_on_disk_and_sent_by_the_next(service, tmp_path):
 
 
 def test_putting_never_waits(service):
-    def slow(entries):
-        time.sleep(0.5)
-
-    box = Outbox(slow)
-    began = time.monotonic()
+    put, waited = threading.Event(), []
+    box = Outbox(lambda entries: waited.append(put.wait(60)))
     for step in range(100):
         box.put("tags", values={}, step=step)
-    assert time.monotonic() - began < 0.4
+    put.set()
+    box.close()
+    assert waited and all(waited), "the service had not answered when all were put"
 
 
 def test_a_damaged_journal_costs_its_damaged_line_only(service, tmp_path, caplog):
     entry = json.dumps({"kind": "tags", "values": {"a": "b"}})
-    (tmp_path / JOURNAL_FILE).write_text(entry + "\n" + entry[:9])
+    (tmp_path / JOURNAL_FILE).write_text("\n".join([entry, entry[:9], "3", "{}"]))
     Outbox(service.send, tmp_path).close()
-    assert [entry["values"] for entry in service.entries] == [{"a": "b"}] and "damaged line" in caplog.text
+    assert [entry["values"] for entry in service.entries] == [{"a": "b"}] and caplog.text.count("damaged line") == 3
 
 
 def test_what_stays_unsent_is_told_at_the_end(service, tmp_path, caplog):
@@ -133,3 +132,85 @@ def test_only_metrics_wait_for_company():
     for kind in ("metrics", "tags", "metrics", "end"):
         box.put(kind)
     assert woken == [2, 4] and [entry["kind"] for entry in box._queue] == ["metrics", "tags", "metrics", "end"]
+
+
+def standing(tmp_path, send=None) -> Outbox:
+    """An outbox without a thread."""
+    box = object.__new__(Outbox)
+    box._journal, box._mark, box._queue, box._lock = tmp_path / JOURNAL_FILE, "m", [], threading.Lock()
+    box._send, box._wake, box._closing = send, threading.Event(), False
+    return box
+
+
+def test_what_cannot_be_kept_costs_itself_and_never_the_job(tmp_path, caplog, monkeypatch):
+    class Full:
+        def save(self, path):
+            raise OSError("no space left")
+
+    box = standing(tmp_path)
+    box.put("image", image=Full(), key="a", step=1)
+    box.put("table", rows=[{"a": object()}], name="odd")
+    box.put("params", values={"a": math.nan})
+    box.put("table", rows=[{"a": math.nan, "b": 1.5, "c": -math.inf}], name="scores")
+    box._write_journal()
+    (line,) = map(json.loads, (tmp_path / JOURNAL_FILE).read_text().splitlines())
+    assert line == {"kind": "table", "rows": [{"a": None, "b": 1.5, "c": None}], "name": "scores"}
+    assert "(image) cannot be kept: no space left" in caplog.text and "(table) cannot be kept: object is" in caplog.text
+    assert "(params) cannot be kept: Out of range float" in caplog.text, "JSON has no NaN"
+
+    def full(place, data):
+        raise OSError("no room")
+
+    monkeypatch.setattr(outbox.storage, "write_atomically", full)
+    box._write_journal()
+    assert "what MLflow did not get cannot be kept: no room" in caplog.text
+
+
+def test_images_and_those_of_two_processes_are_kept_apart(tmp_path):
+    first, second = Image.new("RGB", (1, 1)), Image.new("RGB", (2, 2))
+    boxes = [Outbox(lambda entries: None, tmp_path) for _ in range(2)]
+    kept = [box._keep_image(image)["png"] for box in boxes for image in (first, second)]
+    assert len(set(kept)) == 4 and all(path.startswith(f"{tmp_path}/unsent_images/") for path in kept)
+
+
+def test_a_service_that_is_away_is_told_with_its_reason_and_what_waits(tmp_path, caplog):
+    def away(entries):
+        raise ConnectionError("no\n answer of http://me:secret@host " + "x" * 300)
+
+    box = standing(tmp_path, away)
+    for step in (1, 2):
+        box.put("tags", values={}, step=step)
+    assert box._send_all() is False and len(box._queue) == 2
+    (message,) = caplog.messages
+    assert message.startswith("2 entries wait for the tracking service: no answer of http://***@host xxx")
+    assert len(message) < 260 and len((tmp_path / JOURNAL_FILE).read_text().splitlines()) == 2
+    box._send = lambda entries: None
+    assert box._send_all() is True and box._queue == []
+    box._write_journal()
+    assert not (tmp_path / JOURNAL_FILE).exists()
+
+
+def test_an_entry_without_values_travels_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(outbox, "MAX_BATCH_VALUES", 4)
+    box = standing(tmp_path)
+    for kind, values in (("end", None), ("metrics", "ab"), ("metrics", "cd"), ("metrics", "e"), ("tags", "a")):
+        box.put(kind, **({"values": dict.fromkeys(values, 1.0)} if values else {}))
+    sizes = []
+    while box._queue:
+        sizes.append(len(box._next_entries()))
+        del box._queue[: sizes[-1]]
+    assert sizes == [1, 2, 1, 1]
+
+
+def test_closing_wakes_the_thread_and_waits_a_minute_for_it(tmp_path, monkeypatch):
+    started = []
+
+    def thread(**options):
+        started.append(options)
+        return SimpleNamespace(start=lambda: None, join=lambda timeout: started.append((timeout, box._wake.is_set())))
+
+    monkeypatch.setattr(outbox.threading, "Thread", thread)
+    box = Outbox(lambda entries: None, tmp_path)
+    assert started[0]["daemon"] is True, "the process does not wait for it"
+    box.close()
+    assert started[1:] == [(60, True)] and box._closing

@@ -8,18 +8,13 @@ from dataclasses import asdict
 import pytest
 
 from pipelines.data.loader import BatchMaker, CutCount
-from pipelines.miniature.tiny_training import make_world, train_settings
+from pipelines.miniature.tiny_training import train_settings
 from pipelines.training.job import resolve_job
 from pipelines.training.run import run_stage
 from pipelines.training.worker import TrainWorker, add_counts
 
 LIMITS = {"max_text_tokens": 12, "max_context_tokens": 44}
 """Some questions of the test's data are longer, some are not; likewise answers."""
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def settings(world, output, **changes):

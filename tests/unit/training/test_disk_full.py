@@ -8,7 +8,7 @@ import os
 import pytest
 from safetensors import SafetensorError
 
-from pipelines.miniature.tiny_training import make_world, train_settings
+from pipelines.miniature.tiny_training import train_settings
 from pipelines.storage import DiskFullError, disk_full_as_error
 from pipelines.storage.files import AtomicFile
 from pipelines.training import worker
@@ -18,18 +18,6 @@ from tests.training_runs import losses
 from tinygptv.training.stages import get_stage
 
 pytestmark = pytest.mark.security
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def straight(world, tmp_path_factory):
-    output = tmp_path_factory.mktemp("straight")
-    run_stage(train_settings(world, output), 4)
-    return output
 
 
 def leftovers(output):
@@ -54,7 +42,7 @@ def test_a_state_that_does_not_fit(world, straight, tmp_path, monkeypatch):
         run_stage(train_settings(world, tmp_path), 4)
     assert [path.name for path in (tmp_path / "states").iterdir()] == ["step-00000003"] and not leftovers(tmp_path)
     run_stage(train_settings(world, tmp_path), 4)
-    assert losses(tmp_path) == losses(straight)
+    assert losses(tmp_path) == losses(straight[1])
 
 
 def test_a_checkpoint_that_does_not_fit(world, straight, tmp_path, monkeypatch):
@@ -63,7 +51,7 @@ def test_a_checkpoint_that_does_not_fit(world, straight, tmp_path, monkeypatch):
         run_stage(train_settings(world, tmp_path), 4)
     assert not (tmp_path / "checkpoint").exists() and not (tmp_path / "result.json").exists()
     assert run_stage(train_settings(world, tmp_path), 4)["steps"] == 12
-    assert losses(tmp_path) == losses(straight)
+    assert losses(tmp_path) == losses(straight[1])
 
 
 def test_a_record_that_does_not_fit(world, straight, tmp_path, monkeypatch):
@@ -77,13 +65,13 @@ def test_a_record_that_does_not_fit(world, straight, tmp_path, monkeypatch):
         patch.setattr("pipelines.training.record.StepRecord.flush", flush)
         run_stage(train_settings(world, tmp_path), 4)
     run_stage(train_settings(world, tmp_path), 4)
-    assert losses(tmp_path) == losses(straight)
+    assert losses(tmp_path) == losses(straight[1])
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_plots_are_written_whole_or_not_at_all(straight, tmp_path, monkeypatch, code):
     path = tmp_path / "loss.png"
-    loss_curve(straight / "metrics.jsonl", path, get_stage("mini", 4), "mini")
+    loss_curve(straight[1] / "metrics.jsonl", path, get_stage("mini", 4), "mini")
     before = path.read_bytes()
 
     def write(self, data):
@@ -91,7 +79,7 @@ def test_plots_are_written_whole_or_not_at_all(straight, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(AtomicFile, "write", write)
     with pytest.raises(DiskFullError, match=r"loss\.png"):
-        loss_curve(straight / "metrics.jsonl", path, get_stage("mini", 4), "mini")
+        loss_curve(straight[1] / "metrics.jsonl", path, get_stage("mini", 4), "mini")
     assert path.read_bytes() == before and not leftovers(tmp_path)
 
 

@@ -9,20 +9,15 @@ import pytest
 import torch
 
 from pipelines.data.loader import BatchMaker
-from pipelines.miniature.tiny_training import make_world, train_settings
+from pipelines.miniature.tiny_training import train_settings
 from pipelines.settings import SettingsError, TrainSettings
 from pipelines.training import run
-from pipelines.training.fit import computation_of, fit_to_device
+from pipelines.training.fit import _does_not_fit, computation_of, fit_to_device
 from pipelines.training.guard import TrainingStopped
 from pipelines.training.job import resolve_job
 from pipelines.training.run import run_stage
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.training.memory_plan import GIB, TrainingMemory
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def resolved(world, output, **changes):
@@ -48,7 +43,9 @@ def test_on_a_cpu_nothing_is_cut_by_tokens(world, tmp_path):
 def test_auto_takes_a_whole_step_where_it_fits(world, tmp_path, caplog):
     job = on_a_gpu(world, tmp_path, micro_batch_size="auto")
     with caplog.at_level(logging.INFO):
-        plan = fit_to_device(job, 24 * GIB).plan
+        fitted = fit_to_device(job, 24 * GIB)
+    plan = fitted.plan
+    assert not fitted.settings.gradient_checkpointing and "switched on" not in caplog.text, "it costs time"
     assert plan.micro_batch_size == job.stage.max_step_samples and not plan.padded
     assert "micro-batches of at most 8 samples are cut at" in caplog.text
     assert len(BatchMaker(plan).make(0).micro_batches) == 1
@@ -61,6 +58,10 @@ def test_micro_batches_are_cut_where_they_would_not_fit(world, tmp_path, caplog)
     with caplog.at_level(logging.INFO):
         plan = fit_to_device(job, capacity).plan
     assert "2 samples of the greatest length" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        whole = fit_to_device(on_a_gpu(world, tmp_path, micro_batch_size=99), memory_of(job).plan(8).peak).plan
+    assert whole.micro_batch_size == 99 and "micro-batches" not in caplog.text, "a step has no more than 8 samples"
     maker = BatchMaker(plan)
     batches = [batch for step in range(6) for batch in maker.make(step).micro_batches]
     assert any(batch.num_samples > 2 for batch in batches)
@@ -77,6 +78,16 @@ def test_what_fits_with_checkpointing_alone_is_computed_with_it(world, tmp_path,
         fit_to_device(
             on_a_gpu(world, tmp_path, micro_batch_size=1, stage={"limits": {"max_text_tokens": 4000}}), capacity
         )
+
+
+def test_what_is_on_already_is_no_advice(world, tmp_path):
+    """Just less than the longest sample takes: what is saved by a switch that is off is advised, and nothing else."""
+    job = on_a_gpu(world, tmp_path, micro_batch_size=1, gradient_checkpointing=True, features="inline", compile="off")
+    memory = memory_of(job)
+    message = _does_not_fit(memory, memory.plan(1).peak)
+    advised = message.partition(": try ")[2]
+    assert "gradient_checkpointing" not in advised and "precision" not in advised and "features=cached" in advised
+    assert message.startswith(f"stage 4: one sample of {memory.num_tokens} tokens takes ")
 
 
 def test_what_never_fits_is_refused(world, tmp_path):
@@ -101,6 +112,9 @@ def test_settings_of_size_and_compilation():
     with pytest.raises(SettingsError, match="'auto', 'on' or 'off'"):
         parse(None, ["compile=maybe"])
     assert not computation_of(TrainSettings()).compiled and computation_of(TrainSettings(use_gpu=True)).compiled
+    given = {"precision": "bf16", "features": "cached", "gradient_checkpointing": True}
+    found = computation_of(TrainSettings(**given, encoder_precision="fp32", use_gpu=True, compile="off"))
+    assert {name: getattr(found, name) for name in given} == given and found.on_gpu and not found.compiled
 
 
 def test_compiled_training_says_so_and_gives_the_losses_of_the_uncompiled(world, tmp_path, monkeypatch, caplog):

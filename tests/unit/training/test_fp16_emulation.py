@@ -7,7 +7,12 @@ import torch
 
 from tinygptv.miniature.tiny import tiny_config
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv.training.fp16_emulation import emulate_half_range, half_range_attention, round_to_half
+from tinygptv.training.fp16_emulation import (
+    HALF_RANGE_ATTENTION,
+    emulate_half_range,
+    half_range_attention,
+    round_to_half,
+)
 
 
 def test_rounding_of_values_and_gradients():
@@ -63,3 +68,23 @@ def test_a_layer_that_overflows_gives_a_loss_that_is_not_finite(batch):
     assert torch.isfinite(model(**batch).loss)
     emulate_half_range(model)
     assert not torch.isfinite(model(**batch).loss)
+
+
+def test_every_linear_layer_of_what_trains_is_rounded_and_none_of_the_frozen_encoders():
+    model = TinyGPTVForConditionalGeneration(tiny_config())
+    emulate_half_range(model)
+    parts = {"projector", "language_model", "lm_head"}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {name.split(".")[0] for name in linear} == {*parts, "vision_encoder", "qformer"}
+    for name, module in linear.items():
+        expected = name.split(".")[0] in parts
+        hooks = len(module._forward_pre_hooks), len(module._forward_hooks)
+        assert hooks == ((1, 1) if expected else (0, 0)), name
+    assert model.language_model.config._attn_implementation == HALF_RANGE_ATTENTION
+    head = model.lm_head
+    with torch.no_grad():
+        head.weight.fill_(1.0)
+        head.bias.zero_()
+        width = head.in_features
+        assert head(torch.full((1, width), 1e-9)).abs().max() == 0.0, "its input underflows"
+        assert head(torch.full((1, width), 7e4 / width)).isinf().all(), "its output overflows"

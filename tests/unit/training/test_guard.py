@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipelines.data.loader import BatchMaker
-from pipelines.miniature.tiny_training import make_world, train_settings
+from pipelines.miniature.tiny_training import train_settings
 from pipelines.training.guard import Diagnosis, Guard, TrainingStopped, diagnose
 from pipelines.training.job import resolve_job
 from pipelines.training.run import run_stage
@@ -146,7 +146,7 @@ def test_eight_samples_are_named(worker, monkeypatch):
     batches = [(f"{name}-{n}", batch) for n in range(3) for name, batch in samples(worker)]
     found = diagnose(worker.train_step, batches, spike=True)
     assert len(batches) > 8 and len(found.samples) == 8
-    losses = [float(worker.train_step.forward(dict(batches)[name]).mean()) for name in found.samples]
+    losses = [worker.train_step.forward(dict(batches)[name]).mean().item() for name in found.samples]
     assert losses == sorted(losses, reverse=True)
     assert not any(module._forward_hooks for module in worker.model.modules()), "nothing observes the next step"
 
@@ -213,13 +213,11 @@ def test_a_vanishing_gradient_is_no_bad_step(worker, monkeypatch):
 # ---------------------------------------------------------------------- training with planted faults
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
 def settings(world, output, **changes):
-    return train_settings(world, output, **{"micro_batch_size": 1, "guard_patience": 2, **changes})
+    """Three or four samples a step, computed one by one."""
+    few = {"pairs": {"weight": 2, "batch_size": 2}, "questions": {"weight": 1, "batch_size": 1}}
+    stage = {"sources": few, **changes.pop("stage", {})}
+    return train_settings(world, output, stage=stage, **{"micro_batch_size": 1, "guard_patience": 2, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +353,7 @@ def test_a_spike_leaves_its_step_out_and_names_the_sample(world, tmp_path, monke
     planted = plant(monkeypatch, 25, garbage)
     schedule = {"steps_per_epoch": 7, "epochs": 4, "peak": 3e-2, "minimum": 1e-2, "warmup_start": 1e-3}
     stage = {"schedule": schedule, "sources": {"pairs": {"weight": 1, "batch_size": 4}}}
-    run_stage(settings(world, tmp_path, stage=stage), 4)
+    run_stage(settings(world, tmp_path, stage=stage, micro_batch_size=8), 4)
     (fault,) = faults(tmp_path)
     assert (fault["step"], fault["kind"]) == (25, "spike") and fault["samples"][0] == planted[0]
     entries = record(tmp_path)

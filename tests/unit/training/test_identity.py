@@ -9,16 +9,11 @@ import pytest
 import yaml
 
 from pipelines.fingerprint import FINGERPRINT_FILE, OtherInputsError
-from pipelines.miniature.tiny_training import STAGE, make_rows, make_world, train_settings, write_shard_set
+from pipelines.miniature.tiny_training import STAGE, make_rows, train_settings, write_shard_set
 from pipelines.settings import SettingsError
 from pipelines.training.job import resolve_job
 from pipelines.training.run import run_stage
 from tinygptv.checkpoint.checkpoint import load_checkpoint, read_stage, save_checkpoint
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import ray.train
 
 from pipelines.data.shards import ShardSet
-from pipelines.miniature.tiny_training import make_world, train_settings
+from pipelines.miniature.tiny_training import train_settings
 from pipelines.settings import TrainSettings
 from pipelines.tracking.identity import RunIdentity
 from pipelines.training import run as run_module
@@ -27,11 +27,6 @@ from tests.unit.training.test_record import entry
 from tinygptv.checkpoint.folders import write_folder
 from tinygptv.training.memory_plan import MemoryPlan
 from tinygptv.training.stages import get_stage
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def job_of(world, output, **changes):
@@ -111,13 +106,14 @@ class Tracker:
     run_id = "p"
 
     def __init__(self):
-        self.steps, self.closed = [], 0
+        self.steps, self.closed, self.values = [], 0, {}
 
     def tags(self, values):
         assert set(values) == {"recipe", "seed"}
 
     def metrics(self, values, step):
         self.steps.append((step, sorted(values)))
+        self.values |= {(name, step): value for name, value in values.items()}
 
     def inputs(self, found):
         assert found == ["data"]
@@ -149,6 +145,10 @@ def test_a_training_shows_some_five_hundred_points_of_a_stage_and_the_last(
     job = SimpleNamespace(settings=TrainSettings(), stage=get_stage("mini", 4))
     _log_to_training(job, tmp_path)
     assert [step for step, names in tracker.steps if names == ["loss/stage4", "lr/stage4"]] == expected
+    first = entry(0)
+    assert (tracker.values["loss/stage4", 0], tracker.values["lr/stage4", 0]) == (first["loss"], first["lr"])
+    assert [tracker.values["loss/held_out/stage4", step] for step in (0, 3)] == [2.0, 1.0]
+    assert tracker.values["score/held_out/stage4/q", 3] == 50
     held = [(step, names) for step, names in tracker.steps if "loss/held_out/stage4" in names]
     assert held == [(0, ["loss/held_out/stage4"]), (3, ["loss/held_out/stage4", "score/held_out/stage4/q"])]
     assert opened == ["p"] and tracker.closed == 1

@@ -55,7 +55,18 @@ def test_half_a_line_of_a_kill_ends_the_record(tmp_path, half):
     write(path, entry(0), entry(1))
     with path.open("a") as file:
         file.write(half + "\n" + json.dumps(entry(2)) + "\n")
+    assert [e["step"] for e in read_record(path)] == [0, 1], "as a driver reads it before the run resumes"
     write(path, next_step=9)
+    assert [e["step"] for e in read_record(path)] == [0, 1]
+
+
+def test_damaged_bytes_end_the_record_too(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, entry(0))
+    with path.open("ab") as file:
+        file.write(b'{"step": 1, "\xff\xfe')
+    assert [e["step"] for e in read_record(path)] == [0]
+    write(path, entry(1), next_step=9)
     assert [e["step"] for e in read_record(path)] == [0, 1]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipelines.data.loader import CutCount, StepBatch
-from pipelines.miniature.tiny_training import make_world, train_settings
+from pipelines.miniature.tiny_training import train_settings
 from pipelines.storage import WorkFolder
 from pipelines.tracking.identity import RunIdentity
 from pipelines.training import reporter as reporter_module
@@ -46,11 +46,6 @@ class FakeTracker:
 
     def close(self, status="FINISHED"):
         self.closed.append(status)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -254,13 +249,18 @@ def worker(world, tmp_path_factory):
     return TrainWorker(found, NoReports())
 
 
-def test_the_same_samples_are_answered_each_time(worker):
+def test_the_same_samples_are_answered_each_time(worker, monkeypatch):
     from pipelines.data.loader import BatchMaker
 
-    predictor = SamplePredictor(BatchMaker(worker.plan))
+    predictor, worded = SamplePredictor(BatchMaker(worker.plan)), []
+    generator = type(predictor.maker.mixture).generator
+    monkeypatch.setattr(
+        type(predictor.maker.mixture), "generator", lambda self, ref: worded.append(ref) or generator(self, ref)
+    )
     worker.model.train()
     answers = predictor.predict(worker.model)
     assert [answer.sample for answer in answers] == ["pairs/p0", "questions/q0", "pairs/p1", "questions/q1"]
+    assert worded == predictor.refs, "each is worded as its own row is in training"
     assert worker.model.training and worker.model.language_model.training
     assert all(answer.image is not None for answer in answers)
     assert answers[1].question == "[vqa] what?" or answers[1].question.endswith("what?")
@@ -311,7 +311,7 @@ def test_the_true_answer_is_not_in_the_prompt(worker, monkeypatch):
 def test_predictions_are_logged_once_per_step_and_never_stop_training(job, made, worker, monkeypatch, caplog):
     from pathlib import Path
 
-    reporter, tracker, _ = made()
+    reporter, tracker, clock = made()
     reporter.predictions(worker.model, 5)
     written = Path(job.output) / "predictions/step_000006.json"
     assert [row["sample"] for row in json.loads(written.read_text())] == [row["sample"] for row in tracker.tables[0][1]]
@@ -320,9 +320,21 @@ def test_predictions_are_logged_once_per_step_and_never_stop_training(job, made,
     reporter.predictions(worker.model, 5)
     assert len(tracker.tables) == 1, "a step that is done again is not asked again"
 
+    def slow(self, model):
+        clock[0] += 100.0
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SamplePredictor, "predict", slow)
+        reporter.predictions(worker.model, 6)
+    reporter.add(step_batch(7), result(2.0), 1e-3)
+    clock[0] += 2.0
+    reporter.write_pending({})
+    assert tracker.values[-1][1]["samples_per_second"] == 1.0, "two samples in 2 s: what is looked at is no training"
+
     def broken(*arguments):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(SamplePredictor, "predict", broken)
     reporter.predictions(worker.model, 8)
-    assert "no sample predictions at step 9" in caplog.text and len(tracker.tables) == 1
+    assert "no sample predictions at step 9" in caplog.text and len(tracker.tables) == 2

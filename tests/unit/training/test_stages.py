@@ -180,3 +180,48 @@ def test_the_papers_first_stage_is_a_saw_tooth_without_adapters():
     s = stage.schedule
     assert (s.kind, s.peak, s.warmup_start, s.steps_per_epoch, s.epochs) == ("sawtooth", 1e-4, 1e-5, 1000, 17)
     assert get_stage("paper", 4).template == "human"
+
+
+WEB, ALIGNED = {"laion": (115, 32), "cc_sbu": (14, 32)}, {"cc_sbu_align": (1, 32), "llava_detail": (1, 32)}
+MINI_MIX = {
+    "coco_vqa": 30, "gqa": 20, "refcoco": 22, "invrefcoco": 8, "flickr_grounded_caption": 8, "flickr_ObjectToPhrase": 4,
+    "coco_caption": 6, "llava_conversation": 8, "llava_detail": 2, "unnatural_instruction": 2,
+}  # fmt: skip
+MINI = {
+    1: (WEB, 64, "caption", 48, ("sawtooth", 3e-3, 3e-3, 3e-4, 0, 50, 3), 1, 0),
+    2: (WEB, 64, "caption", 48, ("warmup_decay", 2e-3, 1e-3, 1e-4, 20, 50, 3), 1, 16),
+    3: (ALIGNED, 64, "human", 96, ("warmup_decay", 3e-4, 1e-5, 3e-5, 10, 20, 3), 1, 16),
+    4: (
+        {name: (weight, 1) for name, weight in MINI_MIX.items()},
+        *(128, "human", 128, ("warmup_decay", 2e-3, 1e-4, 1e-4, 30, 100, 8), 32, 16),
+    ),
+}
+"""Stage -> sources, image side, template, text tokens, schedule, draws of a step, LoRA rank: the shipped weights."""
+
+
+@pytest.mark.parametrize("number", MINI)
+def test_numbers_of_the_miniature(number):
+    stage = get_stage("mini", number)
+    s = stage.schedule
+    schedule = (s.kind, s.peak, s.minimum, s.warmup_start, s.warmup_steps, s.steps_per_epoch, s.epochs)
+    sources = {source.name: (source.weight, source.batch_size) for source in stage.sources}
+    assert MINI[number] == (
+        sources, stage.image_size, stage.template, stage.limits.max_text_tokens, schedule, stage.draws_per_step,
+        stage.lora_rank,
+    )  # fmt: skip
+    assert stage.trainable == (
+        ("projector", "language_norms") if number == 1 else ("projector", "language_norms", "lora")
+    )
+    assert (stage.lora_alpha, stage.lora_dropout) == (16, 0.05 if number == 1 else 0.0)
+    assert (stage.weight_decay, stage.beta2, stage.max_grad_norm) == (0.05, 0.999, 1.0)
+    assert not stage.limits.mask_inner_bos
+
+
+def test_the_papers_third_stage_learns_from_two_sets_and_its_texts_are_not_masked():
+    assert {source.name: (source.weight, source.batch_size) for source in get_stage("paper", 3).sources} == {
+        "cc_sbu_align": (1, 6), "llava_detail": (1, 6)
+    }  # fmt: skip
+    limits = [stage.limits for stage in RECIPES["paper"]]
+    assert [(limit.max_text_tokens, limit.mask_inner_bos) for limit in limits] == [
+        (32, False), (32, False), (160, False), (1024, False)
+    ]  # fmt: skip

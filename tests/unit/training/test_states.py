@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,6 +71,12 @@ def test_half_a_state_is_never_the_best(tmp_path):
     assert names(tmp_path) == ["step-00000003", "step-00000006"]
 
 
+def test_of_equal_losses_the_first_is_the_best(tmp_path):
+    losses = {3: 1.0, 6: 0.5, 9: 0.5, 12: 2.0}
+    save(store_in(tmp_path, keep=1, keep_best=True), losses, losses)
+    assert names(tmp_path) == ["step-00000006", "step-00000012"]
+
+
 def test_only_folders_of_states_are_states(tmp_path):
     for name in ("step-00000003", "step-00000003.old", "step-4", "astep-00000005", "step-000000006"):
         (tmp_path / name).mkdir()
@@ -104,7 +111,7 @@ def test_tensors_are_copied_when_a_state_is_taken(tmp_path, monkeypatch):
     write = store._write_state
 
     def late(*arguments):
-        assert changed.wait(30)
+        assert changed.wait(60)
         return write(*arguments)
 
     monkeypatch.setattr(store, "_write_state", late)
@@ -192,6 +199,19 @@ def test_a_state_that_was_not_written_counts_for_nothing(tmp_path, monkeypatch):
     assert store.whole_step == 3 and store.newest_step() == 3
 
 
+def test_a_state_is_whole_even_where_older_ones_cannot_be_removed(tmp_path, monkeypatch):
+    store = store_in(tmp_path, keep=1)
+    save(store, [3])
+
+    def refuse(folder):
+        raise OSError("no permission")
+
+    monkeypatch.setattr("pipelines.storage.remove_folder", refuse)
+    with pytest.raises(OSError, match="no permission"):
+        save(store, [6])
+    assert store.whole_step == 6 == store.newest_step()
+
+
 def test_the_best_state_is_kept_only_where_that_is_asked_for(tmp_path):
     save(store_in(tmp_path, keep=1), [3, 6, 9], {3: 0.1, 6: 0.2, 9: 0.3})
     assert names(tmp_path) == ["step-00000009"]
@@ -228,11 +248,15 @@ def test_a_state_without_its_step_is_skipped_and_named(tmp_path, caplog):
     save(store, [3])
     store._write_state(6, {"parameter/x": torch.zeros(1)}, {})
     store._write_state(9, {"parameter/x": torch.zeros(1)}, {"next_step": None})
+    store._write_state(12, {"parameter/x": torch.zeros(1)}, {"next_step": "twelve"})
     caplog.clear()
     assert store.newest()[0] == 3
-    assert [record.getMessage() for record in caplog.records] == [
+    first, *others = [record.getMessage() for record in caplog.records]
+    assert first.startswith("a damaged training state is skipped: ") and "'twelve'" in first
+    assert others == [
         f"a damaged training state is skipped: state.json in {store.folder(step)} has no next_step." for step in (9, 6)
     ]
+    shutil.rmtree(tmp_path / "step-00000012")
     (tmp_path / "step-00000009/manifest.json").unlink()
     caplog.clear()
     store.newest()
@@ -361,8 +385,11 @@ def test_the_step_count_of_adamw_stays_on_the_cpu():
 def test_parameters_alone_leave_optimizer_and_scaler_as_they_are():
     ours, theirs = layer_step(3), layer_step(2)
     before = {key: tensor.clone() for key, tensor in collect_state(ours)[0].items()}
-    restore_parameters(ours, collect_state(theirs)[0])
+    places = [parameter.data_ptr() for _, parameter in ours.named]
+    restore_parameters(ours, {name: tensor.double() for name, tensor in collect_state(theirs)[0].items()})
     after = collect_state(ours)[0]
+    assert [parameter.data_ptr() for _, parameter in ours.named] == places, "where gradients and kernels expect them"
+    assert {parameter.dtype for _, parameter in ours.named} == {torch.float32}
     assert all(torch.equal(after[key], before[key]) for key in before if key.startswith("optimizer/"))
     assert all(torch.equal(mine, wanted) for (_, mine), (_, wanted) in zip(ours.named, theirs.named, strict=True))
     assert ours.scaler.get_scale() == 8.0

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipelines.data.loader import BatchMaker, CutCount, StepBatch
-from pipelines.miniature.tiny_training import make_world, train_settings
+from pipelines.miniature.tiny_training import train_settings
 from pipelines.tracking.identity import RunIdentity
 from pipelines.training import worker as worker_module
 from pipelines.training.guard import Diagnosis, Fault, TrainingStopped
@@ -259,6 +259,8 @@ def test_a_state_comes_back(tmp_path, monkeypatch, rank):
     assert worker.guard.statistics.tolist() == [1.0, 2.0, 3.0]
     assert worker.cut == ({"q": CutCount(5, 2, 1)} if rank == 0 else {}), "only rank 0 continues the counts of all"
     assert [each["step"] for each in worker.history.evaluations] == [4]
+    worker.store.found = (2, tensors, {**record, "evaluations": []})
+    assert worker._restore() == 2 and (worker.cut != {}) == (rank == 0) and worker.history.evaluations == []
     worker.store.found = None
     assert worker._restore() == 0 and worker.cut == {} and worker.history.evaluations == []
 
@@ -331,8 +333,7 @@ def test_the_record_of_a_stage(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    world = make_world(tmp_path_factory.mktemp("world"))
+def job(world, tmp_path_factory):
     return resolve_job(train_settings(world, tmp_path_factory.mktemp("out"), threads_per_worker=1), 4)[0]
 
 

@@ -75,6 +75,7 @@ def test_caption_filters_know_no_language(caption, name):
         ("a b", {"min_words": 3}, "min_words"),
         ("ab -- ----", {"min_letters": 0.25}, ""),
         ("ab -- -----", {"min_letters": 0.25}, "min_letters"),
+        ("1 2\u3000-- ----", {"min_letters": 0.25}, ""),
         ("go go go go a b c d", {"max_repetition": 0.5}, ""),
         ("go go go go go b c d", {"max_repetition": 0.5}, "max_repetition"),
         ("go go go go go go go", {"max_repetition": 0.5}, ""),
@@ -119,9 +120,10 @@ def test_end_symbols_in_answers_are_escaped_and_counted(task, answer, stored):
 
 def test_empty_answers_are_dropped_where_there_are_others():
     changes = Changes()
-    checked = check_row(row(turns=(Turn("q", ("", "a", " ", "a")),)), web=False, settings=SETTINGS, changes=changes)
-    assert checked.turns[0].answers == ("a", "a")
-    assert changes == {"empty_answer_dropped": 1}
+    turns = (Turn("q", ("", "a", "a")), Turn("r", ("b###", " ")))
+    checked = check_row(row(turns=turns), web=False, settings=SETTINGS, changes=changes)
+    assert [turn.answers for turn in checked.turns] == [("a", "a"), ("b# # #",)]
+    assert changes == {"empty_answer_dropped": 1, "end_symbol_escaped": 1}, "rows are counted"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pipelines.data.ingest import deduplicate
 from pipelines.data.ingest.deduplicate import find_near_duplicates, first_occurrences
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=30))
 def test_first_occurrence_is_the_first_equal_row(pairs):
     hashes = np.array(pairs, dtype=np.uint64).reshape(-1, 2)

@@ -49,7 +49,7 @@ def quarantine(folder):
     return [json.loads(line) for line in (folder / "out/quarantine.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_row_costs_itself_alone(tmp_path, name):
     write(tmp_path, HOSTILE[name])

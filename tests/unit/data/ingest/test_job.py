@@ -144,6 +144,9 @@ def test_statistics_of_a_shard_are_those_of_the_rows_that_stay(tmp_path):
         {"least": 2, "mean": 3, "most": 4},
     ]
     assert [each["width"]["most"] for each in found] == [48, 51, 53]
+    report = json.loads(Path(result["report_json"]).read_text())
+    files = list((tmp_path / "out").glob("part-*.arrow"))
+    assert (report["shards"], report["bytes"]) == (3, sum(file.stat().st_size for file in files))
 
 
 def test_small_units_are_gathered_and_rows_keep_their_order(tmp_path):
@@ -230,11 +233,16 @@ def test_overwrite_reads_everything_again_and_until_it_is_done_there_is_no_manif
 
     def looking(*arguments):
         there.append((tmp_path / "out/manifest.json").exists())
+        if len(there) == 1:
+            raise KeyboardInterrupt
         return publish(*arguments)
 
     monkeypatch.setattr(ingest_module, "publish", looking)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(settings(tmp_path, overwrite=True))
+    assert ingest(settings(tmp_path))["reused_units"] == 1, "what replaces a set is continued, too"
     assert ingest(settings(tmp_path, overwrite=True))["reused_units"] == 0
-    assert there == [False]
+    assert there == [False] * 3
 
 
 CHANGED = {

@@ -43,6 +43,13 @@ def test_pieces_follow_one_another(staged, tmp_path):
     assert found == [f"row {n}" for n in (8, *range(9), 0, 1)]
 
 
+def test_a_shard_that_cannot_be_written_to_its_end_leaves_nothing(staged, tmp_path):
+    pieces = (Piece(staged, ShardInfo("unit.arrow", 9, 1, ""), np.array([8])), Piece(f"{staged}.gone", None, None))
+    with pytest.raises(FileNotFoundError):
+        write_shard(ShardPlan(str(tmp_path / "part.arrow"), pieces))
+    assert [path.name for path in tmp_path.iterdir()] == ["unit.arrow"]
+
+
 @pytest.mark.parametrize(
     ("rows", "num_bytes", "fits"),
     [((5, 4), (10, 10), True), ((5, 5), (10, 10), False), ((1, 1), (2**19, 2**19), True), ((1, 1), (2**20, 1), False)],

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import re
 
+import numpy as np
 import pyarrow as pa
+import pytest
+from PIL import Image
 
 from pipelines.data.ingest import report
 from pipelines.data.ingest.staging import INDEX_SCHEMA
 from pipelines.data.shard_format import Manifest
 from pipelines.data.sources.base import Rejected
+from tests.source_files import encode
+from tinygptv.data.images import open_image
+from tinygptv.data.sample import SampleRow, Turn
 
 
 def test_bars_have_their_bins_counts_and_heights():
@@ -113,3 +120,23 @@ def test_the_pages_numbers_are_those_of_the_counts():
     page = report._page(nothing, Manifest("x", (), counts), [])
     for sentence in ("No filter removed a row.", "Nothing was set apart.", "No text or box was changed."):
         assert f"<p>{sentence}</p>" in page
+
+
+@pytest.mark.parametrize(("size", "shown"), [((336, 84), (168, 42)), ((90, 120), (90, 120)), ((1000, 1), (168, 1))])
+def test_thumbnails_keep_the_aspect_ratio_and_never_grow(size, shown):
+    image = Image.new("RGB", size, (200, 30, 60))
+    small = open_image(report._thumbnail(encode(image)))
+    assert small.size == shown and np.abs(np.asarray(small, dtype=int) - (200, 30, 60)).max() <= 4
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("longest", [160, 161])
+def test_a_samples_words_and_id_are_text_of_a_bounded_length(longest):
+    question, answer = "<q>", "<" * (longest - 6)
+    sample = report._sample(SampleRow("<script>", "s", "text", (Turn(question, (answer,)),)))
+    words = f"{question} - {answer}" if longest <= 160 else f"{question} - {answer[:151]}..."
+    caption = f"<figcaption>{html.escape(words)}<i>&lt;script&gt;</i></figcaption>"
+    assert sample == f"<figure class=sample><div class=noimage>text only</div>{caption}</figure>"
+    assert "<figcaption>only an answer<i>" in report._sample(
+        SampleRow("a", "s", "text", (Turn("", ("only an answer",)),))
+    )

@@ -116,6 +116,17 @@ def test_an_input_that_cannot_be_read_to_its_end_leaves_no_file(unit_and_setting
     assert list((tmp_path / "staging").iterdir()) == []
 
 
+def test_changes_are_in_the_order_of_their_names(unit_and_settings, tmp_path, monkeypatch):
+    def changing(unit, settings, changes):
+        changes.update(["b", "c", "a", "b"])
+        return iter(())
+
+    unit, settings = unit_and_settings
+    monkeypatch.setattr(staging, "checked_rows", changing)
+    record, _ = stage_unit(unit, 0, settings, str(tmp_path / "staging"))
+    assert list(record.changes.items()) == [("a", 1), ("b", 2), ("c", 1)], "the same unit always gives the same bytes"
+
+
 def test_a_record_names_so_many_missing_images_and_no_rejection_keeps_its_own(monkeypatch):
     monkeypatch.setattr(staging, "_MOST_MISSING", 3)
     record = staging.UnitRecord("f", "0.tar", "0/")

@@ -112,6 +112,8 @@ def test_official_files_are_looked_for_in_order_in_the_folder_and_one_below(tmp_
     assert found(tmp_path, "c.json", "a.json") == ["c.json"], "in the folder itself"
     assert found(tmp_path, "b.json", "a.json") == ["annotations/b.json"], "the first name that is there"
     assert found(tmp_path / "c.json", "a.json") == [str(tmp_path / "c.json")]
+    (tmp_path / "annotations/d.json").write_text("[]")
+    assert found(tmp_path, "{b,d}.json") == ["annotations/b.json", "annotations/d.json"], "one folder, several files"
     (tmp_path / "other/b.json").write_text("[]")
     with pytest.raises(SettingsError, match=r"holds b\.json more than once, in .*/annotations and .*/other: name one"):
         found(tmp_path, "b.json")

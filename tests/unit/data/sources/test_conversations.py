@@ -29,6 +29,13 @@ def talk(*pairs):
         (talk(("human", "q"), ("gpt", "a"), ("human", "r"), ("gpt", "b")), [("q", "a"), ("r", "b")], ()),
         ([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], [("q", "a")], ()),
         ([{"user": "q", "assistant": "a", "source": "x"}], [("q", "a")], ()),
+        ([{"user": "q", "assistant": "a"}, {"from": "gpt", "value": "b"}], [("q", "a\nb")], ("messages_joined",)),
+        ([{"user": "me", "from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], [("q", "a")], ()),
+        (
+            talk(("gpt", "x"), ("system", "S"), ("human", "q"), ("gpt", "a"), ("gpt", "b"), ("human", "r")),
+            [("S\nq", "a\nb")],
+            ("first_answer_dropped", "last_question_dropped", "messages_joined", "system_message_joined"),
+        ),
         ({"from": ["human", "gpt"], "value": ["q", "a"]}, [("q", "a")], ()),
         ([{"from": " Human", "value": "q"}, {"from": "GPT", "value": "a"}], [("q", "a")], ()),
     ],
@@ -59,6 +66,12 @@ def test_sides_follow_from_and_not_positions(messages, turns, changes):
             [{"role": "user", "content": [{"type": "file"}]}, {"role": "assistant", "content": "a"}],
             "part of kind 'file'",
         ),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": 3}]}, {"role": "assistant", "content": "a"}],
+            "part of kind 'text'",
+        ),
+        (talk(("human", b"q"), ("gpt", "a")), "message 1 is no text but bytes"),
+        (talk(("human", "<audio>\nq"), ("gpt", "a")), r"about a video or a sound \(<audio>\)"),
     ],
 )
 def test_what_cannot_be_learned_the_right_way_round_is_refused(messages, reason):
@@ -80,6 +93,7 @@ def test_what_cannot_be_learned_the_right_way_round_is_refused(messages, reason)
         ("<image>\n<image>\nCompare.", "Compare.", 2),
         ("<image_1> What is in <image_1>?", "What is in ?", 1),
         ("<image_1> and <image_2>", "and", 2),
+        ("<image_1> and <IMAGE_1>", "and", 1),
         ("<|image|>What?", "What?", 1),
         (" def f(x):\n    return x\n", " def f(x):\n    return x\n", 0),
         ("an <img src=x> tag", "an <img src=x> tag", 0),
@@ -90,9 +104,9 @@ def test_marks_of_images_are_taken_out_with_the_break_beside_them(question, text
 
 
 def test_image_parts_of_messages_are_marks():
-    content = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    content = [{"type": "image"}, "Look.", {"type": "text", "text": "What?"}]
     found = read_conversation([{"role": "user", "content": content}, {"role": "assistant", "content": "a"}])
-    assert (found.num_marks, found.turns[0].question) == (1, "What?")
+    assert (found.num_marks, found.turns[0].question) == (1, "Look.\nWhat?")
 
 
 def test_marks_are_counted_over_all_questions():

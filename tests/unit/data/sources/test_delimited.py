@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+
 import pytest
 
 from pipelines import storage
@@ -28,19 +30,24 @@ def read(path):
 )
 def test_separators_quotes_and_line_breaks(tmp_path, name, text):
     path = tmp_path / name
-    path.write_bytes(text.encode())
-    [(key, fields)] = read(path)
-    assert key == "line 2" and fields["answer"] == "d" and fields["question"].split() == ["a", "b,", "c"]
+    plain = text.removeprefix("\ufeff")
+    for data in (text.encode(), plain.encode("utf-16"), codecs.BOM_UTF16_BE + plain.encode("utf-16-be")):
+        path.write_bytes(data)
+        [(key, fields)] = read(path)
+        assert key == "line 2" and fields["answer"] == "d" and fields["question"].split() == ["a", "b,", "c"]
 
 
 def test_lists_are_json_and_broken_rows_are_set_apart_alone(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text('image,answers,boxes\na,"[""x"", ""y""]",\nb,c\nd,[x,\ne,,"[[1, 2, 3, 4]]"\n')
+    deep = "[" * 100_000
+    path.write_text(f'image,answers,boxes\na,"[""x"", ""y""]",\nb,c\nd,[x,\ne,,"[[1, 2, 3, 4]]"\nf,,{deep}\ng,red,\n')
     rows = dict(read(path))
     assert rows["line 2"] == {"image": "a", "answers": ["x", "y"]}
     assert isinstance(rows["line 3"], Rejected) and "2 fields, and the header names 3" in rows["line 3"].reason
     assert isinstance(rows["line 4"], Rejected) and "answers is no JSON list" in rows["line 4"].reason
     assert rows["line 5"] == {"image": "e", "boxes": [[1, 2, 3, 4]]}
+    assert isinstance(rows["line 6"], Rejected) and "boxes is no JSON list: '[[[" in rows["line 6"].reason
+    assert rows["line 7"].reason == "answers is no JSON list: 'red'"
 
 
 def test_a_file_without_header_or_rows(tmp_path):
@@ -86,6 +93,7 @@ def test_json_lines_are_no_table(tmp_path):
         ("\ufeffimage,caption\na,b\n", {"image": "a", "caption": "b"}),
         ("image,caption;more\na,b;c\n", {"image": "a", "caption;more": "b;c"}),
         (" image , caption\na, b\n", {"image": "a", "caption": " b"}),
+        ("image,caption,task\na, ,\n", {"image": "a", "caption": " "}),
     ],
 )
 def test_names_of_columns_are_plain(tmp_path, text, fields):
@@ -102,6 +110,12 @@ def test_a_column_that_is_named_twice_is_refused(tmp_path):
 def test_rows_are_called_by_the_line_on_which_they_begin(tmp_path):
     (tmp_path / "a.csv").write_text('image,caption\n\na,"b\nc"\nd,e\n')
     assert [key for key, _ in read(tmp_path / "a.csv")] == ["line 3", "line 5"]
+    odd = "c\u2028d\x85e\x0bf\x0cg\x1ch"  # no ends of lines, whatever str.splitlines() says
+    (tmp_path / "a.csv").write_text(f'image,caption\na,{odd}\nb,"{odd}"\nc,d\n')
+    assert read(tmp_path / "a.csv") == [
+        (f"line {number}", {"image": image, "caption": caption})
+        for number, image, caption in ((2, "a", odd), (3, "b", odd), (4, "c", "d"))
+    ]
 
 
 def test_a_row_with_broken_quotes_costs_itself_alone(tmp_path):

@@ -61,6 +61,16 @@ def test_answers_that_are_none(entry):
         entries.answers_of(entry, "answer")
 
 
+def test_answers_are_found_under_their_other_names_in_a_fixed_order():
+    entry = {"direct_answers": "c", "answer": "b", "answers": "a", "own": "d"}
+    assert entries.answers_of(entry, "own") == ("d",)
+    for name, found in (("answers", "a"), ("answer", "b"), ("direct_answers", "c")):
+        assert entries.answers_of(entry, "no") == (found,)
+        del entry[name]
+    with pytest.raises(KeyError):
+        entries.answers_of(entry, "no")
+
+
 def test_validation_images_and_other_splits_do_not_train():
     def drafts(describe, entry):
         return [draft.image for draft in describe(entry, "k")]
@@ -70,8 +80,12 @@ def test_validation_images_and_other_splits_do_not_train():
     ocr = {"imageURL": "x/a.gif", "questions": ["q", "r"], "answers": ["a", "b"]}
     assert drafts(entries.ocrvqa, {**ocr, "split": 1}) == ["k.gif", "k.gif"]
     for describe, entry in (
-        (entries.coco_caption, {"image": "val2014/COCO_val2014_000000000009.jpg", "caption": "c"}),
+        *(
+            (entries.coco_caption, {"image": image, "caption": "c"})
+            for image in ("val2014/COCO_val2014_000000000009.jpg", "test2015/a.jpg", "a.jpg")
+        ),
         (entries.vqa("answer"), {"image_id": 9, "split": "val", "question": "q", "answer": "a"}),
+        (entries.ocrvqa, {**ocr, "split": 0}),
         (entries.ocrvqa, {**ocr, "split": 2}),
         (entries.ocrvqa, {**ocr, "split": 3}),
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import errno
 import os
+import urllib.parse
 
 import pytest
 
@@ -41,7 +42,9 @@ def test_names_below_the_folder(folder):
         assert images.read(name) == jpeg(0)
     (folder / "sub").mkdir()
     (folder / "sub/b.jpg").write_bytes(jpeg(2))
+    (folder / "sub/a.jpg").write_bytes(jpeg(3))
     assert images.read("sub\\b.jpg") == images.read("sub/b.jpg") == jpeg(2)
+    assert images.read("sub/a.jpg") == jpeg(3), "another image of that name was read before"
 
 
 @pytest.mark.security
@@ -52,6 +55,7 @@ def test_names_below_the_folder(folder):
         ("sub/../../secret.jpg", "outside of the image folder"),
         ("..\\secret.jpg", "outside of the image folder"),
         ("/etc/passwd", "give the folder that holds it as images="),
+        ("file:///etc/a.jpg", "give the folder that holds it as images="),
         ("", "name is empty"),
         ("  ", "name is empty"),
         ("https://example.com/a.jpg", "is a URL: download it"),
@@ -84,7 +88,11 @@ def test_a_name_that_looks_like_options_is_a_file_name(folder):
 def test_data_urls_hold_the_image(folder):
     text = base64.b64encode(jpeg(4)).decode()
     wrapped = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
-    for url in (f"data:image/jpeg;base64,{text}", f"DATA:;base64,{wrapped}", f"data:;base64,{text.replace('+', '-')}"):
+    quoted = urllib.parse.quote(text, safe="")
+    for body in (text, wrapped, text.replace("+", "-"), text.replace("/", "_"), quoted):
+        assert reader(folder).read(f"data:;base64,{body}") == jpeg(4)
+    assert {"+", "/"} < set(text) and "%" in quoted
+    for url in (f"data:image/jpeg;base64,{text}", f"DATA:image/jpeg;a=b;BASE64,{text}"):
         assert reader(folder).read(url) == jpeg(4)
 
 
@@ -111,7 +119,7 @@ def test_missing_images_say_where_they_were_looked_for(folder):
         (b"\n<!DOCTYPE html><html>", "HTML page"),
         (b"<?xml version='1.0'?><Error>", "XML"),
         (b"<svg xmlns=", "SVG"),
-        (b"\x00\x00\x00\x18ftypheic", "HEIC"),
+        *((b"\x00\x00\x00\x18ftyp" + brand, "HEIC") for brand in (b"heic", b"heix", b"mif1")),
         (b"\x00\x00\x00\x1cftypavif", "AVIF"),
         (b"anything", "known format"),
         (encode(picture(0), "PNG"), "wrong extension: it holds a PNG"),
@@ -172,6 +180,19 @@ def test_the_name_that_was_found_last_is_tried_first(tmp_path, monkeypatch):
     for n in range(3):
         images.read(f"COCO_train2014_{n:012d}.jpg")
     assert [path.endswith(f"train2017/{n:012d}.jpg") for n, path in enumerate(tried[-2:], 1)] == [True, True]
+    images = reader(tmp_path, alternatives=lambda name: (name, f"train2017/{name}"))
+    images.read(f"{0:012d}.jpg")
+    tried.clear()
+    images.read(f"{1:012d}.jpg")
+    assert tried == [f"{tmp_path}/train2017/{1:012d}.jpg"], "the last one, too"
+
+
+def test_a_name_with_fewer_alternatives_is_found_after_one_with_more(folder):
+    (folder / "deep").mkdir()
+    (folder / "deep/b.jpg").write_bytes(jpeg(1))
+    images = reader(folder, alternatives=lambda name: (name, f"deep/{name}") if name == "b.jpg" else (name,))
+    assert images.read("b.jpg") == jpeg(1)
+    assert images.read("a.jpg") == jpeg(0)
 
 
 @pytest.mark.parametrize(

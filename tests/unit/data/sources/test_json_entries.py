@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
+import random
+import zlib
+from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from pipelines import storage
 from pipelines.data.sources import json_entries, json_items
-from pipelines.data.sources.base import Rejected, SourceInput
+from pipelines.data.sources.base import Rejected, SourceInput, SourceUnit
 from pipelines.data.sources.drafts import Draft, read_drafts
 from pipelines.data.sources.json_entries import detect_form, plan_entries, read_entries
 from pipelines.settings import SettingsError
@@ -137,14 +144,31 @@ def test_bytes_that_belong_to_no_entry_are_counted(tmp_path, text, last):
 
 
 def test_damaged_compression_keeps_what_comes_before(tmp_path):
-    import random
-
     noise = random.Random(0)
     text = "".join(json.dumps({"n": n, "x": noise.random()}) + "\n" for n in range(5000))
     packed = gzip.compress(text.encode())
     found, _ = read(tmp_path / "own.jsonl.gz", packed[: len(packed) // 2])
     assert "compressed data" in found[-1][1].reason
     assert len(found) > 1000
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_list_whose_compression_is_damaged_keeps_every_row_before_it(tmp_path, encoding):
+    noise = random.Random(0)
+    text = json.dumps([{"n": n, "x": noise.random()} for n in range(5000)]).encode(encoding)
+    cut = gzip.compress(text)[:60_000]
+    before = zlib.decompressobj(wbits=31).decompress(cut).decode(encoding, "ignore")
+    found, _ = read(tmp_path / "own.json.gz", cut)
+    assert [entry["n"] for _, entry in found[:-1]] == list(range(before.count("}")))
+    assert len(found) > 1000 and "compressed data is damaged or cut off" in found[-1][1].reason
+
+
+def test_the_entry_before_the_damage_is_kept_where_it_ends_there():
+    stream = SimpleNamespace(read=Mock(side_effect=[b'[{"n": 1}, {"n": 2}', storage.DamagedFileError("cut off")]))
+    items = json_items.iterate_items(stream)
+    assert [next(items).value["n"], next(items).value["n"]] == [1, 2]
+    with pytest.raises(storage.DamagedFileError):
+        next(items)
 
 
 @pytest.mark.parametrize(
@@ -223,3 +247,145 @@ def test_of_several_lists_the_usual_name_is_taken_in_a_fixed_order(tmp_path):
         lists = {name: [{"of": name}] for name in reversed(names[number:])}
         found, _ = read(tmp_path / "a.json", json.dumps(lists))
         assert found == [("0", {"of": names[number]})]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "is_whole", "found"),
+    [
+        ("a.json", '{"a": 1}\n{"a": 2}', True, True),
+        ("a.json", '{"a": 1}\n[1]', True, False),
+        ("a.json", '{"a": 1}\n', False, False),
+        ("a.jsonl", '{"a": 1}\nx', True, True),
+        ("a.jsonl", '{"a": 1}\n', False, True),
+        ("a.json", '{"row": 1}\n', True, True),
+        ("a.json", '{"row": 1}', False, False),
+        ("a.json", '{"a": 1}', True, False),
+        ("a.jsonl", '{"a": 1}', True, True),
+        ("a.jsonl", '{"a": [{"b": 1}]}', True, False),
+        ("a.jsonl", '{"a": {"b": 1}}', True, False),
+        ("a.jsonl", '{"a": {"b": 1}, "c": 2}', True, True),
+        ("a.jsonl", '{"a": [1], "b": []}', True, True),
+        ("a.jsonl", "{}", True, True),
+        ("a.jsonl", '{"a": {\n"b": 1}}', True, False),
+        ("a.jsonl", '{ \n"b": 1}', True, False),
+        ("a.jsonl", '{"a": [\n1]}', True, False),
+        ("a.jsonl", '{"a": 1,\n"b": 1}', True, False),
+        ("a.jsonl", '{"a": 1 oops\n{"b": 1}', True, True),
+        ("a.jsonl", '"x",\n{"b": 1}', True, True),
+        ("a.jsonl", '{"a": 1, ', False, True),
+        ("a.json", '{"a": 1 oops\n{"b": 1}', True, False),
+        *((f"A.NDJSON.{ending}", "oops\n{}", True, True) for ending in ("gz", "BZ2", "zst", "xz", "lz4")),
+        ("a.jsonlines", "oops\n{}", True, True),
+        ("a.jsonl.bak", "oops\n{}", True, False),
+    ],
+)
+def test_json_lines_are_known_by_their_first_lines_or_their_name(name, text, is_whole, found):
+    assert json_entries._is_lines(name, text.encode(), is_whole, ("row",)) is found
+
+
+@pytest.mark.parametrize(("size", "is_whole"), [(9, True), (10, True), (11, False), (30, False)])
+def test_the_head_of_a_file_and_whether_it_is_all(monkeypatch, size, is_whole):
+    monkeypatch.setattr(json_entries, "_HEAD_BYTES", 10)
+    stream = io.BytesIO(b"x" * size)
+    assert json_entries._read_head(stream) == (b"x" * min(size, 10), is_whole)
+    assert stream.tell() <= 16, "no more is read"
+
+
+class Failing(io.BytesIO):
+    """Four bytes, then an error."""
+
+    def __init__(self, error, data=b"four"):
+        super().__init__(data)
+        self.error = error
+
+    def read(self, size=-1):
+        data = super().read(size)
+        if not data:
+            raise self.error
+        return data
+
+
+def test_a_head_that_is_damaged_is_not_all_and_a_disk_that_fails_is_told():
+    assert json_entries._read_head(Failing(storage.DamagedFileError("damaged"))) == (b"four", False)
+    with pytest.raises(OSError, match="disk"):
+        json_entries._read_head(Failing(OSError(5, "disk")))
+
+
+def test_a_network_that_fails_is_no_damage_of_the_file(tmp_path, monkeypatch):
+    """pyarrow's errors of a bucket have no number, as its errors of damaged compression: a retry finds the rows."""
+    away = OSError("When reading s3://bucket/a.json: AWS Error NETWORK_CONNECTION")
+    packed = "a".encode("utf-16")
+    damaged = json_entries._Transcoded(Failing(storage.DamagedFileError("damaged"), packed), "utf-16")
+    assert damaged.read(9) == b"a"
+    with pytest.raises(storage.DamagedFileError):
+        damaged.read(9)
+    for read in (json_entries._read_head, lambda stream: json_entries._Transcoded(stream, "utf-16").read(9)):
+        with pytest.raises(OSError, match="NETWORK_CONNECTION"):
+            read(Failing(away, packed))
+    (tmp_path / "a.json").write_text('[{"a": 1}]')
+    (file,) = storage.find_files(str(tmp_path / "a.json"))
+    monkeypatch.setattr(json_entries, "open_entries", lambda location: nullcontext(Failing(away, b"[1,")))
+    form = json_entries.JsonForm("list", is_packed=True)
+    unit = SourceUnit.of_file(SourceInput("x", str(tmp_path), "", "x", ""), file, json_entries.JsonDetails(form))
+    for read in (lambda: json_entries._all_items(file, form), lambda: list(json_entries.read_entries(unit))):
+        with pytest.raises(OSError, match="NETWORK_CONNECTION"):
+            read()
+
+
+def test_a_transcoded_stream_gives_what_is_asked_for(monkeypatch):
+    monkeypatch.setattr("pipelines.storage.COPY_BYTES", 3)
+
+    def stream(data):
+        return json_entries._Transcoded(io.BytesIO(data), "utf-16")
+
+    text = "caf\u00e9 \u4e2d"
+    packed, plain = text.encode("utf-16"), text.encode()
+    found = stream(packed)
+    assert [found.read(2), found.read(3), found.read(), found.read(5), found.read()] == [
+        plain[:2],
+        plain[2:5],
+        plain[5:],
+        b"",
+        b"",
+    ]
+    assert found.readable() and io.BufferedReader(stream(packed), 4).read() == plain
+    assert stream(packed[:-1]).read() == "caf\u00e9 \ufffd".encode(), "half a character"
+    buffer = bytearray(4)
+    assert (stream(packed).readinto(buffer), bytes(buffer)) == (4, plain[:4])
+
+
+def numbers_of(items):
+    return [item.value["a"] for item in items if item.value]
+
+
+@pytest.mark.parametrize("kind", ["list", "lines"])
+def test_what_a_packed_files_reader_needs_is_made_of_all_its_entries(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(json_entries, "_LINE_CHUNK", 1000)
+    monkeypatch.setattr(json_items, "_CHUNK_BYTES", 1000)
+    noise = np.random.default_rng(0).random(3000).tolist()
+    entries = [json.dumps({"a": n, "x": x}) for n, x in enumerate(noise)]
+    packed = gzip.compress(("\n".join(entries) if kind == "lines" else f"[{','.join(entries)}]").encode())
+    path = tmp_path / "own.json.gz"
+    for data, least in ((packed, 3000), (packed[: len(packed) // 2], 500)):
+        path.write_bytes(data)
+        (file,) = storage.find_files(str(path))
+        source, form = SourceInput("x", str(path), "", "x", ""), detect_form(file)
+        (unit,) = plan_entries(source, file, form, about=numbers_of)
+        numbers = unit.details.extra
+        assert numbers == list(range(len(numbers))) and least <= len(numbers) <= 3000
+        assert (len(numbers) == 3000) is (data == packed)
+
+
+def test_broken_entries_say_where_and_why(tmp_path):
+    found, _ = read(tmp_path / "own.json", b'[{"a": 1}, oops, {"b": "caf\xe9"}, {"c": "tab\there"}]')
+    assert [entry.reason for _, entry in found[1:3]] == [
+        "the entry (from byte 11) is no valid JSON: Expecting value: line 1 column 1 (char 0)",
+        "the entry (from byte 17) is not UTF-8 text (byte 10 of it)",
+    ]
+    assert found[3] == ("3", {"c": "tab\there"}), "a raw control character"
+    found, _ = read(tmp_path / "own.jsonl", b'{"a": 1}\n{"a": \n{"b": "caf\xe9"}\n\xef\xbb\xbf{}\n')
+    assert [(key, entry.reason[:28]) for key, entry in found[1:]] == [
+        ("line 2", "the line is no valid JSON: E"),
+        ("line 3", "the line is not UTF-8 text ("),
+        ("line 4", "the line is no valid JSON: U"),
+    ], "a byte order mark belongs to the first line"

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines import storage
 from pipelines.data.sources import json_entries, locate
 from pipelines.data.sources import json_items as items_module
-from pipelines.data.sources.base import Rejected
+from pipelines.data.sources.base import Rejected, SourceInput
 from pipelines.data.sources.json_items import JsonDamage, iterate_items, split_items
 from pipelines.data.sources.pickles import UnsafePickleError, load_plain_pickle
 from pipelines.settings import PrepareDataSettings, SettingsError
@@ -32,7 +33,7 @@ class Dripping(io.BytesIO):
         return super().read(min(size, 7) if size and size > 0 else 7)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(VALUES, max_size=8), st.booleans(), st.sampled_from([None, 1]))
 def test_list_items_are_found_where_they_lie(values, ascii_only, indent):
     data = json.dumps(values, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass")
@@ -40,7 +41,7 @@ def test_list_items_are_found_where_they_lie(values, ascii_only, indent):
     assert [json.loads(data[item.start : item.stop]) for item in found] == values
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30)
 @given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), VALUES, max_size=6))
 def test_object_items_keep_their_keys_and_slices_can_be_split_again(values):
     data = json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass")
@@ -230,7 +231,107 @@ def test_reference_without_annotation_or_of_another_split(tmp_path, images):
     ref = {"ref_id": 1, "ann_id": 5, "image_id": 9, "split": "train", "sentences": [{"raw": "Dog."}]}
     refs = [ref, {**ref, "ref_id": 2, "ann_id": 6}, {**ref, "ref_id": 3, "split": "val"}, {"ref_id": 4}]
     (tmp_path / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
-    (tmp_path / "instances.json").write_text(json.dumps({"annotations": [{"id": 5, "bbox": [1, 2, 3, 4]}]}))
+    (tmp_path / "instances.json").write_text(json.dumps({"annotations": [{"id": 5, "bbox": [1, 2, 3, 4]}, {"id": 6}]}))
     found = read("refcoco", tmp_path, images)
     assert found[0].boxes == ((1.0, 2.0, 4.0, 6.0),)
     assert [(entry.key, entry.filter) for entry in found[1:]] == [("2", ""), ("3", "split"), ("4", "")]
+    assert found[1].reason == "annotation 6 is not in instances.json", "it has no box"
+
+
+@pytest.mark.parametrize(
+    ("data", "kinds"),
+    [
+        (b"", {}),
+        (b"[1]", {}),
+        (b"{}", {}),
+        (b'{"a": [{"b": 1}], "c": [1], "d": {"e": 1}, "f": 2, "g": []}', dict(zip("acdfg", "lodxx", strict=True))),
+        (b'{"a": {"b": 1}, "c": [{"d"', {"a": "d", "c": "l"}),
+        (b'{"a": {"b": 1} "c": 1}', {"a": "d"}),
+        (b'{"a": 1}, {"b": 2}', {"a": "x"}),
+        (b"{3: 1}", {}),
+    ],
+)
+def test_an_outline_names_the_kinds_of_an_objects_members(data, kinds):
+    words = {"l": "list", "d": "object", "o": "other", "x": "other"}
+    assert items_module.outline(Dripping(data)) == {key: words[kind] for key, kind in kinds.items()}
+
+
+def test_an_outline_looks_at_the_first_members_and_tells_a_failing_disk(monkeypatch):
+    monkeypatch.setattr(items_module, "_LOOKED_AT", 3)
+    assert list(items_module.outline(io.BytesIO(json.dumps(dict.fromkeys("abcde")).encode()))) == ["a", "b", "c"]
+
+    def failing(error):
+        stream = io.BytesIO(b'{"a": 1, ')
+        original = stream.read
+        reads = iter([original])
+
+        class Stream:
+            def read(self, size):
+                return next(reads, lambda size: (_ for _ in ()).throw(error))(size)
+
+        return Stream()
+
+    assert items_module.outline(failing(storage.DamagedFileError("damaged"))) in ({}, {"a": "other"})
+    for error in (OSError(5, "disk"), OSError("the network's disk")):  # pyarrow's errors of a bucket have no number
+        with pytest.raises(OSError, match="disk"):
+            items_module.outline(failing(error))
+
+
+@pytest.mark.parametrize(
+    ("data", "member", "found", "damage"),
+    [
+        (b'{"a": [1], "a": [2]}', "a", [1, 2], ""),
+        (b'{"a": [1]', "a", [1], "after byte 9"),
+        (b'{"a": {"a": [9]}}', "a", [], ""),
+        (b'{"a": [1]} {"a": [2]}', "a", [1, 2], ""),
+        (b'{"a": 1, "b": [2]}', "", [1, [2]], ""),
+        (b"[1]]", "", [1], "after byte 3 there is text that belongs to no entry"),
+        (b"[1] x", "", [1], "after byte 4 there is text that belongs to no entry"),
+        (b'{"a" 1}', "", [], "after byte 6"),
+        (b'{"a": 1', "", [1], "after byte 7"),
+        (b"x", "", [], "does not start as JSON"),
+        (b"", "", [], "does not start as JSON"),
+    ],
+)
+def test_items_up_to_the_damage_which_is_located(data, member, found, damage):
+    items, values = iterate_items(Dripping(data), member), []
+    if damage:
+        with pytest.raises(JsonDamage, match=damage):
+            for item in items:
+                values.append(item.value)
+    else:
+        values = [item.value for item in items]
+    assert values == found
+
+
+def test_lists_of_one_file_are_its_parts():
+    assert [item.part for item in iterate_items(io.BytesIO(b'[1, 2] [3] {"a": 4}'))] == [1, 1, 2, 3]
+    assert [item.part for item in iterate_items(io.BytesIO(b'{"a": [1], "b": 0, "a": [2]}'), "a")] == [1, 2]
+    kept = list(iterate_items(io.BytesIO(b'{"k": "caf\xc3\xa9"}'), keep_data=True))
+    assert [(item.key, item.data, item.start, item.value_start, item.stop) for item in kept] == [
+        ("k", b'"caf\xc3\xa9"', 1, 6, 13)
+    ]
+
+
+def test_slices_are_the_bytes_of_their_entries_and_say_the_number_of_the_first(tmp_path):
+    def planned(name, text, member=""):
+        path = tmp_path / name
+        path.write_bytes(text)
+        (file,) = storage.find_files(str(path))
+        form = json_entries.detect_form(file, member)
+        source = SourceInput("x", str(path), "", "x", "")
+        units = list(json_entries.plan_entries(source, file, form, "extra", entries_per_unit=2))
+        assert {(unit.num_bytes, unit.details.extra, unit.details.form) for unit in units} == {
+            (len(text), "extra", form)
+        }
+        return [(text[unit.start : unit.stop], unit.first) for unit in units]
+
+    assert planned("a.json", b' [ {"a":1} , {"a":2}, {"a":3} ] ') == [(b'{"a":1} , {"a":2}', 0), (b'{"a":3}', 2)]
+    assert planned("b.json", b'{"x": {"a":1}, "y": {}, "z": {}}') == [(b'"x": {"a":1}, "y": {}', 0), (b'"z": {}', 2)]
+    assert planned("c.json", b'{"i": 1, "data": [{"a":1}], "rows": 2}', "data") == [(b'{"a":1}', 0)]
+    assert planned("d.json", b'[{"a":1}] [{"a":2}, {"a":3}]') == [(b'{"a":1}', 0), (b'{"a":2}, {"a":3}', 1)]
+    assert planned("e.jsonl", b'{"a":1}\n{"a":2}\n\n{"a":3}\n{"a":4}') == [
+        (b'{"a":1}\n{"a":2}\n', 0),
+        (b'\n{"a":3}\n', 2),
+        (b'{"a":4}', 4),
+    ]

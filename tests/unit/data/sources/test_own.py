@@ -95,7 +95,7 @@ def test_task_of_rows_that_name_none(folder):
         ({"image": "../a.jpg", "caption": "x"}, "is outside of the image folder"),
         ({"image": "a.jpg", "question": "q", "answers": "not a list"}, "not a list"),
         ({"image": "a.jpg", "turns": [{"question": "q"}]}, "answer"),
-        ({"image": "a.jpg", "question": "q", "answer": "a", "boxes": [[1, 2]]}, "malformed"),
+        ({"image": "a.jpg", "question": "q", "answer": "a", "boxes": [[1, 2]]}, "box [1, 2] is not x1, y1, x2, y2"),
     ],
 )
 def test_broken_line_is_set_apart_with_its_number(folder, line, reason):
@@ -137,6 +137,8 @@ def test_hugging_face_folder_with_splits(folder):
     )
     saved = datasets.Dataset.from_dict(rows, features=features)
     datasets.DatasetDict(train=saved, test=saved.select([0])).save_to_disk(folder / "set")
+    (file,) = (folder / "set/train").glob("*.arrow")
+    (file.parent / "other.arrow").write_bytes(file.read_bytes())  # its list does not name it
     found = read("hf", folder / "set", task="vqa")
     assert [row.turns[0] for row in found] == [Turn(f"q{n}", ("a", "b")) for n in range(5)]
     assert all(row.image.startswith(b"\x89PNG") for row in found)

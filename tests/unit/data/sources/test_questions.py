@@ -24,7 +24,7 @@ def write(folder, name="v2_mscoco_train2014_annotations.json", count=5):
     (folder / "000000000009.jpg").write_bytes(jpeg(0))
     questions = [{"question_id": n, "image_id": 9, "question": f"q{n}"} for n in range(count)]
     annotations = [
-        {"question_id": n, "answers": [{"answer": f"caf\u00e9 {n}"}, {"answer": "x"}, {"answer": 3}]}
+        {"question_id": n, "answers": [{"answer": f"caf\u00e9 {n}"}, {"answer": "x"}, {"answer": 3}, {"answer": "x"}]}
         for n in range(count - 1)
     ]
     (folder / QUESTIONS).write_text(json.dumps({"questions": questions}))
@@ -38,7 +38,9 @@ def test_a_slice_carries_the_answers_of_its_questions(tmp_path, monkeypatch):
     reader, units = plan(tmp_path)
     assert [list(unit.details.extra.answers) for unit in units] == [[0, 1], [2, 3], []]
     rows = [found for unit in units for found in reader.read(unit)]
-    assert [row.turns[0].answers for row in rows[:4]] == [(f"caf\u00e9 {n}", "x") for n in range(4)]
+    assert [row.turns[0].answers for row in rows[:4]] == [(f"caf\u00e9 {n}", "x", "x") for n in range(4)], (
+        "given twice, drawn twice"
+    )
     assert isinstance(rows[4], Rejected) and "question 4 has no answers" in rows[4].reason
 
 

@@ -162,6 +162,7 @@ def test_tables_without_splits_are_all_of_them_in_order_without_leftovers(tmp_pa
     for name in ("b.parquet", "data/a.arrow", "a.arrow", "c.feather", "cache-0123456789abcdef.arrow", "tmpx8f2.arrow"):
         write(tmp_path / name, name)
     write(tmp_path / "indices-1.arrow", "order")
+    write(tmp_path / "data/cache-0123456789abcdef.arrow", "of a folder")
     assert questions(read("hf", tmp_path)) == ["a.arrow", "b.parquet", "c.feather", "data/a.arrow"]
 
 

@@ -1,0 +1,150 @@
+"""Compiling the CPU kernels: what is tried, kept and said."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import pathlib
+import stat
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinygptv.kernels import host_library
+from tinygptv.kernels.host_library import compiled_library, find_compiler, processor_options
+
+HAS_COMPILER = host_library.host_library() is not None
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs x86 with AVX2 and a C compiler")
+
+
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """Compilers that are run; they write what they are called with."""
+    ran = []
+
+    def run(command, **_):
+        ran.append(command)
+        with pathlib.Path(command[command.index("-o") + 1]).open("w") as file:
+            file.write(" ".join(command))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(host_library, "CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setenv("CC", "env -i")
+    return ran
+
+
+def test_a_library_is_compiled_once_per_processor_and_sources(commands, tmp_path, monkeypatch):
+    library = compiled_library(("-mavx2",))
+    assert library.parent == tmp_path / "cache" and stat.S_IMODE(library.parent.stat().st_mode) == 0o700
+    assert [path.name for path in library.parent.iterdir()] == [library.name], "no parts are left"
+    (command,) = commands
+    assert [Path(part).name for part in command if part.endswith(".c")] == list(host_library.SOURCES)
+    assert {"-O3", "-mavx2", "-shared"} <= set(command) and command[1] == "-i"
+    assert compiled_library(("-mavx2",)) == library and len(commands) == 1
+    other = compiled_library(("-mfma",))
+    assert other != library and other.is_file() and library.is_file()
+    monkeypatch.setattr(host_library, "OPTIONS", ("-O2",))
+    assert compiled_library(("-mavx2",)) != library
+
+
+def test_the_cache_lies_in_the_users_home(commands, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(host_library, "CACHE_DIR", Path("~/kernels"))
+    assert compiled_library(()).parent == tmp_path / "kernels"
+
+
+def test_where_the_cache_cannot_be_written_the_library_is_the_processs_own(commands, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    first, second = compiled_library(()), compiled_library(())
+    assert first != second and first.is_file() and tmp_path not in first.parents
+
+
+def test_compilers_are_looked_for_by_name(monkeypatch):
+    monkeypatch.setenv("CC", "ccache gcc")
+    monkeypatch.setattr(host_library.shutil, "which", {"ccache": "/bin/ccache"}.get)
+    assert find_compiler() == ("/bin/ccache", "gcc")
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(host_library.shutil, "which", {"clang": "/bin/clang", "gcc": "/bin/gcc"}.get)
+    assert find_compiler() == ("/bin/gcc",)
+    monkeypatch.setattr(host_library.shutil, "which", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"no C compiler found \(cc, gcc, clang\); install gcc"):
+        find_compiler()
+
+
+@pytest.mark.parametrize(
+    ("avx512", "vnni", "avx2", "first"),
+    [
+        (True, True, True, "-mavx512f"),
+        (True, False, True, "-mavx2"),
+        (False, True, True, "-mavx2"),
+        (False,) * 3 + ("",),
+    ],
+)
+def test_options_are_those_of_the_processor(monkeypatch, avx512, vnni, avx2, first):
+    for name, value in (("avx512", avx512), ("vnni", vnni), ("avx2", avx2)):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda value=value: value)
+    assert (processor_options() or ("",))[0] == first
+
+
+@pytest.mark.parametrize("reason", ["no compiler", "fails", "cannot be loaded"])
+def test_without_a_library_torch_does_it_and_the_log_says_why(monkeypatch, caplog, commands, reason):
+    monkeypatch.delenv(host_library.SWITCH, raising=False)
+    monkeypatch.setattr(host_library, "processor_options", lambda: ("-mavx2",))
+    if reason == "no compiler":
+        monkeypatch.setattr(host_library.shutil, "which", lambda name: None)
+    elif reason == "fails":
+        monkeypatch.setattr(subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, "", "no such option"))
+    with caplog.at_level(logging.WARNING):
+        assert host_library._load.__wrapped__() is None
+    said = {"no compiler": "no C compiler found", "fails": "no such option", "cannot be loaded": "invalid ELF header"}
+    assert "torch's kernels, which are slower" in caplog.text and said[reason] in caplog.text
+
+
+@pytest.mark.parametrize("switch", ["off", "OFF"])
+def test_the_switch_keeps_torchs_kernels_without_a_word(monkeypatch, caplog, switch):
+    monkeypatch.setenv(host_library.SWITCH, switch)
+    assert host_library._load.__wrapped__() is None and not caplog.text
+
+
+@needs_compiler
+def test_items_are_done_once_each_by_the_threads_that_are_there():
+    library = host_library.host_library()
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+    done = []
+    share = library.share_items
+    share.argtypes = [kind, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    for count, threads in ((0, 2), (1, 2), (7, 1), (100, 3), (3, 8), (5, 2), (1000, 4)):
+        share(kind(lambda _, item: done.append(item)), None, count, threads)
+        assert sorted(done) == list(range(count))
+        done.clear()
+    # Items that share items themselves are callers at the same time. The second has threads, a third none.
+    both = threading.Barrier(2)
+    together = kind(lambda _, item: both.wait(timeout=60))
+    share(kind(lambda _, item: None if item else share(together, None, 2, 2)), None, 2, 2)
+    assert not both.broken
+    share(kind(lambda _, item: share(kind(lambda _, inner: done.append((item, inner))), None, 3, 2)), None, 5, 2)
+    assert sorted(done) == [(item, inner) for item in range(5) for inner in range(3)]
+
+
+@needs_compiler
+def test_a_forked_process_has_threads_of_its_own():
+    """A fork takes along what the pool knows of its threads, but no thread except its caller's."""
+    share = host_library.host_library().share_items
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+    share.argtypes = [kind, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    both = threading.Barrier(2)
+    together = kind(lambda _, item: both.wait(timeout=60))  # only two threads at once get past it
+    within = kind(lambda _, item: None if item else share(together, None, 2, 2))
+    share(together, None, 2, 2)
+    share(within, None, 2, 2)
+    child = os.fork()
+    if not child:
+        share(together, None, 2, 2)
+        share(within, None, 2, 2)
+        os._exit(both.broken)
+    assert os.waitpid(child, 0)[1] == 0

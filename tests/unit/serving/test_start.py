@@ -1,0 +1,326 @@
+"""Start and stop: what is looked for before Ray starts, what is asked of Ray Serve, and that all of it ends again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import ray
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
+from pipelines.serving import foreground, run
+from pipelines.serving.run import ServingError, deploy, serve_address, serving, shut_down
+from pipelines.settings import ServeSettings, SettingsError
+
+
+@pytest.fixture
+def order(monkeypatch):
+    """What is done in which order, by a cluster and a Serve that only note it; the artifact is found as ``/found``."""
+    done = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    for name in run.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(run, "check_artifact", lambda settings: f"/found/{settings.artifact}")
+    monkeypatch.setattr(run, "_claim_port", lambda host, port: done.append(("port", host, port)) or port or 4321)
+
+    @contextlib.contextmanager
+    def start_ray(settings):
+        done.append(("ray", settings.artifact, os.environ["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"]))
+        yield
+        done.append("ray ends")
+
+    monkeypatch.setattr(run, "start_ray", start_ray)
+    monkeypatch.setattr(run, "check_resources", lambda *asked: done.append(asked))
+    monkeypatch.setattr(run, "serve_address", lambda: None)
+    monkeypatch.setattr(run, "shut_down", lambda: done.append("serve ends"))
+    monkeypatch.setattr(serve, "delete", lambda name: done.append(("delete", name)))
+    return done
+
+
+@pytest.fixture
+def deployed(order, monkeypatch):
+    monkeypatch.setattr(run, "_deploy", lambda settings: order.append(("deploy", settings.artifact)) or "http://here")
+    return order
+
+
+def start(**settings):
+    with serving(ServeSettings(**{"artifact": "x", **settings})) as address:
+        return address
+
+
+def test_ray_is_started_with_serves_environment_and_all_ends_again(deployed):
+    assert start(num_gpus=0.5, num_replicas=3, cpus_per_replica=2, port=77) == "http://here"
+    assert deployed == [
+        ("port", "127.0.0.1", 77),
+        ("ray", "/found/x", "1"),
+        ({"CPU": 2.0, "GPU": 0.5}, "serving (num_replicas=3, cpus_per_replica=2, num_gpus=0.5)", 3),
+        ("deploy", "/found/x"),
+        "serve ends",
+        "ray ends",
+    ]
+    guard = "pipelines.serving.connections:guard_connections"
+    assert os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == guard
+
+
+def test_a_service_that_ran_before_stays_and_a_failure_ends_what_was_started(deployed, monkeypatch):
+    monkeypatch.setattr(run, "serve_address", lambda: "http://before")
+    start()
+    assert deployed[-2:] == [("delete", "tinygptv"), "ray ends"]
+
+    def fails(settings):
+        raise ServingError("no")
+
+    monkeypatch.setattr(run, "_deploy", fails)
+    monkeypatch.setattr(run, "serve_address", lambda: None)
+    with pytest.raises(ServingError):
+        start()
+    assert deployed[-1] == "serve ends"
+
+
+@pytest.mark.parametrize("by", ["settings", "environment", "this process"])
+def test_the_port_of_a_cluster_that_runs_is_its_own_matter(deployed, monkeypatch, by):
+    if by == "environment":
+        monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "is_initialized", lambda: by == "this process")
+    monkeypatch.setenv("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "9")
+    start(**({"ray_address": "auto"} if by == "settings" else {}))
+    assert deployed[0] == ("ray", "/found/x", "9"), "what the environment says stays"
+
+
+# ------------------------------------------------------------------------------------------------------- deploy
+
+
+@pytest.fixture
+def asked(order, monkeypatch):
+    monkeypatch.setattr(run, "build_app", lambda settings: ("app", settings.artifact))
+    monkeypatch.setattr(serve, "start", lambda **options: order.append(options["http_options"]))
+    monkeypatch.setattr(serve, "run", lambda app, name, route_prefix: order.append((app, name, route_prefix)))
+    monkeypatch.setattr(run, "_wait_until_healthy", lambda address: order.append(("healthy", address)))
+    monkeypatch.setattr(run, "_num_replicas", lambda: 0)
+    return order
+
+
+COUNT_REPLICAS = run._num_replicas
+APP = (("app", "/found/x"), "tinygptv", "/")
+
+
+@pytest.mark.parametrize(("port", "url"), [(77, "http://127.0.0.1:77"), (0, "http://127.0.0.1:4321")])
+def test_serve_is_started_where_it_does_not_run(asked, port, url):
+    assert deploy(ServeSettings(artifact="x", host="0.0.0.0", port=port, api_keys=["k"])) == url
+    options = {"host": "0.0.0.0", "port": port or 4321}
+    assert asked == [("port", "0.0.0.0", port), options, APP, ("healthy", url)]
+
+
+@pytest.mark.parametrize("error", [TimeoutError("HTTP proxies not available"), ray.exceptions.ActorDiedError()])
+def test_a_serve_that_is_too_slow_for_itself_is_waited_for(asked, monkeypatch, caplog, error):
+    errors, start = [error], serve.start
+
+    def slow(**options):
+        start(**options)
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setattr(serve, "start", slow)
+    deploy(ServeSettings(artifact="x", port=77))
+    options = {"host": "127.0.0.1", "port": 77}
+    assert asked == [("port", "127.0.0.1", 77), options, options, APP, ("healthy", "http://127.0.0.1:77")]
+    assert caplog.messages == ["Ray Serve takes more than a minute to start on this busy machine; waiting for it."]
+
+
+def test_a_replacement_needs_room_beside_the_model_that_answers_meanwhile(asked, monkeypatch):
+    """Ray would wait for it for ever."""
+    states = {"RUNNING": 2, "STARTING": 1}
+    model = SimpleNamespace(deployments={"model": SimpleNamespace(replica_states=states)})
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={"other": None, "tinygptv": model}))
+    for num_old, gpus, wanted in ((3, 0, 5), (1, 0, 3), (0, 0, None), (3, 1, None)):
+        asked.clear()
+        states.update(RUNNING=num_old, STARTING=0)
+        monkeypatch.setattr(run, "_num_replicas", COUNT_REPLICAS)
+        deploy(ServeSettings(artifact="x", num_replicas=2, cpus_per_replica=1.5, num_gpus=gpus))
+        checks = [entry for entry in asked if isinstance(entry, tuple) and isinstance(entry[0], dict)]
+        beside = f"beside {num_old} that answer{'' if num_old == 3 else 's'} until then"
+        what = f"replacing the served model (num_replicas=2, cpus_per_replica=1.5, {beside})"
+        assert checks == ([({"CPU": 1.5}, what, wanted)] if wanted else [])
+        assert not checks or asked.index(checks[0]) < asked.index(APP)
+    for applications in ({}, {"tinygptv": SimpleNamespace(deployments={})}):
+        monkeypatch.setattr(serve, "status", lambda found=applications: SimpleNamespace(applications=found))
+        assert COUNT_REPLICAS() == 0
+
+
+@pytest.mark.parametrize(
+    "call", [lambda settings: start(**settings), lambda settings: deploy(ServeSettings(**settings))]
+)
+def test_an_open_server_without_keys_is_told_once(asked, monkeypatch, caplog, call):
+    monkeypatch.delenv(run.KEYS_VARIABLE, raising=False)
+    call({"host": "0.0.0.0"})
+    assert len(caplog.messages) == 1 and "there are no API keys" in caplog.text
+
+
+@pytest.mark.parametrize(("port", "warns"), [(77, True), (0, False), (5, False)])
+def test_the_address_of_a_serve_that_runs_stays(asked, monkeypatch, caplog, port, warns):
+    monkeypatch.setattr(run, "serve_address", lambda: "http://127.0.0.1:5")
+    assert deploy(ServeSettings(artifact="x", port=port)) == "http://127.0.0.1:5"
+    assert asked == [APP, ("healthy", "http://127.0.0.1:5")]
+    warned = ["Ray Serve is running at http://127.0.0.1:5; the model is served there."]
+    assert caplog.messages == (warned if warns else [])
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, RayServeException])
+def test_a_model_that_does_not_start_is_one_sentence(asked, monkeypatch, kind):
+    def fails(*_, **__):
+        raise kind("deploying\nValueError: the folder is empty\n")
+
+    monkeypatch.setattr(serve, "run", fails)
+    with pytest.raises(ServingError, match=r"^the model did not start: ValueError: the folder is empty$"):
+        deploy(ServeSettings(artifact="x"))
+    assert issubclass(ServingError, ValueError) and not issubclass(ServingError, SettingsError)
+    assert ("healthy", "http://127.0.0.1:8000") not in asked
+
+
+def test_a_service_is_ready_when_its_health_is_good(monkeypatch):
+    statuses = [SimpleNamespace(status_code=status) for status in (404, 503, 200)]
+    answers = [httpx.ConnectError("refused"), *statuses]
+    asked, slept = [], []
+
+    def get(url, **options):
+        asked.append((url, options))
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(run.httpx, "get", get)
+    monkeypatch.setattr(run.time, "sleep", slept.append)
+    run._wait_until_healthy("http://a")
+    assert asked == [("http://a/healthz", {"timeout": 10, "trust_env": False})] * 4 and slept == [0.2] * 3
+    now = iter(range(0, 5000, 125))
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(now))
+    answers[:] = [SimpleNamespace(status_code=500)] * 9
+    with pytest.raises(ServingError, match=r"^http://a/healthz did not become healthy within 300 s\.$"):
+        run._wait_until_healthy("http://a")
+    assert len(answers) == 7, "at 125 and 250 s"
+
+
+@pytest.mark.parametrize(
+    ("client", "address"),
+    [
+        (SimpleNamespace(http_config=SimpleNamespace(host="0.0.0.0", port=81)), "http://127.0.0.1:81"),
+        (None, None),
+        (RayServeException("gone"), None),
+    ],
+)
+def test_where_serve_listens(monkeypatch, client, address):
+    def get(raise_if_no_controller_running):
+        assert raise_if_no_controller_running is False
+        if isinstance(client, Exception):
+            raise client
+        return client
+
+    monkeypatch.setattr(serve.context, "_get_global_client", get)
+    assert serve_address() == address
+
+
+@pytest.mark.parametrize("looks", [0, 2])
+def test_serve_has_stopped_when_its_controller_is_gone(monkeypatch, looks):
+    done = []
+    controller = SimpleNamespace(graceful_shutdown=SimpleNamespace(remote=lambda wait: ("stop", wait)))
+    client = SimpleNamespace(_controller=controller, _shutdown=False)
+
+    def get_actor(name, namespace):
+        done.append((name, namespace))
+        if len(done) > looks + 1:
+            raise ValueError("no such actor")
+
+    monkeypatch.setattr(serve.context, "_get_global_client", lambda raise_if_no_controller_running: client)
+    monkeypatch.setattr(ray, "get", done.append)
+    monkeypatch.setattr(ray, "get_actor", get_actor)
+    monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(serve, "shutdown", lambda: done.append(("shutdown", client._shutdown)))
+    shut_down()
+    assert done[0] == ("stop", False) and done[-1] == ("shutdown", True)
+    assert done[1:-1] == [("SERVE_CONTROLLER_ACTOR", "serve")] * (looks + 1)
+    done.clear()
+    monkeypatch.setattr(serve.context, "_get_global_client", lambda raise_if_no_controller_running: None)
+    shut_down()
+    assert done == []
+
+
+def test_a_controller_that_stays_is_not_waited_for_without_an_end(monkeypatch):
+    client = SimpleNamespace(_controller=SimpleNamespace(graceful_shutdown=SimpleNamespace(remote=lambda wait: 0)))
+    now = iter(range(0, 1000, 10))
+    done = []
+    monkeypatch.setattr(serve.context, "_get_global_client", lambda raise_if_no_controller_running: client)
+    monkeypatch.setattr(ray, "get", lambda _: None)
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: done.append("looked"))
+    monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(serve, "shutdown", lambda: done.append("shutdown"))
+    shut_down()
+    assert done == ["looked", "looked", "shutdown"], "at 10 and 20 of 30 s"
+
+
+# --------------------------------------------------------------------------------------------------- foreground
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_foreground_serves_until_a_signal(monkeypatch, capsys, number):
+    handlers, done = {}, []
+
+    @contextlib.contextmanager
+    def start(settings):
+        assert not handlers, "Ray sets its own while it starts"
+        done.append(settings.num_replicas)
+        yield "http://a:1"
+        done.append("stopped")
+
+    class Event:
+        is_set = False
+
+        def set(self):
+            self.is_set = True
+
+        def wait(self):
+            assert "is ready" in capsys.readouterr().out
+            handlers[number](number, None)
+            assert self.is_set
+
+    monkeypatch.setattr(run, "serving", start)
+    monkeypatch.setattr(foreground.signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(foreground, "threading", SimpleNamespace(Event=Event))
+    foreground.serve_until_stopped(ServeSettings(num_replicas=2))
+    assert done == [2, "stopped"] and set(handlers) == {signal.SIGINT, signal.SIGTERM}
+    assert capsys.readouterr().out == "Stopping ...\n"
+
+
+def test_the_foreground_says_what_it_does(monkeypatch, capsys):
+    monkeypatch.setattr(run, "serving", lambda settings: contextlib.nullcontext("http://a:1"))
+    monkeypatch.setattr(foreground.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(foreground, "threading", SimpleNamespace(Event=lambda: SimpleNamespace(wait=lambda: None)))
+    for replicas, text in ((1, "1 replica"), (2, "2 replicas")):
+        foreground.serve_until_stopped(ServeSettings(num_replicas=replicas))
+        assert capsys.readouterr().out.splitlines() == [
+            f"Starting Ray and {text} of the model (about 20 s) ...",
+            "TinyGPT-V is ready: http://a:1 (web page), http://a:1/v1 (API). Ctrl-C stops it.",
+            "Stopping ...",
+        ]
+
+
+# --------------------------------------------------------------------------------------------------------- ports
+
+
+def test_a_port_is_claimed_at_its_address_and_free_again():
+    port = run._claim_port("127.0.0.1", 0)
+    assert run._claim_port("127.0.0.1", port) == port
+    with socket.create_server(("127.0.0.1", port)):
+        with pytest.raises(SettingsError) as caught:
+            run._claim_port("127.0.0.1", port)
+        assert str(caught.value) == (
+            f"cannot listen on 127.0.0.1 port {port}: Address already in use; choose another port=."
+        )

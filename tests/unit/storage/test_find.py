@@ -1,0 +1,111 @@
+"""Patterns: what they match, what they leave out, what of them is warned about, and how found files are named."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from pyarrow.fs import LocalFileSystem
+
+from pipelines import storage
+from pipelines.storage import Location, find, retry
+from pipelines.storage.find import find_below, find_files
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name in ("a1/x.tar", "a2/x.tar", "b/x.tar", "b/y.txt", "b/deep/x.tar"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "c.tar").mkdir()
+    (tmp_path / "d.tar").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*.tar", ["d.tar"]),
+        ("{a1,b}/x.tar", ["a1/x.tar", "b/x.tar"]),
+        ("a[12]/*", ["a1/x.tar", "a2/x.tar"]),
+        ("b/{x.tar,y.txt}", ["x.tar", "y.txt"]),
+        ("b/*/x.tar", ["x.tar"]),
+        ("?/y.*", ["y.txt"]),
+        ("{a{1..2},b}/x.tar", ["a1/x.tar", "a2/x.tar", "b/x.tar"]),
+        ("*/x.tar/z", []),
+        ("nowhere/*.tar", []),
+        ("nowhere/*/x.tar", []),
+        ("b", []),
+    ],
+)
+def test_a_pattern_matches_files_level_by_level(tree, pattern, names):
+    found = find_files(f"{tree}/{pattern}")
+    assert [file.name for file in found] == names
+    assert all(file.location.path.endswith(file.name) for file in found)
+    for file in found:
+        stat = (tree / file.location.path).stat()
+        assert (file.num_bytes, file.modified_ns) == (stat.st_size, stat.st_mtime_ns)
+
+
+@pytest.mark.parametrize("pattern", ["a[12]/*", "{a1,a2}/x.tar", "a1/x.tar"])
+def test_every_look_at_a_bucket_is_tried_again(tree, monkeypatch, pattern):
+    pauses, calls = [], []
+    monkeypatch.setattr(retry.time, "sleep", pauses.append)
+
+    def get_file_info(asked):
+        calls.append(asked)
+        if len(calls) == fails_at:
+            raise OSError("503 Slow Down")
+        return LocalFileSystem().get_file_info(asked)
+
+    flaky = SimpleNamespace(get_file_info=get_file_info)
+    monkeypatch.setattr(find, "resolve", lambda location: (flaky, f"{tree}/{location.path}"))
+    fails_at = 0
+    expected = find_files(Location("s3://bucket", pattern))
+    assert expected and not pauses
+    for fails_at in range(1, len(calls) + 1):
+        calls.clear()
+        assert find_files(Location("s3://bucket", pattern)) == expected
+        assert len(pauses) == fails_at
+
+
+def test_only_what_is_named_and_missing_beside_what_is_there_is_warned_about(tree, caplog):
+    for pattern, tells in (("{a1,a2}/x.tar", True), ("{a1,a3}/x.tar", False), ("{n1,n2}/x.tar", True)):
+        find_files(f"{tree}/{pattern}", tells_missing=tells)
+    assert caplog.text == ""
+    find_files(f"{tree}/a{{0..6}}/x.tar")
+    assert caplog.messages == ["5 of 7 are missing: a0/x.tar, a3/x.tar, a4/x.tar .."]
+
+
+def test_below_a_folder_that_is_missing_is_nothing(tmp_path):
+    assert find_below(str(tmp_path / "none")) == [] == find_below("memory://nothing/none")
+    storage.write_atomically("memory://root-of/a", b"xy")
+    assert [(file.name, file.num_bytes) for file in find_below("memory://root-of")] == [("a", 2)]
+
+
+@pytest.mark.parametrize(
+    ("paths", "common"),
+    [
+        (["/a/b/c/1", "/a/b/d/2"], "/a/b/"),
+        (["/x/a/z/1", "/x/b/z/2"], "/x/"),
+        (["/a/b/1"], "/a/b/"),
+        (["/a/b/1", "/a/2"], "/a/"),
+        (["/a/1", "/b/1"], "/"),
+    ],
+)
+def test_names_are_relative_to_the_folder_that_all_share(paths, common):
+    assert find._common_folder(paths) == common
+
+
+@pytest.mark.parametrize("path", ["bucket/a", "/bucket/a"])
+@pytest.mark.parametrize("prefix", ["bucket/", "/bucket/"])
+def test_file_systems_may_begin_their_paths_with_a_slash(path, prefix):
+    assert find._without_prefix(path, prefix) == "a"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [("{9..11}", ["9", "10", "11"]), ("{08..10}", ["08", "09", "10"]), ("{3..2}", []), ("{,a}b", ["b", "ab"])],
+)
+def test_numbers_have_the_width_of_the_first_bound(pattern, names):
+    assert storage.expand_braces(pattern) == names

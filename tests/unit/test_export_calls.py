@@ -1,0 +1,240 @@
+"""The order of an export: what is refused before work, what is written where, what the model goes through."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import export as module
+from pipelines import storage
+from pipelines.export import ExportError, export
+from pipelines.fingerprint import FINGERPRINT_FILE, Fingerprint, OtherInputsError
+from pipelines.json_files import write_json
+from pipelines.settings import QuantizeSettings, SettingsError
+from tinygptv.checkpoint.folders import write_folder
+
+METADATA = {"bytes": 9, "drift": {"loss": -0.25, "answer_agreement": 0.5}}
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """An export whose work is noted and not done."""
+    found = {"access": [], "inputs": [], "sent": []}
+    monkeypatch.setattr(module, "checked_checkpoint", lambda location: found.setdefault("checked", tmp_path / "start"))
+    monkeypatch.setattr(module, "_fingerprint", lambda settings, start: Fingerprint.of("quantize", seed=settings.seed))
+    monkeypatch.setattr(module, "held_out_rows", lambda settings: (list(range(300)), "rows of x"))
+    monkeypatch.setattr(module, "read_metadata", lambda folder: METADATA)
+    monkeypatch.setattr(module, "_track", lambda *given: found.setdefault("tracked", given) and None)
+    monkeypatch.setattr(module, "_write", lambda *given: found.update(written=given) or given[2].mkdir(parents=True))
+    monkeypatch.setattr(storage, "check_access", lambda at, writes=False: found["access"].append((at.uri, writes)))
+    monkeypatch.setattr(module, "refuse_inputs", lambda *given: found["inputs"].append(given))
+    monkeypatch.setattr(storage, "upload_folder", lambda *given: found["sent"].append(given))
+    return found
+
+
+def test_what_cannot_be_done_is_refused_before_any_work(calls, monkeypatch):
+    for given, told in (
+        ({}, "give checkpoint=DIR, the checkpoint folder to quantize."),
+        (
+            {"checkpoint": "c", "register_as": "x", "tracking_uri": "none"},
+            "register_as needs MLflow, but tracking_uri=none switches it off: drop one of the two.",
+        ),
+        ({"checkpoint": "c", "method": "int3"}, "method='int3' is unknown; there are: nf4, int4, int8, cpu"),
+    ):
+        with pytest.raises(SettingsError) as error:
+            export(QuantizeSettings(**given))
+        assert str(error.value).startswith(told)
+    assert calls == {"access": [], "inputs": [], "sent": []}
+
+
+def test_an_artifact_is_made_and_its_result_written(calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = export(QuantizeSettings(checkpoint="c", tracking_uri="none", method="cpu4", data="d"))
+    output = tmp_path / "outputs/mini/artifact"
+    assert {key: value for key, value in result.items() if key != "seconds"} == {
+        "bytes": 9,
+        "drift": -0.25,  # rounded weights may be better by chance
+        "answer_agreement": 0.5,
+        "checkpoint": f"{tmp_path}/c",
+        "artifact": str(output),
+        "method": "cpu4",
+        "version": None,
+        "result": f"{output}/result.json",
+    }
+    assert 0 <= result["seconds"] < 60 and json.loads((output / "result.json").read_text()) == result
+    assert calls["access"] == [(str(output), True)] and calls["inputs"] == [([str(output)], [f"{tmp_path}/c", "d"])]
+    _, start, folder, rows, data, fingerprint = calls["written"]
+    assert (start, folder, rows, data) == (tmp_path / "start", output, list(range(300)), "rows of x")
+    assert fingerprint.inputs == {"job": "quantize", "seed": 0} and calls["sent"] == []
+    assert calls["tracked"][1:4] == (f"{tmp_path}/c", output, METADATA)
+
+
+def test_an_artifact_of_a_bucket_is_made_here_and_sent_whole(calls, tmp_path):
+    place = f"memory://artifacts/{tmp_path.name}"
+    result = export(QuantizeSettings(checkpoint="c", tracking_uri="none", output=place))
+    ((folder, target, last),) = calls["sent"]
+    assert (target.uri, last, folder.name) == (place, "manifest.json", "artifact")
+    assert folder == calls["written"][2] and folder.parent.name.startswith("artifact-")
+    assert result["artifact"] == place and json.loads(storage.read_bytes(f"{place}/result.json")) == result
+
+
+def artifact(folder, fingerprint):
+    def fill(staging):
+        (staging / "quantization.json").write_text("{}")
+        write_json(staging / FINGERPRINT_FILE, dict(fingerprint.inputs))
+
+    return write_folder(folder, fill)
+
+
+def test_only_a_whole_artifact_of_the_same_inputs_is_finished(tmp_path):
+    mine, other = Fingerprint.of("quantize", seed=0), Fingerprint.of("quantize", seed=1)
+    folder = tmp_path / "artifact"
+    output = storage.Location.parse(str(folder))
+
+    def finished(fingerprint=mine, **how):
+        return module._finished_result(folder, output, fingerprint, **{"overwrite": False, **how})
+
+    assert finished() is None, "nothing is there"
+    folder.mkdir()
+    assert finished() is None, "an empty folder"
+    (folder / "notes.txt").write_text("x")
+    with pytest.raises(SettingsError, match=rf"output={folder} holds something that is no artifact: give an empty or"):
+        finished()
+    (folder / "notes.txt").unlink(), folder.rmdir()
+    folder.write_text("a file")
+    with pytest.raises(SettingsError, match="holds something that is no artifact"):
+        finished()
+    folder.unlink()
+    artifact(folder, mine)
+    assert finished() is None, "its result was not written"
+    result = {"bytes": 1, "version": None}
+    write_json(folder / "result.json", result)
+    assert finished() == result and finished(overwrite=True) is None
+    with pytest.raises(OtherInputsError, match=rf"{folder} holds results of other inputs: seed was 0, is now 1"):
+        finished(other)
+    assert finished(other, overwrite=True) is None
+    (folder / FINGERPRINT_FILE).write_text("{")
+    with pytest.raises(OtherInputsError, match="seed was absent, is now 0"):
+        finished()
+    (folder / "quantization.json").write_text("{} ")
+    write_json(folder / FINGERPRINT_FILE, dict(mine.inputs))
+    assert finished() is None, "a file has another size than its manifest says"
+
+
+class Model:
+    def __init__(self, done, rank):
+        self.done, self.config = done, SimpleNamespace(lora_rank=rank)
+
+    def requires_grad_(self, wanted):
+        self.done.append(("requires_grad", wanted))
+
+    def merge_lora(self):
+        self.done.append("merged")
+
+    def parameters(self):
+        return []
+
+
+@pytest.mark.parametrize(("rank", "keep_lora", "merges"), [(4, False, True), (4, True, False), (0, False, False)])
+def test_the_full_model_is_measured_then_what_is_served(monkeypatch, tmp_path, rank, keep_lora, merges):
+    from tinygptv.checkpoint import checkpoint
+    from tinygptv.inference import drift
+    from tinygptv.quantization import artifact as artifacts
+
+    done, metadata = [], {"bytes": 5, "method": "cpu"}
+    model = Model(done, rank)
+    held_out = SimpleNamespace(losses=np.array([1.0]))
+
+    def write_artifact(staging, *given, encoder):
+        assert not (tmp_path / "other").exists() and staging.name not in ("artifact", "other"), "it appears at the end"
+        (staging / "x").write_text("x")
+        done.append(("write", *given[1:], encoder))
+        return metadata
+
+    def compare(full, quantized):
+        done.append("compare")
+        found = SimpleNamespace(loss=0.1, full_loss=1.0, quantized_loss=1.1)
+        found.to_dict = lambda: {"loss": 0.1}
+        return found
+
+    def write_metadata(staging, content):
+        assert content is metadata
+        done.append("metadata")
+
+    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda path: (model, "processor", {"number": 3}))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda of, device: done.append(("to", str(device))))
+    monkeypatch.setattr(drift, "measure", lambda of, *given: done.append(("measure", of, *given)) or held_out)
+    monkeypatch.setattr(drift, "compare", compare)
+    monkeypatch.setattr(artifacts, "write_artifact", write_artifact)
+    monkeypatch.setattr(artifacts, "load_artifact", lambda at, device, verify: ("quantized", str(device), verify))
+    monkeypatch.setattr(module, "bits_per_weight", lambda of: 4.56789)
+    monkeypatch.setattr(module, "source_stage", lambda stage: {"stage": stage["number"]})
+    monkeypatch.setattr(module, "write_metadata", write_metadata)
+    settings = QuantizeSettings(method="cpu", encoder="half", seed=5, max_drift=0.2, keep_lora=keep_lora)
+    fingerprint = Fingerprint.of("quantize", seed=5)
+    module._write(settings, Path("start"), tmp_path / "artifact", ["row"], "held-out", fingerprint)
+    assert done == [
+        ("requires_grad", False),
+        *(["merged"] if merges else []),
+        ("to", "cpu"),
+        ("measure", model, "processor", ["row"], 5),
+        ("to", "cpu"),
+        ("write", "processor", "cpu", torch.device("cpu"), "half"),
+        ("measure", "quantized", "processor", ["row"], 5),
+        "compare",
+        "metadata",
+    ]
+    assert metadata["bits_per_weight"] == 4.568 and metadata["stage"] == {"stage": 3}
+    assert metadata["drift"] == {"loss": 0.1, "max_loss": 0.2, "data": "held-out", "seed": 5}
+    assert json.loads((tmp_path / "artifact" / FINGERPRINT_FILE).read_text()) == fingerprint.inputs
+    with pytest.raises(
+        ExportError, match=r"method=cpu raises the held-out loss by 0\.1000 nats per token \(1\.0000 to"
+    ):
+        module._write(settings.model_copy(update={"max_drift": 0.01}), Path("s"), tmp_path / "b", [], "", fingerprint)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_card_that_is_too_small_for_the_full_model_is_told(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    model = SimpleNamespace(parameters=lambda: [SimpleNamespace(nbytes=6 << 30)])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * 10**9, 0))
+    assert module._measuring_device(model, torch.device("cuda")).type == "cpu"
+    assert caplog.messages == ["the full model (6.4 GB) is measured on the CPU: the GPU has 7.0 GB free"]
+    measured = module._measured("full", lambda *given: SimpleNamespace(losses=np.array([1.0, 2.0]), given=given), 1, 2)
+    assert measured.given == (1, 2)
+    assert caplog.messages[1].startswith("full model: held-out loss 1.5000 nats per token over 2 tokens (0.")
+
+
+def test_drawn_rows_are_of_test_scenes_by_a_seed_of_their_own():
+    rows, others = module.drawn_rows(6, seed=3), module.drawn_rows(6, seed=4)
+    assert rows == module.drawn_rows(6, seed=3) and rows != others
+    assert all(row.image.startswith(b"\xff\xd8") for row in rows if row.width)
+
+
+def test_drawn_rows_are_of_every_kind_but_captions_without_instructions(monkeypatch):
+    from tinygptv.data.sample import SampleRow
+    from tinygptv.miniature import documents
+
+    kinds = {kind: lambda scene, rng, kind=kind: SampleRow("", kind, "text", ()) for kind in ("pair", "vqa", "text")}
+    monkeypatch.setattr(documents, "KINDS", kinds)
+    rows = module.drawn_rows(5)
+    assert [(row.id, row.source) for row in rows] == [
+        (f"drawn-{n}", kind) for n, kind in enumerate(("vqa", "text", "vqa", "text", "vqa"))
+    ]
+
+
+def test_registering_without_mlflow_is_told(tmp_path, monkeypatch):
+    from pipelines.tracking.base import NullTracker
+
+    monkeypatch.setattr(module, "open_tracker", lambda settings, title, started: NullTracker())
+    drift = {"loss": 0.1, "full_loss": 1.0, "quantized_loss": 1.1, "answer_agreement": 1.0, "num_answers": 4}
+    metadata = {"bytes": 9, "method": "cpu", "drift": drift}
+    given = (str(tmp_path / "c"), tmp_path / "out", metadata, 1e9)
+    with pytest.raises(ExportError, match=f"{tmp_path}/out is written but not registered: MLflow cannot be used"):
+        module._track(QuantizeSettings(register_as="x"), *given)
+    assert module._track(QuantizeSettings(), *given) is None
