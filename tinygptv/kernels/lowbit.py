@@ -9,12 +9,14 @@ Notation: T tokens, O outputs, I inputs, P parts into which the inputs are divid
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tinygptv.kernels.shapes import BLOCK_INPUTS, BLOCK_WORDS, PackedWeight
 
@@ -108,7 +110,8 @@ def _half(pair, which: tl.constexpr):
     return bits.to(tl.float32, bitcast=True)
 
 
-_known_tables: dict[tuple[int, str], tuple[Tensor, str]] = {}
+_known_tables: MutableMapping[Tensor, tuple[Tensor, str]] = WeakTensorKeyDictionary()
+"""By the tensor itself, and as long as it lives: memory of one that is gone is given to others."""
 
 
 def _table(weight: PackedWeight) -> tuple[Tensor]:
@@ -124,11 +127,10 @@ def _lookup(weight: PackedWeight) -> str:
 def _known(weight: PackedWeight) -> tuple[Tensor, str]:
     table = weight.table
     assert table is not None, "only 4-bit weights have a table"
-    key = (table.data_ptr(), str(table.device))
-    if key not in _known_tables:
+    if table not in _known_tables:
         bits = table.bfloat16().view(torch.int16).to(torch.int32) & 0xFFFF
-        _known_tables[key] = bits, lookup_ptx(tuple(bits.tolist()))
-    return _known_tables[key]
+        _known_tables[table] = bits, lookup_ptx(tuple(bits.tolist()))
+    return _known_tables[table]
 
 
 @cache

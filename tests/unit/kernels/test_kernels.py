@@ -170,6 +170,18 @@ def test_each_table_has_its_own_lookup():
     assert found[0][1] != found[1][1]
 
 
+def test_a_table_in_the_memory_of_one_that_is_gone_has_its_own_numbers():
+    memory = torch.empty(16, device=DEVICE)  # as the allocator gives it again
+    words = _packed("nf4", 4, 128, 64)
+    numbers = words.table
+    for scale in (1, 2):
+        memory.copy_(numbers * scale)
+        table = memory.view(16)
+        weight = PackedWeight(words.codes, words.scale, None, table, 64, 128)
+        torch.testing.assert_close(lowbit.unpack(weight, torch.float32), reference.unpack(weight, torch.float32))
+        del weight, table
+
+
 def test_the_table_is_looked_up_by_permuting_bytes():
     """The PTX, carried out here: ``prmt`` as its manual defines it."""
     bits = tuple(range(0x3F80, 0x3F80 + 16 * 257, 257))
