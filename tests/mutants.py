@@ -24,52 +24,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.mutant_pieces import PIECES, Piece
 from tests.paths import ROOT
 
 OUTPUT = ROOT / "outputs/mutants"
 
 SURVIVED = (0, 5, 33, None)
 """Exit codes of pytest: all tests passed, none ran, or (33, mutmut's own) none reaches the function."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A module and the tests that hold it.
-
-    Attributes:
-        module: path of the file that is changed.
-        tests: files or folders below ``tests/unit``.
-        only: pytest's ``-k``: leaves out tests of other modules that take seconds.
-    """
-
-    module: str
-    tests: tuple[str, ...]
-    only: str = ""
-
-
-PIECES = {
-    "mixture": Piece("tinygptv/data/mixture.py", ("data/test_mixture.py",)),
-    "sample": Piece("tinygptv/data/sample.py", ("data/test_sample.py",)),
-    "collate": Piece("tinygptv/data/collate.py", ("data/test_sample.py", "data/test_collate.py")),
-    "boxes": Piece("tinygptv/data/boxes.py", ("data/test_boxes.py",)),
-    "schedule": Piece("tinygptv/training/schedule.py", ("training/test_schedule.py", "training/test_bounds.py")),
-    "train_step": Piece(
-        "tinygptv/training/train_step.py", ("training/test_train_step_calls.py", "training/test_update_calls.py")
-    ),
-    "metrics": Piece("tinygptv/metrics/metrics.py", ("metrics/test_metrics.py",)),
-    "intervals": Piece("tinygptv/metrics/intervals.py", ("metrics/test_intervals.py",)),
-    "vqa_text": Piece("tinygptv/metrics/vqa_text.py", ("metrics/test_metrics.py",)),
-    "checkpoint": Piece("tinygptv/checkpoint/checkpoint.py", ("checkpoint/test_checkpoint.py",)),
-    "folders": Piece("tinygptv/checkpoint/folders.py", ("checkpoint/test_folders.py",)),
-    "states": Piece("pipelines/training/states.py", ("training/test_states.py",), "not goes_on_bit_for_bit"),
-    "record": Piece("pipelines/training/record.py", ("training/test_record.py",)),
-    "settings": Piece("pipelines/settings/base.py", ("settings",)),
-    "protocol": Piece("pipelines/serving/protocol.py", ("serving/test_protocol.py",)),
-    "gate": Piece("pipelines/serving/gate.py", ("serving/test_gate.py",)),
-    "media": Piece("pipelines/serving/media.py", ("serving/test_media_loader.py",)),
-    "data_url": Piece("pipelines/serving/data_url.py", ("serving/test_data_url.py",)),
-    "fetch": Piece("pipelines/serving/fetch.py", ("serving/test_fetch.py",)),
-}
 
 
 @dataclass(frozen=True)
