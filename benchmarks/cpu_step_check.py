@@ -76,7 +76,9 @@ CHECKS = {
 def small_model() -> TinyGPTVForConditionalGeneration:
     """Two layers whose norms, biases and matrices are all different."""
     generator = torch.Generator().manual_seed(3)
-    model = build_model(2, **SIZES)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = build_model(2, **SIZES)
     for matrix, _ in _matrices(model):
         weight = torch.randn(matrix.weight.shape, generator=generator) * matrix.in_features**-0.5
         matrix.weight = nn.Parameter(weight, requires_grad=False)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import random
 import sys
 from collections.abc import Iterator
 from types import ModuleType
 
 import hypothesis
+import numpy as np
 import pytest
+import torch
 
 from tests.paths import GOLDEN, REALDATA, ROOT
 
@@ -32,6 +35,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
     atexit.register(gc.unfreeze)  # C++ libraries report what is never freed as leaked
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Random numbers of a test, its fixtures included, do not depend on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def pytest_report_header() -> str:

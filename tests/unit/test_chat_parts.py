@@ -138,7 +138,7 @@ def test_ctrl_c_ends_with_its_status_and_a_new_line(image, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chat, "load_for_inference", interrupt)
-    assert chat.main([str(image), "x"]) == 130 and capsys.readouterr().err == "\n"
+    assert chat.main([str(image), "x", "--model", "here"]) == 130 and capsys.readouterr().err == "\n"
 
 
 @pytest.mark.parametrize("box", [[1, 2, 3, 4], [1.5, 2, 3, 4]])

@@ -30,11 +30,6 @@ def _dtypes():
     return [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("dtype", _dtypes())
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("rms", [True, False])

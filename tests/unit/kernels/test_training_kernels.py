@@ -31,11 +31,6 @@ def _same(actual, expected):
             torch.testing.assert_close(a.float(), b.float(), atol=tolerance, rtol=tolerance)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def seeds():
     return training_functions.draw_seeds(1, torch.device(DEVICE))[0]

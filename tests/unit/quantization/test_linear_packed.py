@@ -18,11 +18,6 @@ OUTPUTS, INPUTS = 6, 192
 TABLE = torch.linspace(-1, 1, 16) ** 3
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def check(layer, matrix, bias, dtype=torch.float32):
     """The layer multiplies by this matrix, whatever the shape and number of its inputs."""
     assert isinstance(layer, PackedLinear) and (layer.out_features, layer.in_features) == tuple(matrix.shape)
