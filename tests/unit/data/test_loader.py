@@ -6,14 +6,13 @@ import itertools
 import threading
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from pipelines.data import loader
-from pipelines.data.loader import BatchMaker, CutCount, LoadPlan, build_mixture, iterate_steps, open_shards
-from pipelines.miniature.tiny_training import make_rows, make_world, train_settings
+from pipelines.data.loader import BatchMaker, LoadPlan, iterate_steps, open_shards
+from pipelines.miniature.tiny_training import make_world, train_settings
 from pipelines.training.job import resolve_job
 from tinygptv.data.images import open_image, resize_pixels
 from tinygptv.data.sample import chooser, render_sample
@@ -156,84 +155,3 @@ def test_a_source_that_was_not_prepared_is_named_with_the_others(plan):
     with pytest.raises(FileNotFoundError, match=r"/nowhere/ lacks pairs, questions: run jobs/prepare_data\.py"):
         open_shards("/nowhere/", stage)
     assert loader.CHUNK_STEPS >= 1
-
-
-# ---------------------------------------------------------------- bookkeeping, without a tokenizer
-
-
-def bare_maker(plan, **fields) -> BatchMaker:
-    """A maker without open shards."""
-    maker = object.__new__(BatchMaker)
-    maker.plan, maker.names = plan, ["pairs", "questions"]
-    for name, value in fields.items():
-        setattr(maker, name, value)
-    return maker
-
-
-def test_samples_are_named_by_the_rows_that_are_not_held_out(plan):
-    held = {"pairs": np.arange(0, 30, 2), "questions": np.arange(20)}
-    rows, encoder = make_rows("questions", 4)[3:], SimpleNamespace(encode=lambda rendered: "encoded")
-    maker = BatchMaker(replace(plan, held_out=held))
-    for step in range(3):
-        expected = []
-        for ref in maker.mixture.step(step):
-            name = maker.names[ref.source]
-            kept = np.setdiff1d(np.arange(len(maker.shards[name])), held[name])
-            expected.append(f"{name}/{maker.shards[name].row_id(int(kept[ref.row]))}")
-            read = []
-            shards = SimpleNamespace(row=lambda index, read=read: read.append(index) or rows[0])
-            loaded = bare_maker(maker.plan, shards={name: shards}, features={}, mixture=maker.mixture, encoder=encoder)
-            assert loaded.load(ref).source == ref.source and read == [kept[ref.row]], "what is read is what is named"
-        assert maker.sample_ids(step) == expected
-
-
-def test_cut_samples_are_counted_by_source(plan):
-    def sample(source, question, answer):
-        return SimpleNamespace(source=source, encoded=SimpleNamespace(question_cut=question, answer_cut=answer))
-
-    samples = [sample(0, True, False), sample(1, False, True), sample(0, True, True), sample(0, False, False)]
-    assert bare_maker(plan)._count_cut(samples) == {"pairs": CutCount(3, 2, 1), "questions": CutCount(1, 0, 1)}
-
-
-def test_features_are_those_of_the_row_and_rows_without_an_image_have_none(plan):
-    encoder = SimpleNamespace(encode=lambda rendered: "encoded")
-    maker = bare_maker(plan, encoder=encoder)
-    rows = make_rows("questions", 4)
-    shards = SimpleNamespace(row=lambda index: rows[index])
-    features = SimpleNamespace(row=lambda index: np.full((1, 1), index))
-    found = [maker.encode(shards, row, np.random.default_rng(0), 1, features) for row in range(4)]
-    assert [None if each.query_features is None else int(each.query_features[0, 0]) for each in found] == [
-        0,
-        1,
-        2,
-        None,
-    ]
-    assert all(each.pixels is None and each.source == 1 for each in found)
-    assert maker.encode(shards, 0, np.random.default_rng(0), 0).pixels.shape == (3, 28, 28)
-
-
-def test_the_plans_bounds_cut_a_step_into_micro_batches(plan, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        loader, "cut", lambda *given, **more: asked.append((*given, more)) or [slice(0, 3), slice(3, 4)]
-    )
-    monkeypatch.setattr(loader, "collate", lambda samples, pad, pack_length: (samples, pad, pack_length))
-    plan = replace(plan, micro_batch_size=3, micro_batch_tokens=77, padded=False, pack_length=64)
-    maker = bare_maker(plan, tokenizer=SimpleNamespace(pad_token_id=5))
-    long, short, middle, same = (SimpleNamespace(encoded=SimpleNamespace(input_ids=[n] * n)) for n in (9, 2, 4, 4))
-    found = maker.batch([long, middle, short, same])
-    assert found == [([short, middle, same], 5, 64), ([long], 5, 64)]
-    assert found[0][0][1] is middle and found[0][0][2] is same, "of one length, in the mixture's order"
-    plain = bare_maker(replace(plan, pack_length=0), tokenizer=SimpleNamespace(pad_token_id=5))
-    plain.batch([middle])
-    bare_maker(replace(plan, padded=True), tokenizer=plain.tokenizer).batch([middle])
-    assert asked[0] == ([2, 4, 4, 9], 3, 77, {"padded": False})
-    assert asked[1:] == [([4], 3, 77, {"padded": False}), ([4], 3, 77, {"padded": True})]
-
-
-def test_a_stages_mixture_has_its_weights_batch_sizes_and_kept_rows(plan):
-    shards = {"pairs": SimpleNamespace(shard_rows=(8, 8, 8, 6)), "questions": SimpleNamespace(shard_rows=(8, 8, 6))}
-    mixture = build_mixture(plan.stage, shards, 5, {"questions": np.array([0, 8, 9])})
-    found = {source.name: (source.weight, source.batch_size, source.shard_rows) for source in mixture.sources}
-    assert found == {"pairs": (2, 4, (8, 8, 8, 6)), "questions": (1, 3, (7, 6, 6))}
-    assert (mixture.seed, mixture.draws_per_step) == (5, 2)
