@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -41,6 +43,13 @@ def test_pieces_follow_one_another(staged, tmp_path):
     with pa.memory_map(str(tmp_path / "part.arrow")) as file:
         found = pa.ipc.open_file(file).read_all()["id"].to_pylist()
     assert found == [f"row {n}" for n in (8, *range(9), 0, 1)]
+
+
+def test_a_staged_file_that_loses_no_row_becomes_a_shard_under_a_second_name(staged, tmp_path):
+    info = ShardInfo("unit.arrow", 9, 77, "its hash", {"words": {"least": 1, "mean": 2, "most": 3}})
+    found = write_shard(ShardPlan(str(tmp_path / "part-00004.arrow"), (Piece(staged, info, None),)))
+    assert found == replace(info, file="part-00004.arrow")
+    assert (tmp_path / "part-00004.arrow").samefile(staged), "no byte is copied"
 
 
 def test_a_shard_that_cannot_be_written_to_its_end_leaves_nothing(staged, tmp_path):

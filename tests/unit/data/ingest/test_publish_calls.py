@@ -109,6 +109,28 @@ def publish_all(monkeypatch, tmp_path, staged, **changes):
     return publish.publish(settings(**changes), "laion", str(tmp_path), staged, write_shards), done
 
 
+def test_texts_have_no_near_duplicates_and_one_row_is_a_set(monkeypatch, tmp_path):
+    """Rows without an image have 0 for its hashes."""
+    texts = [line(name, content) for name, content in (("a", 1), ("b", 2))]
+    counts, _ = publish_all(monkeypatch, tmp_path, Staged([texts]))
+    assert counts == Counts(2, 2, 0, 0, 0, 0, {}, {}) and (tmp_path / "near_duplicates.jsonl").read_bytes() == b""
+    counts, done = publish_all(monkeypatch, tmp_path, Staged([texts[:1]]))
+    assert counts == Counts(1, 1, 0, 0, 0, 0, {}, {}) and done[-1] == "manifest.json"
+
+
+def test_where_nothing_is_kept_the_lists_say_why_and_there_is_no_manifest(monkeypatch, tmp_path):
+    (tmp_path / "part-00000.arrow").touch()
+    rejected = [Rejected("a", "0.tar", "image a.jpg is bad"), Rejected("b", "0.tar", "few", "min_words")]
+    with pytest.raises(publish.NothingKeptError) as error:
+        publish_all(monkeypatch, tmp_path, Staged([[]], rejected=(rejected,)))
+    assert str(error.value) == (
+        "none of the 2 samples of laion could be kept (1 of them, e.g.: image a.jpg is bad). Is it the right input? "
+        f"{tmp_path}/quarantine.jsonl lists all."
+    )
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"quarantine.jsonl", "removed.jsonl", "near_duplicates.jsonl"}
+
+
 @pytest.mark.parametrize("duplicates", ["drop", "keep"])
 def test_every_sample_is_counted_once_and_the_manifest_comes_last(monkeypatch, tmp_path, duplicates):
     """Rows 0 and 2 are the same; row 3 is a near duplicate of row 1; row 2, where it stays, is like none."""
@@ -188,17 +210,23 @@ def test_what_is_told_of_an_ingest(caplog):
         "none of the 1,234 samples of laion could be kept (2 of them, e.g.: image a.jpg is bad). Is it the right "
         "input? /out/quarantine.jsonl lists all."
     )
+    empty = publish._nothing_kept("laion", "/out", counts(rows_in=0, quarantined=0, filtered=0, filters={}), Totals())
+    assert empty.startswith("none of the 0 samples of laion could be kept")
     filtered = publish._nothing_kept("laion", "/out", counts(quarantined=1, filtered=2), totals)
     assert "(filter min_side: 1,500, filter min_words: 2)" in filtered and filtered.endswith(
         "/out/removed.jsonl lists all."
     )
 
 
-def test_hashes_of_all_units_follow_one_another():
-    units = [[[line("a", 5, 1, 2)]], [[]], [[line("b", 6, 3, 4), line("c", 7, 5, 6)]]]
+def test_hashes_of_all_units_follow_one_another_to_their_last_bit():
+    most = 2**64 - 1
+    units = [[[line("a", most << 64 | 5, most, 2)]], [[]], [[line("b", 6 << 64 | most, 3, most), line("c", 7, 5, 6)]]]
     rows = publish._read_hashes(Staged(*units))
-    assert rows.starts.tolist() == [0, 1, 1, 3] and rows.content[:, 0].tolist() == [5, 6, 7]
-    assert (rows.image.tolist(), rows.perceptual.tolist()) == ([1, 3, 5], [2, 4, 6])
+    assert rows.starts.tolist() == [0, 1, 1, 3] and rows.content.tolist() == [[5, most], [most, 6], [7, 0]]
+    assert (rows.image.tolist(), rows.perceptual.tolist()) == ([most, 3, 5], [2, most, 6])
+    assert {part.dtype for part in (rows.content, rows.image, rows.perceptual)} == {np.dtype(np.uint64)}
+    none = publish._read_hashes(Staged([[]]))
+    assert (none.starts.tolist(), none.content.shape, none.image.shape) == ([0, 0], (0, 2), (0,))
 
 
 # ---------------------------------------------------------------- the job

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, replace
 
 import pytest
 
 from pipelines.data.ingest import staging
-from pipelines.data.ingest.staging import stage_unit
+from pipelines.data.ingest.checked_rows import checked_rows
+from pipelines.data.ingest.staging import UnitRecord, read_index, read_record, stage_unit
+from pipelines.data.shard_format import BATCH_ROWS, ShardInfo
 from pipelines.data.sources import SOURCES
-from pipelines.data.sources.base import Rejected, SourceInput
+from pipelines.data.sources.base import Rejected, SourceInput, SourceUnit
 from pipelines.settings import PrepareDataSettings
-from tests.source_files import jpeg, write_web_tar
+from pipelines.storage import Location
+from tests.source_files import jpeg, sample, write_tar, write_web_tar
 from tinygptv.data.sample import SampleRow, Turn
 
 
@@ -25,6 +30,44 @@ def unit_and_settings(tmp_path):
     )
     (unit,) = SOURCES["laion"].reader.plan(SourceInput("laion", settings.input, "", "laion", ""))
     return unit, settings
+
+
+def test_a_unit_leaves_its_rows_an_index_and_a_record(tmp_path):
+    members = [*sample("a", jpeg(0), "a cat"), *sample("b", b"junk", "x"), *sample("c", jpeg(1, (60, 40)), "a big dog")]
+    write_tar(tmp_path / "7.tar", members)
+    settings = PrepareDataSettings(source="laion", input=str(tmp_path / "7.tar"), min_side=1)
+    (unit,) = SOURCES["laion"].reader.plan(SourceInput("laion", settings.input, "", "laion", ""))
+    folder = tmp_path / "staging"
+    folder.mkdir()
+    record, _ = stage_unit(unit, 7, settings, str(folder))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "unit-000007-000.arrow",
+        "unit-000007.index.arrow",
+        "unit-000007.json",
+    ]
+    found = list(checked_rows(unit, settings, Counter()))
+    entries = [one[1] for one in found if not isinstance(one, Rejected)]
+    rows, index = ((folder / f"unit-000007{name}.arrow").read_bytes() for name in ("-000", ".index"))
+    assert record == UnitRecord(
+        staging.fingerprint(unit, settings),
+        "7.tar",
+        "7/",
+        rows_in=3,
+        files=[ShardInfo("unit-000007-000.arrow", 2, len(rows), hashlib.sha256(rows).hexdigest())],
+        index_sha256=hashlib.sha256(index).hexdigest(),
+        rejected=[one for one in found if isinstance(one, Rejected)],
+    )
+    assert (record.rows, [one.key for one in record.rejected]) == (2, ["b"])
+    assert read_record(str(folder), 7) == record and read_record(str(folder), 0) is None
+    assert read_index(str(folder), 7).to_pylist() == [entry._asdict() for entry in entries]
+    assert [(entry.id, entry.width, entry.words) for entry in entries] == [("7/a", 48, 2), ("7/c", 60, 3)]
+    assert read_index(str(folder), 7, ["words", "id"]).to_pydict() == {"words": [2, 3], "id": ["7/a", "7/c"]}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": 3}', '{"files": [], "rejected": [], "missing": []}'])
+def test_a_record_that_is_none_is_not_there(tmp_path, content):
+    (tmp_path / "unit-000003.json").write_text(content)
+    assert read_record(str(tmp_path), 3) is None
 
 
 def test_a_finished_unit_is_not_read_again(unit_and_settings, tmp_path):
@@ -89,6 +132,7 @@ def text_row(number, image=None):
         (150, 0, {"shard_rows": 100}, [100, 50]),
         (128, 0, {"shard_rows": 64}, [64, 64]),
         (5, 2**18, {"shard_mb": 1}, [3, 2]),  # a row takes some bytes besides its image
+        (5, 2**18 - 256, {"shard_mb": 1}, [4, 1]),  # filled to the last byte
         (5, 400_000, {"shard_mb": 1}, [2, 2, 1]),
         (2, 2**21, {"shard_mb": 1}, [1, 1]),  # larger than a file alone
         (0, 0, {}, []),
@@ -98,16 +142,18 @@ def test_a_units_files_are_filled_up_to_their_bounds(tmp_path, count, num_bytes,
     staged = staging._StagedFiles(str(tmp_path / "unit"), PrepareDataSettings(**settings))
     for number in range(count):
         staged.add(text_row(number, bytes(num_bytes) or None), staging.IndexEntry(str(number), bytes(16)))
+        assert len(staged._rows) < BATCH_ROWS, "no more than a record batch waits in memory"
     found = staged.close()
     assert [(info.file, info.rows) for info in found] == [(f"unit-{n:03d}.arrow", rows) for n, rows in enumerate(files)]
     assert [entry.id for entry in staged.index] == [str(number) for number in range(count)]
 
 
-def test_an_input_that_cannot_be_read_to_its_end_leaves_no_file(unit_and_settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [0, 100])
+def test_an_input_that_cannot_be_read_to_its_end_leaves_no_file(unit_and_settings, tmp_path, monkeypatch, count):
     unit, settings = unit_and_settings
 
     def failing(*_):
-        yield from ((text_row(n), staging.IndexEntry(str(n), bytes(16))) for n in range(100))
+        yield from ((text_row(n), staging.IndexEntry(str(n), bytes(16))) for n in range(count))
         raise OSError("gone")
 
     monkeypatch.setattr(staging, "checked_rows", failing)
@@ -139,7 +185,7 @@ def test_a_record_names_so_many_missing_images_and_no_rejection_keeps_its_own(mo
 
 def test_a_units_fingerprint_changes_with_everything_that_it_gives(unit_and_settings, monkeypatch):
     unit, settings = unit_and_settings
-    fields = {"start": 1, "stop": 2, "first": 3, "num_bytes": 4, "modified_ns": 5, "shard": "x", "details": "images"}
+    fields = {"start": 1, "stop": 2, "first": 3, "num_bytes": 4, "modified_ns": 5, "shard": "x", "details": b"images"}
     others = [replace(unit, **{name: value}) for name, value in fields.items()]
     others.append(replace(unit, source=replace(unit.source, task="caption")))
     marks = {staging.fingerprint(each, settings) for each in (unit, *others)}
@@ -147,3 +193,14 @@ def test_a_units_fingerprint_changes_with_everything_that_it_gives(unit_and_sett
     monkeypatch.setattr(staging, "STAGING_VERSION", 0)
     marks.add(staging.fingerprint(unit, settings))
     assert len(marks) == len(others) + 3
+
+
+def test_work_of_an_earlier_program_of_this_version_is_found_again():
+    """Where a fingerprint is to change, ``STAGING_VERSION`` is raised."""
+    source = SourceInput("jsonl", "/in", "/images", "own", "caption")
+    unit = SourceUnit(source, Location("", "/in/a.jsonl"), "a.jsonl", 1, 2, 3, 4, 5, ("details",))
+    fields = dict(
+        zip(staging.CONTENT_SETTINGS, (448, 90, 4096, 256, 16, 8.0, 50.0, 1, 0.5, 0.7, "drop", 4), strict=True)
+    )
+    mark = staging.fingerprint(unit, PrepareDataSettings(**fields))
+    assert (staging.STAGING_VERSION, mark[:16]) == (4, "c8c4b9d57f8b9a9b")
