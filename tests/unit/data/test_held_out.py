@@ -46,6 +46,13 @@ def test_hashes_of_some_rows_are_theirs_in_any_shard_and_batch(tmp_path, monkeyp
     assert hold_out({"a": shards}, 0.5)["a"].tolist() == [0, 2], "below the fraction"
 
 
+def test_a_row_is_held_out_or_not_in_every_version(tmp_path):
+    """Another hash would train on what was evaluated before."""
+    images = [b"image", None, b"h" * 2048 + b"m" * 9 + b"t" * 2048]
+    found = row_hashes(shard_set(tmp_path / "a", images))
+    assert found.tolist() == [0.6844648049004679, 0.19039019081950978, 0.44485220832114647]
+
+
 def test_kept_rows_are_counted_at_the_borders_of_shards():
     held = np.array([2, 3, 5, 6])
     assert kept_counts((3, 3, 1, 2), held) == (2, 1, 0, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -43,13 +44,14 @@ def test_a_shard_may_be_empty(tmp_path):
 
 def test_rows_of_one_record_batch_find_it_once_and_few_batches_stay_open(uri, monkeypatch):
     monkeypatch.setattr(shard_sets, "_OPEN_BATCHES", 2)
+    monkeypatch.setattr(shard_sets, "_OPEN_SHARDS", 1)
     opened, found = ShardSet.open(uri), []
     original = opened._batch
     monkeypatch.setattr(opened, "_batch", lambda *where: found.append(where) or original(*where))
     opened.rows([0, 1, 2, 0])
     assert found == [(0, 0)]
     opened.rows(range(len(opened)))
-    assert len(opened._columns) == 2
+    assert (len(opened._columns), len(opened._readers)) == (2, 1)
 
 
 @pytest.mark.parametrize("index", [-1, 195, 10**9])
@@ -105,10 +107,11 @@ def test_a_set_is_found_itself_or_directly_below_by_name(tmp_path):
 
 
 def test_a_listing_that_lags_behind_is_asked_about_each_file(monkeypatch):
-    sizes = {"new": 7, "gone": -1}
+    sizes = {"new": 7, "gone": -1, "empty": 0}
     monkeypatch.setattr(shard_sets.storage, "list_names", lambda folder: {"old": 3})
     monkeypatch.setattr(shard_sets.storage, "num_bytes", lambda location: sizes[location.name])
-    assert shard_sets.sizes_of("s3://bucket/set", ["old", "new", "gone"]) == {"old": 3, "new": 7}
+    names = ["old", "new", "gone", "empty"]
+    assert shard_sets.sizes_of("s3://bucket/set", names) == {"old": 3, "new": 7, "empty": 0}
     assert shard_sets.sizes_of("/disk/set", ["old", "new", "gone"]) == {"old": 3}
 
 
@@ -121,6 +124,60 @@ def test_a_manifest_counts_rows_and_its_digest_is_that_of_the_content(uri):
         assert same.digest == manifest.digest
     for other in ((replace(first, sha256="0"), *rest), (replace(first, file="x"), *rest), (*rest, first), rest):
         assert replace(manifest, shards=tuple(other)).digest != manifest.digest
+
+
+MADE = Manifest(
+    "mine",
+    (
+        ShardInfo("part-00000.arrow", 5, 70, "aa", {"words": {"least": 1, "mean": 2.5, "most": 4}}),
+        ShardInfo("part-00001.arrow", 3, 60, "bb"),
+    ),
+    {"rows_in": 9, "rows_out": 8, "filters": {"min_side": 1}},
+    {"image_size": 448, "duplicates": "keep"},
+    batch_rows=7,
+)
+
+
+def test_a_manifest_comes_back_as_it_was_written(tmp_path):
+    (tmp_path / "manifest.json").write_bytes(MADE.to_json())
+    assert Manifest.read(str(tmp_path)) == MADE
+    content = json.loads(MADE.to_json())
+    assert content.pop("schema")["width"] == "int32"
+    assert content == {
+        "format": "tinygptv-shards",
+        "version": 1,
+        "source": "mine",
+        "rows": 8,
+        "batch_rows": 7,
+        "counts": {"rows_in": 9, "rows_out": 8, "filters": {"min_side": 1}},
+        "settings": {"image_size": 448, "duplicates": "keep"},
+        "shards": [
+            {
+                "file": "part-00000.arrow",
+                "rows": 5,
+                "bytes": 70,
+                "sha256": "aa",
+                "statistics": {"words": {"least": 1, "mean": 2.5, "most": 4}},
+            },
+            {"file": "part-00001.arrow", "rows": 3, "bytes": 60, "sha256": "bb", "statistics": {}},
+        ],
+    }
+    other = replace(MADE, settings=dict(reversed(MADE.settings.items())), counts=dict(reversed(MADE.counts.items())))
+    assert other.to_json() == MADE.to_json() and MADE.to_json().endswith(b"}\n")
+    assert MADE.digest == "0a16c634572a", "training states know their data by it"
+
+
+def test_a_writer_tells_the_size_and_hash_of_its_file(tmp_path):
+    writer = ShardWriter(str(tmp_path / "part-00003.arrow"))
+    sizes = [writer.num_bytes]
+    for start, stop in ((0, 63), (63, 64), (64, 73)):
+        writer.write(record_batch([make_row(n) for n in range(start, stop)]))
+        sizes.append(writer.num_bytes)
+    assert sizes[0] == sizes[1] < sizes[2] == sizes[3], "rows are written as soon as they are a batch"
+    info = writer.close()
+    data = (tmp_path / "part-00003.arrow").read_bytes()
+    assert info == ShardInfo("part-00003.arrow", 73, len(data), hashlib.sha256(data).hexdigest())
+    assert writer.num_bytes == len(data)
 
 
 def test_table_is_the_canonical_schema(uri):
@@ -159,7 +216,7 @@ def test_files_that_grew_are_refused_and_all_that_changed_are_named(tmp_path, ur
         ShardSet.open(str(changed)).verify()
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "footer"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "footer", "zeros"])
 def test_damaged_shards_are_named(tmp_path, uri, damage):
     copy = tmp_path / "set"
     shutil.copytree(uri, copy)
@@ -172,11 +229,12 @@ def test_damaged_shards_are_named(tmp_path, uri, damage):
         return
     place = len(data) // 2 if damage == "flipped" else len(data) - 20
     data[place : place + 8] = bytes(255 - byte for byte in data[place : place + 8])
+    data = bytes(len(data)) if damage == "zeros" else data
     path.write_bytes(data)
     shards = ShardSet.open(str(copy))
     with pytest.raises(ShardError, match=r"part-00000\.arrow does not match the manifest|part-00000\.arrow"):
         shards.verify()
-    if damage == "footer":
+    if damage in ("footer", "zeros"):
         with pytest.raises(ShardError, match=r"part-00000\.arrow cannot be read"):
             shards.row(0)
     assert shards.row(131) == make_row(131)
@@ -187,7 +245,7 @@ def test_damaged_shards_are_named(tmp_path, uri, damage):
     [
         (b"{", "is no valid JSON"),
         (b"[]", "is not of format tinygptv-shards version 1"),
-        (b'{"format": "other"}', "is not of format tinygptv-shards version 1"),
+        (b'{"format": "other", "version": 1}', "is not of format tinygptv-shards version 1"),
         (b'{"format": "tinygptv-shards", "version": 99}', "is not of format tinygptv-shards version 1"),
     ],
 )
@@ -314,8 +372,14 @@ def test_duckdb_reads_the_files(uri):
 
 def test_manifest_says_what_the_columns_are(uri):
     content = json.loads(storage.read_bytes(f"{uri}/manifest.json"))
-    assert list(content["schema"]) == sorted(SCHEMA.names)
-    assert content["rows"] == 195
+    turns = "list<item: struct<question: string, answers: list<item: string>>>"
+    columns = {"id": "string", "source": "string", "task": "string", "image": "large_binary", "width": "int32"}
+    columns |= {"height": "int32", "turns": turns, "boxes": "list<item: list<item: double>>"}
+    assert content["schema"] == columns and content["rows"] == 195
+    schema = pa.ipc.open_file(f"{uri}/part-00000.arrow").schema
+    assert {field.name: str(field.type) for field in schema} == columns
+    assert [field.name for field in schema if field.nullable] == ["image"]
+    assert schema.metadata == {b"format": b"tinygptv-shards", b"version": b"1"}
 
 
 @pytest.mark.parametrize("error", [OSError("Expected 8 bytes, got 5"), pa.ArrowInvalid("no batch")])
