@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
 from pipelines import storage
+from pipelines.data import shard_cache
 from pipelines.data.shard_cache import ShardCache
 
 
@@ -79,14 +81,49 @@ def test_a_copy_that_is_used_is_not_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "sha256", Mock(side_effect=AssertionError))
     assert cache.fetch(location, name).read_bytes() == b"shard"
     monkeypatch.undo()
-    monkeypatch.setattr(os, "utime", Mock(side_effect=[FileNotFoundError, None]))  # another process makes room
-    assert cache.fetch(location, name).exists()
+
+    def gone(path, **times):
+        Path(path).unlink()
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "utime", gone)  # another process makes room
+    assert cache.fetch(location, name).read_bytes() == b"shard"
+
+
+def test_a_use_is_noted_and_the_time_of_the_last_change_stays(tmp_path, monkeypatch):
+    location = storage.Location.parse(f"memory://noted/{tmp_path.name}.arrow")
+    storage.write_atomically(location, b"shard")
+    cache, name = ShardCache(tmp_path), hashlib.sha256(b"shard").hexdigest()
+    copy = cache.fetch(location, name)
+    os.utime(copy, ns=(111, 222))
+    monkeypatch.setattr(shard_cache.time, "time_ns", lambda: 7_000_000_123)
+    assert cache.fetch(location, name) == copy == tmp_path / f"{name}.arrow"
+    assert (copy.stat().st_atime_ns, copy.stat().st_mtime_ns) == (7_000_000_123, 222)
+
+
+def test_what_another_process_fetched_meanwhile_is_not_fetched_again(tmp_path, monkeypatch):
+    name, locks = hashlib.sha256(b"shard").hexdigest(), []
+
+    @contextmanager
+    def locked(path):
+        locks.append(path)
+        (tmp_path / f"{name}.arrow").write_bytes(b"shard")
+        yield
+
+    monkeypatch.setattr(storage, "locked", locked)
+    monkeypatch.setattr(storage, "download", Mock(side_effect=AssertionError))
+    copy = ShardCache(tmp_path).fetch(storage.Location.parse("memory://b/part-00000.arrow"), name)
+    assert copy == tmp_path / f"{name}.arrow" and locks == [tmp_path / f"{name[:2]}.lock"]
 
 
 def test_a_copy_that_another_process_removes_meanwhile_is_no_trouble(copies, monkeypatch):
     there = sorted(copies.iterdir())
     monkeypatch.setattr(Path, "iterdir", lambda folder: iter([folder / "gone.arrow", *there]))
     monkeypatch.setattr(Path, "is_file", lambda path: True)
+    unlink = Path.unlink
+    monkeypatch.setattr(
+        Path, "unlink", lambda path, **more: (unlink(path), unlink(path, **more))
+    )  # the other is faster
     ShardCache(copies, 20)._make_room(0)
     monkeypatch.undo()
     assert sorted(path.stem for path in copies.iterdir() if path.suffix in (".arrow", ".npy")) == ["a", "c"]
