@@ -1,0 +1,202 @@
+"""What an ingest asks for, in which order, and what it returns, without reading a sample."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+
+from pipelines import storage
+from pipelines.data.ingest import job
+from pipelines.data.ingest.inputs import INPUTS, STAGING, SetInputs
+from pipelines.data.ingest.publish import Counts, NothingKeptError
+from pipelines.data.ingest.staging import content_settings
+from pipelines.data.sources.base import Source, SourceInput, SourceUnit
+from pipelines.settings import PrepareDataSettings
+from pipelines.storage import Location
+from pipelines.tracking.base import NullTracker
+from tests.shard_files import write_set
+
+SOURCE = SourceInput("laion", "/in", "", "mine", "pair")
+UNITS = [SourceUnit(SOURCE, Location("", f"/in/{n}.tar"), f"{n}.tar") for n in range(3)]
+COUNTS = {"rows_in": 9, "rows_out": 5, "filters": {"min_side": 4}, "units": 3, "reused_units": 2}
+
+
+def settings(**changes):
+    return PrepareDataSettings(source="laion", **{"num_workers": 0, **changes})
+
+
+def test_a_run_is_tracked_under_its_parent_and_without_passwords(tmp_path, monkeypatch):
+    told = []
+
+    class Noting(NullTracker):
+        def params(self, values):
+            told.append(values)
+
+        def metrics(self, values, step):
+            told.append((values, step))
+
+        def artifact(self, path, folder=""):
+            told.append((path.name, path.read_text(), folder))
+
+        def close(self, status="FINISHED"):
+            told.append(status)
+
+    monkeypatch.setattr(
+        job, "open_tracker", lambda given, title, *, parent_run_id: told.append((title, parent_run_id)) or Noting()
+    )
+    names = ["report.html", "report.json", "quarantine.jsonl"]
+    for name in names:
+        (tmp_path / name).write_text(f"content of {name}")
+    given = settings(input="s3://key:secret@bucket/a.tar", min_words=3)
+    job._track(given, "mine", COUNTS, str(tmp_path), "parent")
+    assert told == [
+        ("prepare mine", "parent"),
+        {"source": "laion", "input": "s3://***@bucket/a.tar", **content_settings(given)},
+        ({"rows_in": 9, "rows_out": 5, "units": 3, "reused_units": 2}, 0),
+        *((name, f"content of {name}", "prepare_data") for name in names),
+        "FINISHED",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("finished", "overwrite", "replaces", "may_replace", "prepares"),
+    [
+        (False, False, False, False, True),
+        (False, False, True, True, True),
+        (True, False, True, True, False),
+        (True, False, False, False, False),
+        (True, True, False, True, True),
+    ],
+)
+def test_a_finished_set_is_returned_and_every_other_is_prepared(
+    tmp_path, monkeypatch, finished, overwrite, replaces, may_replace, prepares
+):
+    done, output = [], str(tmp_path / "out")
+    reader = SimpleNamespace(plan=lambda source: iter(UNITS if source is SOURCE else []))
+    known = {**COUNTS, "reused_units": 3}
+    given = settings(overwrite=overwrite)
+    inputs = SetInputs.of(SOURCE, UNITS, given)
+
+    @contextmanager
+    def alone(at):
+        done.append(("alone", at))
+        yield
+        done.append("free")
+
+    def note(name, result=None):
+        monkeypatch.setattr(job, name, lambda *asked, **more: done.append((name, *asked, *more.values())) or result)
+
+    monkeypatch.setattr(job, "locate", lambda asked: (Source("pair", reader), SOURCE))
+    monkeypatch.setattr(job, "_output_folder", lambda asked, name: output if (asked, name) == (given, "mine") else "")
+    monkeypatch.setattr(job, "_alone", alone)
+    monkeypatch.setattr(storage, "remove_folder", lambda at: done.append(("remove", at)))
+    monkeypatch.setattr(storage, "remove_drafts", lambda at: done.append(("drafts", at)))
+    note("check_output")
+    note("_finished_before", known if finished else None)
+    note("_prepare", COUNTS)
+    note("_track")
+    result = job.ingest(given, parent_run_id="parent", replaces_other=replaces)
+    assert done == [
+        ("alone", output),
+        ("check_output", output, inputs, may_replace),
+        ("drafts", output),
+        *([] if overwrite else [("_finished_before", output, inputs)]),
+        *([("_prepare", given, "mine", UNITS, output, inputs)] if prepares else []),
+        *([("_track", given, "mine", COUNTS, output, "parent")] if prepares else []),
+        ("remove", f"{output}/_staging"),
+        "free",
+    ]
+    assert json.loads((tmp_path / "out/result.json").read_text()) == result
+    seconds = result.pop("seconds")
+    assert 0 <= seconds < 60 and seconds == round(seconds, 2)
+    assert result == {**(COUNTS if prepares else known), **job._locations(output)}
+
+
+@pytest.fixture
+def preparing(tmp_path, monkeypatch):
+    """Notes what ``_prepare`` does, and which files are there when the units are read; ``kept`` is what comes out."""
+    done = {"kept": Counts(9, 5, 1, 2, 1, 0, {"min_side": 2}, {"x": 3})}
+
+    def run_units(given, units, staging):
+        there = {name for name in (INPUTS, "manifest.json") if (tmp_path / name).exists()}
+        done.update(units=units, there=there, staged={path.name for path in (tmp_path / STAGING).iterdir()})
+        assert staging == f"{tmp_path}/_staging"
+        return 2
+
+    def publish(given, name, output, staged, write):
+        done.update(published=(name, output, staged.folder, staged.num_units), write=(write.func, write.args))
+        if done["kept"] is None:
+            raise NothingKeptError("none")
+        return done["kept"]
+
+    @contextmanager
+    def start_ray(given):
+        done["ray"] = given
+        yield
+
+    monkeypatch.setattr(job, "_run_units", run_units)
+    monkeypatch.setattr(job, "publish", publish)
+    monkeypatch.setattr(job, "start_ray", start_ray)
+    monkeypatch.setattr(job.Staging, "missing", lambda staged: [("", "/a.jpg")])
+    return done
+
+
+def prepare(tmp_path, **changes):
+    given = settings(**changes)
+    inputs = SetInputs.of(SOURCE, UNITS, given)
+    return job._prepare(given, "mine", UNITS, str(tmp_path), inputs), inputs
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("replaces", [False, True])
+def test_what_an_interrupted_run_staged_is_kept_and_a_finished_set_is_not_reused(
+    tmp_path, preparing, num_workers, replaces
+):
+    (tmp_path / STAGING).mkdir()
+    (tmp_path / STAGING / "unit-000000.json").touch()
+    (tmp_path / "manifest.json").touch()
+    if replaces:
+        (tmp_path / INPUTS).touch()
+    counts, inputs = prepare(tmp_path, num_workers=num_workers)
+    assert counts == {**preparing["kept"].to_dict(), "units": 3, "reused_units": 2}
+    assert preparing["units"] == UNITS and preparing["there"] == set()
+    assert preparing["staged"] == (set() if replaces else {"unit-000000.json"})
+    assert preparing["published"] == ("mine", str(tmp_path), f"{tmp_path}/_staging", 3)
+    assert preparing["write"] == (job._write_shards, (settings(num_workers=num_workers),))
+    assert ("ray" in preparing) is bool(num_workers), "without workers there is no cluster"
+    known = SetInputs.read(str(tmp_path))
+    assert known.missing == (("", "/a.jpg"),) and known.difference(inputs) == ""
+
+
+def test_where_nothing_was_kept_no_work_and_no_inputs_are_left(tmp_path, preparing):
+    preparing["kept"] = None
+    with pytest.raises(NothingKeptError):
+        prepare(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_set_is_finished_where_its_inputs_are_the_same_and_its_files_are_sound(tmp_path, caplog):
+    given = settings()
+    inputs = SetInputs.of(SOURCE, UNITS, given)
+    output = write_set(tmp_path / "set", [5, 2])
+    assert job._finished_before(output, inputs) is None, "inputs that are not known"
+    inputs.write(output, [])
+    assert job._finished_before(output, inputs) == {"rows_in": 7, "units": 3, "reused_units": 3}
+    assert job._finished_before(output, SetInputs.of(SOURCE, UNITS[:1], given)) is None
+    image = tmp_path / "a.jpg"
+    inputs.write(output, [("", str(image))])
+    assert job._finished_before(output, inputs) is not None
+    image.touch()
+    assert job._finished_before(output, inputs) is None and "images that were missing are there now" in caplog.text
+    inputs.write(output, [])
+    part = tmp_path / "set/part-00001.arrow"
+    data = part.read_bytes()
+    part.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    caplog.clear()
+    assert job._finished_before(output, inputs) is None
+    assert "the content of part-00001.arrow does not match the manifest" in caplog.text
+    (tmp_path / "set/manifest.json").unlink()
+    assert job._finished_before(output, inputs) is None
