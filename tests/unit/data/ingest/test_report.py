@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import itertools
+import json
 import re
 
 import numpy as np
@@ -13,9 +15,10 @@ from PIL import Image
 
 from pipelines.data.ingest import report
 from pipelines.data.ingest.staging import INDEX_SCHEMA
-from pipelines.data.shard_format import Manifest
+from pipelines.data.shard_format import Manifest, ShardInfo
+from pipelines.data.shards import ShardSet
 from pipelines.data.sources.base import Rejected
-from tests.source_files import encode
+from tests.source_files import encode, picture
 from tinygptv.data.images import open_image
 from tinygptv.data.sample import SampleRow, Turn
 
@@ -27,6 +30,23 @@ def test_bars_have_their_bins_counts_and_heights():
     heights = [float(height) for height in re.findall(r' height="([\d.]+)" rx', drawing)]
     assert heights == [30, 0, 120]
     assert "<figcaption>Words</figcaption>" in drawing
+
+
+@pytest.mark.parametrize(("counts", "room"), [([4, 1], 70), ([4, 1, 2, 3, 5, 1, 2, 4], 52.5)])
+def test_bars_stand_side_by_side_over_their_lower_borders(counts, room):
+    """At most 420 wide, and no bar wider than a sixth of that."""
+    borders = (0, 0.25, 1.0, *range(3, 9))
+    drawing = report._histogram("Words", borders, [0, *counts])
+    bars = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', drawing)
+    wanted = []
+    for place, count in enumerate(counts):
+        tall = 120 * count / max(counts)
+        wanted.append([place * room + 1, 120 - tall, room - 2, tall])
+    assert [list(map(float, bar)) for bar in bars] == [pytest.approx(bar, abs=0.051) for bar in wanted]
+    labels = re.findall(r'<text x="([\d.]+)" y="133">(.*?)</text>', drawing)
+    assert [text for _, text in labels] == [f"{border:g}" for border in borders[1 : len(counts) + 1]]
+    assert [float(x) for x, _ in labels] == pytest.approx([(n + 0.5) * room for n in range(len(counts))], abs=0.051)
+    assert '<svg viewBox="0 0 420 138">' in drawing
 
 
 def test_the_last_bin_is_open():
@@ -78,6 +98,68 @@ def test_reasons_are_counted_without_names_and_numbers_and_the_first_is_the_exam
     )
     assert totals.reasons == {"image .. has N x N pixels": 2, "the key '..' of ..": 1}
     assert totals.examples["image .. has N x N pixels"] == "image a.jpg has 3 x 4 pixels"
+
+
+@pytest.mark.parametrize(
+    ("key", "reason", "general"),
+    [
+        ("a.b", "image x/a.b.JPG of a.b, not aXb", "image .. of .., not aXb"),
+        ("", "member dir/12.json has 1,200 bytes", "member .. has N,N bytes"),
+        ("a", "a cat, a", ".. cat, .."),
+        ("q", "'it' and 'that'", "'..' and '..'"),
+    ],
+)
+def test_what_differs_from_sample_to_sample_is_taken_out_of_a_reason(key, reason, general):
+    assert report.general_reason(Rejected(key, "0.tar", reason)) == general
+
+
+def test_the_report_tells_the_set_its_counts_and_the_commonest_reasons(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_MOST_REASONS", 2)
+    pages = []
+    monkeypatch.setattr(report, "_page", lambda *given: pages.append(given) or "a p\xe4ge")
+    totals = report.Totals()
+    totals.add(index((64, 32, 2000, 1, True), (128, 64, 4999, 3, False), (0, 0, 0, 5, False)))
+    for reason, count in (("rare", 1), ("b\xe4d", 3), ("odd", 2)):
+        totals.add_rejected([Rejected("k", "0.tar", reason)] * count)
+    counts = {"rows_in": 9, "rows_out": 3, "filters": {}, "changes": {}}
+    infos = (ShardInfo("a.arrow", 0, 10, "x"), ShardInfo("b.arrow", 0, 32, "y"))
+    manifest = Manifest("mine", infos, counts, {"image_size": 64})
+    report.write_report(str(tmp_path), ShardSet(str(tmp_path), manifest), totals)
+    text = (tmp_path / "report.json").read_text("utf-8")
+    content = json.loads(text)
+    assert pages == [(content, manifest, [])] and (tmp_path / "report.html").read_text("utf-8") == "a p\xe4ge"
+    assert text.endswith("}\n") and "b\xe4d" in text
+    histograms = content.pop("histograms")
+    assert content == {
+        "source": "mine",
+        "counts": counts,
+        "settings": {"image_size": 64},
+        "shards": 2,
+        "bytes": 42,
+        "images": 2,
+        "images_with_original_bytes": 1,
+        "quarantine_reasons": {"b\xe4d": 3, "odd": 2},
+    }
+    assert list(histograms) == ["width", "height", "aspect_ratio", "image_kilobytes", "words"]
+    for name, histogram in histograms.items():
+        assert histogram == {"lower_borders": list(report.BINS[name]), "rows": totals.histograms[name].tolist()}
+
+
+def test_the_page_shows_each_distribution_and_each_sample():
+    content = {"counts": {name: 0 for name in report._TILES}, "shards": 0, "quarantine_reasons": {}}
+    content["counts"] |= {"near_duplicates": 0, "filters": {}, "changes": {}}
+    rows = {name: [0, *([number] * (number + 1))] for number, name in enumerate(report.BINS)}
+    content["histograms"] = {name: {"rows": counts} for name, counts in rows.items()}
+    samples = [SampleRow(f"id {n}", "s", "pair", (Turn("q", (f"a {n}", "b")),), encode(picture(n))) for n in range(2)]
+    page = report._page(content, Manifest("x", (), content["counts"]), samples)
+    drawn = [name for name in report.BINS if sum(rows[name])]
+    bars = "".join(report._histogram(report.TITLES[name], report.BINS[name], rows[name]) for name in drawn)
+    assert f'<div class="charts">{bars}</div>' in page and "width" not in drawn
+    shown = "".join(report._sample(row) for row in samples)
+    assert f'<div class="samples">{shown}</div>' in page and "q - a 1<i>id 1</i>" in shown
+    images = re.findall(r'<img src="data:image/jpeg;base64,(.*?)" alt="">', page)
+    for data, row in zip(images, samples, strict=True):
+        assert base64.b64decode(data) == report._thumbnail(row.image)
 
 
 def test_sample_images_are_spread_over_the_whole_set():
