@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.data.ingest import deduplicate
-from pipelines.data.ingest.deduplicate import find_near_duplicates, first_occurrences
+from pipelines.data.ingest.deduplicate import NearDuplicate, find_near_duplicates, first_occurrences
 
 
 @settings(max_examples=50)
@@ -29,22 +29,33 @@ def hashes_with_neighbours(seed: int, count: int) -> np.ndarray:
     return generator.permutation(np.concatenate([base, base ^ np.array(flips, dtype=np.uint64)]))
 
 
+def double_loop(images, hashes, max_bits):
+    """The first equal hash before a row's, else the first within ``max_bits``, among the first rows of each image."""
+    found, first_rows = [], [row for row, image in enumerate(images) if image and image not in images[:row]]
+    for place, row in enumerate(first_rows):
+        bits = [bin(hashes[row] ^ hashes[earlier]).count("1") for earlier in first_rows[:place]]
+        near = bits.index(0) if 0 in bits else next((n for n, count in enumerate(bits) if count <= max_bits), None)
+        if near is not None:
+            found.append(NearDuplicate(row, first_rows[near], bits[near]))
+    return found
+
+
+@pytest.mark.parametrize("pairs_at_once", [1, 700, 1 << 22])
 @pytest.mark.parametrize("max_bits", [0, 1, 3, 4, 7])
-def test_near_duplicates_equal_a_double_loop(max_bits):
-    hashes = hashes_with_neighbours(max_bits, 150)
+def test_near_duplicates_equal_a_double_loop(max_bits, pairs_at_once, monkeypatch):
+    monkeypatch.setattr(deduplicate, "_PAIRS_AT_ONCE", pairs_at_once)
+    hashes = hashes_with_neighbours(max_bits, 60)
+    hashes = np.concatenate([hashes, hashes[3:20], hashes[:40] ^ np.uint64(1 << 63)])
     images = np.arange(1, len(hashes) + 1, dtype=np.uint64)
-    expected = []
-    for row, value in enumerate(hashes):
-        for earlier in range(row):
-            bits = bin(int(value ^ hashes[earlier])).count("1")
-            if bits <= max_bits:
-                expected.append((row, earlier, bits))
-                break
-    found = find_near_duplicates(images, hashes, max_bits)
-    assert [row for row, _, _ in expected] == [near.row for near in found]
-    for (_, _, _), near in zip(expected, found, strict=True):
-        assert near.earlier < near.row
-        assert bin(int(hashes[near.row] ^ hashes[near.earlier])).count("1") == near.bits <= max_bits
+    images[5:90:7], images[10:150:9] = 0, images[:16]  # without an image, and seen before
+    expected = double_loop(images.tolist(), hashes.tolist(), max_bits)
+    assert find_near_duplicates(images, hashes, max_bits) == expected and len(expected) > 10
+
+
+def test_hashes_of_one_word_are_compared_as_those_of_two():
+    hashes = np.array([7, 2**64 - 1, 7, 3, 2**64 - 1, 7], dtype=np.uint64)
+    assert first_occurrences(hashes).tolist() == [0, 1, 0, 3, 1, 0]
+    assert first_occurrences(hashes).dtype == np.int64
 
 
 def test_of_several_earlier_images_the_first_is_named():
@@ -79,3 +90,9 @@ def test_a_band_that_all_hashes_share_is_compared_in_bounded_parts(monkeypatch):
     found = find_near_duplicates(np.arange(1, 4001, dtype=np.uint64), hashes, 1)
     assert max(sizes) == 500
     assert len(found) > 3900
+    near = np.array([3, 5, 9, 12, 20], dtype=np.uint64)
+    monkeypatch.setattr(deduplicate, "_LARGEST_GROUP", 2)
+    parts = deduplicate._bounded(np.array([50, 10, 40, 20, 30], dtype=np.uint64), np.arange(5))
+    assert [part.tolist() for part in parts] == [[1, 3], [2, 4], [0]], "neighbours by value, each part in row order"
+    assert deduplicate._bounded(near, np.array([4])) == []
+    assert [part.tolist() for part in deduplicate._bounded(near, np.array([1, 4]))] == [[1, 4]]
