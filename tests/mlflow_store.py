@@ -24,7 +24,7 @@ class FakeStore:
     def create_experiment(self, name, location, tags):
         assert name not in self.experiments
         found = SimpleNamespace(
-            experiment_id=str(len(self.experiments)), lifecycle_stage="active", name=name, tags=tags
+            experiment_id=str(len(self.experiments)), lifecycle_stage="active", name=name, tags=tags, location=location
         )
         self.experiments[name] = found
         return found.experiment_id
@@ -75,26 +75,33 @@ class FakeStore:
         self.runs[run_id].data.params.update({param.key: param.value for param in params})
 
     def log_inputs(self, run_id, datasets):
+        assert run_id in self.runs
         self.runs[run_id].inputs = datasets
 
     def log_artifact(self, run_id, path, folder):
+        assert run_id in self.runs
         self.sent.append(("file", path, folder))
 
     def log_artifacts(self, run_id, path, folder):
+        assert run_id in self.runs
         self.sent.append(("folder", path, folder))
 
     def log_image(self, run_id, image, key, step):
+        assert run_id in self.runs
         self.sent.append(("image", image.size, key, step))
 
     def log_table(self, run_id, columns, name):
+        assert run_id in self.runs
         self.sent.append(("table", columns, name))
         rows = [list(row) for row in zip(*columns.values(), strict=True)]
         self.tables[name] = {"columns": list(columns), "data": self.tables.get(name, {"data": []})["data"] + rows}
 
     def list_artifacts(self, run_id, folder):
+        assert run_id in self.runs
         return [SimpleNamespace(path=name) for name in self.tables if name.rpartition("/")[0] == (folder or "")]
 
     def log_text(self, run_id, text, name):
+        assert run_id in self.runs
         self.tables[name] = json.loads(text)
 
     def search_logged_models(self, experiment_ids, query):

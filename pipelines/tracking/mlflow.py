@@ -238,13 +238,18 @@ class MLflowTracker:
     def _deliver_metrics(self, client: MlflowClient, entries: list[Entry]) -> None:
         from mlflow.entities import Metric
 
-        new = [
-            Metric(name, value, entry["at"], entry["step"])
-            for entry in entries
-            for name, value in self._new_values(client, entry).items()
-        ]
-        for part in _parts(new, MAX_BATCH_VALUES):
-            self._log_each(lambda values: client.log_batch(self.run_id, metrics=values), part)
+        try:
+            new = [
+                Metric(name, value, entry["at"], entry["step"])
+                for entry in entries
+                for name, value in self._new_values(client, entry).items()
+            ]
+            for part in _parts(new, MAX_BATCH_VALUES):
+                self._log_each(lambda values: client.log_batch(self.run_id, metrics=values), part)
+        except Exception:  # the entries come again: which of their values arrived, the run's history says
+            self._last_step.clear()
+            self._is_new = False
+            raise
 
     def _deliver_params(self, client: MlflowClient, values: dict[str, str]) -> None:
         """A resumed run may be given another value for a parameter, which MLflow refuses: the first one stays."""

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
+from mlflow.utils import validation as limits
 
 from pipelines.settings import Settings
 from pipelines.tracking import mlflow as module
@@ -18,6 +19,7 @@ from pipelines.tracking.described import DataInput
 from pipelines.tracking.identity import RunIdentity
 from pipelines.tracking.mlflow import MLflowTracker
 from pipelines.tracking.names import NameTable
+from pipelines.tracking.outbox import MAX_BATCH_VALUES
 from tests.mlflow_store import FakeStore
 
 REFUSED = MlflowException("wrong " + "x" * 400, INVALID_PARAMETER_VALUE)
@@ -114,6 +116,50 @@ def test_values_go_in_calls_of_so_many_and_only_new_steps(tracker, store, monkey
     assert calls == [[("b", 4), ("a", 5)], [("b", 5)]] and tracker._last_step == {"a": 5, "b": 5}
 
 
+@pytest.mark.parametrize("arrived", [0, 1, 2], ids="{} calls arrived".format)
+def test_values_that_did_not_arrive_are_sent_again_and_those_that_did_are_not(tracker, store, monkeypatch, arrived):
+    """A call may also time out after the server has taken it."""
+    monkeypatch.setattr(module, "MAX_BATCH_VALUES", 2)
+    store.create_experiment("mine", None, {})
+    run = store.create_run("0", 0, {}, "x")
+    take, calls = store.log_batch, []
+
+    def log(run_id, metrics):
+        calls.append(len(metrics))
+        if len(calls) <= arrived or len(calls) > 2:
+            take(run_id, metrics)
+        if len(calls) == 2:
+            raise ConnectionError("no answer")
+
+    monkeypatch.setattr(store, "log_batch", log)
+    entries = [{"kind": "metrics", "values": {"a": 1.0, "b": 2.0}, "step": step, "at": 1} for step in (3, 4)]
+    with pytest.raises(ConnectionError):
+        tracker._send(entries)
+    tracker._send(entries)
+    for name in "ab":
+        assert [metric.step for metric in run.data.metrics[name]] == [3, 4]
+
+
+def test_a_history_that_cannot_be_read_costs_no_value(tracker, store, monkeypatch):
+    tracker._is_new = False
+    store.create_experiment("mine", None, {})
+    run = store.create_run("0", 0, {}, "x")
+    history, asked = store.get_metric_history, []
+
+    def read(run_id, name):
+        asked.append(name)
+        if asked == ["a", "b"]:
+            raise AWAY
+        return history(run_id, name)
+
+    monkeypatch.setattr(store, "get_metric_history", read)
+    entries = [{"kind": "metrics", "values": {"a": 1.0, "b": 2.0}, "step": 5, "at": 1}]
+    with pytest.raises(MlflowException):
+        tracker._send(entries)
+    tracker._send(entries)
+    assert {name: [each.step for each in found] for name, found in run.data.metrics.items()} == {"a": [5], "b": [5]}
+
+
 def test_a_resumed_run_begins_behind_its_history(tracker, store, monkeypatch):
     tracker._is_new = False
     history = {"a": [3, 7, 5], "b": []}
@@ -153,12 +199,28 @@ def test_a_server_that_does_not_answer_is_told_without_its_password(monkeypatch,
     assert "MLflow at http://***@host does not answer; entries wait: no answer" in caplog.text
 
 
+def test_nothing_is_larger_than_mlflow_takes(tracker, store):
+    assert MAX_BATCH_VALUES <= limits.MAX_METRICS_PER_BATCH
+    assert module._BATCH_PARAMS == limits.MAX_PARAMS_TAGS_PER_BATCH
+    assert (module._PARAM_LIMIT, module._TAG_LIMIT) == (limits.MAX_PARAM_VAL_LENGTH, limits.MAX_TAG_VAL_LENGTH)
+    put = []
+    tracker._outbox = SimpleNamespace(put=lambda kind, **data: put.append((kind, data)))
+    tracker.params({"text": "x" * 9000, "a": {"b": "http://me:secret@host"}})
+    tracker.describe("y" * 9000)
+    assert put == [
+        ("params", {"values": {"text": "x" * 6000, "a.b": "http://***@host"}}),
+        ("tags", {"values": {"mlflow.note.content": "y" * 8000}}),
+    ]
+
+
 def test_errors_are_one_line_of_bounded_length_without_passwords():
     error = ValueError("a\n b http://me:secret@host " + "x" * 300)
     assert module._one_line(error).startswith("a b http://***@host xxx") and len(module._one_line(error)) <= 200
 
 
 def test_a_table_is_emptied_only_where_it_is_there(store, monkeypatch):
+    store.create_experiment("mine", None, {})
+    store.create_run("0", 0, {}, "x")
     emptied = []
     write = store.log_text
     monkeypatch.setattr(store, "log_text", lambda *given: emptied.append(given[2]) or write(*given))
@@ -208,7 +270,19 @@ def test_two_keys_of_one_name_are_told_apart_and_told(caplog):
     assert long[0] == "x" * 249 + "_" and long[1].startswith("x" * 241 + "-") and len(long[1]) == 250
 
 
-def test_the_time_of_a_run_that_begins_now_is_now(store, monkeypatch):
+def test_a_run_that_begins_now_has_its_name_and_the_time_of_now(store, monkeypatch):
     monkeypatch.setattr(module.time, "time", lambda: 12.5)
     MLflowTracker("one", "mine", "x", RunIdentity()).close()
-    assert store.runs["run0"].info.start_time == 12_500
+    assert (store.runs["run0"].info.start_time, store.runs["run0"].info.run_name) == (12_500, "x")
+    assert store.experiments["mine"].location is None, "the server decides"
+    MLflowTracker("one", "other", "x", RunIdentity(), started=0.0).close()
+    assert store.runs["run1"].info.start_time == 0
+
+
+def test_artifacts_lie_in_a_folder_of_the_experiment_that_records_them(store, tmp_path):
+    database = f"sqlite:///{tmp_path}/mlflow.db"
+    MLflowTracker(database, "mine", "x", RunIdentity()).close()
+    store.experiments["mine"].lifecycle_stage = "deleted"
+    MLflowTracker(database, "mine", "x", RunIdentity()).close()
+    locations = {name: experiment.location for name, experiment in store.experiments.items()}
+    assert locations == {name: f"{tmp_path}/mlartifacts/{name}" for name in ("mine", "mine-2")}

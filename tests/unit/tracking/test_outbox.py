@@ -92,7 +92,8 @@ def test_a_damaged_journal_costs_its_damaged_line_only(service, tmp_path, caplog
     entry = json.dumps({"kind": "tags", "values": {"a": "b"}})
     (tmp_path / JOURNAL_FILE).write_text("\n".join([entry, entry[:9], "3", "{}"]))
     Outbox(service.send, tmp_path).close()
-    assert [entry["values"] for entry in service.entries] == [{"a": "b"}] and caplog.text.count("damaged line") == 3
+    assert [entry["values"] for entry in service.entries] == [{"a": "b"}]
+    assert caplog.messages == [f"{tmp_path}/unsent.jsonl has a damaged line, which is left out."] * 3
 
 
 def test_what_stays_unsent_is_told_at_the_end(service, tmp_path, caplog):
@@ -104,9 +105,11 @@ def test_what_stays_unsent_is_told_at_the_end(service, tmp_path, caplog):
     assert f"1 entries for MLflow wait in {tmp_path / JOURNAL_FILE}" in caplog.text
     assert "1 entries for MLflow could not be sent" in caplog.text
     caplog.clear()
-    box = Outbox(service.send)
-    box.put("end", status="FINISHED")
-    box.close()
+    (tmp_path / JOURNAL_FILE).unlink()
+    for journal in (tmp_path, None):
+        box = Outbox(service.send, journal)
+        box.put("end", status="FINISHED")
+        box.close()
     assert "entries for MLflow" not in caplog.text, "an end alone is nothing to send"
 
 
@@ -158,12 +161,14 @@ def test_what_cannot_be_kept_costs_itself_and_never_the_job(tmp_path, caplog, mo
     assert "(image) cannot be kept: no space left" in caplog.text and "(table) cannot be kept: object is" in caplog.text
     assert "(params) cannot be kept: Out of range float" in caplog.text, "JSON has no NaN"
 
-    def full(place, data):
-        raise OSError("no room")
+    for error in (OSError("no room"), outbox.storage.DiskFullError("a full disk")):
 
-    monkeypatch.setattr(outbox.storage, "write_atomically", full)
-    box._write_journal()
-    assert "what MLflow did not get cannot be kept: no room" in caplog.text
+        def full(place, data, error=error):
+            raise error
+
+        monkeypatch.setattr(outbox.storage, "write_atomically", full)
+        box._write_journal()
+        assert f"what MLflow did not get cannot be kept: {error}" in caplog.text
 
 
 def test_images_and_those_of_two_processes_are_kept_apart(tmp_path):
@@ -193,7 +198,7 @@ def test_a_service_that_is_away_is_told_with_its_reason_and_what_waits(tmp_path,
 def test_an_entry_without_values_travels_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(outbox, "MAX_BATCH_VALUES", 4)
     box = standing(tmp_path)
-    for kind, values in (("end", None), ("metrics", "ab"), ("metrics", "cd"), ("metrics", "e"), ("tags", "a")):
+    for kind, values in (("end", None), ("metrics", "abc"), ("metrics", "d"), ("metrics", "e"), ("tags", "a")):
         box.put(kind, **({"values": dict.fromkeys(values, 1.0)} if values else {}))
     sizes = []
     while box._queue:

@@ -57,7 +57,9 @@ class Registry:
 def registry(monkeypatch):
     found = Registry()
     monkeypatch.setattr(mlflow, "MlflowClient", found)
-    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", lambda artifact_uri, tracking_uri: f"/{artifact_uri}")
+    monkeypatch.setattr(
+        mlflow.artifacts, "download_artifacts", lambda artifact_uri, tracking_uri: f"/{tracking_uri}/{artifact_uri}"
+    )
     return found
 
 
@@ -71,8 +73,8 @@ def test_the_alias_moves_to_the_newest_version_and_each_is_found(registry, tmp_p
     assert registry.uploads[0] == ("run1", f"{tmp_path}/artifact", "model")
     assert registry.versions["team/tiny", "2"] == ("store/run2/model", "run2", {"method": "cpu"})
     for uri, folder in (("models:/team/tiny@champion", "run2"), ("models:/team/tiny/1", "run1")):
-        assert str(download_registered_model(uri, "http://other")) == f"/store/{folder}/model"
-    assert registry.uris == ["http://mlflow:5000"] * 2 + ["http://other"] * 2
+        assert str(download_registered_model(uri, "other")) == f"/other/store/{folder}/model"
+    assert registry.uris == ["http://mlflow:5000"] * 2 + ["other"] * 2
     with pytest.raises(ValueError, match=r"MLflow at http://other has no models:/team/tiny@none: no such alias"):
         download_registered_model("models:/team/tiny@none", "http://other")
 
@@ -80,5 +82,7 @@ def test_the_alias_moves_to_the_newest_version_and_each_is_found(registry, tmp_p
 def test_the_default_registry_is_a_file_of_the_working_directory(registry, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     register_model(QuantizeSettings(), "run1", tmp_path, "tiny", "champion")
-    download_registered_model("models:/tiny@champion")
+    assert registry.versions["tiny", "1"][2] == {}
+    found = str(download_registered_model("models:/tiny@champion"))
     assert registry.uris == [f"sqlite:///{tmp_path}/mlflow.db"] * 2
+    assert found == f"/sqlite:{tmp_path}/mlflow.db/store/run1/model"
