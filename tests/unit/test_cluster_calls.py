@@ -52,6 +52,7 @@ QUIET = {"logging_level": logging.WARNING, "log_to_driver": False}
 def test_a_cluster_is_started_with_a_token_on_loopback_and_stopped_at_the_end(calls, caplog):
     with pytest.raises(KeyError), start_ray(Settings(num_cpus=3)):
         assert cluster._started_here.is_set()
+        assert cluster.ENVIRONMENT == {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
         assert {name: os.environ[name] for name in cluster.ENVIRONMENT} == cluster.ENVIRONMENT
         assert calls[-1] != "shutdown"
         assert cluster.worker_share(3) == {"worker_shares": 333_333}, "three tasks have room, a fourth has not"
@@ -96,6 +97,21 @@ def test_a_start_that_was_too_slow_is_tried_again_and_no_other_error(calls, capl
             assert len(errors) == 2
         assert len(asked) == tries and not cluster._started_here.is_set()
     assert caplog.messages == ["Ray did not start within 30 s on this busy machine; it is started again."] * 4
+
+
+def test_variables_have_the_names_that_ray_reads():
+    from ray._private import ray_constants
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    assert AUTH_MODE == "RAY_AUTH_MODE" and cluster._IN_A_JOB == RAY_JOB_CONFIG_JSON_ENV_VAR
+    assert cluster._LOOPBACK_VARIABLE == ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+
+
+def test_what_the_environment_says_already_stays(calls, monkeypatch):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    with start_ray(Settings()):
+        assert os.environ["RAY_USAGE_STATS_ENABLED"] == "1"
+        assert os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"
 
 
 def test_a_process_that_has_a_cluster_keeps_it(calls, monkeypatch):

@@ -17,6 +17,7 @@ from pipelines.fingerprint import (
     checkpoint_digest,
     claim,
     digest_of,
+    refuse_inputs,
 )
 from pipelines.settings import SettingsError
 from tinygptv.checkpoint.folders import write_folder
@@ -34,7 +35,7 @@ def test_the_same_inputs_continue_whatever_their_order(tmp_path):
     assert claim(tmp_path, fingerprint(), RESULTS) is False
     (tmp_path / "result.json").write_text("{}")
     assert claim(tmp_path, fingerprint(**{"stage": {"sources": [1, 2], "peak": 1e-3}}), RESULTS) is True
-    assert json.loads((tmp_path / FINGERPRINT_FILE).read_text()) == {
+    assert json.loads((tmp_path / "fingerprint.json").read_text()) == {
         "job": "train",
         "data.own": "abc",
         "seed": 0,
@@ -105,9 +106,21 @@ def test_results_without_recorded_inputs_are_refused_and_foreign_files_are_not(t
     (tmp_path / FINGERPRINT_FILE).unlink()
     (tmp_path / "states").mkdir()
     for overwrite in (False, True):
-        with pytest.raises(OtherInputsError, match=f"^{tmp_path} holds states, but no fingerprint"):
+        with pytest.raises(OtherInputsError, match=f"^{tmp_path} holds states, but no fingerprint.*, or remove states"):
             claim(tmp_path, fingerprint(), RESULTS, overwrite=overwrite)
     assert (tmp_path / "states").is_dir(), "it may be somebody else's"
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(OtherInputsError, match=f"^{tmp_path} holds result.json, but .*, or remove result.json"):
+        claim(tmp_path, fingerprint(), RESULTS)
+    assert not (tmp_path / FINGERPRINT_FILE).exists(), "a refusal claims nothing"
+
+
+def test_names_and_inputs_that_can_be_read_once_are_all_looked_at(tmp_path):
+    (tmp_path / "states").mkdir()
+    with pytest.raises(OtherInputsError, match="holds states, but no fingerprint"):
+        claim(tmp_path, fingerprint(), iter(RESULTS), inputs=iter(["", "/elsewhere"]))
+    with pytest.raises(SettingsError, match=r"^/out/b/c is an input, and /out/b is written by this job: give another"):
+        refuse_inputs(iter(["/out/a", "/out/b"]), iter(["", "/else", "/out/b/c"]))
 
 
 @pytest.mark.parametrize("path", ["states", "states/step-1", "../{name}/states"])
@@ -144,6 +157,8 @@ def test_a_checkpoint_is_known_by_what_it_computes_with(tmp_path):
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain/model.safetensors").write_text("w")
     before = checkpoint_digest(tmp_path / "plain")
+    (tmp_path / "plain/cache").mkdir()
+    assert checkpoint_digest(tmp_path / "plain") == before, "its files alone"
     path = tmp_path / "plain/model.safetensors"
     changed = path.stat().st_mtime_ns
     for text, seconds in (("longer", 0), ("v", 0), ("v", 1)):
@@ -178,6 +193,9 @@ def test_names_come_in_order_and_five_differences_are_all():
         ("s3://x/a/", "s3://x/a", True),
         ("s3://x/ab", "s3://x/a", False),
         ("s3://x/a", "/x/a", False),
+        ("/x/a", "s3://x/a", False),
+        ("s3://x/a/b/", "s3://x/a/b", True),
+        ("s3://x/a/b", "s3://x/a/b", True),
         ("memory://x/a", "s3://x/a", False),
         ("file:///a/b/c", "/a/b", True),
     ],

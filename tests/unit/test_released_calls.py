@@ -16,7 +16,9 @@ from pipelines.fingerprint import OtherInputsError
 from pipelines.released import MARGIN_BYTES, Plan, run_released
 from pipelines.settings import ReleasedSettings, SettingsError
 from pipelines.storage import DiskFullError
-from tinygptv.training.memory_plan import GIB
+from tinygptv.config import TinyGPTVConfig
+from tinygptv.quantization.artifact import METHODS
+from tinygptv.training.memory_plan import GIB, inference_memory
 
 PLAN = Plan("cpu", "cpu4", 3 * GIB, 5 * GIB, 7 * GIB, 9 * GIB, 2_540_000_000, 11_400_000_000)
 
@@ -131,6 +133,18 @@ def test_free_memory_is_that_of_the_machine_or_what_its_container_leaves(tmp_pat
         assert released.free_memory() == free, text
     (tmp_path / "old").write_text("70")
     assert released.free_memory() == 60
+
+
+def test_a_server_answers_with_two_thousand_tokens_beside_its_own_two_gigabytes():
+    assert released._CGROUP_LIMITS == (
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+    ), "of both versions of control groups"
+    config = TinyGPTVConfig.mini()
+    for method in ("cpu", "nf4"):
+        memory = inference_memory(config, vars(METHODS[method]), num_tokens=2048)
+        assert released.needed_bytes(config, "cpu", method) == memory.allocated + 2 * GIB
+        assert released.needed_bytes(config, "cuda", method) == memory.peak != memory.allocated
 
 
 def test_free_memory_of_a_card(monkeypatch):

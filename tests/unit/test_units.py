@@ -12,9 +12,6 @@ from pipelines import cluster
 from pipelines import units as units_module
 from pipelines.settings import Settings
 from pipelines.units import (
-    _GROUP_BYTES,
-    _TASKS_PER_WORKER,
-    ATTEMPTS,
     UnitsLostError,
     Workers,
     _Attempt,
@@ -29,6 +26,7 @@ from pipelines.units import (
 )
 
 HERE = Workers(0)
+GROUP_BYTES = 64 * 2**20
 
 
 def doubler(made):
@@ -88,7 +86,7 @@ def test_lost_units_are_named():
     [
         ([1, 1, 1, 1, 1], 2, [[0, 1], [2, 3], [4]]),
         ([1, 1, 1], 0, [[0], [1], [2]]),
-        ([_GROUP_BYTES, 1, _GROUP_BYTES - 1, 5, 5], 9, [[0], [1, 2], [3, 4]]),
+        ([GROUP_BYTES, 1, GROUP_BYTES - 1, 5, 5], 9, [[0], [1, 2], [3, 4]]),
         ([], 3, []),
     ],
 )
@@ -121,12 +119,12 @@ class Operator:
 @pytest.mark.parametrize(
     ("workers", "most", "started_here"),
     [
-        (Workers(), 2 * _TASKS_PER_WORKER, False),
+        (Workers(), 8, False),
         (Workers(3), 3, False),
-        (Workers(99, num_cpus=2.0), _TASKS_PER_WORKER, False),
-        (Workers(), 2 * _TASKS_PER_WORKER, True),
-        (Workers(1), _TASKS_PER_WORKER, True),
-        (Workers(3), 2 * _TASKS_PER_WORKER, True),
+        (Workers(99, num_cpus=2.0), 4, False),
+        (Workers(), 8, True),
+        (Workers(1), 4, True),
+        (Workers(3), 8, True),
     ],
 )
 def test_tasks_are_submitted_ahead_and_never_more_run_than_may(monkeypatch, workers, most, started_here):
@@ -153,7 +151,7 @@ def test_a_cluster_that_has_grown_gets_more_tasks(monkeypatch):
     clock = [5.0]
     monkeypatch.setattr("pipelines.units.time.monotonic", lambda: clock[0])
     policy = _TasksAhead(Workers())
-    busy = Operator(2 * _TASKS_PER_WORKER)
+    busy = Operator(8)
     assert not policy.can_add_input(busy)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     assert not policy.can_add_input(busy), "the cluster's size is asked for once a second"
@@ -162,18 +160,18 @@ def test_a_cluster_that_has_grown_gets_more_tasks(monkeypatch):
 
 
 def test_what_a_lost_process_held_is_done_again_one_by_one():
-    sizes = [1, 1, 1, 1, _GROUP_BYTES, 1, 1, 1]
+    sizes = [1, 1, 1, 1, GROUP_BYTES, 1, 1, 1]
     alone = [[n] for n in range(8)]
     grouped = [[0, 1], [2, 3], [4], [5, 6], [7]]
-    assert list(_attempts(range(8), Workers(1), None)) == [_Attempt(alone, ATTEMPTS - 1)]
-    assert list(_attempts(range(8), Workers(3), lambda unit: sizes[unit])) == [_Attempt(alone, ATTEMPTS - 1)]
+    assert list(_attempts(range(8), Workers(1), None)) == [_Attempt(alone, 3)]
+    assert list(_attempts(range(8), Workers(3), lambda unit: sizes[unit])) == [_Attempt(alone, 3)]
     assert list(_attempts(range(8), Workers(1), lambda unit: sizes[unit])) == [
         _Attempt(grouped, 0),
-        _Attempt(alone, ATTEMPTS - 2, one_by_one=True),
+        _Attempt(alone, 2, one_by_one=True),
     ]
     assert list(_attempts(range(8), Workers(1, reuse_setup=True), None)) == [
         _Attempt(alone, 1),
-        _Attempt(alone, ATTEMPTS - 3, one_by_one=True),
+        _Attempt(alone, 1, one_by_one=True),
     ]
 
 
@@ -211,7 +209,7 @@ def test_only_what_a_group_lost_is_done_again(on_ray):
     units = list("abcdefgh")
     done = list(map_units(None, units, Workers(1), Settings(), name="x", num_bytes=lambda unit: 1))
     assert done == [(unit, unit * 2) for unit in "abefghcd"]
-    assert asked == [([[0, 1], [2, 3], [4, 5], [6, 7]], 0), ([[2], [3]], ATTEMPTS - 2)]
+    assert asked == [([[0, 1], [2, 3], [4, 5], [6, 7]], 0), ([[2], [3]], 2)]
     losses += [{2, 3}, {3}]
     with pytest.raises(UnitsLostError) as lost:
         list(map_units(None, units, Workers(1), Settings(), name="x", num_bytes=lambda unit: 1))

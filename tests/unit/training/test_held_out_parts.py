@@ -133,7 +133,8 @@ def test_wordings_depend_on_the_seed_and_the_rows_hash_alone():
         values = [value for _, _, value, _, _ in drawn]
         assert values[:2] == values[2:] and values[0] != values[1]
         draws[seed] = values[0]
-    assert draws[5] != draws[6]
+    # Recorded: another wording of the same rows would make the losses of two versions incomparable.
+    assert draws == {5: pytest.approx(0.826946821624346), 6: pytest.approx(0.7755780174272167)}
     found, drawn = rows_of()
     found.sources = [HeldOutSource("z", "moved", (0, 99), (0.3, 0.2), None)]
     found.share()

@@ -22,7 +22,7 @@ from pipelines.training.memory_plan import _configured, _with_fit
 from pipelines.training.record import StepRecord
 from pipelines.training.result import RESULT_FILE, WorkerResult, read_result, write_result
 from pipelines.training.run import _data_inputs, _finished_result, _log_to_training
-from pipelines.training.run_reports import STATE_REFERENCE, RayTrainReports
+from pipelines.training.run_reports import RayTrainReports
 from tests.unit.training.test_record import entry
 from tinygptv.checkpoint.folders import write_folder
 from tinygptv.training.memory_plan import MemoryPlan
@@ -179,7 +179,7 @@ def test_ray_is_told_where_the_whole_state_lies(monkeypatch):
         found = None
         if checkpoint:
             with checkpoint.as_directory() as folder:
-                found = json.loads(Path(folder, STATE_REFERENCE).read_text())
+                found = json.loads(Path(folder, "state_reference.json").read_text())
         told.append((metrics, found))
 
     monkeypatch.setattr(ray.train, "report", report)

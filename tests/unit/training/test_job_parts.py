@@ -12,8 +12,11 @@ import yaml
 
 from pipelines import storage
 from pipelines.fingerprint import Fingerprint
+from pipelines.progress import PROGRESS_FILE
 from pipelines.settings import SettingsError, TrainSettings
 from pipelines.tracking.described import run_title
+from pipelines.tracking.identity import RUN_FILE
+from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.training import job as module
 from pipelines.training.job import (
     DRIVER_FILES,
@@ -25,7 +28,10 @@ from pipelines.training.job import (
     training_fingerprint,
     with_start_adapters,
 )
+from pipelines.training.ray_entry import WORKER_RESULT
 from pipelines.training.record import WORKER_FILES
+from pipelines.training.result import RESULT_FILE
+from pipelines.training.run import LOSS_PLOT
 from tinygptv.miniature.tiny import tiny_config
 from tinygptv.training.stages import get_stage
 
@@ -41,7 +47,9 @@ def test_a_job_names_itself_and_knows_whether_it_evaluates(changes, evaluates):
 
 
 def test_files_of_the_workers_and_of_the_driver_are_results():
-    assert set(WORKER_FILES) | set(DRIVER_FILES) <= set(RESULTS) and len(set(RESULTS)) == len(RESULTS)
+    assert DRIVER_FILES == (RUN_FILE, RESULT_FILE, JOURNAL_FILE)
+    others = ("checkpoint", "states", "config.yaml", "ray_train", LOSS_PLOT, PROGRESS_FILE, WORKER_RESULT)
+    assert set(RESULTS) == {*WORKER_FILES, *DRIVER_FILES, *others} and len(set(RESULTS)) == len(RESULTS)
 
 
 # ---------------------------------------------------------------------- paths
