@@ -42,7 +42,7 @@ class Turns:
         """Put the images in, and word the last question as its task.
 
         A task, whether the request's field or a tag in the text, goes without the turns before it: no checkpoint was
-        trained on conversations about tasks. Its image is the last one of the request.
+        trained on conversations about tasks. Its images are the question's own, else the last one of the request.
 
         Args:
             images: decoded, one per reference.

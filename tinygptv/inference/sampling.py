@@ -152,8 +152,7 @@ class Sampler:
         if params.top_k == 0 and params.top_p == 1:
             return _invert(logits_K.softmax(-1), self._random.random())
         num_tokens = logits_K.shape[-1]
-        num_candidates = params.top_k or (NUCLEUS_CANDIDATES if params.top_p < 1 else num_tokens)
-        logits, ids = logits_K.topk(min(num_candidates, num_tokens))
+        logits, ids = logits_K.topk(min(params.top_k or NUCLEUS_CANDIDATES, num_tokens))
         if params.top_p < 1:
             # After top-k the kept tokens are normalised among themselves, as transformers does.
             total = logits.logsumexp(-1) if params.top_k else logits_K.logsumexp(-1)

@@ -16,6 +16,7 @@ from tinygptv.data.prompts import VQA_SHORT_ANSWER
 from tinygptv.data.sample import SampleEncoder, TextLimits
 from tinygptv.inference import batch
 from tinygptv.inference.batch import MEAN_COLOUR, Answerer, Prompt
+from tinygptv.inference.request import Delta
 from tinygptv.inference.sample_losses import _batches_by_length
 from tinygptv.training.stages import get_stage
 
@@ -199,6 +200,71 @@ def test_released_answers_run_past_the_end_symbol(embeds):
         with torch.no_grad():
             model.lm_head.bias.copy_(bias)
     assert ours == "" and "###" in theirs
+
+
+class NotedEngine:
+    """Answers each request with its own words after a few steps; ``order`` notes what is asked of it."""
+
+    def __init__(self, *given, **options):
+        self.order, self.running, self.most, self.number = [(given, options)], {}, 0, 0
+        self.context_length = options["context_length"]
+
+    def forget(self):
+        self.order.append("forget")
+
+    def add(self, request):
+        self.number += 1
+        self.running[self.number] = request
+        self.order.append((len(request.ids), request.params.max_tokens))
+        self.most = max(self.most, len(self.running))
+        return self.number
+
+    @property
+    def has_work(self):
+        return bool(self.running)
+
+    def step(self):
+        key = max(self.running)  # the last comes first
+        ids = self.running.pop(key).ids
+        return [(key, Delta(f" {len(ids)}", [1])), (key, Delta(" it is ", [1, 2], finish_reason="stop"))]
+
+
+def test_prompts_are_asked_from_the_shortest_on_and_each_gets_its_own_answer(embeds, monkeypatch):
+    monkeypatch.setattr(batch, "Engine", NotedEngine)
+    asking = Answerer(make_model(), make_processor(), batch_size=3)
+    prompts = [Prompt("what is it? " * n, n % 2 or None, max_new_tokens=n) for n in (5, 1, 9, 3, 2, 8, 4, 7)]
+    lengths = [len(asking.prompt_ids(prompt)) for prompt in prompts]
+    replies = asking.answer(prompts, embeds)
+    assert replies == [batch.Reply(f"{length} it is") for length in lengths]
+    (given, options), *order = asking._engine.order
+    assert order == ["forget", *sorted(zip(lengths, (5, 1, 9, 3, 2, 8, 4, 7), strict=True))]
+    assert asking._engine.most == 6, "twice as many as are answered together wait in the engine"
+    assert given == (asking.model, asking.processor.tokenizer)
+    assert options == {"max_batch_size": 3, "context_length": 128, "prefill_tokens": 2048, "stop": ("###",)}
+    asking.answer(prompts[:2], embeds)
+    assert asking._engine.order[-3] == "forget", "the engine of before, which knows nothing"
+
+
+@pytest.mark.parametrize(("more", "length"), [(0, 128), (1, 256), (1000, 256)])
+def test_the_cache_is_as_long_as_the_longest_prompt_and_its_answer_need(embeds, monkeypatch, more, length):
+    monkeypatch.setattr(batch, "Engine", NotedEngine)
+    asking = Answerer(make_model(), make_processor(), batch_size=3)
+    prompts = [Prompt("what?", 1, max_new_tokens=3), Prompt("and now, again, what?", 1)]
+    room = 128 - len(asking.prompt_ids(prompts[1]))
+    asking.answer([prompts[0], replace(prompts[1], max_new_tokens=room + more)], embeds)
+    assert asking._engine.context_length == length, "in steps of 128 positions, at most the model's 256"
+    released = Answerer(make_model(), make_processor(), released=True)
+    released.answer(prompts, embeds)
+    assert released._engine.order[0][1]["stop"] == ()
+
+
+def test_the_blank_picture_is_of_the_mean_colour_and_of_the_models_size(answerer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(answerer, "encode", lambda images: seen.extend(images) or ["embeddings"])
+    assert answerer.blank() == "embeddings"
+    assert [(image.mode, image.size, image.getcolors()) for image in seen] == [
+        ("RGB", (32, 32), [(32 * 32, (123, 117, 104))])
+    ]
 
 
 def test_images_are_encoded_so_many_at_a_time_in_their_order(answerer, monkeypatch):

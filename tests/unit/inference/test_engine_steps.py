@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from tests.serving_model import VOCAB_SIZE, make_model, make_tokenizer
+from tinygptv.inference import engine as engine_module
 from tinygptv.inference.engine import Engine
 from tinygptv.inference.request import Request
 from tinygptv.inference.runner import Drawn
@@ -90,6 +92,60 @@ def test_prompts_share_what_a_step_may_read_first_come_first_served(model):
     assert engine.runner.launches[0] == ([], [(0, 0, 250, True), (1, 0, 240, True), (2, 0, 22, False)]), "512 in all"
     assert engine.runner.launches[1] == ([(0, 250), (1, 240)], [(2, 22, 30, False)]), "8 where answers wait"
     assert (engine.stats.running, engine.stats.waiting, engine.stats.steps) == (3, 0, 2)
+
+
+def test_what_the_end_of_a_prompt_leaves_of_a_step_is_the_next_prompts(model):
+    engine = make(model, max_batch_size=4, prefill_tokens=40)
+    for length in (250, 240, 200, 100):
+        engine.add(request(prompt(length), max_tokens=9))
+    for _ in range(6):
+        engine.step()
+    assert engine.runner.launches[4][1] == [(2, 142, 182, False)]
+    assert engine.runner.launches[5][1] == [(2, 182, 200, True), (3, 0, 22, False)]
+
+
+def test_a_share_above_512_holds_where_nobody_answers_too(model):
+    engine = make(model, max_batch_size=3, prefill_tokens=520)
+    for length in (250, 240, 200):
+        engine.add(request(prompt(length), max_tokens=4))
+    engine.step()
+    assert [piece[2] for piece in engine.runner.launches[0][1]] == [250, 240, 30]
+
+
+def test_rows_are_in_the_order_of_their_slots_whoever_came_first(model):
+    engine = make(model)
+    for length, count in ((10, 1), (20, 6), (30, 3)):
+        engine.add(request(prompt(length), max_tokens=count))
+    finish(engine)
+    rows = [rows for rows, _ in engine.runner.launches]
+    assert rows == [[], [(1, 20)], [(0, 30), (1, 21)], [(0, 31), (1, 22)], [(1, 23)], [(1, 24)]]
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "given", "uses_graph", "share"),
+    [
+        ("cpu", {}, 0, False, 128),
+        ("cuda", {}, 0, True, 512),
+        ("cuda", {"runner": "auto"}, 77, True, 77),
+        ("cuda", {"runner": "flat"}, 0, False, 512),
+        ("cpu", {"runner": "graph"}, 99, True, 99),
+    ],
+)
+def test_graphs_and_larger_shares_are_for_gpus_unless_the_caller_chooses(
+    model, monkeypatch, device, asked, given, uses_graph, share
+):
+    made = []
+    decoder = SimpleNamespace(device=torch.device(device))
+    monkeypatch.setattr(engine_module, "FlatDecoder", lambda *sizes: made.append(sizes) or decoder)
+    monkeypatch.setattr(engine_module, "slots_that_fit", lambda model, wanted, length, dtype: made.append(dtype) or 3)
+    monkeypatch.setattr(engine_module, "_build_runner", lambda decoder, use_graph: use_graph)
+    engine = Engine(
+        model, make_tokenizer(), max_batch_size=5, prefill_tokens=given, context_length=200, kv_cache_dtype="bfloat16",
+        **asked,
+    )  # fmt: skip
+    assert (engine.runner, engine.prefill_tokens) == (uses_graph, share)
+    assert made == [torch.bfloat16, (model, 3, 200, torch.bfloat16)] and engine.device == decoder.device
+    assert engine.max_batch_size == engine.prefix_cache.num_free == 3, "as many as fit"
 
 
 def test_requests_get_their_slots_in_order(model):
@@ -210,6 +266,16 @@ def test_a_prompt_that_is_being_read_can_be_cancelled(model):
     assert (key, delta.finish_reason) == (reading, "cancelled")
     assert engine.runner.launches[-1] == ([(0, 11)], []) and engine.prefix_cache.num_free == 1
     assert engine.stats.running == 1
+
+
+def test_an_answer_that_is_cancelled_is_not_computed_any_further(model):
+    engine = make(model)
+    left, stays = engine.add(request(prompt(10), max_tokens=9)), engine.add(request(prompt(20), max_tokens=9))
+    engine.step()
+    engine.cancel(left)
+    assert [(key, delta.finish_reason) for key, delta in engine.step()] == [(left, "cancelled"), (stays, None)]
+    assert engine.runner.launches[-1] == ([(1, 20)], []) and engine.prefix_cache.num_free == 1
+    assert (engine.stats.running, engine.stats.cancelled) == (1, 1)
 
 
 def test_penalties_see_the_text_of_a_prompt_and_not_its_images(model):

@@ -90,6 +90,17 @@ def test_the_longest_unused_slot_is_taken():
     assert slots.num_free == 0
 
 
+def test_tokens_of_the_answer_belong_to_what_a_slot_holds():
+    """Whatever an earlier conversation left behind them, and the token of id 0 too."""
+    slots = PrefixCache(1, 64)
+    slots.release(fill(slots, prompt(*range(200, 260))).slot)
+    slot = fill(slots, LONG).slot
+    slots.extend(slot, 41, token_id=0)
+    slots.extend(slot, 42, token_id=7)
+    slots.release(slot)
+    assert slots.take(prompt(*LONG, 0, 7, 9)).num_reused == 42
+
+
 def test_a_prompt_of_one_token():
     assert PrefixCache(1, 8).take(prompt(3)).num_reused == 0
 

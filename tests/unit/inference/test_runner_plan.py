@@ -114,3 +114,24 @@ def test_probabilities_are_told_where_they_are_asked_for():
     runner._last_tokens[0] = 5
     (drawn,) = runner.launch([Row(0, 3)], []).read()
     assert drawn.logprobs == ("of", drawn.token)
+
+
+@pytest.mark.parametrize(
+    ("params", "is_drawn"),
+    [
+        ({}, False),
+        ({"temperature": 0.7}, True),
+        ({"repetition_penalty": 1.5}, True),
+        ({"logit_bias": ((0, 1.0),)}, True),
+        ({"logprobs": 0}, False),
+    ],
+)
+def test_the_token_of_a_slot_is_the_one_that_was_drawn(params, is_drawn):
+    runner = FlatRunner(Decoder(torch.eye(3)[[2]]))
+    runner.admit(0, SamplingParams(**params), np.array([1, 2]), 2)
+    runner._samplers[0].draw = lambda logits: 1
+    runner._last_tokens[0] = 5
+    (drawn,) = runner.launch([Row(0, 3)], []).read()
+    assert runner._last_tokens == {0: drawn.token} and drawn.token == (1 if is_drawn else 2)
+    found = drawn.logprobs
+    assert (found and (found.token_id, found.alternatives)) == ((2, ()) if "logprobs" in params else None)

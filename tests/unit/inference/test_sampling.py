@@ -50,6 +50,21 @@ def test_distribution_is_that_of_transformers(params, warpers, candidates, monke
     assert (got - wanted).abs().max() < 0.03
 
 
+def test_a_seed_gives_the_same_draws_and_none_gives_others():
+    logits = torch.zeros(10_000)
+
+    def draws(seed):
+        sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), [])
+        return [sampler.draw(logits) for _ in range(4)]
+
+    assert draws(0) == draws(0) and draws(-3) == draws(-3), "0 is a seed as any other"
+    assert len({tuple(draws(seed)) for seed in (0, 1, 2**40, None, None)}) == 5
+
+
+def test_what_a_request_leaves_out_is_256_tokens_drawn_greedily():
+    assert SamplingParams() == SamplingParams(256, 0.0, 1.0, 0, 1.0, 0.0, 0.0, (), None, (), None, False)
+
+
 def test_repetition_penalty_is_that_of_transformers():
     logits = torch.from_numpy(np.random.default_rng(1).normal(0, 2, 40).astype(np.float32))
     seen = [3, 9, 9, 21]

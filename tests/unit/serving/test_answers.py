@@ -84,6 +84,8 @@ def test_a_failure_ends_an_answer_and_adds_nothing():
 def test_boxes_are_clipped_to_the_image_and_rounded():
     (found,) = find_boxes("{<0><33><110><101>}", (333, 77), 1)
     assert (found.label, found.box, found.image) == ("", (0.0, 25.41, 333.0, 77.0), 1)
+    (found,) = find_boxes("{<13><7><57><91>}", (333, 777), 2)
+    assert found.box == (43.29, 54.39, 189.81, 707.07)
     assert find_boxes("{<1><2><3><4>}", None, 0) == [] and find_boxes("no box", (9, 9), 0) == []
 
 

@@ -135,7 +135,7 @@ def test_bodies_in_memory_are_bounded_in_all_and_per_client(monkeypatch):
             await asyncio.sleep(0.1)
             too_much = asyncio.create_task(hold(one, release, 9000))
             await asyncio.sleep(0.1)
-            answered = await other.post(CHAT, json=ask(words("hi")))
+            answered = await other.post(CHAT, json=ask(words("x" * 8000)))  # beside the first client's 27 kB
             release.set()
             return answered, await too_much, await asyncio.gather(*held), await one.post(CHAT, json=ask(words("hi")))
 

@@ -41,8 +41,11 @@ def test_whichever_ingress_is_asked_shows_them_all():
         (("ingress", "two"), ("status", "200")): 5,
     }
     assert samples(render([two, one], []), "tinygptv_requests_total") == samples(page, "tinygptv_requests_total")
-    kinds = re.findall(rb"^# TYPE (\S+)", page, re.MULTILINE)
+    types = re.findall(rb"^# TYPE (\S+) (\w+)$", page, re.MULTILINE)
+    kinds = [name for name, _ in types]
     assert len(kinds) == len(set(kinds)), "each family is described once"
+    known = {b"tinygptv_in_flight_requests": b"gauge", b"tinygptv_request_seconds": b"histogram"}
+    assert {name: kind for name, kind in types if name in known} == known, "as it is"
     families = {f"tinygptv_{name}".encode() for name in ("requests", "tokens", "retries")}
     assert {kind.removesuffix(b"_total") for kind in kinds} >= families | {b"tinygptv_in_flight_requests"}
     assert len(samples(page, "tinygptv_request_seconds_count")) == 2

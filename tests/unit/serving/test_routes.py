@@ -239,6 +239,14 @@ def test_head_changes_only_requests_of_that_method():
     assert ask_with({"type": "lifespan"}) == (("lifespan", None, "receive"), whole)
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/", "/v1/models"])
+def test_a_monitor_that_asks_with_head_gets_the_same_headers_and_no_body(path):
+    client = Client()
+    whole, head = client.request("GET", path), client.request("HEAD", path)
+    assert (head.status_code, head.content) == (200, b"") and whole.content
+    assert head.headers == whole.headers
+
+
 def test_an_application_of_its_own_has_its_keys_and_counters():
     app = build_api(ServeSettings(api_keys=["own"]), FakeBackend())
     client = Client()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 
 import numpy as np
@@ -11,6 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from pipelines.serving.backend import ChatJob, Failure, ModelInfo, Piece, PromptRead, TokenProbability
 from pipelines.serving.clients import ClientIdentifier
+from pipelines.serving.decoders import ImageDecoders
 from pipelines.serving.media import MediaLoader
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.service import ChatService, EventStream
@@ -30,12 +32,15 @@ def image(number, width, height):
         ({}, 7, 4),
         ({"num_replicas": 2}, 11, 8),
         ({"num_replicas": 2, "max_replicas": 3}, 15, 12),
+        ({"num_replicas": 3, "max_replicas": 2}, 15, 12),
     ],
 )
 def test_places_are_those_of_all_replicas_and_of_the_queue(changes, capacity, parallel):
     settings = ServeSettings(max_batch_size=4, max_queue=3, **changes)
-    gate = ChatService(settings, FakeBackend(), Metrics(), ClientIdentifier(())).gate
-    assert (gate.capacity, gate.parallel) == (capacity, parallel)
+    metrics, shared = Metrics(), ImageDecoders(1)
+    service = ChatService(settings, FakeBackend(), metrics, ClientIdentifier(()), shared)
+    assert (service.gate.capacity, service.gate.parallel) == (capacity, parallel)
+    assert service.gate.on_change == metrics.in_flight.set and service.media.decoders is shared
 
 
 def test_settings_and_fields_make_the_job():
@@ -164,6 +169,22 @@ def test_the_time_limit_is_of_the_whole_answer():
     client = TimedClient(fake, request_timeout_s=9)
     found = events(client.chat(ask(words("hi"), stream=True)))
     assert found[-1]["error"]["code"] == "timeout" and len(found) == 5, "a role, three letters and the refusal"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_body_that_comes_slowly_takes_nothing_of_the_answers_time_and_is_counted(stream):
+    fake = FakeBackend(PromptRead(1), said("a"), said("", "stop"), wait=1.5)
+    client = TimedClient(fake, request_timeout_s=5, body_timeout_s=60)
+
+    async def slowly():
+        await asyncio.sleep(4)
+        yield json.dumps(ask(words("hi"), stream=stream)).encode()
+
+    response = client.request("POST", CHAT, content=slowly())
+    assert response.status_code == 200 and "timeout" not in response.text
+    value = client.metrics.registry.get_sample_value
+    assert value("tinygptv_request_seconds_sum") == pytest.approx(4 + 4.5)
+    assert value("tinygptv_first_token_seconds_sum") == (pytest.approx(4 + 3) if stream else 0)
 
 
 def test_a_task_is_about_the_last_image_of_the_conversation(monkeypatch):

@@ -123,6 +123,8 @@ def test_a_chat_keeps_its_turns_and_a_task_goes_alone_with_its_own_or_the_last_i
     assert messages(request(*HISTORY, ("user", "c"), task="vqa"), first, second) == [("user", asked, [2])]
     own = request(*HISTORY, ("user", [image("i2"), words("c")]), task="vqa")
     assert messages(own, first, second, third) == [("user", asked, [3])]
+    both = request(("user", [image("i0"), words("a"), image("i1"), words("c")]), task="vqa")
+    assert messages(both, first, second)[0][2] == [1, 2], "the question's own images stay"
     assert messages(request(*HISTORY, ("user", "[vqa] c")), first, second) == [("user", "[vqa] c", [2])]
     assert messages(request(("user", "[vqa] c"))) == [("user", "[vqa] c", [])]
 
