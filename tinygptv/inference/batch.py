@@ -119,7 +119,7 @@ class Answerer:
         replies = [Reply()] * len(prompts)
         texts = [""] * len(prompts)
         engine = self._fresh_engine(ids, prompts)
-        # Prompts of like length meet in the same steps; those of equal length stay neighbours, who often share an image.
+        # Prompts of like length meet in the same steps; those of equal length stay neighbours and may share an image.
         waiting = sorted(range(len(prompts)), key=lambda i: -len(ids[i]))
         running: dict[int, int] = {}
         while waiting or engine.has_work:

@@ -12,7 +12,7 @@ import torch
 
 from tinygptv.data.conversation import ChatMessage
 from tinygptv.inference import assistant as module
-from tinygptv.inference.assistant import MAX_CHARACTERS_PER_TOKEN, Assistant
+from tinygptv.inference.assistant import Assistant
 from tinygptv.inference.request import Delta, PromptTooLong
 from tinygptv.inference.sampling import SamplingParams
 from tinygptv.inference.watch import ThreadFailure, WatchedThread
@@ -95,7 +95,7 @@ def test_no_image_is_encoded_for_a_prompt_that_is_too_long(made):
 def test_bounds_are_those_of_the_context(made):
     """As many messages as tokens, and as many characters as the longest tokens may have, are not refused unread."""
     assistant, _ = made
-    most = MAX_CHARACTERS_PER_TOKEN * 10
+    most = 128 * 10  # the longest token of Phi-2 has 128 characters
     assistant._check_bounds([ChatMessage("user", "")] * 10)
     assistant._check_bounds([ChatMessage("user", "x" * (most - 1)), ChatMessage("assistant", "x")])
     with pytest.raises(PromptTooLong, match=r"^the conversation has 11 messages: the context is 10 tokens"):

@@ -117,10 +117,10 @@ def test_choice_losses_equal_the_models_loss(answerer, embeds):
     prompts = [
         Prompt("which?", 1, choices=("red", "a much longer choice", "no")),
         Prompt("and?", choices=("yes", "no")),
-        Prompt("which?", 2, choices=("red",)),
+        Prompt("which?", 2, choices=("red", "the longest of all the choices that there are here")),
     ]
     losses = answerer.choice_losses(prompts, embeds)
-    assert [len(row) for row in losses] == [3, 2, 1]
+    assert [len(row) for row in losses] == [3, 2, 2], "batches are made by length, results come as they were asked"
     model, processor = make_model(), make_processor()
     for prompt, row in zip(prompts, losses, strict=True):
         for choice, loss in zip(prompt.choices, row, strict=True):

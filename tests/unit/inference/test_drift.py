@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,16 +56,22 @@ def test_each_row_is_asked_its_first_instruction_about_its_own_image(monkeypatch
     monkeypatch.setattr(module, "sample_losses", losses)
     monkeypatch.setattr(module, "SampleEncoder", Encoder)
     monkeypatch.setattr(module, "open_image", lambda image: image.decode())
-    monkeypatch.setattr(
-        module, "render_sample", lambda row, choose: [Exchange(turn.question, turn.answers[0]) for turn in row.turns]
-    )
+    monkeypatch.setattr(module, "chooser", lambda generator: generator)
+
+    def render(row, choose):
+        asked.setdefault("drawn", []).append(int(choose.integers(10**9)))
+        return [Exchange(turn.question, turn.answers[0]) for turn in row.turns]
+
+    monkeypatch.setattr(module, "render_sample", render)
     processor = SimpleNamespace(layout=lambda: "layout", tokenizer=SimpleNamespace(pad_token_id=7))
     rows = [
         SampleRow("1", "s", "vqa", (Turn("q1", ("a1",)), Turn("q2", ("a2",))), b"one"),
         SampleRow("2", "s", "text", (Turn("q3", ("a3",)),)),
         SampleRow("3", "s", "vqa", (Turn("q4", ("a4",)),), b"two"),
     ]
-    found = measure("model", processor, rows)
+    found = measure("model", processor, rows, seed=5)
+    generator = np.random.default_rng(5)
+    assert asked.pop("drawn") == [int(generator.integers(10**9)) for _ in rows], "wordings follow from the seed"
     assert found.answers == ("a text", "too long", "more") and found.losses.tolist() == [1.0, 2.0, 3.0]
     assert [(p.instruction, p.image, p.history, p.max_new_tokens) for p in asked["prompts"]] == [
         ("q1", 0, (), 24),
@@ -74,3 +81,5 @@ def test_each_row_is_asked_its_first_instruction_about_its_own_image(monkeypatch
     assert asked["shown"] == ["embeds of one", None, "embeds of two"] and asked["embeds"] == asked["shown"][::2]
     assert asked["samples"] == [["q1", "q2"], ["q3"], ["q4"]]
     assert (asked["limits"], asked["pad"], asked["batch_size"]) == (("layout", 160), 7, 8)
+    measure("model", processor, rows)
+    assert asked["drawn"][0] == int(np.random.default_rng(0).integers(10**9)), "0, where none is given"

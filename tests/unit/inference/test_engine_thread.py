@@ -75,6 +75,14 @@ def test_an_interval_gathers_deltas_and_changes_nothing_else(loop, interval_s):
         assert len(deltas) <= 3 + (time.perf_counter() - started) / interval_s
 
 
+def test_closing_wakes_a_thread_that_waits_for_work_and_waits_for_its_end(loop, monkeypatch):
+    answer(loop, [7, 8], max_tokens=1)
+    join, waited = loop.thread.join, []
+    monkeypatch.setattr(loop.thread, "join", lambda timeout: waited.append(timeout) or join(min(timeout, 5)))
+    loop.close()
+    assert waited == [30] and not loop.is_alive
+
+
 def test_leaving_a_stream_frees_its_slot(loop, steps):
     async def leave():
         stream = loop.stream(request([1, 2], max_tokens=250))

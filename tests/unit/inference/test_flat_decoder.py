@@ -80,6 +80,19 @@ def test_a_prefix_is_copied_to_its_length_and_a_slot_is_cleared_alone(model):
     assert not decoder.cache[:, :, 1].any() and torch.equal(decoder.cache[:, :, 2], before[:, :, 2])
 
 
+def test_keys_and_values_are_kept_in_the_dtype_that_is_asked_for(model):
+    kept = FlatDecoder(model, 2, 8, torch.bfloat16)
+    assert kept.cache.dtype == kept.dtype == kept.prompt_mask(2, 4).dtype == torch.bfloat16
+    assert kept.decoding_mask(torch.tensor([1, 3]), 3).dtype == torch.bfloat16 and kept.matrix_dtype == torch.float32
+    assert FlatDecoder(model, 2, 8).cache.dtype == torch.float32
+    embeds, seen = torch.randn(3, 64).bfloat16(), []
+    kept.host_step, kept.layers = None, [lambda hidden, plan: seen.append(hidden) or hidden]
+    plan = FlatRunner(kept)._plan([], [Piece(0, 0, 3, embeds, is_last=False)])
+    logits = kept.forward(embeds, plan)
+    assert torch.equal(seen[0], embeds.float()) and seen[0].dtype == torch.float32, "the stream is float32"
+    assert logits.shape == (0, model.config.text_config.vocab_size) and logits.dtype == torch.float32
+
+
 def test_masks_hide_what_is_beyond_a_sequence_and_after_a_token(model):
     decoder = FlatDecoder(model, 2, 8)
     shown = decoder.decoding_mask(torch.tensor([1, 3]), 3)

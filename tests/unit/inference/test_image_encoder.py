@@ -12,6 +12,7 @@ import torch
 from tinygptv.data.conversation import ChatImage
 from tinygptv.inference import image_encoder as module
 from tinygptv.inference.image_encoder import ImageEncoder
+from tinygptv.inference.watch import ThreadFailure
 
 
 class Gate:
@@ -31,10 +32,10 @@ class Gate:
 
 
 @pytest.fixture
-def encoder(monkeypatch):
+def encoder(monkeypatch, request):
     monkeypatch.setattr(module, "GraphedEncoder", Gate)
     config = SimpleNamespace(vision_config=SimpleNamespace(image_size=4))
-    made = ImageEncoder(SimpleNamespace(config=config), capacity=20, batch_size=3)
+    made = ImageEncoder(SimpleNamespace(config=config), capacity=getattr(request, "param", 20), batch_size=3)
     yield made
     made._encoder.opened.set()
     made.close()
@@ -80,6 +81,37 @@ def test_an_image_that_nobody_waits_for_is_asked_again_later(encoder):
     assert encoder.encode(image(2)).result(60).tolist() == [2.0] and encoder.num_reused == 0
 
 
+def test_a_caller_that_leaves_takes_the_image_from_nobody_else(encoder):
+    first = first_taken(encoder)
+    left, stays, gone = encoder.encode(image(2)), encoder.encode(image(2)), encoder.encode(image(2))
+    left.cancel(), gone.cancel()
+    encoder._encoder.opened.set()
+    assert (first.result(60).tolist(), stays.result(60).tolist()) == ([1.0], [2.0])
+    assert encoder._encoder.batches == [[1], [2]] and left.cancelled() and gone.cancelled()
+
+
+@pytest.mark.parametrize("encoder", [2], indirect=True)
+def test_so_many_images_are_kept_and_the_one_that_was_used_least_recently_leaves(encoder):
+    encoder._encoder.opened.set()
+    for number in (1, 2, 1, 3, 1, 2):
+        assert encoder.encode(image(number)).result(60).tolist() == [float(number)]
+    assert encoder._encoder.batches == [[1], [2], [3], [2]]
+    assert (encoder.num_encoded, encoder.num_reused, len(encoder._entries)) == (4, 2, 2)
+
+
+@pytest.mark.parametrize("encoder", [2], indirect=True)
+def test_an_image_that_was_pushed_out_while_it_waited_takes_nothing_from_its_successor(encoder):
+    first_taken(encoder)
+    encoder.encode(image(2)).cancel()
+    encoder.encode(image(3)), encoder.encode(image(4))
+    again = encoder.encode(image(2))
+    assert encoder.thread.busy_s > 0, "a forward pass that hangs is seen"
+    encoder._encoder.opened.set()
+    assert again.result(60).tolist() == [2.0]
+    assert encoder.encode(image(2)).result(60) is again.result() and encoder.num_reused == 1
+    assert encoder._encoder.batches == [[1], [3, 4], [2]]
+
+
 def test_all_who_wait_for_a_failing_batch_are_told_and_the_next_may_succeed(encoder, caplog):
     encoder._encoder.fails = True
     first = first_taken(encoder)
@@ -100,6 +132,8 @@ def test_closing_waits_for_what_is_queued(encoder):
     encoder._encoder.opened.set()
     encoder.thread.join(60)
     assert [future.result(0).tolist() for future in futures] == [[1.0], [2.0]] and not encoder.thread.is_alive()
+    with pytest.raises(ThreadFailure, match="the image-encoder thread has ended"):
+        encoder.encode(image(3))
     encoder.close()
 
 

@@ -190,3 +190,9 @@ def test_images_are_repeated_with_their_rows(size, wanted):
         ids.tolist() == [row for row in rows.tolist() for _ in range(size)] and len(found["attention_mask"]) == 2 * size
     )
     assert found["image_embeds"].tolist() == wanted
+
+
+def test_rows_of_several_images_and_of_none_keep_their_own_when_they_are_repeated():
+    rows = torch.tensor([[*I2, *I2, 1], [1, 1, 1, 1, 1], [1, 1, 1, *I2]])
+    _, found = Model()._expand_inputs_for_generation(2, input_ids=rows, query_features=torch.tensor([7, 8, 9]))
+    assert found["query_features"].tolist() == [7, 8, 7, 8, 9, 9]

@@ -30,6 +30,15 @@ def test_losses_and_gradients_are_those_of_cross_entropy(monkeypatch, chunk_rows
     torch.testing.assert_close(own, gradient)
 
 
+def test_autocast_does_not_round_what_the_head_computes():
+    hidden, weight, bias, targets = inputs(torch.float32)
+    exact = frozen_head_losses(hidden, weight, bias, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = frozen_head_losses(hidden, weight, bias, targets)
+    assert torch.equal(losses, exact)
+    assert torch.equal(*(torch.autograd.grad(each.sum(), hidden)[0] for each in (losses, exact)))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_differ_by_rounding(dtype):
     hidden, weight, bias, targets = inputs(torch.float32, vocabulary=5000)

@@ -54,6 +54,40 @@ def test_fresh_adapters_change_nothing_and_trained_ones_add_their_scaled_product
     assert not torch.allclose(logits_of(model), before)
 
 
+def adapted(rank=4, width=16):
+    """An adapted layer whose adapter does something."""
+    torch.manual_seed(3)
+    model = nn.ModuleDict({"qkv_proj": nn.Linear(width, width)})
+    add_lora(model, rank, 16, 0.0)
+    with torch.no_grad():
+        model["qkv_proj"].lora_B["default"].weight.normal_()
+    return model["qkv_proj"].eval()
+
+
+@torch.no_grad()
+def test_an_adapter_in_float32_adds_to_a_matrix_in_16_bits():
+    layer = adapted()
+    layer.base_layer.bfloat16()
+    x = torch.randn(3, 16)
+    base = layer.base_layer(x.bfloat16())
+    update = 4 * x.bfloat16().float() @ layer.adapter[0].weight.T @ layer.adapter[1].weight.T
+    found = layer(x.bfloat16())
+    assert found.dtype == torch.bfloat16 and all(part.weight.dtype == torch.float32 for part in layer.adapter)
+    torch.testing.assert_close(found, (base + update).bfloat16())
+
+
+@torch.no_grad()
+def test_an_adapter_that_is_switched_off_or_merged_is_not_added_again():
+    off, merged, x = adapted(), adapted(), torch.randn(3, 16)
+    with_it, without = off(x), off.base_layer(x)
+    assert off.is_adapted and not torch.allclose(with_it, without, atol=0.1)
+    off.enable_adapters(False)
+    assert torch.equal(off(x), without) and not off.is_adapted
+    merged.merge()
+    assert not merged.is_adapted
+    torch.testing.assert_close(merged(x), with_it)
+
+
 def test_merged_adapters_answer_alike_and_are_gone():
     model = make_model(rank=4)
     with torch.no_grad():

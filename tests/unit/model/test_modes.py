@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.training_batches import tiny_model
 from tinygptv.miniature.tiny import tiny_config
@@ -61,6 +62,8 @@ def test_inputs_are_ids_or_embeddings():
         model()
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model.language_model()
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model.language_model(input_ids=IDS, inputs_embeds=torch.zeros(2, 6, 32))
 
 
 def test_images_and_places_must_agree():
@@ -119,3 +122,21 @@ def test_the_residual_stream_and_its_positions_are_float32_whatever_the_embeddin
     language.layers[0].register_forward_pre_hook(note, with_kwargs=True)
     assert language(input_ids=IDS).last_hidden_state.dtype == torch.float32
     assert seen == [(torch.float32,) * 3]
+
+
+def test_dropout_is_of_both_branches_and_of_attention_while_training(monkeypatch):
+    model = tiny_model()
+    model.language_model.config.attention_dropout = 0.25
+    layer = model.language_model.layers[0]
+    shares = []
+
+    def attend(module, query, *args, dropout, **kwargs):
+        shares.append(dropout)
+        return query.transpose(1, 2), None
+
+    monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *names: attend)
+    layer.resid_dropout.p = 1.0
+    stream = torch.randn(1, 3, 32)
+    given = {"position_embeddings": model.language_model.rotary_emb(stream, torch.arange(3)[None])}
+    assert torch.equal(layer.train()(stream, **given), stream), "all of both branches is dropped"
+    assert not torch.allclose(layer.eval()(stream, **given), stream) and shares == [0.25, 0.0]

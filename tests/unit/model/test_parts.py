@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import Blip2QFormerConfig
 
+from tinygptv.config import EvaVisionConfig
 from tinygptv.miniature.tiny import tiny_config
 from tinygptv.model.language_model import Float32LayerNorm, Float32RMSNorm, matrix_input
 from tinygptv.model.lora import AdaptedLinear
@@ -14,6 +15,7 @@ from tinygptv.model.projector import Projector
 from tinygptv.model.qformer import QFormer
 from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
 from tinygptv.model.varlen_attention import has_kernel, varlen_attention
+from tinygptv.model.vision_encoder import VisionEncoder, interpolate_position_embedding
 
 LAYER = "language_model.layers.0"
 
@@ -162,7 +164,9 @@ def test_logits_are_those_of_the_positions_that_are_asked_for(model):
     ids = torch.arange(1, 7)[None]
     whole = model(input_ids=ids)
     assert whole.logits.dtype == torch.float32 and whole.loss is None and whole.past_key_values.get_seq_length() == 6
-    assert model(input_ids=ids, use_cache=False).past_key_values is None
+    assert model(input_ids=ids, use_cache=False).past_key_values is None and whole.image_embeds is None
+    embeds = torch.rand(1, 4, 32)
+    assert model(input_ids=torch.tensor([[1, *[256] * 4]]), image_embeds=embeds).image_embeds is embeds
     for kept, wanted in ((1, [5]), (torch.tensor([0, 3]), [0, 3]), (0, range(6))):
         torch.testing.assert_close(model(input_ids=ids, logits_to_keep=kept).logits, whole.logits[:, list(wanted)])
     labels = torch.tensor([[9, 9, -100, 3, 4, -100]])
@@ -178,6 +182,18 @@ def test_logits_are_those_of_the_positions_that_are_asked_for(model):
     assert not torch.allclose(shifted, losses), "and so do positions"
     own = model.token_losses(model.embed(ids), positions, targets, scorer=lambda logits, t, s: (t.float(), logits))
     assert own.tolist() == [9, 3, 4]
+
+
+def test_the_encoders_own_dtype_and_its_exact_widths_stay():
+    config = EvaVisionConfig(
+        hidden_size=56, intermediate_size=61, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=28
+    )
+    encoder = VisionEncoder(config).bfloat16()
+    assert encoder.vit.blocks[0].mlp.fc1.out_features == 61, "61 / 56 * 56 is a little less"
+    same = interpolate_position_embedding(encoder.vit.pos_embed.data, 2)
+    assert same.dtype == torch.float32 and torch.equal(same, encoder.vit.pos_embed.float())
+    encoder.set_image_size(42)
+    assert encoder.vit.pos_embed.dtype == torch.bfloat16 and encoder.vit.pos_embed.requires_grad
 
 
 @torch.no_grad()
@@ -200,6 +216,8 @@ def test_each_part_reads_its_own_dtype():
     torch.testing.assert_close(masked[1], qformer(features[1:, :2])[0], msg="patches without a mark are not read")
     for norm in (Float32LayerNorm(4), Float32RMSNorm(4, 1e-6).bfloat16(), Float32LayerNorm(4, bias=False).bfloat16()):
         assert norm(torch.ones(2, 4, dtype=torch.bfloat16)).dtype == torch.float32
+        x = torch.tensor([[3.3, 4.7, 0.1, -2.9]]).bfloat16()
+        assert torch.equal(norm(x), norm.float()(x.float())), "the numbers of float32"
     x = torch.tensor([3.0, 4.0, 0.0, 0.0])
     rms = Float32RMSNorm(4, 0.75)
     rms.weight.copy_(torch.tensor([1.0, 2.0, 1.0, 1.0]))
