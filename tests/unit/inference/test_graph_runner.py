@@ -12,7 +12,7 @@ from tests.unit.inference.test_engine import random_prompts, request, run
 from tinygptv.inference.decoder import FlatDecoder
 from tinygptv.inference.device_sampling import DeviceSampling, read_back
 from tinygptv.inference.engine import Engine
-from tinygptv.inference.graph_runner import BUCKETS, GraphRunner, _Ask, _drawn, _Step, bucket_of
+from tinygptv.inference.graph_runner import BUCKETS, GraphRunner, _Ask, _drawn, _HostBuffers, _Step, bucket_of
 from tinygptv.inference.graphed_encoder import GraphedEncoder
 from tinygptv.inference.runner import Drawn, Piece, Row
 from tinygptv.inference.sampling import Sampler, SamplingParams, TokenLogprobs
@@ -21,7 +21,33 @@ from tinygptv.inference.sampling import Sampler, SamplingParams, TokenLogprobs
 def test_buckets_hold_every_number_of_rows():
     assert [bucket_of(n) for n in (1, 2, 3, 9, 32, 33, 128)] == [1, 2, 4, 12, 32, 40, 128]
     assert bucket_of(129) == 256
-    assert list(BUCKETS) == sorted(set(BUCKETS))
+    quarters = [*range(4, 33, 4), *range(40, 65, 8), *range(80, 129, 16)]
+    assert list(BUCKETS) == [1, 2, *quarters], "steps of 4, of 8 above 32, of 16 above 64"
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ([{}, {"top_k": 3}], _Ask()),
+        ([{}, {"temperature": 0.5}], _Ask(samples=True)),
+        ([{"frequency_penalty": 0.5}, {}], _Ask(samples=True, penalises=True)),
+        ([{}, {"logprobs": 0}], _Ask(logprobs=True)),
+        ([{"logprobs": 2}, {"logit_bias": ((1, 1.0),)}], _Ask(True, True, True)),
+    ],
+)
+def test_a_step_computes_what_any_of_its_requests_asks_for(options, asked):
+    runner = GraphRunner(FlatDecoder(make_model(), 3, 16))
+    for slot, params in enumerate([*options, {"temperature": 1.0, "logprobs": 1, "presence_penalty": 1.0}]):
+        runner.admit(slot, SamplingParams(**params), np.array([1]), 1)
+    assert runner._ask([0, 1]) == asked, "not what the others ask for"
+
+
+def test_what_is_read_of_a_step_is_that_of_its_own_launch():
+    """The device's tensor is the next step's by then."""
+    result = torch.tensor([[1.0, 2.0]])
+    kept = _HostBuffers(torch.device("cpu")).copy(result)
+    result.zero_()
+    assert kept.read() == [[1.0, 2.0]]
 
 
 OPTIONS = [

@@ -39,6 +39,8 @@ from tinygptv.training.stages import RECIPES, get_stage
         ({"lora_alpha": 0}, "lora_alpha is 0"),
         ({"lora_dropout": 1.5}, "lora_dropout is 1.5; it must be a number from 0 to 1"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"beta2": 1.01}, "beta2 is 1.01; it must be a number from 0 to 1"),
+        ({"template": "humane"}, r"stage 4 has template 'humane'; known: \['caption'"),
         ({"max_grad_norm": -1}, "max_grad_norm is -1"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),
         ({"schedule": {"epochs": 0}}, "schedule.epochs is 0"),
@@ -53,6 +55,16 @@ def test_numbers_of_a_stage_have_bounds(changes, message):
     with pytest.raises(SettingsError, match=message) as error:
         apply_stage_settings(get_stage("mini", 4), changes)
     assert ".." not in str(error.value)
+
+
+def test_the_scale_of_adapters_need_not_be_whole():
+    assert apply_stage_settings(get_stage("mini", 4), {"lora_alpha": 1.5}).lora_alpha == 1.5
+
+
+@pytest.mark.parametrize("number", [0, 5])
+def test_a_recipe_has_no_other_stage(number):
+    with pytest.raises(ValueError, match=rf"recipe 'mini' has no stage {number}; it has \[1, 2, 3, 4\]"):
+        get_stage("mini", number)
 
 
 def test_every_recipe_is_within_the_bounds():

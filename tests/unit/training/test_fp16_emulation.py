@@ -31,12 +31,21 @@ def test_attention_equals_the_usual_one_where_nothing_overflows():
     theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5)
     torch.testing.assert_close(ours, theirs.transpose(1, 2), atol=3e-3, rtol=3e-3)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 5), atol=1e-3, rtol=1e-3)
+    assert all(torch.equal(each, each.half().float()) for each in (ours, weights)), "numbers of fp16"
+
+
+@pytest.mark.parametrize(("training", "kept"), [(True, 0.0), (False, 1.0)])
+def test_weights_are_dropped_while_training(training, kept):
+    module, ones = torch.nn.Module().train(training), torch.ones(1, 1, 4, 2)
+    output, weights = half_range_attention(module, ones, ones, ones, None, scaling=0.5, dropout=1.0)
+    assert weights.sum(-1).tolist() == [[[kept] * 4]] and output.tolist() == [[[[kept] * 2]] * 4]
 
 
 def test_scores_that_fp16_cannot_hold_end_in_nan():
     big = torch.full((1, 1, 2, 4), 200.0)
-    output, _ = half_range_attention(torch.nn.Module().eval(), big, big, big, None, scaling=0.5)
-    assert torch.isnan(output).all(), "4 * 200 * 200 is more than fp16 holds, and inf - inf is not a number"
+    for scaling in (0.5, 0.001):  # which comes after the product
+        output, _ = half_range_attention(torch.nn.Module().eval(), big, big, big, None, scaling=scaling)
+        assert torch.isnan(output).all(), "4 * 200 * 200 is more than fp16 holds, and inf - inf is not a number"
 
 
 @pytest.fixture

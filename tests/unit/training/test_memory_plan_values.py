@@ -51,6 +51,10 @@ def test_a_plan_adds_up():
     assert MemoryPlan({}, 0, 0, 0, 0).margin == 0
 
 
+def test_a_computation_is_that_of_a_gpu_where_nothing_else_is_said():
+    assert Computation() == Computation("bf16", "inline", True, False, False, True)
+
+
 @pytest.mark.parametrize(
     ("precision", "half"), [("fp32", False), ("fp16_range", False), ("bf16", True), ("fp16", True)]
 )
@@ -226,6 +230,10 @@ def test_tokens_are_counted_as_if_every_sample_were_as_short_as_its_image(monkey
         found.largest_tokens(found.num_tokens) == found.num_tokens and found.largest_tokens(found.num_tokens - 1) == 0
     )
     assert found.largest_micro_batch(3 * found.num_tokens) == 3
+    cheap = {1: SimpleNamespace(peak=9)}
+    monkeypatch.setattr(found, "plan", lambda batch: cheap[batch] if isinstance(batch, int) else plan(batch))
+    assert found.largest_tokens(found.num_tokens - 1) == found.num_tokens - 1, "one whole sample fits all the same"
+    assert found.largest_tokens(8) == 0
 
 
 def test_answering_holds_weights_a_cache_and_the_larger_of_reading_and_encoding(monkeypatch):
@@ -239,6 +247,7 @@ def test_answering_holds_weights_a_cache_and_the_larger_of_reading_and_encoding(
         assert plan.workspace == max(reading, 3 * encoding * 2)
         assert plan.activations == 4 * text.num_hidden_layers * text.hidden_size * 100
         assert (plan.gradients, plan.optimizer, plan.margin) == (0, 0, 0)
+    assert config.lora_rank == 2, "the caller's own"
     config.lora_rank = 0  # adapters are merged
     numbers = sum(p.numel() for p in module.build_on_meta(config).parameters())
     assert sum(plan.weights.values()) == 4 * numbers and set(plan.weights) == set(module.PARTS)
@@ -332,6 +341,9 @@ def test_each_card_is_for_its_own_part_of_the_report(tmp_path, monkeypatch):
         ("language_model.layers.0.mlp.fc1.weight", (10, 40), "llm_int8", 1.0 + 4 / 40),
         ("language_model.layers.0.mlp.fc1.weight", (10, 40), "int4", 0.5625),
         ("language_model.layers.0.mlp.fc1.bias", (10,), "int8", 2.0),
+        ("language_model.layers.0.input_layernorm.weight", (40,), "int8", 4.0),
+        ("projector.linear_1.weight", (10, 40), "nf4", 4.0),
+        ("vision_encoder.vit.blocks.0.attn.proj.weight", (10, 40), "nf4", 0.5 + 1 / 64 + 4 / (64 * 256)),
         ("language_model.embed_tokens.weight", (10, 40), "int8", 2.0),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from torch import nn
 
@@ -18,6 +20,14 @@ def test_its_numbers_are_those_of_the_stage():
     assert matrices["lr"] == vectors["lr"] == pytest.approx(1e-5)
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.05, 0.0)
     assert matrices["eps"] == 1e-8
+
+
+@pytest.mark.parametrize(("devices", "fused"), [((True, True), True), ((True, False), None), ((False,), None)])
+def test_its_steps_are_one_kernel_where_all_is_on_a_gpu(monkeypatch, devices, fused):
+    parameters = [SimpleNamespace(requires_grad=True, ndim=n + 1, is_cuda=cuda) for n, cuda in enumerate(devices)]
+    model = SimpleNamespace(named_parameters=lambda: [(str(p.ndim), p) for p in parameters])
+    monkeypatch.setattr("torch.optim.AdamW", lambda groups, **options: options)
+    assert build_optimizer(model, SCHEDULE, 0.1, 0.9) == {"lr": 1e-5, "betas": (0.9, 0.9), "fused": fused}
 
 
 def test_matrices_decay_and_vectors_do_not():
