@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipelines import storage
 from pipelines.ablation.findings import StageOutcome, outcome_of, typical_norms
 from pipelines.ablation.report import DEFINITIONS, AblationRow, ReportFiles, RowRecord, text_table, write_report
 from pipelines.ablation.variant_run import SharedInputs, StageStatus, VariantOutcome, run_variant
-from pipelines.ablation.variants import Variant, find_variant, with_precision
+from pipelines.ablation.variants import Variant, find_variant, refuse_unusable, with_precision
 from pipelines.cluster import start_ray
 from pipelines.evaluation.benchmarks import find_benchmarks
 from pipelines.fingerprint import Fingerprint, claim
@@ -45,6 +46,7 @@ from pipelines.training.record import RECORD_FILE, StepEntry, read_record
 from pipelines.training.result import RESULT_FILE
 from pipelines.training.stage_features import cache_stage_features
 from pipelines.units import UnitsLostError, Workers, map_units
+from tinygptv.training.stages import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ def ablate(settings: AblateSettings) -> AblationResult:
     stages = [resolve_stage(settings, number) for number in settings.stages]
     if not variants or not stages:
         raise SettingsError("an ablation needs at least one of variants=, precisions= and stages=.")
-    _refuse_unusable_inputs(settings)
+    _refuse_unusable_inputs(settings, variants, stages)
     work = storage.WorkFolder(settings.output_location("outputs/ablation"))
     storage.check_access(work.location, writes=True)
     output = work.path
@@ -128,13 +130,16 @@ def ablate(settings: AblateSettings) -> AblationResult:
     return result
 
 
-def _refuse_unusable_inputs(settings: AblateSettings) -> None:
+def _refuse_unusable_inputs(settings: AblateSettings, variants: Sequence[Variant], stages: Sequence[Stage]) -> None:
     """Raise before anything is drawn or trained where a variant would fail later.
 
     Raises:
-        SettingsError: data is no folder, a benchmark is unknown or has no data, or training cannot use its settings.
+        SettingsError: data is no folder, a benchmark is unknown or has no data, training cannot use its settings or
+            those of a variant, or two rows would share a folder.
         CheckpointError: the start is no checkpoint.
     """
+    if twice := [name for name, count in Counter(variant.name for variant in variants).items() if count > 1]:
+        raise SettingsError(f"variants= and precisions= give {twice[0]} twice; its folder holds one.")
     if settings.data:
         refuse_no_folder("data", settings.data, "prepared shard sets (jobs/prepare_data.py)")
     if settings.benchmark_data:
@@ -145,8 +150,12 @@ def _refuse_unusable_inputs(settings: AblateSettings) -> None:
         find_benchmarks(settings.benchmark)
         if settings.data and not settings.benchmark_data:
             raise SettingsError("give benchmark_data=DIR, the folder of the benchmark's files, or an empty benchmark=.")
+    if "precision" in settings.train:
+        raise SettingsError("train= sets a precision: give it in precisions=[..], which makes a table of each.")
     for precision in settings.precisions:
         TrainSettings.parse({**settings.train, "precision": precision}, "train= and precisions= of the ablation")
+    for variant in variants:
+        refuse_unusable(variant, stages, settings.train)
 
 
 def _fingerprint(settings: AblateSettings) -> Fingerprint:

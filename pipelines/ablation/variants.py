@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import yaml
 
 from pipelines.node_cache import local_checkpoint
-from pipelines.settings import SettingsError
+from pipelines.settings import SettingsError, TrainSettings
 from pipelines.settings.near_match import near_match
+from pipelines.training.job import apply_stage_settings
 from tinygptv.checkpoint.checkpoint import read_stage, save_checkpoint
 from tinygptv.checkpoint.folders import CheckpointError, verify_folder
 from tinygptv.checkpoint.stage_record import StageRecord
@@ -148,6 +150,31 @@ def change_config(config: TinyGPTVConfig, changes: dict[str, Any]) -> TinyGPTVCo
 
 
 def with_precision(variant: Variant, precision: str) -> Variant:
-    """The variant at another precision, under a name of its own."""
+    """The variant at another precision, under a name of its own.
+
+    Raises:
+        SettingsError: it changes the precision itself.
+    """
+    if "precision" in variant.train:
+        raise SettingsError(
+            f"variant {variant.title!r}: a precision has a table of its own; give it in precisions=[..]."
+        )
     name = variant.name if precision == "fp32" else f"{variant.name}-{precision}"
     return replace(variant, name=name, train={**variant.train, "precision": precision})
+
+
+def refuse_unusable(variant: Variant, stages: Sequence[Stage], train: Mapping[str, object]) -> None:
+    """Raise where a change of a variant cannot be made, before anything is trained.
+
+    Args:
+        variant: with its precision.
+        stages: with the changes that all variants share.
+        train: keys of the train section that all variants share.
+
+    Raises:
+        SettingsError: the configuration, a stage or the train section has no such field, or not this value.
+    """
+    change_config(TinyGPTVConfig(), variant.config)
+    TrainSettings.parse({**train, **variant.train}, f"variant {variant.title!r} of the ablation")
+    for stage in stages:
+        apply_stage_settings(stage, variant.stage_changes(stage))

@@ -162,15 +162,17 @@ def test_what_is_sent_begins_with_the_table():
 def test_a_start_is_written_once_for_its_changes(tmp_path, monkeypatch):
     written, stages = [], {}
     monkeypatch.setattr(variants, "local_checkpoint", lambda uri: tmp_path / "given")
-    monkeypatch.setattr(variants, "read_stage", lambda folder: stages.get("stage", {}))
+    monkeypatch.setattr(variants, "read_stage", lambda start: stages.get("stage", {}) if start == folder else {})
 
-    def verify(folder, hashes):
-        assert hashes is False
+    def verify(start, hashes):
+        assert (start, hashes) == (folder, False)
         if "stage" not in stages:
             raise CheckpointError("missing")
 
     def save(folder, model, processor, metadata):
         written.append((folder, metadata))
+        assert model == (tmp_path / "given", {"config": ("config of given", changes), "local_files_only": True})
+        assert processor == (tmp_path / "given", {"local_files_only": True})
         stages["stage"] = metadata
         return folder
 
@@ -181,10 +183,10 @@ def test_a_start_is_written_once_for_its_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(variants, "verify_folder", verify)
     monkeypatch.setattr(variants, "save_checkpoint", save)
     monkeypatch.setattr(variants, "change_config", lambda config, changes: (config, changes))
-    monkeypatch.setattr(variants.TinyGPTVConfig, "from_pretrained", lambda folder: "config")
+    monkeypatch.setattr(variants.TinyGPTVConfig, "from_pretrained", lambda folder: f"config of {folder.name}")
     monkeypatch.setattr(processing, "TinyGPTVProcessor", loaded)
     monkeypatch.setattr(tinygptv, "TinyGPTVForConditionalGeneration", loaded)
-    variant = find_variant("no_qk_norm")
+    variant, changes = find_variant("no_qk_norm"), {"text_config.qk_layernorm": False}
     folder = tmp_path / "start"
     for name in ("full", "stage.lora_rank=4", "train.packing=true"):  # the model starts as it is given
         assert write_start(find_variant(name), "s", folder) == tmp_path / "given" and written == []

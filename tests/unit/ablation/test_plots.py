@@ -71,8 +71,11 @@ def test_a_plot_of_losses_has_a_panel_of_each_stage_and_a_line_of_each_variant(t
 def test_a_plot_of_depths_has_the_norm_of_each_part_on_a_logarithmic_axis(tmp_path, drawn):
     depth = {"projector": 1.0, "layer_00": 0.5}
     rows = [row("a", depth=depth), row("none"), row("one", depth={"projector": 2.0})]
-    draw_depths(tmp_path / "x.png", rows, "the title")
-    ((figure, _),) = drawn
+    assert draw_depths(tmp_path / "x.png", rows, "the title") == tmp_path / "x.png"
+    ((figure, path),) = drawn
+    assert (path, figure.get_suptitle()) == (tmp_path / "x.png", "the title")
+    shown = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
+    assert shown == ["A", "ONE"] and figure.axes[0].get_legend() is None, "what has no norms is not in the legend"
     for axis in figure.axes:
         assert lines_of(axis) == {"A": (["projector", "layer_00"], [1.0, 0.5]), "ONE": (["projector"], [2.0])}
         assert axis.get_yscale() == "log"
@@ -115,7 +118,7 @@ def test_each_precision_has_its_own_rows_and_files(tmp_path, monkeypatch):
 def test_an_ablations_time_is_that_of_the_whole_command(tmp_path, monkeypatch):
     clock, told = iter([100.0, 190.0, 200.06]), []
     monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(run, "_refuse_unusable_inputs", lambda settings: None)
+    monkeypatch.setattr(run, "_refuse_unusable_inputs", lambda *given: None)
     monkeypatch.setattr(run, "start_ray", lambda settings: nullcontext())
     monkeypatch.setattr(run, "_shared_inputs", lambda *arguments: None)
     monkeypatch.setattr(run, "_run_all", lambda *arguments: iter(()))

@@ -126,9 +126,11 @@ def test_files_of_other_answers_are_removed_and_only_missing_ones_are_given(tmp_
     (tmp_path / "b-0").write_text("there")
     (tmp_path / "old").write_text("of another checkpoint")
     asked = []
-    monkeypatch.setattr(module, "_answer_units", lambda settings, options, units: asked.extend(units))
+    settings, given = ScoreSettings(), []
+    monkeypatch.setattr(module, "_answer_units", lambda *called: asked.extend(called[2]) or given.extend(called[:2]))
     monkeypatch.setattr(module, "read_answers", lambda uri: [f"{Path(uri).name} {k}" for k in range(2)])
-    answered, now = _answer_all(ScoreSettings(), options, units)
+    answered, now = _answer_all(settings, options, units)
+    assert given == [settings, options]
     assert asked == units[1:] and now == 4 and not (tmp_path / "old").exists() and (tmp_path / "b-0").exists()
     assert [(q.id, a) for q, a in answered["b"]] == [
         ("b00", "b-0 0"),
@@ -168,6 +170,11 @@ def test_own_rows_are_scored_alone_and_other_names_are_looked_up():
     for given in ("own", ["own"]):
         with pytest.raises(SettingsError, match=r"data=/nowhere is no file of rows"):
             module._find(ScoreSettings(data="/nowhere", benchmark=given), DataFolder(Path("/nowhere")))
+    for changes, said in (({"data": ""}, "give data=DIR, the folder of"), ({"benchmark": ""}, "give benchmark=NAME")):
+        with pytest.raises(SettingsError, match=f"^{said}"):
+            module._find(ScoreSettings(**{"data": "/d", "benchmark": "gqa", **changes}), DataFolder(Path("/d")))
+    with pytest.raises(SettingsError, match=r"^metric=vqa is for one's own rows: give benchmark=own data=rows\.jsonl"):
+        module._find(ScoreSettings(data="/d", benchmark="gqa", metric="vqa"), DataFolder(Path("/d")))
     for given in ("gqa", ["gqa", "vsr"]):
         asked.append([each.name for each in module._find(ScoreSettings(data="/d", benchmark=given), None)])
     assert asked == [["gqa"], ["gqa", "vsr"]]
@@ -188,6 +195,20 @@ def test_an_entry_that_lacks_something_is_told_with_its_files(used, named, error
     assert str(caught.value) == (
         f"benchmark=b: an entry of {named} is not as officially distributed: {type(error).__name__} {error}."
     )
+
+
+def test_data_and_images_are_local_copies_and_images_are_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "local_data", lambda uri: tmp_path / uri.removeprefix("s3://"))
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "file").write_text("")
+    found = module._data_folder(ScoreSettings(data="s3://official", images="s3://pictures"))
+    assert (found.root, found.image_root) == (tmp_path / "official", tmp_path / "pictures")
+    assert module._data_folder(ScoreSettings(data="official")) == DataFolder(tmp_path / "official", None)
+    for name in ("file", "gone"):
+        with pytest.raises(
+            SettingsError, match=f"^images={name} is no folder: give the one that holds the benchmark's"
+        ):
+            module._data_folder(ScoreSettings(data="official", images=name))
 
 
 def test_the_benchmark_without_questions_is_named_among_several():
@@ -237,7 +258,7 @@ def scored(tmp_path, monkeypatch):
     """Run a score whose parts are replaced by notes."""
 
     def run(**changes):
-        notes, published = [], []
+        notes, published, tracked = [], [], []
         files = [tmp_path / "a.json", tmp_path / "b.json"]
         for path in files:
             path.write_text(path.name)
@@ -259,14 +280,19 @@ def scored(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "_answer_all", lambda *a: (notes.append(("answer", len(a[2]))) or answered, 4))
         monkeypatch.setattr(module, "score_page", lambda scores, lines, checkpoint, cases: f"{checkpoint} {cases}")
         monkeypatch.setattr(module, "_compare", lambda *a: {"x": "compared"})
-        monkeypatch.setattr(module, "_track", lambda *a: notes.append(("track", a[1], a[4])))
+        monkeypatch.setattr(module, "_track", lambda *a: notes.append(("track", a[1], a[4])) or tracked.extend(a))
         monkeypatch.setattr(module, "hash_file", lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
         monkeypatch.setattr(storage.WorkFolder, "fetch", lambda self, *names: notes.append(("fetch", *names)))
         monkeypatch.setattr(storage.WorkFolder, "publish", lambda self, *names: published.append(names))
         output = tmp_path / "out"
         fields = {"checkpoint": "given", "data": "data", "images": "pictures", "output": str(output), "page_cases": 6}
-        result = evaluate(ScoreSettings(**{**fields, **changes}), benchmarks, parent_run_id="parent")
-        return SimpleNamespace(result=result, notes=notes, published=published, files=files, output=output)
+        given = ScoreSettings(**{**fields, **changes})
+        result = evaluate(given, benchmarks, parent_run_id="parent")
+        lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+        assert tracked[:5] == [given, output, result, lines, "parent"], "the tracker is told what is written"
+        return SimpleNamespace(
+            result=result, notes=notes, published=published, files=files, output=output, began=tracked[5]
+        )
 
     return run
 
@@ -324,8 +350,42 @@ def test_two_runs_are_compared_under_their_checkpoints_names(tmp_path, monkeypat
 def test_the_rate_is_of_what_was_answered_now_over_the_time_of_answering(scored, monkeypatch):
     clock = iter([100.0, 110.0, 118.0, 130.04])
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock), time=lambda: 1e9))
-    result = scored().result
+    found = scored()
+    result = found.result
     assert (result["questions_per_second"], result["seconds"]) == (0.5, 30.0), "4 questions in 8 s"
+    assert found.began == 1e9, "the tracker's run begins with the command"
+
+
+def test_what_decides_the_scores_is_their_identity(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "checkpoint_digest", lambda path: f"digest of {path.name}")
+    base = ScoreSettings(metric="vqa", limit=7)
+
+    def identity(settings=base, folder="model", **questions):
+        asked = {"x": [question("a"), question("b")], "y": [question("c")], **questions}
+        return module._score_fingerprint(settings, tmp_path / folder, asked).inputs
+
+    found = identity()
+    assert found == {
+        "job": "score", "checkpoint": "digest of model", "metric": "vqa", "baselines": True, "limit": 7,
+        "questions.x": found["questions.x"], "questions.y": found["questions.y"],
+    }  # fmt: skip
+    assert found["questions.x"] != found["questions.y"]
+    changed = {"metric": "exact", "baselines": False, "limit": 8}
+    for name, value in changed.items():
+        assert identity(base.model_copy(update={name: value})) == {**found, name: value}
+    for name, value in {
+        "batch_size": 3,
+        "num_workers": 5,
+        "page_cases": 1,
+        "output": "/x",
+        "compare_with": "/y",
+    }.items():
+        assert identity(base.model_copy(update={name: value})) == found, name
+    assert identity(folder="other") == {**found, "checkpoint": "digest of other"}
+    here, there = (Question("c", "what?", tmp_path / place / "c.png", {"answer": "yes"}) for place in ("a", "b"))
+    assert identity(y=[here]) == identity(y=[there]) != found, "a folder may be moved; an image is not none"
+    for other in ([question("b"), question("a")], [question("a")], [question("a", kind="k"), question("b")]):
+        assert identity(x=other)["questions.x"] != found["questions.x"]
 
 
 def test_every_file_that_was_read_is_used_once():

@@ -230,3 +230,8 @@ def test_a_tracker_is_told_all_of_a_score(tmp_path, monkeypatch, compared):
     assert of["describe"][0][0].endswith("\n\nImages of the worst answers: `report.html` in Artifacts.")
     assert told[-1] == ("close",)
     json.dumps(rows)
+    titles = []
+    three = {**result, "benchmarks": {name: score() for name in ("vqa", "gqa", "vsr")}}
+    monkeypatch.setattr(module, "continue_tracker", lambda *a, **k: titles.append(a[1]) or tracker)
+    _track(settings, tmp_path, three, [], "", 1e9)
+    assert titles[0].startswith("mini score vqa and 2 more, 2001-09-")

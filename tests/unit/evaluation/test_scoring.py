@@ -19,6 +19,7 @@ from pipelines.evaluation.compare_page import comparison_page
 from pipelines.evaluation.page import TRUE_COLOUR, drawn_case, score_page, worst_first
 from pipelines.evaluation.scoring import format_number, score_benchmark, write_predictions
 from tinygptv.data.prompt_layout import Exchange
+from tinygptv.metrics.intervals import bootstrap
 from tinygptv.metrics.metrics import exact_match
 
 EXACT = Benchmark("exact", "exact match", lambda data: iter(()), lambda a, t: exact_match(a, t["answer"]))
@@ -92,6 +93,34 @@ def test_other_splits_are_parts_and_in_no_number_of_the_benchmark():
     answered = [(question(n, split="test" if n < 2 else "val"), answers(n, answer="yes")) for n in range(6)]
     found = score_benchmark(benchmark, answered)
     assert (found["n"], found["also"], found["parts"]["val"]["n"]) == (2, {"also": 200.0}, 4)
+
+
+def test_a_value_and_its_parts_have_their_own_intervals():
+    """95% by resampling the questions of each: those of ``intervals.bootstrap``, whatever the other parts hold."""
+    right = {"test": [1, 1, 0, 1, 0, 1, 1, 1], "val": [0, 0, 1, 0, 0]}
+    answered = [
+        (question(f"{split}{n}", split=split), Answers(f"q{n}", "", {"answer": ViewAnswer("yes" if hit else "no")}))
+        for split, hits in right.items()
+        for n, hit in enumerate(hits)
+    ]
+    own = bootstrap([float(hit) for hit in right["test"]])
+    part = bootstrap([float(hit) for hit in right["val"]])
+    found = score_benchmark(EXACT, answered)
+    assert (found["value"], found["low"], found["high"], found["n"]) == (75.0, own.low, own.high, 8)
+    assert found["parts"] == {"val": {"value": 20.0, "low": part.low, "high": part.high, "n": 5}}
+    assert own.low < 75 < own.high and part.low < 20 < part.high
+    statistics = Statistics(lambda o: (float(o.answer == "yes"), 7.0), {"m": lambda t: t[:, 0].mean(), "n": len})
+    counted = score_benchmark(replace(EXACT, statistics=statistics), answered)
+    assert {key: counted[key] for key in ("value", "low", "high", "n", "parts")} == {
+        key: found[key] for key in ("value", "low", "high", "n", "parts")
+    }
+    assert counted["also"] == {"n": 800.0}, "of the main split alone"
+
+
+def test_a_benchmark_without_a_main_split_has_parts_alone():
+    found = score_benchmark(EXACT, [(question(0, split="val"), answers(0, answer="yes"))])
+    assert math.isnan(found["value"]) and (found["n"], found["also"]) == (0, {})
+    assert list(found["parts"]) == ["val"] and found["parts"]["val"]["value"] == 100.0
 
 
 def test_overlaps_have_their_thresholds():

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from pipelines.evaluation import run as run_module
 from pipelines.evaluation import worker as worker_module
@@ -19,7 +20,8 @@ from pipelines.evaluation.run import _answer_units, _check_images, _options, _re
 from pipelines.evaluation.worker import AnswerOptions, QuestionUnit, UnitAnswerer
 from pipelines.settings import ScoreSettings, SettingsError
 from tests.serving_model import make_image
-from tinygptv.inference.batch import Reply
+from tinygptv.data.prompt_layout import Exchange
+from tinygptv.inference.batch import Prompt, Reply
 
 OPTIONS = AnswerOptions("/model", "abc", 2, True, False, "/answers")
 BENCHMARK = Benchmark("own", "m", lambda data: iter(()), lambda a, t: 0.0, 4)
@@ -46,6 +48,11 @@ def test_units_have_four_batches_in_order(images):
     assert [len(unit.questions) for unit in units] == [8, 8, 3] and [unit.number for unit in units] == [0, 1, 2]
     assert [question for unit in units for question in unit.questions] == asked
     assert len({unit.file for unit in units}) == 3 and units[1].file.startswith("own-00001-")
+    assert {(unit.benchmark, unit.max_new_tokens, unit.generates) for unit in units} == {("own", 4, True)}
+    ranked = replace(BENCHMARK, name="ranked", max_new_tokens=9, generates=False)
+    (unit,) = _units(replace(OPTIONS, batch_size=5), ranked, asked[:20])
+    assert (unit.benchmark, unit.number, unit.questions) == ("ranked", 0, tuple(asked))
+    assert (unit.max_new_tokens, unit.generates) == (9, False)
 
 
 def test_a_units_file_is_named_by_what_decides_its_answers(images):
@@ -130,6 +137,51 @@ def test_every_view_has_its_image(images):
     assert texts(answerer().answers(unit(asked[1:2]))) == [("no image", None, None)], "nothing to be blind for"
 
 
+def test_a_question_is_asked_with_its_turns_its_choices_and_the_image_of_each_view(images):
+    before = (Exchange("before?", "yes"),)
+    asked = [
+        Question("q0", "one?", images / "b.png", {}, history=before, choices=("x", "y")),
+        Question("q1", "gone?", images / "gone.png", {}, choices=("x", "y")),
+        Question("q2", "two?", None, {}, choices=("z", "x")),
+        Question("q3", "three?", images / "a.png", {}, choices=("w", "y")),
+    ]
+    seen = []
+
+    class Noting(Model):
+        def choice_losses(self, prompts, embeds):
+            seen.append((prompts, embeds))
+            return super().choice_losses(prompts, embeds)
+
+    answerer(Noting()).answers(replace(unit(asked, generates=False), max_new_tokens=7))
+
+    def prompts(first, last):
+        return [
+            Prompt("one?", first, before, 7, ("x", "y")),
+            Prompt("two?", None, (), 7, ("z", "x")),
+            Prompt("three?", last, (), 7, ("w", "y")),
+        ]
+
+    own = ["image 0", "image 1"]
+    assert seen == [(prompts(0, 1), own), (prompts(0, 0), ["blank"]), (prompts(1, 0), own)]
+
+
+def test_an_image_is_opened_once_where_this_machine_has_it_and_named_as_the_driver_does(images):
+    """A unit of a bucket's data: the questions name the driver's copy, the actor reads its own."""
+    one = answerer()
+    one.moved = {"/other": Path("/nowhere"), "/driver/copy": images}
+    encoded = []
+    one.answerer.encode = lambda found: encoded.append([image.size for image in found]) or ["first", "second"]
+    (images / "wide.png").write_bytes(make_image(0, 30, 10))
+    names = ("wide.png", "a.png", "gone.png", "wide.png")
+    asked = [Question(f"q{n}", "what?", Path("/driver/copy") / name, {}) for n, name in enumerate(names)]
+    found = one.answers(unit(asked))
+    assert texts(found)[:2] == [("first", "blank", "second"), ("second", "blank", "first")]
+    with Image.open(images / "a.png") as image:
+        assert encoded == [[(30, 10), image.size]]
+    assert found[2].problem.startswith("/driver/copy/gone.png cannot be opened: ") and found[2].views == {}
+    assert [each.id for each in found] == ["q0", "q1", "q2", "q3"] and texts(found)[3] == texts(found)[0]
+
+
 def test_units_shuffle_their_images_apart(images):
     for name in "defgh":
         (images / f"{name}.png").write_bytes(make_image(ord(name)))
@@ -139,6 +191,8 @@ def test_units_shuffle_their_images_apart(images):
         found = answerer().answers(replace(unit(asked), number=number))
         seen.append(tuple(each.views["shuffled"].text for each in found))
         assert all(text != f"image {own}" for own, text in enumerate(seen[-1]))
+        again = answerer().answers(replace(unit(asked), number=number))
+        assert tuple(each.views["shuffled"].text for each in again) == seen[-1], "the same settings, the same images"
     assert len(set(seen)) == 3
 
 
@@ -166,12 +220,13 @@ def test_the_first_problem_of_a_question_stays(images):
 
 def test_an_answered_unit_is_left_as_it_is(images, monkeypatch, tmp_path):
     one, written = answerer(answers_dir=str(tmp_path)), []
-    monkeypatch.setattr(worker_module, "write_answers", lambda location, found: written.append(location))
-    monkeypatch.setattr(UnitAnswerer, "answers", lambda self, unit: [])
-    one(unit([]))
+    monkeypatch.setattr(worker_module, "write_answers", lambda *given: written.append(given))
+    monkeypatch.setattr(UnitAnswerer, "answers", lambda self, unit: f"answers of {unit.number}")
+    one(replace(unit([]), number=3))
+    assert written == [(str(tmp_path / "own-00000-x.jsonl"), "answers of 3")]
     (tmp_path / "own-00000-x.jsonl").write_text("")
-    one(unit([]))
-    assert written == [str(tmp_path / "own-00000-x.jsonl")]
+    one(replace(unit([]), number=3))
+    assert len(written) == 1
 
 
 @pytest.mark.parametrize(("threads", "told"), [(0, []), (3, [3])])
@@ -190,6 +245,7 @@ def test_an_actor_loads_its_copy_of_the_checkpoint_and_knows_its_copies_of_the_d
     assert made.moved == {"/driver": "copy of s3://d"}
     assert made.answerer == ("model", "processor", 7, {"released": True})
     assert UnitAnswerer(options).answerer[-1] == {"released": True} and asked[-1][1] == "cpu"
+    assert set_to == told, "without a number torch keeps its own"
 
 
 def test_images_of_a_bucket_are_read_from_this_machines_copy(tmp_path):
@@ -211,6 +267,10 @@ def test_options_are_those_of_the_settings(tmp_path, monkeypatch):
     found = _options(settings, tmp_path, data, str(tmp_path / "answers"))
     assert (found.batch_size, found.baselines, found.fingerprint, found.checkpoint) == (3, False, "digest", "/model")
     assert found.copies == (("s3://bucket/x", str(tmp_path / "copy")),), "what is local is read where it lies"
+    assert found.answers_dir == str(tmp_path / "answers") and (tmp_path / "answers").is_dir()
+    both = settings.model_copy(update={"images": "s3://bucket/y"})
+    copies = {"s3://bucket/x": str(tmp_path / "copy"), "s3://bucket/y": str(tmp_path / "images")}
+    assert dict(_options(both, tmp_path, data, str(tmp_path / "answers")).copies) == copies
     assert [
         _options(settings.model_copy(update={"metric": metric}), tmp_path, data, str(tmp_path / "answers")).released
         for metric in ("official", "released", "exact", "vqa", "iou")
