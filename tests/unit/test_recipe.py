@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -213,6 +214,11 @@ def test_words_of_the_steps(tmp_path, jobs):
     words = {name: given for name, given in jobs.ran}
     out, config = tmp_path / "out", ["--config", PAPER]
     assert words["fetch"] == ["what=start", "output=/w"]
+    assert words["-m"] == [
+        "tinygptv.convert", "release", "--vision", "/w/eva_vit_g.pth", "--qformer", "/w/blip2_pretrained_flant5xxl.pth",
+        "--language", "/w/phi-2", "--projection", "/w/prerained_minigpt4_7b.pth", "--template", "human",
+        "--output", f"{out}/start",
+    ]  # fmt: skip
     assert words["stage4"] == [
         *config,
         "data=/d",
@@ -234,6 +240,42 @@ def test_words_of_the_steps(tmp_path, jobs):
         f"output={out}/features12",
     ]
     assert caches[1][4] == "image_size=224" and caches[1][6] == f"output={out}/features3"
+
+
+def test_each_step_is_done_where_its_own_file_is(tmp_path, jobs, monkeypatch):
+    """The files that say so; the service, which never ends by itself, has none."""
+    given = RecipeSettings(recipe="paper", raw=str(tmp_path), weights="/w", data="/d", benchmarks="/b", serve=True)
+    monkeypatch.setattr(recipe._Recipe, "_input", lambda self, source: tmp_path)
+    stages = tuple(stage.number for stage in RECIPES["paper"])
+    cached = SimpleNamespace(choice="cached", stages=stages, image_size=448, sources=("gqa", "vg"))
+    monkeypatch.setattr(recipe._Recipe, "_plan", lambda self: [cached])
+    plan = recipe._Recipe(given, None, tmp_path / "out")
+    results = {step.title: step.result for step in plan.steps() if not step.title.startswith("prepare ")}
+    out = tmp_path / "out"
+    assert results == {
+        "fetch": Path("/w/prerained_minigpt4_7b.pth"),
+        "convert": out / "start/manifest.json",
+        "features of stages 1234": out / "features1234/result.json",
+        **{f"stage {s.number}: {s.title}": out / f"stage{s.number}/result.json" for s in RECIPES["paper"]},
+        "score": out / "score/result.json",
+        "quantize": out / "artifact/result.json",
+        "serve": out / ".never",
+    }
+    prepared = {step.title: step.result for step in plan.steps() if step.title.startswith("prepare ")}
+    assert prepared == {f"prepare {name}": Path(f"/d/{name}/result.json") for name in plan.sources}
+
+
+def test_seconds_are_those_of_the_step_and_what_failed_is_not_recorded(tmp_path, jobs, monkeypatch):
+    clock = iter((10.0, 22.26, 30.0))
+    monkeypatch.setattr(recipe, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    plan = recipe._Recipe(RecipeSettings(recipe="paper", output=str(tmp_path)), None, tmp_path)
+    assert plan.run(recipe.Step("one", ("jobs/fetch.py", "a=1"), tmp_path)) == 12.3
+    jobs.fails = "score"
+    with pytest.raises(
+        RecipeError, match=r"^step 'two' failed, as it says above: fix that, and run the same command ag"
+    ):
+        plan.run(recipe.Step("two", ("jobs/score.py",), tmp_path))
+    assert json.loads((tmp_path / "recipe.json").read_text()) == plan.done == {"one": "python jobs/fetch.py a=1"}
 
 
 def test_a_word_is_written_as_the_command_line_takes_it():

@@ -8,12 +8,13 @@ import pytest
 from PIL import Image
 
 from pipelines.evaluation.benchmarks.files import DataFolder
-from pipelines.evaluation.benchmarks.own import _questions, _size, own_benchmark
+from pipelines.evaluation.benchmarks.own import _questions, _read, _size, own_benchmark
 from pipelines.evaluation.compare import Comparison
 from pipelines.evaluation.compare_page import comparison_page
 from pipelines.evaluation.run import evaluate
 from pipelines.settings import ScoreSettings, SettingsError
 from tests.serving_model import make_image, save_checkpoint
+from tinygptv.data.prompt_layout import Exchange
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,11 @@ def questions(path, metric="official", images=None):
     data = DataFolder(path, images)
     benchmark = own_benchmark(metric, data)
     return benchmark, list(benchmark.read(data))
+
+
+def own_rows(path):
+    """All questions, whatever they ask for."""
+    return list(_read(DataFolder(path)))
 
 
 REFER = {
@@ -80,6 +86,41 @@ def test_turns_before_a_question_are_worded_as_they_were_asked(folder):
         (asked[0].instruction, "a0"), (asked[1].instruction, "a1")
     ]  # fmt: skip
     assert asked[0].history == () and asked[0].instruction.startswith("[vqa] Based on")
+
+
+def test_of_several_answers_and_boxes_the_first_is_said_and_all_are_kept(folder):
+    turns = [{"question": f"what {n}?", "answers": [f"a{n}", f"b{n}", "c"]} for n in range(2)]
+    boxes = [[4, 3, 20, 15], [8, 9, 30, 28]]
+    named = [{"question": "", "answers": ["the mug", "the cup"]}]
+    path = write(
+        folder,
+        {"image": "0.jpg", "turns": turns, "task": "vqa"},
+        {"image": "1.jpg", "turns": named, "boxes": boxes, "task": "refer"},
+        {"image": "2.jpg", "turns": named, "boxes": boxes, "task": "identify"},
+        name="several.jsonl",
+    )
+    first, second, refer, identify = own_rows(path)
+    assert (first.truth, second.truth) == ({"answers": ["a0", "b0", "c"]}, {"answers": ["a1", "b1", "c"]})
+    assert second.history == (Exchange(first.instruction, "a0"),) and second.instruction.endswith("what 1?")
+    assert refer.truth == {"box": [4, 3, 20, 15], "width": 40, "height": 30, "answers": ["the mug", "the cup"]}
+    assert refer.instruction == "[refer] give me the location of the mug"
+    assert identify.truth == {"answers": ["the mug", "the cup"]}
+    assert identify.instruction == "[identify] what object is in this location {<10><10><50><50>}"
+    assert [each.kind for each in (first, second, refer, identify)] == ["vqa", "vqa", "refer", "identify"]
+    assert [each.image for each in (second, refer, identify)] == [folder / f"{n}.jpg" for n in range(3)]
+    assert [each.id for each in (second, refer, identify)] == ["line 1/1", "line 2", "line 3"]
+
+
+@pytest.mark.parametrize("task", ["refer", "identify"])
+@pytest.mark.parametrize("missing", ["image", "boxes"])
+def test_a_task_of_boxes_needs_both_an_image_and_boxes(folder, task, missing):
+    row = {key: value for key, value in REFER.items() if key != missing}
+    path = write(folder, {"image": "0.jpg", "caption": "a mug"}, {**row, "task": task}, name="needs.jsonl")
+    with pytest.raises(SettingsError) as caught:
+        own_rows(path)
+    assert str(caught.value) == (
+        f"needs.jsonl, line 2: task {task!r} needs an image and boxes, as [[x1, y1, x2, y2]] in pixels."
+    )
 
 
 def test_images_may_lie_in_a_folder_of_their_own(folder, tmp_path):

@@ -117,6 +117,17 @@ def test_a_value_and_its_parts_have_their_own_intervals():
     assert counted["also"] == {"n": 800.0}, "of the main split alone"
 
 
+@pytest.mark.parametrize(("released", "value", "also"), [(False, 75.0, {"n": 400.0}), (True, 12.5, {})])
+def test_the_releases_score_is_a_mean_also_where_a_benchmark_has_statistics(released, value, also):
+    """As for RefCOCO and Hateful Memes; its other numbers are of the official rule alone."""
+    statistics = Statistics(lambda o: (float(o.answer == "yes"),), {"m": lambda t: t.mean(), "n": len})
+    benchmark = replace(EXACT, statistics=statistics, released=lambda outcomes: [0.5] + [0.0] * (len(outcomes) - 1))
+    answered = [(question(n), answers(n, answer="no" if n == 3 else "yes", blind="no")) for n in range(4)]
+    found = score_benchmark(benchmark, answered, released=released)
+    assert (found["value"], found["also"], found["n"]) == (value, also, 4)
+    assert found["blind"] == (12.5 if released else 0.0)
+
+
 def test_a_benchmark_without_a_main_split_has_parts_alone():
     found = score_benchmark(EXACT, [(question(0, split="val"), answers(0, answer="yes"))])
     assert math.isnan(found["value"]) and (found["n"], found["also"]) == (0, {})
