@@ -152,7 +152,16 @@ def test_what_is_sent_begins_with_the_table():
         close=lambda: told.append("closed"),
     )
     _track_report(tracker, {"table": [{"variant": "full"}]}, ["/a", "/b"])
-    assert told[0].startswith("| variant |\n| --- |\n| full |\n\nA cell is the mean loss")
+    assert told[0].startswith(
+        "| variant |\n| --- |\n| full |\n\nA cell is the mean loss (nats per token) of the stage's last 10"
+    )
+    for said in (
+        "stays below 0.001 of the full model's",
+        "in the 10 steps from k on",
+        "gradients of 10 steps in a row",
+    ):
+        assert said in told[0]
+    assert told[0].endswith("another question's image.\n\nPlots: `report.html` in Artifacts.")
     assert told[1:] == [("ablation", [{"variant": "full"}]), Path("/a"), Path("/b"), "closed"]
 
 

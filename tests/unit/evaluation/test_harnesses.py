@@ -49,6 +49,19 @@ def test_answers_over_several_chunks_equal_ours(checkpoint, pictures, answerer):
     assert len(set(expected)) > 2, "answers that do not depend on the question test nothing"
 
 
+@pytest.mark.parametrize(("threads", "told"), [(0, []), (3, [3])])
+def test_a_model_is_loaded_for_its_device_and_asked_in_chunks_of_four_batches(monkeypatch, threads, told):
+    set_to = []
+    monkeypatch.setattr(in_process.torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(in_process, "load_for_inference", lambda *given: [("model of", *given), "processor"])
+    monkeypatch.setattr(in_process, "Answerer", lambda *given: given)
+    model = InProcessModel("c", device="cuda", batch_size=3, threads=threads, tag="[refer] ")
+    assert model.answerer == (("model of", "c", "cuda"), "processor", 3) and set_to == told
+    assert (model.chunk, model.tag) == (12, "[refer] ")
+    plain = InProcessModel("c")
+    assert (plain.answerer[0][-1], plain.chunk, plain.tag, set_to) == ("cpu", 256, "[vqa] ", told)
+
+
 def test_stop_texts_cut_and_too_long_a_question_is_empty_with_a_warning(checkpoint, pictures, answerer, caplog):
     model = InProcessModel(checkpoint, tag="")
     whole = ours(answerer, "what?", 0)
@@ -207,6 +220,29 @@ def test_what_lmms_eval_asks_for_reaches_the_model(lmms, monkeypatch):
     ]
     with pytest.raises(NotImplementedError, match="several rounds"):
         model.generate_until_multi_round([])
+
+
+def test_what_vlmevalkit_asks_for_reaches_the_model(monkeypatch, tmp_path):
+    told = []
+
+    class Base:
+        def message_to_promptimg(self, message, dataset=None):
+            told.append((message, dataset))
+            return message, tmp_path / "a.png" if message == "seen" else None
+
+    module = import_with(
+        monkeypatch, "pipelines.evaluation.harnesses.vlmevalkit", {"vlmeval.vlm.base": {"BaseModel": Base}}
+    )
+    monkeypatch.setattr(module, "InProcessModel", Asked)
+    Image.new("RGB", (7, 5)).save(tmp_path / "a.png")
+    model = module.TinyGPTV("c", max_new_tokens=9, device="cuda", tag="")
+    assert model.model.made == ("c", {"device": "cuda", "tag": ""}) and model.INTERLEAVE is False
+    assert [model.generate_inner(text, "a data set") for text in ("seen", "told")] == ["SEEN", "TOLD"]
+    assert told == [("seen", "a data set"), ("told", "a data set")]
+    (seen, blind) = model.model.asked
+    assert (seen.text, seen.image.size, seen.max_new_tokens, seen.stop) == ("seen", (7, 5), 9, ())
+    assert blind == HarnessQuestion("told", None, 9)
+    assert module.TinyGPTV("c").max_new_tokens == 64
 
 
 def test_each_image_is_encoded_once_and_named_by_its_place(pictures):
