@@ -15,6 +15,8 @@ from pipelines.miniature.tiny_training import (
     train_settings,
 )
 from pipelines.settings import TrainSettings
+from tinygptv.miniature.draw import encode_jpeg
+from tinygptv.miniature.scenes import make_scene
 
 
 def test_the_command_line_gives_the_same_settings(tmp_path):
@@ -33,6 +35,31 @@ def test_every_fourth_question_has_no_image():
     assert [row.task for row in questions] == ["vqa", "vqa", "vqa", "text"] * 2
     assert all(bool(row.image) == (row.task != "text") for row in (*pairs, *questions))
     assert {row.source for row in questions} == {"questions"} and make_rows("pairs", 5) == pairs
+
+
+def test_rows_have_their_words_and_the_size_of_their_scene():
+    pairs, questions = make_rows("pairs", 3), make_rows("questions", 8)
+    for number, row in enumerate(pairs):
+        scene = make_scene(3, "train", number)
+        assert (row.width, row.height, row.image) == (scene.width, scene.height, encode_jpeg(scene))
+        ((question, (words,)),) = [(turn.question, turn.answers) for turn in row.turns]
+        assert question == "" and set(words.split()) <= {"red", "blue", "dog", "cat", "big"}
+    said = [(turn.question, turn.answers) for row in questions for turn in row.turns]
+    for number, (question, (words, *others)) in enumerate(said):
+        text_only = number in (3, 7)
+        assert (question, others) == ((f"say {words}", []) if text_only else ("what?", ["yes"]))
+    assert len({answers[0] for _, answers in said}) > 4, "they are told apart by their words"
+
+
+def test_a_training_of_seconds_has_two_short_epochs_and_saves_within_them(tmp_path):
+    world = {"data": "/d", "init_from": "/s"}
+    found = train_settings(world, tmp_path, seed=4, stage={"lora_rank": 0})
+    assert found.model_dump(exclude_defaults=True) == {
+        "tracking_uri": "none", "quiet": True, "num_workers": 0, "loader_workers": 0, "checkpoint_every": 3,
+        "micro_batch_size": 8, "threads_per_worker": 1, "log_every": 2, "seed": 4, "output": str(tmp_path), **world,
+        "stage": {**tiny_training.STAGE, "lora_rank": 0},
+    }  # fmt: skip
+    assert train_settings(world, tmp_path).stage == tiny_training.STAGE, "no run changes another's"
 
 
 def test_a_world_is_two_shard_sets_and_a_start(tmp_path, monkeypatch):
