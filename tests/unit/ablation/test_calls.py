@@ -170,7 +170,7 @@ def test_what_is_sent_begins_with_the_table():
 
 def test_a_start_is_written_once_for_its_changes(tmp_path, monkeypatch):
     written, stages = [], {}
-    monkeypatch.setattr(variants, "local_checkpoint", lambda uri: tmp_path / "given")
+    monkeypatch.setattr(variants, "local_checkpoint", {"s": tmp_path / "given", "t": tmp_path / "given"}.__getitem__)
     monkeypatch.setattr(variants, "read_stage", lambda start: stages.get("stage", {}) if start == folder else {})
 
     def verify(start, hashes):
