@@ -220,7 +220,7 @@ def test_an_archive_is_left_out_once_it_was_unpacked_and_removed(tmp_path):
 def test_the_call_of_img2dataset(tmp_path):
     command = img2dataset_command(LinkList("a/l.json", "a/tars"), tmp_path, threads=3, processes=2)
     options = dict(zip(command[1::2], command[2::2], strict=True))
-    assert command[0] == "img2dataset" and table_of(tmp_path / "a/l.json") == tmp_path / "a/l.tsv"
+    assert command[0] == "img2dataset" and table_of(tmp_path / "a.b/l.1.json") == tmp_path / "a.b/l.1.tsv"
     assert options == {
         "--url_list": f"{tmp_path}/a/l.tsv",
         "--input_format": "tsv",

@@ -185,8 +185,9 @@ def test_a_block_with_other_steps_keeps_timms(block):
         assert not HostEncoderBlock.fits(block), name
         setattr(owner, name, was)
     assert HostEncoderBlock.fits(block)
-    with pytest.raises(ValueError, match="neither rope nor masks"):
-        HostEncoderBlock(block)(torch.zeros(1, 5, 64), rope=torch.zeros(5, 32))
+    for given in ({"rope": torch.zeros(5, 32)}, {"attn_mask": torch.ones(5, 5)}, {"is_causal": True}):
+        with pytest.raises(ValueError, match="neither rope nor masks"):
+            HostEncoderBlock(block)(torch.zeros(1, 5, 64), **given)
 
 
 @pytest.mark.parametrize("library", [None, SimpleNamespace()])
