@@ -10,6 +10,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -107,25 +108,29 @@ def export(settings: QuantizeSettings) -> ExportResult:
     if finished and (finished["version"] is not None or not settings.register_as):
         logger.info("the artifact is finished already: %s", output)
         return finished
-    if not finished:
-        folder = Path(output.path) if output.is_local else Path(tempfile.mkdtemp(prefix="artifact-"), "artifact")
-        rows, data = held_out_rows(settings)
-        _write(settings, start, folder, rows, data, fingerprint)
-        if not output.is_local:
-            storage.upload_folder(folder, output, MANIFEST)
-    metadata = read_metadata(folder)
-    result = ExportResult(
-        bytes=metadata["bytes"],
-        drift=metadata["drift"]["loss"],
-        answer_agreement=metadata["drift"]["answer_agreement"],
-        checkpoint=checkpoint,
-        artifact=output.uri,
-        method=settings.method,
-        version=_track(settings, checkpoint, folder, metadata, began),
-        seconds=round(time.perf_counter() - started, 1),
-        result=(output / RESULT_FILE).uri,
-    )
-    write_json(result["result"], result)
+    with ExitStack() as drafts:  # of an artifact that goes to a bucket
+        if not finished:
+            if output.is_local:
+                folder = Path(output.path)
+            else:
+                folder = Path(drafts.enter_context(tempfile.TemporaryDirectory(prefix="artifact-")), "artifact")
+            rows, data = held_out_rows(settings)
+            _write(settings, start, folder, rows, data, fingerprint)
+            if not output.is_local:
+                storage.upload_folder(folder, output, MANIFEST)
+        metadata = read_metadata(folder)
+        result = ExportResult(
+            bytes=metadata["bytes"],
+            drift=metadata["drift"]["loss"],
+            answer_agreement=metadata["drift"]["answer_agreement"],
+            checkpoint=checkpoint,
+            artifact=output.uri,
+            method=settings.method,
+            version=_track(settings, checkpoint, folder, metadata, began),
+            seconds=round(time.perf_counter() - started, 1),
+            result=(output / RESULT_FILE).uri,
+        )
+        write_json(result["result"], result)
     return result
 
 

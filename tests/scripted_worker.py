@@ -101,7 +101,8 @@ class Scripted(TrainWorker):
         self.faults = []
 
     def _run(self, batches, rate):
-        self.notes.append(("run", rate, torch.initial_seed()))
+        self.notes.append(("run", batches, rate, torch.initial_seed()))
+        return "result"
 
     def _share(self):
         return HeldOutShare({"q": (2 * self.losses.get(self.step_done, 9.0), 2)}, {})

@@ -29,7 +29,11 @@ def calls(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "_fingerprint", lambda settings, start: Fingerprint.of("quantize", seed=settings.seed))
     monkeypatch.setattr(module, "held_out_rows", lambda settings: (list(range(300)), "rows of x"))
     monkeypatch.setattr(module, "read_metadata", lambda folder: METADATA)
-    monkeypatch.setattr(module, "_track", lambda *given: found.setdefault("tracked", given) and None)
+    monkeypatch.setattr(
+        module,
+        "_track",
+        lambda *given: found.update(tracked=given, seen=[given[2].is_dir()]),
+    )
     monkeypatch.setattr(module, "_write", lambda *given: found.update(written=given) or given[2].mkdir(parents=True))
     monkeypatch.setattr(storage, "check_access", lambda at, writes=False: found["access"].append((at.uri, writes)))
     monkeypatch.setattr(module, "refuse_inputs", lambda *given: found["inputs"].append(given))
@@ -80,6 +84,8 @@ def test_an_artifact_of_a_bucket_is_made_here_and_sent_whole(calls, tmp_path):
     ((folder, target, last),) = calls["sent"]
     assert (target.uri, last, folder.name) == (place, "manifest.json", "artifact")
     assert folder == calls["written"][2] and folder.parent.name.startswith("artifact-")
+    assert calls["seen"] == [True], "the tracker gets its files"
+    assert not folder.parent.exists(), "a copy of what is in the bucket takes no room"
     assert result["artifact"] == place and json.loads(storage.read_bytes(f"{place}/result.json")) == result
 
 

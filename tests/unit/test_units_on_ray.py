@@ -78,6 +78,8 @@ def test_tasks_get_their_groups_and_results_their_numbers(seen):
         warnings.simplefilter("error")
         assert run(Workers(3, num_cpus=2.0)) == [(2, 31), (0, 11), (1, 21)]
     assert seen["blocks"] == 2
+    assert run(Workers(3), groups=((2,), (0,), (1,))) == [(2, 31), (0, 11), (1, 21)] and seen["blocks"] == 3
+    run(Workers(3, num_cpus=2.0))
     assert [(row["numbers"], [pickle.loads(unit) for unit in row["units"]]) for row in seen["items"]] == [
         ([2, 0], [30, 10]),
         ([1], [20]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from pipelines.tracking import described
-from pipelines.tracking.described import hardware_tags, source_tags
+from pipelines.tracking.described import hardware_tags, run_title, source_tags
 from pipelines.tracking.identity import RUN_FILE, RunIdentity, read_identity, write_identity
 
 
@@ -56,6 +57,24 @@ def test_hardware_is_in_gigabytes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card if device == 1 else None)
     assert hardware_tags(3) == {**known, "hardware.gpu": "H100", "hardware.gpu_memory_gb": "80"}
+
+
+def test_a_title_has_the_local_time_of_the_start(monkeypatch):
+    try:
+        with monkeypatch.context() as patch:
+            patch.setenv("TZ", "Asia/Tokyo")
+            time.tzset()
+            assert run_title("paper", "stage 2", 0.0) == "paper stage 2, 1970-01-01 09:00"
+            patch.setattr(
+                described,
+                "time",
+                SimpleNamespace(
+                    strftime=time.strftime, localtime=lambda started: time.localtime(3600.0 if started is None else 0.0)
+                ),
+            )
+            assert run_title("mini", "ablation") == "mini ablation, 1970-01-01 10:00", "of now"
+    finally:
+        time.tzset()
 
 
 def test_an_identity_is_what_its_file_says(tmp_path):

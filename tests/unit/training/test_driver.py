@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,8 @@ from pipelines.training.job import TrainJob
 from pipelines.training.record import WORKER_FILES
 from pipelines.training.result import WorkerResult, read_result
 from tinygptv.training.stages import get_stage
+
+pytestmark = pytest.mark.usefixtures("still_titles")
 
 
 class Tracker(NullTracker):
@@ -56,7 +59,10 @@ def staged(tmp_path, monkeypatch):
         trained = WorkerResult("/checkpoint", 3.0, 2.0, 12, {"a": CutCount(9, 2, 0), "b": CutCount(9, 0, 1)})
 
         def note(name, result=None):
-            return lambda *a, **k: notes.append((name, *a[1:], *k.values())) or result
+            return lambda given, *a, **k: notes.append((name, *a, *k.values())) or check(given) or result
+
+        def check(given):
+            assert replace(given, run=None) == job
 
         @contextlib.contextmanager
         def follow(location, *, quiet):
@@ -64,12 +70,14 @@ def staged(tmp_path, monkeypatch):
             yield
             notes.append("followed")
 
-        monkeypatch.setattr(module, "resolve_job", lambda settings, number: (job, work))
+        monkeypatch.setattr(module, "resolve_job", lambda *given: given == (job.settings, 4) and (job, work))
         monkeypatch.setattr(module, "_refuse_shorter_run", note("refuse"))
-        monkeypatch.setattr(module, "_finished_result", lambda output, steps: notes.append(steps) or finished)
+        monkeypatch.setattr(module, "_finished_result", lambda *given: notes.append(given) or finished)
         monkeypatch.setattr(module, "_send_unsent", note("unsent"))
         monkeypatch.setattr(module, "_begin_tracking", note("begin", RunIdentity(run_id="r")))
-        monkeypatch.setattr(module, "describe_stage", lambda settings, stage: "the plan")
+        monkeypatch.setattr(
+            module, "describe_stage", lambda *given: "the plan" if given == (job.settings, job.stage) else "another"
+        )
         monkeypatch.setattr(module.StateStore, "newest_step", lambda self: notes.append(self.location) or newest)
         monkeypatch.setattr(module, "follow", follow)
         for name in ("_run_inline", "_run_on_ray"):
@@ -77,7 +85,11 @@ def staged(tmp_path, monkeypatch):
                 module, name, lambda job, name=name: notes.append((name, job.run and job.run.run_id)) or trained
             )
         monkeypatch.setattr(module, "_collect", note("collect", None))
-        monkeypatch.setattr(module, "_log_outcome", lambda job, output, result: notes.append(("outcome", result)))
+        monkeypatch.setattr(
+            module,
+            "_log_outcome",
+            lambda found, *told: notes.append(("outcome", found.run.run_id, *told)) or check(found),
+        )
         return module.run_stage(job.settings, 4, parent_run_id="parent"), notes, job
 
     return run
@@ -87,7 +99,7 @@ def test_a_finished_stage_sends_what_waits_and_trains_nothing(staged, tmp_path, 
     caplog.set_level("INFO")
     result, notes, _ = staged(finished={"steps": 12})
     assert result == {"steps": 12}
-    assert notes == [("refuse", tmp_path), 12, ("unsent", tmp_path), ("publish", "unsent.jsonl")]
+    assert notes == [("refuse", tmp_path), (tmp_path, 12), ("unsent", tmp_path), ("publish", "unsent.jsonl")]
     assert caplog.messages == [f"stage 4 is finished already: {tmp_path}"]
 
 
@@ -99,7 +111,7 @@ def test_a_stage_is_tracked_trained_collected_told_and_written_in_this_order(sta
     shared = str(tmp_path / "shared")
     assert notes == [
         ("refuse", tmp_path),
-        12,
+        (tmp_path, 12),
         ("begin", tmp_path, "parent"),
         ("publish", "run.json"),
         f"{shared}/states",
@@ -107,9 +119,10 @@ def test_a_stage_is_tracked_trained_collected_told_and_written_in_this_order(sta
         ("_run_inline", "r"),
         "followed",
         ("collect", notes[8][1]),
-        ("outcome", result),
+        ("outcome", "r", tmp_path, result),
         ("publish", "loss.png", "run.json", "result.json"),
     ]
+    assert notes[8][1].path == tmp_path
     assert read_result(tmp_path) == result and result["result"] == str(tmp_path / "result.json")
     assert (result["checkpoint"], result["first_loss"], result["last_loss"]) == ("/checkpoint", 3.0, 2.0)
     assert result["seconds"] == 61.3
@@ -118,6 +131,31 @@ def test_a_stage_is_tracked_trained_collected_told_and_written_in_this_order(sta
         f"resuming at step 8 of 12 from {shared}/states",
         "a: the first question of 2 of 9 samples was longer than stage.limits.max_context_tokens, and its end was cut.",
     ]
+
+
+def test_a_states_place_is_told_without_its_password(staged, caplog):
+    caplog.set_level("INFO")
+    _, notes, _ = staged(newest=1, storage_path="s3://key:secret@bucket/runs")
+    assert "resuming at step 1 of 12 from s3://***@bucket/runs/states" in caplog.messages
+    assert "s3://key:secret@bucket/runs/states" in notes, "and asked with it"
+
+
+def test_a_plan_is_that_of_the_given_start_with_its_adapters(monkeypatch):
+    stage, asked = get_stage("mini", 3), []
+    monkeypatch.setattr(module, "resolve_stage", lambda settings, number: stage if number == 3 else None)
+    monkeypatch.setattr(
+        module, "checked_checkpoint", lambda *given, weights: asked.append((*given, weights)) or Path("/local")
+    )
+    monkeypatch.setattr(module, "read_config", lambda place: ("config of", place))
+    monkeypatch.setattr(module, "with_start_adapters", lambda *given: ("adapted", *given))
+    monkeypatch.setattr(module, "describe_stage", lambda settings, stage: (settings, stage))
+    bare = TrainSettings(seed=5)
+    assert module.dry_run(bare, 3) == (bare, stage) and asked == []
+    given = TrainSettings(seed=5, init_from="s3://bucket/start")
+    settings, adapted = module.dry_run(given, 3)
+    assert settings == given.model_copy(update={"init_from": "/local"})
+    assert adapted == ("adapted", stage, ("config of", Path("/local")))
+    assert asked == [("s3://bucket/start", False)], "a plan needs no weights"
 
 
 def test_workers_train_on_ray_and_a_new_run_is_not_resumed(staged, caplog):
@@ -133,10 +171,18 @@ def test_workers_train_on_ray_and_a_new_run_is_not_resumed(staged, caplog):
 @pytest.fixture
 def tracked(monkeypatch):
     tracker, asked = Tracker(), []
-    monkeypatch.setattr(module, "continue_tracker", lambda *a, **k: asked.append((*a[1:], k)) or tracker)
-    monkeypatch.setattr(module, "open_tracker", lambda *a, **k: asked.append((*a[1:], k)) or tracker)
+
+    def open_tracker(settings, *given, **options):
+        assert isinstance(settings, TrainSettings)
+        asked.append((*given, options))
+        return tracker
+
+    monkeypatch.setattr(module, "continue_tracker", open_tracker)
+    monkeypatch.setattr(module, "open_tracker", open_tracker)
     monkeypatch.setattr(module, "_data_inputs", lambda job: ["data"])
-    monkeypatch.setattr(module, "resolved_config", lambda settings, stage: {"seed": settings.seed})
+    monkeypatch.setattr(
+        module, "resolved_config", lambda settings, stage: {"seed": settings.seed, "stage": stage.number}
+    )
     return tracker, asked
 
 
@@ -152,7 +198,7 @@ def test_a_run_is_nested_under_the_one_it_was_begun_under(tmp_path, monkeypatch,
     module._begin_tracking(job, tmp_path, given)
     assert asked == [(job.title, tmp_path, {"parent_run_id": parent})]
     assert tracker.told == [
-        ("params", {"seed": 5}),
+        ("params", {"seed": 5, "stage": 4}),
         ("tags", {"stage": "4", "recipe": "mini", "seed": "5"}),
         ("inputs", ["data"]),
         ("artifact", tmp_path / "config.yaml"),
@@ -176,7 +222,9 @@ def test_without_tracking_nothing_is_begun(tmp_path, tracked):
 def test_the_run_of_a_training_is_the_one_of_its_start(tmp_path, monkeypatch, tracked, known):
     tracker, asked = tracked
     monkeypatch.setattr(module, "local_checkpoint", lambda path, *, weights: (path, weights))
-    monkeypatch.setattr(module, "read_stage", lambda place: {"tracking_parent": known} if known else {})
+    monkeypatch.setattr(
+        module, "read_stage", lambda place: {"tracking_parent": known} if known and place == ("start", False) else {}
+    )
     assert module._training_run(TrainSettings(init_from="start", recipe="paper")) == "run"
     ((title, options),) = asked
     assert title.startswith("paper training, ") and options["identity"].run_id == known
@@ -326,6 +374,7 @@ def test_loader_processes_have_a_cluster_of_ours(tmp_path, monkeypatch, loaders,
 
     @contextlib.contextmanager
     def cluster(settings):
+        assert settings.loader_workers == loaders
         done.append("open")
         yield
         done.append("closed")
@@ -342,7 +391,9 @@ def test_loader_processes_have_a_cluster_of_ours(tmp_path, monkeypatch, loaders,
 )
 def test_a_run_of_more_steps_is_refused_with_their_number(tmp_path, monkeypatch, steps, states, refused):
     monkeypatch.setattr(module, "read_result", lambda output: {"steps": steps} if steps else None)
-    monkeypatch.setattr(module.StateStore, "newest_step", lambda self: states)
+    monkeypatch.setattr(
+        module.StateStore, "newest_step", lambda self: states if self.location == f"{tmp_path}/states" else 1 / 0
+    )
     if not refused:
         return module._refuse_shorter_run(job_of(tmp_path), tmp_path)
     with pytest.raises(SettingsError, match=f"holds a run of {refused} steps, and 12 are asked for"):

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import ray.train
 
+from pipelines import storage
 from pipelines.data.shards import ShardSet
 from pipelines.miniature.tiny_training import train_settings
 from pipelines.settings import TrainSettings
+from pipelines.tracking.described import run_title
 from pipelines.tracking.identity import RunIdentity
 from pipelines.training import run as run_module
 from pipelines.training.describe import describe_stage
@@ -27,6 +29,8 @@ from tests.unit.training.test_record import entry
 from tinygptv.checkpoint.folders import write_folder
 from tinygptv.training.memory_plan import MemoryPlan
 from tinygptv.training.stages import get_stage
+
+pytestmark = pytest.mark.usefixtures("still_titles")
 
 
 def job_of(world, output, **changes):
@@ -109,7 +113,7 @@ class Tracker:
         self.steps, self.closed, self.values = [], 0, {}
 
     def tags(self, values):
-        assert set(values) == {"recipe", "seed"}
+        assert values == {"recipe": "paper", "seed": "5"}
 
     def metrics(self, values, step):
         self.steps.append((step, sorted(values)))
@@ -130,9 +134,11 @@ def test_a_training_shows_some_five_hundred_points_of_a_stage_and_the_last(
     world, tmp_path, monkeypatch, count, expected
 ):
     tracker, opened = Tracker(), []
-    monkeypatch.setattr(run_module, "open_tracker", lambda *a, **k: opened.append(k["identity"].run_id) or tracker)
+    monkeypatch.setattr(
+        run_module, "open_tracker", lambda *a, **k: opened.append((*a, k["identity"].run_id)) or tracker
+    )
     monkeypatch.setattr(run_module, "read_identity", lambda output: RunIdentity(run_id="r", parent="p"))
-    monkeypatch.setattr(run_module, "_data_inputs", lambda job: ["data"])
+    monkeypatch.setattr(run_module, "_data_inputs", lambda found: ["data"] if found is job else None)
     record = StepRecord(tmp_path / "metrics.jsonl", 0)
     for step in range(count):
         record.write(entry(step))
@@ -142,7 +148,7 @@ def test_a_training_shows_some_five_hundred_points_of_a_stage_and_the_last(
         {"step": 3, "loss": 1.0, "sources": {}, "scores": {"q": 50}},
     ]
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    job = SimpleNamespace(settings=TrainSettings(), stage=get_stage("mini", 4))
+    job = SimpleNamespace(settings=TrainSettings(recipe="paper", seed=5), stage=get_stage("mini", 4))
     _log_to_training(job, tmp_path)
     assert [step for step, names in tracker.steps if names == ["loss/stage4", "lr/stage4"]] == expected
     first = entry(0)
@@ -151,10 +157,11 @@ def test_a_training_shows_some_five_hundred_points_of_a_stage_and_the_last(
     assert tracker.values["score/held_out/stage4/q", 3] == 50
     held = [(step, names) for step, names in tracker.steps if "loss/held_out/stage4" in names]
     assert held == [(0, ["loss/held_out/stage4"]), (3, ["loss/held_out/stage4", "score/held_out/stage4/q"])]
-    assert opened == ["p"] and tracker.closed == 1
+    once = [(job.settings, run_title("paper", "training"), "p")]
+    assert opened == once and tracker.closed == 1
     (tmp_path / "unsent.jsonl").write_text("{}")
     _log_to_training(job, tmp_path)
-    assert opened == ["p"], "what waits to be sent goes first"
+    assert opened == once, "what waits to be sent goes first"
 
 
 # ---------------------------------------------------------------------- Ray Train
@@ -218,6 +225,15 @@ def test_a_stage_is_finished_with_its_steps_and_a_whole_checkpoint(tmp_path, ste
         (checkpoint / "a").write_text("y")  # files are hashed where they are loaded, which takes minutes
     found = _finished_result(tmp_path, 7)
     assert (found is not None) == finished and (not found or found["steps"] == steps)
+
+
+def test_a_stage_of_a_bucket_is_finished_with_the_manifest_of_its_checkpoint(tmp_path):
+    assert _finished_result(tmp_path, 7) is None, "nothing is there"
+    place = f"memory://finished/{tmp_path.name}/checkpoint"
+    write_result(tmp_path, WorkerResult(place, 2.0, 1.5, 7).to_stage_result("s3://bucket/result.json", 1))
+    assert _finished_result(tmp_path, 7) is None
+    storage.write_atomically(f"{place}/manifest.json", b"{}")
+    assert _finished_result(tmp_path, 7) == read_result(tmp_path) and _finished_result(tmp_path, 8) is None
 
 
 def test_the_plan_of_a_stage_counts_a_step_at_most():

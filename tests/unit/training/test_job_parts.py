@@ -35,6 +35,8 @@ from pipelines.training.run import LOSS_PLOT
 from tinygptv.miniature.tiny import tiny_config
 from tinygptv.training.stages import get_stage
 
+pytestmark = pytest.mark.usefixtures("still_titles")
+
 STAGE = get_stage("mini", 4)
 
 

@@ -51,6 +51,7 @@ def trained(tmp_path, monkeypatch):
 
         @contextlib.contextmanager
         def cluster(settings):
+            assert settings == job.settings
             asked["cluster"] = "open"
             yield
             asked["cluster"] = "closed"
@@ -92,6 +93,7 @@ def test_ray_train_is_asked_for_what_the_settings_say(trained, tmp_path, changes
     assert (scaling.num_workers, scaling.use_gpu) == (workers, job.settings.use_gpu)
     assert scaling.resources_per_worker == resources
     assert (run.name, run.storage_path) == ("ray_train", str(tmp_path))
+    assert run.storage_filesystem == storage.resolve(str(tmp_path))[0] is not None
     assert (run.checkpoint_config.num_to_keep, run.failure_config.max_failures) == (4, 5)
     environment = run.worker_runtime_env or {}
     assert environment == ({"env_vars": module.GPU_ENVIRONMENT} if job.settings.use_gpu else {})

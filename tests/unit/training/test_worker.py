@@ -149,11 +149,16 @@ def test_a_state_has_the_counts_of_all_workers(steps, tmp_path, monkeypatch):
 
 def test_a_step_has_its_rate_and_its_seed(tmp_path):
     worker = Scripted(tmp_path, seed=7)
-    batch = StepBatch(5, [], [], {"q": CutCount(3, 1, 0)})
+    batch = StepBatch(5, ["micro-batch"], [], {"q": CutCount(3, 1, 0)})
     worker.compiling = True
     worker._step(batch)
     rate = STAGE.schedule.learning_rate(5)
-    assert worker.notes == [("run", rate, _dropout_seed(7, 5, 0)), ("add", batch, None, rate), ("compiled",)]
+    assert worker.notes == [
+        ("run", ["micro-batch"], rate, _dropout_seed(7, 5, 0)),
+        ("add", batch, "result", rate),
+        ("compiled",),
+    ]
+    assert [(step, result) for step, result in worker.guard._waiting] == [(5, "result")]
     worker.notes.clear()
     worker.left_out.add(5)
     worker._step(batch)
@@ -320,11 +325,11 @@ def test_the_checkpoint_is_of_the_last_step_or_of_the_best(tmp_path, monkeypatch
 
 
 def test_the_record_of_a_stage(tmp_path):
-    worker = Scripted(tmp_path, recipe="mini", seed=7, init_from="s3://key:secret@host/start")
+    worker = Scripted(tmp_path, recipe="paper", seed=7, init_from="s3://key:secret@host/start")
     worker.end = 8
     record = worker._stage_record()
     assert "secret" not in record.pop("init_from")
-    assert record == {"recipe": "mini", "stage": 4, "title": STAGE.title, "steps": 8, "seed": 7}
+    assert record == {"recipe": "paper", "stage": 4, "title": STAGE.title, "steps": 8, "seed": 7}
     worker.job = replace(worker.job, run=RunIdentity(run_id="r", parent="p"))
     assert worker._stage_record()["tracking_parent"] == "p"
 

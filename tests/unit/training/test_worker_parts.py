@@ -101,6 +101,14 @@ def test_each_part_gets_its_own_settings(built):
     assert (worker.rank, worker.world_size, worker.end, worker.processor) == (1, 3, 12, "processor")
 
 
+def test_states_and_files_lie_where_all_workers_reach_them(built, tmp_path):
+    shared = tmp_path / "shared"
+    worker, *_ = built(storage_path=str(shared), keep_checkpoints=7)
+    assert (worker.store.location, worker.work.path, worker.store.keep) == (f"{shared}/states", shared, 7)
+    alone, *_ = built()
+    assert (alone.store.location, alone.work.path) == (f"{tmp_path}/states", tmp_path)
+
+
 @pytest.mark.parametrize(("size", "threads"), [(1, 8), (3, 2), (9, 1)])
 def test_workers_of_a_machine_share_its_cores(built, size, threads):
     assert built(size=size)[1]["threads"] == (threads,)
