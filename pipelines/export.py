@@ -104,12 +104,12 @@ def export(settings: QuantizeSettings) -> ExportResult:
     refuse_inputs([output.uri], [checkpoint, settings.data])
     fingerprint = _fingerprint(settings, start)
     folder = _earlier_artifact(output)
-    finished = _finished_result(folder, output, fingerprint, overwrite=settings.overwrite)
+    finished = _finished_result(folder, output, fingerprint, overwrite=settings.overwrite) if folder else None
     if finished and (finished["version"] is not None or not settings.register_as):
         logger.info("the artifact is finished already: %s", output)
         return finished
     with ExitStack() as drafts:  # of an artifact that goes to a bucket
-        if not finished:
+        if not finished or not folder:
             if output.is_local:
                 folder = Path(output.path)
             else:
@@ -134,8 +134,8 @@ def export(settings: QuantizeSettings) -> ExportResult:
     return result
 
 
-def _earlier_artifact(output: storage.Location) -> Path:
-    """What an earlier run left in the output, on this machine's disk; a folder that is not there for nothing.
+def _earlier_artifact(output: storage.Location) -> Path | None:
+    """What an earlier run left in the output, on this machine's disk; None where a bucket has nothing whole.
 
     Raises:
         SettingsError: the output holds something that is no artifact.
@@ -147,7 +147,7 @@ def _earlier_artifact(output: storage.Location) -> Path:
         return local_checkpoint(output.uri)
     if names and QUANTIZATION_FILE not in names:
         raise SettingsError(f"output={output} holds something that is no artifact: give an empty or a new folder.")
-    return Path(tempfile.gettempdir(), "no-artifact")
+    return None
 
 
 def _refuse_unknown_method(settings: QuantizeSettings) -> None:

@@ -92,6 +92,7 @@ class Recording(NullTracker):
         self.told |= values
 
     def metrics(self, values, step):
+        assert step == 0
         self.told |= values
 
     def tags(self, values):
@@ -112,7 +113,7 @@ def test_numbers_of_the_drift_are_logged_and_registered(tmp_path, monkeypatch):
     tracker = Recording()
     monkeypatch.setattr(module, "NullTracker", type("Off", (), {}))
     begun = {}
-    monkeypatch.setattr(module, "open_tracker", lambda given, title, **how: begun.update(how, title=title) or tracker)
+    monkeypatch.setattr(module, "open_tracker", lambda *given, **how: begun.update(how, given=given) or tracker)
     monkeypatch.setattr(module, "register_model", lambda *given: registered.append(given) or 7)
     drift = {"loss": 0.01234567, "full_loss": 1.5, "quantized_loss": 1.51234, "answer_agreement": 0.75}
     drift |= {"num_answers": 4, "data": "x", "seed": 3, "max_loss": 0.5}
@@ -122,7 +123,9 @@ def test_numbers_of_the_drift_are_logged_and_registered(tmp_path, monkeypatch):
     shown = {"quantized/bytes": 9, "quantized/drift_loss": 0.01234567, "quantized/answer_agreement": 0.75}
     assert {key: tracker.told[key] for key in tracker.told if "/" in key} == shown
     assert (tracker.told["checkpoint"], tracker.status) == ("/checkpoint", "FINISHED")
-    assert begun["started"] == 1e9 and begun["title"].startswith("mini quantize cpu4, ")
+    assert (tracker.told["alias"], tracker.told["drift_samples"]) == ("new", settings.drift_samples)
+    (given, title) = begun["given"]
+    assert given is settings and begun["started"] == 1e9 and title.startswith("mini quantize cpu4, ")
     assert tracker.told["tags"] == {"checkpoint": "/checkpoint", "method": "cpu4"}
     assert tracker.told["description"].splitlines()[2:] == [
         "| full&emsp; | 1.5&emsp; | &emsp; | &emsp; |  |",
@@ -138,7 +141,7 @@ def test_numbers_of_the_drift_are_logged_and_registered(tmp_path, monkeypatch):
     assert tracker.status == "FINISHED" and len(registered) == 1
 
 
-def test_an_artifact_is_registered_later_without_being_made_again(tmp_path, monkeypatch):
+def test_an_artifact_is_registered_later_without_being_made_again(tmp_path, monkeypatch, caplog):
     finished = {"version": None, "bytes": 9, "artifact": "a"}
     metadata = {"bytes": 9, "drift": {"loss": 0.25, "answer_agreement": 0.5}}
     monkeypatch.setattr(module, "checked_checkpoint", lambda location: tmp_path)
@@ -149,7 +152,9 @@ def test_an_artifact_is_registered_later_without_being_made_again(tmp_path, monk
     monkeypatch.setattr(module, "_track", lambda *given: 3)
     (tmp_path / "out").mkdir()
     fields = {"checkpoint": str(tmp_path / "c"), "output": str(tmp_path / "out")}
+    caplog.set_level("INFO")
     assert module.export(QuantizeSettings(**fields)) is finished
+    assert caplog.messages == [f"the artifact is finished already: {tmp_path}/out"]
     result = module.export(QuantizeSettings(**fields, register_as="tiny"))
     assert (result["version"], result["drift"], result["answer_agreement"]) == (3, 0.25, 0.5)
     finished["version"] = 3
@@ -175,11 +180,11 @@ def test_what_an_output_holds_already(tmp_path, monkeypatch):
     place = f"memory://exports/{tmp_path.name}"
     output = storage.Location.parse(place)
     assert module._earlier_artifact(storage.Location.parse(str(tmp_path))) == tmp_path
-    assert not module._earlier_artifact(output).exists()
+    assert module._earlier_artifact(output) is None
     storage.write_atomically(f"{place}/notes.txt", b"x")
     with pytest.raises(SettingsError, match="holds something that is no artifact"):
         module._earlier_artifact(output)
     storage.write_atomically(f"{place}/quantization.json", b"{}")
-    assert not module._earlier_artifact(output).exists(), "one that was not finished"
+    assert module._earlier_artifact(output) is None, "one that was not finished"
     storage.write_atomically(f"{place}/manifest.json", b"{}")
     assert module._earlier_artifact(output) == f"copy of {place}"

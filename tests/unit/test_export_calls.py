@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,7 +76,9 @@ def test_an_artifact_is_made_and_its_result_written(calls, tmp_path, monkeypatch
     _, start, folder, rows, data, fingerprint = calls["written"]
     assert (start, folder, rows, data) == (tmp_path / "start", output, list(range(300)), "rows of x")
     assert fingerprint.inputs == {"job": "quantize", "seed": 0} and calls["sent"] == []
-    assert calls["tracked"][1:4] == (f"{tmp_path}/c", output, METADATA)
+    settings, *told, began = calls["tracked"]
+    assert (settings.method, settings.data) == ("cpu4", "d") and told == [f"{tmp_path}/c", output, METADATA]
+    assert began == pytest.approx(time.time(), abs=600), "seconds since the epoch"
 
 
 def test_an_artifact_of_a_bucket_is_made_here_and_sent_whole(calls, tmp_path):
@@ -154,6 +157,7 @@ def test_the_full_model_is_measured_then_what_is_served(monkeypatch, tmp_path, r
 
     done, metadata = [], {"bytes": 5, "method": "cpu"}
     model = Model(done, rank)
+    loads = {Path("start"): (model, "processor", {"number": 3})}
     held_out = SimpleNamespace(losses=np.array([1.0]))
 
     def write_artifact(staging, *given, encoder):
@@ -169,15 +173,19 @@ def test_the_full_model_is_measured_then_what_is_served(monkeypatch, tmp_path, r
         return found
 
     def write_metadata(staging, content):
-        assert content is metadata
+        assert content is metadata and (staging / "x").exists()
         done.append("metadata")
 
-    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda path: (model, "processor", {"number": 3}))
+    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda path: loads[path])
     monkeypatch.setattr(torch.nn.Module, "to", lambda of, device: done.append(("to", str(device))))
     monkeypatch.setattr(drift, "measure", lambda of, *given: done.append(("measure", of, *given)) or held_out)
     monkeypatch.setattr(drift, "compare", compare)
     monkeypatch.setattr(artifacts, "write_artifact", write_artifact)
-    monkeypatch.setattr(artifacts, "load_artifact", lambda at, device, verify: ("quantized", str(device), verify))
+    monkeypatch.setattr(
+        artifacts,
+        "load_artifact",
+        lambda at, device, verify: ("quantized", str(device), verify) if (at / "x").exists() else None,
+    )
     monkeypatch.setattr(module, "bits_per_weight", lambda of: 4.56789)
     monkeypatch.setattr(module, "source_stage", lambda stage: {"stage": stage["number"]})
     monkeypatch.setattr(module, "write_metadata", write_metadata)
@@ -201,7 +209,9 @@ def test_the_full_model_is_measured_then_what_is_served(monkeypatch, tmp_path, r
     with pytest.raises(
         ExportError, match=r"method=cpu raises the held-out loss by 0\.1000 nats per token \(1\.0000 to"
     ):
-        module._write(settings.model_copy(update={"max_drift": 0.01}), Path("s"), tmp_path / "b", [], "", fingerprint)
+        module._write(
+            settings.model_copy(update={"max_drift": 0.01}), Path("start"), tmp_path / "b", [], "", fingerprint
+        )
     assert not (tmp_path / "b").exists()
 
 
