@@ -123,11 +123,12 @@ def test_rates_are_those_since_the_last_report(made):
     assert rates["data_wait_share"] == pytest.approx(2.0 / 4.0)
     assert rates["reduce_share"] == pytest.approx(0.75 / 4.0)
     assert 0.05 < rates["system/memory_gb"] < 100
-    reporter.add(step_batch(2, wait_s=9.0), result(2.0), 1e-3)
+    reporter.add(step_batch(2, wait_s=9.0), result(2.0, reduce_s=7.0), 1e-3)
     clock[0] += 2.0
     reporter.write_pending({})
     rates = tracker.values[2][1]
     assert rates["samples_per_second"] == pytest.approx(2 / 2.0) and rates["data_wait_share"] == 1.0
+    assert rates["reduce_share"] == 1.0
 
 
 def test_the_progress_line_is_of_the_newest_step(job, made, monkeypatch):
@@ -162,6 +163,8 @@ def test_evaluations_are_told_and_cost_no_rate(job, made, caplog):
         clock[0] += 100.0
         found = history.add(step, [HeldOutShare({"pairs": (total, 2)}, {"questions": (1.0, 4)})])
         reporter.evaluation(found, history)
+    line = reporter.progress_file.read_text()
+    assert line == f"{reporter.progress.title}: held-out loss 2.000 after step 8 (least 1.0000 after step 4)"
     reporter.add(step_batch(0), result(2.0), 1e-3)
     clock[0] += 2.0
     reporter.write_pending({})
@@ -169,6 +172,7 @@ def test_evaluations_are_told_and_cost_no_rate(job, made, caplog):
     told = [(step, values) for step, values in tracker.values if "loss/held_out" in values]
     assert told[1] == (4, {"loss/held_out": 1.0, "loss/held_out/pairs": 1.0, "score/held_out/questions": 25.0})
     lines = [record.getMessage() for record in caplog.records if "held-out loss" in record.getMessage()]
+    assert {record.levelname for record in caplog.records} == {"INFO"}
     assert lines[1].endswith("after step 4: 1.0000 (the least so far), questions 25.0%")
     assert lines[2].endswith("after step 8: 2.0000 (least 1.0000 after step 4), questions 25.0%")
     path = Path(job.output) / HELD_OUT_FILE
@@ -338,3 +342,4 @@ def test_predictions_are_logged_once_per_step_and_never_stop_training(job, made,
     monkeypatch.setattr(SamplePredictor, "predict", broken)
     reporter.predictions(worker.model, 8)
     assert "no sample predictions at step 9" in caplog.text and len(tracker.tables) == 2
+    assert "RuntimeError: no memory" in caplog.text and caplog.records[-1].levelname == "ERROR"

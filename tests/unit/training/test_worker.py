@@ -185,13 +185,26 @@ def faulty(folder, monkeypatch, **changes):
 FAULTS = [Fault(step, "spike", 9.0, 0.5) for step in (3, 4, 5)]
 
 
-def test_as_many_faults_as_the_patience_are_logged_and_none_is_lost(tmp_path, monkeypatch):
+def test_as_many_faults_as_the_patience_are_logged_and_none_is_lost(tmp_path, monkeypatch, caplog):
     worker = faulty(tmp_path, monkeypatch, guard="skip")
     assert worker._handle(FAULTS) is None and worker._handle(FAULTS[:1]) is None
     lines = [json.loads(line) for line in (tmp_path / "guard.jsonl").read_text().splitlines()]
     assert [(line["step"], line["samples"], line["action"]) for line in lines] == [
         (step, [f"a/{step}"], "skip") for step in (3, 4, 3)
     ]
+    assert caplog.messages == [
+        f"guard (skip): step {step}: the loss jumps (loss 9, gradient norm 0.5), first in the forward of layer; "
+        f"samples a/{step}"
+        for step in (3, 4, 3)
+    ]
+    assert {key: lines[0][key] for key in ("kind", "loss", "grad_norm", "part", "layer", "where")} == {
+        "kind": "spike",
+        "loss": 9.0,
+        "grad_norm": 0.5,
+        "part": "",
+        "layer": "layer",
+        "where": "forward",
+    }
 
 
 @pytest.mark.parametrize(("in_a_row", "stops"), [(1, False), (2, True), (3, True)])
