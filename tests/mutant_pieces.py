@@ -82,37 +82,7 @@ _STORAGE: dict[str, Piece] = {}
 _TRAINING: dict[str, Piece] = {
     "states": Piece("pipelines/training/states.py", ("training/test_states.py",), "not goes_on_bit_for_bit"),
     "record": Piece("pipelines/training/record.py", ("training/test_record.py",)),
-    "guard": Piece(
-        "pipelines/training/guard.py",
-        ("training/test_guard.py", "training/test_guard_diagnosis.py"),
-        "not end_alike and not left_out and not a_spike_leaves and not says_where and not scaler and not whatever",
-    ),
     "held_out_record": Piece("pipelines/training/held_out_record.py", ("training/test_held_out_record.py",)),
-    "held_out": Piece(
-        "pipelines/training/held_out.py",
-        ("training/test_held_out_parts.py", "training/test_held_out.py"),
-        "test_held_out_parts or least_hash or mean_over or each_alone",
-    ),
-    "held_out_questions": Piece(
-        "pipelines/training/held_out_questions.py",
-        ("training/test_held_out_parts.py", "training/test_held_out.py"),
-        "test_held_out_parts or least_hash or mean_over or each_alone",
-    ),
-    "job": Piece("pipelines/training/job.py", ("training/test_job.py", "training/test_job_parts.py"), "not at_most"),
-    "run": Piece("pipelines/training/run.py", ("training/test_driver.py", "training/test_ray_run.py")),
-    "worker": Piece("pipelines/training/worker.py", ("training/test_worker.py", "training/test_worker_parts.py")),
-    "fit": Piece("pipelines/training/fit.py", ("training/test_fit.py",), "not compiled and not default_size"),
-    "describe": Piece("pipelines/training/describe.py", ("training/test_describe.py",)),
-    "reporter": Piece(
-        "pipelines/training/reporter.py",
-        ("training/test_reporter.py", "training/test_reporter_words.py"),
-        "not answered_each_time",
-    ),
-    "training_memory": Piece(
-        "pipelines/training/memory_plan.py",
-        ("training/test_memory_plan.py", "training/test_memory_plan_values.py"),
-        "plan_memory or stages_will or table",
-    ),
 }
 
 _EVALUATION: dict[str, Piece] = {
@@ -184,12 +154,6 @@ _ABLATION: dict[str, Piece] = {
 
 _TRACKING: dict[str, Piece] = {
     "outbox": Piece("pipelines/tracking/outbox.py", ("tracking/test_outbox.py",)),
-    "mlflow": Piece("pipelines/tracking/mlflow.py", ("tracking/test_mlflow_calls.py",)),
-    "mlflow_names": Piece(
-        "pipelines/tracking/names.py", ("tracking/test_mlflow_calls.py", "tracking/test_mlflow.py"), "name"
-    ),
-    "described": Piece("pipelines/tracking/described.py", ("tracking/test_described.py",)),
-    "registry": Piece("pipelines/tracking/registry.py", ("tracking/test_registry.py",)),
 }
 
 _SERVING: dict[str, Piece] = {
@@ -220,10 +184,6 @@ _SETTINGS: dict[str, Piece] = {
 
 _JOBS: dict[str, Piece] = {
     "fingerprint": Piece("pipelines/fingerprint.py", ("test_fingerprint.py",)),
-    "units": Piece("pipelines/units.py", ("test_units.py",)),
-    "cluster": Piece("pipelines/cluster.py", ("test_cluster.py", "test_cluster_calls.py")),
-    "export": Piece("pipelines/export.py", ("test_export.py", "test_export_calls.py")),
-    "released": Piece("pipelines/released.py", ("test_released.py", "test_released_calls.py")),
 }
 
 PIECES = {
