@@ -106,7 +106,10 @@ class FakeStore:
 
     def search_logged_models(self, experiment_ids, query):
         name, run_id = re.fullmatch("name = '(.+)' AND source_run_id = '(.+)'", query).groups()
-        return [entry for entry in self.sent if entry[:3] == ("model", name, run_id)]
+        status = "READY" if ("m1", "READY") in self.sent else "PENDING"
+        return [
+            SimpleNamespace(model_id="m1", status=status) for entry in self.sent if entry[:3] == ("model", name, run_id)
+        ]
 
     def create_logged_model(self, experiment_id, name, source_run_id, tags, model_type):
         self.sent.append(("model", name, source_run_id, experiment_id, tags["location"]))

@@ -318,11 +318,16 @@ def _is_refusal(error: MlflowException) -> bool:
 def _log_model(client: MlflowClient, run_id: str, name: str, location: str) -> None:
     experiment_id = client.get_run(run_id).info.experiment_id
     found = client.search_logged_models([experiment_id], f"name = '{name}' AND source_run_id = '{run_id}'")
-    if not found:
-        model = client.create_logged_model(
+    if found and found[0].status == "READY":
+        return
+    model = (
+        found[0]
+        if found
+        else client.create_logged_model(
             experiment_id, name, source_run_id=run_id, tags={"location": location}, model_type="checkpoint"
         )
-        client.finalize_logged_model(model.model_id, "READY")
+    )
+    client.finalize_logged_model(model.model_id, "READY")
 
 
 def _log_table(client: MlflowClient, run_id: str, columns: dict[str, list[Any]], name: str) -> None:

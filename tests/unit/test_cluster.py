@@ -66,7 +66,7 @@ def test_without_a_home_folder_the_token_is_in_a_private_one(home, monkeypatch, 
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert "cannot be kept" in caplog.text
+    assert "cannot be kept" in caplog.text and caplog.text.rstrip().endswith(f"; it is in {path.parent}")
 
 
 def test_nothing_of_ours_switches_tokens_off():
@@ -84,12 +84,12 @@ def test_a_started_cluster_has_what_the_settings_say(monkeypatch):
     assert {"num_cpus", "object_store_memory"}.isdisjoint(left_to_ray)
 
 
-@pytest.mark.parametrize("before", [None, "1"])
+@pytest.mark.parametrize("before", [None, "1", ""])
 def test_loopback_lasts_as_long_as_its_block(monkeypatch, before):
     from ray._private import ray_constants
 
     monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", "as it was")
-    if before:
+    if before is not None:
         monkeypatch.setenv(cluster._LOOPBACK_VARIABLE, before)
     else:
         monkeypatch.delenv(cluster._LOOPBACK_VARIABLE, raising=False)
@@ -103,11 +103,12 @@ def test_loopback_lasts_as_long_as_its_block(monkeypatch, before):
 def test_what_an_own_cluster_lacks_is_refused_and_another_may_grow(monkeypatch, caplog, own):
     import ray
 
-    nodes = [{"Alive": True, "Resources": {"CPU": 3.0}}, {"Alive": True, "Resources": {"CPU": 1.0}}]
+    nodes = [{"Alive": True, "Resources": {"CPU": 3.0}}, {"Alive": True, "Resources": {"CPU": 1.0, "TPU": 2.0}}]
     gone = {"Alive": False, "Resources": {"CPU": 9.0, "GPU": 1.0}}
     monkeypatch.setattr(ray, "nodes", lambda: [*nodes, gone])
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "TPU": 2.0})
     monkeypatch.setattr(cluster._started_here, "is_set", lambda: own)
+    check_resources({"CPU": 1, "TPU": 2}, "training")
     check_resources({"CPU": 1, "GPU": 0}, "training", 4)
     check_resources({"CPU": 3, "GPU": 0}, "training")
     assert not caplog.text
@@ -115,6 +116,7 @@ def test_what_an_own_cluster_lacks_is_refused_and_another_may_grow(monkeypatch, 
         ({"CPU": 1, "GPU": 0.5}, 8, "8 CPUs, and 4 are there; 4 GPUs, and 0 are there"),
         ({"CPU": 5}, 1, "5 CPUs, and 4 are there"),
         ({"CPU": 4, "GPU": 0}, 1, "4 CPUs on one node, and no node has them"),
+        ({"CPU": 2, "TPU": 1}, 1, "2 CPUs and 1 TPUs on one node, and no node has them"),
     ):
         message = f"training (num_workers=8) needs {lacks}"
         if own:

@@ -37,7 +37,9 @@ def calls(monkeypatch):
     monkeypatch.setattr(cluster, "ensure_token", lambda: found.append("token"))
     monkeypatch.setattr(cluster, "check_shared_paths", lambda settings: found.append(("paths", settings)))
     monkeypatch.setattr(
-        tokens, "maybe_enable_token_auth_if_token_available", lambda warn_if_disabled: found.append("token, if any")
+        tokens,
+        "maybe_enable_token_auth_if_token_available",
+        lambda warn_if_disabled: found.append("a warning of Ray's own" if warn_if_disabled else "token, if any"),
     )
     before = signal.getsignal(signal.SIGTERM)
     yield found
@@ -147,6 +149,7 @@ def test_the_address_of_the_environment_is_joined(calls, caplog, monkeypatch, in
         monkeypatch.setenv(cluster._IN_A_JOB, "{}")
     with start_ray(Settings()):
         assert os.environ.get(AUTH_MODE) == mode
+        assert os.environ["RAY_ADDRESS"] == "10.0.0.9:1", "child processes find it, too"
     assert calls[1][1]["address"] == "10.0.0.9:1"
     assert "the Ray cluster at 10.0.0.9:1 asks for no token" in caplog.text
     calls.clear()

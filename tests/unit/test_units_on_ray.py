@@ -42,6 +42,8 @@ class DataSet:
         self.seen.update(options, function=function, arguments=fn_constructor_args)
         self.seen.update(context=vars(self.seen["made_in"]).copy(), config=dict(self.seen["made_in"].config))
         warnings.warn("`ray_remote_args` is deprecated, say more", stacklevel=1)
+        if self.seen.get("warns"):
+            warnings.warn("something else", stacklevel=1)
         work = function(*fn_constructor_args) if fn_constructor_args else function
         return DataSet([work(row) for row in self.rows], self.seen)
 
@@ -86,6 +88,12 @@ def test_tasks_get_their_groups_and_results_their_numbers(seen):
     ]
     assert (seen["compute"], seen["max_retries"], seen["name"]) == (("tasks", {}), 3, "adding")
     assert (seen["num_cpus"], seen["num_gpus"]) == (2.0, None) and "max_task_retries" not in seen
+
+
+def test_other_warnings_of_ray_data_are_heard(seen):
+    seen["warns"] = True
+    with pytest.warns(UserWarning, match="^something else$"):
+        run(Workers(3))
 
 
 def test_tasks_take_their_share_of_a_cluster_of_ones_own(seen, monkeypatch):
@@ -171,8 +179,8 @@ def test_units_run_in_the_cluster_of_the_settings_where_there_is_room_for_one(mo
 
 
 def test_groups_leave_some_for_each_worker_that_the_cluster_has_room_for(monkeypatch):
-    monkeypatch.setattr(module, "_room", lambda workers: 2)
-    first, _ = module._attempts(range(16), Workers(None), lambda unit: 1)
-    assert first.groups == [[n, n + 1] for n in range(0, 16, 2)]
+    monkeypatch.setattr(module, "_room", lambda workers: {0.5: 2}[workers.num_cpus])
+    first, _ = module._attempts(range(17), Workers(None, num_cpus=0.5), lambda unit: 1)
+    assert first.groups == [*([n, n + 1] for n in range(0, 16, 2)), [16]]
     first, _ = module._attempts(range(16), Workers(1), lambda unit: 1)
     assert first.groups == [[n, n + 1, n + 2, n + 3] for n in range(0, 16, 4)]

@@ -215,6 +215,15 @@ def test_files_of_one_machine_track_no_run_of_several(tmp_path, monkeypatch, cap
     assert reachable_uri("none", "s3://bucket/run") == "none" and not caplog.text
     assert reachable_uri("", "s3://bucket/run") == "none"
     assert "tracking_uri='' would be files of one machine, and output=s3://bucket/run" in caplog.text
+    assert reachable_uri("x://me:secret@host/y", "s3://key:secret@bucket/run") == "none"
+    assert "tracking_uri=x://***@host/y would be files of one machine, and output=s3://***@bucket/run" in caplog.text
+
+
+def test_without_a_uri_runs_are_in_a_file_of_the_working_directory(stores, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    open_tracker(settings("", recipe="paper"), "stage").close()
+    (uri,) = stores
+    assert uri == f"sqlite:///{tmp_path}/mlflow.db" and set(stores[uri].experiments) == {"tinygptv-paper"}
 
 
 @pytest.mark.security

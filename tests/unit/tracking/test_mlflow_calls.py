@@ -243,6 +243,20 @@ def test_a_model_and_data_sets_are_of_their_kind(store):
     assert (found.dataset.source, found.dataset.profile) == ('{"uri": "s3://b/gqa"}', '{"num_rows": 12}')
 
 
+def test_a_model_that_was_made_and_not_finished_is_finished(tracker, store, monkeypatch):
+    store.create_experiment("mine", None, {})
+    store.create_run("0", 0, {}, "x")
+    finish = store.finalize_logged_model
+    monkeypatch.setattr(store, "finalize_logged_model", raising(ConnectionError("no answer")))
+    entries = [{"kind": "model", "name": "stage 1", "location": "/out"}]
+    with pytest.raises(ConnectionError):
+        tracker._send(entries)
+    monkeypatch.setattr(store, "finalize_logged_model", finish)
+    for _ in range(2):
+        tracker._send(entries)
+    assert store.sent == [("model", "stage 1", "run0", "0", "/out"), ("m1", "READY")]
+
+
 def test_odd_values_of_lists_are_text():
     assert module.flatten({"a": (1, {"b": PurePosixPath("/x")})}) == {"a": '[1, {"b": "/x"}]'}
 

@@ -150,9 +150,12 @@ def test_the_model_is_the_starts_at_the_stages_image_size(monkeypatch, start_ran
 
 
 def test_blocks_are_apart(monkeypatch):
-    monkeypatch.setattr(module, "model_config", lambda settings, stage: "config")
+    settings = TrainSettings(seed=5)
+    names = {id(settings): "settings", id(STAGE): "stage"}
+    monkeypatch.setattr(module, "model_config", lambda *given: " of ".join(names[id(each)] for each in given))
     for name in ("_stage_lines", "_parameter_lines", "_memory_lines", "_data_lines"):
-        monkeypatch.setattr(module, name, lambda *a, name=name: [name, str(len(a))])
-    assert module.describe_stage(TrainSettings(), STAGE) == (
-        "_stage_lines\n2\n\n_parameter_lines\n2\n\n_memory_lines\n3\n\n_data_lines\n2"
+        monkeypatch.setattr(module, name, lambda *a, name=name: [name, *(names.get(id(each), each) for each in a)])
+    assert module.describe_stage(settings, STAGE) == (
+        "_stage_lines\nsettings\nstage\n\n_parameter_lines\nsettings of stage\nstage\n\n"
+        "_memory_lines\nsettings\nsettings of stage\nstage\n\n_data_lines\nsettings\nstage"
     )

@@ -268,8 +268,11 @@ def resolved(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "open_shards", note("shards", shards))
         monkeypatch.setattr(module, "_hold_out", note("held", {"a": np.array([1])}))
         monkeypatch.setattr(module, "build_mixture", note("mixture"))
-        monkeypatch.setattr(module, "read_config", note("config", tiny_config()))
-        monkeypatch.setattr(module, "with_start_adapters", lambda stage, config: replace(stage, lora_rank=77))
+        config = tiny_config()
+        monkeypatch.setattr(module, "read_config", note("config", config))
+        monkeypatch.setattr(
+            module, "with_start_adapters", lambda stage, of: replace(stage, lora_rank=77 if of is config else 78)
+        )
         monkeypatch.setattr(module, "_load_plan", note("plan", plan))
         monkeypatch.setattr(module.FeatureSet, "open", note("features"))
         monkeypatch.setattr(module, "training_fingerprint", note("fingerprint", "print"))
@@ -291,6 +294,12 @@ def test_everything_is_checked_before_the_folder_is_claimed(resolved, tmp_path):
     assert found.asked["access"] == (str(tmp_path), {"writes": True})
     _, _, seed, held = found.asked["mixture"]
     assert (seed, held["a"].tolist()) == (3, [1])
+    settings, before = found.job.settings, found.asked["shards"][1]
+    assert settings.output == str(tmp_path) and before == found.asked["mixture"][0] == STAGE
+    assert (found.asked["folder"][:2], found.asked["shards"][0]) == (("data", "/data"), "/data")
+    assert found.asked["held"][0] is found.asked["plan"][0] is found.asked["fingerprint"][0] is settings
+    assert set(found.asked["held"][1]) == set(found.asked["mixture"][1]) == {"a", "b"}
+    assert found.asked["config"] == ("local",) and found.asked["plan"][2] == "local"
     stages = [found.job.stage, found.asked["plan"][1], found.asked["fingerprint"][1]]
     assert [stage.lora_rank for stage in stages] == [77, 77, 77], "with the start's adapters"
     assert found.asked["fingerprint"][2:] == ("local", {"a": "a digest", "b": "b digest"})
