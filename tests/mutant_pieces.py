@@ -154,6 +154,8 @@ _ABLATION: dict[str, Piece] = {
 
 _TRACKING: dict[str, Piece] = {
     "outbox": Piece("pipelines/tracking/outbox.py", ("tracking/test_outbox.py",)),
+    "mlflow_names": Piece("pipelines/tracking/names.py", ("tracking/test_mlflow_calls.py", "tracking/test_mlflow.py")),
+    "registry": Piece("pipelines/tracking/registry.py", ("tracking/test_registry.py",)),
 }
 
 _SERVING: dict[str, Piece] = {
@@ -184,6 +186,7 @@ _SETTINGS: dict[str, Piece] = {
 
 _JOBS: dict[str, Piece] = {
     "fingerprint": Piece("pipelines/fingerprint.py", ("test_fingerprint.py",)),
+    "units": Piece("pipelines/units.py", ("test_units.py", "test_units_on_ray.py")),
 }
 
 PIECES = {
