@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import time
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from pipelines.tracking import described
-from pipelines.tracking.described import hardware_tags, run_title, source_tags
+from pipelines.tracking.described import hardware_tags, markdown_table, run_title, source_tags
 from pipelines.tracking.identity import RUN_FILE, RunIdentity, read_identity, write_identity
 
 
@@ -75,6 +76,18 @@ def test_a_title_has_the_local_time_of_the_start(monkeypatch):
             assert run_title("mini", "ablation") == "mini ablation, 1970-01-01 10:00", "of now"
     finally:
         time.tzset()
+
+
+def test_a_table_has_a_column_for_every_key_and_one_line_for_every_row():
+    rows = [{"a": 1 / 3, "b": "x\n  y|z"}, {"b": None, "c": True, "d": 12345}, {"a": 2.0, "d": math.nan}]
+    assert markdown_table(rows).split("\n") == [
+        "| a&emsp; | b&emsp; | c&emsp; | d |",
+        "| --- | --- | --- | --- |",
+        "| 0.3333&emsp; | x y\\|z&emsp; | &emsp; |  |",
+        "| &emsp; | &emsp; | True&emsp; | 12345 |",
+        "| 2&emsp; | &emsp; | &emsp; | nan |",
+    ]
+    assert markdown_table([{"only": 123456.7}]) == "| only |\n| --- |\n| 1.235e+05 |"
 
 
 def test_an_identity_is_what_its_file_says(tmp_path):

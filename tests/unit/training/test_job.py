@@ -88,6 +88,21 @@ def test_the_fingerprint_has_what_decides_the_weights(world, tmp_path, monkeypat
         assert inputs(**changes) != inputs(early_stop=2) or len(changes) == 1
 
 
+@pytest.mark.parametrize(("changes", "same"), [({}, True), ({"early_stop": 2}, False), ({"use_best": True}, False)])
+def test_other_held_out_data_is_another_training_where_it_decides_the_end(world, tmp_path, monkeypatch, changes, same):
+    monkeypatch.setattr("pipelines.training.job.checkpoint_digest", lambda path: "start")
+    one, other = (
+        training_fingerprint(
+            train_settings(world, tmp_path, eval_data=f"{world['data']}/{name}", **changes),
+            get_stage("mini", 4),
+            tmp_path,
+            {},
+        ).inputs
+        for name in ("pairs", "questions")
+    )
+    assert (one == other) is same and ("eval_data" in one) is not same
+
+
 # ---------------------------------------------------------------------- the tracker
 
 

@@ -116,8 +116,15 @@ def test_a_wrong_field_of_a_stage_is_named_with_the_right_one(changes, told):
 
 def test_numbers_that_yaml_reads_as_text_are_numbers_at_any_depth():
     changed = module.apply_stage_settings(
-        STAGE, {"weight_decay": "5e-3", "schedule": {"peak": "2.E-4"}, "sources": {"gqa": {"weight": "1e1"}}}
+        STAGE,
+        {
+            "weight_decay": "5e-3",
+            "schedule": {"peak": "2.E-4"},
+            "sources": {"gqa": {"weight": "1e1"}},
+            "trainable": ["lora", "projector"],
+        },
     )
+    assert changed.trainable == ("lora", "projector")
     weights = {source.name: source.weight for source in changed.sources}
     assert (changed.weight_decay, changed.schedule.peak, weights["gqa"]) == (5e-3, 2e-4, 10.0)
     both = {"x": {"weight": 2, "batch_size": 3}, "a": {"weight": 1, "batch_size": 4}}

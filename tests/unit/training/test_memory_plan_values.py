@@ -297,13 +297,26 @@ def test_a_stage_is_planned_for_its_micro_batch(monkeypatch, setting, checkpoint
     assert found["plain"]["fits"] is found["checkpointing"]["fits"] is False
 
 
+def test_a_recipe_has_its_own_model_at_the_stages_size_and_rank():
+    stage = replace(get_stage("paper", 3), image_size=56, lora_rank=5)
+    for recipe, whole in (("mini", TinyGPTVConfig.mini()), ("paper", TinyGPTVConfig.phi2())):
+        found = report.recipe_config(recipe, stage)
+        assert found.text_config.hidden_size == whole.text_config.hidden_size
+        assert (found.vision_config.image_size, found.lora_rank) == (56, 5)
+
+
 def test_each_card_is_for_its_own_part_of_the_report(tmp_path, monkeypatch):
     asked = []
     plan = MemoryPlan({"projector": GIB}, 2 * GIB, 0, 0, 0)
     monkeypatch.setattr(report, "_plan_stage", lambda train, stage, card: asked.append((stage.number, card)) or entry)
-    monkeypatch.setattr(
-        report, "inference_memory", lambda config, formats, *, num_tokens: asked.append(num_tokens) or plan
-    )
+    configs = []
+
+    def answering(config, formats, *, num_tokens):
+        configs.append((config.to_dict(), formats))
+        asked.append(num_tokens)
+        return plan
+
+    monkeypatch.setattr(report, "inference_memory", answering)
     record = {**plan.to_dict(), "fits": True}
     entry = {
         "micro_batch_size": 5,
@@ -317,6 +330,9 @@ def test_each_card_is_for_its_own_part_of_the_report(tmp_path, monkeypatch):
     )
     found = report.plan_memory(settings)
     assert asked == [*((number, 3 * GIB) for number in (1, 2, 3, 4)), 99, 99, 99]
+    mini = report.recipe_config("mini", get_stage("mini", 4)).to_dict()
+    assert configs == [(mini, formats) for formats in report.INFERENCE_FORMATS.values()]
+    assert list(found["inference"]) == ["bf16", "int8", "nf4"]
     assert found["result"] == f"{tmp_path}/result.json"
     report_only = {name: value for name, value in found.items() if name not in ("table", "result")}
     assert json.loads((tmp_path / "result.json").read_text()) == report_only
@@ -326,6 +342,9 @@ def test_each_card_is_for_its_own_part_of_the_report(tmp_path, monkeypatch):
     assert (found["precision"], found["features"]) == (train.precision, "cached")
     assert all(each["fits"] for each in found["inference"].values()), "3.5 GiB on a card of 4"
     lines = found["table"].splitlines()
+    sizes = ["weights", "gradients", "optimizer", "activations", "workspace", "margin", "peak", "fits"]
+    assert lines[2].split() == ["stage", "micro-batch", *sizes, "largest", "micro-batch", "tokens"]
+    assert lines[13].split() == ["weights", "as", *sizes]
     assert lines[3].split() == ["1", "5", "*plain", "1.00", "2.00", *["0.00"] * 4, "3.50", "yes", "6", "1,234"]
     assert lines[4].split() == ["1", "5", "checkpointing", "1.00", "2.00", *["0.00"] * 4, "3.50", "no", "7", "8"]
     assert lines[0].startswith("training, recipe mini, on 3GB: ") and lines[12].startswith("answering, 99 tokens, one")
