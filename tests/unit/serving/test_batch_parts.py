@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,7 +94,7 @@ def test_a_file_without_requests_is_refused_by_its_name():
     for requests, message in (
         ([], "input=x.jsonl has no lines: give a JSON Lines file of requests."),
         (
-            [bad, bad],
+            [bad, replace(bad, error="line 2 is worse.")],
             "input=x.jsonl holds no request among its 2 lines: line 1 is bad. Give a JSON Lines file of requests.",
         ),
     ):

@@ -13,6 +13,7 @@ import pytest
 from pipelines.fingerprint import OtherInputsError
 from pipelines.serving import batch
 from pipelines.serving.batch import finished_answers, read_requests, run_batch
+from pipelines.serving.clients import KEYS_VARIABLE
 from pipelines.settings import BatchSettings, SettingsError
 from tests.serving_api import FakeBackend
 
@@ -28,7 +29,7 @@ def lines(path, *rows):
 def run(tmp_path, monkeypatch):
     """A run whose model is found, loaded and asked as it is told; ``run.done`` notes what happens."""
     done = []
-    monkeypatch.setattr(batch, "resolve_artifact", lambda settings: Path("/found"))
+    monkeypatch.setattr(batch, "resolve_artifact", lambda settings: Path("/found", settings.artifact))
     monkeypatch.setattr(batch, "checkpoint_digest", lambda path: f"digest of {path}")
     monkeypatch.setattr(batch, "_load", lambda settings, artifact: done.append(("load", artifact)) or FakeBackend())
 
@@ -47,7 +48,7 @@ def test_a_run_says_what_became_of_its_requests(tmp_path, run):
     paths = {"answers": f"{tmp_path}/out/answers.jsonl", "result": f"{tmp_path}/out/result.json"}
     assert asdict(result) == {**shown, **paths} and 0 <= result.seconds < 60
     assert json.loads((tmp_path / "out/result.json").read_text()) == asdict(result)
-    assert run.done == [("load", Path("/found"))]
+    assert run.done == [("load", Path("/found/a"))]
     again = run()
     assert (again.earlier, again.answered, again.failed) == (2, 1, 2)
     assert len(run.done) == 2, "one was refused"
@@ -59,12 +60,29 @@ def test_a_run_says_what_became_of_its_requests(tmp_path, run):
     assert run(given).answered == 1 and len(given.jobs) == 1 and len(run.done) == 3
 
 
+def test_keys_of_a_server_on_this_machine_are_no_bound_on_a_file(tmp_path, run, monkeypatch):
+    monkeypatch.setenv(KEYS_VARIABLE, "a-key")
+    lines(tmp_path / "r.jsonl", {"custom_id": "a", **BODY})
+    assert run().answered == 1
+
+
+@pytest.mark.parametrize("named", ["context_length", "default_task", "kv_cache_dtype", "max_tokens", "temperature"])
+def test_a_setting_that_changes_answers_is_told_from_that_of_the_output(tmp_path, run, named):
+    others = {
+        "context_length": 99, "default_task": "vqa", "kv_cache_dtype": "bfloat16", "max_tokens": 9, "temperature": 0.5,
+    }  # fmt: skip
+    lines(tmp_path / "r.jsonl", {"custom_id": "a", **BODY})
+    run()
+    with pytest.raises(OtherInputsError, match=named):
+        run(**{named: others[named]})
+
+
 def test_an_output_is_of_one_model_and_one_set_of_settings(tmp_path, run, monkeypatch):
     lines(tmp_path / "r.jsonl", {"custom_id": "a", **BODY})
     run()
     assert run(max_batch_size=3, model_name="tinygpt-v", request_timeout_s=5).earlier == 1, "they change no answer"
     monkeypatch.setattr(batch, "checkpoint_digest", lambda path: "another")
-    with pytest.raises(OtherInputsError, match='artifact was "digest of /found", is now "another"'):
+    with pytest.raises(OtherInputsError, match='artifact was "digest of /found/a", is now "another"'):
         run()
     assert run(overwrite=True).earlier == 0
     before = (tmp_path / "out/answers.jsonl").read_text()
@@ -109,6 +127,10 @@ def test_answers_are_written_and_counted_one_by_one(tmp_path, run, monkeypatch, 
     assert [(done, total, written) for done, total, _, written in shown[1:-1]] == [(n, 4, n) for n in (1, 2, 3, 4)]
     notes = [note for _, _, note, _ in shown[1:-1]]
     assert notes[-1] == "2 failed" and set(notes) <= {"", "1 failed", "2 failed"}
+    shown.clear()
+    lines(tmp_path / "r.jsonl", *({"custom_id": name, **BODY} for name in "efg"))
+    run(FakeBackend(), max_batch_size=1)
+    assert [note for _, _, note, _ in shown[1:-1]] == ["", "", ""]
     assert '"custom_id": "\u00fc"' in (tmp_path / "out/answers.jsonl").read_text(), "letters as they are"
 
 

@@ -184,6 +184,7 @@ def test_very_many_messages_are_refused_before_any_work():
     assert exact.chat({**ask(), "messages": [*turns, {"role": "user", "content": "hi"}]}).status_code == 200
     refused = exact.chat({**ask(), "messages": [{"role": "user", "content": "hi"}] * 4}).json()["error"]
     assert refused["message"] == "the conversation has 4 messages; this server takes 3."
+    assert refused["param"] == "messages"
 
 
 def test_a_client_that_leaves_is_no_error_of_the_server(caplog):
@@ -316,7 +317,9 @@ def test_so_many_values_are_read():
         found = refused(reader().parse(body))
         assert found[:2] == (400, code)
     assert found[2] == "the request holds about 200001 values; at most 200000 are read."
-    assert refused(reader().parse(b'{"temperature": NaN}'))[1] == "invalid_json"
+    status, code, message, *_ = refused(reader().parse(b'{"temperature": NaN}'))
+    assert (status, code) == (400, "invalid_json")
+    assert message.startswith("the request is not valid JSON: ") and "column 17" in message
 
 
 def about(content=None, **fields):
