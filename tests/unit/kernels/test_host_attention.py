@@ -155,6 +155,17 @@ def test_norms_of_the_stream_are_the_kernels(model):
     assert {norm.func for norm in norms} == {norm_rows}
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "width", "has"),
+    [(16, 64, True), (256, 512, True), (272, 544, False), (24, 48, False), (32, 72, False), (8, 64, False)],
+)
+def test_heads_of_16_to_256_numbers_have_kernels(monkeypatch, head_dim, width, has):
+    monkeypatch.setattr(host_attention, "host_library", lambda: "a library")
+    assert has_host_attention(head_dim, width) is has
+    monkeypatch.setattr(host_attention, "host_library", lambda: None)
+    assert not has_host_attention(head_dim, width)
+
+
 def test_without_the_kernels_layers_are_torchs(model, monkeypatch):
     monkeypatch.setattr(host_attention, "host_library", lambda: None)
     decoder = FlatDecoder(model, 1, 16)

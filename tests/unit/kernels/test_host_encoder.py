@@ -52,6 +52,22 @@ def test_norm_and_gelu_are_torchs(rows, width):
 
 
 @needs_kernels
+def test_numbers_go_where_the_caller_wants_them():
+    x, out = make_rows(5, 48), torch.zeros(5, 48, dtype=torch.uint8)
+    found, own = round_rows(x, out=out), round_rows(x)
+    assert found.numbers is out and torch.equal(out, own.numbers) and torch.equal(found.scale, own.scale)
+
+
+def test_rows_without_memory_are_no_rows(monkeypatch):
+    failing = SimpleNamespace(encoder_rows=lambda *_: 1, encoder_attention=lambda *_: 1)
+    monkeypatch.setattr(host_encoder, "loaded_library", lambda: failing)
+    with pytest.raises(MemoryError, match="no memory for rows of 48 numbers"):
+        round_rows(make_rows(5, 48))
+    with pytest.raises(MemoryError, match="no memory for the attention of 5 rows"):
+        attend(make_rows(5, 48), 2)
+
+
+@needs_kernels
 def test_gelu_is_exact_where_it_is_almost_0():
     x = torch.linspace(-9, 9, 721).unsqueeze(1).repeat(1, 16)  # each row holds one number: none coarsens another
     found = values(round_rows(x, gelu=True))

@@ -6,10 +6,12 @@ import ctypes
 import logging
 import os
 import pathlib
+import shlex
 import stat
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,10 +60,13 @@ def test_the_cache_lies_in_the_users_home(commands, monkeypatch, tmp_path):
     assert compiled_library(()).parent == tmp_path / "kernels"
 
 
-def test_where_the_cache_cannot_be_written_the_library_is_the_processs_own(commands, tmp_path):
+def test_where_the_cache_cannot_be_written_the_library_is_the_processs_own(commands, tmp_path, caplog):
     (tmp_path / "cache").write_text("a file")
     first, second = compiled_library(()), compiled_library(())
     assert first != second and first.is_file() and tmp_path not in first.parents
+    assert len(caplog.messages) == 2 and caplog.messages[0].startswith(
+        f"compiled kernels cannot be kept in {tmp_path}/cache ("
+    )
 
 
 def test_compilers_are_looked_for_by_name(monkeypatch):
@@ -76,19 +81,79 @@ def test_compilers_are_looked_for_by_name(monkeypatch):
         find_compiler()
 
 
+WIDE = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma")
+
+
 @pytest.mark.parametrize(
-    ("avx512", "vnni", "avx2", "first"),
+    ("supported", "options"),
     [
-        (True, True, True, "-mavx512f"),
-        (True, False, True, "-mavx2"),
-        (False, True, True, "-mavx2"),
-        (False,) * 3 + ("",),
+        (("avx512", "vnni", "avx2"), WIDE),
+        (("avx512", "vnni", "avx512_bf16", "avx2"), (*WIDE, "-mavx512bf16")),
+        (("avx512", "avx512_bf16", "avx2"), ("-mavx2", "-mfma")),
+        (("vnni", "avx2"), ("-mavx2", "-mfma")),
+        (("vnni",), ()),
     ],
 )
-def test_options_are_those_of_the_processor(monkeypatch, avx512, vnni, avx2, first):
-    for name, value in (("avx512", avx512), ("vnni", vnni), ("avx2", avx2)):
-        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda value=value: value)
-    assert (processor_options() or ("",))[0] == first
+def test_options_are_those_of_the_processor(monkeypatch, supported, options):
+    for name in ("avx512", "vnni", "avx2", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda value=name in supported: value)
+    assert processor_options() == options
+
+
+@pytest.fixture
+def sources(monkeypatch, tmp_path):
+    """The folder of the C files, with a line in each."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    for name in (*host_library.SOURCES, *host_library.HEADERS):
+        (folder / name).write_text(f"// {name}")
+    monkeypatch.setattr(host_library, "FOLDER", folder)
+    return folder
+
+
+def test_whatever_makes_another_library_is_in_its_name(commands, sources, monkeypatch):
+    made = [compiled_library(("-mavx2",))]
+    for name in (host_library.SOURCES[-1], host_library.HEADERS[0], host_library.HEADERS[-1]):
+        (sources / name).write_text("changed")
+        made.append(compiled_library(("-mavx2",)))
+    monkeypatch.setenv("CC", "env -u X")
+    made.append(compiled_library(("-mavx2",)))
+    assert len(set(made)) == len(commands) == 5 and all(path.is_file() for path in made)
+    (sources / host_library.SOURCES[-1]).write_text(f"// {host_library.SOURCES[-1]}")
+    assert compiled_library(("-mavx2",)) not in made
+
+
+def test_all_c_files_of_the_folder_are_compiled_and_in_the_name():
+    names = {path.name for path in host_library.FOLDER.iterdir() if path.suffix in (".c", ".h")}
+    assert names == {*host_library.SOURCES, *host_library.HEADERS}
+
+
+def test_a_compiler_that_fails_leaves_nothing_and_its_last_words_are_told(commands, sources, monkeypatch, tmp_path):
+    asked = {}
+
+    def run(command, **options):
+        asked.update(options, command=command)
+        return subprocess.CompletedProcess(command, 1, "", "first " + "x" * 600 + " the last words\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(RuntimeError) as caught:
+        compiled_library(("-mavx2",))
+    command = asked["command"]
+    assert str(caught.value).startswith(f"{shlex.join(command)} failed: xxx")
+    assert str(caught.value).endswith("x the last words") and "first" not in str(caught.value)
+    assert (asked["timeout"], asked["capture_output"], asked["text"]) == (120, True, True)
+    assert command[1:7] == ["-i", "-O3", "-std=c11", "-pthread", "-fPIC", "-shared"] and command[7] == "-mavx2"
+    assert command[8:-3] == [str(sources / name) for name in host_library.SOURCES]
+    assert command[-3] == "-o" and command[-1] == "-lm"
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_functions_that_a_processor_lacks_are_left_out():
+    library = SimpleNamespace(gelu_rows=SimpleNamespace(), multiply_rows=SimpleNamespace())
+    assert host_library._declare(library) is library
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    assert library.gelu_rows.argtypes == [pointer, size, size, number]
+    assert library.multiply_rows.argtypes == [pointer, pointer, pointer, size, number]
 
 
 @pytest.mark.parametrize("reason", ["no compiler", "fails", "cannot be loaded"])

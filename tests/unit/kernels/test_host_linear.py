@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -130,6 +132,23 @@ def test_inputs_may_have_gaps_between_rows_and_threads_share_the_work(monkeypatc
             monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
             products.append(product(wide[:, 64:192]))
         assert all(torch.equal(products[0], other) for other in products[1:])
+        assert torch.equal(products[0], product(wide[:, 64:192].contiguous())), "the gaps are not read"
+
+
+def test_scales_may_have_gaps_between_them():
+    weight, scale = round_rows(make()[0])
+    wide = scale.repeat_interleave(2)
+    wide[1::2] = 99
+    x = inputs_of(3, 128)
+    assert torch.equal(HostInt8(weight, wide[::2], None)(x), HostInt8(weight, scale, None)(x))
+
+
+def test_a_product_without_memory_is_no_product(monkeypatch):
+    weight, scale = round_rows(make()[0])
+    product = HostInt8(weight, scale, None)
+    monkeypatch.setattr(host_linear, "loaded_library", lambda: SimpleNamespace(multiply_rows=lambda *_: 1))
+    with pytest.raises(MemoryError, match=r"no memory to round 3 rows of 128 inputs"):
+        product(inputs_of(3, 128))
 
 
 @pytest.mark.skipif(not has_host_encoder(16), reason="needs AVX-512 VNNI")

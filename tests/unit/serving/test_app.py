@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from ray import serve
 from ray.exceptions import ActorDiedError, TaskCancelledError, WorkerCrashedError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from pipelines.serving import app as app_module
 from pipelines.serving.api import build_api
@@ -25,6 +25,7 @@ from tinygptv.data.conversation import ChatMessage
 JOB = ChatJob((ChatMessage("user", "hi", ()),), {})
 READ, A, END = PromptRead(3), Piece("a"), Piece("b", finish_reason="stop")
 DIED = WorkerCrashedError()
+UNAVAILABLE = ReplicaUnavailableError("it is shutting down")
 FULL = BackPressureError(num_queued_requests=1, max_queued_requests=1)
 CROWDED, GONE = (429, "rate_limit_exceeded"), (503, "unavailable")
 
@@ -106,6 +107,8 @@ def run(*outcomes, method="stream"):
         ([[READ, A, END]], [READ, A, END], 0),
         ([[READ, DIED], [READ, A, END]], [READ, A, END], 1),
         ([[DIED], [READ, A, END]], [READ, A, END], 1),
+        ([[UNAVAILABLE], [READ, A, END]], [READ, A, END], 1),
+        ([[READ, ActorDiedError()], [A, END]], [READ, A, END], 1),
         ([[READ, DIED], [READ, DIED]], [READ, GONE], 2),
         ([[FULL]], [CROWDED], 0),
         ([[READ, DIED], [FULL]], [READ, CROWDED], 1),
@@ -298,7 +301,8 @@ class Waiting(Stream):
         return asyncio.sleep(60).__await__()
 
 
-def test_deployments_have_their_names_their_arguments_and_quiet_logs():
+def test_deployments_have_their_names_their_arguments_and_quiet_logs(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     ingress, model = deployments(api_keys=["key"], num_gpus=0.5, model_name="name")
     assert (ingress.name, model.name) == ("ingress", "model")
     settings, digests, _ = ingress.init_args
@@ -306,7 +310,9 @@ def test_deployments_have_their_names_their_arguments_and_quiet_logs():
     assert model.init_args == (settings,) and model.func_or_class.__name__ == "ModelReplica"
     assert ingress.max_ongoing_requests == 100_000 and model._deployment_config.health_check_period_s == 5
     assert model.ray_actor_options["num_gpus"] == 0.5 and model.ray_actor_options["runtime_env"] == {}
-    assert deployments()[1].ray_actor_options["runtime_env"]["env_vars"] == {"OMP_WAIT_POLICY": "PASSIVE"}
+    for policy in ("PASSIVE", "ACTIVE"):
+        assert deployments()[1].ray_actor_options["runtime_env"]["env_vars"] == {"OMP_WAIT_POLICY": policy}
+        monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # whoever starts the service may choose
     for each in (ingress, model):
         assert each._deployment_config.logging_config["enable_access_log"] is False
 

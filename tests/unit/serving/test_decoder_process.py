@@ -43,6 +43,17 @@ def told(source, **bounds):
     return tuple(decode(job(source, **bounds)))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_usual_formats_are_decoded_and_no_others(kind):
+    data, other = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (30, 20), (200, 10, 60)).save(data, kind)
+    found = decode(job(data.getvalue()))
+    assert (found.width, found.height, found.pixels.shape) == (30, 20, (3, 16, 16))
+    assert np.abs(found.pixels.mean((1, 2)) - (200, 10, 60)).max() < 12
+    Image.new("RGB", (30, 20)).save(other, "TIFF" if kind == "GIF" else "PPM")
+    assert decode(job(other.getvalue())).code == "invalid_image"
+
+
 def test_each_refusal_names_its_bound_or_what_is_wrong():
     image = make_image(width=60, height=40)
     assert told(DataURL("", True, "####"))[0] == "invalid_base64"
@@ -214,6 +225,9 @@ def test_a_process_that_fails_is_ended_and_its_image_refused(error):
         Process(error=RuntimeError("bug")).decode(job(b"x"), 1)
 
 
+KEPT = {"PATH": "/bin:/usr/bin", "LD_LIBRARY_PATH": "/opt/lib", "LANG": "C.UTF-8"}
+
+
 def test_a_process_is_started_with_what_it_needs_and_no_more(monkeypatch):
     started = {}
 
@@ -224,7 +238,8 @@ def test_a_process_is_started_with_what_it_needs_and_no_more(monkeypatch):
     monkeypatch.setattr(decoders.subprocess, "Popen", popen)
     monkeypatch.setattr(decoders, "START_S", 0.0)
     monkeypatch.setenv("SECRET", "x")
-    monkeypatch.setenv("LANG", "C.UTF-8")
+    for name, value in KEPT.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeError, match=r"^a decoder process did not start within 0 s\.$"):
         decoders._DecoderProcess()
     os.close(started["held"])
@@ -232,12 +247,8 @@ def test_a_process_is_started_with_what_it_needs_and_no_more(monkeypatch):
     assert started["command"] == [sys.executable, "-m", "pipelines.serving.decoder_process", str(number)]
     assert started["killed"] and started["stdin"] == started["stdout"] == decoders.subprocess.DEVNULL
     environment = started["env"]
-    assert set(environment) <= {
-        *("PATH", "LD_LIBRARY_PATH", "LANG", "PYTHONPATH", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    }
-    assert environment["LANG"] == "C.UTF-8" and environment["OMP_NUM_THREADS"] == "1"
-    assert environment["OPENBLAS_NUM_THREADS"] == "1"
-    assert environment["PYTHONPATH"].split(":") == [path for path in sys.path if path]
+    assert environment.pop("PYTHONPATH").split(":") == [path for path in sys.path if path]
+    assert environment == {**KEPT, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def test_a_job_that_has_not_begun_in_time_is_given_up_and_one_that_has_is_waited_for(monkeypatch):
@@ -269,6 +280,19 @@ def test_a_job_that_has_not_begun_in_time_is_given_up_and_one_that_has_is_waited
     assert asyncio.run(crowd()).code == "b'1'"
     pool._threads.shutdown()
     assert decoded == [b"1"]
+
+
+def test_the_processes_of_all_threads_end_with_their_pool(monkeypatch):
+    monkeypatch.setattr(decoders, "_DecoderProcess", Process)
+    pool = decoders.ImageDecoders(2)
+    threads = [threading.Thread(target=pool._decode, args=(job(b"x"), 1)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    processes = list(pool._processes)
+    assert len(processes) == 2 and not any(process.ended for process in processes)
+    pool.close()
+    assert [process.ended for process in processes] == [ENDED] * 2
 
 
 def test_processes_are_kept_replaced_and_closed(monkeypatch):

@@ -19,32 +19,33 @@ INVALID, SERVER = "invalid_request_error", "server_error"
 
 
 @pytest.mark.parametrize(
-    ("error", "wanted"),
+    ("given", "wanted"),
     [
-        (ProtocolError(400, "no."), (400, "no.", INVALID, None, None, {})),
+        ({"status": 400}, (400, "no.", INVALID, None, None, {})),
         (
-            ProtocolError(413, "no.", kind=SERVER, param="a.0", code="c", retry_after_s=7, closes=True),
+            {"status": 413, "kind": SERVER, "param": "a.0", "code": "c", "retry_after_s": 7, "closes": True},
             (413, "no.", SERVER, "a.0", "c", {"Retry-After": "7", "Connection": "close"}),
         ),
-        (ProtocolError(401, "no.", code="k"), (401, "no.", INVALID, None, "k", {"WWW-Authenticate": "Bearer"})),
-        (ProtocolError(408, "no.", closes=True), (408, "no.", INVALID, None, None, {"Connection": "close"})),
-        (ProtocolError(403, "no.", retry_after_s=0), (403, "no.", INVALID, None, None, {})),
-        (server_failed(), (500, "the server failed to answer; its log says why.", SERVER, None, None, {})),
-        (
-            model_unavailable(),
-            (503, "the model is not available; try again soon.", SERVER, None, "unavailable", {"Retry-After": "5"}),
-        ),
-        *(
-            (
-                too_busy("full.", asked),
-                (429, "full.", "rate_limit_error", None, "rate_limit_exceeded", {"Retry-After": told}),
-            )
-            for asked, told in ((7, "7"), (0, "1"), (-3, "1"), (60, "60"), (61, "60"))
-        ),
+        ({"status": 401, "code": "k"}, (401, "no.", INVALID, None, "k", {"WWW-Authenticate": "Bearer"})),
+        ({"status": 408, "closes": True}, (408, "no.", INVALID, None, None, {"Connection": "close"})),
+        ({"status": 403, "retry_after_s": 0}, (403, "no.", INVALID, None, None, {})),
     ],
 )
-def test_a_refusal_says_what_is_wrong_and_when_to_come_back(error, wanted):
-    assert shown(error) == wanted
+def test_a_refusal_says_what_is_wrong_and_when_to_come_back(given, wanted):
+    assert shown(ProtocolError(message="no.", **given)) == wanted
+
+
+def test_what_the_server_cannot_do_is_not_the_clients_fault():
+    failed = (500, "the server failed to answer; its log says why.", SERVER, None, None, {})
+    assert shown(server_failed()) == failed
+    message = "the model is not available; try again soon."
+    assert shown(model_unavailable()) == (503, message, SERVER, None, "unavailable", {"Retry-After": "5"})
+
+
+@pytest.mark.parametrize(("asked", "told"), [(7, "7"), (0, "1"), (-3, "1"), (60, "60"), (61, "60")])
+def test_who_comes_too_early_waits_a_second_to_a_minute(asked, told):
+    wanted = (429, "full.", "rate_limit_error", None, "rate_limit_exceeded", {"Retry-After": told})
+    assert shown(too_busy("full.", asked)) == wanted
 
 
 @pytest.mark.parametrize(

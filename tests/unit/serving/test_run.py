@@ -26,6 +26,7 @@ def artifact(tmp_path_factory):
     [
         ("127.0.0.1", [], False),
         ("localhost", [], False),
+        ("::1", [], False),
         ("0.0.0.0", [], True),
         ("10.0.0.5", [], True),
         ("::", [], True),
