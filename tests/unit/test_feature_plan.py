@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines.feature_plan import expected_draws, plan_features
+from pipelines.feature_plan import FeaturePlan, expected_draws, plan_features
 from pipelines.training import stage_features
 from tinygptv.training.stages import RECIPES
 
@@ -23,6 +23,15 @@ def test_draws_are_those_of_the_schedules():
     assert draws[:3] == [17 * 1000 * 64, 20_000 * 64, 1000 * 6]
     assert draws[3] / 50_000 == pytest.approx(1.90, abs=0.005)  # samples per step of the release's stage 4
     assert expected_draws(PAPER[0], max_steps=10) == 640
+
+
+def test_a_plan_is_one_line_with_both_costs():
+    found = FeaturePlan((1, 2), 224, ("a", "b"), "cached", 1_234_567, 89_000, 2_600_000_000, 1.27, 30.06, "it pays")
+    assert str(found) == (
+        "Stage 1 and 2 (224 px): cached, because it pays. Cached: 1,234,567 images, 1.3 h, 3 GB; inline: 89,000 "
+        "images, 30.1 h."
+    )
+    assert str(replace(found, stages=(3,))).startswith("Stage 3 (224 px): cached")
 
 
 def test_five_million_pairs_are_not_cached_for_two_million_draws():
@@ -88,7 +97,10 @@ def test_hours_are_those_of_the_encoders_operations(size, flop):
     (found,) = plan_features([stage], rows, 0, tflops=2.0)
     assert found.hours_cached == pytest.approx(7200 * flop / 2e12 / 3600)
     assert found.hours_inline == pytest.approx(20_000 * 64 * flop / 2e12 / 3600)
-    assert (found.rows, found.draws, found.sources) == (7200, 20_000 * 64, ("cc_sbu", "laion"))
+    assert (found.image_size, found.rows, found.draws) == (size, 7200, 20_000 * 64)
+    assert (found.stages, found.sources) == ((2,), ("cc_sbu", "laion"))
+    (usual,) = plan_features([stage], rows, 0)
+    assert usual.hours_cached == pytest.approx(found.hours_cached / 20), "40 TFLOPS where nothing is said"
 
 
 def test_an_inline_group_leaves_the_disk_to_the_next():

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,6 +225,35 @@ def test_an_encoder_is_known_by_the_names_and_values_of_its_weights(monkeypatch)
         {"vision_encoder.a": Stored(1.0, 2.0)},
     ):
         assert hash_of(**other) != known
+
+
+def test_the_position_embedding_is_hashed_as_it_is_used(monkeypatch):
+    """Resampled to the grid of the image size, in the dtype it is stored in; no other weight is."""
+    from tinygptv.checkpoint import config_file, weight_files
+    from tinygptv.model import vision_encoder
+
+    stored = {
+        name: SimpleNamespace(load=lambda values=values: torch.tensor(values, dtype=torch.bfloat16))
+        for name, values in (
+            ("vision_encoder.vit.pos_embed", [1.0, 2.0]),
+            ("vision_encoder.vit.pos_embed_other", [3.0]),
+        )
+    }
+    asked, config = [], SimpleNamespace(vision_config=SimpleNamespace(patch_size=14))
+
+    def resample(values, grid):
+        asked.append((values.tolist(), grid))
+        return values.float() * (1 + 2**-20)  # lost where it is stored as bfloat16
+
+    monkeypatch.setattr(weight_files, "open_weights", lambda checkpoint: stored if checkpoint == "x" else {})
+    monkeypatch.setattr(config_file, "read_config", lambda path: config if path == Path("x") else None)
+    monkeypatch.setattr(vision_encoder, "interpolate_position_embedding", resample)
+    digest = hashlib.sha256()
+    for name, values in (("vision_encoder.vit.pos_embed", [1, 2]), ("vision_encoder.vit.pos_embed_other", [3])):
+        digest.update(name.encode() + np.array(values, dtype=np.float32).tobytes())
+    assert encoder_hash("x", 62) == digest.hexdigest()[:16]
+    assert feature_key("x", 62) == f"{digest.hexdigest()[:16]}-62"
+    assert asked == [([1.0, 2.0], 4)] * 2
 
 
 def test_only_the_sources_that_are_named_are_done(world, tmp_path):

@@ -75,7 +75,7 @@ def test_batches_are_bounded_in_number_and_bytes(monkeypatch):
 
     monkeypatch.setattr(module, "_BATCH_ROWS", 3)
     monkeypatch.setattr(module, "_BATCH_BYTES", 10)
-    sizes = [0, 1, 2, 3, 7, 11, 4, Rejected("k", "s", "r")]
+    sizes = [4, 5, 0, 3, 7, 11, 4, Rejected("k", "s", "r")]
     samples = [size if isinstance(size, Rejected) else Sample(size) for size in sizes]
     batches = list(module._batches(iter(samples)))
     assert [len(batch) for batch in batches] == [3, 2, 1, 2]
@@ -134,6 +134,20 @@ def test_rows_of_originals_of_different_sizes_are_different(monkeypatch):
     monkeypatch.setattr(module, "decode_checked", decode)
     (_, first), (_, second) = checked(monkeypatch, CAPTIONED, replace(CAPTIONED, image=jpeg(1)))
     assert first.image_hash == second.image_hash and first.content_hash != second.content_hash
+
+
+def test_rows_without_an_image_are_known_by_their_texts(monkeypatch):
+    """Beside rows with one, in one batch."""
+    text = SampleRow("t", "x", "text", (Turn("q", ("a b", "c")), Turn("r", ("d",))))
+    rows = [text, CAPTIONED, replace(text, id="u"), replace(text, id="v", turns=text.turns[::-1])]
+    found = checked(monkeypatch, *rows)
+    assert [row for row, _ in found][::2] == [text, replace(text, id="u")]
+    (_, first), (_, image), (_, same), (_, other) = found
+    assert first == module.IndexEntry("t", first.content_hash, 0, 0, 0, 0, 0, 3, False)
+    assert same == first._replace(id="u") and other == first._replace(id="v", content_hash=other.content_hash)
+    assert {len(entry.content_hash) for _, entry in found} == {16}
+    assert len({entry.content_hash for entry in (first, image, other)}) == 3
+    assert image.image_hash and image.perceptual_hash
 
 
 def count_decoded(monkeypatch):

@@ -14,7 +14,7 @@ from pipelines.data.ingest.inputs import INPUTS, STAGING, SetInputs
 from pipelines.data.ingest.publish import Counts, NothingKeptError
 from pipelines.data.ingest.staging import content_settings
 from pipelines.data.sources.base import Source, SourceInput, SourceUnit
-from pipelines.settings import PrepareDataSettings
+from pipelines.settings import PrepareDataSettings, SettingsError
 from pipelines.storage import Location
 from pipelines.tracking.base import NullTracker
 from tests.shard_files import write_set
@@ -113,6 +113,22 @@ def test_a_finished_set_is_returned_and_every_other_is_prepared(
     seconds = result.pop("seconds")
     assert 0 <= seconds < 60 and seconds == round(seconds, 2)
     assert result == {**(COUNTS if prepares else known), **job._locations(output)}
+
+
+def test_an_input_without_entries_writes_nothing(tmp_path, monkeypatch):
+    reader = SimpleNamespace(plan=lambda source: iter([]))
+    monkeypatch.setattr(job, "locate", lambda given: (Source("pair", reader), SOURCE))
+    with pytest.raises(SettingsError, match=r"^input='/in/x' holds no entries: is it the right file\?$"):
+        job.ingest(settings(input="/in/x", output=str(tmp_path / "out")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_units_outcome_is_that_of_its_record(monkeypatch):
+    given, asked = settings(), []
+    record = SimpleNamespace(rows_in=7, rows=5)
+    monkeypatch.setattr(job, "stage_unit", lambda *words: asked.append(words) or (record, True))
+    assert job._unit_reader(given, "/staging")((2, UNITS[2])) == job.UnitOutcome(7, 5, True)
+    assert asked == [(UNITS[2], 2, given, "/staging")]
 
 
 @pytest.fixture

@@ -86,6 +86,21 @@ def test_totals_count_each_row_in_its_bin_and_each_shard_by_itself():
     assert second["words"] == {"least": 250, "mean": 250, "most": 250}
 
 
+@pytest.mark.parametrize("name", report.BINS)
+def test_bins_ascend_from_nothing(name):
+    borders = report.BINS[name]
+    assert borders[0] == 0 and all(low < high for low, high in itertools.pairwise(borders)) and report.TITLES[name]
+    totals = report.Totals()
+    totals._count(name, np.array([border + step for border in borders for step in (0, 0.01)]))
+    assert totals.histograms[name].tolist() == [2] * len(borders)
+
+
+def test_an_image_of_one_pixel_is_an_image():
+    totals = report.Totals()
+    totals.add(index((1, 4, 2000, 1, True), (0, 0, 0, 1, False)))
+    assert totals.images == 1 and totals.histograms["aspect_ratio"][1] == 1 == totals.histograms["width"].sum()
+
+
 def test_reasons_are_counted_without_names_and_numbers_and_the_first_is_the_example():
     totals = report.Totals()
     totals.add_rejected(
@@ -197,6 +212,8 @@ def test_the_pages_numbers_are_those_of_the_counts():
     ]
     rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", page)
     assert rows == [("min_side", "3"), ("&lt;bad&gt;", "4"), ("box_clipped", "7"), ("image_size", "64")]
+    heads = [("filter", "rows removed"), ("reason", "samples"), ("change", "rows"), ("setting", "value")]
+    assert re.findall(r"<tr><th>(.*?)</th><th>(.*?)</th></tr>", page) == heads
     assert "<title>a &amp; b: prepared data</title>" in page and "<figure>" not in page
     nothing = {**content, "counts": {**counts, "filters": {}, "changes": {}}, "quarantine_reasons": {}}
     page = report._page(nothing, Manifest("x", (), counts), [])

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipelines.data.sources import SOURCES, locate
+from pipelines.data.sources.annotations import AnnotationReader
 from pipelines.data.sources.base import (
     Filtered,
     Malformed,
@@ -19,6 +20,7 @@ from pipelines.data.sources.base import (
     rejection,
     shorten,
 )
+from pipelines.data.sources.images import COCO
 from pipelines.settings import PrepareDataSettings, SettingsError
 from pipelines.storage import DiskFullError, Location
 
@@ -48,6 +50,61 @@ def test_each_source_has_its_task_and_only_captions_of_the_web_are_filtered():
         "refcocop": ("refcoco+", "unc"),
         "refcocog": ("refcocog", "umd"),
     }
+
+
+def test_files_are_known_by_their_publishers_names():
+    files = {
+        name: source.reader.files for name, source in SOURCES.items() if isinstance(source.reader, AnnotationReader)
+    }
+    assert files == {
+        "cc_sbu_align": ("filter_cap.json",),
+        "llava_conversation": ("conversation_58k.json",),
+        "llava_detail": ("detail_23k.json",),
+        "llava_reason": ("complex_reasoning_77k.json",),
+        "multitask_conversation": ("multitask_conversation.json",),
+        "unnatural_instruction": (
+            "filtered_unnatural_instruction.json",
+            "{full,core}_data.{jsonl,jsonl.gz,json}",
+        ),
+        "flickr_grounded_caption": ("groundedcaption.json",),
+        "flickr_CaptionToPhrase": ("captiontobbox.json",),
+        "flickr_ObjectToPhrase": ("phrasetobbox.json",),
+        "coco_caption": ("coco_karpathy_train.json", "captions_train2014.json", "captions_train2017.json"),
+        "textcaps_caption": ("TextCaps_0.1_train.json",),
+        "coco_vqa": ("vqa_{train,val}.json", "v2_OpenEnded_mscoco_train2014_questions.json"),
+        "ok_vqa": ("okvqa_train.json", "OpenEnded_mscoco_train2014_questions.json"),
+        "aok_vqa": ("aokvqa_v1p0_train.json",),
+        "gqa": ("train_balanced_questions.json",),
+        "ocrvqa": ("dataset.json",),
+    }
+    members = {name: SOURCES[name].reader.member for name in files if SOURCES[name].reader.member}
+    assert members == {"cc_sbu_align": "annotations", "coco_caption": "annotations", "textcaps_caption": "data"}
+    coco = {name for name in files if SOURCES[name].reader.images is COCO}
+    assert coco == {name for name in files if name.startswith(("llava", "multi", "coco", "ok_", "aok_"))}
+    assert [name for name in files if SOURCES[name].reader.images is None] == ["unnatural_instruction"]
+    web = SOURCES["webdataset"].reader
+    assert (web.extensions, web.captions) == (
+        ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tiff", "tif"),
+        ("json", "txt"),
+    )
+    assert (SOURCES["laion"].reader.extensions, SOURCES["laion"].reader.captions) == (("jpg", "jpeg"), ("json",))
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("cc_sbu_align", ("a.jpg", "image/a.jpg")),
+        (
+            "flickr_grounded_caption",
+            ("a.jpg", *(f"{n}/a.jpg" for n in ("flickr30k-images", "flickr30k_images", "images"))),
+        ),
+        ("textcaps_caption", ("a.jpg", "train_images/a.jpg")),
+        ("gqa", ("a.jpg", "images/a.jpg")),
+        ("ocrvqa", ("a.jpg", "images/a.jpg")),
+    ],
+)
+def test_images_are_looked_for_under_their_publishers_names(source, names):
+    assert SOURCES[source].reader.images.alternatives("a.jpg") == names
 
 
 def test_an_input_is_what_the_settings_say():

@@ -6,6 +6,7 @@ import base64
 import errno
 import os
 import urllib.parse
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,6 +14,7 @@ from pipelines import storage
 from pipelines.data.sources.base import Malformed, MissingImage, SourceInput
 from pipelines.data.sources.images import (
     COCO,
+    IMAGE_EXTENSIONS,
     ImageFolder,
     ImageLayout,
     check_image_name,
@@ -130,6 +132,27 @@ def test_bytes_that_are_no_such_image_are_called_what_they_are(data, what):
         check_image_name("a.jpg", data)
 
 
+FORMATS = (
+    ("JPEG", b"\xff\xd8\xff\xe0", {"jpg", "jpeg", "jpe", "jfif", "mpo"}),
+    ("PNG", b"\x89PNG\r\n\x1a\n", {"png", "apng"}),
+    ("GIF", b"GIF89a", {"gif"}),
+    ("BMP", b"BM", {"bmp"}),
+    ("TIFF", b"II*\x00", {"tif", "tiff"}),
+    ("TIFF", b"MM\x00*", {"tif", "tiff"}),
+    ("WEBP", b"RIFF", {"webp"}),
+)
+
+
+@pytest.mark.parametrize(("kind", "data", "extensions"), FORMATS)
+def test_each_format_has_extensions_of_its_own(kind, data, extensions):
+    assert frozenset().union(*(names for _, _, names in FORMATS)) == IMAGE_EXTENSIONS
+    for extension in (*extensions, *map(str.upper, extensions), "image", "7"):
+        check_image_name(f"a.{extension}", data + b"more")
+    for extension in IMAGE_EXTENSIONS - extensions:
+        with pytest.raises(Malformed, match=rf"^image b\.{extension} has a wrong extension: it holds a {kind}$"):
+            check_image_name(f"b.{extension}", data + b"more")
+
+
 # ---------------------------------------------------------------- COCO, in every layout
 
 
@@ -211,6 +234,69 @@ def test_coco_folders_are_looked_for_beside_and_above(tmp_path, annotations, ima
     file = Location.parse(str(tmp_path / annotations))
     source = SourceInput("coco_vqa", "", "", "coco_vqa", "vqa")
     assert find_image_folder(source, file, COCO).path == str(tmp_path / found)
+
+
+def test_the_nearest_folder_counts_and_of_several_beside_it_the_first(tmp_path):
+    file = Location.parse(str(tmp_path / "far/up/here/y.json"))
+    layout = ImageLayout(("one", "two/deep"))
+
+    def found(images="", layout=layout):
+        return find_image_folder(SourceInput("gqa", "", images, "gqa", "vqa"), file, layout).path
+
+    (tmp_path / "one").mkdir()
+    (tmp_path / "far/up/here").mkdir(parents=True)
+    (tmp_path / "far/one").touch()  # no folder
+    with pytest.raises(SettingsError) as error:
+        found()
+    looked = [f"{tmp_path}/far/{folder}{name}" for folder in ("up/here/", "up/", "") for name in ("one", "two/deep")]
+    assert str(error.value) == (
+        "source=gqa needs images=: the folder that holds its images; looked for "
+        f"{', '.join(looked)} and the same in the folders above."
+    )
+    (tmp_path / "far/one").unlink()
+    for name in ("far/one", "far/up/two/deep", "far/up/one", "far/up/here/two/deep"):
+        (tmp_path / name).mkdir(parents=True)
+        assert found() == str(tmp_path / name)
+    assert found(str(tmp_path / "one")) == str(tmp_path / "one"), "the settings win"
+    assert found(layout=ImageLayout((".", "one"))) == str(tmp_path / "far/up/here")
+
+
+def test_an_image_of_several_entries_is_read_once(folder, monkeypatch):
+    read, original = [], storage.read_bytes
+    monkeypatch.setattr(storage, "read_bytes", lambda at: read.append(at.name) or original(at))
+    for number in range(33):
+        (folder / f"{number}.jpg").write_bytes(jpeg(7))
+    images = reader(folder)
+    for number in (0, 0, *range(1, 32), 0, 32, 1, 0):
+        images.read(f"{number}.jpg")
+    assert read == [f"{number}.jpg" for number in (0, *range(1, 32), 32, 1)], "the last 32 are kept"
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        errno.EISDIR,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+        errno.EINVAL,
+        errno.EILSEQ,
+        errno.ENXIO,
+    ],
+)
+def test_an_error_of_one_file_costs_its_row_alone(folder, monkeypatch, number):
+    monkeypatch.setattr(storage, "read_bytes", Mock(side_effect=OSError(number, "x")))
+    with pytest.raises(Malformed, match=rf"^image a\.jpg cannot be read: {os.strerror(number)}$"):
+        reader(folder).read("a.jpg")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ETIMEDOUT, errno.EMFILE, errno.ENOMEM, errno.ESTALE])
+def test_an_error_of_the_disk_or_network_ends_the_run(folder, monkeypatch, number):
+    monkeypatch.setattr(storage, "read_bytes", Mock(side_effect=OSError(number, "x")))
+    with pytest.raises(OSError) as error:
+        reader(folder).read("a.jpg")
+    assert error.value.errno == number
 
 
 def test_folders_that_are_not_there_are_listed(tmp_path):
