@@ -96,3 +96,16 @@ def test_a_band_that_all_hashes_share_is_compared_in_bounded_parts(monkeypatch):
     assert [part.tolist() for part in parts] == [[1, 3], [2, 4], [0]], "neighbours by value, each part in row order"
     assert deduplicate._bounded(near, np.array([4])) == []
     assert [part.tolist() for part in deduplicate._bounded(near, np.array([1, 4]))] == [[1, 4]]
+
+
+@pytest.mark.parametrize(("max_bits", "shift"), [(3, 48), (1, 32), (0, 0)])
+def test_only_hashes_that_share_a_band_are_compared(monkeypatch, max_bits, shift):
+    """Two hashes within n bits agree in one of n + 1 bands: no pair of others costs time."""
+    compared = []
+    monkeypatch.setattr(deduplicate, "_compare_group", lambda hashes, group, *rest: compared.append(group.tolist()))
+    hashes = np.random.default_rng(0).integers(0, 2**64, 11, dtype=np.uint64)
+    assert find_near_duplicates(np.arange(1, 12, dtype=np.uint64), hashes, max_bits) == [] and compared == []
+    hashes[9] = hashes[4] ^ np.uint64(1 << shift)
+    hashes[2] = (hashes[7] & np.uint64(0xFFFF)) | (~hashes[7] & np.uint64(2**64 - 2**16))
+    find_near_duplicates(np.arange(1, 12, dtype=np.uint64), hashes, max_bits)
+    assert sorted(compared) == {3: [[2, 7], [4, 9], [4, 9], [4, 9]], 1: [[4, 9]], 0: []}[max_bits]
