@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from pipelines.data.ingest import check_images, check_rows, deduplicate, job
+from pipelines.data.ingest import check_images, check_rows
 from pipelines.data.ingest.check_images import Header, perceptual_hashes, read_header
 from pipelines.data.ingest.check_rows import check_boxes, check_row
 from pipelines.data.sources.base import Filtered, Malformed
@@ -216,92 +215,3 @@ def test_filters_of_captions_say_their_numbers():
     assert said("go go go go go a b c") == "'go' is 5 of 8 words"
     sample = row(task="pair", turns=(Turn("", ("go go go go a b c d",)),))
     assert check_row(sample, web=True, settings=settings) == sample
-
-
-# ---------------------------------------------------------------------- duplicates
-
-
-def test_groups_beyond_the_bound_are_cut_by_value_into_parts_in_row_order(monkeypatch):
-    hashes = np.array([5, 1, 4, 2, 3], dtype=np.uint64)
-    group = np.arange(5)
-    assert deduplicate._bounded(hashes, group[:1]) == []
-    monkeypatch.setattr(deduplicate, "_LARGEST_GROUP", 5)
-    assert [part.tolist() for part in deduplicate._bounded(hashes, group)] == [[0, 1, 2, 3, 4]]
-    monkeypatch.setattr(deduplicate, "_LARGEST_GROUP", 2)
-    assert [part.tolist() for part in deduplicate._bounded(hashes, group)] == [[1, 3], [2, 4], [0]]
-
-
-@pytest.mark.parametrize("at_once", [1, 6, 1 << 22])
-def test_a_match_is_the_earliest_however_many_rows_are_compared_at_once(monkeypatch, at_once):
-    monkeypatch.setattr(deduplicate, "_PAIRS_AT_ONCE", at_once)
-    images = np.arange(1, 7, dtype=np.uint64)
-    hashes = np.array([0b0000, 0b1111, 0b0001, 0b0011, 0b1110, 0b0000], dtype=np.uint64)
-    found = deduplicate.find_near_duplicates(images, hashes, 1)
-    assert [(near.row, near.earlier, near.bits) for near in found] == [(2, 0, 1), (3, 2, 1), (4, 1, 1), (5, 0, 0)]
-
-
-# ---------------------------------------------------------------------- the whole ingest
-
-
-def test_what_is_tracked_of_an_ingest(tmp_path, monkeypatch):
-    told = []
-
-    class Tracker:
-        def params(self, values):
-            told.append(("params", values["source"], values["input"], values["min_words"]))
-
-        def metrics(self, values, step):
-            told.append(("metrics", values, step))
-
-        def artifact(self, path, folder):
-            told.append(("artifact", path.name, path.read_text(), folder))
-
-        def close(self):
-            told.append("closed")
-
-    def open_tracker(settings, name, parent_run_id):
-        told.append((settings.source, name, parent_run_id))
-        return Tracker()
-
-    monkeypatch.setattr(job, "open_tracker", open_tracker)
-    for name in ("report.html", "report.json", "quarantine.jsonl"):
-        (tmp_path / name).write_text(f"text of {name}")
-    settings = PrepareDataSettings(source="laion", input="s3://me:secret@bucket/in", min_words=3)
-    job._track(settings, "mine", {"rows_in": 3, "filters": {"a": 1}, "units": 2}, str(tmp_path), "parent")
-    assert told[0] == ("laion", "prepare mine", "parent") and told[-1] == "closed"
-    assert told[1][:2] == ("params", "laion") and "secret" not in told[1][2] and told[1][3] == 3
-    assert told[2] == ("metrics", {"rows_in": 3, "units": 2}, 0)
-    assert told[3:-1] == [
-        ("artifact", name, f"text of {name}", "prepare_data")
-        for name in ("report.html", "report.json", "quarantine.jsonl")
-    ]
-
-
-def test_a_finished_set_is_the_same_input_sound_and_without_new_images(tmp_path, monkeypatch, caplog):
-    out = str(tmp_path)
-    inputs = job.SetInputs("mark", 7, {"input": "a"}, (("a.tar", 1, 2),), {"min_words": 1})
-    state = {"damage": None}
-
-    class Set:
-        manifest = type("Manifest", (), {"counts": {"rows_in": 3, "rows_out": 2}})
-
-        def verify(self):
-            if state["damage"]:
-                raise state["damage"]
-
-    monkeypatch.setattr(job.ShardSet, "open", lambda output: Set())
-    assert job._finished_before(out, inputs) is None, "nothing there"
-    inputs.write(out, [])
-    assert job._finished_before(out, inputs) == {"rows_in": 3, "rows_out": 2, "units": 7, "reused_units": 7}
-    assert job._finished_before(out, replace(inputs, fingerprint="other")) is None
-    for damage, told in ((job.ShardError("part-0 is damaged"), "part-0 is damaged"), (FileNotFoundError("x"), "")):
-        state["damage"] = damage
-        caplog.clear()
-        assert job._finished_before(out, inputs) is None and told in caplog.text and bool(told) == bool(caplog.text)
-    state["damage"] = None
-    caplog.clear()
-    (tmp_path / "new.jpg").touch()
-    inputs.write(out, [("", str(tmp_path / "new.jpg"))])
-    assert job._finished_before(out, inputs) is None
-    assert f"{out}: images that were missing are there now; the data is prepared again." in caplog.text
-    assert json.loads((tmp_path / "inputs.json").read_text())["units"] == 7

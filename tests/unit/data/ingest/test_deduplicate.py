@@ -90,12 +90,6 @@ def test_a_band_that_all_hashes_share_is_compared_in_bounded_parts(monkeypatch):
     found = find_near_duplicates(np.arange(1, 4001, dtype=np.uint64), hashes, 1)
     assert max(sizes) == 500
     assert len(found) > 3900
-    near = np.array([3, 5, 9, 12, 20], dtype=np.uint64)
-    monkeypatch.setattr(deduplicate, "_LARGEST_GROUP", 2)
-    parts = deduplicate._bounded(np.array([50, 10, 40, 20, 30], dtype=np.uint64), np.arange(5))
-    assert [part.tolist() for part in parts] == [[1, 3], [2, 4], [0]], "neighbours by value, each part in row order"
-    assert deduplicate._bounded(near, np.array([4])) == []
-    assert [part.tolist() for part in deduplicate._bounded(near, np.array([1, 4]))] == [[1, 4]]
 
 
 @pytest.mark.parametrize(("max_bits", "shift"), [(3, 48), (1, 32), (0, 0)])
@@ -109,3 +103,22 @@ def test_only_hashes_that_share_a_band_are_compared(monkeypatch, max_bits, shift
     hashes[2] = (hashes[7] & np.uint64(0xFFFF)) | (~hashes[7] & np.uint64(2**64 - 2**16))
     find_near_duplicates(np.arange(1, 12, dtype=np.uint64), hashes, max_bits)
     assert sorted(compared) == {3: [[2, 7], [4, 9], [4, 9], [4, 9]], 1: [[4, 9]], 0: []}[max_bits]
+
+
+def test_groups_beyond_the_bound_are_cut_by_value_into_parts_in_row_order(monkeypatch):
+    hashes = np.array([5, 1, 4, 2, 3], dtype=np.uint64)
+    group = np.arange(5)
+    assert deduplicate._bounded(hashes, group[:1]) == []
+    monkeypatch.setattr(deduplicate, "_LARGEST_GROUP", 5)
+    assert [part.tolist() for part in deduplicate._bounded(hashes, group)] == [[0, 1, 2, 3, 4]]
+    monkeypatch.setattr(deduplicate, "_LARGEST_GROUP", 2)
+    assert [part.tolist() for part in deduplicate._bounded(hashes, group)] == [[1, 3], [2, 4], [0]]
+
+
+@pytest.mark.parametrize("at_once", [1, 6, 1 << 22])
+def test_a_match_is_the_earliest_however_many_rows_are_compared_at_once(monkeypatch, at_once):
+    monkeypatch.setattr(deduplicate, "_PAIRS_AT_ONCE", at_once)
+    images = np.arange(1, 7, dtype=np.uint64)
+    hashes = np.array([0b0000, 0b1111, 0b0001, 0b0011, 0b1110, 0b0000], dtype=np.uint64)
+    found = deduplicate.find_near_duplicates(images, hashes, 1)
+    assert [(near.row, near.earlier, near.bits) for near in found] == [(2, 0, 1), (3, 2, 1), (4, 1, 1), (5, 0, 0)]

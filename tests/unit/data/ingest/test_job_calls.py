@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +13,9 @@ from pipelines import storage
 from pipelines.data.ingest import job
 from pipelines.data.ingest.inputs import INPUTS, STAGING, SetInputs
 from pipelines.data.ingest.publish import Counts, NothingKeptError
-from pipelines.data.ingest.staging import content_settings
 from pipelines.data.sources.base import Source, SourceInput, SourceUnit
 from pipelines.settings import PrepareDataSettings, SettingsError
 from pipelines.storage import Location
-from pipelines.tracking.base import NullTracker
-from tests.shard_files import write_set
 
 SOURCE = SourceInput("laion", "/in", "", "mine", "pair")
 UNITS = [SourceUnit(SOURCE, Location("", f"/in/{n}.tar"), f"{n}.tar") for n in range(3)]
@@ -28,36 +26,37 @@ def settings(**changes):
     return PrepareDataSettings(source="laion", **{"num_workers": 0, **changes})
 
 
-def test_a_run_is_tracked_under_its_parent_and_without_passwords(tmp_path, monkeypatch):
+def test_what_is_tracked_of_an_ingest(tmp_path, monkeypatch):
     told = []
 
-    class Noting(NullTracker):
+    class Tracker:
         def params(self, values):
-            told.append(values)
+            told.append(("params", values["source"], values["input"], values["min_words"]))
 
         def metrics(self, values, step):
-            told.append((values, step))
+            told.append(("metrics", values, step))
 
-        def artifact(self, path, folder=""):
-            told.append((path.name, path.read_text(), folder))
+        def artifact(self, path, folder):
+            told.append(("artifact", path.name, path.read_text(), folder))
 
-        def close(self, status="FINISHED"):
-            told.append(status)
+        def close(self):
+            told.append("closed")
 
-    monkeypatch.setattr(
-        job, "open_tracker", lambda given, title, *, parent_run_id: told.append((title, parent_run_id)) or Noting()
-    )
-    names = ["report.html", "report.json", "quarantine.jsonl"]
-    for name in names:
-        (tmp_path / name).write_text(f"content of {name}")
-    given = settings(input="s3://key:secret@bucket/a.tar", min_words=3)
-    job._track(given, "mine", COUNTS, str(tmp_path), "parent")
-    assert told == [
-        ("prepare mine", "parent"),
-        {"source": "laion", "input": "s3://***@bucket/a.tar", **content_settings(given)},
-        ({"rows_in": 9, "rows_out": 5, "units": 3, "reused_units": 2}, 0),
-        *((name, f"content of {name}", "prepare_data") for name in names),
-        "FINISHED",
+    def open_tracker(settings, name, parent_run_id):
+        told.append((settings.source, name, parent_run_id))
+        return Tracker()
+
+    monkeypatch.setattr(job, "open_tracker", open_tracker)
+    for name in ("report.html", "report.json", "quarantine.jsonl"):
+        (tmp_path / name).write_text(f"text of {name}")
+    settings = PrepareDataSettings(source="laion", input="s3://me:secret@bucket/in", min_words=3)
+    job._track(settings, "mine", {"rows_in": 3, "filters": {"a": 1}, "units": 2}, str(tmp_path), "parent")
+    assert told[0] == ("laion", "prepare mine", "parent") and told[-1] == "closed"
+    assert told[1][:2] == ("params", "laion") and "secret" not in told[1][2] and told[1][3] == 3
+    assert told[2] == ("metrics", {"rows_in": 3, "units": 2}, 0)
+    assert told[3:-1] == [
+        ("artifact", name, f"text of {name}", "prepare_data")
+        for name in ("report.html", "report.json", "quarantine.jsonl")
     ]
 
 
@@ -194,25 +193,31 @@ def test_where_nothing_was_kept_no_work_and_no_inputs_are_left(tmp_path, prepari
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_set_is_finished_where_its_inputs_are_the_same_and_its_files_are_sound(tmp_path, caplog):
-    given = settings()
-    inputs = SetInputs.of(SOURCE, UNITS, given)
-    output = write_set(tmp_path / "set", [5, 2])
-    assert job._finished_before(output, inputs) is None, "inputs that are not known"
-    inputs.write(output, [])
-    assert job._finished_before(output, inputs) == {"rows_in": 7, "units": 3, "reused_units": 3}
-    assert job._finished_before(output, SetInputs.of(SOURCE, UNITS[:1], given)) is None
-    image = tmp_path / "a.jpg"
-    inputs.write(output, [("", str(image))])
-    assert job._finished_before(output, inputs) is not None
-    image.touch()
-    assert job._finished_before(output, inputs) is None and "images that were missing are there now" in caplog.text
-    inputs.write(output, [])
-    part = tmp_path / "set/part-00001.arrow"
-    data = part.read_bytes()
-    part.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+def test_a_finished_set_is_the_same_input_sound_and_without_new_images(tmp_path, monkeypatch, caplog):
+    out = str(tmp_path)
+    inputs = job.SetInputs("mark", 7, {"input": "a"}, (("a.tar", 1, 2),), {"min_words": 1})
+    state = {"damage": None}
+
+    class Set:
+        manifest = type("Manifest", (), {"counts": {"rows_in": 3, "rows_out": 2}})
+
+        def verify(self):
+            if state["damage"]:
+                raise state["damage"]
+
+    monkeypatch.setattr(job.ShardSet, "open", lambda output: Set())
+    assert job._finished_before(out, inputs) is None, "nothing there"
+    inputs.write(out, [])
+    assert job._finished_before(out, inputs) == {"rows_in": 3, "rows_out": 2, "units": 7, "reused_units": 7}
+    assert job._finished_before(out, replace(inputs, fingerprint="other")) is None
+    for damage, told in ((job.ShardError("part-0 is damaged"), "part-0 is damaged"), (FileNotFoundError("x"), "")):
+        state["damage"] = damage
+        caplog.clear()
+        assert job._finished_before(out, inputs) is None and told in caplog.text and bool(told) == bool(caplog.text)
+    state["damage"] = None
     caplog.clear()
-    assert job._finished_before(output, inputs) is None
-    assert "the content of part-00001.arrow does not match the manifest" in caplog.text
-    (tmp_path / "set/manifest.json").unlink()
-    assert job._finished_before(output, inputs) is None
+    (tmp_path / "new.jpg").touch()
+    inputs.write(out, [("", str(tmp_path / "new.jpg"))])
+    assert job._finished_before(out, inputs) is None
+    assert f"{out}: images that were missing are there now; the data is prepared again." in caplog.text
+    assert json.loads((tmp_path / "inputs.json").read_text())["units"] == 7
