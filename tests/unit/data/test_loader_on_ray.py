@@ -90,6 +90,17 @@ def test_steps_come_in_order_from_their_start_in_blocks_of_four(asked, start, st
     assert (asked["batch_size"], asked["prefetch_batches"]) == (None, 2)
 
 
+@pytest.mark.parametrize(("start", "stop", "blocks"), [(7, 16, [4, 4, 1]), (8, 16, [4, 4]), (5, 5, [])])
+def test_numbers_are_read_by_small_tasks_a_block_each(monkeypatch, start, stop, blocks):
+    monkeypatch.setattr(ray_datasource.ray.data, "read_datasource", lambda source, **options: (source, options))
+    source, options = ray_datasource.read_numbers(start, stop, 4, num_cpus=0.25)
+    assert options == {"num_cpus": 0.25, "override_num_blocks": max(1, len(blocks))}
+    tables = [table for task in source.get_read_tasks(9) for table in task()]
+    assert [table.num_rows for table in tables] == blocks and len(source) == len(blocks)
+    assert {str(table.schema) for table in tables} <= {"id: int64"}
+    assert [number for table in tables for number in table["id"].to_pylist()] == list(range(start, stop))
+
+
 def test_at_least_one_block_is_made_ahead(asked):
     list(iterate_steps(plan_of(), 0, 1, loader_workers=1, prefetch_steps=1))
     assert asked["prefetch_batches"] == 1
