@@ -37,6 +37,10 @@ def test_no_more_leaves_than_makes_room(copies, max_bytes, needed, kept):
     assert {path.name for path in copies.iterdir()} >= {"ab.lock", "x.tmp"}, "another process is using them"
 
 
+def test_so_much_is_kept_where_nothing_is_said(tmp_path):
+    assert ShardCache(tmp_path).max_bytes == 20 * 2**30
+
+
 def test_a_copy_that_grew_is_read_again(tmp_path):
     data = b"shard"
     name = hashlib.sha256(data).hexdigest()

@@ -130,7 +130,7 @@ def test_a_rows_id_is_its_file_without_the_ending_and_its_key():
 def test_a_text_is_cut_to_one_short_line(text, longest, short):
     assert shorten(text, longest) == short and len(short) <= longest
     assert Rejected(text, "x", text * 3).key == shorten(text)
-    assert len(Rejected(text, "x", text * 9).reason) <= 300
+    assert len(Rejected(text, "x", text * 9).reason) <= 300 and len(Rejected(text, "x", text).key) <= 100
 
 
 @pytest.mark.parametrize(

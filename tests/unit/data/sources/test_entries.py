@@ -139,6 +139,43 @@ def test_what_an_entry_says(describe, entry, turns, image):
 
 
 @pytest.mark.parametrize(
+    ("describe", "entry", "cleans"),
+    [
+        (entries.align, {"image_id": 7, "caption": "A"}, (False, False)),
+        (entries.textcaps, {"image_id": 7, "caption_str": "A"}, (False, True)),
+        (entries.coco_caption, {"image_id": 7, "caption": "A"}, (False, True)),
+        (entries.grounded_caption, {"image_id": 7, "grounded_caption": "A"}, (False, False)),
+        (entries.caption_to_phrase, {"image_id": 7, "caption": "A", "output": "B"}, (False, False)),
+        (entries.object_to_phrase, {"image_id": 7, "phrase": "A", "bbox": "B"}, (False, False)),
+        (entries.vqa("answer"), {"image_id": 7, "question": "A", "answer": "B"}, (True, True)),
+        (
+            entries.ocrvqa,
+            {"imageURL": "a.jpg", "questions": ["A"], "answers": ["B"], "split": 1},
+            (True, True),
+        ),
+        (
+            entries.unnatural,
+            {"instances": [{"instruction_with_input": "A", "constraints": None, "output": "B"}]},
+            (True, True),
+        ),
+        (entries.llava_single, LLAVA, (True, False)),
+        (entries.llava_conversation, LLAVA, (False, False)),
+    ],
+)
+def test_texts_are_cleaned_where_the_release_cleans_them(describe, entry, cleans):
+    (draft,) = describe(entry, "k")
+    assert (draft.cleans_questions, draft.cleans_answers) == cleans
+
+
+@pytest.mark.parametrize("describe", [entries.llava_single, entries.llava_conversation])
+def test_what_is_changed_in_a_conversation_goes_with_its_draft(describe):
+    talk = [{"from": "system", "value": "S"}, *LLAVA["conversations"], {"from": "human", "value": "And?"}]
+    (draft,) = describe({**LLAVA, "conversations": talk}, "k")
+    assert draft.changes == ("last_question_dropped", "system_message_joined")
+    assert draft.turns[0].question == "SWhat is it?", "line breaks go, as in the release"
+
+
+@pytest.mark.parametrize(
     ("name", "names"),
     [
         ("k.gif", ("k.gif", "images/k.gif", "k.jpg", "images/k.jpg")),
