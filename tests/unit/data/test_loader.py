@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from dataclasses import replace
@@ -141,13 +140,6 @@ def test_no_more_steps_are_made_ahead_than_asked_for(plan, monkeypatch):
     steps.close()
     thread.join(60)
     assert not thread.is_alive(), "it does not wait for room for ever"
-
-
-def test_a_batch_says_how_long_the_trainer_waited_for_it(plan, monkeypatch):
-    now = itertools.count(start=10.0, step=0.25)
-    monkeypatch.setattr(loader.time, "perf_counter", lambda: next(now))
-    waits = [batch.wait_s for batch in iterate_steps(plan, 0, 4, loader_workers=0, prefetch_steps=1)]
-    assert waits == [0.25] * 4, "from asking for it to having it"
 
 
 def test_a_source_that_was_not_prepared_is_named_with_the_others(plan):

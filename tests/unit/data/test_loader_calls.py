@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -209,3 +210,10 @@ def test_a_loader_that_is_left_makes_no_more(plan, making):
     steps.close()
     making.threads[0].join(60)
     assert not making.threads[0].is_alive()
+
+
+def test_a_batch_says_how_long_the_trainer_waited_for_it(plan, making, monkeypatch):
+    now = itertools.count(start=10.0, step=0.25)
+    monkeypatch.setattr(loader.time, "perf_counter", lambda: next(now))
+    waits = [batch.wait_s for batch in iterate_steps(plan, 0, 4, loader_workers=0, prefetch_steps=1)]
+    assert waits == [0.25] * 4, "from asking for it to having it"

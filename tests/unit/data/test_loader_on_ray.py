@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -176,14 +177,14 @@ def test_a_maker_opens_what_its_plan_names(monkeypatch):
     shards = {name: SimpleNamespace(uri=f"data/{name}") for name in "ab"}
     monkeypatch.setattr(loader, "open_shards", lambda data, of: shards if (data, of) == ("data", stage) else None)
     monkeypatch.setattr(loader, "build_mixture", lambda *given: given)
-    monkeypatch.setattr(loader, "local_checkpoint", lambda uri, weights: f"local {uri} {weights}")
-    monkeypatch.setattr(processing, "load_tokenizer", lambda path: f"tokenizer of {path}")
+    monkeypatch.setattr(loader, "local_checkpoint", lambda uri, weights: Path(f"/local {uri} {weights}"))
+    monkeypatch.setattr(processing, "load_tokenizer", lambda path: f"tokenizer of {path!r}")
     monkeypatch.setattr(loader, "PromptLayout", lambda *given, **named: (given, named))
     monkeypatch.setattr(loader, "SampleEncoder", lambda *given: given)
     monkeypatch.setattr(feature_set.FeatureSet, "open", lambda uri, key: (uri, key))
     maker = loader.BatchMaker(plan)
     assert maker.mixture == (stage, shards, 7, "held") and maker.names == ["a", "b"]
-    assert maker.tokenizer == "tokenizer of local tok False"
+    assert maker.tokenizer == "tokenizer of '/local tok False'"
     layout = ((maker.tokenizer, "template"), {"image_token_id": 50, "num_query_tokens": 32})
     assert maker.encoder == (layout, "limits")
     assert maker.features == {"a": ("data/a", "key"), "b": ("data/b", "key")}
