@@ -86,8 +86,10 @@ def test_features_are_those_of_the_row_and_rows_without_an_image_have_none(plan)
         2,
         None,
     ]
-    assert all(each.pixels is None and each.source == 1 for each in found)
-    assert maker.encode(shards, 0, np.random.default_rng(0), 0).pixels.shape == (3, 28, 28)
+    assert all((each.pixels, each.source, each.encoded) == (None, 1, "encoded") for each in found)
+    drawn = maker.encode(shards, 0, np.random.default_rng(0), 0)
+    assert (drawn.pixels.shape, drawn.query_features) == ((3, 28, 28), None)
+    assert (drawn.source, drawn.encoded) == (0, "encoded")
 
 
 def test_the_plans_bounds_cut_a_step_into_micro_batches(plan, monkeypatch):
@@ -115,6 +117,8 @@ def test_a_stages_mixture_has_its_weights_batch_sizes_and_kept_rows(plan):
     found = {source.name: (source.weight, source.batch_size, source.shard_rows) for source in mixture.sources}
     assert found == {"pairs": (2, 4, (8, 8, 8, 6)), "questions": (1, 3, (7, 6, 6))}
     assert (mixture.seed, mixture.draws_per_step) == (5, 2)
+    whole = build_mixture(plan.stage, shards, 5)
+    assert [source.shard_rows for source in whole.sources] == [(8, 8, 8, 6), (8, 8, 6)]
 
 
 def test_a_samples_features_are_those_of_its_source_and_its_kept_row(plan):
