@@ -100,6 +100,30 @@ def test_validation_images_and_other_splits_do_not_train():
         (entries.align, {"image_id": "7", "caption": "A."}, (Turn("", ("A.",)),), "7.jpg"),
         (entries.textcaps, {"image_id": "x7", "caption_str": "A."}, (Turn("", ("A.",)),), "x7.jpg"),
         (
+            entries.coco_caption,
+            {"image": "train2014/a.jpg", "caption": "C", "image_id": 7},
+            (Turn("", ("C",)),),
+            "train2014/a.jpg",
+        ),
+        (
+            entries.vqa("direct_answers"),
+            {"imageId": 7, "question": "Q", "direct_answers": ["A", "B", "A"], "answer": "C"},
+            (Turn("Q", ("A", "B", "A")),),
+            "7.jpg",
+        ),
+        (
+            entries.ocrvqa,
+            {"imageURL": "http://a.b/c.d/e.gif", "questions": ["Q"], "answers": ["A"], "split": 1},
+            (Turn("Q", ("A",)),),
+            "k.gif",
+        ),
+        (
+            entries.ocrvqa,
+            {"imageURL": "http://a.b/e", "questions": ["Q"], "answers": ["A"], "split": 1},
+            (Turn("Q", ("A",)),),
+            "k",
+        ),
+        (
             entries.grounded_caption,
             {"image_id": "7", "grounded_caption": "<p>a</p>", "caption": "no"},
             (Turn("", ("<p>a</p>",)),),
@@ -136,6 +160,13 @@ def test_validation_images_and_other_splits_do_not_train():
 def test_what_an_entry_says(describe, entry, turns, image):
     (draft,) = describe(entry, "k")
     assert (draft.turns, draft.image, draft.boxes, draft.task) == (turns, image, (), "")
+
+
+def test_each_question_of_a_book_is_a_sample_with_its_answer():
+    book = {"imageURL": "x/a.jpg", "questions": ["Q", "R"], "answers": ["A", "B"], "split": 1}
+    assert [draft.turns for draft in entries.ocrvqa(book, "7")] == [(Turn("Q", ("A",)),), (Turn("R", ("B",)),)]
+    with pytest.raises(ValueError, match="zip"):
+        list(entries.ocrvqa({**book, "answers": ["A"]}, "7"))
 
 
 @pytest.mark.parametrize(
