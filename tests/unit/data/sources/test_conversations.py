@@ -31,6 +31,7 @@ def talk(*pairs):
         ([{"user": "q", "assistant": "a", "source": "x"}], [("q", "a")], ()),
         ([{"user": "q", "assistant": "a"}, {"from": "gpt", "value": "b"}], [("q", "a\nb")], ("messages_joined",)),
         ([{"user": "me", "from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], [("q", "a")], ()),
+        ([{"from": "human", "value": "q"}, {"assistant": "me", "from": "gpt", "value": "a"}], [("q", "a")], ()),
         (
             talk(("gpt", "x"), ("system", "S"), ("human", "q"), ("gpt", "a"), ("gpt", "b"), ("human", "r")),
             [("S\nq", "a\nb")],
@@ -45,6 +46,13 @@ def test_sides_follow_from_and_not_positions(messages, turns, changes):
     assert [(turn.question, *turn.answers) for turn in found.turns] == turns
     if changes is not None:
         assert found.changes == changes
+
+
+@pytest.mark.parametrize("user", ["human", "user", "prompter", "question"])
+@pytest.mark.parametrize("assistant", ["gpt", "assistant", "chatgpt", "bot", "model", "bard", "bing", "answer"])
+def test_sides_are_known_by_the_names_that_data_sets_give_them(user, assistant):
+    (turn,) = read_conversation(talk((user, "q"), (assistant, "a"))).turns
+    assert (turn.question, turn.answers) == ("q", ("a",))
 
 
 @pytest.mark.parametrize(

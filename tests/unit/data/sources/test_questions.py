@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
 
+from pipelines import storage
 from pipelines.data.sources import json_entries, locate
-from pipelines.data.sources.base import Rejected
-from pipelines.data.sources.questions import ImagesAndAnswers, with_answers
+from pipelines.data.sources.base import Malformed, Rejected
+from pipelines.data.sources.json_entries import JsonForm
+from pipelines.data.sources.questions import ImagesAndAnswers, has_questions_alone, with_answers
 from pipelines.settings import PrepareDataSettings, SettingsError
 from tests.source_files import jpeg
 
@@ -53,6 +56,49 @@ def test_the_file_of_answers_is_beside_it_under_either_name(tmp_path):
     (tmp_path / "v2_mscoco_train2014_annotations.json").write_text('{"annotations": []}')
     with pytest.raises(SettingsError, match="holds no answers in 'annotations'"):
         plan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "alone"),
+    [
+        ({"questions": [{"question_id": 1, "question": "q"}]}, True),
+        *(
+            ({"questions": [{"question_id": 1, name: "a"}, {"question_id": 2}]}, False)
+            for name in ("answer", "answers", "direct_answers", "multiple_choice_answer")
+        ),
+        ({"questions": []}, False),
+        ({"questions": ["answerless"]}, False),
+        ({"other": [{"question_id": 1}]}, False),
+    ],
+)
+def test_a_file_of_questions_is_known_by_its_first_entry(tmp_path, content, alone):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content))
+    (file,) = storage.find_files(str(path))
+    assert has_questions_alone(file, JsonForm("member", "questions")) is alone
+    assert not has_questions_alone(file, JsonForm("member", "annotations")) and not has_questions_alone(
+        file, JsonForm("list")
+    )
+
+
+@pytest.mark.parametrize("damage", [b'{"questions": [', gzip.compress(b'{"questions": [{}]}')[:14]])
+def test_a_damaged_file_is_told_when_it_is_read(tmp_path, damage):
+    (tmp_path / "a.json.gz").write_bytes(damage)
+    (file,) = storage.find_files(str(tmp_path / "a.json.gz"))
+    assert has_questions_alone(file, JsonForm("member", "questions")) is False
+
+
+def test_questions_are_known_by_numbers_and_by_texts():
+    extra = ImagesAndAnswers(None, {7: ("a",), "x7": ("b", "c"), 8: ()})
+    for number, answers in ((7, ("a",)), ("x7", ("b", "c")), (8, ())):
+        assert with_answers({"question_id": number, "image": "i"}, extra) == {
+            "question_id": number,
+            "image": "i",
+            "answers": answers,
+        }
+    for entry, told in (({"question_id": 9}, 9), ({"question_id": [7]}, None), ({}, None), ("text", None)):
+        with pytest.raises(Malformed, match=f"^question {told} has no answers in the annotations file$"):
+            with_answers(entry, extra)
 
 
 def test_entries_with_their_answers_are_left_alone():
