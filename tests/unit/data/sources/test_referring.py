@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import pickle
 
+import pytest
+
 from pipelines.data.sources import locate, referring
 from pipelines.data.sources.base import Rejected
-from pipelines.settings import PrepareDataSettings
+from pipelines.settings import PrepareDataSettings, SettingsError
 from tests.source_files import jpeg
+from tinygptv.data.sample import Turn
 
 
 def read(source, given, images):
@@ -44,6 +47,77 @@ def test_references_are_cut_into_units_with_the_boxes_of_their_own(tmp_path, mon
     assert "file_name" not in units[0].details.entries[0][0]
 
 
+def refcoco(folder, refs, instances='{"annotations": []}'):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "refs(unc).p").write_bytes(refs if isinstance(refs, bytes) else pickle.dumps(refs))
+    if instances is not None:
+        (folder / "instances.json").write_text(instances)
+
+
+REF = {"ref_id": 0, "ann_id": "x", "image_id": 9, "split": "train", "sentences": [{"raw": "a dog"}]}
+
+
+@pytest.mark.parametrize(
+    ("refs", "instances", "told"),
+    [
+        (b"]q\x00", "[]", r"refs\(unc\)\.p cannot be used: not a readable pickle"),
+        ([], "[]", r"refs\(unc\)\.p holds no list of references: is it the right file\?"),
+        ({"a": REF}, "[]", r"refs\(unc\)\.p holds no list of references"),
+        ([REF], None, r"instances\.json cannot be used"),
+        ([REF], '{"annotations": [{"id": 1,', r"instances\.json cannot be used: the file is cut off"),
+    ],
+)
+def test_files_of_references_that_cannot_be_used_are_one_sentence(tmp_path, refs, instances, told):
+    refcoco(tmp_path, refs, instances)
+    with pytest.raises(SettingsError, match=told):
+        read("refcoco", tmp_path, tmp_path)
+
+
+def test_references_are_looked_for_in_their_folder_and_in_the_official_one(tmp_path):
+    (tmp_path / "COCO_train2014_000000000009.jpg").write_bytes(jpeg(0))
+    with pytest.raises(SettingsError) as error:
+        read("refcoco", tmp_path, tmp_path)
+    assert str(error.value) == (
+        "source=refcoco needs input=: the folder with refs(unc).p and instances.json; looked for "
+        f"{tmp_path}/refs(unc).p and {tmp_path}/refcoco/refs(unc).p."
+    )
+    with pytest.raises(SettingsError, match=r"looked for none: input= is empty\.$"):
+        read("refcoco", "", tmp_path)
+    refs = [REF, {**REF, "split": "testA"}, {**REF, "ann_id": 8}, "no reference"]
+    refcoco(tmp_path / "refcoco", refs, '{"annotations": [{"id": "x", "bbox": [1, 2, 3, 4]}, 5]}')
+    for given in (tmp_path, tmp_path / "refcoco", tmp_path / "refcoco/refs(unc).p"):
+        (row, other, unknown, broken) = read("refcoco", given, tmp_path)[1]
+        assert (row.id, row.boxes, row.turns) == ("refs(unc)/0", ((1.0, 2.0, 4.0, 6.0),), (Turn("", ("a dog",)),))
+        assert (other.filter, other.reason) == ("split", "split testA does not train")
+        assert (unknown.key, unknown.reason) == ("0", "annotation 8 is not in instances.json")
+        assert broken.key == "number 3" and "malformed" in broken.reason
+
+
+def test_a_thousand_references_are_a_unit(tmp_path):
+    refcoco(tmp_path, [REF] * 1001)
+    units = read("refcoco", tmp_path, tmp_path)[0]
+    assert [(unit.start, unit.stop, len(unit.details.entries)) for unit in units] == [(0, 1000, 1000), (1000, 1001, 1)]
+
+
+def test_fifty_images_of_regions_are_a_unit_and_zero_is_a_number(tmp_path):
+    region = {"region_id": 0, "phrase": "p", "x": 1, "y": 2, "width": 3, "height": 4}
+    entries = [{"id": n, "regions": [region]} for n in range(51)]
+    (tmp_path / "region_descriptions.json").write_text(json.dumps(entries))
+    paths = [{"id": n, "url": f"https://h/VG_100K/{n}.jpg"} for n in range(50)]
+    (tmp_path / "image_data.json").write_text(json.dumps([*paths, {"id": 50}, "none"]))
+    units, found = read("refvg", tmp_path, tmp_path)
+    assert [len(unit.details.extra.paths) for unit in units] == [50, 0]
+    assert {each.key for each in found} == {"0"}, "a region's own number"
+    assert found[0].reason.startswith("image VG_100K/0.jpg is missing in ")
+    assert found[-1].reason == "image 50 is not in image_data.json"
+
+
+def test_images_of_visual_genome_are_looked_for_in_both_archives():
+    names = referring.GENOME.alternatives("VG_100K_2/2.jpg")
+    folders = ("VG_100K_2", "VG_100K", "images/VG_100K", "images2/VG_100K_2", "images", "images2")
+    assert names == (*(f"{folder}/2.jpg" for folder in folders), "2.jpg")
+
+
 def test_regions_have_the_image_that_they_name_and_large_ones_are_left_out(tmp_path):
     for name in ("VG_100K/1.jpg", "VG_100K_2/2.jpg"):
         (tmp_path / name).parent.mkdir()
@@ -60,7 +134,7 @@ def test_regions_have_the_image_that_they_name_and_large_ones_are_left_out(tmp_p
             "regions": [region(7), region(8, 2), region(9, width=128, height=127), region(10, width=128, height=128)],
         },
         {"id": 3, "regions": [region(11)]},
-        {"id": 2, "regions": 5},
+        {"id": 5, "regions": 5},
     ]
     (tmp_path / "region_descriptions.json").write_text(json.dumps(entries))
     paths = [
@@ -74,6 +148,6 @@ def test_regions_have_the_image_that_they_name_and_large_ones_are_left_out(tmp_p
         "7", "8", "9", "10", "11", "2",
     ]  # fmt: skip
     assert [row.image for row in found[:3]] == [jpeg(1), jpeg(2), jpeg(1)]
-    assert found[0].boxes == ((1.0, 2.0, 11.0, 22.0),) and found[0].turns[0].answers == ("p 7",)
+    assert found[0].boxes == ((1.0, 2.0, 11.0, 22.0),) and found[0].turns == (Turn("", ("p 7",)),)
     assert (found[3].filter, found[4].reason) == ("region_area", "image 3 is not in image_data.json")
     assert "malformed" in found[5].reason
