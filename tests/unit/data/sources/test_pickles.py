@@ -7,7 +7,7 @@ import resource
 
 import pytest
 
-from pipelines.data.sources.pickles import load_plain_pickle
+from pipelines.data.sources.pickles import UnsafePickleError, load_plain_pickle
 
 pytestmark = pytest.mark.security
 
@@ -35,6 +35,12 @@ def test_claims_of_size_are_refused_before_anything_is_allocated(data):
     with pytest.raises(ValueError, match="not a readable pickle"):
         load_plain_pickle(data)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000, "kilobytes"
+
+
+@pytest.mark.parametrize("data", [b"P1\n.", b"\x80\x02K\x01Q."])
+def test_objects_outside_of_the_file_are_refused(data):
+    with pytest.raises(UnsafePickleError, match=r"^it refers to objects outside of itself$"):
+        load_plain_pickle(data)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
