@@ -107,6 +107,31 @@ def test_errors_of_the_disk_are_not_the_rows_fault(folder, monkeypatch):
         reader(folder).read("a.jpg")
 
 
+def test_a_missing_image_is_named_with_the_names_that_were_tried(folder):
+    def told(*more):
+        with pytest.raises(MissingImage) as error:
+            reader(folder, alternatives=lambda name: (name, *more)).read("b.jpg")
+        return str(error.value)
+
+    assert told() == told("c.jpg") == f"image b.jpg is missing in {folder}"
+    assert told("c.jpg", "d.jpg", "e.jpg") == (
+        f"image b.jpg is missing in {folder}; also looked for c.jpg and 2 more names"
+    )
+
+
+def test_a_folder_is_no_image(folder):
+    (folder / "b.jpg").mkdir()
+    with pytest.raises(Malformed, match=r"^image b\.jpg cannot be read: "):
+        reader(folder).read("b.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "names"), [("a.png", ("a.png",)), ("x/cat.jpg", ("cat.jpg", "x/cat.jpg")), ("1234567890123.jpg", None)]
+)
+def test_names_that_are_no_number_of_coco_are_taken_as_they_are(name, names):
+    assert coco_names(name) == (names or (name,))
+
+
 def test_missing_images_say_where_they_were_looked_for(folder):
     with pytest.raises(MissingImage) as error:
         reader(folder, alternatives=lambda name: (name, f"sub/{name}")).read("b.jpg")
