@@ -74,43 +74,8 @@ _METRICS: dict[str, Piece] = {
 }
 
 _ROWS: dict[str, Piece] = {
-    "loader": Piece("pipelines/data/loader.py", ("data/test_loader_on_ray.py", "data/test_loader_calls.py")),
-    "shards": Piece(
-        "pipelines/data/shards.py",
-        ("data/test_shards.py", "data/test_remote_shards.py"),
-        "not hugging_face and not polars and not duckdb",
-    ),
-    "shard_format": Piece(
-        "pipelines/data/shard_format.py", ("data/test_shards.py",), "not hugging_face and not polars and not duckdb"
-    ),
-    "shard_cache": Piece("pipelines/data/shard_cache.py", ("data/test_shard_cache.py", "data/test_remote_shards.py")),
-    "held_out": Piece("pipelines/data/held_out.py", ("data/test_held_out.py",)),
-    "features": Piece(
-        "pipelines/data/features.py",
-        ("data/test_features_calls.py", "data/test_features.py"),
-        "test_features_calls or finished_part",
-    ),
-    "feature_set": Piece(
-        "pipelines/data/feature_set.py",
-        ("data/test_features_calls.py", "data/test_features.py"),
-        "test_features_calls or encoder_is_known or position_embedding",
-    ),
-    "feature_plan": Piece("pipelines/feature_plan.py", ("test_feature_plan.py",)),
     "ingest_publish": Piece(
         "pipelines/data/ingest/publish.py", ("data/ingest/test_publish.py", "data/ingest/test_publish_calls.py")
-    ),
-    "ingest_staging": Piece("pipelines/data/ingest/staging.py", ("data/ingest/test_staging.py",)),
-    "ingest_deduplicate": Piece("pipelines/data/ingest/deduplicate.py", ("data/ingest/test_deduplicate.py",)),
-    "ingest_checked_rows": Piece("pipelines/data/ingest/checked_rows.py", ("data/ingest/test_checked_rows.py",)),
-    "ingest_report": Piece("pipelines/data/ingest/report.py", ("data/ingest/test_report.py",)),
-    "ingest_job": Piece(
-        "pipelines/data/ingest/job.py", ("data/ingest/test_job_calls.py", "data/ingest/test_publish_calls.py")
-    ),
-    "ingest_inputs": Piece(
-        "pipelines/data/ingest/inputs.py", ("data/ingest/test_inputs.py", "data/ingest/test_publish_calls.py")
-    ),
-    "ingest_lists": Piece(
-        "pipelines/data/ingest/lists.py", ("data/ingest/test_lists.py", "data/ingest/test_publish_calls.py")
     ),
 }
 
