@@ -78,6 +78,51 @@ def test_the_training_split_alone_is_read(tmp_path, names):
     assert questions(read("hf", tmp_path)) == [names[0]]
 
 
+@pytest.mark.parametrize("split", ["validation", "valid", "val", "dev", "test"])
+@pytest.mark.parametrize("pattern", ["{}.parquet", "a-{}.parquet", "a_{}-0.parquet", "a.{}.parquet", "{}0.parquet"])
+def test_what_is_left_out_for_its_split_is_told(tmp_path, caplog, split, pattern):
+    names = [pattern.format(name) for name in (split, split.upper(), "train")]
+    for name in names:
+        write(tmp_path / name, name)
+    assert questions(read("hf", tmp_path)) == [names[2]]
+    left_out = ", ".join(sorted(names[:2]))
+    assert caplog.messages == [f"{tmp_path}: the training split alone is read; left out: {left_out}"]
+
+
+@pytest.mark.parametrize("name", ["trainer.parquet", "contest.parquet", "devil-1.parquet", "invalid.parquet"])
+def test_words_that_hold_the_name_of_a_split_tell_none(tmp_path, caplog, name):
+    for each in ("a.parquet", name):
+        write(tmp_path / each, each)
+    assert questions(read("hf", tmp_path)) == ["a.parquet", name] and not caplog.messages
+
+
+def test_files_of_no_split_count_where_none_is_named_train(tmp_path):
+    for name in ("a.parquet", "test.parquet"):
+        write(tmp_path / name, name)
+    assert questions(read("hf", tmp_path)) == ["a.parquet"]
+
+
+def test_of_a_saved_set_of_splits_the_training_one_is_read(tmp_path):
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["test", "train"]}')
+    write(tmp_path / "test/data-00000.arrow", "of the test")
+    with pytest.raises(SettingsError) as error:
+        read("hf", tmp_path)
+    assert str(error.value) == (
+        f"input={str(tmp_path)!r} has several splits and none is named train: name one, as input=.../SPLIT."
+    )
+    write(tmp_path / "train/data-00000.arrow", "of the training")
+    write(tmp_path / "a.parquet", "beside")
+    assert questions(read("hf", tmp_path)) == ["of the training"]
+    assert questions(read("hf", tmp_path / "test")) == ["of the test"]
+
+
+def test_a_folder_without_tables_is_told(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(SettingsError) as error:
+        read("hf", tmp_path)
+    assert str(error.value) == f"input={str(tmp_path)!r} holds neither .arrow nor .parquet files."
+
+
 def test_leftovers_of_a_cache_are_no_data(tmp_path):
     for name in ("set-train.arrow", "cache-0123456789abcdef.arrow", "tmpx8f2.arrow", "._set-train.arrow"):
         write(tmp_path / name, name)
