@@ -47,7 +47,15 @@ def test_lists_are_json_and_broken_rows_are_set_apart_alone(tmp_path):
     assert isinstance(rows["line 4"], Rejected) and "answers is no JSON list" in rows["line 4"].reason
     assert rows["line 5"] == {"image": "e", "boxes": [[1, 2, 3, 4]]}
     assert isinstance(rows["line 6"], Rejected) and "boxes is no JSON list: '[[[" in rows["line 6"].reason
-    assert rows["line 7"].reason == "answers is no JSON list: 'red'"
+    assert rows["line 7"] == Rejected("line 7", "a.csv", "answers is no JSON list: 'red'")
+    for line in ("line 3", "line 4", "line 6"):
+        assert (rows[line].key, rows[line].shard, rows[line].filter) == (line, "a.csv", "")
+
+
+@pytest.mark.parametrize("name", ["answers", "boxes", "turns", "conversations", "messages"])
+def test_these_fields_are_lists_and_all_others_words(tmp_path, name):
+    (tmp_path / "a.csv").write_text(f'image,{name},answer\n[1],"[2, ""3""]",[4]\n')
+    assert read(tmp_path / "a.csv") == [("line 2", {"image": "[1]", name: [2, "3"], "answer": "[4]"})]
 
 
 def test_a_file_without_header_or_rows(tmp_path):
@@ -62,10 +70,11 @@ def test_a_file_without_header_or_rows(tmp_path):
 
 def test_rows_with_their_images(tmp_path):
     (tmp_path / "a.jpg").write_bytes(make_image(1, 20, 10, "JPEG"))
-    (tmp_path / "own.csv").write_text("image,caption\na.jpg,a mug\nb.jpg,gone\n")
+    (tmp_path / "own.csv").write_text("image,caption\na.jpg,a mug\nb.jpg,gone\na.jpg,a,b\n")
     reader = SOURCES["csv"].reader
     [unit] = reader.plan(SourceInput("csv", str(tmp_path), "", "own", ""))
-    row, missing = reader.read(unit)
+    row, missing, broken = reader.read(unit)
+    assert (broken.key, broken.shard) == ("line 4", "own.csv") and broken.reason.startswith("3 fields, and the header")
     assert isinstance(row, SampleRow) and row.image and row.turns[0].answers == ("a mug",) and row.id == "own/line 2"
     assert isinstance(missing, Rejected) and "b.jpg" in missing.reason
 
@@ -81,10 +90,26 @@ def test_a_table_with_the_name_of_json_lines_is_told(tmp_path, text):
     assert [row.turns[0].answers for row in SOURCES["csv"].reader.read(unit)] == [("a mug",)]
 
 
-def test_json_lines_are_no_table(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "is_table"),
+    [
+        ('{"question": "a, b", "answer": "c"}\n', False),
+        ("{question, caption\n", False),
+        ("[caption, question\n", False),
+        ('["caption", "question"]', False),
+        ("", False),
+        ("\n", False),
+        ("caption\na\n", False),  # of one column
+        ("a,b\nimage,caption\n", False),  # none of a row's fields
+        ("image,caption\n", True),
+        (' "image" ;"caption"\n', True),
+        ("\ufeffconversations\timage", True),
+    ],
+)
+def test_a_table_is_known_by_its_header(tmp_path, text, is_table):
     path = tmp_path / "own.jsonl"
-    path.write_text('{"question": "a, b", "answer": "c"}\n')
-    assert not is_delimited(storage.Location.parse(str(path)))
+    path.write_text(text)
+    assert is_delimited(storage.Location.parse(str(path))) is is_table
 
 
 @pytest.mark.parametrize(
