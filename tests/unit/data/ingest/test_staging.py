@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from pipelines import storage
 from pipelines.data.ingest import staging
 from pipelines.data.ingest.checked_rows import checked_rows
 from pipelines.data.ingest.staging import UnitRecord, read_index, read_record, stage_unit
@@ -117,6 +118,15 @@ def test_a_unit_whose_missing_images_appeared_is_read_again(tmp_path):
     (images / "1.jpg").write_bytes(jpeg(1))
     again, was_there = stage_unit(unit, 0, settings, str(folder))
     assert (again.rows, again.missing, was_there) == (2, [], False)
+
+
+def test_missing_images_are_looked_for_in_their_own_storage(tmp_path):
+    there = Location.parse(f"memory://missing/{tmp_path.name}.jpg")
+    storage.write_atomically(there, b"image")
+    gone = ("", str(tmp_path / "gone.jpg"))
+    assert staging.any_exists([gone, (there.root, there.path)])
+    assert not staging.any_exists([gone, (there.root, "gone.jpg"), ("", f"{tmp_path}/{there.path}")])
+    assert not staging.any_exists([])
 
 
 # ---------------------------------------------------------------- bounds, hashes, fingerprints
