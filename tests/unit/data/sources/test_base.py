@@ -107,6 +107,32 @@ def test_images_are_looked_for_under_their_publishers_names(source, names):
     assert SOURCES[source].reader.images.alternatives("a.jpg") == names
 
 
+def test_image_folders_have_their_publishers_names():
+    flickr = ("flickr30k-images", "flickr30k_images", "images", "flickr30k/images", "flickr30k/flickr30k-images")
+    trained = (
+        "train_images",
+        "images/train_images",
+        *(f"{n}/train_images" for n in ("textvqa", "TextVQA", "textcaps")),
+    )
+    books = ("images", *(f"{name}/images" for name in ("ocr_vqa", "ocrvqa", "OCR-VQA", "OCRVQA")))
+    folders = {
+        name: source.reader.images.folders
+        for name, source in SOURCES.items()
+        if isinstance(source.reader, AnnotationReader) and source.reader.images not in (None, COCO)
+    }
+    assert folders == {
+        "cc_sbu_align": ("image", "images"),
+        **dict.fromkeys(("flickr_grounded_caption", "flickr_CaptionToPhrase", "flickr_ObjectToPhrase"), flickr),
+        "textcaps_caption": trained,
+        "gqa": ("images", "gqa/images", "GQA/images"),
+        "ocrvqa": books,
+    }
+    roots = ("", "coco/", "COCO/", "coco2014/", "coco2017/", "mscoco/", "coco/images/", "images/")
+    splits = [f"{root}{split}" for root in roots for split in ("train2014", "train2017")]
+    assert COCO.folders == (*splits, "coco/images", "coco_images", "coco")
+    assert COCO.splits == {"train2014", "train2017", "val2014", "val2017", "test2015"}
+
+
 def test_an_input_is_what_the_settings_say():
     given = PrepareDataSettings(source="jsonl", input="a", images="b", name="mine", task="vqa")
     assert locate(given)[1] == SourceInput("jsonl", "a", "b", "mine", "vqa")
