@@ -215,6 +215,19 @@ def test_each_real_folder_is_listed_once_and_hidden_ones_never(tmp_path):
     assert {path.name for path in files} == {"x.json", "y.jsonl", "z.p", "u.tar"} and len(files) == 4
 
 
+def test_a_folder_of_too_many_folders_keeps_its_own_files(tmp_path, monkeypatch):
+    """IconQA has a folder for each question; its list of questions may lie beside them."""
+    monkeypatch.setattr(files_module, "_MOST_FOLDERS", 3)
+    for place in ("three/1/x", "three/2", "three/3", "four/1/y", "four/2", "four/3", "four/4"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "four/problems.json").write_text("{}")
+    (tmp_path / "four/1/inside.json").write_text("{}")
+    files, folders = files_module._list(tmp_path)
+    assert files == [tmp_path / "four/problems.json"]
+    listed = ("four", "three", "three/1", "three/2", "three/3", "three/1/x")
+    assert folders == [tmp_path / name for name in listed], "shallow ones first"
+
+
 def test_a_data_sets_own_folder_comes_first_and_then_the_users(tmp_path):
     """Whatever the preference of names; hidden folders and those of other data sets are not looked into."""
     places = ("deep/er/a.json", "other/a.json", "b.json", "a.json", "gqa/sub/b.json", "gqa/b.json")
@@ -224,6 +237,8 @@ def test_a_data_sets_own_folder_comes_first_and_then_the_users(tmp_path):
     files = DataFolder(tmp_path).of("gqa")
     found = [str(path.relative_to(tmp_path)) for path in files._candidates(("a.json", "b.json"), (), False)]
     assert found == ["gqa/b.json", "gqa/sub/b.json", "a.json", "b.json", "other/a.json", "deep/er/a.json"]
+    turned = [str(path.relative_to(tmp_path)) for path in files._candidates(("b.json", "a.json"), (), False)]
+    assert turned == ["gqa/b.json", "gqa/sub/b.json", "b.json", "a.json", "other/a.json", "deep/er/a.json"]
     own = [str(path.relative_to(tmp_path)) for path in files._candidates(("a.json", "b.json"), ("sub",), True)]
     assert own == ["gqa/b.json"]
     assert files.find("a.json", "b.json") == tmp_path / "gqa/b.json" and files.used == [tmp_path / "gqa/b.json"]
