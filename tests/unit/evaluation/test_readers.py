@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipelines.evaluation.benchmarks import BENCHMARKS, GROUPS, files, miniature
@@ -157,6 +158,31 @@ def test_metrics_and_lengths_of_answers():
 def test_the_numbers_of_an_outcome_and_those_of_one_without_an_answer(name, truth, answer, problem, row):
     outcome = Outcome(Question("q", "", None, truth), answer, (1.25, 2.0), problem)
     assert BENCHMARKS[name].statistics.columns(outcome) == pytest.approx(row, abs=0.02)
+
+
+def test_each_number_beside_a_benchmarks_value_is_what_its_name_says():
+    """Of ten POPE questions three yes are found, one is said too often, and two are missed."""
+    counted = [(1, 1)] * 3 + [(1, 0)] + [(0, 1)] * 2 + [(0, 0)] * 4
+    pope = BENCHMARKS["pope_random"].statistics.values
+    assert {name: round(value(np.array(counted, dtype=float)), 4) for name, value in pope.items()} == {
+        "F1": 0.6667, "accuracy": 0.7, "precision": 0.75, "recall": 0.6, "yes ratio": 0.4,
+    }  # fmt: skip
+    memes = np.array([(0.5, 1, 1.0), (2.0, 1, 1.0), (1.0, 0, 0.0), (-1.0, 0, 1.0), (1.5, 0, 0.0)])
+    hateful = BENCHMARKS["hateful_memes"].statistics.values
+    found = {name: round(value(memes), 4) for name, value in hateful.items()}
+    assert found == {"AUROC": 0.6667, "accuracy": 0.6}, "four of the six pairs are in order"
+
+
+@pytest.mark.parametrize("place", ["data/splits/zeroshot/test.jsonl", "deep/er/vsr_zeroshot/test.jsonl"])
+def test_vsr_is_its_zeroshot_split_wherever_that_lies(tmp_path, place):
+    """Other lists of the same name may lie nearer; those of the random split never count."""
+    entry = {"image": "000000000001.jpg", "label": 1}
+    for name, said in ((place, "zeroshot"), ("near/test.jsonl", "another"), ("random/test.jsonl", "random")):
+        benchmark_files.put(tmp_path / name, benchmark_files.lines([{**entry, "caption": said}]))
+    (found,) = BENCHMARKS["vsr"].read(DataFolder(tmp_path))
+    assert found.instruction.endswith("zeroshot") and (found.truth, found.kind) == ({"answer": "true"}, "")
+    (tmp_path / place).unlink()
+    assert [q.instruction.split()[-1] for q in BENCHMARKS["vsr"].read(DataFolder(tmp_path))] == ["another"]
 
 
 def test_groups_hold_what_they_say():
