@@ -40,6 +40,26 @@ def test_means_and_p_are_rounded(tmp_path):
     assert (found["low"], found["difference"], found["high"]) == (33.333,) * 3, "the same difference everywhere"
 
 
+def test_p_has_five_places(tmp_path):
+    """Of seven questions that one model alone answers, two sign patterns in 128 are as extreme."""
+    ours, theirs = (write(tmp_path / name, dict.fromkeys("abcdefg", n)) for n, name in ((1.0, "ours"), (0.0, "theirs")))
+    (found,) = compare(ours, theirs).values()
+    assert (found["p"], found["better"], found["worse"], found["n"]) == (pytest.approx(2 / 128, abs=5.1e-6), 7, 0, 7)
+    assert found["p"] == round(found["p"], 5) != round(found["p"], 4)
+
+
+def test_the_numbers_of_a_comparison_stand_below_their_names():
+    sure = {"ours": 61.04, "theirs": 52.0, "difference": 9.04, "low": 0.3, "high": 17.8, "p": 0.03125}
+    unsure = {"ours": 7.0, "theirs": 18.0, "difference": -11.0, "low": -25.0, "high": 0.0, "p": 0.5}
+    counts = {"better": 30, "worse": 21, "n": 1100}
+    table = comparison_table({"vqa": {**sure, **counts}, "gqa": {**unsure, **counts}})
+    assert table.split("\n") == [
+        "benchmark                  ours theirs  difference     95% interval        p better  worse      n",
+        "vqa                        61.0   52.0       +9.0*    +0.3 .. +17.8   0.0312     30     21   1100",
+        "gqa                         7.0   18.0      -11.0     -25.0 .. +0.0   0.5000     30     21   1100",
+    ]
+
+
 def test_other_splits_do_not_count(tmp_path):
     folders = [write(tmp_path / name, {"a": 1.0, "b": 0.0}) for name in ("ours", "theirs")]
     for folder, score in zip(folders, (1.0, 0.0), strict=True):
