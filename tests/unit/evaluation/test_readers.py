@@ -185,6 +185,60 @@ def test_vsr_is_its_zeroshot_split_wherever_that_lies(tmp_path, place):
     assert [q.instruction.split()[-1] for q in BENCHMARKS["vsr"].read(DataFolder(tmp_path))] == ["another"]
 
 
+def test_the_official_pair_of_files_comes_before_a_list_of_both(tmp_path):
+    benchmark_files.vqav2_as_lavis_has_it(tmp_path)
+    assert [q.kind for q in BENCHMARKS["vqav2"].read(DataFolder(tmp_path))] == ["", ""]
+    benchmark_files.vqav2(tmp_path)
+    assert [q.kind for q in BENCHMARKS["vqav2"].read(DataFolder(tmp_path))] == ["other", "yes/no"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "entry"),
+    [
+        ("vizwiz", "val.json", {"image": "a.jpg", "question": "what?", "answers": [{"answer": "x"}]}),
+        ("gqa", "testdev_balanced_questions.json", {"image": "a.jpg", "question": "what?", "answer": "x"}),
+        (
+            "aokvqa_direct",
+            "aokvqa_v1p0_val.json",
+            {"question_id": "q", "image_id": 3, "question": "what?", "choices": ["x"], "correct_choice_idx": 0,
+             "direct_answers": ["x"]},
+        ),
+        ("pope_random", "coco_pope_random.json", {"question_id": 1, "image": "3.jpg", "text": "what?", "label": "no"}),
+        ("hateful_memes", "dev.jsonl", {"id": 1, "img": "3.png", "label": 1, "text": "what?"}),
+        ("refcoco_val", "refcoco_val.json", {"img_id": "a_b_3", "sents": "what?", "bbox": [1, 2, 3, 4], "width": 5,
+                                             "height": 6}),
+    ],
+)  # fmt: skip
+def test_a_file_counts_only_where_its_entries_have_every_field(tmp_path, name, file, entry):
+    """One of the same name without one of them lies nearer, and is left alone."""
+    in_lines = file.endswith(".jsonl") or name.startswith("pope")
+    needed = set(entry) - ({"width", "height", "image_id", "image"} if name not in ("vizwiz", "pope_random") else set())
+
+    def put(place, fields):
+        content = benchmark_files.lines([fields]) if in_lines else [fields]
+        benchmark_files.put(tmp_path / place / file, content)
+
+    put("some/where/deep", entry)
+    for missing in sorted(needed):
+        put(".", {key: value for key, value in entry.items() if key != missing})
+        (found,) = BENCHMARKS[name].read(DataFolder(tmp_path))
+        assert "what?" in found.instruction, missing
+
+
+def test_every_question_of_a_pair_of_files_has_its_own_image_and_answers(tmp_path):
+    asked = [{"image_id": 30 + n, "question": f"what {n}?", "question_id": 500 - n} for n in range(3)]
+    given = [
+        {"question_id": 500 - n, "answers": [{"answer": f"a{n}"}, {"answer": f"b{n}"}]} for n in (1, 2, 0)
+    ]  # in another order
+    benchmark_files.put(tmp_path / "OpenEnded_mscoco_val2014_questions.json", {"questions": asked})
+    benchmark_files.put(tmp_path / "mscoco_val2014_annotations.json", {"annotations": given})
+    found = list(BENCHMARKS["okvqa"].read(DataFolder(tmp_path)))
+    assert [(q.id, q.instruction[-7:], q.image.name, q.truth, q.kind) for q in found] == [
+        (str(500 - n), f"what {n}?", f"COCO_val2014_{30 + n:012d}.jpg", {"answers": [f"a{n}", f"b{n}"]}, "")
+        for n in range(3)
+    ]
+
+
 def test_groups_hold_what_they_say():
     assert {name: len(names) for name, names in GROUPS.items()} == {
         "paper": 5, "pope": 3, "refcoco": 3, "refcocop": 3, "refcocog": 2, "rec": 8, "miniature": 6, "aokvqa": 2,
