@@ -90,65 +90,20 @@ _TRAINING: dict[str, Piece] = {
 }
 
 _EVALUATION: dict[str, Piece] = {
-    "evaluation_run": Piece(
-        "pipelines/evaluation/run.py",
-        ("evaluation/test_flow.py", "evaluation/test_units.py", "evaluation/test_pages.py"),
-    ),
     "evaluation_worker": Piece("pipelines/evaluation/worker.py", ("evaluation/test_units.py",)),
-    "evaluation_scoring": Piece(
-        "pipelines/evaluation/scoring.py",
-        ("evaluation/test_scoring.py", "evaluation/test_flow.py", "evaluation/test_pages.py"),
-    ),
     "evaluation_answers": Piece(
         "pipelines/evaluation/answers.py", ("evaluation/test_scoring.py", "evaluation/test_flow.py")
     ),
     "evaluation_compare": Piece(
         "pipelines/evaluation/compare.py", ("evaluation/test_compare.py", "evaluation/test_pages.py")
     ),
-    "evaluation_compare_page": Piece(
-        "pipelines/evaluation/compare_page.py", ("evaluation/test_page.py", "evaluation/test_pages.py")
-    ),
-    "evaluation_page": Piece(
-        "pipelines/evaluation/page.py",
-        ("evaluation/test_page.py", "evaluation/test_pages.py", "evaluation/test_scoring.py"),
-    ),
-    "benchmark_files": Piece(
-        "pipelines/evaluation/benchmarks/files.py",
-        ("evaluation/test_readers.py", "evaluation/test_layouts.py"),
-        "not the_command_scores and not anywhere and not thousands",
-    ),
-    "benchmark_own": Piece(
-        "pipelines/evaluation/benchmarks/own.py",
-        ("evaluation/test_own_rows.py",),
-        "not before_anything and not two_models",
-    ),
-    **{
-        f"benchmark_{name}": Piece(
-            f"pipelines/evaluation/benchmarks/{name}.py",
-            ("evaluation/test_readers.py", "evaluation/test_benchmarks.py"),
-        )
-        for name in ("vqa", "choices", "grounding", "miniature")
-    },
-    "harness": Piece(
-        "pipelines/evaluation/harnesses/in_process.py",
-        ("evaluation/test_harnesses.py",),
-        "first_stop or each_image or another_mode or stripped",
-    ),
 }
-
-_QUICK_ABLATION = "not loses_what_its_name_says and not table_3s_shape"
 
 _ABLATION: dict[str, Piece] = {
     "ablation_findings": Piece(
-        "pipelines/ablation/findings.py", ("ablation/test_findings.py", "ablation/test_ablation.py"), _QUICK_ABLATION
-    ),
-    "ablation_report": Piece(
-        "pipelines/ablation/report.py",
-        ("ablation/test_ablation.py", "ablation/test_calls.py", "ablation/test_plots.py"),
-        _QUICK_ABLATION,
-    ),
-    "ablation_run": Piece(
-        "pipelines/ablation/run.py", ("ablation/test_calls.py", "ablation/test_run.py", "ablation/test_variants.py")
+        "pipelines/ablation/findings.py",
+        ("ablation/test_findings.py", "ablation/test_ablation.py"),
+        "not loses_what_its_name_says and not table_3s_shape",
     ),
     "ablation_variant_run": Piece("pipelines/ablation/variant_run.py", ("ablation/test_variant_run.py",)),
     "ablation_variants": Piece(
