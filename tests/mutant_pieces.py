@@ -25,6 +25,28 @@ _DATA: dict[str, Piece] = {
     "sample": Piece("tinygptv/data/sample.py", ("data/test_sample.py",)),
     "collate": Piece("tinygptv/data/collate.py", ("data/test_sample.py", "data/test_collate.py")),
     "boxes": Piece("tinygptv/data/boxes.py", ("data/test_boxes.py",)),
+    "images": Piece("tinygptv/data/images.py", ("data/test_images.py", "data/test_image_values.py")),
+    "processing": Piece("tinygptv/data/processing.py", ("data/test_processing.py", "data/test_processing_chat.py")),
+    "image_orientation": Piece(
+        "tinygptv/data/image_orientation.py", ("data/test_image_orientation.py",), "not hostile and not flood"
+    ),
+    "image_structure": Piece(
+        "tinygptv/data/image_structure.py", ("data/test_image_structure.py",), "not very_many and not refuses_scans"
+    ),
+    "truncated_jpeg": Piece(
+        "tinygptv/data/truncated_jpeg.py", ("data/test_image_structure.py",), "jpeg or rows or missing"
+    ),
+    "conversation": Piece("tinygptv/data/conversation.py", ("data/test_conversation.py",)),
+    "prompts": Piece(
+        "tinygptv/data/prompts.py", ("data/test_prompt_layout.py", "data/test_sample.py"), "not by_assistant"
+    ),
+    "prompt_layout": Piece("tinygptv/data/prompt_layout.py", ("data/test_prompt_layout.py",), "not by_assistant"),
+    "flatten": Piece("tinygptv/data/flatten.py", ("data/test_flatten.py",)),
+    "chat_messages": Piece("tinygptv/data/chat_messages.py", ("data/test_image_values.py",), "messages or images_that"),
+    "chat_template": Piece("tinygptv/data/chat_template.py", ("data/test_prompt_layout.py",), "not by_assistant"),
+    "drawing": Piece("tinygptv/data/drawing.py", ("data/test_drawing.py",)),
+    "lru": Piece("tinygptv/lru.py", ("test_lru.py",)),
+    "bounds": Piece("tinygptv/bounds.py", ("test_bounds.py",)),
 }
 
 _CHECKPOINT: dict[str, Piece] = {

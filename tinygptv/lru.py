@@ -63,7 +63,8 @@ class LRU(Generic[K, V]):
 
     def pop(self, key: K) -> V | None:
         """Remove a key; gives its value, or None where it was not kept."""
-        value = self._entries.pop(key, None)
-        if value is not None:
-            self._used -= self._size_of(value)
+        if key not in self._entries:
+            return None
+        value = self._entries.pop(key)
+        self._used -= self._size_of(value)
         return value
