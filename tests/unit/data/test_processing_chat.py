@@ -200,24 +200,30 @@ def padded_tokenizer():
 @pytest.mark.parametrize("tensors", ["np", "pt"])
 def test_answers_are_marked_token_by_token(side, tensors):
     processor = TinyGPTVProcessor.from_config(tiny_config(), padded_tokenizer())
-    talk = [user("a"), assistant("bcd"), user("e"), assistant("f")]
+    talks = [[user("a"), assistant("bcd"), user("e"), assistant("f")], [user("x"), assistant("yz")]]
     found = processor.apply_chat_template(
-        [talk, [user("a")]],
+        talks,
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
         padding_side=side,
         return_tensors=tensors,
     )
-    row = [
-        mark
-        for turn in processor.layout().encode_turns([Exchange("a", "bcd"), Exchange("e", "f")])
-        for mark in [0] * (len(turn.bos) + len(turn.question)) + [1] * len(turn.answer)
+    layout = processor.layout()
+    turns = [layout.encode_turns(e) for e in ([Exchange("a", "bcd"), Exchange("e", "f")], [Exchange("x", "yz")])]
+    rows = [
+        [mark for turn in talk for mark in [0] * (len(turn.bos) + len(turn.question)) + [1] * len(turn.answer)]
+        for talk in turns
     ]
-    assert found["assistant_masks"].tolist() == [row, [0] * len(row)] and sum(row) == len("bcd###") + len("f###")
-    ids = [token for token, mark in zip(found["input_ids"][0].tolist(), row, strict=True) if mark]
-    assert processor.tokenizer.decode(ids) == "bcd###f###"
+    padding = [0] * (len(rows[0]) - len(rows[1]))
+    padded = [rows[0], padding + rows[1] if side == "left" else rows[1] + padding]
+    assert found["assistant_masks"].tolist() == padded and [sum(row) for row in rows] == [len("bcd###f###"), 5]
+    texts = [
+        [i for i, m in zip(*two, strict=True) if m] for two in zip(found["input_ids"].tolist(), padded, strict=True)
+    ]
+    assert [processor.tokenizer.decode(ids) for ids in texts] == ["bcd###f###", "yz###"]
     assert type(found["assistant_masks"]) is type(found["input_ids"]), "of the kind asked for"
+    talk = talks[0]
     asked = processor.apply_chat_template(talk, tokenize=True, return_assistant_tokens_mask=True)
     assert asked.tolist() == [processor.layout().encode_prompt([Exchange("a", "bcd"), Exchange("e", "f")])]
 
