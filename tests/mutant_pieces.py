@@ -37,12 +37,10 @@ _DATA: dict[str, Piece] = {
         "tinygptv/data/truncated_jpeg.py", ("data/test_image_structure.py",), "jpeg or rows or missing"
     ),
     "conversation": Piece("tinygptv/data/conversation.py", ("data/test_conversation.py",)),
-    "prompts": Piece(
-        "tinygptv/data/prompts.py", ("data/test_prompt_layout.py", "data/test_sample.py"), "not by_assistant"
-    ),
-    "prompt_layout": Piece("tinygptv/data/prompt_layout.py", ("data/test_prompt_layout.py",), "not by_assistant"),
+    "prompts": Piece("tinygptv/data/prompts.py", ("data/test_prompts.py",)),
+    "prompt_layout": Piece("tinygptv/data/prompt_layout.py", ("data/test_prompt_layout_parts.py",)),
     "flatten": Piece("tinygptv/data/flatten.py", ("data/test_flatten.py",)),
-    "chat_messages": Piece("tinygptv/data/chat_messages.py", ("data/test_image_values.py",), "messages or images_that"),
+    "chat_messages": Piece("tinygptv/data/chat_messages.py", ("data/test_chat_messages.py",)),
     "chat_template": Piece("tinygptv/data/chat_template.py", ("data/test_prompt_layout.py",), "not by_assistant"),
     "drawing": Piece("tinygptv/data/drawing.py", ("data/test_drawing.py",)),
     "lru": Piece("tinygptv/lru.py", ("test_lru.py",)),

@@ -42,6 +42,48 @@ def test_supervised_positions_name_the_same_tokens(pack_length):
     assert flat.supervised_ids.tolist() == batch.supervised_ids.tolist()
 
 
+def test_every_index_of_a_packed_batch_with_a_hidden_token():
+    """Two rows, three samples, a token that nobody sees; every number is another one."""
+    batch = MicroBatch(
+        input_ids=np.array([[11, IMAGE, 13, 21, 22, 7], [IMAGE, 32, 33, 34, 7, 7]]),
+        attention_mask=np.array([[1, 1, 1, 1, 1, 0], [1, 0, 1, 1, 0, 0]]),
+        position_ids=None,
+        supervised_positions=np.array([1, 3, 8]),
+        supervised_ids=np.array([13, 22, 34]),
+        supervised_sources=np.array([5, 6, 4]),
+        pixels=None,
+        query_features=None,
+        num_samples=3,
+        num_real=9,
+        lengths=((3, 2), (4,)),
+    )
+    before = batch.input_ids.copy()
+    flat = flatten(batch, IMAGE, pad_token_id=99)
+    assert flat.input_ids.tolist() == [11, 0, 13, 21, 22, 0, 33, 34, *[99] * 56] and flat.input_ids.dtype == np.int64
+    assert flat.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 2, 3, *range(56)]
+    assert flat.image_positions.tolist() == [1, 5] and flat.supervised_positions.tolist() == [1, 3, 6]
+    assert (flat.supervised_ids.tolist(), flat.supervised_sources.tolist()) == ([13, 22, 34], [5, 6, 4])
+    assert flat.cu_seqlens.tolist() == [0, 3, 5, 8, *[64] * 13] and len(flat.cu_seqlens) == 17
+    assert flat.max_length == 64 and np.array_equal(batch.input_ids, before), "the batch stays as it is"
+    assert set(flatten(batch, IMAGE).input_ids[8:]) == {0}
+    batch.attention_mask[0, 1] = 0
+    assert flatten(batch, IMAGE) is None, "a token is predicted where nobody looks"
+
+
+def test_as_many_sequences_as_fit_are_not_filled_up():
+    """16 with the padding's are whole; 16 without leave room for 15 more."""
+    nothing = np.zeros(0, dtype=np.int64)
+
+    def bounds(*lengths):
+        ids = np.arange(1, sum(lengths) + 1)[None]
+        batch = MicroBatch(ids, None, None, nothing, nothing, nothing, None, None, 1, ids.size, (lengths,))
+        return flatten(batch, IMAGE + 999).cu_seqlens.tolist()
+
+    assert bounds(*[4] * 15) == [*range(0, 61, 4), 64] and bounds(*[4] * 16) == [*range(0, 65, 4)]
+    assert bounds(*[4] * 14) == [*range(0, 57, 4), 64, 64]
+    assert bounds(*[1] * 16) == [*range(17), *[64] * 16], "17 with the padding's: 32"
+
+
 def test_shapes_come_in_few_sizes():
     sizes = set()
     for answer in range(1, 60):

@@ -214,6 +214,41 @@ def test_rows_that_the_file_does_not_decide_are_missing(monkeypatch, sign, progr
     assert len(given[1]) > 2 * len(data)
 
 
+@pytest.mark.parametrize(("progressive", "least"), [(False, 1.0), (True, 16.0)])
+@pytest.mark.parametrize("beyond", [False, True])
+def test_a_row_is_missing_from_so_large_a_difference_on(monkeypatch, progressive, least, beyond):
+    """On average over its columns and colours, and up to a fifth of the rows may be."""
+    data = encode(PHOTO, progressive=progressive)[:-2]
+    images = []
+
+    def pixels(jpeg):
+        image = np.zeros((50, 4, 2), dtype=np.float32)
+        images.append(image)
+        image[39 if beyond else 40 :, ::2, 0] = (4 * least + 0.25) * (len(images) == 1)  # a quarter of each row
+        image[20:39, :, :] = least * (len(images) == 2)  # not beyond it
+        return image
+
+    monkeypatch.setattr(truncated_jpeg, "_pixels", pixels)
+    if beyond:
+        with pytest.raises(ValueError, match=r"^the JPEG is cut off: 22% of its rows are missing\.$"):
+            complete_jpeg(data)
+    else:
+        assert complete_jpeg(data) == data + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 0])
+def test_a_header_that_is_cut_off_and_half_a_mark_are_left_out(monkeypatch, cut):
+    given = []
+    monkeypatch.setattr(truncated_jpeg, "_pixels", lambda jpeg: given.append(jpeg) or np.zeros((2, 2, 3), np.float32))
+    data = encode(PHOTO)[:-2]
+    segment = b"\xff\xe5\x00\x06abcd"
+    expected = data if cut else data + segment
+    assert complete_jpeg(data + segment[: len(segment) - cut] + (b"" if cut else b"\xff")) == expected + b"\xff\xd9"
+    assert given[0] == expected + b"\xff\xd9" and given[1].startswith(expected)
+    noise = given[1][len(expected) : -2]
+    assert len(noise) >= len(expected) and b"\xff" not in noise and len(set(noise[:4096])) == 255
+
+
 def test_what_is_missing_is_looked_for_in_a_small_copy_with_all_its_colours():
     large = Image.new("RGB", (1024, 600), "red")
     assert _pixels(encode(large)).shape == (300, 512, 3), "half of it: the smaller side stays above 256"

@@ -1,4 +1,4 @@
-"""Where each pixel goes on its way to the model, what stands for an image, and what a message may hold."""
+"""Where each pixel goes on its way to the model, and what stands for an image."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from tests.source_files import encode
 from tinygptv.data import images as module
-from tinygptv.data.chat_messages import load_images, read_messages
-from tinygptv.data.conversation import ChatMessage
 from tinygptv.data.images import load_image, normalise_pixels, open_image, resize_pixels, stack_pixels, to_rgb
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -235,58 +233,3 @@ def test_a_file_that_cannot_be_looked_at_is_the_systems_error(monkeypatch, tmp_p
     monkeypatch.setattr(module.Path, "is_file", denied)
     with pytest.raises(PermissionError):
         load_image("/secret.png")
-
-
-# ---------------------------------------------------------------------- messages
-
-
-def test_messages_of_every_form_become_texts_and_images():
-    found = read_messages(
-        [
-            {"role": "system", "content": "be brief"},
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image"},
-                    {"type": "text", "text": "a"},
-                    {"type": "image", "path": "p.png"},
-                    {"type": "text", "text": ""},
-                    {"type": "image_url", "image_url": {"url": "u"}},
-                    {"type": "image", "url": "w", "base64": "b"},
-                    {"type": "text", "text": "b"},
-                ],
-            },
-            {"role": "assistant", "content": None},
-            {"role": "user"},
-        ]
-    )
-    assert [(m.role, m.text, m.images) for m in found] == [
-        ("system", "be brief", ()),
-        ("user", "a\nb", (None, "p.png", "u", "w")),
-        ("assistant", "", ()),
-        ("user", "", ()),
-    ]
-
-
-def test_messages_of_another_form_are_named_by_their_number():
-    assert refused(read_messages, []) == "the conversation has no messages."
-    good = {"role": "user", "content": "x"}
-    for bad in ("text", {"content": "x"}):
-        said = refused(read_messages, [good, bad])
-        assert said == f'message 1 is {bad!r}: a message is {{"role": ..., "content": ...}}.'
-    for part in ("x", {"type": "video"}, {"type": "text"}, {"type": "text", "text": 3}, {"text": "x"}):
-        said = refused(read_messages, [{"role": "user", "content": [part]}])
-        assert said.startswith(f'message 0 has the part {part!r}: a part is {{"type": "text"')
-
-
-def test_images_that_are_given_go_to_the_parts_that_name_none_in_order():
-    colours = [Image.new("RGB", (1, 1), (value, 0, 0)) for value in range(4)]
-    text = base64.b64encode(encode(colours[1], "PNG")).decode()
-    messages = [ChatMessage("user", "", (None, text)), ChatMessage("user", "", (None, colours[3]))]
-    found = load_images(messages, [colours[0], colours[2]])
-    assert [image.getpixel((0, 0))[0] for image in found] == [0, 1, 2, 3]
-    for given in ([], colours[:1], colours[:3]):
-        assert refused(load_images, messages, given).startswith(
-            f"2 image parts name no image and {len(given)} images were given: "
-        )
-    assert load_images([]) == []
