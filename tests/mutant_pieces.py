@@ -27,12 +27,8 @@ _DATA: dict[str, Piece] = {
     "boxes": Piece("tinygptv/data/boxes.py", ("data/test_boxes.py",)),
     "images": Piece("tinygptv/data/images.py", ("data/test_images.py", "data/test_image_values.py")),
     "processing": Piece("tinygptv/data/processing.py", ("data/test_processing.py", "data/test_processing_chat.py")),
-    "image_orientation": Piece(
-        "tinygptv/data/image_orientation.py", ("data/test_image_orientation.py",), "not hostile and not flood"
-    ),
-    "image_structure": Piece(
-        "tinygptv/data/image_structure.py", ("data/test_image_structure.py",), "not very_many and not refuses_scans"
-    ),
+    "image_orientation": Piece("tinygptv/data/image_orientation.py", ("data/test_orientation_tags.py",)),
+    "image_structure": Piece("tinygptv/data/image_structure.py", ("data/test_structure_bounds.py",)),
     "truncated_jpeg": Piece(
         "tinygptv/data/truncated_jpeg.py", ("data/test_image_structure.py",), "jpeg or rows or missing"
     ),
@@ -41,7 +37,6 @@ _DATA: dict[str, Piece] = {
     "prompt_layout": Piece("tinygptv/data/prompt_layout.py", ("data/test_prompt_layout_parts.py",)),
     "flatten": Piece("tinygptv/data/flatten.py", ("data/test_flatten.py",)),
     "chat_messages": Piece("tinygptv/data/chat_messages.py", ("data/test_chat_messages.py",)),
-    "chat_template": Piece("tinygptv/data/chat_template.py", ("data/test_prompt_layout.py",), "not by_assistant"),
     "drawing": Piece("tinygptv/data/drawing.py", ("data/test_drawing.py",)),
     "lru": Piece("tinygptv/lru.py", ("test_lru.py",)),
     "bounds": Piece("tinygptv/bounds.py", ("test_bounds.py",)),

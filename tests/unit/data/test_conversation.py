@@ -150,6 +150,13 @@ def test_an_image_keeps_its_upright_size():
         ("identify", "", (20, 10, 100, 50), "[identify] what object is in this location {<10><10><50><50>}"),
         ("identify", "what is it in", (0, 0, 200, 100), "[identify] what is it in {<0><0><100><100>}"),
         ("identify", "{<1><2><3><4>}", None, "[identify] what object is in this location {<1><2><3><4>}"),
+        ("identify", "", (-20, 30, 100, 300), "[identify] what object is in this location {<0><30><50><100>}"),
+        ("identify", "", np.array([20, 10, 100, 50]), "[identify] what object is in this location {<10><10><50><50>}"),
+        ("identify", "this one", None, "[identify] this one"),
+        ("refer", " the {} {0} {} dog ", None, "[refer] give me the location of the {} {0} {} dog"),
+        ("detection", "[detection]dogs", None, "[detection]dogs"),
+        ("caption", "[caption] short", None, "[caption] short"),
+        ("grounding", "the dogs", None, "[grounding] the dogs"),
     ],
 )
 def test_tasks_have_their_wording(task, text, box, wanted):
@@ -177,6 +184,32 @@ def test_turns_are_questions_with_their_images_and_answers():
         assert str(caught.value) == (
             f"messages have the roles {roles}: they must start with user, then assistant, user, ..."
         )
+
+
+def test_a_prompt_is_64_bit_ids_and_images_keep_their_order_over_all_turns(image):
+    pictures = [image, *(ChatImage.from_bytes(make_image(seed), IMAGE_SIZE) for seed in (1, 2))]
+    messages = [
+        ChatMessage("user", "a", (pictures[2], pictures[0])),
+        ChatMessage("assistant", "b"),
+        ChatMessage("user", "c", (pictures[1],)),
+    ]
+    ids, images = encode_conversation(messages, layout())
+    assert ids.dtype == np.int64 and ids.ndim == 1 and images == [pictures[2], pictures[0], pictures[1]]
+    assert ids.tolist() == layout().encode_prompt([Exchange("a", "b", 2), Exchange("c", None, 1)])
+
+
+def test_an_images_number_is_a_part_of_its_sha_256():
+    """The same on every machine: answers and features are kept by it."""
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of FIPS 180-2's example
+    assert image_number(b"abc") == -1 - (int(digest[:16], 16) >> 1)
+
+
+def test_the_assistant_never_starts_and_images_of_neighbours_are_joined():
+    with pytest.raises(ValueError, match=r"^the conversation must start with the user\.$"):
+        join_messages([ChatMessage("assistant", "y"), ChatMessage("user", "x")])
+    messages = [ChatMessage("user", text, images) for text, images in (("a", (1, 2)), ("", ()), ("b", (3,)))]
+    (joined,) = join_messages(messages)
+    assert (joined.text, joined.images) == ("a\nb", (1, 2, 3)) and join_messages([]) == []
 
 
 def test_system_messages_alone_ask_nothing_and_keep_their_order():
