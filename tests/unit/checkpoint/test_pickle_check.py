@@ -165,3 +165,54 @@ def test_a_tar_given_as_weights_never_reaches_torch(tmp_path):
     (tmp_path / "x.pth").write_bytes(file.getvalue())
     with pytest.raises(WeightFileError, match="is a tar archive"):
         open_weights(tmp_path / "x.pth")
+
+
+# ------------------------------------------------------------------ opcodes
+
+
+@pytest.mark.parametrize(
+    ("code", "width"),
+    [(b"U", 1), (b"\x8c", 1), (b"C", 1), (b"\x8a", 1), (b"T", 4), (b"X", 4), (b"B", 4), (b"\x8b", 4), (b"\x8d", 8),
+     (b"\x8e", 8), (b"\x96", 8)],
+)  # fmt: skip
+@pytest.mark.parametrize("length", [0, 3, 200, 0x0102])
+def test_a_length_has_its_width_and_its_low_byte_first(code, width, length):
+    if length > 255 and width == 1:
+        return
+    body = b"." * length  # each byte of it could be taken for the end
+    data = code + length.to_bytes(width, "little") + body
+    assert check_pickle(data + b".") == len(data) + 1
+    with pytest.raises(PickleError, match=r"^it is cut off\.$"):
+        check_pickle(data)
+    with pytest.raises(PickleError, match=r"^it is cut off\.$"):
+        check_pickle(data[:-1] if length else data[:1])
+
+
+def test_a_frame_fits_into_the_file_and_no_more():
+    frame = lambda size: b"\x95" + size.to_bytes(8, "little")  # noqa: E731
+    assert check_pickle(b"xy" + frame(4) + b"NNN.", 2) == 2 + 9 + 4
+    with pytest.raises(PickleError, match=r"^it is cut off within a frame\.$"):
+        check_pickle(b"xy" + frame(5) + b"NNN.", 2)
+
+
+@pytest.mark.parametrize("code", [b"c", b"(i"])
+def test_names_that_no_weights_need_are_refused_wherever_they_stand(code):
+    forbidden = ("builtins.bytearray", "os.system")
+    for name in forbidden:
+        module, _, attribute = name.encode().rpartition(b".")
+        data = b"N" * 9 + code + module + b"\n" + attribute + b"\n."
+        assert check_pickle(data) == len(data) == check_pickle(data, forbidden=["builtins", "bytearray", "os"])
+        with pytest.raises(PickleError) as caught:
+            check_pickle(data, forbidden=forbidden)
+        assert str(caught.value) == f"it refers to {name}, which no weights need."
+    assert check_pickle(b"cbuiltins\nset\n.", forbidden=forbidden) == 15
+    with pytest.raises(PickleError, match=r"^it is cut off\.$"):
+        check_pickle(b"cos\nsystem")
+
+
+def test_bytes_that_are_no_opcode_are_named_by_their_place():
+    with pytest.raises(PickleError, match=r"^byte 4 is no opcode of a pickle\.$"):
+        check_pickle(b"xyNN\x00.", 2)
+    with pytest.raises(PickleError, match=r"^it names memo entry b'x\\n' after 0 opcodes\.$"):
+        check_pickle(b"gx\n.")
+    assert check_pickle(b"q\xff.") == 3 == check_pickle(b"h\xff."), "indices of one byte are never too large"
