@@ -157,7 +157,7 @@ def _check_output(options: argparse.Namespace, path: Path | None) -> None:
     if path.exists() and options.image.exists() and path.samefile(options.image):
         raise ValueError(f"{path} is the input: give another file to write to.")
     if path == options.draw:
-        if path.suffix.lower() not in Image.registered_extensions():
+        if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:  # some are only read
             raise ValueError(f"--draw {path} is no name of an image file: end it with .png or .jpg.")
     elif path.exists() and not _is_answers(path):
         raise ValueError(f"{path} exists and holds no answers of this command: give another --output.")

@@ -82,7 +82,10 @@ def push_folder(folder: str | Path, repo: str, *, private: bool = False, message
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, allow_patterns=names, commit_message=message or f"Upload {folder.name}"
+            repo_id=repo,
+            folder_path=folder,
+            allow_patterns=names,
+            commit_message=message or f"Upload {folder.absolute().name}",
         )
     except Exception as error:  # as above
         raise CheckpointError(f"{folder} cannot be uploaded to {repo}: {_reason(error)}") from error

@@ -105,6 +105,7 @@ def test_help_shows_the_ways_to_ask(capsys):
         ("a.boxes.PNG", ""),
         ("a.jpeg", ""),
         ("answers.png", ""),
+        ("a.psd", "--draw a.psd is no name of an image file: end it with .png or .jpg."),
         ("boxes.txt", "--draw boxes.txt is no name of an image file: end it with .png or .jpg."),
         ("no/a.png", "no/a.png cannot be written: its folder is missing."),
         ("there", "there cannot be written: it is a folder."),

@@ -55,7 +55,13 @@ def test_a_folder_goes_up_whole(folder, monkeypatch, tmp_path, capsys):
     assert [call for call in calls[2:] if call[0] == "create"] == [
         ("create", REPO, {"private": False, "exist_ok": True})
     ] * 2
-    assert [call[1]["commit_message"] for call in calls[2:] if call[0] == "upload"] == ["better", "Upload checkpoint"]
+    monkeypatch.chdir(folder)
+    push_folder(".", REPO)
+    assert [call[1]["commit_message"] for call in calls[2:] if call[0] == "upload"] == [
+        "better",
+        "Upload checkpoint",
+        "Upload checkpoint",
+    ], "a folder has a name, however it is given"
 
 
 @pytest.fixture

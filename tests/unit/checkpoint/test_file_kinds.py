@@ -31,6 +31,7 @@ def tar_head():
         (b"<HTML>", "a web page"),
         (b"<?xml version='1.0'?>", "a web page"),
         (b"<head>", "a web page"),
+        (b" \n" * 400 + b"<html>", "a web page"),
         (b"x<html>", ""),
         (b"GGUF\0", "a GGUF file of llama.cpp, which is not read here: take the original weights"),
         (b"gguf\0", ""),
@@ -105,10 +106,26 @@ def test_a_file_that_is_no_json_object_is_one_sentence(tmp_path, monkeypatch):
         ("1.5", "a number"),
     ):
         assert refused(text) == f"{path} holds {kind} where an object {{...}} is expected."
+    assert refused("[" * 100_000).startswith(f"{path} is no valid JSON: maximum recursion depth exceeded")
+    assert file_kinds._LARGEST_JSON == 2**26, "tokenizers have tens of megabytes"
     monkeypatch.setattr(file_kinds, "_LARGEST_JSON", 8)
     path.write_text('{"é":1}')
     assert path.stat().st_size == 8 and read_json_object(path) == {"é": 1}
     assert refused('{"a": 12}') == f"{path} has 9 bytes, far too many for such a file."
+
+
+def test_sizes_that_no_model_of_this_kind_has_are_refused(tmp_path):
+    """Several times the paper's are read; more would take the memory before a tensor is missed."""
+    layers, wide, rows = 1000, 65_536, 4_194_304
+    most = {"num_hidden_layers": layers, "hidden_size": wide, "intermediate_size": 4 * wide, "vocab_size": rows}
+    most |= {"encoder_hidden_size": wide, "projector_hidden_size": 4 * wide, "num_attention_heads": 4096}
+    most |= {"image_size": 8192, "max_position_embeddings": rows, "num_query_tokens": 8192, "lora_rank": 8192}
+    assert most == config_file._LARGEST
+    for name, value in most.items():
+        config_file._check_values(tmp_path, {name: value})
+        for deep in ({name: value + 1}, {"text_config": {"more": {name: value + 1}}}):
+            with pytest.raises(CheckpointError, match=f"has {name}={value + 1}; it must be a whole number of at mo"):
+                config_file._check_values(tmp_path, deep)
 
 
 def test_a_configuration_is_bounded_and_its_refusals_name_field_and_file(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
@@ -105,3 +107,49 @@ def test_a_label_is_filled_with_its_boxes_colour_and_can_be_read():
 )
 def test_letters_are_black_on_light_colours(colour, text):
     assert _readable_on(colour) == text
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Texts that are written: where, what and in which colour; and the sizes of letters that were asked for."""
+    texts, sizes = [], []
+    text, load = ImageDraw.ImageDraw.text, ImageFont.load_default
+
+    def note(self, xy, words, **how):
+        texts.append((xy, words, how["fill"]))
+        text(self, xy, words, **how)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", note)
+    monkeypatch.setattr(ImageFont, "load_default", lambda size: sizes.append(size) or load(size))
+    return texts, sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "letters"), [((200, 100), 10), ((384, 10), 10), ((500, 100), 13), ((100, 1000), 26), ((750, 750), 20)]
+)
+def test_letters_grow_with_the_longer_side_and_can_always_be_read(written, size, letters):
+    draw_boxes(white(*size), "{<10><10><90><90>}")
+    assert written == ([], [letters])
+
+
+def test_phrases_stand_in_their_labels_clear_of_each_other_and_in_the_colour_that_can_be_read(written):
+    light = next(number for number, colour in enumerate(COLOURS) if _readable_on(colour) == "black")
+    phrases = [f"<p>p{number}</p> {{<10><40><50><80>}}" for number in range(light + 1)]
+    draw_boxes(white(900, 900), " ".join(phrases))
+    texts, _ = written
+    assert [words for _, words, _ in texts] == [f"p{number}" for number in range(light + 1)]
+    assert [fill for _, _, fill in texts] == [_readable_on(colour) for colour in COLOURS[: light + 1]]
+    assert {x for (x, _), _, _ in texts} == {92.0}, "two pixels within the label, which begins with its box"
+    tops = [y for (_, y), _, _ in texts]
+    heights = {after - before for before, after in itertools.pairwise(tops)}
+    assert len(heights) == 1 and heights.pop() > 20, "one below the other, as high as a label"
+    above, height = tops[0] - 1, tops[1] - tops[0]
+    assert above + height == 360, "the first label ends where the boxes begin"
+
+
+def test_there_is_room_for_a_label_down_to_the_last_pixel(place):
+    (width, height), label = place
+    for top in (100 - 2 * height, 100 - 2 * height + 1):
+        low = (30, top + height, 90, 99)  # a label above it, from ``top`` on, is taken
+        found = label(low, [(30, top, 30 + width, top + height)])
+        assert found[1] == (100 - height if top == 100 - 2 * height else top), "there is room for one more, or not"

@@ -70,6 +70,13 @@ def test_every_index_of_a_packed_batch_with_a_hidden_token():
     assert flatten(batch, IMAGE) is None, "a token is predicted where nobody looks"
 
 
+def test_a_sample_that_nobody_sees_is_an_empty_sequence_of_its_own():
+    nothing, ids = np.zeros(0, dtype=np.int64), np.arange(1, 9).reshape(2, 4)
+    mask = np.array([[1, 1, 1, 1], [0, 0, 0, 0]])
+    batch = MicroBatch(ids, mask, None, nothing, nothing, nothing, None, None, 2, 4)
+    assert flatten(batch, IMAGE).cu_seqlens[:4].tolist() == [0, 4, 4, 64]
+
+
 def test_as_many_sequences_as_fit_are_not_filled_up():
     """16 with the padding's are whole; 16 without leave room for 15 more."""
     nothing = np.zeros(0, dtype=np.int64)

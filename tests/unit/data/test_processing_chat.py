@@ -256,7 +256,7 @@ def test_generation_is_told_every_token_that_ends_an_answer_or_is_a_piece_of_the
         ("END", "a END", "a "),
         ("END", "a ENDDD <p>", "a <p>"),
         ("END", "aEND<|b|>", "a<|b|>"),
-        ("END", "a ENDE", "a ENDE"),
+        ("END", "a ENDX", "a ENDX"),
         ("END", "aEND<p><p>", "a<p><p>"),
         ("END", "aEND<p>b", "aEND<p>b"),
         ("END", "ENDaEND\n ", "ENDa"),

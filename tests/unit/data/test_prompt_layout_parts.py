@@ -79,7 +79,8 @@ def test_each_piece_is_tokenised_on_its_own():
         TurnIds([SPECIAL], ids("Q c~ A "), None),
     ]
     assert made.tokenizer.asked == ["!Q [", "][", "]a~ A ", "b##", "Q c~ A "]
-    assert made.encode_turns([Exchange("a", "")])[0].answer == ids("##"), "an empty answer is one"
+    for complete, answer in ((True, "##"), (False, "")):
+        assert made.encode_turns([Exchange("a", "", 0, complete)])[0].answer == ids(answer), "an empty answer is one"
     plain = layout(Template("plain", "{}", "#", image="<ImageHere>", after_instruction="", bos=False))
     assert plain.encode_turns([Exchange("", None, 1)]) == [TurnIds([], ids(1), None)]
     assert plain.encode_text("<ImageHere><ImageHere>a") == ids(2, "a") and plain.encode_text("") == []
@@ -93,6 +94,9 @@ def test_rendered_text_has_the_ids_of_its_turns():
     assert text == "<b>Q [<ImageHere>]a ##A b~ ##A c A d##<b>Q [<ImageHere>]e~ ##A f##<b>Q g~ ##A h"
     for number in range(1, 4):
         assert made.encode_rendered(made.render(turns[:number])) == made.encode_prompt(turns[:number])
+        pieces = [piece for piece in made.tokenizer.asked if piece != "<b>"]
+        assert pieces == pieces[: len(pieces) // 2] * 2, "in the same pieces, whatever the words hold"
+        made.tokenizer.asked.clear()
     made.tokenizer.asked.clear()
     assert made.encode_rendered("Q a ##A b##") == ids("Q a ##A b##") and made.tokenizer.asked == ["Q a ##A b##"], (
         "no BOS"
