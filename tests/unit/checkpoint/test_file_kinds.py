@@ -155,6 +155,8 @@ def test_a_configuration_is_bounded_and_its_refusals_name_field_and_file(tmp_pat
         with pytest.raises(CheckpointError) as caught:
             config_file._check_values(path, {name: "a" * 100})
         assert str(caught.value).startswith(f"{path} has {name}='{'a' * 59}; choose one of eager, sdpa")
+    told = refused({"model_type": "tinygptv", "text_config": {"vocab_size": -1}})
+    assert told == f"{path} has vocab_size=-1; it must be a whole number of at most 4194304."
     assert refused({"model_type": "tinygptv", "text_config": 3}).startswith(f"{path} is no usable configuration: ")
     path.unlink()
     for _ in range(2):

@@ -70,6 +70,7 @@ def test_the_number_of_opcodes_is_bounded():
     with pytest.raises(PickleError, match="more than 100 opcodes"):
         check_pickle(b"N" * 100 + b".", max_opcodes=100)
     assert check_pickle(b"N" * 99 + b".", max_opcodes=100) == 100
+    assert check_pickle(b"N" * 100_000 + b".") == 100_001, "the lists of a data set are much longer"
     assert check_pickle(b"c\n\n.") == 4, "lines may be empty"
 
 
@@ -165,6 +166,19 @@ def test_a_tar_given_as_weights_never_reaches_torch(tmp_path):
     (tmp_path / "x.pth").write_bytes(file.getvalue())
     with pytest.raises(WeightFileError, match="is a tar archive"):
         open_weights(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("module", ["builtins", "__builtin__"])
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors.bin"])
+def test_every_pickle_of_an_archive_is_checked_and_makes_no_memory(tmp_path, module, name):
+    """Python 2's and 3's name of the one thing that torch would make of any size."""
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        archive.writestr("a/data.pkl", pickle.dumps({}, protocol=2))
+        archive.writestr("b/data.pkl", f"c{module}\nbytearray\n.")
+    with pytest.raises(WeightFileError, match=f"it refers to {module}.bytearray, which no weights need"):
+        open_weights(tmp_path / name)
 
 
 # ------------------------------------------------------------------ opcodes

@@ -135,6 +135,8 @@ def test_wrappers_are_opened_from_outside_to_inside_and_only_if_they_hold_a_dict
     assert weight_files._unwrap({"model": {"module": {"x": 1}, "state_dict": 2}}, path) == {"x": 1}
     assert weight_files._unwrap({"model": 1, "x": 2}, path) == {"model": 1, "x": 2}
     assert weight_files._unwrap({"optimizer": {"x": 1}}, path) == {"optimizer": {"x": 1}}
+    for outer, inner in (("model", "state_dict"), ("model", "module"), ("state_dict", "module")):
+        assert weight_files._unwrap({outer: {inner: {"x": 1}, "y": 2}, "z": 3}, path) == {"x": 1}
     assert refused(weight_files._unwrap, [1], path) == f"{path} holds a list; expected a dictionary of tensors."
 
 
@@ -351,7 +353,8 @@ def test_the_card_says_what_the_model_is_and_what_made_it():
         template="inst",
     )
     model = SimpleNamespace(config=config, parameters=lambda: iter(sizes))
-    card = model_card(model, {"stage": 4, "recipe": "paper", "init_from": "s3://a/b", "changes": {"x": 1}, "seed": 0})
+    record = {"stage": 4, "recipe": "paper", "init_from": "s3://a/b", "changes": {"x": 1}, "seed": 0, "loss": 0.25}
+    card = model_card(model, record)
     table = card.partition("|---|---|\n")[2].partition("\n\n")[0]
     assert table.splitlines() == [
         "| parameters | 1,234,567 |",
@@ -364,6 +367,7 @@ def test_the_card_says_what_the_model_is_and_what_made_it():
         "| recipe | paper |",
         "| init from | s3://a/b |",
         "| seed | 0 |",
+        "| loss | 0.25 |",
     ]
     assert "\n\nMade by stage 4 of the recipe `paper`.\n\n" in card
     assert "Answers end with `'###'`." in card and card.startswith("---\nlibrary_name: transformers\n")

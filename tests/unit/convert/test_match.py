@@ -86,11 +86,11 @@ def matched(role, path="dir/f.pth"):
 
 
 def test_a_file_is_matched_in_its_order_with_wrappers_undone_and_the_rest_reported(opened):
-    opened("module.blocks.0.norm1.weight", "head.weight", "module.pos_embed")
+    opened("module.blocks.0.norm1.weight", "module.head.weight", "module.pos_embed")
     pieces, report = matched("vision")
     names = ["vision_encoder.vit.blocks.0.norm1.weight", "vision_encoder.vit.pos_embed"]
     assert list(pieces) == names and pieces[names[1]] == ["module.pos_embed"]
-    assert [(key, file) for key, file, _ in report.ignored] == [("head.weight", "dir/f.pth/shard")]
+    assert [(key, file) for key, file, _ in report.ignored] == [("module.head.weight", "dir/f.pth/shard")]
     assert report.layouts == {} and report.counts == {}
 
 
@@ -157,6 +157,15 @@ def test_each_role_takes_its_own_tensors(role, keys, found):
     assert {t.reason for t in targets if isinstance(t, Ignored)} <= {"not the projection"}
 
 
+def test_the_release_builds_39_of_its_encoders_40_blocks():
+    assert match.RELEASE_VISION_DEPTH == 39 and match.MINIGPT4_13B_ROWS == 5120
+    for blocks, kept in ((38, 38), (39, 39), (40, 39), (41, 41)):
+        for prefix in ("", "visual_encoder."):
+            names = [f"{prefix}blocks.{n}.attn.qkv.weight" for n in range(blocks)]
+            vision = match._mappers("vision", names)[0]
+            assert sum(isinstance(vision(name), Target) for name in names) == kept
+
+
 def test_the_last_layer_of_layout_1_is_the_head_and_of_no_other():
     keys = ["layers.0.wte.weight", "layers.1.ln.weight", "layers.2.ln.weight"]
     (language,) = match._mappers("language", keys)
@@ -184,6 +193,12 @@ def test_folders_of_this_project_are_no_foreign_weights(tmp_path):
     assert refuse() == f"{tmp_path}, given as language=, is a quantized artifact: give the original weights."
 
 
+def test_a_file_with_two_of_three_projections_is_refused(opened):
+    opened("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.v_proj.weight")
+    told = f"dir/f.pth lacks k_proj of {QKV}: split q, k and v projections come in threes."
+    assert refused(matched, "language") == told
+
+
 def test_thirds_come_in_threes_and_a_tensor_once():
     path = Path("f.pth")
     whole = [piece(QKV, third=n) for n in (2, 0, 1)]
@@ -207,9 +222,9 @@ def test_thirds_come_in_threes_and_a_tensor_once():
 
 def test_pieces_make_a_whole_in_the_order_of_their_thirds_and_in_their_dtype(monkeypatch):
     text = SimpleNamespace(num_attention_heads=2)
-    vision = SimpleNamespace(image_size=28, patch_size=14)
+    vision = SimpleNamespace(image_size=32, patch_size=16)
     config = SimpleNamespace(lora_rank=4, text_config=text, vision_config=vision)
-    thirds = [piece(QKV, third=n, value=torch.full((2, 1), float(n))) for n in (2, 0, 1)]
+    thirds = [piece(QKV, third=n, value=torch.full((2, 1), float(n))) for n in (2, 1, 0)]
     rows = torch.arange(6.0).view(6, 1)
     norm, embedding = f"{LAYER}.0.attention_rmsnorm.weight", "vision_encoder.vit.pos_embed"
     fused = f"{LAYER}.1.self_attn.qkv_proj.weight"
@@ -361,7 +376,7 @@ def test_what_may_be_lacking_starts_fresh_and_the_rest_is_asked_for(check, name,
 
 
 def test_what_is_fresh_is_listed_by_name(check):
-    names = [f"{LAYER}.{n}.self_attn.q_layernorm.bias" for n in (1, 0)]
+    names = [f"{LAYER}.{n}.self_attn.q_layernorm.bias" for n in range(9, -1, -1)]
     config = SimpleNamespace(lora_rank=2, text_config=CONFIG.text_config)
     needed = {QKV.replace(".weight", ".base_layer.weight"): (3,), **dict.fromkeys(names, (1,))}
     report = check(needed, [piece(QKV, shape=(3,))], config=config)

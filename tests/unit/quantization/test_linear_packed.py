@@ -98,6 +98,20 @@ def test_nf4_is_read_without_bitsandbytes(nested, inputs):
     assert from_nf4(tensors, "cpu", torch.float32).bias is None
 
 
+def test_a_last_block_that_is_not_full_belongs_to_the_last_row():
+    tensors, matrix = nf4_file(5, 96)
+    layer = from_nf4(tensors, "cpu", torch.float32)
+    torch.testing.assert_close(reference.unpack(layer.packed, torch.float32), matrix)
+
+
+def test_the_bias_is_added_in_float32_and_the_sum_rounded_once():
+    codes, scale = torch.ones(1, 256, dtype=torch.int8), torch.ones(1)
+    layer = from_int8({"weight": codes, "scale": scale, "bias": torch.tensor([1.001])}, "cpu", torch.bfloat16)
+    assert layer(torch.ones(1, 256)).item() == 258, "of 257.001; the bias in 16 bits would give 256"
+    weight = layer.packed
+    assert PackedLinear(weight, torch.ones(1).half(), torch.bfloat16).bias.dtype == torch.float32
+
+
 def test_partial_products_are_summed(monkeypatch):
     layer = from_int8({"weight": torch.ones(2, INPUTS, dtype=torch.int8), "scale": torch.ones(2)}, "cpu", torch.float32)
     halves = lambda x, weight: torch.stack([x[:, :2], x[:, 2:4]])  # noqa: E731
