@@ -6,7 +6,13 @@ import pytest
 from transformers import AutoConfig
 
 from tinygptv.checkpoint import config_file
-from tinygptv.config import EvaVisionConfig, TinyGPTVConfig, TinyGPTVTextConfig
+from tinygptv.config import (
+    ATTENTION_IMPLEMENTATIONS,
+    LORA_TARGETS,
+    EvaVisionConfig,
+    TinyGPTVConfig,
+    TinyGPTVTextConfig,
+)
 
 VISION = {
     "image_size": 224,
@@ -77,6 +83,16 @@ def test_the_papers_sizes():
     assert TinyGPTVConfig.phi2(448).vision_config.num_patches == 1024
     assert TinyGPTVConfig().scope == "", "nobody said"
     config_file._check_values("config.json", TinyGPTVConfig.phi2(896).to_dict())  # twice the paper's side is readable
+
+
+def test_what_carries_adapters_and_which_attention_there_is():
+    assert set(LORA_TARGETS) == {"qkv_proj", "dense"}, "as in the release, whose q, k and v are one layer"
+    assert set(ATTENTION_IMPLEMENTATIONS) == {"eager", "sdpa", "flex_attention"}, "others name code to download"
+
+
+@pytest.mark.parametrize(("side", "patch", "patches"), [(448, 14, 1024), (50, 16, 9), (16, 16, 1)])
+def test_patches_that_are_whole_are_counted(side, patch, patches):
+    assert EvaVisionConfig(image_size=side, patch_size=patch).num_patches == patches
 
 
 def test_the_miniatures_sizes():

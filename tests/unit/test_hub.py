@@ -183,6 +183,20 @@ def test_a_refusal_says_what_was_wanted_and_what_to_do(folder, monkeypatch, caps
     assert _reason(OSError("bad Token")).endswith("set HF_TOKEN.") and _reason(OSError("401")).startswith("401 Log")
 
 
+@pytest.mark.parametrize(("words", "name"), [(["pull", "a/b"], "local_folder"), (["push", "a", "b/c"], "push_folder")])
+def test_an_error_of_the_system_is_one_sentence_and_a_bug_is_not(monkeypatch, capsys, words, name):
+    error = OSError("no disk")
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(f"tinygptv.hub.{name}", fails)
+    assert main(words) == 2 and capsys.readouterr() == ("", "error: no disk\n")
+    error = KeyError("bug")
+    with pytest.raises(KeyError):
+        main(words)
+
+
 def test_a_folder_without_its_card_stays_here(tmp_path):
     folder = write_folder(tmp_path / "x", lambda staging: (staging / "a").write_text("a"))
     with pytest.raises(CheckpointError) as caught:

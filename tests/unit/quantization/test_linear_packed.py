@@ -217,6 +217,16 @@ def test_the_order_of_torchs_kernel_is_found_and_undone(monkeypatch, even_is_hig
     assert TinygemmLinear(codes, scales, None, layout).bias is None
 
 
+def test_the_bias_of_torchs_kernel_is_added_in_float32_and_the_sum_rounded_once():
+    layer = TinygemmLinear.__new__(TinygemmLinear)
+    nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = 2, 1
+    layer.bias = nn.Parameter(torch.tensor([1.001]))
+    layer.partial_products = lambda rows: torch.full((1, len(rows), 1), 256.0, dtype=torch.bfloat16)
+    found = layer(torch.ones(3, 2))
+    assert found.dtype == torch.bfloat16 and found.tolist() == [[258]] * 3, "of 257.001; in 16 bits it would be 256"
+
+
 def test_a_device_without_torchs_kernel_has_no_order(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert find_layout.__wrapped__(torch.device("cuda")) is None
@@ -235,6 +245,7 @@ def test_a_torch_without_the_kernel_or_with_another_has_no_order(monkeypatch, er
 
 def test_4_bits_take_torchs_kernel_where_it_can(monkeypatch):
     tensors = Int4Linear.pack(nn.Linear(128, 16), "cpu")
+    tensors["scale"] = tensors["scale"].float()  # whatever dtype a file has
     made = []
 
     class Layer:

@@ -95,3 +95,24 @@ def test_onednns_rows_are_rounded_by_their_largest_magnitude(monkeypatch):
     with_bias = OnednnInt8(weight, scale, bias)
     for _ in range(2):
         torch.testing.assert_close(with_bias(rows), rows * scale + bias, atol=0.04, rtol=0)
+
+
+@pytest.mark.skipif(not torch_products.has_fbgemm(), reason="torch was built without FBGEMM")
+@pytest.mark.parametrize("bias", [None, torch.arange(32.0)])
+@pytest.mark.parametrize(("vnni", "levels", "error"), [(True, 127, 0.02), (False, 63, 0.03)])
+def test_fbgemms_rows_are_rounded_to_the_levels_that_a_processor_can_sum(monkeypatch, vnni, levels, error, bias):
+    """Each row by its own largest magnitude; sums of 7-bit inputs cannot overflow, those of 8 bits need VNNI."""
+    exact = torch_products.has_vnni() or not vnni
+    monkeypatch.setattr(torch_products, "has_vnni", lambda: vnni)
+    weight, scale = round_rows(MATRIX)
+    product = FbgemmInt8(weight, scale, bias)
+    assert product.levels == levels
+    if not exact:  # this processor's sums may overflow
+        return
+    rows = X * torch.logspace(-3, 3, 5)[:, None]
+    wanted = rows @ (weight * scale[:, None]).T
+    shift = 0 if bias is None else bias
+    for _ in range(2):  # the bias stays as it is
+        found = product(rows)
+        assert ((found - shift - wanted).norm(dim=1) <= error * wanted.norm(dim=1) + 1e-5).all()
+        torch.testing.assert_close(product(torch.zeros(1, 128))[0], torch.zeros(32) + shift)
