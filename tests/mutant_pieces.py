@@ -44,10 +44,21 @@ _DATA: dict[str, Piece] = {
 
 _CHECKPOINT: dict[str, Piece] = {
     "checkpoint": Piece("tinygptv/checkpoint/checkpoint.py", ("checkpoint/test_checkpoint.py",)),
+    "file_kinds": Piece("tinygptv/checkpoint/file_kinds.py", ("checkpoint/test_file_kinds.py",)),
+    "pickle_check": Piece("tinygptv/checkpoint/pickle_check.py", ("checkpoint/test_pickle_check.py",), "not memory"),
+    "weight_files": Piece("tinygptv/checkpoint/weight_files.py", ("checkpoint/test_weights_calls.py",)),
+    "load_model": Piece("tinygptv/checkpoint/load_model.py", ("checkpoint/test_weights_calls.py",)),
     "folders": Piece("tinygptv/checkpoint/folders.py", ("checkpoint/test_folders.py",)),
 }
 
-_CONVERT: dict[str, Piece] = {}
+_CONVERT: dict[str, Piece] = {
+    "convert_sizes": Piece("tinygptv/convert/sizes.py", ("convert/test_sizes.py",)),
+    "convert_layouts": Piece(
+        "tinygptv/convert/layouts.py", ("convert/test_layouts.py", "convert/test_layout_names.py")
+    ),
+    "convert_match": Piece("tinygptv/convert/match.py", ("convert/test_match.py",)),
+    "convert_write": Piece("tinygptv/convert/write.py", ("convert/test_write.py", "convert/test_layouts.py")),
+}
 
 _MODEL: dict[str, Piece] = {
     "generation": Piece("tinygptv/model/generation.py", ("model/test_generation.py",)),
@@ -70,7 +81,11 @@ _INFERENCE: dict[str, Piece] = {
     "device_sampling": Piece("tinygptv/inference/device_sampling.py", ("inference/test_device_sampling.py",)),
 }
 
-_QUANTIZATION: dict[str, Piece] = {}
+_QUANTIZATION: dict[str, Piece] = {
+    "quantization_metadata": Piece("tinygptv/quantization/metadata.py", ("quantization/test_metadata.py",)),
+    "linear_cpu": Piece("tinygptv/quantization/linear_cpu.py", ("quantization/test_rounding.py",)),
+    "linear_packed": Piece("tinygptv/quantization/linear_packed.py", ("quantization/test_linear_packed.py",)),
+}
 
 _LIBRARY_TRAINING: dict[str, Piece] = {
     "plan_memory": Piece("tinygptv/training/memory_plan.py", ("training/test_memory_plan_values.py",)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,6 +60,29 @@ def test_lines_of_a_file_have_their_own_question_and_task_or_the_commands(tmp_pa
     found = chat._read_questions(options(str(path), "--task", "identify"), (1.0, 2.0, 3.0, 4.0))
     assert [q.box for q in found] == [[1, 2, 3, 4], None, None, 1] and [q.row for q in found] == rows
     assert found[2].image == tmp_path / rows[2]["image"]
+
+
+def test_a_row_may_say_that_it_has_no_task_question_or_box(tmp_path):
+    rows = [{"image": "a", "task": None, "question": "own"}, {"image": "b", "question": ""}, {"image": "c", "box": []}]
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = chat._read_questions(options(str(path), "all", "--task", "identify"), (1.0, 2.0, 3.0, 4.0))
+    assert [(q.text, q.task, q.box) for q in found] == [
+        ("own", None, None),
+        ("", "identify", [1, 2, 3, 4]),
+        ("all", "identify", []),
+    ]
+
+
+def test_twice_as_many_are_asked_at_a_time_as_fit_a_batch(tmp_path, monkeypatch):
+    """So that the next images are read while a batch is answered."""
+    (tmp_path / "a").write_bytes(b"1")
+    meeting = threading.Barrier(2 * NotingAssistant.max_batch_size, timeout=60)
+    monkeypatch.setattr(NotingAssistant, "answer", lambda self, messages, params: str(meeting.wait() >= 0))
+    questions = [Question(tmp_path / "a", "q", None, {"id": n}) for n in range(4)]
+    assert chat._answer_batch(NotingAssistant(), questions, PARAMS, tmp_path / "out") == 0
+    rows = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert rows == [{"id": n, "answer": "True", "boxes": []} for n in range(4)]
 
 
 @pytest.mark.parametrize(

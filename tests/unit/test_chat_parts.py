@@ -232,6 +232,31 @@ def test_a_question_that_cannot_be_worded_ends_one_and_not_a_conversation(image,
     assert capsys.readouterr().err.startswith("error: task 'refer' needs words")
 
 
+def test_a_box_is_of_the_images_width_and_height(image):
+    """The image has 60 x 40 pixels."""
+    assistant = NotingAssistant("a dog")
+    converse(image, assistant, "", "--task", "identify", box=(6, 4, 30, 20))
+    ((messages, _),) = assistant.asked
+    assert messages[0].text == "[identify] what object is in this location {<10><10><50><50>}"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--batch-size", "0"), "--batch-size 0 is no number of answers: give 1 or more."),
+        (("--device", "gpu"), "--device gpu is unknown: give cpu, cuda or cuda:<number>."),
+        (("--task", "identify", "--box", "1,2,3,4,5"), "--box 1,2,3,4,5 must be x1,y1,x2,y2 in pixels, and goes with"),
+        (("--task", "identify", "--box", "1,2,3"), "--box 1,2,3 must be x1,y1,x2,y2 in pixels, and goes with"),
+        (("--task", "refer"), "task 'refer' needs words"),
+        (("--draw", "no/a.png"), "no/a.png cannot be written: its folder is missing."),
+    ],
+)
+def test_mistakes_of_one_image_are_found_before_its_model_is_loaded(image, monkeypatch, capsys, words, told):
+    monkeypatch.setattr(chat, "load_for_inference", lambda *_: pytest.fail("loaded"))
+    assert chat.main([str(image), "", "--model", "here", *words]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {told}")
+
+
 def test_lines_are_read_until_an_empty_one_or_the_end(monkeypatch):
     lines, prompts = iter([" A  b ", "b", "  ", "c"]), []
     monkeypatch.setattr("builtins.input", lambda prompt: prompts.append(prompt) or next(lines))

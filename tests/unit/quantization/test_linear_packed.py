@@ -199,7 +199,8 @@ def test_the_order_of_torchs_kernel_is_found_and_undone(monkeypatch, even_is_hig
     codes = torch.randint(0, 16, (16, 256), dtype=torch.uint8)
     scales = (torch.rand(256 // 32, 16, 2) + 0.1).bfloat16()
     bias = torch.randn(16).bfloat16()
-    layer = TinygemmLinear(codes, scales, bias, layout)
+    layer = TinygemmLinear(codes, scales.transpose(0, 1).contiguous().transpose(0, 1), bias, layout)
+    assert layer.scales.is_contiguous() and torch.equal(layer.scales, scales), "as the kernel wants them"
     scale, offset = (part.T.repeat_interleave(32, 1).float() for part in scales.unbind(-1))
     matrix = (codes.float() - 8) * scale + offset
     torch.testing.assert_close(layer.unpack().float(), matrix, atol=0.05, rtol=0.02)
