@@ -25,40 +25,16 @@ _DATA: dict[str, Piece] = {
     "sample": Piece("tinygptv/data/sample.py", ("data/test_sample.py",)),
     "collate": Piece("tinygptv/data/collate.py", ("data/test_sample.py", "data/test_collate.py")),
     "boxes": Piece("tinygptv/data/boxes.py", ("data/test_boxes.py",)),
-    "images": Piece("tinygptv/data/images.py", ("data/test_images.py", "data/test_image_values.py")),
-    "processing": Piece("tinygptv/data/processing.py", ("data/test_processing.py", "data/test_processing_chat.py")),
-    "image_orientation": Piece("tinygptv/data/image_orientation.py", ("data/test_orientation_tags.py",)),
-    "image_structure": Piece("tinygptv/data/image_structure.py", ("data/test_structure_bounds.py",)),
-    "truncated_jpeg": Piece(
-        "tinygptv/data/truncated_jpeg.py", ("data/test_image_structure.py",), "jpeg or rows or missing"
-    ),
-    "conversation": Piece("tinygptv/data/conversation.py", ("data/test_conversation.py",)),
-    "prompts": Piece("tinygptv/data/prompts.py", ("data/test_prompts.py",)),
-    "prompt_layout": Piece("tinygptv/data/prompt_layout.py", ("data/test_prompt_layout_parts.py",)),
-    "flatten": Piece("tinygptv/data/flatten.py", ("data/test_flatten.py",)),
-    "chat_messages": Piece("tinygptv/data/chat_messages.py", ("data/test_chat_messages.py",)),
-    "drawing": Piece("tinygptv/data/drawing.py", ("data/test_drawing.py",)),
     "lru": Piece("tinygptv/lru.py", ("test_lru.py",)),
     "bounds": Piece("tinygptv/bounds.py", ("test_bounds.py",)),
 }
 
 _CHECKPOINT: dict[str, Piece] = {
     "checkpoint": Piece("tinygptv/checkpoint/checkpoint.py", ("checkpoint/test_checkpoint.py",)),
-    "file_kinds": Piece("tinygptv/checkpoint/file_kinds.py", ("checkpoint/test_file_kinds.py",)),
-    "pickle_check": Piece("tinygptv/checkpoint/pickle_check.py", ("checkpoint/test_pickle_check.py",), "not memory"),
-    "weight_files": Piece("tinygptv/checkpoint/weight_files.py", ("checkpoint/test_weights_calls.py",)),
-    "load_model": Piece("tinygptv/checkpoint/load_model.py", ("checkpoint/test_weights_calls.py",)),
     "folders": Piece("tinygptv/checkpoint/folders.py", ("checkpoint/test_folders.py",)),
 }
 
-_CONVERT: dict[str, Piece] = {
-    "convert_sizes": Piece("tinygptv/convert/sizes.py", ("convert/test_sizes.py",)),
-    "convert_layouts": Piece(
-        "tinygptv/convert/layouts.py", ("convert/test_layouts.py", "convert/test_layout_names.py")
-    ),
-    "convert_match": Piece("tinygptv/convert/match.py", ("convert/test_match.py",)),
-    "convert_write": Piece("tinygptv/convert/write.py", ("convert/test_write.py", "convert/test_layouts.py")),
-}
+_CONVERT: dict[str, Piece] = {}
 
 _MODEL: dict[str, Piece] = {
     "generation": Piece("tinygptv/model/generation.py", ("model/test_generation.py",)),
@@ -81,11 +57,7 @@ _INFERENCE: dict[str, Piece] = {
     "device_sampling": Piece("tinygptv/inference/device_sampling.py", ("inference/test_device_sampling.py",)),
 }
 
-_QUANTIZATION: dict[str, Piece] = {
-    "quantization_metadata": Piece("tinygptv/quantization/metadata.py", ("quantization/test_metadata.py",)),
-    "linear_cpu": Piece("tinygptv/quantization/linear_cpu.py", ("quantization/test_rounding.py",)),
-    "linear_packed": Piece("tinygptv/quantization/linear_packed.py", ("quantization/test_linear_packed.py",)),
-}
+_QUANTIZATION: dict[str, Piece] = {}
 
 _LIBRARY_TRAINING: dict[str, Piece] = {
     "plan_memory": Piece("tinygptv/training/memory_plan.py", ("training/test_memory_plan_values.py",)),

@@ -77,7 +77,7 @@ def test_a_row_may_say_that_it_has_no_task_question_or_box(tmp_path):
 def test_twice_as_many_are_asked_at_a_time_as_fit_a_batch(tmp_path, monkeypatch):
     """So that the next images are read while a batch is answered."""
     (tmp_path / "a").write_bytes(b"1")
-    meeting = threading.Barrier(2 * NotingAssistant.max_batch_size, timeout=60)
+    meeting = threading.Barrier(2 * NotingAssistant.max_batch_size, timeout=20)
     monkeypatch.setattr(NotingAssistant, "answer", lambda self, messages, params: str(meeting.wait() >= 0))
     questions = [Question(tmp_path / "a", "q", None, {"id": n}) for n in range(4)]
     assert chat._answer_batch(NotingAssistant(), questions, PARAMS, tmp_path / "out") == 0
