@@ -37,7 +37,7 @@ def refused(folder):
 def test_what_is_written_is_read(tmp_path):
     write_metadata(tmp_path, METADATA)
     assert read_metadata(tmp_path) == read_metadata(str(tmp_path)) == METADATA and FORMAT_VERSION == 1
-    assert json.loads((tmp_path / "quantization.json").read_text()) == METADATA
+    assert (tmp_path / "quantization.json").read_text() == json.dumps(METADATA, indent=1), "for people too"
 
 
 def test_what_cannot_be_read_is_named_with_what_to_do(tmp_path):

@@ -64,6 +64,7 @@ def test_a_group_of_equal_weights_is_kept(value):
     numbers, scales = round_groups(weight, 32)
     found = back(numbers, scales)
     assert (found[0] == value).all() and (found[1, :32] == value).all() and scales.isfinite().all()
+    assert set(numbers[0].tolist()) == {8 if value else 0}, "a step is small, and not 0"
     assert numbers[1, 32:].tolist() == [round(number * 15 / 31) for number in range(32)] and found[1, 32:].max() == 15
 
 
