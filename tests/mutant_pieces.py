@@ -147,6 +147,7 @@ _SETTINGS: dict[str, Piece] = {
 
 _JOBS: dict[str, Piece] = {
     "fingerprint": Piece("pipelines/fingerprint.py", ("test_fingerprint.py",)),
+    "cluster": Piece("pipelines/cluster.py", ("test_cluster.py", "test_cluster_calls.py")),
     "units": Piece("pipelines/units.py", ("test_units.py", "test_units_on_ray.py")),
 }
 

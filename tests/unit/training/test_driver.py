@@ -390,7 +390,8 @@ def test_loader_processes_have_a_cluster_of_ours(tmp_path, monkeypatch, loaders,
     [(13, 0, 13), (0, 13, 13), (12, 12, 0), (14, 13, 14), (12, 14, 14), (13, 14, 14), (0, 0, 0)],
 )
 def test_a_run_of_more_steps_is_refused_with_their_number(tmp_path, monkeypatch, steps, states, refused):
-    monkeypatch.setattr(module, "read_result", lambda output: {"steps": steps} if steps else None)
+    results = {tmp_path: {"steps": steps} if steps else None}
+    monkeypatch.setattr(module, "read_result", lambda output: results[output])
     monkeypatch.setattr(
         module.StateStore, "newest_step", lambda self: states if self.location == f"{tmp_path}/states" else 1 / 0
     )
