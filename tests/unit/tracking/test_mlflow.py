@@ -46,18 +46,19 @@ def points(store, run_id, key):
 def test_steps_and_values_arrive_and_a_resumed_run_has_no_doubles(store, tmp_path):
     first = continue_tracker(settings(), "stage", tmp_path)
     for step in range(5):
-        first.metrics({"loss": 5.0 - step, "lr": 0.1}, step)
+        first.metrics({"loss": 5.0 - step, "lr": 0.1, "top+1": step / 8}, step)
     first.close("FAILED")
     assert store.runs[first.run_id].status == "FAILED" and store.asked == 0, "a new run has no history"
     again = continue_tracker(settings(), "stage", tmp_path)
     assert again.run_id == first.run_id == read_identity(tmp_path).run_id
     assert store.runs[first.run_id].status == "RUNNING"
     for step in range(3, 7):  # steps 3 and 4 are done again
-        again.metrics({"loss": 5.0 - step, "new": math.nan}, step)
+        again.metrics({"loss": 5.0 - step, "new": math.nan, "top+1": step / 8}, step)
     again.close()
     assert points(store, first.run_id, "loss") == [(step, 5.0 - step) for step in range(7)]
     assert [step for step, _ in points(store, first.run_id, "new")] == [3, 4, 5, 6]
     assert points(store, first.run_id, "lr") == [(step, 0.1) for step in range(5)]
+    assert points(store, first.run_id, "top_1") == [(step, step / 8) for step in range(7)], "by its name in MLflow"
     assert store.runs[first.run_id].status == "FINISHED" and len(store.runs) == 1
 
 

@@ -276,11 +276,13 @@ def test_a_quiet_run_without_tracking_draws_nothing(tmp_path, monkeypatch, track
 
 @pytest.mark.parametrize(("journal", "uri", "sent"), [(True, "", True), (False, "", False), (True, "none", False)])
 def test_what_waits_is_sent_where_there_is_a_tracker(tmp_path, monkeypatch, tracked, journal, uri, sent):
-    tracker, _ = tracked
+    tracker, asked = tracked
     monkeypatch.setattr(module, "_log_to_training", lambda job, output: tracker.told.append(("training", output)))
     if journal:
         (tmp_path / "unsent.jsonl").write_text("{}")
-    module._send_unsent(job_of(tmp_path, tracking_uri=uri), tmp_path)
+    job = job_of(tmp_path, tracking_uri=uri)
+    module._send_unsent(job, tmp_path)
+    assert asked == ([(job.title, tmp_path, {"parent_run_id": ""})] if sent else [])
     assert tracker.told == ([("close",), ("training", tmp_path)] if sent else [])
 
 
