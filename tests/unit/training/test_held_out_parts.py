@@ -29,7 +29,13 @@ PLAN = SimpleNamespace(feature_key="", held_out={"a": np.array([1, 3]), "b": np.
 @pytest.fixture
 def opened(monkeypatch):
     asked = []
-    monkeypatch.setattr(module, "_open", lambda *a: asked.append((a[2], a[3], a[4].tolist())) or a[2])
+
+    def note(settings, plan, name, shards, candidates):
+        assert isinstance(settings, TrainSettings) and plan is PLAN
+        asked.append((name, shards, candidates.tolist()))
+        return name
+
+    monkeypatch.setattr(module, "_open", note)
     return asked
 
 
@@ -40,7 +46,7 @@ def test_the_training_datas_own_rows_are_those_that_are_held_out(opened):
 
 
 def test_all_rows_of_own_held_out_data_are_candidates_by_the_name_of_their_folder(opened, monkeypatch):
-    monkeypatch.setattr(module, "find_shard_sets", lambda location: ["/x/first", "/x/second"])
+    monkeypatch.setattr(module, "find_shard_sets", {"/x": ["/x/first", "/x/second"]}.get)
     monkeypatch.setattr(module.ShardSet, "open", lambda folder: range(len(folder) - 4))
     assert open_sources(TrainSettings(eval_data="/x"), PLAN, {"a": None}) == ["first", "second"]
     assert opened == [("first", range(4), [0, 1, 2, 3]), ("second", range(5), [0, 1, 2, 3, 4])]
@@ -55,6 +61,7 @@ def test_the_rows_of_least_hash_are_taken_and_equal_ones_in_their_order(monkeypa
     monkeypatch.setattr(module, "row_hashes", lambda shards, rows: np.array([hashes[row] for row in rows]))
     found = _open(TrainSettings(eval_rows=most), PLAN, "a", "shards", np.array([5, 7, 2, 4]))
     assert found == HeldOutSource("a", "shards", rows, tuple(hashes[row] for row in rows), None)
+    assert {type(row) for row in found.rows} == {int} and {type(each) for each in found.hashes} == {float}
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -114,6 +121,20 @@ def rows_of(seed=5):
     ]
     found.questions = SimpleNamespace(sums=lambda: {"a": (1.0, 2)})
     return found, drawn
+
+
+def test_rows_are_those_of_the_settings_and_their_first_are_asked(monkeypatch):
+    settings = TrainSettings(seed=7, eval_questions=3, eval_rows=5)
+    sources = [HeldOutSource("a", "shards", (9, 4), (0.1, 0.2), None), HeldOutSource("b", "others", (2,), (0.3,), None)]
+    maker = SimpleNamespace(shards="of the plan")
+    monkeypatch.setattr(module, "BatchMaker", lambda plan: maker if plan is PLAN else None)
+    monkeypatch.setattr(
+        module, "open_sources", lambda *given: sources if given == (settings, PLAN, "of the plan") else None
+    )
+    monkeypatch.setattr(module, "HeldOutQuestions", lambda *given: given)
+    found = HeldOutRows(settings, PLAN, "step")
+    assert (found.maker, found.train_step, found.seed, found.sources) == (maker, "step", 7, sources)
+    assert found.questions == (maker, {"a": ("shards", (9, 4)), "b": ("others", (2,))}, "step", 3)
 
 
 def test_a_worker_sums_the_losses_of_its_own_rows_and_leaves_the_model_in_training():
