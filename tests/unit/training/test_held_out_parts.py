@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -199,6 +200,13 @@ def test_several_annotators_are_scored_as_vqa_and_one_or_two_by_a_match(monkeypa
     monkeypatch.setattr(questions, "vqa_accuracy", lambda answer, given: ("vqa", answer, given))
     found = questions._score_text("yes", row_of(0, answers=answers))
     assert found == (("vqa", "yes", answers) if score is None else score)
+
+
+def test_a_box_is_scored_on_its_own_image():
+    row = replace(row_of(0, "refer"), width=200, height=50, boxes=((20.0, 10.0, 100.0, 40.0), (0.0, 0.0, 1.0, 1.0)))
+    assert questions.SCORES["refer"]("{<10><20><50><80>}", row) == 1.0
+    assert questions.SCORES["refer"]("{<40><5><100><20>}", row) == 0.0
+    assert questions.SCORES["vqa"] is questions.SCORES["identify"] is questions._score_text
 
 
 def test_a_question_is_worded_as_benchmarks_do():
