@@ -102,7 +102,9 @@ def test_memory_has_each_kind_in_its_own_line(monkeypatch, gpu, size, title):
     plan = MemoryPlan({"x": GIB, "y": GIB}, 3 * GIB, 4 * GIB, 5 * GIB, 6 * GIB, 7 * GIB)
     asked = []
     monkeypatch.setattr(TrainingMemory, "plan", lambda self, samples: asked.append(samples) or plan)
-    head, *lines = _memory_lines(TrainSettings(use_gpu=gpu, micro_batch_size=size), tiny_config(), STAGE)
+    settings = TrainSettings(use_gpu=gpu, micro_batch_size=size, precision="bf16", gradient_checkpointing=True)
+    head, *lines = _memory_lines(settings, tiny_config(), STAGE)
+    assert head.endswith(f": {module.computation_of(settings)}") and "bf16" in head
     assert head.startswith(f"memory of a worker on {title}") and asked == [8 if size != 3 else 3]
     assert f"of {TrainingMemory(tiny_config(), STAGE).num_tokens} tokens at a time" in head
     assert [(line.split()[0], line.split()[1]) for line in lines] == [
@@ -118,7 +120,7 @@ def test_memory_has_each_kind_in_its_own_line(monkeypatch, gpu, size, title):
 
 def test_data_has_its_share_and_its_rows(monkeypatch):
     shards = {"a": SimpleNamespace(shard_rows=(1000, 234)), "b": SimpleNamespace(shard_rows=(5,))}
-    monkeypatch.setattr(module, "open_shards", lambda data, stage: shards)
+    monkeypatch.setattr(module, "open_shards", lambda *given: shards if given == ("data", STAGE) else {})
     lines = [line.split() for line in _data_lines(TrainSettings(data="data"), STAGE)]
     assert lines == [
         ["source", "share", "at", "a", "time", "rows"],
