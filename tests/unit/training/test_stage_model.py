@@ -47,9 +47,13 @@ def built(monkeypatch):
 
         monkeypatch.setattr(module, "local_checkpoint", lambda location: f"local {location}")
         monkeypatch.setattr(module, "load_checkpoint", load)
-        monkeypatch.setattr(module, "set_trainable", lambda found, parts: notes.append(("trainable", parts)))
         monkeypatch.setattr(
-            module, "set_dtypes", lambda found, device, kind: notes.append(("dtypes", device.type, kind))
+            module, "set_trainable", lambda found, parts: notes.append(("trainable", parts)) if found is model else None
+        )
+        monkeypatch.setattr(
+            module,
+            "set_dtypes",
+            lambda found, device, kind: notes.append(("dtypes", str(device), kind)) if found is model else None,
         )
         monkeypatch.setattr(module, "TinyGPTVImageProcessor", lambda size: ("images", size))
         monkeypatch.setattr(module, "TinyGPTVProcessor", lambda *a, **k: (*a, k))
@@ -89,6 +93,23 @@ def test_the_encoder_has_a_precision_of_its_own_and_layers_are_computed_again_wh
     notes, *_ = built(0, 0, precision="bf16", encoder_precision="fp32", gradient_checkpointing=True)
     assert ("dtypes", "cpu", "fp32") in notes
     assert notes[-1] == ("gradient_checkpointing_enable", {"use_reentrant": False}), "after the model is in training"
+
+
+def test_a_model_trains_on_its_workers_own_gpu(built, monkeypatch):
+    moved = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda model, device: moved.append((model.config, device)) or model)
+    notes, *_ = built(0, 0, use_gpu=True)
+    assert ("dtypes", "cuda:3", "fp32") in notes and notes[-1] == ("train", True)
+    ((config, device),) = moved
+    assert config.num_query_tokens == 5 and device == torch.device("cuda", 3)
+
+
+def test_layers_are_computed_again_by_the_newer_name_where_there_is_one(built, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Model, "activation_checkpointing_enable", lambda self, how: asked.append(how), raising=False)
+    notes, *_ = built(0, 0, gradient_checkpointing=True)
+    assert asked == [{"use_reentrant": False}] and notes[-1] == ("train", True)
 
 
 # ---------------------------------------------------------------------- how it is computed, and on what
