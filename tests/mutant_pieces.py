@@ -36,33 +36,13 @@ _CHECKPOINT: dict[str, Piece] = {
 
 _CONVERT: dict[str, Piece] = {}
 
-_MODEL: dict[str, Piece] = {
-    "generation": Piece("tinygptv/model/generation.py", ("model/test_generation.py",)),
-    "lora": Piece("tinygptv/model/lora.py", ("model/test_lora.py",)),
-    "head_loss": Piece("tinygptv/model/head_loss.py", ("model/test_head_loss.py",)),
-}
+_MODEL: dict[str, Piece] = {}
 
-_INFERENCE: dict[str, Piece] = {
-    "engine": Piece("tinygptv/inference/engine.py", ("inference/test_engine_steps.py",)),
-    "engine_thread": Piece("tinygptv/inference/engine_thread.py", ("inference/test_engine_thread.py",)),
-    "assistant": Piece("tinygptv/inference/assistant.py", ("inference/test_assistant_parts.py",)),
-    "inference_batch": Piece("tinygptv/inference/batch.py", ("inference/test_batch.py",)),
-    "prefix_cache": Piece("tinygptv/inference/prefix_cache.py", ("inference/test_prefix_cache.py",)),
-    "runner": Piece("tinygptv/inference/runner.py", ("inference/test_runner_plan.py",)),
-    "sampling": Piece("tinygptv/inference/sampling.py", ("inference/test_sampling.py",)),
-    "text_stream": Piece("tinygptv/inference/text_stream.py", ("inference/test_text_stream.py",)),
-    "drift": Piece("tinygptv/inference/drift.py", ("inference/test_drift.py",)),
-    "image_encoder": Piece("tinygptv/inference/image_encoder.py", ("inference/test_image_encoder.py",)),
-    "graph_runner": Piece("tinygptv/inference/graph_runner.py", ("inference/test_graph_runner.py",)),
-    "device_sampling": Piece("tinygptv/inference/device_sampling.py", ("inference/test_device_sampling.py",)),
-}
+_INFERENCE: dict[str, Piece] = {}
 
 _QUANTIZATION: dict[str, Piece] = {}
 
 _LIBRARY_TRAINING: dict[str, Piece] = {
-    "plan_memory": Piece("tinygptv/training/memory_plan.py", ("training/test_memory_plan_values.py",)),
-    "stages": Piece("tinygptv/training/stages.py", ("training/test_stages.py",)),
-    "fp16_emulation": Piece("tinygptv/training/fp16_emulation.py", ("training/test_fp16_emulation.py",)),
     "schedule": Piece("tinygptv/training/schedule.py", ("training/test_schedule.py", "training/test_bounds.py")),
     "train_step": Piece(
         "tinygptv/training/train_step.py", ("training/test_train_step_calls.py", "training/test_update_calls.py")
@@ -129,15 +109,8 @@ _SERVING: dict[str, Piece] = {
     "serving_answers": Piece("pipelines/serving/answers.py", ("serving/test_answers.py",)),
     "serving_turns": Piece("pipelines/serving/turns.py", ("serving/test_turns.py",)),
     "serving_body": Piece("pipelines/serving/body.py", ("serving/test_body.py",)),
-    "serving_clients": Piece("pipelines/serving/clients.py", ("serving/test_clients.py",)),
     "serving_metrics": Piece("pipelines/serving/metrics.py", ("serving/test_metrics.py",)),
-    "serving_errors": Piece("pipelines/serving/errors.py", ("serving/test_errors.py",)),
     "serving_batch": Piece("pipelines/serving/batch.py", ("serving/test_batch_parts.py", "serving/test_batch_runs.py")),
-    "serving_app": Piece("pipelines/serving/app.py", ("serving/test_app.py",)),
-    "serving_run": Piece("pipelines/serving/run.py", ("serving/test_start.py", "serving/test_run.py")),
-    "serving_api": Piece("pipelines/serving/api.py", ("serving/test_routes.py",)),
-    "model_backend": Piece("pipelines/serving/model_backend.py", ("serving/test_model_backend.py",)),
-    "decoder_process": Piece("pipelines/serving/decoder_process.py", ("serving/test_decoder_process.py",)),
     "serving_artifact": Piece("pipelines/serving/artifact.py", ("serving/test_artifact.py",)),
 }
 

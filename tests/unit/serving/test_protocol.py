@@ -66,8 +66,11 @@ def test_what_would_not_change_the_answer_is_taken(client, fields):
         {"best_of": 2},
         {"best_of": True},
         {"min_p": 0.1},
-        {"guided_json": {}},
+        {"min_tokens": 3},
+        *({f"guided_{kind}": "x"} for kind in ("json", "regex", "choice", "grammar")),
+        {"structured_outputs": {"json": {}}},
         {"use_beam_search": True},
+        {"function_call": {"name": "f"}},
     ],
 )
 def test_what_would_change_the_answer_is_refused_by_name(client, fields):
@@ -260,7 +263,7 @@ def test_numbers_have_bounds(field, least, most, outside):
 
 def test_more_answers_and_alternatives_than_there_are_are_refused():
     assert refused(n=2) and refused(n=0) and refused(top_logprobs=21) and refused(top_logprobs=-1)
-    assert sampling(logprobs=True, top_logprobs=20)["logprobs"] == 20
+    assert [sampling(logprobs=True, top_logprobs=count)["logprobs"] for count in (0, 20)] == [0, 20]
 
 
 def test_an_explicit_temperature_of_0_wins():

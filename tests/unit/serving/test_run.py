@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from pipelines.serving.run import _claim_port, _reason, _url, check_settings, serving
+from pipelines.serving.run import ENVIRONMENT, _claim_port, _reason, _url, check_settings, serving
 from pipelines.settings import ServeSettings, SettingsError
 from tests.serving_model import save_checkpoint
 from tinygptv.checkpoint.folders import write_manifest
@@ -18,6 +18,14 @@ from tinygptv.checkpoint.folders import write_manifest
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory):
     return str(save_checkpoint(tmp_path_factory.mktemp("checkpoint")))
+
+
+def test_serves_own_processes_are_guarded_and_given_the_time_that_they_need():
+    assert ENVIRONMENT == {
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipelines.serving.connections:guard_connections",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    }
 
 
 @pytest.mark.security

@@ -157,6 +157,12 @@ def test_keys_of_the_api_are_not_answered_with_a_browsers_question():
     assert asked["/v1/models"] == "Bearer" and asked["/metrics"].startswith("Basic")
 
 
+def test_a_job_and_a_piece_say_nothing_that_they_are_not_told():
+    assert ChatJob((), {}) == ChatJob((), {}, interval_s=0.0, salt=0)
+    assert Piece("x") == Piece("x", num_tokens=1, cached_tokens=0, logprobs=(), finish_reason=None)
+    assert ModelInfo(1, 2, 3) == ModelInfo(1, 2, 3, scope="")
+
+
 def test_a_conversation_stays_with_its_first_image():
     turns = [ChatMessage("user", "x", (image(7, 1, 1), image(8, 1, 1))), ChatMessage("user", "y", (image(9, 1, 1),))]
     assert ChatJob(tuple(turns), {}).conversation == "7"
