@@ -105,6 +105,29 @@ def test_a_prompt_of_one_token():
     assert PrefixCache(1, 8).take(prompt(3)).num_reused == 0
 
 
+def test_the_longest_common_beginning_of_all_slots_is_reused():
+    slots = PrefixCache(4, 64)
+    held = [fill(slots, prompt(*LONG[:common], *range(common, 30))).slot for common in (9, 25, 14)]
+    placed = slots.take(prompt(*LONG[:20], 1, 2))
+    assert (placed.num_reused, placed.copy_from) == (20, held[1])
+    assert slots.take(prompt(*range(50)), salt=0).num_reused == 0, "none of them begins so"
+
+
+def test_numbers_of_images_are_told_apart_to_the_last_digit():
+    """They have more digits than a float."""
+    slots, number = PrefixCache(2, 64), -(2**62)
+    fill(slots, prompt(*[number] * 20))
+    assert slots.take(prompt(*[number - 1] * 20, 5)).num_reused == 0
+    assert slots.lengths.tolist() == [20, 0]
+
+
+@pytest.mark.security
+def test_salts_are_told_apart_to_the_last_digit():
+    slots, salt = PrefixCache(2, 64), 2**55
+    slots.extend(slots.take(LONG, salt).slot, len(LONG))
+    assert slots.take(LONG, salt + 1).num_reused == 0
+
+
 @pytest.mark.security
 def test_prompts_of_another_salt_are_not_reused():
     cache = PrefixCache(3, 64)
@@ -114,3 +137,6 @@ def test_prompts_of_another_salt_are_not_reused():
     cache.release(first.slot)
     assert cache.take(ids, salt=8).num_reused == 0
     assert cache.take(ids, salt=7).num_reused == 29
+    own = PrefixCache(2, 64)
+    own.extend(own.take(ids).slot, 30)
+    assert own.take(ids, salt=0).num_reused == 29, "0 is that of everybody's"

@@ -109,6 +109,18 @@ def test_vqa_normalises_only_where_annotators_disagree():
     assert vqa_accuracy("", []) == 0.0
 
 
+@pytest.mark.parametrize("mark", ';/[]"{}()=+\\_-><@`,?!')
+def test_each_mark_is_a_space_between_words_and_nothing_beside_one(mark):
+    assert normalise_answer(f"red{mark}dog") == "red dog" and normalise_answer(f"red{mark} dog") == "red dog"
+    assert normalise_answer(f"1,000{mark}dogs") == "1000dogs", "in a text with a thousands comma, too"
+
+
+def test_the_released_vizwiz_reads_the_last_turn_and_no_case():
+    assert released_vizwiz("Assistant: a car Assistant: Dog", ["DOG", "Dog", "dog"]) == 1.0
+    assert released_vizwiz("###Human: dog", ["dog"] * 3) == 1.0, "an empty answer agrees with everybody"
+    assert released_vizwiz("Human: cat Assistant: dog", ["cat"] * 3) == 0.0
+
+
 def test_vizwiz_normalises_the_prediction_alone_and_always():
     assert vizwiz_accuracy("The Dog.", ["dog"] * 10) == 1.0
     assert vizwiz_accuracy("dog", ["The Dog"] * 10) == 0.0

@@ -81,6 +81,10 @@ def test_what_cannot_be_fused_is_computed_plainly():
     model = layer_model()
     model.config.qk_layernorm = False
     assert not can_fuse(model.config)
+    config = layer_model().config
+    assert can_fuse(config)
+    config.resid_pdrop = 1.0
+    assert not can_fuse(config), "nothing is left to be scaled"
 
 
 def test_each_layer_has_its_own_seeds():

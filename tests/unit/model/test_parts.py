@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -237,3 +239,5 @@ def test_sequences_that_lie_one_after_the_other_attend_to_themselves_alone():
         wanted = torch.einsum("nqk,knh->qnh", scores.softmax(-1), value[start:end])
         torch.testing.assert_close(found[start:end], wanted)
     assert not has_kernel(query) and not has_kernel(query.bfloat16())
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
+    assert [has_kernel(SimpleNamespace(is_cuda=True, dtype=kind)) for kind in kinds] == [True, True, False]
