@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tinygptv.inference.flat_layer import FlatLayer
 from tinygptv.inference.flat_step import host_step
 from tinygptv.inference.runner import FlatRunner, Piece, Row
 from tinygptv.inference.sampling import SamplingParams
+from tinygptv.kernels import host_step as kernel
 from tinygptv.kernels.host_attention import has_host_attention
 from tinygptv.kernels.host_step import HostStep
 from tinygptv.quantization.linear_cpu import Int4Linear, Int8Linear
@@ -87,6 +89,14 @@ def test_one_call_gives_the_numbers_of_the_layers_one_by_one(bits, dtype, off, m
         assert found[0].isfinite().all()
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
         assert all(torch.equal(one, each.inputs_embeds) for one, each in zip(before, pieces, strict=True))
+
+
+def test_a_step_without_memory_is_no_step(monkeypatch):
+    step = FlatDecoder(quantized(8), 3, 80).host_step
+    assert len(step.layers) == len(step.packed) == 2, "whose tensors live as long as the step"
+    monkeypatch.setattr(kernel, "loaded_library", lambda: SimpleNamespace(run_layers=lambda *_: 1))
+    with pytest.raises(MemoryError, match="no memory for a step of 5 tokens"):
+        step(torch.zeros(5, 64), torch.arange(5), torch.arange(20), 0)
 
 
 def test_a_long_prompt_is_read_layer_by_layer_and_what_decodes_after_it_is_not(monkeypatch):
