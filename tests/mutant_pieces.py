@@ -111,6 +111,7 @@ _SERVING: dict[str, Piece] = {
     "serving_body": Piece("pipelines/serving/body.py", ("serving/test_body.py",)),
     "serving_metrics": Piece("pipelines/serving/metrics.py", ("serving/test_metrics.py",)),
     "serving_batch": Piece("pipelines/serving/batch.py", ("serving/test_batch_parts.py", "serving/test_batch_runs.py")),
+    "serving_errors": Piece("pipelines/serving/errors.py", ("serving/test_errors.py",)),
     "serving_artifact": Piece("pipelines/serving/artifact.py", ("serving/test_artifact.py",)),
 }
 
