@@ -38,7 +38,9 @@ _CONVERT: dict[str, Piece] = {}
 
 _MODEL: dict[str, Piece] = {}
 
-_INFERENCE: dict[str, Piece] = {}
+_INFERENCE: dict[str, Piece] = {
+    "prefix_cache": Piece("tinygptv/inference/prefix_cache.py", ("inference/test_prefix_cache.py",)),
+}
 
 _QUANTIZATION: dict[str, Piece] = {}
 

@@ -101,6 +101,14 @@ def test_tokens_of_the_answer_belong_to_what_a_slot_holds():
     assert slots.take(prompt(*LONG, 0, 7, 9)).num_reused == 42
 
 
+def test_a_slot_that_holds_nothing_is_not_taken_before_its_turn():
+    slots = PrefixCache(2, 64)
+    spoilt = slots.take(LONG).slot
+    slots.extend(spoilt, 0)
+    slots.release(spoilt)
+    assert (slots.take(LONG).slot, slots.take(LONG).slot) == (1 - spoilt, spoilt)
+
+
 def test_a_prompt_of_one_token():
     assert PrefixCache(1, 8).take(prompt(3)).num_reused == 0
 
