@@ -40,7 +40,7 @@ NO_FIELDS = "no turns, conversations, messages, conversation, texts, question, c
         ([1], "the row is no object but list"),
         ({"image": 3, "caption": "x"}, "image is no path but int"),
         ({"img_path": {"bytes": 3}, "caption": "x"}, "img_path is no path but int"),
-        ({"photo": ["a", None, "b"], "caption": "x"}, "photo holds 2 images; a sample has one"),
+        ({"photo": ["a", None, "b", "c"], "caption": "x"}, "photo holds 3 images; a sample has one"),
         *(
             ({"question": "q", "answers": answers}, "answers is not a list of texts")
             for answers in (["a", 3], "a", 3, b"a", {"text": ["a"], "start": [0]})
@@ -97,6 +97,8 @@ def test_the_task_is_the_rows_own_or_the_inputs_or_that_of_its_form(row, default
         ({"bytes": None, "path": "a.jpg"}, "a.jpg"),
         ({"url": "b.jpg"}, "b.jpg"),
         ({"bytes": jpeg(0), "path": "a.jpg"}, jpeg(0)),
+        ("", ""),  # a name that is none: set apart where it is read, and never trained on as text
+        ([""], ""),
         (None, None),
         ([], None),
         (jpeg(0), jpeg(0)),
@@ -114,6 +116,7 @@ def test_bytes_are_called_by_their_path_or_column():
         ({"img": {"bytes": png, "path": "a.jpg"}}, "a.jpg"),
         ({"img": {"bytes": png, "url": "https://h/a.jpg"}}, "https://h/a.jpg"),
         ({"img": {"bytes": b"", "path": "a.jpg"}}, "a.jpg is empty (0 bytes)"),
+        ({"image": b""}, "in image is empty (0 bytes)"),
     ):
         assert refused(Malformed, own_draft, {"caption": "x", **row}, "").startswith(f"image {name}")
 
