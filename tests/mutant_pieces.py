@@ -61,6 +61,7 @@ _ROWS: dict[str, Piece] = {
     "ingest_publish": Piece(
         "pipelines/data/ingest/publish.py", ("data/ingest/test_publish.py", "data/ingest/test_publish_calls.py")
     ),
+    "ingest_staging": Piece("pipelines/data/ingest/staging.py", ("data/ingest/test_staging.py",)),
 }
 
 _FETCH: dict[str, Piece] = {}
