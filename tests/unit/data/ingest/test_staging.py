@@ -76,6 +76,12 @@ def test_a_finished_unit_is_not_read_again(unit_and_settings, tmp_path):
     first, was_there = stage_unit(unit, 0, settings, str(tmp_path / "staging"))
     assert (first.rows, was_there) == (5, False)
     assert stage_unit(unit, 0, settings, str(tmp_path / "staging")) == (first, True)
+    other = settings.model_copy(update={"jpeg_quality": 50})
+    again, was_there = stage_unit(unit, 0, other, str(tmp_path / "staging"))
+    assert (again.fingerprint, was_there) == (staging.fingerprint(unit, other), False), "of other settings"
+    assert stage_unit(unit, 0, other, str(tmp_path / "staging")) == (again, True)
+    changed = replace(unit, modified_ns=unit.modified_ns + 1)
+    assert not stage_unit(changed, 0, other, str(tmp_path / "staging"))[1], "of another input"
 
 
 @pytest.mark.parametrize(
