@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pipelines.storage.files import COPY_BYTES, disk_full_as_error
 from pipelines.storage.location import Location, resolve
+from pipelines.storage.retry import with_retries
 
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\x1f\x8b", "gzip"),
@@ -66,13 +67,13 @@ class _UpToDamage(io.RawIOBase):
         self._position = 0
         self._damage: DamagedFileError | None = None
 
-    def _open(self, fed_bytes: int = 0) -> BinaryIO:
+    def _open(self, fed_bytes: int = COPY_BYTES) -> BinaryIO:
         filesystem, path = resolve(self._location)
         packed = self._opened.enter_context(filesystem.open_input_stream(path, compression=None))
-        fed = pa.PythonFile(_Fed(packed, fed_bytes), mode="r") if fed_bytes else packed
+        self._packed = _Packed(packed, fed_bytes)
         if self._compression == "xz":
-            return cast(BinaryIO, self._opened.enter_context(lzma.open(cast(BinaryIO, fed))))
-        return cast(BinaryIO, pa.CompressedInputStream(fed, self._compression))
+            return cast(BinaryIO, self._opened.enter_context(lzma.open(cast(BinaryIO, self._packed))))
+        return cast(BinaryIO, pa.CompressedInputStream(pa.PythonFile(self._packed, mode="r"), self._compression))
 
     def readable(self) -> bool:
         return True
@@ -83,6 +84,8 @@ class _UpToDamage(io.RawIOBase):
             try:
                 part = self._stream.read(_UNPACK_BYTES if left < 0 else min(left, _UNPACK_BYTES))
             except (OSError, lzma.LZMAError, EOFError) as error:
+                if self._packed.fault is not None:
+                    raise self._packed.fault from None
                 if isinstance(error, OSError) and error.errno is not None:
                     raise  # of the disk or the network
                 self._damage = DamagedFileError(str(error))
@@ -105,6 +108,8 @@ class _UpToDamage(io.RawIOBase):
                 left -= len(skipped)
             while byte := stream.read(1):
                 found += byte
+        if self._packed.fault is not None:  # what comes before the damage is not known
+            raise self._packed.fault
         return bytes(found)
 
     def close(self) -> None:
@@ -113,17 +118,26 @@ class _UpToDamage(io.RawIOBase):
         super().close()
 
 
-class _Fed(io.RawIOBase):
-    """A stream that gives a few bytes at a time."""
+class _Packed(io.RawIOBase):
+    """The compressed bytes of a file, so many at a time.
+
+    It notes that reading itself failed: decompressors raise the same for that as for damage, and errors of storages
+    have no errno either.
+    """
 
     def __init__(self, stream: pa.NativeFile, size: int) -> None:
         self._stream, self._size = stream, size
+        self.fault: OSError | None = None
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
-        return bytes(self._stream.read(self._size if size < 0 else min(size, self._size)))
+        try:
+            return bytes(self._stream.read(self._size if size < 0 else min(size, self._size)))
+        except OSError as error:
+            self.fault = error
+            raise
 
 
 def unpack(location: str | Location, target: Path) -> str:
@@ -133,15 +147,22 @@ def unpack(location: str | Location, target: Path) -> str:
         What is wrong with the compressed data: ``target`` then holds what comes before. Empty where nothing is.
 
     Raises:
-        OSError: the disk or the network failed.
+        OSError: the disk failed.
+        StorageError: the storage refuses, or fails at every try.
         DiskFullError: there is no room.
     """
-    with disk_full_as_error(target), open_unpacked(location) as source, target.open("wb") as sink:
-        while True:
-            try:
-                chunk = source.read(COPY_BYTES)
-            except DamagedFileError as error:
-                return f"the compressed data is damaged or cut off: {error}"
-            if not chunk:
-                return ""
-            sink.write(chunk)
+    location = Location.parse(location)
+
+    def copy() -> str:
+        with open_unpacked(location) as source, target.open("wb") as sink:
+            while True:
+                try:
+                    chunk = source.read(COPY_BYTES)
+                except DamagedFileError as error:
+                    return f"the compressed data is damaged or cut off: {error}"
+                if not chunk:
+                    return ""
+                sink.write(chunk)
+
+    with disk_full_as_error(target):
+        return with_retries(location, copy)

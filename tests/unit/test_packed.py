@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import errno
 import gzip
+import io
 import lzma
 import os
 import random
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -70,6 +73,25 @@ def test_damage_inside_costs_a_few_hundred_bytes(tmp_path):
         with pytest.raises(storage.DamagedFileError):
             stream.read(1)
     assert kept[: whole - 2000] == data[: whole - 2000]
+    assert len(data) - 1000 < len(kept) < len(data) + 1000, "it is found at the end, by the checksum"
+
+
+def test_all_is_read_where_all_is_asked_for_and_the_file_is_closed(tmp_path):
+    data = random.Random(2).randbytes(20_000)
+    (tmp_path / "file").write_bytes(gzip.compress(data))
+    with storage.open_unpacked(str(tmp_path / "file")) as stream:
+        packed = stream._packed._stream
+        assert stream.readable() and stream.read(3) == data[:3] and stream.read(9_000) == data[3:9_003]
+        assert stream.read(-1) == data[9_003:] and stream.read(1) == b"" and not packed.closed
+    assert packed.closed
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_what_is_unpacked_onto_a_full_disk_is_told(tmp_path):
+    (tmp_path / "file").write_bytes(gzip.compress(b"text"))
+    (tmp_path / "plain").symlink_to("/dev/full")
+    with pytest.raises(storage.DiskFullError, match=f"^no space left while writing {tmp_path}/plain: "):
+        storage.unpack(str(tmp_path / "file"), tmp_path / "plain")
 
 
 def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
@@ -79,3 +101,58 @@ def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="failed") as caught:
             stream.read(1)
         assert caught.value.errno == errno.EIO
+
+
+class Flaky:
+    """A storage of one file whose streams fail after so many bytes, as pyarrow says it: without a number."""
+
+    def __init__(self, content, *fails_at):
+        self.content, self.fails_at = content, list(fails_at)
+
+    def open_input_stream(self, path, compression):
+        assert (path, compression) == ("x", None)
+        inner, left = io.BytesIO(self.content), self.fails_at.pop(0)
+
+        def read(size):
+            if inner.tell() >= left:
+                raise OSError("AWS Error NETWORK_CONNECTION during GetObject")
+            return inner.read(min(size, left - inner.tell()))
+
+        return contextlib.nullcontext(SimpleNamespace(read=read))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PACKED if kind])
+def test_a_network_that_fails_is_no_damage(tmp_path, monkeypatch, kind):
+    """The decompressor raises the same for both: rows must not be lost because a connection was."""
+    data = random.Random(1).randbytes(20_000)
+    content = PACKED[kind](data)
+    half, never = content[:10_000], len(content) + 1
+    for packed, *fails_at in (
+        (content, never, 10_000),
+        (content, never, len(content) - 8),
+        (half, never, never, 5_000),
+    ):
+        flaky = Flaky(packed, *fails_at)
+        monkeypatch.setattr(storage.packed, "resolve", lambda location, flaky=flaky: (flaky, "x"))
+        with pytest.raises(OSError, match="NETWORK_CONNECTION") as caught:
+            storage.unpack("x", tmp_path / "plain")
+        assert not isinstance(caught.value, storage.DamagedFileError) and not flaky.fails_at
+    flaky = Flaky(content, never, never)
+    monkeypatch.setattr(storage.packed, "resolve", lambda location: (flaky, "x"))
+    assert storage.unpack("x", tmp_path / "plain") == "" and (tmp_path / "plain").read_bytes() == data
+
+
+def test_what_is_unpacked_from_a_bucket_is_asked_for_again(tmp_path, monkeypatch):
+    data = random.Random(3).randbytes(20_000)
+    content = gzip.compress(data)
+    never, pauses = len(content) + 1, []
+    flaky = Flaky(content, 0, never, 10_000, never, never)
+    monkeypatch.setattr(storage.packed, "resolve", lambda location: (flaky, location.path))
+    monkeypatch.setattr(storage.retry.time, "sleep", pauses.append)
+    assert storage.unpack("s3://bucket/x", tmp_path / "plain") == "" and (tmp_path / "plain").read_bytes() == data
+    assert len(pauses) == 2 and not flaky.fails_at
+    flaky = Flaky(content[:10_000], never, never, never)
+    assert "damaged or cut off" in storage.unpack("s3://bucket/x", tmp_path / "plain") and len(pauses) == 2
+    flaky = Flaky(content, *[0] * 6)
+    with pytest.raises(storage.StorageError, match=r"^s3://bucket/x failed 6 times, last with: AWS Error NETWORK_CONN"):
+        storage.unpack("s3://bucket/x", tmp_path / "plain")
