@@ -120,7 +120,9 @@ def local_data(location: str) -> Path:
     folders = storage.secure_folder(storage.secure_folder(storage.default_cache()) / "data")
     target = folders / key
     with storage.locked(folders / f"{key}.lock"):
-        if not target.is_dir():
+        if target.is_dir():
+            os.utime(target)
+        else:
             draft = Path(tempfile.mkdtemp(dir=folders, prefix=_DRAFT))
             try:
                 logger.info(

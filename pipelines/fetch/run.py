@@ -276,7 +276,8 @@ class _Fetch:
             shown_at = 0.0
 
             def report(done: int, total: int) -> None:
-                nonlocal shown_at
+                nonlocal begun, shown_at
+                begun = min(begun, done)  # the server sends the file from its start
                 if bar.seconds - shown_at > SHOWN_EVERY_S or done == total:
                     shown_at = bar.seconds
                     speed = (done - begun) / shown_at / 1e6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -73,6 +74,37 @@ def test_without_weights_little_is_fetched(remote, monkeypatch, tmp_path):
     assert local_checkpoint(remote, weights=False) == whole
 
 
+def test_every_kind_of_weights_is_left_out_and_a_light_copy_that_is_used_stays(tmp_path):
+    names = ["a.safetensors", "b.bin", "c.pt", "d.npy", "deep/e.safetensors", "f.json", "g.txt"]
+
+    def fill(staging):
+        (staging / "deep").mkdir()
+        for name in names:
+            (staging / name).write_text(name)
+
+    place = f"memory://bucket/{tmp_path.name}/kinds"
+    storage.upload_folder(write_folder(tmp_path / "made", fill), place, MANIFEST)
+    light = local_checkpoint(place, weights=False)
+    assert {path.name for path in light.rglob("*") if path.is_file()} == {"f.json", "g.txt", MANIFEST}
+    os.utime(light, (1000, 1000))
+    assert local_checkpoint(place, weights=False) == light and light.stat().st_mtime > 1000
+
+
+def test_a_storage_that_refuses_is_told_before_what_is_missing(tmp_path, monkeypatch):
+    def refused(location):
+        raise storage.StorageError(f"{location} refuses access")
+
+    monkeypatch.setattr(storage, "check_access", refused)
+    for fetch in (local_checkpoint, node_cache.local_data):
+        with pytest.raises(storage.StorageError, match=r"^memory://refused/x refuses access$"):
+            fetch("memory://refused/x")
+
+
+def test_the_hub_has_a_cache_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(node_cache, "local_folder", lambda location: tmp_path / location.rpartition("/")[2])
+    assert local_checkpoint("hf://org/name@v1") == tmp_path / "name@v1"
+
+
 def test_a_start_that_changed_is_another_copy(remote, tmp_path):
     first = local_checkpoint(remote)
     storage.upload_folder(checkpoint(tmp_path / "other", b"other weights"), remote, MANIFEST)
@@ -122,6 +154,14 @@ def test_half_a_download_is_never_used(remote, monkeypatch, cache):
         local_checkpoint(remote)
     assert [path.name for path in cache.iterdir() if path.is_dir()] == []
     verify_folder(local_checkpoint(remote))
+
+
+def test_a_copy_that_lost_its_manifest_is_fetched_again(remote):
+    folder = local_checkpoint(remote)
+    (folder / MANIFEST).unlink()
+    (folder / "left").touch()
+    assert local_checkpoint(remote) == folder and not (folder / "left").exists()
+    verify_folder(folder)
 
 
 def test_what_is_still_being_written_is_told(remote, tmp_path):
@@ -190,6 +230,30 @@ def test_data_is_copied_once_with_its_times_and_again_when_a_file_changed(tmp_pa
         node_cache.local_data(f"memory://bucket/{tmp_path.name}/none")
 
 
+def test_data_keeps_each_files_time_and_half_of_it_is_not_kept(tmp_path, monkeypatch):
+    place, find = f"memory://bucket/{tmp_path.name}/times", storage.find_below
+    times = {"a": 1_700_000_000_123_456_789, "deep/b": 1_600_000_000_000_000_001}
+    for name in times:
+        storage.write_atomically(f"{place}/{name}", name.encode())
+    monkeypatch.setattr(
+        storage, "find_below", lambda at: [replace(file, modified_ns=times[file.name]) for file in find(at)]
+    )
+
+    def killed(source, wanted, target):
+        (target / "a").write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(storage, "download_files", killed)
+        node_cache.local_data(place)
+    assert not [path for path in (tmp_path / "cache/data").iterdir() if path.is_dir()]
+    folder = node_cache.local_data(place)
+    assert {name: (folder / name).stat().st_mtime_ns for name in times} == times
+    assert (folder / "a").read_text() == "a"
+    times["a"] += 1
+    assert node_cache.local_data(place) != folder, "a file was written again"
+
+
 def test_only_old_drafts_are_what_killed_downloads_left(tmp_path, monkeypatch):
     monkeypatch.setattr(node_cache, "MAX_FOLDERS", 3)
     now = node_cache.time.time()
@@ -202,9 +266,19 @@ def test_only_old_drafts_are_what_killed_downloads_left(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"draft-new", "b", "c", "newest", "x.lock"}
 
 
+def test_eight_copies_are_kept(tmp_path):
+    for number in range(10):
+        (tmp_path / f"{number}").mkdir()
+        os.utime(tmp_path / f"{number}", (1000 + number, 1000 + number))
+    node_cache._thin_out(tmp_path, tmp_path / "0")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "3", "4", "5", "6", "7", "8", "9"]
+
+
 def test_a_local_checkpoint_is_compared_with_its_manifest(tmp_path, remote, monkeypatch):
     folder = checkpoint(tmp_path / "local")
     assert node_cache.checked_checkpoint(str(folder)) == folder
+    (folder / "config.json").write_text("[]")
+    assert node_cache.checked_checkpoint(str(folder)) == folder, "of the same size: hashes would take minutes"
     (folder / "config.json").write_text("{} ")
     with pytest.raises(CheckpointError, match=r"config\.json"):
         node_cache.checked_checkpoint(str(folder))
@@ -249,3 +323,7 @@ def test_copies_of_data_are_thinned_out_too(tmp_path, monkeypatch):
     assert first.parent == tmp_path / "cache/data" and (second.is_dir(), third.is_dir()) == (True, True)
     assert not first.exists() and {path.suffix for path in first.parent.iterdir()} == {"", ".lock"}
     assert node_cache._used_at(first) == 0.0
+    os.utime(second, (1000, 1000)), os.utime(third, (2000, 2000))
+    assert node_cache.local_data(places[1]) == second, "used again"
+    assert node_cache.local_data(places[0]) == first
+    assert second.is_dir() and not third.exists()

@@ -58,9 +58,14 @@ def test_what_is_recorded_and_unchanged_is_not_looked_at_again(here, monkeypatch
     assert job(here, accept_changed=True)._look(replace(FILE, sha256="other")).is_here and len(checked) == 2
     job(here)._look(replace(FILE, sha256="other"))
     assert len(checked) == 3, "the publisher states another hash than the recorded one"
+    changed_ns = (here / "phi/a.bin").stat().st_mtime_ns
     (here / "phi/a.bin").write_bytes(b"123456")
+    os.utime(here / "phi/a.bin", ns=(changed_ns, changed_ns))
     job(here)._look(FILE)
     assert len(checked) == 4, "it has another size"
+    os.utime(here / "phi/a.bin", ns=(changed_ns, changed_ns + 1))
+    job(here)._look(FILE)
+    assert len(checked) == 5, "it was changed later"
 
 
 def test_hashes_come_from_the_publisher_or_the_first_download(here):
@@ -105,7 +110,7 @@ def test_a_server_adds_what_is_stated_nowhere(tmp_path, monkeypatch):
 
 def test_files_elsewhere_are_looked_for_by_path_and_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("usb/phi/a.bin", "usb/a.bin", "phi/a.bin", "flat/b.bin"):
+    for name in ("usb/phi/a.bin", "usb/a.bin", "phi/a.bin", "flat/b.bin", "x/phi/phi/a.bin", "x/phi/a.bin"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
 
@@ -114,6 +119,9 @@ def test_files_elsewhere_are_looked_for_by_path_and_by_name(tmp_path, monkeypatc
 
     assert found(FILE, "~/usb") == ["usb/phi/a.bin"], "a file of a folder is not taken by its name alone"
     assert found(FILE, str(tmp_path / "phi")) == ["phi/a.bin"], "the folder itself is named"
+    assert found(FILE, "~/x/phi") == ["x/phi/phi/a.bin", "x/phi/a.bin"], "its own path comes first"
+    (tmp_path / "folders/phi/a.bin").mkdir(parents=True)
+    assert found(FILE, "~/folders") == [], "a folder is no file"
     assert found(replace(FILE, path="b.bin", name="b.bin"), "~/usb", "~/flat") == ["flat/b.bin", "flat/b.bin"]
     with pytest.raises(SettingsError, match="local=/nowhere is no folder"):
         found(FILE, "/nowhere")
@@ -170,7 +178,8 @@ def test_what_is_here_and_what_is_left_is_told(tmp_path, capsys):
     def wanted(name, num_bytes, is_here=False):
         return Wanted(replace(FILE, path=name), tmp_path / name, Remote(f"https://me:pw@h/{name}", num_bytes), is_here)
 
-    files = [wanted("a", 50_000_000), wanted("b", 4_999_999), wanted("c", 0), wanted("d", 9, True)]
+    files = [wanted("a", 50_000_000), wanted("b", 4_999_999), wanted("c", 0), wanted("d", 9, True), wanted("e", 4)]
+    (tmp_path / ".e.part").write_bytes(b"1234")
     with (tmp_path / ".a.part").open("wb") as part:
         part.truncate(40_000_001)  # nothing is written
     telling = _Fetch(FetchSettings(), tmp_path, None, NO_RETRIES)
@@ -180,9 +189,10 @@ def test_what_is_here_and_what_is_left_is_told(tmp_path, capsys):
         "  b: 5.000 MB, https://***@h/b",
         "  c: unknown size, https://***@h/c",
         "  d: here",
-        f"1 of 4 files are in {tmp_path}; 0.01 GB to download.",
+        "  e: 0.000 MB, https://***@h/e",
+        f"1 of 5 files are in {tmp_path}; 0.01 GB to download.",
     ]
-    assert [each.bytes_left for each in files] == [9_999_999, 4_999_999, 0, 0]
+    assert [each.bytes_left for each in files] == [9_999_999, 4_999_999, 0, 0, 0]
     assert [module._gigabytes(size) for size in (5_000_000, 1_234_567_890)] == ["0.01 GB", "1.23 GB"]
     job(tmp_path)._tell(files)
     assert capsys.readouterr().out == ""
@@ -214,6 +224,8 @@ def test_only_new_bytes_are_counted_and_long_downloads_show_their_speed(tmp_path
             report(done, total)
         now[0] = 2.0
         report(4 << 20, 0)  # of a size that its server does not say
+        now[0] = 2.1
+        report(5 << 20, 0)
         return "sha"
 
     monkeypatch.setattr(module, "Bar", Bar)
@@ -227,6 +239,8 @@ def test_only_new_bytes_are_counted_and_long_downloads_show_their_speed(tmp_path
     assert shown == ["phi/a.bin", (2, 3, "MiB  4.2 MB/s"), (3, 3, "MiB  5.2 MB/s"), (4, 4, "MiB  2.1 MB/s")]
     running._download(replace(each, target=tmp_path / "new/b", remote=Remote("u", 4_999_999)))
     assert bars == [False, True] and running.bytes_downloaded == 5_000
+    job(tmp_path, quiet=True)._download(each)
+    assert bars == [False, True, True]
 
 
 def test_a_dry_run_only_looks(tmp_path, monkeypatch):
@@ -282,6 +296,16 @@ def test_a_fetch_of_sets_and_weights(tmp_path, monkeypatch, capsys):
     result = module.fetch(FetchSettings(what=["stage1"], dry_run=True))
     assert (told["folder"], told["most"], told["files"]) == (tmp_path / "weights", 1, ["file of stage1"])
     assert result["commands"] == [] and capsys.readouterr().out == ""
+    module.fetch(FetchSettings(what=["data1", "stage2"], quiet=True), Retries(most=3))
+    assert told["files"] == ["file of stage2", "file of laion", "file of cc_sbu"] and told["most"] == 3
+    sampled = []
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            module, "fetch_samples", lambda settings, retries: sampled.append((settings.what, retries.most))
+        )
+        for given in (None, Retries(most=2)):
+            module.fetch(FetchSettings(what=["gqa", "sample"]), given)
+    assert sampled == [(["gqa", "sample"], 6), (["gqa", "sample"], 2)]
     module.fetch(FetchSettings(what=["gqa"], quiet=True))
     assert told["files"] == ["file of gqa"] and "licence" not in capsys.readouterr().out
     (tmp_path / "raw/sample.json").touch()
