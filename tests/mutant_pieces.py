@@ -64,9 +64,22 @@ _ROWS: dict[str, Piece] = {
     "ingest_staging": Piece("pipelines/data/ingest/staging.py", ("data/ingest/test_staging.py",)),
 }
 
-_FETCH: dict[str, Piece] = {}
+_FETCH: dict[str, Piece] = {
+    "fetch_data": Piece(
+        "pipelines/fetch/data.py", ("fetch/test_data.py", "fetch/test_sets_calls.py", "fetch/test_told.py")
+    ),
+    "fetch_datasets": Piece("pipelines/fetch/datasets.py", ("fetch/test_data.py", "fetch/test_sets_calls.py")),
+    "fetch_sample": Piece(
+        "pipelines/fetch/sample.py",
+        ("fetch/test_sample_parts.py", "fetch/test_sample.py"),
+        "not is_read_as_the_whole_set_is",
+    ),
+}
 
-_STORAGE: dict[str, Piece] = {}
+_STORAGE: dict[str, Piece] = {
+    "storage_retry": Piece("pipelines/storage/retry.py", ("storage/test_retry.py",)),
+    "node_cache": Piece("pipelines/node_cache.py", ("test_node_cache.py",)),
+}
 
 _TRAINING: dict[str, Piece] = {
     "states": Piece("pipelines/training/states.py", ("training/test_states.py",), "not goes_on_bit_for_bit"),

@@ -117,6 +117,10 @@ def test_jobs_are_those_of_the_tree_or_of_an_installed_package(tmp_path, monkeyp
     (tmp_path / "pipelines").mkdir()
     monkeypatch.setattr(console, "__file__", str(tmp_path / "pipelines/console.py"))
     assert jobs_folder() == tmp_path / "pipelines/jobs"
+    (tmp_path / "jobs").mkdir()
+    assert jobs_folder() == tmp_path / "pipelines/jobs", "a folder of somebody else's"
+    (tmp_path / "jobs/fetch.py").touch()
+    assert jobs_folder() == tmp_path / "jobs"
 
 
 def test_which_script_or_module_a_word_means():

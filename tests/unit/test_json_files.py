@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from types import MappingProxyType
 
 import pytest
 
+from pipelines import storage
 from pipelines.json_files import read_json_object, to_json, write_json
 
 
@@ -25,6 +27,19 @@ def test_a_damaged_file_counts_as_missing_and_is_named(tmp_path, caplog, content
     (tmp_path / "x.json").write_bytes(content)
     assert read_json_object(tmp_path / "x.json") is None
     assert f"{tmp_path}/x.json is empty or damaged" in caplog.text
+
+
+def test_a_storage_that_fails_is_no_missing_file(monkeypatch):
+    def refused(location):
+        raise storage.StorageError(f"{location} refuses access")
+
+    monkeypatch.setattr(storage, "read_bytes", refused)
+    with pytest.raises(storage.StorageError, match=r"^s3://b/x\.json refuses access$"):
+        read_json_object("s3://b/x.json")
+
+
+def test_mappings_of_any_kind_are_objects():
+    assert to_json(MappingProxyType({"a": MappingProxyType({"b": math.nan})})) == '{"a": {"b": null}}'
 
 
 def test_an_object_without_members_is_one(tmp_path):

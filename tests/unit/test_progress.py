@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 
 import pytest
@@ -35,6 +36,11 @@ def test_a_bar_shows_share_note_and_time_left(clock, capsys):
     assert shown == f"prepare laion [{'#' * 8:.<30}] 3/12  rows 30 in  left 1:30\n"
 
 
+def test_a_bar_that_just_began_has_lasted_a_little(clock):
+    with Bar("x", quiet=True) as bar:
+        assert bar.seconds == 1e-6
+
+
 def test_a_log_gets_a_line_now_and_then_and_the_last_one(clock, capsys):
     with Bar("score") as bar:
         for done in range(1, 31):
@@ -49,8 +55,24 @@ def test_a_terminal_gets_one_line_that_changes(clock, capsys, monkeypatch):
     line = Line()
     line.show("a")
     line.show("b")
+    line.show("b")
+    assert capsys.readouterr().err == "\r\x1b[Ka\r\x1b[Kb", "at once, and only where it is new"
     line.show("b", last=True)
-    assert capsys.readouterr().err == "\r\x1b[Ka\r\x1b[Kb\n"
+    assert capsys.readouterr().err == "\n"
+    Line().show("", last=True)
+    assert capsys.readouterr().err == "", "nothing was shown that could end"
+
+
+def test_a_line_is_seen_at_once(clock, monkeypatch):
+    seen = []
+
+    class Stream(io.StringIO):
+        def flush(self):
+            seen.append(self.getvalue())
+
+    monkeypatch.setattr(progress.sys, "stderr", Stream())
+    Line().show("a")
+    assert seen == ["a\n"]
 
 
 def test_nothing_to_do_is_done(clock, capsys):
@@ -116,7 +138,7 @@ def test_follow_reads_any_storage_and_ends_its_line(tmp_path, capsys, monkeypatc
         storage.write_atomically(place, b"step 7 caf\xe9")
     assert capsys.readouterr().err.endswith("\x1b[Kstep 7 caf\ufffd\n") and asked == [0.5 if root == "local" else 5.0]
     with follow(place + "-none", quiet=True):
-        pass
+        storage.write_atomically(place + "-none", b"step 8")
     assert capsys.readouterr().err == ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import pytest
 
 from pipelines.redact import redact
@@ -32,3 +34,4 @@ def test_credentials_and_secret_options_are_starred(text, shown):
 def test_values_are_gone_through_and_keep_their_kinds():
     value = {"a": ["s3://k:s@b", ("s3://k:s@b", 3)], "b": {"c": None, "d": 1.5}}
     assert redact(value) == {"a": ["s3://***@b", ("s3://***@b", 3)], "b": {"c": None, "d": 1.5}}
+    assert redact(MappingProxyType({"s3://k:s@b": "s3://k:s@b"})) == {"s3://k:s@b": "s3://***@b"}

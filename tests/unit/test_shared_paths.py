@@ -36,6 +36,18 @@ def test_absolute_paths_are_asked_about_and_uris_are_not(nodes, tmp_path):
     assert list(output.iterdir()) == [], "the mark is gone"
 
 
+def test_every_key_that_workers_read_or_write_is_asked_about(nodes, tmp_path):
+    asked, _ = nodes
+    inputs = ("data", "input", "images", "init_from", "checkpoint", "artifact", "benchmark_data")
+    for key in inputs:
+        (tmp_path / key).mkdir()
+    given = {key: str(tmp_path / key) for key in (*inputs, "output", "storage_path", "raw")}
+    shared_paths.check_shared_paths(SimpleNamespace(**given))
+    assert list(asked)[: len(inputs)] == list(inputs) and set(asked) == {*inputs, "output", "storage_path"}
+    assert {key: asked[key] for key in inputs} == {key: given[key] for key in inputs}
+    shared_paths.check_shared_paths(SimpleNamespace(**dict.fromkeys(given, None)))
+
+
 @pytest.mark.parametrize("key", ["init_from", "output"])
 def test_an_unseen_path_is_named_with_its_node_and_the_fix(nodes, tmp_path, key):
     _, unseen = nodes
@@ -45,6 +57,12 @@ def test_an_unseen_path_is_named_with_its_node_and_the_fix(nodes, tmp_path, key)
     with pytest.raises(SettingsError) as error:
         shared_paths.check_shared_paths(TrainSettings(**paths))
     assert all(word in str(error.value) for word in (f"{key}={paths[key]}", "10.0.0.2", "s3://bucket"))
+    assert list((tmp_path / "output").iterdir()) == [], "the mark is gone, whatever the nodes say"
+    paths[key] = f"file://{paths[key]}"
+    with pytest.raises(
+        SettingsError, match=f"^{key}=file://{tmp_path}/{key} is a path of this machine that the node at"
+    ):
+        shared_paths.check_shared_paths(TrainSettings(**paths))
 
 
 def test_patterns_missing_inputs_and_read_only_outputs_are_the_jobs_own_matter(nodes, tmp_path):

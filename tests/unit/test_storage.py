@@ -51,7 +51,8 @@ def test_patterns_find_files_in_order(tmp_path, root):
 @pytest.mark.parametrize("folder", ["b[v1]", "c{a,b}", "d*", "e?", "f{0..2}"])
 def test_what_exists_is_taken_as_it_is_named(tmp_path, root, folder):
     place = str(tmp_path) if root == "local" else f"memory://brackets-{folder[0]}"
-    for name in (f"{folder}/own.jsonl", f"{folder}/x[1].jsonl", "ca/own.jsonl", "dd/own.jsonl", "f1/own.jsonl"):
+    alike = ("ca/own.jsonl", "dd/own.jsonl", "f1/own.jsonl", "bv", "cb", "dfile", "ex", "f0")
+    for name in (f"{folder}/own.jsonl", f"{folder}/x[1].jsonl", *alike):
         storage.make_folder(storage.parent(storage.join(place, name)))
         storage.write_atomically(storage.join(place, name), name.encode())
 
@@ -143,7 +144,8 @@ def test_text_joins_only_names_of_ours():
         storage.join("s3://bucket/images", "a.jpg?endpoint_override=evil:9000")
     with pytest.raises(ValueError, match="no path below a folder"):
         storage.join("s3://bucket/images", "../a.jpg")
-    assert storage.join("/data", "a?b=c") == "/data/a?b=c"
+    assert storage.join("/data", "a?b=c") == "/data/a?b=c" == storage.join("/data/", "a?b=c")
+    assert storage.join("relative/", "a", "b") == "relative/a/b", "as it was written"
     odd = storage.join(Location.parse("s3://bucket/images"), "a?b=c", "d")
     assert odd == Location("s3://bucket", "images/a?b=c/d"), "names from data belong into a Location"
     assert Location("", "/") / "a" == Location("", "/a")
@@ -169,6 +171,8 @@ def test_odd_names_are_found_and_read_in_a_bucket(name):
         ("file://localhost/a", "", "/a", "/a"),
         ("s3://bucket", "s3://bucket", "", "s3://bucket"),
         ("s3://bucket/a/b/?region=x", "s3://bucket?region=x", "a/b", "s3://bucket/a/b?region=x"),
+        ("s3://bucket//a", "s3://bucket", "a", "s3://bucket/a"),
+        ("s3://bucket?region=x", "s3://bucket?region=x", "", "s3://bucket?region=x"),
         ("s3://bucket/?.tar", "s3://bucket", "?.tar", "s3://bucket/?.tar"),
         ("gs://bucket/a#b", "gs://bucket", "a#b", "gs://bucket/a#b"),
         ("abfs://c@account.dfs.core.windows.net/a", "abfs://c@account.dfs.core.windows.net", "a", None),
@@ -189,7 +193,9 @@ def test_relative_paths_become_absolute_because_workers_run_elsewhere(tmp_path, 
     assert Location.parse("~/a") == Location("", "/home/me/a")
     assert Location.parse("/a").parent.parent == Location("", "/")
     assert Location.parse("s3://bucket/a").parent == Location("s3://bucket", "")
-    assert Location.parse("s3://bucket/x/a.b").name == "a.b"
+    assert Location.parse("s3://bucket/x/y/a.b").name == "a.b"
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    assert Location.parse("link/a").path == f"{tmp_path}/link/a", "other nodes may link elsewhere"
 
 
 def test_local_paths_become_absolute_and_uris_stay(tmp_path, monkeypatch):
@@ -221,6 +227,8 @@ def test_query_of_a_uri_stays_at_its_end():
         ("hdfs://host:9000", "", "hdfs://host:9000/"),
         ("hdfs://host?user=x", "", "hdfs://host?user=x"),
         ("s3://bucket?region=x", "me", "s3://bucket?region=x"),
+        ("az://box", "", "az://box"),
+        ("s3://key:secret@bucket", "me", "s3://key:secret@bucket"),
     ],
 )
 def test_the_address_that_is_opened(monkeypatch, root, account, asked):
@@ -241,6 +249,38 @@ def test_a_container_without_its_account_is_told(monkeypatch):
     monkeypatch.delenv(location_module.AZURE_ACCOUNT, raising=False)
     with pytest.raises(SettingsError, match=r"cannot open az://box: the storage account is not known; set AZURE_STOR"):
         storage.resolve("az://box/a")
+
+
+def test_what_pyarrow_cannot_open_is_opened_by_fsspec(monkeypatch):
+    import fsspec
+
+    def unknown(address):
+        raise ValueError("unrecognized")
+
+    opened, memory = [], fsspec.filesystem("memory")
+    monkeypatch.setattr(location_module.pafs, "FileSystem", SimpleNamespace(from_uri=unknown))
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda root: opened.append(root) or (memory, "base"))
+    for root in ("abfs://box@you.dfs.core.windows.net", "other://x?a=b"):
+        system, base = location_module._connect.__wrapped__(root)
+        assert (system.type_name, base) == ("py::fsspec+memory", "base")
+    assert opened == ["abfs://box@you.dfs.core.windows.net", "other://x?a=b"]
+
+
+@pytest.mark.parametrize(
+    ("base", "path", "found"),
+    [
+        ("", "a/b", "a/b"),
+        ("bucket", "a/b", "bucket/a/b"),
+        ("/", "a/b", "/a/b"),
+        ("/base/", "a", "/base/a"),
+        ("bucket", "", "bucket"),
+        ("/", "", "/"),
+    ],
+)
+def test_the_path_in_a_file_system_begins_at_the_address(monkeypatch, base, path, found):
+    system = LocalFileSystem()
+    monkeypatch.setattr(location_module, "_connect", lambda root: (system, base))
+    assert storage.resolve(Location("x://y", path)) == (system, found)
 
 
 def test_a_storage_that_cannot_be_opened_is_the_users_mistake(monkeypatch):

@@ -287,6 +287,12 @@ def test_a_table_of_fewer_rows_is_written_again_and_a_whole_one_is_kept(tmp_path
     assert len(write_table(tmp_path / "l.json", quiet=True).read_text().splitlines()) == 6
 
 
+def test_captions_that_are_no_text_of_unicode_are_written_all_the_same(tmp_path):
+    (tmp_path / "l.json").write_text(r'[{"caption": "caf\u00e9 \ud800", "url": "http://h/\u00e9"}]')
+    table = write_table(tmp_path / "l.json", quiet=True)
+    assert table == tmp_path / "l.tsv" and table.read_bytes() == "caption\turl\ncaf\u00e9 ?\thttp://h/\u00e9\n".encode()
+
+
 def test_img2dataset_that_fails_is_told(monkeypatch):
     monkeypatch.setattr(data.shutil, "which", lambda name: name)
     for status in (1, 255):

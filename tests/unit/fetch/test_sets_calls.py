@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -128,14 +129,37 @@ def test_an_answer_without_an_image(status, content, found):
         single_images._get(client, Remote("https://h/a"), "a.jpg")
 
 
+def test_sets_are_finished_with_their_archives_rows_and_commands(tmp_path, monkeypatch):
+    done, laion = [], all_sets()["laion"]
+    monkeypatch.setattr(data, "unpack", lambda archive, quiet: done.append((archive, quiet)))
+    monkeypatch.setattr(data, "write_table", lambda file, rows, quiet: done.append((file, rows, quiet)))
+    monkeypatch.setattr(data, "_run", done.append)
+    (tmp_path / "r").mkdir()
+    for name in ("b.zip", "a.zip"):
+        (tmp_path / "r" / name).touch()
+    archives = replace(all_sets()["gqa"], archives=frozenset({"r/b.zip", "r/removed.zip", "r/a.zip"}))
+    command = data.img2dataset_command(laion.links, tmp_path)
+    for images, quiet, told in (("print", True, [shlex.join(command)]), ("run", False, [])):
+        settings = FetchSettings(images=images, rows=7, quiet=quiet)
+        assert data.finish_sets([archives, laion], tmp_path, settings) == told
+        unpacked = [(tmp_path / "r/a.zip", quiet), (tmp_path / "r/b.zip", quiet)]
+        listed = (tmp_path / "laion/laion_synthetic_filtered_large.json", 7, quiet)
+        assert done == [*unpacked, listed, *([] if told else [command])]
+        done.clear()
+
+
 def test_unpacking_shows_every_hundredth_file_and_the_last(tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr(data.Bar, "update", lambda bar, *now: shown.append(now))
+    shown, bars, bar_class = [], [], data.Bar
+    monkeypatch.setattr(data, "Bar", lambda title, quiet: bars.append((title, quiet)) or bar_class(title, quiet=quiet))
+    monkeypatch.setattr(bar_class, "update", lambda bar, *now: shown.append(now))
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for number in range(201):
             archive.writestr(f"d/{number}", "x")
-    data.unpack(tmp_path / "a.zip", quiet=True)
+    data.unpack(tmp_path / "a.zip")
     assert shown == [(100, 201, "files"), (200, 201, "files"), (201, 201, "files")]
+    (tmp_path / ".a.zip.unpacked").unlink()
+    data.unpack(tmp_path / "a.zip", quiet=True)
+    assert bars == [("unpacking a.zip", False), ("unpacking a.zip", True)]
     assert len(list((tmp_path / "d").iterdir())) == 201
 
 
@@ -160,3 +184,4 @@ def test_a_table_of_sets_has_columns():
     assert head == f"{'set':24}{'GB':>8}{'rows':>14}{'hours':>8}  licence"
     assert first == f"{'gqa':24}{'20.5':>8}{'943,000':>14}{sets[0].hours:8.1f}  CC"
     assert second.split()[:3] == ["gqa", "-", "-"] and last.startswith(f"{'together':24}{20.5:8.1f}")
+    assert last.split()[2] == f"{sets[0].hours:.1f}" and sets[0].hours > 0

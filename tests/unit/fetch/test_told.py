@@ -17,7 +17,7 @@ from pipelines.fetch.results import LOCK_FILE
 from pipelines.fetch.run import Wanted, _Fetch, _gigabytes, fetch
 from pipelines.fetch.single_images import ImagesReport
 from pipelines.settings import FetchSettings, SettingsError
-from pipelines.storage import DiskFullError
+from pipelines.storage import DiskFullError, locked
 from tinygptv.convert.sources import SourceFile
 
 FILE = SourceFile(path="a/b.bin", name="b.bin", base="https://files.example/", license="MIT", revision="r1")
@@ -48,7 +48,8 @@ def test_sizes(num_bytes, text):
 
 def test_the_room_that_is_needed_is_told(tmp_path, monkeypatch):
     files = [wanted(tmp_path, 6_000_000_000), wanted(tmp_path, 10**12, "there", is_here=True)]
-    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda folder: SimpleNamespace(free=5_500_000_000))
+    free = {tmp_path: 5_500_000_000}
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
     with pytest.raises(DiskFullError) as caught:
         job(tmp_path)._check_disk(files)
     assert str(caught.value) == (
@@ -177,7 +178,15 @@ def test_annotations_are_asked_for_with_the_hubs_token_and_each_set_is_told(tmp_
     assert asked == [Remote("http://hub/a/b.bin", headers={"Authorization": "x"})] * 3
     assert finished == ["laion"] and imaged == ["laion", "coco", "okvqa"]
     out = capsys.readouterr().out.splitlines()
-    assert out[-2:] == ["okvqa: first 2,000 rows", "1 images fetched, 0 not there."]
+    assert out == ["laion: first 2,000 rows", "okvqa: first 2,000 rows", "1 images fetched, 0 not there."]
+
+
+def test_a_sample_has_a_thousand_rows_and_its_folder_for_itself(sampled, tmp_path):
+    settings = FetchSettings(what=["sample", "okvqa"], output=str(tmp_path), quiet=True)
+    assert fetch(settings)["sample"]["rows"] == 1000 and sampled[0] == ("coco", 1000)
+    busy = f"^another fetch is writing to {tmp_path}: wait for it"
+    with locked(tmp_path / ".fetch", "busy"), pytest.raises(SettingsError, match=busy):
+        fetch(settings)
 
 
 def test_samples_of_nothing_known_name_what_there_is(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args, get_origin
+
 import pytest
 
 from pipelines.settings import SECTIONS, AnswerSettings, Settings
@@ -89,6 +91,34 @@ KEYS = {
 }
 """Section -> ``key=default``, with its bounds; "" has the keys of all jobs, ``answers`` those of serve and batch."""
 
+CHOICES = {
+    "images": ["print", "run"],
+    "stage": [1, 2, 3, 4],
+    "device": ["auto", "cuda", "cpu"],
+    "method": ["", "nf4", "int8", "int4", "cpu", "cpu4"],
+    "language": ["phi-2", "phi-2-susnato"],
+    "duplicates": ["drop", "keep"],
+    "dtype": ["float32", "float16"],
+    "micro_batch_size": ["auto"],
+    "precision": ["fp32", "bf16", "fp16", "fp16_range"],
+    "plan_memory.precision": ["", "fp32", "bf16", "fp16"],
+    "encoder_precision": ["fp32", "bf16", "fp16"],
+    "features": ["inline", "cached"],
+    "ablate.features": ["cached", "inline"],
+    "plan_memory.features": ["", "inline", "cached"],
+    "whole_recipe.features": ["auto", "cached", "inline"],
+    "attention": ["eager", "sdpa", "flex_attention"],
+    "compile": ["auto", "on", "off"],
+    "guard": ["skip", "rollback", "stop", "off"],
+    "metric": ["official", "released", "exact", "vqa", "iou"],
+    "encoder": ["", "half", "int8"],
+    "parts": ["all", "vision", "language"],
+    "kv_cache_dtype": ["auto", "bfloat16"],
+    "default_task": ["", "vqa", "caption", "refer", "grounding", "detection"],
+    "open_paths": ["/metrics", "/docs", "/openapi.json"],
+}
+"""Key (or section and key) -> the words that it takes, where it takes only these."""
+
 BOUNDS = ("ge", "gt", "le", "lt", "min_length")
 
 
@@ -114,3 +144,21 @@ def test_defaults_and_bounds_are_these(section):
 
 def test_every_section_is_in_the_table():
     assert set(KEYS) == {"", "answers", *SECTIONS}
+
+
+def choices(annotation):
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for part in get_args(annotation) for choice in choices(part)]
+
+
+def test_keys_of_few_words_take_these():
+    found = {
+        (section, key): told
+        for section, kind in SECTIONS.items()
+        for key, field in kind.model_fields.items()
+        if (told := choices(field.annotation))
+    }
+    expected = {key: CHOICES.get(".".join(key), CHOICES.get(key[1])) for key in found}
+    assert found == expected
+    assert {key.rpartition(".")[2] for key in CHOICES} == {key for _, key in found}

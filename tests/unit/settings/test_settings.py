@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import SecretStr
 
 from pipelines.settings import (
     SECTIONS,
@@ -206,6 +207,7 @@ def test_mistakes_in_a_section_name_file_and_section(tmp_path):
 @pytest.mark.parametrize("kind", SECTIONS.values(), ids=SECTIONS)
 def test_help_shows_every_key_with_the_value_that_will_be_used(tmp_path, capsys, kind):
     config = write(tmp_path, f"seed: 7\n{kind.section}: {{num_cpus: 3}}")
+    assert _value([]) == "[]" and _value([SecretStr("hush")]) == "..." == _value(SecretStr("hush"))
     assert _value([1, "a"]) == "[1, a]" and _value({"a": {"b": True}}) == "{a: {b: true}}" and _value(None) == ""
     with pytest.raises(SystemExit) as ended:
         kind.from_command_line(["--help", "--config", str(config), "quiet=true"], "what it does")

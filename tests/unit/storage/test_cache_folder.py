@@ -41,6 +41,16 @@ def test_a_new_folder_is_private_and_a_link_is_refused(tmp_path):
         secure_folder(tmp_path / "link")
 
 
+@pytest.mark.security
+def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "cache").mkdir(mode=0o700)
+    assert secure_folder(tmp_path / "cache") == tmp_path / "cache"
+    owner = (tmp_path / "cache").stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(SettingsError, match="belongs to another user"):
+        secure_folder(tmp_path / "cache")
+
+
 def test_a_lock_is_refused_while_it_is_held(tmp_path):
     path = tmp_path / "x.lock"
     with locked(path, "busy"), pytest.raises(SettingsError, match=r"^busy$"), locked(path, "busy"):

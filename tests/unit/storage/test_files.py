@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,7 +179,8 @@ def test_files_below_a_folder_come_by_name(tmp_path):
     assert [(file.name, file.num_bytes) for file in found] == [("a/y", 3), ("a/z", 3), ("b", 1), ("c/1", 3)]
     assert all(file.modified_ns == (tmp_path / file.name).stat().st_mtime_ns for file in found)
     (alone,) = storage.find_below(str(tmp_path / "b"))
-    assert (alone.name, alone.location.path) == ("", f"{tmp_path}/b")
+    assert (alone.name, alone.location.path, alone.num_bytes) == ("", f"{tmp_path}/b", 1)
+    assert alone.modified_ns == (tmp_path / "b").stat().st_mtime_ns
 
 
 def test_the_disks_errors_are_no_damage_of_the_data(tmp_path, monkeypatch):
@@ -187,8 +189,6 @@ def test_the_disks_errors_are_no_damage_of_the_data(tmp_path, monkeypatch):
     class Broken:
         def read(self, size):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    from contextlib import nullcontext
 
     from pipelines.storage import packed
 
@@ -285,6 +285,7 @@ def test_folders_and_files_are_removed_and_missing_ones_are_fine(tmp_path, root)
     for _ in range(2):
         storage.remove_folder(storage.join(place, "folder"))
         storage.remove_file(storage.join(place, "folder2"))
+        storage.remove_folder(storage.join(place, "folder2/c"))
     assert list(storage.list_tree(place)) == ["folder2/c"]
     assert storage.is_folder(place) and not storage.is_folder(storage.join(place, "folder2/c"))
     assert [storage.exists(storage.join(place, name)) for name in ("folder2/c", "folder2", "folder")] == [1, 1, 0]
@@ -295,3 +296,21 @@ def test_a_second_name_in_a_bucket_is_a_copy(tmp_path):
     storage.write_atomically(f"{folder}/a", b"x")
     storage.link_or_copy(f"{folder}/a", f"{folder}/b")
     assert storage.list_names(folder) == {"a": 1, "b": 1}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_block_that_fails_on_a_full_disk_tells_its_own_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "draft_of", lambda target: tmp_path / "draft")
+    (tmp_path / "draft").symlink_to("/dev/full")
+    with pytest.raises(KeyError, match="mine"), storage.AtomicFile(str(tmp_path / "a")) as file:
+        file.write(b"x")
+        raise KeyError("mine")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_flushed_can_be_read(tmp_path):
+    with storage.AtomicFile(str(tmp_path / "a")) as file:
+        file.write(b"xyz")
+        assert file._draft.stat().st_size == 0
+        file.flush()
+        assert file._draft.read_bytes() == b"xyz" and not (tmp_path / "a").exists()

@@ -33,6 +33,8 @@ def tree(tmp_path):
         ("?/y.*", ["y.txt"]),
         ("{a{1..2},b}/x.tar", ["a1/x.tar", "a2/x.tar", "b/x.tar"]),
         ("*/x.tar/z", []),
+        ("{c.tar,d.tar}", ["d.tar"]),
+        ("*.TAR", []),
         ("nowhere/*.tar", []),
         ("nowhere/*/x.tar", []),
         ("b", []),
@@ -47,8 +49,11 @@ def test_a_pattern_matches_files_level_by_level(tree, pattern, names):
         assert (file.num_bytes, file.modified_ns) == (stat.st_size, stat.st_mtime_ns)
 
 
-@pytest.mark.parametrize("pattern", ["a[12]/*", "{a1,a2}/x.tar", "a1/x.tar"])
-def test_every_look_at_a_bucket_is_tried_again(tree, monkeypatch, pattern):
+@pytest.mark.parametrize(
+    ("look", "pattern"),
+    [*((find_files, pattern) for pattern in ("a[12]/*", "{a1,a2}/x.tar", "a1/x.tar")), (find_below, "b")],
+)
+def test_every_look_at_a_bucket_is_tried_again(tree, monkeypatch, look, pattern):
     pauses, calls = [], []
     monkeypatch.setattr(retry.time, "sleep", pauses.append)
 
@@ -61,12 +66,26 @@ def test_every_look_at_a_bucket_is_tried_again(tree, monkeypatch, pattern):
     flaky = SimpleNamespace(get_file_info=get_file_info)
     monkeypatch.setattr(find, "resolve", lambda location: (flaky, f"{tree}/{location.path}"))
     fails_at = 0
-    expected = find_files(Location("s3://bucket", pattern))
+    expected = look(Location("s3://bucket", pattern))
     assert expected and not pauses
     for fails_at in range(1, len(calls) + 1):
         calls.clear()
-        assert find_files(Location("s3://bucket", pattern)) == expected
+        assert look(Location("s3://bucket", pattern)) == expected
         assert len(pauses) == fails_at
+
+
+def test_a_name_that_is_there_is_no_pattern_in_its_folder(tmp_path):
+    for name in ("b/x[1].tar", "b/x1.tar", "e/x1.tar", "e/x2.tar", "f/[y]/1", "f/y/1"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [file.name for file in find_files(f"{tmp_path}/?/x[1].tar")] == ["b/x[1].tar", "e/x1.tar"]
+    assert [file.location.path for file in find_files(f"{tmp_path}/?/[y]/*")] == [f"{tmp_path}/f/[y]/1"]
+
+
+def test_a_pattern_may_begin_at_the_root(tree):
+    first, *rest = tree.parts[1:]
+    (found,) = find_files("/".join(["", f"[{first[0]}]{first[1:]}", *rest, "d.tar"]))
+    assert (found.location.path, found.name) == (f"{tree}/d.tar", "d.tar")
 
 
 def test_only_what_is_named_and_missing_beside_what_is_there_is_warned_about(tree, caplog):

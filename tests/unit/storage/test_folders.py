@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from pyarrow.fs import LocalFileSystem
 
@@ -31,6 +33,13 @@ def test_the_file_that_completes_a_folder_comes_last(source, tmp_path, monkeypat
     }
 
 
+def test_a_folder_may_lack_the_file_that_completes_others(source, tmp_path):
+    target = f"memory://uploaded/{tmp_path.name}"
+    storage.write_atomically(f"{target}/done.json", b"old")
+    upload_folder(source, target, "done.json")
+    assert list(storage.list_tree(target)) == ["a", "manifest.json", "sub/z"]
+
+
 def test_a_folder_that_is_replaced_is_not_complete_until_it_is(source, tmp_path, monkeypatch):
     target = f"memory://replaced/{tmp_path.name}"
     storage.write_atomically(f"{target}/manifest.json", b"old")
@@ -51,6 +60,17 @@ def test_asking_for_access_leaves_nothing(tmp_path, monkeypatch, writes):
     storage.check_access(place, writes=writes)
     assert storage.list_names(place) == {}
     assert written == ([".write-check"] if writes else []) and storage.is_folder(place) is writes
+
+
+def test_a_folder_that_may_not_be_listed_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    def refused(location):
+        raise StorageError(f"{location} refuses access")
+
+    monkeypatch.setattr(folders, "list_names", refused)
+    for writes in (False, True):
+        with pytest.raises(StorageError, match="refuses access"):
+            storage.check_access(f"memory://listed/{tmp_path.name}", writes=writes)
+    assert not storage.exists(f"memory://listed/{tmp_path.name}")
 
 
 def test_a_bucket_that_is_not_there_is_told_and_a_local_folder_need_not_be(tmp_path, monkeypatch):
@@ -87,5 +107,6 @@ def test_nothing_is_downloaded_into_a_folder_that_is_made(tmp_path):
     storage.copy_tree(tmp_path, tmp_path / "c/d", ["none"])
     assert not (tmp_path / "c").exists()
     (tmp_path / "file").write_text("x")
+    os.utime(tmp_path / "file", (1000, 1000))
     storage.copy_tree(tmp_path, tmp_path / "c/d", ["file"])
-    assert (tmp_path / "c/d/file").read_text() == "x"
+    assert (tmp_path / "c/d/file").read_text() == "x" and (tmp_path / "c/d/file").stat().st_mtime == 1000

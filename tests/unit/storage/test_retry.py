@@ -37,7 +37,10 @@ def test_a_fault_that_passes_is_tried_again_after_doubled_pauses(pauses, caplog)
     action, calls = failing(4, OSError("connection reset"))
     assert with_retries(REMOTE, action) == "done"
     assert len(calls) == 5 and pauses == [0.5, 1.0, 2.0, 4.0]
-    assert "s3://bucket/folder/file failed (try 4 of 6), again in 4.0 s: connection reset" in caplog.text
+    assert caplog.messages == [
+        f"s3://bucket/folder/file failed (try {n} of 6), again in {pause} s: connection reset"
+        for n, pause in enumerate(pauses, 1)
+    ]
 
 
 def test_a_fault_that_stays_is_told_after_the_last_try(pauses):
@@ -57,6 +60,8 @@ def test_a_fault_that_stays_is_told_after_the_last_try(pauses):
     [
         FileNotFoundError("gone"),
         IsADirectoryError("a folder"),
+        NotADirectoryError("a file"),
+        FileExistsError("there"),
         StorageError("told already"),
         OSError(errno.ENOSPC, "no space left"),
         OSError(errno.EDQUOT, "quota"),
@@ -90,6 +95,52 @@ def test_a_refusal_names_the_fix_at_the_first_try(pauses, error, sentence):
     with pytest.raises(StorageError) as caught:
         with_retries(REMOTE, action)
     assert sentence in str(caught.value) == refusal(REMOTE, error) and len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "AWS Error ACCESS_DENIED during PutObject operation: Access Denied",
+        "An error occurred (AccessDenied) when calling the PutObject operation",
+        "Forbidden",
+        "AWS Error INVALID_ACCESS_KEY_ID",
+        "An error occurred (InvalidAccessKeyId)",
+        "AWS Error SIGNATURE_DOES_NOT_MATCH",
+        "An error occurred (SignatureDoesNotMatch)",
+        "AWS Error INVALID_CLIENT_TOKEN_ID",
+        "AWS Error EXPIRED_TOKEN",
+        "An error occurred (ExpiredToken)",
+        "Unable to locate credentials",
+        "Your default Credentials were not found",
+        "HTTP response code 401",
+        "HTTP response code 403",
+        "google::cloud::Status(PermissionDenied: no)",
+        "AuthenticationFailed",
+        "AuthorizationFailure",
+        "Must provide either a connection_string or account name",
+    ],
+)
+def test_every_storages_words_for_no_access_are_known(text):
+    assert refusal(REMOTE, OSError(text)) == (
+        f"s3://bucket/folder/file refuses access ({text}): give every node credentials that may read and write there: "
+        "the machine's instance profile or service account, or the storage's environment variables (AWS_ACCESS_KEY_ID "
+        "and AWS_SECRET_ACCESS_KEY; GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_ACCOUNT_NAME)."
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "AWS Error NO_SUCH_BUCKET during HeadBucket operation",
+        "NoSuchBucket",
+        "The specified bucket does not exist.",
+        "Bucket 'data' not found",
+        "ErrorCode: ContainerNotFound",
+    ],
+)
+def test_every_storages_words_for_no_bucket_are_known(text):
+    assert refusal(REMOTE, OSError(text)) == retry.no_bucket(REMOTE)
+    assert refusal(REMOTE, PermissionError(text)) == retry.no_bucket(REMOTE)
 
 
 def test_other_errors_are_no_refusal():

@@ -39,11 +39,11 @@ def test_only_what_changed_is_published_again(location, uploads):
 
 def test_a_file_of_the_same_size_that_changed_is_published_again(location, uploads):
     work = WorkFolder(location)
-    for text, seconds in (("one", 1), ("two", 2), ("two", 2)):
+    for text, nanoseconds in (("one", 1), ("two", 2), ("two", 2), ("three", 2)):
         (work.path / "a").write_text(text)
-        os.utime(work.path / "a", (seconds, seconds))
+        os.utime(work.path / "a", ns=(nanoseconds, nanoseconds))
         work.publish("a")
-    assert uploads == ["a", "a"] and published(location) == {"a": b"two"}
+    assert uploads == ["a"] * 3 and published(location) == {"a": b"three"}
 
 
 def test_files_are_published_in_the_order_given(location, uploads):
@@ -64,6 +64,9 @@ def test_a_file_that_is_gone_is_removed_there(location):
     work.publish("folder")
     assert list(storage.list_names(f"{location}/folder")) == ["b"]
     assert storage.exists(f"{location}/folder.txt"), "of a name that begins alike"
+    storage.write_atomically(f"{location}/folder/a", b"another job's")
+    work.publish("folder")
+    assert storage.exists(f"{location}/folder/a"), "only what this folder published is removed"
 
 
 def test_everything_that_is_gone_is_removed_where_all_is_published(location):
@@ -81,10 +84,10 @@ def test_everything_that_is_gone_is_removed_where_all_is_published(location):
 def test_a_file_that_is_being_written_is_not_published(location, uploads):
     work = WorkFolder(location)
     (work.path / "folder").mkdir()
-    for name in ("folder/.a.123.tmp", "folder/a", ".b.456.tmp"):
+    for name in ("folder/.a.123.tmp", "folder/a", ".b.456.tmp", ".hidden"):
         (work.path / name).write_text(name)
     work.publish()
-    assert uploads == ["a"]
+    assert uploads == [".hidden", "a"]
 
 
 def test_progress_is_published_in_the_background_every_few_seconds(location, uploads, monkeypatch, tmp_path):
