@@ -258,7 +258,7 @@ def scored(tmp_path, monkeypatch):
     """Run a score whose parts are replaced by notes."""
 
     def run(**changes):
-        notes, published, tracked = [], [], []
+        notes, published, tracked, shown = [], [], [], []
         files = [tmp_path / "a.json", tmp_path / "b.json"]
         for path in files:
             path.write_text(path.name)
@@ -278,7 +278,7 @@ def scored(tmp_path, monkeypatch):
         )
         monkeypatch.setattr(module, "claim", lambda *a, **k: notes.append(("claim", a[0], a[2], k)))
         monkeypatch.setattr(module, "_answer_all", lambda *a: (notes.append(("answer", len(a[2]))) or answered, 4))
-        monkeypatch.setattr(module, "score_page", lambda scores, lines, checkpoint, cases: f"{checkpoint} {cases}")
+        monkeypatch.setattr(module, "score_page", lambda *a: shown.extend(a) or f"{a[2]} {a[3]}")
         monkeypatch.setattr(module, "_compare", lambda *a: {"x": "compared"})
         monkeypatch.setattr(module, "_track", lambda *a: notes.append(("track", a[1], a[4])) or tracked.extend(a))
         monkeypatch.setattr(module, "hash_file", lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
@@ -290,6 +290,7 @@ def scored(tmp_path, monkeypatch):
         result = evaluate(given, benchmarks, parent_run_id="parent")
         lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
         assert tracked[:5] == [given, output, result, lines, "parent"], "the tracker is told what is written"
+        assert shown == [result["benchmarks"], lines, result["checkpoint"], 6], "and the page shows it"
         return SimpleNamespace(
             result=result, notes=notes, published=published, files=files, output=output, began=tracked[5]
         )

@@ -318,6 +318,7 @@ def test_files_of_a_benchmark_are_its_own(tmp_path):
 
     found = _read(ScoreSettings(), replace(BENCHMARK, read=read), data)
     assert found.files == [tmp_path / "own"] == _used(data)
+    assert found.questions == questions(tmp_path, None)
 
 
 def test_the_worst_cases_with_an_image_are_tracked(images):
