@@ -25,6 +25,8 @@ _DATA: dict[str, Piece] = {
     "sample": Piece("tinygptv/data/sample.py", ("data/test_sample.py",)),
     "collate": Piece("tinygptv/data/collate.py", ("data/test_sample.py", "data/test_collate.py")),
     "boxes": Piece("tinygptv/data/boxes.py", ("data/test_boxes.py",)),
+    "flatten": Piece("tinygptv/data/flatten.py", ("data/test_flatten.py",)),
+    "chat_messages": Piece("tinygptv/data/chat_messages.py", ("data/test_chat_messages.py",)),
     "lru": Piece("tinygptv/lru.py", ("test_lru.py",)),
     "bounds": Piece("tinygptv/bounds.py", ("test_bounds.py",)),
 }
@@ -42,7 +44,9 @@ _INFERENCE: dict[str, Piece] = {
     "prefix_cache": Piece("tinygptv/inference/prefix_cache.py", ("inference/test_prefix_cache.py",)),
 }
 
-_QUANTIZATION: dict[str, Piece] = {}
+_QUANTIZATION: dict[str, Piece] = {
+    "quantization_metadata": Piece("tinygptv/quantization/metadata.py", ("quantization/test_metadata.py",)),
+}
 
 _LIBRARY_TRAINING: dict[str, Piece] = {
     "schedule": Piece("tinygptv/training/schedule.py", ("training/test_schedule.py", "training/test_bounds.py")),
