@@ -160,13 +160,14 @@ def test_every_sample_is_counted_once_and_the_manifest_comes_last(monkeypatch, t
 
 
 def test_names_of_rows_are_looked_up_in_their_units():
-    staged = Staged([[line("0/a", 1), line("0/b", 2)]], [[]], [[line("2/c", 3)]])
-    names = RowNames(staged, np.array([0, 2, 2, 3]))
-    assert [names.row_id(row) for row in (0, 1, 2, 1)] == ["0/a", "0/b", "2/c", "0/b"]
-    assert names.shard_and_key(2) == ("2.tar", "c") and names.shard_and_key(0) == ("0.tar", "a")
+    staged = Staged([[line("0/a", 1), line("0/b", 2)], [line("0/d", 3)]], [[]], [[line("2/c", 4)]])
+    names = RowNames(staged, np.array([0, 3, 3, 4]))
+    assert [names.row_id(row) for row in (0, 1, 2, 3, 1)] == ["0/a", "0/b", "0/d", "2/c", "0/b"]
+    assert names.shard_and_key(3) == ("2.tar", "c") and names.shard_and_key(1) == ("0.tar", "b")
     assert staged.asked.count(("index", 0)) == 1, "kept open"
-    (found,) = repeated_rows(names, np.array([2]), np.array([0, 1, 0]))
-    assert found == Rejected("c", "2.tar", "same as 0/a", "duplicate")
+    first, second = repeated_rows(names, np.array([2, 3]), np.array([0, 1, 1, 0]))
+    assert first == Rejected("d", "0.tar", "same as 0/b", "duplicate")
+    assert second == Rejected("c", "2.tar", "same as 0/a", "duplicate")
 
 
 def test_lists_of_what_gave_no_row(tmp_path):
