@@ -62,6 +62,7 @@ _METRICS: dict[str, Piece] = {
 }
 
 _ROWS: dict[str, Piece] = {
+    "shard_cache": Piece("pipelines/data/shard_cache.py", ("data/test_shard_cache.py", "data/test_remote_shards.py")),
     "ingest_publish": Piece(
         "pipelines/data/ingest/publish.py", ("data/ingest/test_publish.py", "data/ingest/test_publish_calls.py")
     ),
