@@ -94,6 +94,19 @@ def test_a_copy_that_is_used_is_not_read_again(tmp_path, monkeypatch):
     assert cache.fetch(location, name).read_bytes() == b"shard"
 
 
+def test_a_shard_is_downloaded_beside_the_copies(tmp_path, monkeypatch):
+    """A draft elsewhere could be on another disk, and in a folder of others."""
+    drafts = []
+    monkeypatch.setattr(
+        storage,
+        "download",
+        lambda at, draft: drafts.append((draft.parent, draft.suffix)) or draft.write_bytes(b"shard"),
+    )
+    name = hashlib.sha256(b"shard").hexdigest()
+    copy = ShardCache(tmp_path / "cache").fetch(storage.Location.parse("memory://b/part-00000.arrow"), name)
+    assert copy.read_bytes() == b"shard" and drafts == [(tmp_path / "cache", ".tmp")]
+
+
 def test_a_use_is_noted_and_the_time_of_the_last_change_stays(tmp_path, monkeypatch):
     location = storage.Location.parse(f"memory://noted/{tmp_path.name}.arrow")
     storage.write_atomically(location, b"shard")

@@ -90,7 +90,9 @@ def test_rows_that_stay_go_into_shards_in_order(monkeypatch):
 def publish_all(monkeypatch, tmp_path, staged, **changes):
     done = []
     monkeypatch.setattr(
-        publish, "write_report", lambda output, shards, totals: done.append(("report", shards.manifest))
+        publish,
+        "write_report",
+        lambda output, shards, totals: done.append(("report", shards.manifest, output, totals.images)),
     )
     write_lines, write = storage.write_lines, storage.write_atomically
     monkeypatch.setattr(
@@ -132,7 +134,7 @@ def test_where_nothing_is_kept_the_lists_say_why_and_there_is_no_manifest(monkey
 
 
 @pytest.mark.parametrize("duplicates", ["drop", "keep"])
-def test_every_sample_is_counted_once_and_the_manifest_comes_last(monkeypatch, tmp_path, duplicates):
+def test_every_sample_is_counted_once_and_the_manifest_comes_last(monkeypatch, tmp_path, duplicates, caplog):
     """Rows 0 and 2 are the same; row 3 is a near duplicate of row 1; row 2, where it stays, is like none."""
     rows = [line("a", 1, 11, 0b1), line("b", 2, 12, 0xFF00), line("c", 1, 13, 0xFF01), line("d", 4, 14, 0xFF03)]
     rejected = [Rejected("e", "0.tar", "broken"), Rejected("f", "0.tar", "tiny", "min_side")]
@@ -148,6 +150,11 @@ def test_every_sample_is_counted_once_and_the_manifest_comes_last(monkeypatch, t
     assert counts == Counts(7, kept, 4 - kept, 2, 1, len(near), {"min_side": 1, "min_words": 1}, {"x": 2})
     assert [json.loads(text) for text in (tmp_path / "near_duplicates.jsonl").read_text().splitlines()] == near
     assert done[0] == "shards" and done[-1] == "manifest.json" and done[-2][0] == "report"
+    assert caplog.messages == [
+        "laion: 1 of 7 samples (14 %) are quarantined; the commonest reason (1): broken. "
+        f"{tmp_path}/quarantine.jsonl lists all."
+    ]
+    assert done[-2][2:] == (str(tmp_path), kept), "a report of the rows that stay"
     manifest = done[-2][1]
     assert (manifest.source, manifest.counts["rows_in"], manifest.settings["shard_rows"]) == ("laion", 7, 4)
     assert [shard.statistics["width"]["most"] for shard in manifest.shards] == [10] * len(manifest.shards)
