@@ -130,6 +130,17 @@ def test_boxes_are_drawn_in_the_colour_of_whose_they_are(image):
     assert extent(over, PREDICTED_COLOUR) == (32, 16, 48, 24) and not extent(over, OTHER_COLOUR)
 
 
+def test_the_legends_name_the_colours_that_are_drawn():
+    def words(colour, name):
+        return f'<span style="color:#{bytes(colour).hex()}">{name} box</span>'
+
+    own = score_page({"exact": score()}, [], "x", 1)
+    both = comparison_page({"exact": compared()}, [], [], ("", ""), 1)
+    assert f"{words(TRUE_COLOUR, 'Green')}: true." in own and f"{words(PREDICTED_COLOUR, 'Red')}: predicted." in own
+    assert f"{words(TRUE_COLOUR, 'Green')}: true." in both and f"{words(PREDICTED_COLOUR, 'Red')}: after." in both
+    assert f"{words(OTHER_COLOUR, 'Orange')}: before." in both
+
+
 @pytest.mark.parametrize("answer", ["no box", "", None])
 def test_an_answer_without_a_box_leaves_the_true_one_alone(image, answer):
     drawn = drawn_case(line(image=image, truth=BOX, answer=answer), 80)
