@@ -95,6 +95,10 @@ class NullTracker:
         """Do nothing."""
 
 
+_SERVED = ("http://", "https://", "databricks", "postgresql", "mysql", "mssql")
+"""Beginnings of URIs that every machine reaches: MLflow's servers, and the databases that it stores runs in."""
+
+
 def default_uri(root: Path) -> str:
     """SQLite file beside the results."""
     return f"sqlite:///{root / 'mlflow.db'}"
@@ -118,7 +122,7 @@ def reachable_uri(uri: str, output: str) -> str:
     Returns:
         The absolute URI; ``none``, with a warning, where MLflow's files would lie on one machine's disk alone.
     """
-    if is_local(output) or uri == "none" or uri.startswith(("http://", "https://", "databricks")):
+    if is_local(output) or uri == "none" or uri.startswith(_SERVED):
         return absolute_uri(uri)
     logger.warning(
         "this run is not tracked: tracking_uri=%s would be files of one machine, and output=%s says that there are "

@@ -21,7 +21,7 @@ from pipelines.redact import redact
 from pipelines.tracking.described import DataInput, source_tags
 from pipelines.tracking.identity import RunIdentity
 from pipelines.tracking.names import NameTable
-from pipelines.tracking.outbox import MAX_BATCH_VALUES, Entry, Outbox
+from pipelines.tracking.outbox import MAX_BATCH_VALUES, Entry, Outbox, as_image
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -227,7 +227,7 @@ class MLflowTracker:
                 send: Callable[..., Any] = client.log_artifacts if path.is_dir() else client.log_artifact
                 send(run_id, str(path), entry["folder"] or None)
             case "image":
-                client.log_image(run_id, _as_image(entry["image"]), key=entry["key"], step=entry["step"])
+                client.log_image(run_id, as_image(entry["image"]), key=entry["key"], step=entry["step"])
             case "table":
                 _log_table(client, run_id, _columns(entry["rows"]), f"{entry['name']}.json")
             case "model":
@@ -351,12 +351,6 @@ def _as_input(data: DataInput) -> DatasetInput:
     return DatasetInput(dataset, [InputTag("mlflow.data.context", data.context)])
 
 
-def _as_image(value: Any) -> Any:
-    from PIL import Image
-
-    return Image.open(value["png"]) if isinstance(value, dict) and "png" in value else value
-
-
 def _columns(rows: Sequence[Mapping[str, object]]) -> dict[str, list[Any]]:
     """Rows as columns, one for every key, as MLflow's tables want them; a column of images has one in every row."""
     import mlflow
@@ -364,7 +358,7 @@ def _columns(rows: Sequence[Mapping[str, object]]) -> dict[str, list[Any]]:
 
     columns: dict[str, list[Any]] = {}
     for key in dict.fromkeys(key for row in rows for key in row):
-        cells = [_as_image(row.get(key)) for row in rows]
+        cells = [as_image(row.get(key)) for row in rows]
         if any(hasattr(cell, "resize") for cell in cells):
             cells = [mlflow.Image(Image.new("RGB", (1, 1)) if cell is None else cell) for cell in cells]
         columns[key] = cells

@@ -6,11 +6,12 @@ where they did not arrive.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import logging
 import math
 import threading
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
@@ -28,6 +29,8 @@ MAX_BATCH_VALUES = 900
 
 _LONGEST_PAUSE_S = 60.0
 
+_PNG = "png_base64"
+
 EntryKind = Literal["params", "metrics", "tags", "inputs", "artifact", "image", "table", "model", "end"]
 
 
@@ -41,7 +44,7 @@ class Entry(TypedDict):
         at: time of metrics, in milliseconds since 1970.
         data: fields of the data sets that a run reads.
         path: of an artifact, and ``folder`` that it goes to.
-        image: a PIL image, or the path of its file; ``key`` names it.
+        image: a PIL image; in the journal, its PNG file in base64. ``key`` names it.
         rows: of the table ``name``.
         location: of the model ``name``.
         status: of a run that ended.
@@ -74,7 +77,6 @@ class Outbox:
         """
         self._send = send
         self._journal = journal / JOURNAL_FILE if journal else None
-        self._mark = uuid.uuid4().hex[:8]  # an earlier process may have kept an image of the same id
         self._queue: list[Entry] = self._read_journal()
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -170,20 +172,28 @@ class Outbox:
     def _line(self, entry: Entry) -> str:
         """An entry as a line of the journal; empty, with a warning, where it cannot be kept."""
         try:
-            return json.dumps(_as_text(entry), default=self._keep_image, allow_nan=False) + "\n"
+            return json.dumps(_as_text(entry), default=_image_as_text, allow_nan=False) + "\n"
         except (TypeError, ValueError, OSError) as error:  # the job continues without its tracking
             logger.warning("one of the entries for MLflow (%s) cannot be kept: %s", entry["kind"], error)
             return ""
 
-    def _keep_image(self, value: Any) -> dict[str, str]:
-        """An image that waits becomes a file."""
-        if self._journal is None or not hasattr(value, "save"):
-            raise TypeError(f"{type(value).__name__} is no value of JSON")
-        folder = self._journal.with_name("unsent_images")
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{self._mark}-{id(value)}.png"
-        value.save(path)
-        return {"png": str(path)}
+
+def _image_as_text(value: Any) -> dict[str, str]:
+    """A PIL image as JSON can hold it, for ``as_image``."""
+    if not hasattr(value, "save"):
+        raise TypeError(f"{type(value).__name__} is no value of JSON")
+    content = io.BytesIO()
+    value.save(content, format="PNG")
+    return {_PNG: base64.b64encode(content.getvalue()).decode()}
+
+
+def as_image(value: Any) -> Any:
+    """An entry's image, also of one that was read from the journal; other values stay as they are."""
+    if not (isinstance(value, dict) and _PNG in value):
+        return value
+    from PIL import Image
+
+    return Image.open(io.BytesIO(base64.b64decode(value[_PNG])))
 
 
 def _parsed(line: str) -> Entry | None:

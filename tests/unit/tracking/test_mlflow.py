@@ -19,6 +19,7 @@ from pipelines.tracking.base import NullTracker, absolute_uri, continue_tracker,
 from pipelines.tracking.described import DataInput, hardware_tags, markdown_table, run_title
 from pipelines.tracking.identity import RUN_FILE, RunIdentity, read_identity
 from pipelines.tracking.names import NameTable, valid_name
+from pipelines.tracking.outbox import _image_as_text
 from tests.mlflow_store import FakeStore
 
 
@@ -211,7 +212,14 @@ def test_files_of_one_machine_track_no_run_of_several(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     local = f"sqlite:///{tmp_path}/x.db"
     assert reachable_uri("sqlite:///x.db", "/data/run") == local and not caplog.text
-    for uri in ("http://mlflow:5000", "https://mlflow", "databricks://profile"):
+    for uri in (
+        "http://mlflow:5000",
+        "https://mlflow",
+        "databricks://profile",
+        "postgresql+psycopg2://me@db/mlflow",
+        "mysql+pymysql://me@db/mlflow",
+        "mssql+pyodbc://me@db/mlflow",
+    ):
         assert reachable_uri(uri, "s3://bucket/run") == uri and not caplog.text
     assert reachable_uri("none", "s3://bucket/run") == "none" and not caplog.text
     assert reachable_uri("", "s3://bucket/run") == "none"
@@ -343,10 +351,10 @@ def test_many_parameters_and_values_go_in_several_calls():
     assert module._BATCH_PARAMS == 100 and list(module._parts([], 100)) == []
 
 
-def test_a_column_of_images_has_one_in_every_row(tmp_path):
+def test_a_column_of_images_has_one_in_every_row():
     image = Image.new("RGB", (3, 2))
-    image.save(tmp_path / "a.png")
-    rows = [{"q": "a", "i": image}, {"q": "b"}, {"q": "c", "i": {"png": str(tmp_path / "a.png")}}]
+    kept = json.loads(json.dumps(image, default=_image_as_text))
+    rows = [{"q": "a", "i": image}, {"q": "b"}, {"q": "c", "i": kept}]
     columns = module._columns(rows)
     assert columns["q"] == ["a", "b", "c"] and len(columns["i"]) == 3
     uneven = module._columns([{"variant": "full"}, {"variant": "small", "score": 3}, {"score": {"gqa": 1}}])
