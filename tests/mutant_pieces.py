@@ -25,6 +25,7 @@ _DATA: dict[str, Piece] = {
     "sample": Piece("tinygptv/data/sample.py", ("data/test_sample.py",)),
     "collate": Piece("tinygptv/data/collate.py", ("data/test_sample.py", "data/test_collate.py")),
     "boxes": Piece("tinygptv/data/boxes.py", ("data/test_boxes.py",)),
+    "drawing": Piece("tinygptv/data/drawing.py", ("data/test_drawing.py",)),
     "flatten": Piece("tinygptv/data/flatten.py", ("data/test_flatten.py",)),
     "chat_messages": Piece("tinygptv/data/chat_messages.py", ("data/test_chat_messages.py",)),
     "lru": Piece("tinygptv/lru.py", ("test_lru.py",)),
@@ -36,7 +37,9 @@ _CHECKPOINT: dict[str, Piece] = {
     "folders": Piece("tinygptv/checkpoint/folders.py", ("checkpoint/test_folders.py",)),
 }
 
-_CONVERT: dict[str, Piece] = {}
+_CONVERT: dict[str, Piece] = {
+    "convert_sizes": Piece("tinygptv/convert/sizes.py", ("convert/test_sizes.py",)),
+}
 
 _MODEL: dict[str, Piece] = {}
 
