@@ -35,6 +35,8 @@ _DATA: dict[str, Piece] = {
 _CHECKPOINT: dict[str, Piece] = {
     "checkpoint": Piece("tinygptv/checkpoint/checkpoint.py", ("checkpoint/test_checkpoint.py",)),
     "folders": Piece("tinygptv/checkpoint/folders.py", ("checkpoint/test_folders.py",)),
+    "file_kinds": Piece("tinygptv/checkpoint/file_kinds.py", ("checkpoint/test_file_kinds.py",)),
+    "pickle_check": Piece("tinygptv/checkpoint/pickle_check.py", ("checkpoint/test_pickle_check.py",), "not memory"),
 }
 
 _CONVERT: dict[str, Piece] = {
