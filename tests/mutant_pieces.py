@@ -25,6 +25,7 @@ _DATA: dict[str, Piece] = {
     "sample": Piece("tinygptv/data/sample.py", ("data/test_sample.py",)),
     "collate": Piece("tinygptv/data/collate.py", ("data/test_sample.py", "data/test_collate.py")),
     "boxes": Piece("tinygptv/data/boxes.py", ("data/test_boxes.py",)),
+    "image_orientation": Piece("tinygptv/data/image_orientation.py", ("data/test_orientation_tags.py",)),
     "drawing": Piece("tinygptv/data/drawing.py", ("data/test_drawing.py",)),
     "flatten": Piece("tinygptv/data/flatten.py", ("data/test_flatten.py",)),
     "chat_messages": Piece("tinygptv/data/chat_messages.py", ("data/test_chat_messages.py",)),
