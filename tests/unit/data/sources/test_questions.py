@@ -81,7 +81,7 @@ def test_a_file_of_questions_is_known_by_its_first_entry(tmp_path, content, alon
     )
 
 
-@pytest.mark.parametrize("damage", [b'{"questions": [', gzip.compress(b'{"questions": [{}]}')[:14]])
+@pytest.mark.parametrize("damage", [b'{"questions": [', gzip.compress(b'{"questions": [{}]}', mtime=0)[:14]])
 def test_a_damaged_file_is_told_when_it_is_read(tmp_path, damage):
     (tmp_path / "a.json.gz").write_bytes(damage)
     (file,) = storage.find_files(str(tmp_path / "a.json.gz"))
