@@ -96,7 +96,14 @@ def test_a_server_that_sends_all_again_begins_the_file_again(target):
     assert target.read_bytes() == DATA and (seen[0], seen[-1]) == ((0, 10), (10, 10))
 
 
-@pytest.mark.parametrize("answer", [rest(5, ETag='"v1"'), (206, {"ETag": '"v1"'}, DATA[4:])])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        rest(5, ETag='"v1"'),
+        (206, {"ETag": '"v1"'}, DATA[4:]),
+        (206, {"ETag": '"v1"', "Content-Range": "bytes 40-45/46"}, DATA[4:]),
+    ],
+)
 def test_another_range_than_the_one_asked_for_is_not_joined(target, answer):
     begin(target)
     server = Server(answer, whole())

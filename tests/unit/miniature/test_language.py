@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 
@@ -25,7 +26,7 @@ from tinygptv.miniature.conversations import KINDS as CONVERSATION_KINDS
 from tinygptv.miniature.documents import KINDS as DOCUMENT_KINDS
 from tinygptv.miniature.documents import LANGUAGE_MIX, LOOKUP_MIX, documents, make_document
 from tinygptv.miniature.instructions import text_instruction
-from tinygptv.miniature.scenes import HELD_OUT, Scene, generator, make_scene, make_scenes
+from tinygptv.miniature.scenes import HELD_OUT, Scene, SceneObject, generator, make_scene, make_scenes
 from tinygptv.miniature.words import VALUES, VOCABULARY, box_text, list_scene, plural
 
 WORLDS = (("train", "usual"), ("crowded", "usual"), ("combination", "usual"), ("wording", "unseen"))
@@ -226,6 +227,17 @@ def test_grounded_captions_hold_every_box_once(train):
             assert item.shape in best.phrase
             assert item.colour in best.phrase
         assert meaning.check_caption(scene.objects, text).all_right
+
+
+def test_groups_of_a_grounded_caption_stand_side_by_side(train):
+    pairs = [("circle", "red", 0.1, 0.3), ("star", "blue", 0.6, 0.8)]
+    items = [
+        SceneObject(shape, colour, "small", "plain", (x, y, x + 0.1, y + 0.1))
+        for shape, colour, *places in pairs
+        for x, y in zip(places, (0.2, 0.7), strict=True)
+    ]
+    text = captions.grounded_caption(replace(train[0], objects=tuple(items)), np.random.default_rng(0))
+    assert "} and <p>" in text and " is " not in text, "how two of each lie to each other is not said"
 
 
 def test_phrases_have_all_their_boxes(train):

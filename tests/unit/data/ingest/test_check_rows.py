@@ -31,6 +31,8 @@ def row(**changes) -> SampleRow:
         ({"task": "refer"}, "needs a box"),
         ({"task": "identify"}, "needs a box"),
         ({"turns": (Turn("q", ("\ud800",)),)}, "surrogate"),
+        ({"turns": (Turn("\ud800", ("a",)),)}, "surrogate"),
+        ({"id": "\udfff"}, "surrogate"),
     ],
 )
 def test_rows_that_cannot_be_trained_on(changes, reason):
@@ -109,6 +111,7 @@ def test_the_caption_that_is_judged_is_the_first_answer_of_every_turn():
         ("instruct", "#####", "# # # # #"),
         ("instruct", "line one\r\nline two", "line one\nline two"),
         ("pair", "a star\nand a moon", "a star and a moon"),
+        ("pair", "\na star\n", "a star"),
     ],
 )
 def test_end_symbols_in_answers_are_escaped_and_counted(task, answer, stored):
