@@ -49,6 +49,17 @@ def test_a_pattern_matches_files_level_by_level(tree, pattern, names):
         assert (file.num_bytes, file.modified_ns) == (stat.st_size, stat.st_mtime_ns)
 
 
+def test_a_name_that_is_there_as_it_is_written_is_no_pattern(tree):
+    for folder in ("a[1]", "a[1]b"):
+        (tree / folder).mkdir()
+        (tree / folder / "x.tar").touch()
+    for pattern in ("a[1]/*.tar", "?[[]1[]]/x.tar"):
+        assert [file.location.path for file in find_files(f"{tree}/{pattern}")] == [f"{tree}/a[1]/x.tar"], pattern
+    for name in ("x[1].tar", "x[1].tar.gz", "x1.tar"):
+        (tree / "b" / name).touch()
+    assert [file.location.name for file in find_files(f"{tree}/b/x[1].tar")] == ["x[1].tar"]
+
+
 @pytest.mark.parametrize(
     ("look", "pattern"),
     [*((find_files, pattern) for pattern in ("a[12]/*", "{a1,a2}/x.tar", "a1/x.tar")), (find_below, "b")],

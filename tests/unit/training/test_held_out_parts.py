@@ -177,7 +177,7 @@ def test_the_model_trains_again_after_an_error():
 
 def row_of(number, task="vqa", answers=("yes",), image=b"x", question="what?"):
     turns = (Turn(question, answers),)
-    boxes = ((10.0, 20.0, 50.0, 60.0),) if task in ("refer", "identify") else ()
+    boxes = ((10.0, 20.0, 50.0, 60.0), (1.0, 2.0, 3.0, 4.0)) if task in ("refer", "identify") else ()
     return SampleRow(f"r{number}", "s", task, turns, image, 100, 100, boxes)
 
 
