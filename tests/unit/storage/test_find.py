@@ -57,7 +57,7 @@ def test_a_name_that_is_there_as_it_is_written_is_no_pattern(tree):
         assert [file.location.path for file in find_files(f"{tree}/{pattern}")] == [f"{tree}/a[1]/x.tar"], pattern
     for name in ("x[1].tar", "x[1].tar.gz", "x1.tar"):
         (tree / "b" / name).touch()
-    assert [file.location.name for file in find_files(f"{tree}/b/x[1].tar")] == ["x[1].tar"]
+    assert [file.location.name for file in find_files(f"{tree}/?/x[1].tar")] == ["x[1].tar"]
 
 
 @pytest.mark.parametrize(
