@@ -186,6 +186,9 @@ def test_names_and_groups():
     assert [b.name for b in find_benchmarks("paper")] == ["gqa", "vsr", "iconqa", "vizwiz", "hateful_memes"]
     with pytest.raises(SettingsError, match="did you mean 'refcoco_val'"):
         find_benchmarks("refcoco_vall")
+    for name in ("Paper", "VQAv2", "GQA"):
+        with pytest.raises(SettingsError, match=f"benchmark '{name}' is unknown"):
+            find_benchmarks(["gqa", name])
 
 
 # ---------------------------------------------------------------------- from answers to numbers
