@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
-import random
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -39,8 +38,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Random numbers of a test, its fixtures included, do not depend on the tests before it."""
-    random.seed(0)
+    """Random numbers of a test, its fixtures included, do not depend on the tests before it.
+
+    Python's own stay random: Ray Serve names the versions of a deployment by them, and takes equal names for no change.
+    """
     np.random.seed(0)
     torch.manual_seed(0)
 
