@@ -73,6 +73,7 @@ def test_stop_texts_cut_and_too_long_a_question_is_empty_with_a_warning(checkpoi
 
 def test_the_first_stop_text_cuts_and_questions_are_numbered_over_all_chunks(caplog):
     assert _cut("a b c", ("c", "b", "", "x")) == "a" and _cut(" a b ", ("x",)) == " a b "
+    assert _cut("b a b", ("b",)) == "" and _cut(" x b y b z", ("b", "y")) == "x"
 
     class Refusing:
         def encode(self, images):
