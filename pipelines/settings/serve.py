@@ -33,7 +33,7 @@ class AnswerSettings(Settings):
         "",
         description="task of questions about images that name none; vqa: short answers, as evaluation harnesses expect",
     )
-    request_timeout_s: float = Field(300, gt=0, description="longest time of a request, waiting included")
+    request_timeout_s: float = Field(300, gt=0, description="longest time of an answer, waiting for the model included")
     allowed_image_hosts: list[str] = Field(
         default_factory=list, description="hosts that images may be fetched from; none by default"
     )
