@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from pipelines import storage
 from pipelines.data.loader import CutCount
-from pipelines.settings import SettingsError, TrainSettings
+from pipelines.settings import TrainSettings
 from pipelines.tracking.base import NullTracker
 from pipelines.tracking.identity import RunIdentity, write_identity
 from pipelines.training import run as module
-from pipelines.training.guard import TrainingStopped
 from pipelines.training.job import TrainJob
-from pipelines.training.record import WORKER_FILES
 from pipelines.training.result import WorkerResult, read_result
 from tinygptv.training.stages import get_stage
 
@@ -142,7 +138,7 @@ def test_a_states_place_is_told_without_its_password(staged, caplog):
 
 def test_a_plan_is_that_of_the_given_start_with_its_adapters(monkeypatch):
     stage, asked = get_stage("mini", 3), []
-    monkeypatch.setattr(module, "resolve_stage", lambda settings, number: stage if number == 3 else None)
+    monkeypatch.setattr(module, "resolve_stage", lambda given, number: stage if (given.seed, number) == (5, 3) else 0)
     monkeypatch.setattr(
         module, "checked_checkpoint", lambda *given, weights: asked.append((*given, weights)) or Path("/local")
     )
@@ -244,7 +240,7 @@ def test_the_outcome_is_told_with_its_files_and_the_whole_training_follows(tmp_p
         return path
 
     monkeypatch.setattr(module, "loss_curve", draw)
-    monkeypatch.setattr(module, "_log_to_training", lambda job, output: tracker.told.append(("training", output)))
+    monkeypatch.setattr(module, "_log_to_training", lambda *given: tracker.told.append(("training", *given)))
     if held_out:
         (tmp_path / "held_out.jsonl").write_text("")
     job = replace(job_of(tmp_path), run=RunIdentity())
@@ -259,7 +255,7 @@ def test_the_outcome_is_told_with_its_files_and_the_whole_training_follows(tmp_p
         ("tags", {"checkpoint": "/checkpoint"}),
         ("model", "stage4", "/checkpoint"),
         ("close",),
-        ("training", tmp_path),
+        ("training", job, tmp_path),
     ]
     assert asked == [(job.title, tmp_path, {"parent_run_id": ""})]
 
@@ -277,13 +273,13 @@ def test_a_quiet_run_without_tracking_draws_nothing(tmp_path, monkeypatch, track
 @pytest.mark.parametrize(("journal", "uri", "sent"), [(True, "", True), (False, "", False), (True, "none", False)])
 def test_what_waits_is_sent_where_there_is_a_tracker(tmp_path, monkeypatch, tracked, journal, uri, sent):
     tracker, asked = tracked
-    monkeypatch.setattr(module, "_log_to_training", lambda job, output: tracker.told.append(("training", output)))
+    job = job_of(tmp_path, tracking_uri=uri)
+    monkeypatch.setattr(module, "_log_to_training", lambda *given: tracker.told.append(("training", *given)))
     if journal:
         (tmp_path / "unsent.jsonl").write_text("{}")
-    job = job_of(tmp_path, tracking_uri=uri)
     module._send_unsent(job, tmp_path)
     assert asked == ([(job.title, tmp_path, {"parent_run_id": ""})] if sent else [])
-    assert tracker.told == ([("close",), ("training", tmp_path)] if sent else [])
+    assert tracker.told == ([("close",), ("training", job, tmp_path)] if sent else [])
 
 
 def test_a_stage_without_a_training_above_it_is_not_told_there(tmp_path, tracked):
@@ -292,123 +288,3 @@ def test_a_stage_without_a_training_above_it_is_not_told_there(tmp_path, tracked
             write_identity(tmp_path, identity)
         module._log_to_training(job_of(tmp_path), tmp_path)
     assert tracked[1] == []
-
-
-# ---------------------------------------------------------------------- files, errors, words
-
-
-def test_what_the_workers_wrote_is_collected_from_their_storage(tmp_path):
-    shared = f"memory://bucket/{tmp_path.name}"
-    storage.write_atomically(f"{shared}/metrics.jsonl", b"one")
-    storage.write_atomically(f"{shared}/notes.txt", b"mine")
-    work = storage.WorkFolder(str(tmp_path))
-    published = []
-    work.publish = lambda *names: published.append(names)
-    module._collect(job_of(tmp_path, storage_path=shared), work)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == b"one" and not (tmp_path / "notes.txt").exists()
-    assert published == [WORKER_FILES]
-    fetched = []
-    work.fetch = lambda *names: fetched.append(names)
-    module._collect(job_of(tmp_path), work)
-    assert fetched == [WORKER_FILES] and len(published) == 1
-
-
-def test_the_mistake_behind_a_workers_death_is_told():
-    class GroupError(Exception):
-        def __init__(self, failures):
-            self.worker_failures = failures
-
-    def caused(by, cause):
-        by.__cause__ = cause
-        return by
-
-    wrapped = RuntimeError("task failed")
-    wrapped._base_exc = ValueError("a wrong setting")
-    for failures, told in (
-        ({0: RuntimeError("killed"), 1: caused(RuntimeError("x"), ValueError("why"))}, "why"),
-        ({0: wrapped, 1: ValueError("second")}, "a wrong setting"),
-    ):
-        found = module._cause(GroupError(failures))
-        assert isinstance(found, TrainingStopped) and str(found) == told
-    unknown = GroupError({0: RuntimeError("killed")})
-    assert module._cause(unknown) is unknown
-
-
-def test_a_call_in_a_thread_is_waited_for_and_its_error_raised_here():
-    seen = []
-    module.call_in_thread(lambda: seen.append(threading.current_thread()))
-    assert seen[0] is not threading.current_thread() and seen[0].daemon and not seen[0].is_alive()
-
-    for error in (KeyError("why"), SystemExit(3), KeyboardInterrupt()):  # a thread would end silently at the last two
-
-        def fail(error=error):
-            raise error
-
-        with pytest.raises(type(error)) as caught:
-            module.call_in_thread(fail)
-        assert caught.value is error
-
-
-def test_a_gpu_that_is_not_there_is_told_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(module, "train_loop", lambda job: pytest.fail("it would train"))
-    with pytest.raises(SettingsError, match=r"use_gpu=true: torch .* finds no CUDA GPU here. Give use_gpu=false"):
-        module._run_inline(job_of(tmp_path, use_gpu=True))
-
-
-@pytest.mark.parametrize("gpu", [False, True])
-def test_memory_settings_are_for_gpus_and_leave_ones_own(tmp_path, monkeypatch, gpu):
-    environment = {"OTHER": "1"}
-    monkeypatch.setattr(module.os, "environ", environment)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(module, "train_loop", lambda job: "result")
-    assert module._run_inline(job_of(tmp_path, use_gpu=gpu, loader_workers=0)) == "result"
-    assert environment == {"OTHER": "1", **(module.GPU_ENVIRONMENT if gpu else {})}
-    environment["PYTORCH_ALLOC_CONF"] = "mine"
-    module._run_inline(job_of(tmp_path, use_gpu=gpu, loader_workers=0))
-    assert environment["PYTORCH_ALLOC_CONF"] == "mine"
-
-
-@pytest.mark.parametrize(("loaders", "order"), [(1, ["open", "train", "closed"]), (0, ["train"])])
-def test_loader_processes_have_a_cluster_of_ours(tmp_path, monkeypatch, loaders, order):
-    """Ray Data would start one of its own: without a token, and for everybody on the network."""
-    done = []
-
-    @contextlib.contextmanager
-    def cluster(settings):
-        assert settings.loader_workers == loaders
-        done.append("open")
-        yield
-        done.append("closed")
-
-    monkeypatch.setattr(module, "start_ray", cluster)
-    monkeypatch.setattr(module, "train_loop", lambda job: done.append("train") or "result")
-    assert module._run_inline(job_of(tmp_path, num_workers=0, loader_workers=loaders)) == "result"
-    assert done == order
-
-
-@pytest.mark.parametrize(
-    ("steps", "states", "refused"),
-    [(13, 0, 13), (0, 13, 13), (12, 12, 0), (14, 13, 14), (12, 14, 14), (13, 14, 14), (0, 0, 0)],
-)
-def test_a_run_of_more_steps_is_refused_with_their_number(tmp_path, monkeypatch, steps, states, refused):
-    results = {tmp_path: {"steps": steps} if steps else None}
-    monkeypatch.setattr(module, "read_result", lambda output: results[output])
-    monkeypatch.setattr(
-        module.StateStore, "newest_step", lambda self: states if self.location == f"{tmp_path}/states" else 1 / 0
-    )
-    if not refused:
-        return module._refuse_shorter_run(job_of(tmp_path), tmp_path)
-    with pytest.raises(SettingsError, match=f"holds a run of {refused} steps, and 12 are asked for"):
-        module._refuse_shorter_run(job_of(tmp_path), tmp_path)
-
-
-def test_the_last_lines_of_a_job(capsys):
-    result = WorkerResult("/checkpoint", 3.14159, 2.0, 12).to_stage_result("/out/result.json", 61.6)
-    module.print_result(result)
-    plain = "loss 3.142 -> 2.000 in 12 steps, 62 s\n", "checkpoint: /checkpoint\n/out/result.json\n"
-    assert capsys.readouterr().out == "".join(plain)
-    held = {"first": 3.0, "last": 2.5, "best": 2.25, "best_step": 8, "checkpoint_step": 4}
-    module.print_result({**result, "held_out": held})
-    line = "held-out loss 3.000 -> 2.500, least 2.250 after step 8; the checkpoint is of step 4\n"
-    assert capsys.readouterr().out == plain[0] + line + plain[1]

@@ -183,7 +183,7 @@ def test_a_training_shows_some_five_hundred_points_of_a_stage_and_the_last(
 
 
 def test_a_node_that_will_be_taken_is_noticed_once(monkeypatch):
-    notices = [None, ["a"], ["a"], ["a", "b"], ["b"], None]
+    notices = [None, ["a"], ["a"], ["a", "b"], ["b"], ["a"], None]
 
     def notice():
         taken = notices.pop(0)
@@ -191,7 +191,7 @@ def test_a_node_that_will_be_taken_is_noticed_once(monkeypatch):
 
     monkeypatch.setattr(ray.train, "get_preemption_info", notice, raising=False)
     reports = RayTrainReports()
-    assert [reports.must_save() for _ in range(6)] == [False, True, False, True, False, False]
+    assert [reports.must_save() for _ in range(7)] == [False, True, False, True, False, False, False]
 
 
 def test_ray_is_told_where_the_whole_state_lies(monkeypatch):
