@@ -10,6 +10,7 @@ import pytest
 from pipelines.settings import TrainSettings
 from pipelines.training import describe as module
 from pipelines.training.describe import _data_lines, _memory_lines, _parameter_lines, _stage_lines, model_config
+from tinygptv.config import TinyGPTVConfig
 from tinygptv.miniature.tiny import tiny_config
 from tinygptv.training.memory_plan import GIB, MemoryPlan, TrainingMemory
 from tinygptv.training.schedule import Schedule
@@ -54,7 +55,8 @@ def test_what_a_stage_does_line_by_line():
         guard="rollback",
         storage_path="s3://bucket",
     )
-    assert rows(_stage_lines(settings, STAGE)) == {
+    stage = replace(STAGE, sources=(*STAGE.sources, StageSource("c", 1, 2)))
+    assert rows(_stage_lines(settings, stage)) == {
         "stage": f"4 ({STAGE.title}), recipe mini, seed 9",
         "trains": "projector, lora",
         "start": "start",
@@ -147,8 +149,9 @@ def test_the_model_is_the_starts_at_the_stages_image_size(monkeypatch, start_ran
     monkeypatch.setattr(module, "read_config", lambda place: start if place == ("start", False) else None)
     found = model_config(TrainSettings(init_from="start"), STAGE)
     assert found is start and (found.vision_config.image_size, found.lora_rank) == (128, rank)
-    own = model_config(TrainSettings(recipe="mini"), STAGE)
-    assert own is not start and (own.vision_config.image_size, own.lora_rank) == (128, 6)
+    for recipe, size in (("mini", TinyGPTVConfig.mini), ("paper", TinyGPTVConfig.phi2)):
+        own = model_config(TrainSettings(recipe=recipe), STAGE)
+        assert own.to_dict() == size(image_size=128, lora_rank=6).to_dict()
 
 
 def test_blocks_are_apart(monkeypatch):

@@ -48,7 +48,7 @@ def staged(tmp_path, monkeypatch):
     """Run a stage whose parts note that they were called."""
     notes = []
 
-    def run(*, finished=None, newest=0, **changes):
+    def run(*, finished=None, newest=0, parent="parent", **changes):
         job = job_of(tmp_path, **changes)
         work = storage.WorkFolder(str(tmp_path))
         work.publish = lambda *names: notes.append(("publish", *names))
@@ -86,7 +86,8 @@ def staged(tmp_path, monkeypatch):
             "_log_outcome",
             lambda found, *told: notes.append(("outcome", found.run.run_id, *told)) or check(found),
         )
-        return module.run_stage(job.settings, 4, parent_run_id="parent"), notes, job
+        above = {"parent_run_id": parent} if parent else {}
+        return module.run_stage(job.settings, 4, **above), notes, job
 
     return run
 
@@ -156,7 +157,8 @@ def test_a_plan_is_that_of_the_given_start_with_its_adapters(monkeypatch):
 
 def test_workers_train_on_ray_and_a_new_run_is_not_resumed(staged, caplog):
     caplog.set_level("INFO")
-    _, notes, _ = staged(num_workers=2)
+    _, notes, _ = staged(num_workers=2, parent="")
+    assert next(note[2] for note in notes if note[0] == "begin") == "", "a stage alone has no run above it"
     assert ("_run_on_ray", "r") in notes and ("_run_inline", "r") not in notes
     assert not any("resuming" in message for message in caplog.messages)
 
@@ -175,7 +177,7 @@ def tracked(monkeypatch):
 
     monkeypatch.setattr(module, "continue_tracker", open_tracker)
     monkeypatch.setattr(module, "open_tracker", open_tracker)
-    monkeypatch.setattr(module, "_data_inputs", lambda job: ["data"])
+    monkeypatch.setattr(module, "_data_inputs", lambda job: [f"data of {job.output}"])
     monkeypatch.setattr(
         module, "resolved_config", lambda settings, stage: {"seed": settings.seed, "stage": stage.number}
     )
@@ -187,16 +189,16 @@ def tracked(monkeypatch):
 )
 def test_a_run_is_nested_under_the_one_it_was_begun_under(tmp_path, monkeypatch, tracked, known, given, parent):
     tracker, asked = tracked
-    monkeypatch.setattr(module, "_training_run", lambda settings: "of the training")
+    monkeypatch.setattr(module, "_training_run", lambda settings: settings == job.settings and "of the training")
+    job = job_of(tmp_path, seed=5)
     if known:
         write_identity(tmp_path, RunIdentity(run_id="r", parent=known))
-    job = job_of(tmp_path, seed=5)
     module._begin_tracking(job, tmp_path, given)
     assert asked == [(job.title, tmp_path, {"parent_run_id": parent})]
     assert tracker.told == [
         ("params", {"seed": 5, "stage": 4}),
         ("tags", {"stage": "4", "recipe": "mini", "seed": "5"}),
-        ("inputs", ["data"]),
+        ("inputs", [f"data of {tmp_path}"]),
         ("artifact", tmp_path / "config.yaml"),
         ("close", "RUNNING"),
     ]

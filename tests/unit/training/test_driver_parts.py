@@ -125,7 +125,10 @@ def test_a_run_of_more_steps_is_refused_with_their_number(tmp_path, monkeypatch,
     )
     if not refused:
         return module._refuse_shorter_run(job_of(tmp_path), tmp_path)
-    with pytest.raises(SettingsError, match=f"holds a run of {refused} steps, and 12 are asked for"):
+    told = (
+        rf"{tmp_path} holds a run of {refused} steps, and 12 are asked for \(max_steps, stage.schedule\): give another"
+    )
+    with pytest.raises(SettingsError, match=f"^{told} output=, or overwrite=true to begin again.$"):
         module._refuse_shorter_run(job_of(tmp_path), tmp_path)
 
 

@@ -119,6 +119,14 @@ def test_data_sets_are_told_with_the_rows_that_are_trained_on(world, tmp_path):
         ("pairs", 30, "evaluation"),
     ]
     assert _data_inputs(job)[0].digest == ShardSet.open(write).manifest.digest
+    assert {each.source for each in _data_inputs(job)} == {write, f"{world['data']}/questions"}
+
+
+def test_without_held_out_data_none_is_looked_for(world, tmp_path, monkeypatch):
+    """Not even in the folder in which the job was started."""
+    job = job_of(world, tmp_path)
+    monkeypatch.chdir(world["data"])
+    assert [each.name for each in _data_inputs(job)] == ["pairs", "questions"]
 
 
 class Tracker:
@@ -246,7 +254,8 @@ def test_a_stage_of_a_bucket_is_finished_with_the_manifest_of_its_checkpoint(tmp
     assert _finished_result(tmp_path, 7) is None, "nothing is there"
     place = f"memory://finished/{tmp_path.name}/checkpoint"
     write_result(tmp_path, WorkerResult(place, 2.0, 1.5, 7).to_stage_result("s3://bucket/result.json", 1))
-    assert _finished_result(tmp_path, 7) is None
+    storage.write_atomically(f"{place}/model.safetensors", b"x")
+    assert _finished_result(tmp_path, 7) is None, "the manifest is written last"
     storage.write_atomically(f"{place}/manifest.json", b"{}")
     assert _finished_result(tmp_path, 7) == read_result(tmp_path) and _finished_result(tmp_path, 8) is None
 
