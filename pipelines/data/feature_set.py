@@ -17,10 +17,8 @@ from pipelines.data.shards import ShardSet, sizes_of
 from tinygptv.json_object import JsonObject
 from tinygptv.lru import LRU
 
-ENCODER_PARTS = ("vision_encoder.", "qformer.")
 FEATURES = "features"
 MANIFEST = "manifest.json"
-_POSITIONS = "vision_encoder.vit.pos_embed"
 _OPEN_PARTS = 64
 _COMPUTE_AGAIN = "run jobs/cache_features.py again."
 
@@ -63,24 +61,16 @@ class FeaturePart:
 def encoder_hash(checkpoint: str | Path, image_size: int) -> str:
     """Hash of a checkpoint's frozen encoder, the same for every dtype that holds the values exactly.
 
-    The position embedding is hashed as it is used: resampled to the image size, in the dtype it is stored in. So the
-    checkpoint of a stage, whose embedding was resampled to the stage's size, has the hash of the stage's start.
+    The position embedding is hashed as it is used at the image size (``stored_encoder``).
 
     Args:
         checkpoint: local folder.
         image_size: side in pixels.
     """
-    from tinygptv.checkpoint.config_file import read_config
-    from tinygptv.checkpoint.weight_files import open_weights
-    from tinygptv.model.vision_encoder import interpolate_position_embedding
+    from tinygptv.checkpoint.encoder_weights import stored_encoder
 
     digest = hashlib.sha256()
-    tensors = open_weights(checkpoint)
-    for name in sorted(name for name in tensors if name.startswith(ENCODER_PARTS)):
-        values = tensors[name].load()
-        if name == _POSITIONS:
-            grid = image_size // read_config(Path(checkpoint)).vision_config.patch_size
-            values = interpolate_position_embedding(values, grid).to(values.dtype)
+    for name, values in stored_encoder(checkpoint, image_size):
         digest.update(name.encode())
         digest.update(values.float().numpy().tobytes())
     return digest.hexdigest()[:16]

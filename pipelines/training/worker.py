@@ -18,6 +18,7 @@ import torch.distributed as dist
 from pipelines import storage
 from pipelines.data.loader import BatchMaker, CutCount, StepBatch, iterate_steps
 from pipelines.json_files import to_json
+from pipelines.node_cache import local_checkpoint
 from pipelines.redact import redact
 from pipelines.training.distributed import gather, rank, world_size
 from pipelines.training.fit import device_capacity, fit_to_device
@@ -32,6 +33,7 @@ from pipelines.training.run_reports import NoReports, RunReports
 from pipelines.training.stage_model import build_model
 from pipelines.training.states import StateStore, collect_state, restore_parameters, restore_state
 from tinygptv.checkpoint.checkpoint import save_checkpoint
+from tinygptv.checkpoint.encoder_weights import unrounded_encoder
 from tinygptv.checkpoint.folders import MANIFEST
 from tinygptv.checkpoint.stage_record import StageRecord
 from tinygptv.training.optim import build_optimizer
@@ -344,7 +346,8 @@ class TrainWorker:
         """Write the whole model; returns its folder or URI."""
         folder = self.work.path / "checkpoint"
         with storage.disk_full_as_error(folder):
-            save_checkpoint(folder, self.model, self.processor, self._stage_record())
+            encoder = unrounded_encoder(self.model, local_checkpoint(self.job.settings.init_from))
+            save_checkpoint(folder, self.model, self.processor, self._stage_record(), encoder)
             if not self.work.location.is_local:
                 storage.upload_folder(folder, self.work.location / "checkpoint", MANIFEST)
                 shutil.rmtree(folder)

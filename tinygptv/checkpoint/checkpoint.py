@@ -34,6 +34,7 @@ def save_checkpoint(
     model: TinyGPTVForConditionalGeneration,
     processor: TinyGPTVProcessor,
     stage: StageRecord,
+    stored: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write a whole model with its processor.
 
@@ -42,12 +43,13 @@ def save_checkpoint(
         model: the model; its LoRA adapters stay adapters.
         processor: tokenizer, image processor, template.
         stage: what made it, for ``stage.json``.
+        stored: name -> values that are written for the model's own (``unrounded_encoder``).
     """
 
     def fill(staging: Path) -> None:
         model.config.template = processor.template
         processor.set_end_symbol(model.generation_config)
-        model.save_pretrained(staging)
+        model.save_pretrained(staging, state_dict={**model.state_dict(), **stored} if stored else None)
         processor.save_pretrained(staging)
         (staging / STAGE_FILE).write_text(json.dumps(stage, indent=1))
         from tinygptv.checkpoint.model_card import model_card

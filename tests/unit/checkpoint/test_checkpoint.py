@@ -32,8 +32,12 @@ class Model:
         self.config = SimpleNamespace(template=None)
         self.generation_config = SimpleNamespace(end=None)
 
-    def save_pretrained(self, folder: Path) -> None:
-        (folder / "model.safetensors").write_text(f"{self.config.template} {self.generation_config.end}")
+    def state_dict(self) -> dict[str, str]:
+        return {"encoder": "rounded", "projector": "trained"}
+
+    def save_pretrained(self, folder: Path, state_dict: dict[str, str] | None) -> None:
+        weights = "".join(f" {name} {value}" for name, value in (state_dict or {}).items())
+        (folder / "model.safetensors").write_text(f"{self.config.template} {self.generation_config.end}{weights}")
 
 
 class Processor:
@@ -68,6 +72,12 @@ def test_a_checkpoint_has_the_processors_template_and_end_symbol_its_stage_and_a
     text = (folder / "stage.json").read_text()
     assert json.loads(text) == STAGE == read_stage(folder) == read_stage(str(folder))
     assert text.startswith('{\n "title"'), "for people, too"
+
+
+def test_values_that_are_given_are_written_for_the_models_own(tmp_path, model):
+    save_checkpoint(tmp_path / "checkpoint", model, Processor(), STAGE, {"encoder": "stored"})
+    written = (tmp_path / "checkpoint/model.safetensors").read_text()
+    assert written == "inst ### encoder stored projector trained"
 
 
 def test_a_checkpoint_is_checked_before_it_is_loaded_with_what_the_caller_asks_for(tmp_path, model, monkeypatch):

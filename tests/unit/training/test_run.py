@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from pipelines.data.feature_set import FeatureError
+from pipelines.data.feature_set import FeatureError, feature_key
 from pipelines.data.features import cache_features
 from pipelines.miniature.tiny_training import train_settings
 from pipelines.settings import CacheFeaturesSettings, SettingsError, TrainSettings
@@ -195,6 +195,18 @@ def test_cached_features_train_to_the_same_losses(straight, world, tmp_path):
     run_stage(train_settings(world, tmp_path / "b", features="cached"), 4)
     for a, b in zip(record(tmp_path / "b"), record(straight[1]), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [28, 56])
+def test_the_next_stage_finds_the_features_of_the_start(world, tmp_path, size):
+    """Training rounds the encoder to bfloat16; its checkpoint holds it as the start does."""
+    result = run_stage(
+        train_settings(world, tmp_path, precision="bf16", max_steps=1, stage={"image_size": size}, packing=False), 4
+    )
+    assert feature_key(result["checkpoint"], size) == feature_key(world["init_from"], size)
+    model, _, _ = load_checkpoint(result["checkpoint"])
+    assert model.config.vision_config.image_size == size
+    assert model.qformer.query_tokens.dtype == model.dtype == torch.bfloat16
 
 
 def test_features_of_other_weights_are_refused(world, tmp_path, straight):

@@ -371,12 +371,15 @@ def test_the_checkpoint_lies_in_the_folder_or_in_the_bucket_alone(tmp_path, monk
         (folder / "manifest.json").write_text("{}")
 
     monkeypatch.setattr(module, "save_checkpoint", save)
+    monkeypatch.setattr(module, "local_checkpoint", lambda location: f"local {location}")
+    monkeypatch.setattr(module, "unrounded_encoder", lambda model, start: f"encoder of {model} from {start}")
     worker = Scripted(tmp_path)
     worker.model, worker.processor = "model", "processor"
     if remote:
         worker.work = storage.WorkFolder(f"memory://bucket/{tmp_path.name}")
     found = worker._save_checkpoint()
-    assert saved == [("model", "processor", worker._stage_record())]
+    encoder = f"encoder of model from local {worker.job.settings.init_from}"
+    assert saved == [("model", "processor", worker._stage_record(), encoder)]
     assert found == (f"memory://bucket/{tmp_path.name}/checkpoint" if remote else str(tmp_path / "checkpoint"))
     assert storage.exists(f"{found}/manifest.json")
     assert (worker.work.path / "checkpoint").exists() != remote, "a copy of what is in the bucket takes no room"
