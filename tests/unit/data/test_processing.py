@@ -111,6 +111,7 @@ def test_the_end_symbol_goes_from_the_end_of_an_answer_alone(processor):
         assert processor.decode([ids(text), ids("x###")]) == [shown, "x"]
         assert processor.post_process_image_text_to_text([ids(text + end)]) == [shown]
         assert processor.post_process_image_text_to_text([ids(text + end)], False) == [shown + end]
+        assert processor.batch_decode([ids(text + end)], skip_special_tokens=True) == [shown]
     assert processor.decode_answer(ids("a ### b")) == "a" and processor.decode_answer(ids("a" + end)) == "a"
 
 
@@ -126,6 +127,14 @@ def test_a_folder_gets_the_templates_own_words_or_those_that_a_user_wrote(tmp_pa
     assert processor.apply_chat_template([{"role": "user", "content": "x"}], "theirs {{ messages[0].content }}") == (
         "theirs x"
     )
+
+
+def test_options_go_on_to_transformers_and_to_the_tokenizer(processor, monkeypatch):
+    monkeypatch.setattr(module.ProcessorMixin, "save_pretrained", lambda self, *given, **more: (given, more))
+    assert processor.save_pretrained("folder", push_to_hub=True) == (("folder",), {"push_to_hub": True})
+    monkeypatch.setattr(processor.tokenizer, "decode", lambda *given, **more: f"{given} {more}")
+    found = processor.post_process_image_text_to_text([[7]], clean=True)
+    assert found == "([[7]],) {'skip_special_tokens': True, 'clean': True}"
 
 
 def test_a_conversation_ends_as_the_caller_says():

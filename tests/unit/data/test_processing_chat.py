@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -156,6 +157,16 @@ def test_one_conversation_gives_one_text_and_a_list_of_one_a_list(processor):
     ids = processor.layout().encode_prompt([Exchange("a")])
     assert processor.apply_chat_template([user("a")], tokenize=True).tolist() == [ids]
     assert processor.apply_chat_template([user("a")], tokenize=True, return_tensors="np").dtype == np.int64
+
+
+def test_a_call_says_how_its_conversations_end(processor):
+    talk = [user("a"), assistant("b")]
+    with pytest.raises(ValueError, match=r"^the last message is the assistant's"):
+        processor.apply_chat_template(talk, add_generation_prompt=True)
+    with pytest.raises(ValueError, match=r"^continue_final_message needs"):
+        processor.apply_chat_template(talk[:1], continue_final_message=True)
+    whole = processor.apply_chat_template(talk)
+    assert whole == processor.apply_chat_template(talk, continue_final_message=True) + "###"
 
 
 def test_images_of_all_conversations_are_loaded_in_order_and_only_if_they_are_wanted(processor):
@@ -327,9 +338,12 @@ def test_a_token_that_the_vocabulary_lacks_is_named_with_its_folder(monkeypatch,
 def test_a_tokenizer_is_completed_as_it_is_loaded_and_a_damaged_one_is_named(monkeypatch):
     asked = []
     tokenizer = Roles(words=["<e>"], bos_token=None, eos_token="<e>", pad_token=None)
-    monkeypatch.setattr(module.AutoTokenizer, "from_pretrained", lambda folder, **how: asked.append(how) or tokenizer)
-    assert load_tokenizer("/a") is tokenizer and tokenizer.pad_token == "<e>"
-    assert asked == [{"local_files_only": True, "trust_remote_code": False}], "nothing is downloaded and no code runs"
+    monkeypatch.setattr(
+        module.AutoTokenizer, "from_pretrained", lambda *given, **how: asked.append((*given, how)) or tokenizer
+    )
+    assert load_tokenizer(Path("/a")) is tokenizer and tokenizer.pad_token == "<e>"
+    options = {"local_files_only": True, "trust_remote_code": False}
+    assert asked == [("/a", options)], "nothing is downloaded and no code runs"
 
     def broken(folder, **_):
         raise Exception("data did not match")

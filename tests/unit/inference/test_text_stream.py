@@ -138,6 +138,12 @@ def shown(*texts, stop=()):
         (("x",), ("x",), ["", ""], True),
         (("abab", "c"), ("ababc",), ["", "", ""], True),
         (("aab", "x"), ("ab!", "b!!!"), ["a", "abx", ""], False),
+        (("a", " #"), ("##",), ["a", "", " #"], False),
+        ((" #",), ("##",), ["", "#"], False),
+        (("a", "# "), ("# #",), ["a", "", "#"], False),
+        (("axbxb",), ("xb",), ["a", ""], True),
+        (("a", " b #x"), ("#x",), ["a", " b", ""], True),
+        (("ab#", b"\xc3"), ("b#x", "\ufffd"), ["a", "", "b#"], True),
     ],
 )
 def test_what_each_token_sets_free(texts, stop, pieces, stopped):
@@ -158,6 +164,7 @@ def test_what_each_token_sets_free(texts, stop, pieces, stopped):
         ("bbbb", ("bbb",), 2),
         ("", ("a",), 0),
         ("xa", ("ab", "a!"), 1),
+        ("xab", ("abcd",), 2),
     ],
 )
 def test_the_longest_end_that_may_begin_a_stop_string_is_held_back(text, stop, length):
@@ -172,5 +179,7 @@ def test_the_bytes_of_special_added_and_unknown_tokens():
     assert tokens.special_ids == {0} and tokens[0] == b""
     assert tokens[number] == "<new \u00fc>".encode() and len(tokens.table) == number + 1
     assert tokens[number + 1] == tokens[-1] == b""
+    tokens.table[0] = b"!"
+    assert tokens[0] == b"!", "where the first token is an ordinary one"
     (space,) = tokenizer.encode(" ", add_special_tokens=False)
     assert tokens[space] == b" "
