@@ -23,7 +23,7 @@ def pieces_of(ids, stop=()):
 
 
 @given(st.lists(st.integers(0, 399), max_size=60))
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_pieces_add_up_to_the_decoded_text(ids):
     pieces, stream = pieces_of(ids)
     assert "".join(pieces) == stream.text
@@ -32,7 +32,7 @@ def test_pieces_add_up_to_the_decoded_text(ids):
 
 
 @given(st.text(max_size=40), st.lists(st.sampled_from(["###", "\n", "ab", "aab", "é!", "b"]), max_size=3, unique=True))
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_no_part_of_a_stop_string_is_shown(text, stops):
     ids = make_tokenizer().encode(text, add_special_tokens=False)
     pieces, stream = pieces_of(ids, stops)
