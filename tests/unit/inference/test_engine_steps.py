@@ -196,6 +196,15 @@ def test_reused_positions_are_told_with_the_first_piece(model):
     assert engine.runner.launches[1][1] == [(0, 40, 42, True), (1, 0, 42, True)]
 
 
+def test_a_beginning_that_another_slot_still_uses_is_copied_from_there(model):
+    engine = make(model, max_batch_size=3)
+    for ids in (prompt(30), prompt(40), [*prompt(40), 5]):
+        engine.add(request(ids, max_tokens=9))
+        engine.step()
+    assert engine.runner.copied == [(1, 2, 40)], "from the second slot to the third, the 40 positions they share"
+    assert engine.runner.launches[-1][1] == [(2, 40, 41, True)]
+
+
 @pytest.mark.parametrize(
     ("script", "reason", "count"),
     [
@@ -215,8 +224,7 @@ def test_why_an_answer_ends(model, script, reason, count):
 
 
 def test_the_engines_stop_strings_hold_beside_the_requests(model):
-    tokenizer = make_tokenizer()
-    (mark,), (word,) = (tokenizer.encode(text, add_special_tokens=False) for text in ("#", "x"))
+    (mark,), (word,) = (make_tokenizer().encode(text, add_special_tokens=False) for text in ("#", "x"))
     script = {10: [word, mark], 20: [mark, word], 30: [word, mark]}
     engine = make(model, script, stop=("#",), max_batch_size=3)
     both = engine.add(request(prompt(10), max_tokens=9, stop=("y",)))

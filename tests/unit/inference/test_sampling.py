@@ -38,6 +38,7 @@ def frequencies(params, logits, draws=250):
         ({"temperature": 0.5}, [TemperatureLogitsWarper(0.5)]),
         ({"temperature": 1.0, "top_k": 3}, [TopKLogitsWarper(3)]),
         ({"temperature": 1.0, "top_p": 0.7}, [TopPLogitsWarper(0.7)]),
+        ({"temperature": 1.0, "top_p": 0.05}, [TopPLogitsWarper(0.05)]),
         ({"temperature": 1.3, "top_p": 0.95}, [TemperatureLogitsWarper(1.3), TopPLogitsWarper(0.95)]),
         (
             {"temperature": 0.8, "top_k": 8, "top_p": 0.6},

@@ -186,7 +186,8 @@ def loaded(monkeypatch):
     def load(folder, device):
         seen.loaded = folder, device
         parameters = [SimpleNamespace(numel=lambda: seen.size - 1), SimpleNamespace(numel=lambda: 1)]
-        return SimpleNamespace(parameters=lambda: parameters), "processor"
+        seen.model = SimpleNamespace(parameters=lambda: parameters)
+        return seen.model, "processor"
 
     def assistant(model, processor, **options):
         seen.options = options
@@ -224,4 +225,5 @@ def test_the_bounds_of_the_settings_reach_the_assistant(loaded, monkeypatch):
     bounds = {"max_batch_size": 3, "context_length": 77, "prefill_tokens": 5, "kept_images": 9}
     backend = ModelBackend(ServeSettings(artifact="x", **bounds, kv_cache_dtype="bfloat16", stuck_after_s=44))
     assert loaded.options == {**bounds, "kv_cache_dtype": "bfloat16"}
-    assert (backend.stuck_after_s, backend.created, backend.assistant[1]) == (44, 1234, "processor")
+    assert (backend.stuck_after_s, backend.created) == (44, 1234)
+    assert backend.assistant == (loaded.model, "processor")
