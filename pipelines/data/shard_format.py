@@ -237,7 +237,7 @@ class ShardWriter:
         table = pa.Table.from_batches(self._waiting, SCHEMA)
         with storage.disk_full_as_error(self.location):
             for start in range(0, num_rows, BATCH_ROWS):
-                piece = table.slice(start, min(BATCH_ROWS, num_rows - start)).combine_chunks()
+                piece = table.slice(start, BATCH_ROWS).combine_chunks()
                 self._writer.write_batch(piece.to_batches()[0])
         self._waiting = table.slice(num_rows).to_batches()
         self._num_waiting -= num_rows

@@ -29,7 +29,9 @@ def test_phrases_and_their_boxes():
     assert [(b.phrase, b.entity) for b in found] == [("two dogs", 0), ("two dogs", 0), ("a cat", 1), ("", 2)]
     assert found[1].box == (5, 6, 7, 8)
     assert strip_boxes(text) == "two dogs near a cat, and"
-    assert strip_boxes("{<1><2><3><4>} a <p> dog </p> {<1><2><3><4>} ") == "a  dog", "no space at either end"
+    spaced = "{<1><2><3><4>} a <p> dog </p> {<1><2><3><4>} "
+    assert strip_boxes(spaced) == "a  dog", "no space at either end"
+    assert [box.phrase for box in parse_boxes(spaced)] == ["", "dog"]
 
 
 @pytest.mark.parametrize("text", ["", "no box", "{<1><2><3>}", "{<a><b><c><d>}", "{1 2 3 4}", "<p>x</p>"])

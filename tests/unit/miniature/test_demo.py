@@ -18,7 +18,7 @@ from pipelines.data import features
 from pipelines.evaluation import run as evaluation
 from pipelines.miniature import demo, world
 from pipelines.serving import run as serving_run
-from pipelines.settings import DemoSettings
+from pipelines.settings import DemoSettings, ScoreSettings, TrainSettings
 from pipelines.tracking import base as tracking
 from pipelines.training import run as training
 from tests.paths import ROOT
@@ -33,6 +33,7 @@ QUESTIONS = [
     {"image": "7.jpg", "question": "what colour?", "answer": "red"},
     {"image": "7.jpg", "question": "second?", "answer": "y"},
 ]
+TASKS = ["miniature_refer", "miniature_identify", "miniature_caption", "miniature_grounding", "miniature_conversation"]
 
 
 @pytest.fixture
@@ -77,7 +78,12 @@ def done(monkeypatch):
     monkeypatch.setattr(training, "run_stage", stage)
     closing = SimpleNamespace(run_id="parent", close=lambda: found.append("tracker ends"))
     monkeypatch.setattr(tracking, "continue_tracker", note("tracker", closing))
-    monkeypatch.setattr(evaluation, "evaluate", lambda s: found.append(("score", s.checkpoint)) or {"benchmarks": {}})
+
+    def evaluate(settings):
+        found.append(("score", settings.checkpoint, settings.data, settings.output, settings.benchmark, settings.limit))
+        return {"benchmarks": {name: settings.limit for name in settings.benchmark}}
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     monkeypatch.setattr(
         export, "export", lambda s: found.append(("export", s.checkpoint, s.output, s.data)) or {"bytes": 5}
     )
@@ -97,10 +103,11 @@ def start(folder, questions=QUESTIONS, config="", **settings):
 
 
 def test_each_phase_gets_what_the_one_before_made(done, tmp_path):
-    result = start(tmp_path, quiet=True)
+    result = start(tmp_path, config="score: {limit: 3}", quiet=True)
     out = tmp_path / "out"
     image = out / "world/benchmarks/images/7.jpg"
     located = "[refer] give me the location of the red star"
+    scored = (f"{out}/stage4/checkpoint", f"{out}/world")
     stages = [("stage", n, f"{out}/stage{n - 1}/checkpoint", f"{out}/shards", "parent") for n in (2, 3, 4)]
     (prepared,) = [entry for entry in done if entry[0] == "prepare"]
     assert prepared[1:3] == (out / "world", out / "shards")
@@ -114,7 +121,8 @@ def test_each_phase_gets_what_the_one_before_made(done, tmp_path):
         ("stage", 1, f"{out}/backbones", f"{out}/shards", "parent"),
         *stages,
         "tracker ends",
-        *[("score", f"{out}/stage4/checkpoint")] * 2,
+        ("score", *scored, f"{out}/score/vqa", ["miniature_vqa"], 15),  # five times the questions
+        ("score", *scored, f"{out}/score/tasks", TASKS, 3),
         ("export", f"{out}/stage4/checkpoint", f"{out}/artifact", f"{out}/shards"),
         ("serve", f"{out}/artifact", 9),
         ("ask", "http://served", image, "[vqa] what colour?"),
@@ -133,6 +141,7 @@ def test_each_phase_gets_what_the_one_before_made(done, tmp_path):
         "truth": "red",
     }
     assert result["refer"] == {"phrase": "the red star", "answer": f"answer to {located}"}
+    assert result["scores"] == {"miniature_vqa": 15, **dict.fromkeys(TASKS, 3)}, "of both calls"
     assert result["result"] == f"{out}/result.json"
     written = json.loads((out / "result.json").read_text())
     assert written["hops"] == result["hops"] and "result" not in written and written["rows"] == 77
@@ -154,6 +163,17 @@ def test_the_phases_are_announced_and_as_many_as_the_first_line_says(done, tmp_p
     words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
     assert start_line(DemoSettings()).startswith(f"The demo: {words[len(titles)]} phases, results in outputs/demo. ")
     assert "results in here." in start_line(DemoSettings(output="here"))
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_phase_has_its_section_of_the_configuration_and_what_the_demo_decides(tmp_path, overwrite):
+    quiet = not overwrite
+    (tmp_path / "c.yaml").write_text(f"train: {{seed: 3, quiet: {overwrite}}}\nscore: {{batch_size: 5}}")
+    given = DemoSettings(quiet=quiet, tracking_uri="none", overwrite=overwrite)
+    whole = demo.Demo(given, str(tmp_path / "c.yaml"), tmp_path)
+    train, score = whole.load(TrainSettings, data="d", init_from="b"), whole.load(ScoreSettings)
+    assert (train.seed, train.data, train.init_from, score.batch_size, score.data) == (3, "d", "b", 5, "")
+    assert [(s.quiet, s.tracking_uri, s.overwrite) for s in (train, score)] == [(quiet, "none", overwrite)] * 2
 
 
 def test_features_are_computed_where_stages_read_them(done, tmp_path):

@@ -230,10 +230,10 @@ def test_tokens_are_scored_where_packed_vectors_stand_for_the_image():
 
 
 def test_texts_are_cut_where_they_are_tokenised():
-    pieces = list(pretrain_language._pieces(0, 2))
+    pieces = list(pretrain_language._pieces(5, 2))
     texts = []
     for index in range(2):
-        scene = make_scene(0, "train", index)
+        scene = make_scene(5, "train", index)
         document = make_document(scene, generator(scene.key, "tokenizer"))
         for exchange, (question, _) in zip(document.exchanges, document.turns(), strict=True):
             texts += [*question.split("###"), exchange.answer, "###"]

@@ -43,6 +43,8 @@ def test_each_row_has_a_scale_of_its_own():
 def test_a_row_of_zeros_stays_zero():
     rounded, scale = round_rows(torch.zeros(2, 4))
     assert not rounded.any() and torch.isfinite(scale).all() and (scale > 0).all()
+    rounded, scale = round_rows(torch.tensor([[1e-30, -1e-30, 0.0]]))
+    assert rounded.tolist() == [[127, -127, 0]] and scale.item() == pytest.approx(1e-30 / 127), "however small it is"
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -118,6 +120,16 @@ def test_four_bits_spread_from_the_smallest_to_the_largest_of_a_group():
     back = (numbers.float().unflatten(1, (2, 32)) - 8) * scale[..., None] + offset[..., None]
     error = (back.flatten(1) - weight).abs().unflatten(1, (2, 32)).amax(dim=-1)
     assert (error < scale).all()
+
+
+def test_4_bits_of_equal_and_of_very_small_weights():
+    """Numbers of a group of one value are the middle one, 8; the smallest weights use all 16 numbers."""
+    numbers, scales = round_groups(torch.full((1, 32), 0.5), 32)
+    assert numbers.tolist() == [[8] * 32] and scales[0, 0, 1] == 0.5 and 0 < scales[0, 0, 0] < 1e-30
+    numbers, _ = round_groups(torch.arange(16.0).repeat(1, 2) * 2.0**-60, 32)
+    assert numbers.tolist() == [[*range(16)] * 2]
+    far, scales = round_groups(torch.linspace(100.125, 100.25, 32)[None], 32)  # bfloat16 has 100 and 100.5 there
+    assert far.tolist() == [[15] * 32] and scales[0, 0, 1] == 100, "cut off at the ends, not wrapped around"
 
 
 @pytest.mark.parametrize(("inputs", "group"), [(128, 64), (96, 32)])

@@ -84,11 +84,11 @@ def test_onednns_rows_are_rounded_by_their_largest_magnitude(monkeypatch):
     ops = SimpleNamespace(qlinear_prepack=lambda weight, shape: ("packed", shape), qlinear_pointwise=product)
     monkeypatch.setattr(torch.ops, "onednn", ops)
     weight, scale = torch.ones(3, 3, dtype=torch.int8), torch.tensor([1.0, 2.0, 4.0])
-    rows = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [3.0, 1.0, 3.0]])
+    rows = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [3.0, 1.0, 3.0], [0.0, 1e-30, -1e-30]])
     layer = OnednnInt8(weight, scale, None)
     found = layer(rows)
     (numbers, in_scale, zero, packed) = asked[0]
-    assert numbers == [[192, 1, 160], [128, 128, 128], [255, 170, 255]]
+    assert numbers == [[192, 1, 160], [128, 128, 128], [255, 170, 255], [128, 255, 1]]
     assert (in_scale, zero, packed) == (1.0, 128, ("packed", [1025, 3]))
     torch.testing.assert_close(found, rows * scale, atol=0.04, rtol=0)
     bias = torch.tensor([10.0, 20.0, 30.0])
@@ -116,3 +116,5 @@ def test_fbgemms_rows_are_rounded_to_the_levels_that_a_processor_can_sum(monkeyp
         found = product(rows)
         assert ((found - shift - wanted).norm(dim=1) <= error * wanted.norm(dim=1) + 1e-5).all()
         torch.testing.assert_close(product(torch.zeros(1, 128))[0], torch.zeros(32) + shift)
+    if bias is None:
+        torch.testing.assert_close(product(X * 1e-25) * 1e25, product(X))

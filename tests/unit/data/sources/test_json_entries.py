@@ -319,6 +319,8 @@ def test_a_network_that_fails_is_no_damage_of_the_file(tmp_path, monkeypatch):
     assert damaged.read(9) == b"a"
     with pytest.raises(storage.DamagedFileError):
         damaged.read(9)
+    with pytest.raises(storage.DamagedFileError):  # whoever asks for all of it would take a part for the whole
+        json_entries._Transcoded(Failing(storage.DamagedFileError("damaged"), packed), "utf-16").read()
     for read in (json_entries._read_head, lambda stream: json_entries._Transcoded(stream, "utf-16").read(9)):
         with pytest.raises(OSError, match="NETWORK_CONNECTION"):
             read(Failing(away, packed))

@@ -189,7 +189,8 @@ def test_a_rest_of_zeros_is_no_damage_and_one_block_is_an_end_mark():
     assert scan(one + bytes(1024) + one)[0] == [("a", 512, 1), ("a", 2560, 1)], "two tars that were joined"
     assert scan(one + bytes(1024) + one)[1] == ["the tar has no end mark, so it may be cut off between two samples"]
     assert scan(bytes(1024)) == ([], [])
-    assert scan(b"\xff" * 1024)[1] == ["the file is no tar, or its first header is damaged"]
+    for size in (1, 511, 512, 1024):
+        assert scan(b"\xff" * size) == ([], ["the file is no tar, or its first header is damaged"])
     assert scan(blocks(("a", b"x" * 512)))[1] == ["the tar has no end mark, so it may be cut off between two samples"]
 
 
