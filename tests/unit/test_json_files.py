@@ -42,6 +42,11 @@ def test_mappings_of_any_kind_are_objects():
     assert to_json(MappingProxyType({"a": MappingProxyType({"b": math.nan})})) == '{"a": {"b": null}}'
 
 
+def test_a_key_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="Out of range float values"):
+        to_json({math.nan: 1})
+
+
 def test_an_object_without_members_is_one(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     assert read_json_object(str(tmp_path / "x.json")) == {}

@@ -137,6 +137,7 @@ def test_each_node_says_what_it_does_not_see_or_is_passed_over(monkeypatch, tmp_
     import ray
 
     probe, asked = {}, []
+    caplog.set_level("DEBUG", "pipelines.shared_paths")
 
     def remote(**options):
         asked.append(options)
@@ -148,7 +149,7 @@ def test_each_node_says_what_it_does_not_see_or_is_passed_over(monkeypatch, tmp_
         return probe["made"].work()
 
     def wait(references, num_returns, timeout):
-        asked.append((num_returns, timeout))
+        asked.append((type(references), num_returns, timeout))
         return [node for node in references if node != "n3"], [node for node in references if node == "n3"]
 
     monkeypatch.setattr(ray, "remote", remote)
@@ -158,8 +159,13 @@ def test_each_node_says_what_it_does_not_see_or_is_passed_over(monkeypatch, tmp_
     paths = {"data": str(tmp_path), "output": str(tmp_path / "none")}
     nodes = {f"10.0.0.{n}": f"n{n}" for n in (1, 2, 3)}
     assert shared_paths._missing_on(nodes, paths) == {"10.0.0.1": ["output"]}
-    assert asked == [{"num_cpus": 0, "max_retries": 0}, (3, 60.0)]
-    assert "1 of 3 nodes did not say within a minute whether they see the paths." in caplog.text
+    assert asked == [{"num_cpus": 0, "max_retries": 0}, (list, 3, 60.0)]
+    assert caplog.messages == [
+        "the node at 10.0.0.2 did not say whether it sees the paths: gone",
+        "1 of 3 nodes did not say within a minute whether they see the paths.",
+    ]
+    caplog.clear()
+    assert shared_paths._missing_on({"10.0.0.1": "n1"}, paths) == {"10.0.0.1": ["output"]} and not caplog.messages
 
 
 class Strategy:

@@ -187,6 +187,8 @@ def test_table_is_the_canonical_schema(uri):
     assert ShardSet.open(uri).table(["task", "id"]).column_names == ["task", "id"]
     assert ShardSet.open(f"{uri}/").uri == uri
     assert ShardInfo.from_json({"file": "a", "rows": 0, "bytes": 0, "sha256": "x"}) == ShardInfo("a", 0, 0, "x")
+    with pytest.raises(ValueError, match=r"^-1 is no number of at least 0$"):
+        ShardInfo.from_json({"file": "a", "rows": -1, "bytes": 0, "sha256": "x"})
     empty = ShardSet(uri, Manifest("x", ()))
     assert (len(empty), empty.table().num_rows, list(empty)) == (0, 0, [])
 

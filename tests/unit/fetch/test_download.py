@@ -182,9 +182,10 @@ def test_a_file_is_compared_with_everything_that_is_stated(tmp_path, monkeypatch
         check_file(tmp_path / "f", remote, md5)
 
 
-def test_a_server_need_not_say_how_long_a_file_is(target):
+@pytest.mark.parametrize("known", [0, 10])
+def test_a_server_need_not_say_how_long_a_file_is(target, known):
     seen = []
-    fetch(Server((200, {}, DATA)), target, report=lambda *now: seen.append(now))
+    fetch(Server((200, {}, DATA)), target, Remote(URL, num_bytes=known), report=lambda *now: seen.append(now))
     assert target.read_bytes() == DATA and seen == [(0, 0), (10, 0)]
 
 

@@ -39,6 +39,9 @@ def test_a_new_folder_is_private_and_a_link_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "a/cache")
     with pytest.raises(SettingsError, match="is a link"):
         secure_folder(tmp_path / "link")
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match=r"the cache.* Set TINYGPTV_CACHE to a folder of your own\.$"):
+        secure_folder(tmp_path / "file/cache")
 
 
 @pytest.mark.security

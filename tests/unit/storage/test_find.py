@@ -9,7 +9,7 @@ from pyarrow.fs import LocalFileSystem
 
 from pipelines import storage
 from pipelines.storage import Location, find, retry
-from pipelines.storage.find import find_below, find_files
+from pipelines.storage.find import FoundFile, find_below, find_files
 
 
 @pytest.fixture
@@ -105,6 +105,20 @@ def test_only_what_is_named_and_missing_beside_what_is_there_is_warned_about(tre
     assert caplog.text == ""
     find_files(f"{tree}/a{{0..6}}/x.tar")
     assert caplog.messages == ["5 of 7 are missing: a0/x.tar, a3/x.tar, a4/x.tar .."]
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_all_files_below_a_folder_come_by_name_and_a_file_is_found_itself(tree, slash):
+    found = find_below(Location("", f"{tree}{slash}"))
+    assert [file.name for file in found] == ["a1/x.tar", "a2/x.tar", "b/deep/x.tar", "b/x.tar", "b/y.txt", "d.tar"]
+    for file in found:
+        stat = (tree / file.name).stat()
+        assert file.location == Location("", f"{tree}/{file.name}")
+        assert (file.num_bytes, file.modified_ns) == (stat.st_size, stat.st_mtime_ns)
+        assert find_below(file.location) == [FoundFile(file.location, "", stat.st_size, stat.st_mtime_ns)]
+    storage.write_atomically(f"memory://empty/{tree.name}", b"")
+    (empty,) = find_below(f"memory://empty/{tree.name}")
+    assert (empty.name, empty.num_bytes) == ("", 0)
 
 
 def test_below_a_folder_that_is_missing_is_nothing(tmp_path):

@@ -56,10 +56,12 @@ def test_a_folder_that_is_replaced_is_not_complete_until_it_is(source, tmp_path,
 @pytest.mark.parametrize("writes", [True, False])
 def test_asking_for_access_leaves_nothing(tmp_path, monkeypatch, writes):
     place, written, write = f"memory://asked-{writes}/{tmp_path.name}", [], folders.write_atomically
-    monkeypatch.setattr(folders, "write_atomically", lambda to, data: (written.append(to.name), write(to, data))[1])
-    storage.check_access(place, writes=writes)
+    monkeypatch.setattr(
+        folders, "write_atomically", lambda to, data: (written.append((to.name, data)), write(to, data))
+    )
+    storage.check_access(place, **({"writes": True} if writes else {}))
     assert storage.list_names(place) == {}
-    assert written == ([".write-check"] if writes else []) and storage.is_folder(place) is writes
+    assert written == ([(".write-check", b"")] if writes else []) and storage.is_folder(place) is writes
 
 
 def test_a_folder_that_may_not_be_listed_is_told_before_anything_is_written(tmp_path, monkeypatch):
@@ -76,9 +78,14 @@ def test_a_folder_that_may_not_be_listed_is_told_before_anything_is_written(tmp_
 def test_a_bucket_that_is_not_there_is_told_and_a_local_folder_need_not_be(tmp_path, monkeypatch):
     storage.check_access(str(tmp_path / "nowhere"), writes=True)
     assert not (tmp_path / "nowhere").exists()
-    monkeypatch.setattr(location_module, "_connect", lambda root: (LocalFileSystem(), str(tmp_path / "bucket")))
+    asked = []
+    connected = (LocalFileSystem(), str(tmp_path / "bucket"))
+    monkeypatch.setattr(location_module, "_connect", lambda root: (asked.append(root), connected)[1])
     with pytest.raises(StorageError, match="the bucket of s3://bucket/x does not exist: check the name"):
         storage.check_access("s3://bucket/x")
+    assert asked == ["s3://bucket"]
+    (tmp_path / "bucket").mkdir()
+    storage.check_access("s3://bucket/x")
 
 
 def test_a_tree_is_copied_into_one_that_is_there(source, tmp_path):
