@@ -27,13 +27,14 @@ def clock(monkeypatch):
     return now
 
 
-def test_a_bar_shows_share_note_and_time_left(clock, capsys):
+@pytest.mark.parametrize(("done", "filled", "left"), [(1, 2, "5:30"), (3, 8, "1:30")])
+def test_a_bar_shows_share_note_and_time_left(clock, capsys, done, filled, left):
     with Bar("prepare laion") as bar:
         clock[0] += 30
-        bar.update(3, 12, "rows 30 in")
+        bar.update(done, 12, "rows 30 in")
         assert bar.seconds == 30
     shown = capsys.readouterr().err
-    assert shown == f"prepare laion [{'#' * 8:.<30}] 3/12  rows 30 in  left 1:30\n"
+    assert shown == f"prepare laion [{'#' * filled:.<30}] {done}/12  rows 30 in  left {left}\n"
 
 
 def test_a_bar_that_just_began_has_lasted_a_little(clock):

@@ -113,6 +113,7 @@ def test_groups_beyond_the_bound_are_cut_by_value_into_parts_in_row_order(monkey
     assert [part.tolist() for part in deduplicate._bounded(hashes, group)] == [[0, 1, 2, 3, 4]]
     monkeypatch.setattr(deduplicate, "_LARGEST_GROUP", 2)
     assert [part.tolist() for part in deduplicate._bounded(hashes, group)] == [[1, 3], [2, 4], [0]]
+    assert [part.tolist() for part in deduplicate._bounded(hashes, group[1:4])] == [[1, 3], [2]]
 
 
 @pytest.mark.parametrize("at_once", [1, 6, 1 << 22])

@@ -86,6 +86,14 @@ def test_totals_count_each_row_in_its_bin_and_each_shard_by_itself():
     assert second["words"] == {"least": 250, "mean": 250, "most": 250}
 
 
+def test_bins_begin_at_nothing_and_end_at_round_numbers():
+    for borders in report.BINS.values():
+        assert borders[0] == 0 and list(borders) == sorted(set(borders))
+    assert report.BINS["width"] == report.BINS["height"]
+    assert all(border % 64 == 0 for border in report.BINS["width"])
+    assert [border for border in report.BINS["image_kilobytes"] if border % 5] == [2]
+
+
 @pytest.mark.parametrize("name", report.BINS)
 def test_bins_ascend_from_nothing(name):
     borders = report.BINS[name]

@@ -252,6 +252,7 @@ def test_a_name_with_fewer_alternatives_is_found_after_one_with_more(folder):
         ("coco/annotations/captions_train2014.json", "coco/images/train2017", "coco/images"),
         ("llava/conversation_58k.json", "coco/train2017", "coco"),
         ("a/b/c.json", "coco/images", "coco/images"),
+        *(("a/b.json", f"{name}/train2014", name) for name in ("COCO", "coco2014", "coco2017", "mscoco", "images")),
     ],
 )
 def test_coco_folders_are_looked_for_beside_and_above(tmp_path, annotations, images, found):
