@@ -63,12 +63,28 @@ def test_a_sample_of_sets(tmp_path, monkeypatch, capsys, dry_run):
     done = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(samples.Annotations, "bring", lambda self, each: done.append((each.name, self.record.rows)))
-    monkeypatch.setattr(
-        samples, "finish_sets", lambda sets, folder, settings: done.append([s.name for s in sets]) or ["c"]
-    )
-    monkeypatch.setattr(samples, "fetch_images", lambda given, sets: single_images.ImagesReport(1200, 3, ["left"]))
-    monkeypatch.setattr(samples, "missing_by_hand", lambda sets, folder: ["open it."])
-    result = samples.fetch_samples(FetchSettings(what=["sample", "laion"], rows=50, dry_run=dry_run), NO_RETRIES)
+    folder, names = tmp_path / "raw_sample", []
+
+    def finish(sets, where, given):
+        assert (where, given) == (folder, settings)
+        done.append([each.name for each in sets])
+        return ["c"]
+
+    def images(given, sets):
+        assert (given.settings, given.folder, given.retries) == (settings, folder, NO_RETRIES)
+        assert not given.client.is_closed
+        names.append([each.name for each in sets])
+        return single_images.ImagesReport(1200, 3, ["left"])
+
+    def missing(sets, where):
+        assert ([each.name for each in sets], where) == (["laion"], folder)
+        return ["open it."]
+
+    monkeypatch.setattr(samples, "finish_sets", finish)
+    monkeypatch.setattr(samples, "fetch_images", images)
+    monkeypatch.setattr(samples, "missing_by_hand", missing)
+    settings = FetchSettings(what=["sample", "laion"], rows=50, dry_run=dry_run)
+    result = samples.fetch_samples(settings, NO_RETRIES)
     out = capsys.readouterr().out
     by_hand = ["open it. Or name the folder that holds it with local=.", *([] if dry_run else ["left"])]
     assert (result["folder"], result["by_hand"]) == (f"{tmp_path}/raw_sample", by_hand)
@@ -84,9 +100,11 @@ def test_a_sample_of_sets(tmp_path, monkeypatch, capsys, dry_run):
         assert result["sample"] == {"rows": 50, "files": [], "images": 1200, "lost": 3}
         assert out.endswith(f"\n{by_hand[0]}\nleft\nThen run: c\n") and result["commands"] == ["c"]
     assert json.loads((tmp_path / "raw_sample/result.json").read_text()) == result
+    assert names == ([] if dry_run else [["laion"]])
     with pytest.raises(SettingsError, match=r"^what=sample,nope: nope is no data set; samples are made of data, data1"):
         samples.fetch_samples(FetchSettings(what=["sample", "nope"]), NO_RETRIES)
-    samples.fetch_samples(FetchSettings(what=["sample", "laion"], rows=50, quiet=True), NO_RETRIES)
+    settings = FetchSettings(what=["sample", "laion"], rows=50, quiet=True)
+    samples.fetch_samples(settings, NO_RETRIES)
     assert "first 50 rows" not in capsys.readouterr().out
     (tmp_path / "raw_sample" / LOCK_FILE).touch()
     with pytest.raises(
