@@ -109,6 +109,14 @@ def test_an_image_is_a_name_or_bytes_in_any_form(image, found):
     assert draft.image == found
 
 
+def test_the_field_of_the_image_has_many_names():
+    names = ["image", "images", "img", "image_path", "image_file", "img_path", "file_name", "image_name", "picture"]
+    names += ["photo", "jpg", "png", "webp"]
+    assert [own_draft({name: f"{name}.x", "caption": "c"}, "").image for name in names] == [f"{n}.x" for n in names]
+    several = {**dict.fromkeys(reversed(names), "b"), "image": "a", "caption": "c"}
+    assert own_draft(several, "").image == "a", "the first of them counts"
+
+
 def test_bytes_are_called_by_their_path_or_column():
     png = encode(picture(0), "PNG")
     for row, name in (

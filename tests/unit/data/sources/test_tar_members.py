@@ -120,6 +120,8 @@ def test_a_group_with_a_problem_is_not_split():
         ("a.1", ["jpg", "json"], "cut"),
         ("a.2", ["jpg"], "cut"),
     ]
+    undotted = Group("a", {"json": bytes, "1.jpg": bytes})
+    assert [part.key for part in tar._split_dotted(undotted)] == ["a", "a.1"]
     alone = Group("a", {"x.json": bytes, "y.txt": bytes})
     assert tar._split_dotted(alone) == [alone], "no image anywhere"
     plain = Group("a", {"jpg": bytes, "1.json": bytes})

@@ -191,6 +191,7 @@ def test_a_rest_of_zeros_is_no_damage_and_one_block_is_an_end_mark():
     assert scan(bytes(1024)) == ([], [])
     for size in (1, 511, 512, 1024):
         assert scan(b"\xff" * size) == ([], ["the file is no tar, or its first header is damaged"])
+    assert scan(bytes(512) + b"\xff" * 1024)[1] == ["the file is no tar, or its first header is damaged"]
     assert scan(blocks(("a", b"x" * 512)))[1] == ["the tar has no end mark, so it may be cut off between two samples"]
 
 
