@@ -116,14 +116,15 @@ def test_one_row_is_a_row_and_no_container(tmp_path):
     ],
     ids=["escape", "comma", "word", "digits", "depth"],
 )
-@pytest.mark.parametrize("form", ["list", "lines", "packed"])
+@pytest.mark.parametrize("form", ["list", "lines", "packed list", "packed lines"])
 def test_a_broken_entry_costs_itself_alone(tmp_path, broken, reason, form):
-    good = '{"a": 1}'
-    text = f"{good}\n{broken}\n{good}\n" if form == "lines" else f"[{good}, {broken}, {good}]"
-    name = "own.jsonl" if form == "lines" else "own.json"
-    found, _ = read(tmp_path / name, gzip.compress(text.encode()) if form == "packed" else text)
+    good, lines = '{"a": 1}', form.endswith("lines")
+    text = f"{good}\n{broken}\n{good}\n" if lines else f"[{good}, {broken}, {good}]"
+    name = "own.jsonl" if lines else "own.json"
+    found, _ = read(tmp_path / name, gzip.compress(text.encode()) if form.startswith("packed") else text)
     assert [isinstance(entry, Rejected) for _, entry in found] == [False, True, False]
     assert reason in found[1][1].reason
+    assert (found[1][1].key, found[1][1].shard) == ("line 2" if lines else "1", name)
     assert len(found[1][1].reason) < 320
 
 
