@@ -123,15 +123,22 @@ class WorkFolder:
         return (self.location / name).uri if name else self.location.uri
 
     def fetch(self, *names: str) -> None:
-        """Copy files and folders that are published to the local folder; those that are missing are left out."""
+        """Copy files and folders that are published to the local folder; those that are missing are left out.
+
+        A file that was published by this folder, and that somebody removed from the location, is removed here, too.
+        """
         if self.location.is_local:
             return
         for name in names:
+            found: list[str] = []
             if is_folder(self.location / name):
-                below = [f"{name}/{file}" for file in list_tree(self.location / name)]
-                download_files(self.location, below, self.path)
+                found = [f"{name}/{file}" for file in list_tree(self.location / name)]
             elif exists(self.location / name):
-                download_files(self.location, [name], self.path)
+                found = [name]
+            download_files(self.location, found, self.path)
+            for gone in self._published_below(name) - set(found):
+                (self.path / gone).unlink(missing_ok=True)
+                del self._published[gone]
             self._published |= {file: _state(self.path / file) for file in self._files(name)}
 
     def publish(self, *names: str) -> None:
@@ -152,10 +159,9 @@ class WorkFolder:
                 if self._published.get(file) != state:
                     upload(self.path / file, self.location / file)
                     self._published[file] = state
-            gone = [f for f in self._published if (f == name or f.startswith(f"{name}/")) and f not in present]
-            for file in gone:
-                remove_file(self.location / file)
-                del self._published[file]
+            for gone in self._published_below(name) - set(present):
+                remove_file(self.location / gone)
+                del self._published[gone]
 
     def publish_soon(self, name: str) -> None:
         """Publish a file in the background, at most every few seconds; for what only shows progress."""
@@ -169,6 +175,10 @@ class WorkFolder:
     def _try_to_publish(self, name: str) -> None:
         with suppress(OSError):  # told by the retries; the next line tries again
             upload(self.path / name, self.location / name)
+
+    def _published_below(self, name: str) -> set[str]:
+        """A file of this name, or the files of a folder of this name, that were published or fetched."""
+        return {file for file in self._published if file == name or file.startswith(f"{name}/")}
 
     def _files(self, name: str) -> Iterator[str]:
         path = self.path / name

@@ -82,7 +82,7 @@ def run_stage(settings: TrainSettings, number: int, *, parent_run_id: str = "") 
         work.publish(JOURNAL_FILE)
         return finished
     job = dataclasses.replace(job, run=_begin_tracking(job, output, parent_run_id))
-    work.publish(RUN_FILE)
+    work.publish(RUN_FILE, JOURNAL_FILE)  # what waits goes on with the worker where it writes there, too
     logger.info("\n%s", describe_stage(job.settings, job.stage))
     next_step = StateStore(storage.join(job.storage, "states"), 1).newest_step()
     if next_step:
@@ -95,7 +95,7 @@ def run_stage(settings: TrainSettings, number: int, *, parent_run_id: str = "") 
     result = trained.to_stage_result(work.uri(RESULT_FILE), time.perf_counter() - started)
     _log_outcome(job, output, result)
     write_result(output, result)
-    work.publish(LOSS_PLOT, RUN_FILE, RESULT_FILE)
+    work.publish(LOSS_PLOT, RUN_FILE, JOURNAL_FILE, RESULT_FILE)
     for name, count in trained.cut.items():
         if count.questions:
             logger.warning("%s.", cut_sentence(name, count))
@@ -310,8 +310,14 @@ def _collect(job: TrainJob, work: storage.WorkFolder) -> None:
         return
     written = storage.WorkFolder(job.storage)
     written.fetch(*WORKER_FILES)
-    storage.copy_tree(written.path, work.path, WORKER_FILES)
+    storage.copy_tree(written.path, work.path, [name for name in WORKER_FILES if name != JOURNAL_FILE])
+    unsent = written.path / JOURNAL_FILE
+    if unsent.is_file():
+        with (work.path / JOURNAL_FILE).open("ab") as journal:
+            journal.write(unsent.read_bytes())
     work.publish(*WORKER_FILES)
+    unsent.unlink(missing_ok=True)  # it is sent from here on; a longer run would send it again
+    written.publish(JOURNAL_FILE)
 
 
 def _log_outcome(job: TrainJob, output: Path, result: StageResult) -> None:

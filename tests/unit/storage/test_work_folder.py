@@ -131,6 +131,24 @@ def test_what_another_run_published_is_fetched_and_not_sent_again(location, uplo
     assert second.uri("record.jsonl") == f"{location}/record.jsonl" and second.uri() == location
 
 
+def test_a_published_file_that_another_process_removed_is_removed_by_fetching(location):
+    work, other = WorkFolder(location), WorkFolder(location)
+    (work.path / "folder").mkdir()
+    for name in ("unsent.jsonl", "folder/a", "folder/b", "folder.txt"):
+        (work.path / name).write_text(name)
+    work.publish()
+    (work.path / "notes.txt").write_text("never published")
+    other.fetch("unsent.jsonl", "folder", "folder.txt")
+    for name in ("unsent.jsonl", "folder/a", "folder.txt"):
+        (other.path / name).unlink()
+    other.publish()
+    work.fetch("unsent.jsonl", "folder", "notes.txt")
+    assert sorted(path.name for path in work.path.rglob("*")) == ["b", "folder", "folder.txt", "notes.txt"]
+    (work.path / "unsent.jsonl").write_text("unsent.jsonl")
+    work.publish("unsent.jsonl")
+    assert storage.exists(f"{location}/unsent.jsonl"), "what was removed is sent when it is there again"
+
+
 def test_a_local_folder_is_the_location_itself(tmp_path):
     work = WorkFolder(str(tmp_path / "out"))
     (work.path / "a").write_text("a")

@@ -110,14 +110,14 @@ def test_a_stage_is_tracked_trained_collected_told_and_written_in_this_order(sta
         ("refuse", tmp_path),
         (tmp_path, 12),
         ("begin", tmp_path, "parent"),
-        ("publish", "run.json"),
+        ("publish", "run.json", "unsent.jsonl"),
         f"{shared}/states",
         ("follow", f"{shared}/progress.txt", True),
         ("_run_inline", "r"),
         "followed",
         ("collect", notes[8][1]),
         ("outcome", "r", tmp_path, result),
-        ("publish", "loss.png", "run.json", "result.json"),
+        ("publish", "loss.png", "run.json", "unsent.jsonl", "result.json"),
     ]
     assert notes[8][1].path == tmp_path
     assert read_result(tmp_path) == result and result["result"] == str(tmp_path / "result.json")

@@ -27,11 +27,27 @@ def test_what_the_workers_wrote_is_collected_from_their_storage(tmp_path):
     work.publish = lambda *names: published.append(names)
     module._collect(job_of(tmp_path, storage_path=shared), work)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"one" and not (tmp_path / "notes.txt").exists()
-    assert published == [WORKER_FILES]
+    assert published == [WORKER_FILES] and not (tmp_path / "unsent.jsonl").exists()
     fetched = []
     work.fetch = lambda *names: fetched.append(names)
     module._collect(job_of(tmp_path), work)
     assert fetched == [WORKER_FILES] and len(published) == 1
+
+
+@pytest.mark.parametrize("shared", ["memory://bucket/{}", "{}/elsewhere"])
+def test_what_workers_could_not_send_moves_behind_what_the_driver_could_not(tmp_path, shared):
+    """The driver sends it from here on; a later run of more steps finds nothing to send twice."""
+    shared = shared.format(tmp_path if "elsewhere" in shared else tmp_path.name)
+    storage.make_folder(shared)
+    storage.write_atomically(f"{shared}/unsent.jsonl", b"worker\n")
+    work = storage.WorkFolder(f"memory://driver/{tmp_path.name}")
+    (work.path / "unsent.jsonl").write_bytes(b"driver\n")
+    job = job_of(tmp_path, storage_path=shared)
+    module._collect(job, work)
+    assert storage.read_bytes(f"memory://driver/{tmp_path.name}/unsent.jsonl") == b"driver\nworker\n"
+    assert not storage.exists(f"{shared}/unsent.jsonl")
+    module._collect(job, work)
+    assert (work.path / "unsent.jsonl").read_bytes() == b"driver\nworker\n"
 
 
 def test_the_mistake_behind_a_workers_death_is_told():
