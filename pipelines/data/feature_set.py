@@ -67,7 +67,7 @@ def encoder_hash(checkpoint: str | Path, image_size: int) -> str:
         checkpoint: local folder.
         image_size: side in pixels.
     """
-    from tinygptv.checkpoint.encoder_weights import stored_encoder
+    from tinygptv.checkpoint.stored_weights import stored_encoder
 
     digest = hashlib.sha256()
     for name, values in stored_encoder(checkpoint, image_size):

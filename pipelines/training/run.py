@@ -82,7 +82,7 @@ def run_stage(settings: TrainSettings, number: int, *, parent_run_id: str = "") 
         work.publish(JOURNAL_FILE)
         return finished
     job = dataclasses.replace(job, run=_begin_tracking(job, output, parent_run_id))
-    work.publish(RUN_FILE, JOURNAL_FILE)  # what waits goes on with the worker where it writes there, too
+    work.publish(RUN_FILE, JOURNAL_FILE)  # the worker takes over what waits, if it writes there too
     logger.info("\n%s", describe_stage(job.settings, job.stage))
     next_step = StateStore(storage.join(job.storage, "states"), 1).newest_step()
     if next_step:

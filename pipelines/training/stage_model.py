@@ -9,6 +9,7 @@ import torch
 from pipelines.node_cache import local_checkpoint
 from pipelines.training.job import TrainJob
 from tinygptv.checkpoint.checkpoint import load_checkpoint
+from tinygptv.checkpoint.stored_weights import restore_rounded
 from tinygptv.data.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
 from tinygptv.training.stages import set_trainable
 from tinygptv.training.train_step import PRECISIONS, set_dtypes
@@ -19,9 +20,8 @@ def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
     settings, stage = job.settings, job.stage
     device = torch.device("cuda", torch.cuda.current_device()) if settings.use_gpu else torch.device("cpu")
     start = local_checkpoint(settings.init_from)
-    model, processor, _ = load_checkpoint(
-        start, dtype=PRECISIONS[settings.precision], attn_implementation=settings.attention
-    )
+    dtype = PRECISIONS[settings.precision]
+    model, processor, _ = load_checkpoint(start, dtype=dtype, attn_implementation=settings.attention)
     model.set_image_size(stage.image_size)
     if stage.lora_rank and not model.config.lora_rank:
         model.add_lora(stage.lora_rank, stage.lora_alpha, stage.lora_dropout)
@@ -29,6 +29,7 @@ def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
         model.set_lora_dropout(stage.lora_dropout)
     set_trainable(model, stage.trainable)
     set_dtypes(model, device, settings.encoder_precision or settings.precision)
+    restore_rounded(model, start, dtype)
     torch.nn.Module.to(model, device).train()
     if settings.gradient_checkpointing:
         # transformers 5.20 renamed it and warns about the old name

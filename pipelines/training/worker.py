@@ -33,9 +33,9 @@ from pipelines.training.run_reports import NoReports, RunReports
 from pipelines.training.stage_model import build_model
 from pipelines.training.states import StateStore, collect_state, restore_parameters, restore_state
 from tinygptv.checkpoint.checkpoint import save_checkpoint
-from tinygptv.checkpoint.encoder_weights import unrounded_encoder
 from tinygptv.checkpoint.folders import MANIFEST
 from tinygptv.checkpoint.stage_record import StageRecord
+from tinygptv.checkpoint.stored_weights import unrounded_encoder
 from tinygptv.training.optim import build_optimizer
 from tinygptv.training.train_step import StepResult, TrainStep
 

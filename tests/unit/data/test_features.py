@@ -17,7 +17,7 @@ from pipelines.data.features import FeatureWriter, cache_features
 from pipelines.data.shards import ShardSet
 from pipelines.miniature.tiny_training import make_rows, make_world, write_shard_set
 from pipelines.settings import CacheFeaturesSettings, SettingsError
-from tinygptv.checkpoint import encoder_weights
+from tinygptv.checkpoint import stored_weights
 from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -203,7 +203,7 @@ def test_mistakes_are_one_sentence(made, tmp_path):
 def test_an_encoder_is_known_by_the_names_and_values_of_its_weights(monkeypatch):
     def hash_of(**weights):
         monkeypatch.setattr(
-            encoder_weights, "stored_encoder", lambda *given: iter(weights.items()) if given == ("x", 28) else None
+            stored_weights, "stored_encoder", lambda *given: iter(weights.items()) if given == ("x", 28) else None
         )
         return encoder_hash("x", 28)
 

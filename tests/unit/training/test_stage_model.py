@@ -55,6 +55,11 @@ def built(monkeypatch):
             "set_dtypes",
             lambda found, device, kind: notes.append(("dtypes", str(device), kind)) if found is model else None,
         )
+        monkeypatch.setattr(
+            module,
+            "restore_rounded",
+            lambda found, start, dtype: notes.append(("restore", start, dtype)) if found is model else None,
+        )
         monkeypatch.setattr(module, "TinyGPTVImageProcessor", lambda size: ("images", size))
         monkeypatch.setattr(module, "TinyGPTVProcessor", lambda *a, **k: (*a, k))
         stage = replace(get_stage("mini", 4), lora_rank=stage_rank, lora_alpha=7, lora_dropout=0.25)
@@ -83,6 +88,7 @@ def test_adapters_are_added_once_and_their_dropout_is_the_stages(built, start_ra
         *adapters,
         ("trainable", stage.trainable),
         ("dtypes", "cpu", "bf16"),
+        ("restore", "local start", torch.bfloat16),
         ("train", True),
     ]
     options = {"num_query_tokens": 5, "image_token_id": 9, "template": stage.template}

@@ -1,15 +1,17 @@
-"""The frozen image encoder and Q-Former of a checkpoint, as they are stored.
+"""Weights of a stage's start as they are stored, where loading in half precision rounds them.
 
-Cached features are named by these values, so a stage hands them on as its start has them: what training in half
-precision rounds away stays in the files, and the next stage finds the features of this one.
+What a stage trains begins with the stored values, and the frozen image encoder and Q-Former are handed on with them:
+cached features are named by these, so that the next stage finds the features of this one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from tinygptv.checkpoint.config_file import read_config
@@ -25,8 +27,8 @@ _ROUNDING = 2**-7
 """Largest difference that two roundings to bfloat16 make, relative to a tensor's largest value."""
 
 
-def stored_encoder(checkpoint: str | Path, image_size: int) -> Iterator[tuple[str, Tensor]]:
-    """Read the encoder's tensors one by one, by name in sorted order, each in the dtype it is stored in.
+def stored_weights(checkpoint: str | Path, image_size: int) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """List the tensors of a checkpoint by name in sorted order, each with what reads it in the dtype it is stored in.
 
     The position embedding is resampled to the image size. So the checkpoint of a stage, whose embedding was resampled
     to the stage's size, gives the values of the stage's start.
@@ -36,12 +38,37 @@ def stored_encoder(checkpoint: str | Path, image_size: int) -> Iterator[tuple[st
         image_size: side in pixels.
     """
     tensors = open_weights(checkpoint)
-    for name in sorted(name for name in tensors if name.startswith(ENCODER_PARTS)):
+
+    def load(name: str) -> Tensor:
         values = tensors[name].load()
-        if name == _POSITIONS:
-            grid = image_size // read_config(Path(checkpoint)).vision_config.patch_size
-            values = interpolate_position_embedding(values, grid).to(values.dtype)
-        yield name, values
+        if name != _POSITIONS:
+            return values
+        grid = image_size // read_config(Path(checkpoint)).vision_config.patch_size
+        return interpolate_position_embedding(values, grid).to(values.dtype)
+
+    return ((name, partial(load, name)) for name in sorted(tensors))
+
+
+def stored_encoder(checkpoint: str | Path, image_size: int) -> Iterator[tuple[str, Tensor]]:
+    """Read the tensors of the image encoder and Q-Former one by one, as ``stored_weights`` gives them."""
+    return ((name, load()) for name, load in stored_weights(checkpoint, image_size) if name.startswith(ENCODER_PARTS))
+
+
+@torch.no_grad()
+def restore_rounded(model: TinyGPTVForConditionalGeneration, start: str | Path, loaded: torch.dtype) -> None:
+    """Copy stored values into parameters that are no longer in the dtype they were loaded in, and were rounded to.
+
+    Args:
+        model: loaded from ``start`` and then brought to the dtypes of training; its image size may differ.
+        start: local folder of the checkpoint.
+        loaded: dtype that it was loaded in.
+    """
+    if loaded == torch.float32:
+        return
+    changed = {name: parameter for name, parameter in model.named_parameters() if parameter.dtype != loaded}
+    for name, load in stored_weights(start, model.config.vision_config.image_size):
+        if name in changed:
+            changed[name].copy_(load())
 
 
 def unrounded_encoder(model: TinyGPTVForConditionalGeneration, start: str | Path) -> dict[str, Tensor]:

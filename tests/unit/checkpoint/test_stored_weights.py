@@ -1,4 +1,4 @@
-"""The frozen encoder as it is stored: resampled to an image size, and handed on without the rounding of training."""
+"""Weights as they are stored: restored where training needs them unrounded, and handed on with the frozen encoder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tinygptv.checkpoint.encoder_weights import stored_encoder, unrounded_encoder
+from tinygptv.checkpoint.stored_weights import restore_rounded, stored_encoder, unrounded_encoder
 from tinygptv.miniature.tiny import tiny_config
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.model.vision_encoder import interpolate_position_embedding
@@ -49,6 +49,29 @@ def test_the_encoder_is_read_by_name_in_its_stored_dtype_for_an_image_size(start
         assert values.dtype == torch.float16 and torch.equal(values, known), name
     assert dict(read)[POSITIONS].shape == (1, 17, 32)
     assert torch.equal(dict(stored_encoder(start, 28))[POSITIONS], file[POSITIONS])
+
+
+@pytest.mark.parametrize("size", [28, 56])
+def test_what_left_the_dtype_it_was_loaded_in_is_rounded_once_at_most(start, model, size):
+    model.set_image_size(size)
+    known = load_file(start / FILE) | dict(stored_encoder(start, size))
+    trained, frozen, kept = "lm_head.weight", "vision_encoder.vit.patch_embed.proj.weight", "qformer.query_tokens"
+    parameters = dict(model.named_parameters())
+    for name in (trained, POSITIONS):
+        parameters[name].data = parameters[name].data.float()
+    parameters[frozen].data = parameters[frozen].data.half()
+    rounded = parameters[kept].clone()
+    before = [parameters[name].clone() for name in (trained, POSITIONS, frozen)]
+    restore_rounded(model, start, torch.bfloat16)
+    for name, old in zip((trained, POSITIONS, frozen), before, strict=True):
+        assert torch.equal(parameters[name].float(), known[name].float()) and not torch.equal(parameters[name], old)
+        assert parameters[name].dtype == old.dtype
+    assert torch.equal(parameters[kept], rounded) and parameters[kept].dtype == torch.bfloat16
+    assert parameters[trained].grad_fn is None
+
+
+def test_a_model_that_was_loaded_in_float32_has_its_values(model):
+    restore_rounded(model, "nowhere", torch.float32)
 
 
 @pytest.mark.parametrize(("size", "places"), [(28, 5), (56, 17)])
