@@ -241,8 +241,12 @@ def test_prompts_are_asked_from_the_shortest_on_and_each_gets_its_own_answer(emb
     assert asking._engine.most == 6, "twice as many as are answered together wait in the engine"
     assert given == (asking.model, asking.processor.tokenizer)
     assert options == {"max_batch_size": 3, "context_length": 128, "prefill_tokens": 2048, "stop": ("###",)}
+    engine = asking._engine
     asking.answer(prompts[:2], embeds)
-    assert asking._engine.order[-3] == "forget", "the engine of before, which knows nothing"
+    assert asking._engine is engine and engine.order[-3] == "forget", "the engine of before, which knows nothing"
+    asking.answer([replace(prompts[0], max_new_tokens=128)], embeds)
+    assert asking._engine is not engine and asking._engine.context_length == 256
+    assert Answerer(asking.model, asking.processor).batch_size == 64
 
 
 @pytest.mark.parametrize(("more", "length"), [(0, 128), (1, 256), (1000, 256)])

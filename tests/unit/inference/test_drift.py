@@ -32,7 +32,7 @@ def test_each_row_is_asked_its_first_instruction_about_its_own_image(monkeypatch
 
     class Answering:
         def __init__(self, model, processor, batch_size):
-            asked["batch_size"] = batch_size
+            asked.update(model=model, processor=processor, batch_size=batch_size)
 
         def encode(self, images):
             return [f"embeds of {image}" for image in images]
@@ -81,5 +81,6 @@ def test_each_row_is_asked_its_first_instruction_about_its_own_image(monkeypatch
     assert asked["shown"] == ["embeds of one", None, "embeds of two"] and asked["embeds"] == asked["shown"][::2]
     assert asked["samples"] == [["q1", "q2"], ["q3"], ["q4"]]
     assert (asked["limits"], asked["pad"], asked["batch_size"]) == (("layout", 160), 7, 8)
+    assert asked["model"] == "model" and asked["processor"] is processor
     measure("model", processor, rows)
     assert asked["drawn"][0] == int(np.random.default_rng(0).integers(10**9)), "0, where none is given"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from tinygptv.inference.decoder import FlatDecoder, slots_that_fit
 from tinygptv.inference.flat_layer import FlatLayer, HostFlatLayer
 from tinygptv.inference.runner import FlatRunner, Piece, Row, _finite_and_largest
 from tinygptv.inference.sampling import SamplingParams
+from tinygptv.quantization.linear_packed import PackedLinear
+from tinygptv.quantization.linear_tinygemm import TinygemmLinear
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,31 @@ def test_rows_and_pieces_in_any_slots_are_read_as_the_model_reads_each_alone(mod
             said[slot].append(int(logits.argmax()))
 
 
+def linear_of(kind, dtype, weight_dtype):
+    """A matrix as the decoder sees it, without the tensors that it needs to multiply."""
+    linear = kind.__new__(kind)
+    torch.nn.Module.__init__(linear)
+    linear.register_buffer("weight", torch.zeros(1, dtype=weight_dtype))
+    if kind is not torch.nn.Linear:
+        linear.dtype = dtype
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("linear", "dtype"),
+    [
+        (linear_of(PackedLinear, torch.float16, torch.uint8), torch.float16),
+        (linear_of(TinygemmLinear, torch.bfloat16, torch.int32), torch.bfloat16),
+        (linear_of(torch.nn.Linear, None, torch.float64), torch.float64),
+        (linear_of(torch.nn.Linear, None, torch.int8), torch.float32),
+    ],
+)
+def test_keys_and_values_come_in_the_dtype_of_the_matrix_products(linear, dtype):
+    layer = SimpleNamespace(self_attn=SimpleNamespace(qkv_proj=linear))
+    asked = SimpleNamespace(dtype=torch.float32, language_model=SimpleNamespace(layers=[layer]))
+    assert module._matrix_dtype(asked) == dtype
+
+
 def test_a_prefix_is_copied_to_its_length_and_a_slot_is_cleared_alone(model):
     decoder = FlatDecoder(model, 3, 8)
     decoder.cache.normal_()
@@ -117,7 +145,7 @@ def test_a_step_in_which_no_prompt_ends_draws_nothing(model):
 @pytest.mark.parametrize(("dtype", "itemsize"), [(None, 4), (torch.bfloat16, 2)])
 def test_as_many_slots_as_fit_beside_what_else_is_needed(model, monkeypatch, caplog, dtype, itemsize):
     slot = 2 * 2 * 64 * 100 * itemsize
-    kept = module.WORKSPACE_BYTES + 5000 // 50
+    kept = 768 * 2**20 + 5000 // 50
     device = torch.device("cuda")
     weight = type("Weight", (), {"device": device})()
     monkeypatch.setattr(type(model), "get_input_embeddings", lambda self: type("E", (), {"weight": weight})())

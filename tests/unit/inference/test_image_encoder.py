@@ -137,6 +137,26 @@ def test_closing_waits_for_what_is_queued(encoder):
     encoder.close()
 
 
+def test_what_is_kept_is_read_and_changed_by_one_thread_at_a_time(encoder, monkeypatch):
+    seen, get = [], encoder._entries.get
+    monkeypatch.setattr(encoder._entries, "get", lambda key: seen.append(encoder._lock.locked()) or get(key))
+    first, left = first_taken(encoder), encoder.encode(image(2))
+    left.cancel()
+    encoder._encoder.opened.set()
+    first.result(60), encoder.encode(image(3)).result(60)
+    encoder._encoder.fails = True
+    with pytest.raises(RuntimeError):
+        encoder.encode(image(4)).result(60)
+    assert seen == [True] * 6, "four images, one that nobody waits for and one that failed"
+
+
+def test_unless_told_otherwise_256_images_are_kept_and_8_encoded_together(monkeypatch):
+    monkeypatch.setattr(module, "GraphedEncoder", Gate)
+    made = ImageEncoder(SimpleNamespace())
+    made.close()
+    assert (made._entries.capacity, made.batch_size) == (256, 8)
+
+
 @pytest.mark.parametrize("wrong", [image(1, side=5), image(1, channels=1)])
 def test_images_for_another_model_are_refused(encoder, wrong):
     with pytest.raises(ValueError, match=r"was sent to a model of \[3, 4, 4\]"):

@@ -83,6 +83,18 @@ def test_a_damaged_image_and_a_bomb_say_which_they_are(monkeypatch):
     assert told(make_image(width=60, height=40)) == ("image_too_large", bomb)
 
 
+def test_what_is_wrong_with_a_files_structure_is_told_as_it_is(monkeypatch):
+    def refuse(data):
+        raise ValueError(f"{len(data)} bytes of frames.")
+
+    assert decode(job(make_image(width=1, height=1))).width == 1, "the smallest image"
+    monkeypatch.setattr(Image, "open", lambda *_, **__: SimpleNamespace(size=(0, 5), format="GIF"))
+    nothing = "the image has 0 x 5 pixels; this server takes 10 megapixels."
+    assert told(make_image()) == ("image_too_large", nothing)
+    monkeypatch.setattr(decoder_process, "check_structure", refuse)
+    assert told(b"abc") == ("invalid_image", "3 bytes of frames.")
+
+
 def test_a_data_url_is_decoded_as_its_bytes_are():
     image = make_image(3)
     same = [decode(job(source, side=24)) for source in (image, DataURL.split(data_url(image)))]
@@ -136,6 +148,16 @@ def test_another_answer_is_not_taken(messages):
         receive_result(ours, 16)
 
 
+@pytest.mark.parametrize("messages", [[bytes(10_001)], [b'{"number": 1, "width": 1, "height": 1}', bytes(769)]])
+def test_no_more_is_read_than_an_answer_may_have(messages):
+    ours, theirs = Pipe()
+    with ours, theirs:
+        for message in messages:
+            theirs.send_bytes(message)
+        with pytest.raises(OSError, match="bad message length"):
+            receive_result(ours, 16)
+
+
 # ----------------------------------------------------------------------------------------------- the process itself
 
 
@@ -149,8 +171,8 @@ def test_a_process_bounds_itself_and_answers_until_the_other_end_closes(monkeypa
 
     def setrlimit(limit, values):
         limits[names[limit]] = values
-        if len(limits) == 1:
-            raise ValueError("a lower limit is set")
+        if len(limits) < 3:
+            raise (ValueError, OSError)[len(limits) - 1]("a lower limit is set")
 
     monkeypatch.setattr(decoder_process.resource, "setrlimit", setrlimit)
     ours.send(job(b"nothing"))
