@@ -54,6 +54,26 @@ def test_what_is_compiled_is_kept_where_the_environment_says_else_at_home(folder
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere" and not folder.exists()
 
 
+def test_the_folder_is_in_the_users_own_cache(folder, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    assert str(compilation.CACHE_DIR) == "~/.cache/tinygptv/torchinductor"
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path)})
+    keep_compiled_layers()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".cache/tinygptv/torchinductor")
+
+
+def test_a_folder_that_cannot_be_made_is_torchs_to_choose(folder, caplog):
+    folder.parent.write_text("a file where the folder would be")
+    keep_compiled_layers()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert caplog.messages[0].startswith(f"compiled layers cannot be kept in {folder} (")
+
+
+def test_inside_layers_run_as_they_are_written(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: ("stance", stance))
+    assert compilation.run_eagerly() == ("stance", "force_eager")
+
+
 @pytest.mark.parametrize("options", [{}, {"backend": "eager"}])
 def test_the_loss_of_any_number_of_rows_is_compiled(monkeypatch, options):
     monkeypatch.setattr(torch, "compile", lambda function, **how: (function, how))
