@@ -6,6 +6,7 @@ import logging
 import shutil
 import socket
 from contextlib import closing
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -44,7 +45,8 @@ def test_serves_own_processes_are_guarded_and_given_the_time_that_they_need():
 def test_listening_for_others_without_keys_gives_a_warning(artifact, caplog, monkeypatch, host, keys, warns):
     caplog.set_level(logging.WARNING)
     check_settings(ServeSettings(artifact=artifact, host=host, api_keys=keys))
-    assert ("no API keys" in caplog.text) == warns
+    assert (f"host={host} is open to other machines and there are no API keys: set TIN" in caplog.text) == warns
+    assert warns or not caplog.records
     assert "a-key" not in caplog.text
     monkeypatch.setenv("TINYGPTV_API_KEYS", "from-the-environment")
     caplog.clear()
@@ -85,12 +87,23 @@ def test_the_address_can_be_opened(host, url):
             "failed\n  ValueError: first\nRuntimeError: the model is damaged\nsee the logs\n",
             "RuntimeError: the model is damaged",
         ),
+        ("ValueError: why\nsee: the page of Errors\n", "ValueError: why"),
         ("one\n two \n", "two"),
         ("", "RuntimeError"),
     ],
 )
 def test_the_reason_is_the_last_line_that_names_an_error(text, reason):
     assert _reason(RuntimeError(text)) == reason
+
+
+@pytest.mark.parametrize(("host", "family"), [("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)])
+def test_an_address_of_either_kind_is_tried_as_a_server_would(monkeypatch, host, family):
+    probe = MagicMock()
+    probe.getsockname.return_value = (host, "4321")
+    monkeypatch.setattr(socket, "socket", lambda *kind: probe if kind == (family, socket.SOCK_STREAM) else None)
+    assert _claim_port(host, 0) == 4321
+    probe.bind.assert_called_once_with((host, 0))
+    probe.close.assert_called_once_with()
 
 
 def test_a_port_that_is_taken_is_named():

@@ -111,11 +111,18 @@ COUNT_REPLICAS = run._num_replicas
 APP = (("app", "/found/x"), "tinygptv", "/")
 
 
-@pytest.mark.parametrize(("port", "url"), [(77, "http://127.0.0.1:77"), (0, "http://127.0.0.1:4321")])
-def test_serve_is_started_where_it_does_not_run(asked, port, url):
-    assert deploy(ServeSettings(artifact="x", host="0.0.0.0", port=port, api_keys=["k"])) == url
-    options = {"host": "0.0.0.0", "port": port or 4321}
-    assert asked == [("port", "0.0.0.0", port), options, APP, ("healthy", url)]
+@pytest.mark.parametrize(
+    ("host", "port", "url"),
+    [
+        ("0.0.0.0", 77, "http://127.0.0.1:77"),
+        ("0.0.0.0", 0, "http://127.0.0.1:4321"),
+        ("10.0.0.5", 0, "http://10.0.0.5:4321"),
+    ],
+)
+def test_serve_is_started_where_it_does_not_run(asked, host, port, url):
+    assert deploy(ServeSettings(artifact="x", host=host, port=port, api_keys=["k"])) == url
+    options = {"host": host, "port": port or 4321}
+    assert asked == [("port", host, port), options, APP, ("healthy", url)]
 
 
 @pytest.mark.parametrize("error", [TimeoutError("HTTP proxies not available"), ray.exceptions.ActorDiedError()])
@@ -163,12 +170,15 @@ def test_an_open_server_without_keys_is_told_once(asked, monkeypatch, caplog, ca
     assert len(caplog.messages) == 1 and "there are no API keys" in caplog.text
 
 
-@pytest.mark.parametrize(("port", "warns"), [(77, True), (0, False), (5, False)])
-def test_the_address_of_a_serve_that_runs_stays(asked, monkeypatch, caplog, port, warns):
-    monkeypatch.setattr(run, "serve_address", lambda: "http://127.0.0.1:5")
-    assert deploy(ServeSettings(artifact="x", port=port)) == "http://127.0.0.1:5"
-    assert asked == [APP, ("healthy", "http://127.0.0.1:5")]
-    warned = ["Ray Serve is running at http://127.0.0.1:5; the model is served there."]
+@pytest.mark.parametrize(
+    ("host", "port", "warns"),
+    [("10.0.0.5", 77, True), ("10.0.0.5", 0, False), ("10.0.0.5", 5, False), ("127.0.0.1", 5, True)],
+)
+def test_the_address_of_a_serve_that_runs_stays(asked, monkeypatch, caplog, host, port, warns):
+    monkeypatch.setattr(run, "serve_address", lambda: "http://10.0.0.5:5")
+    assert deploy(ServeSettings(artifact="x", host=host, port=port, api_keys=["k"])) == "http://10.0.0.5:5"
+    assert asked == [APP, ("healthy", "http://10.0.0.5:5")]
+    warned = ["Ray Serve is running at http://10.0.0.5:5; the model is served there."]
     assert caplog.messages == (warned if warns else [])
 
 
@@ -212,6 +222,7 @@ def test_a_service_is_ready_when_its_health_is_good(monkeypatch):
     ("client", "address"),
     [
         (SimpleNamespace(http_config=SimpleNamespace(host="0.0.0.0", port=81)), "http://127.0.0.1:81"),
+        (SimpleNamespace(http_config=SimpleNamespace(host="10.0.0.5", port=81)), "http://10.0.0.5:81"),
         (None, None),
         (RayServeException("gone"), None),
     ],
