@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -209,6 +211,10 @@ def test_a_truncated_file_is_named_with_its_size_and_the_first_line(tmp_path, mo
         assert (
             refused(weight_files._load_torch, file, False) == f"{file} (3 bytes) is truncated or no torch file: {line}"
         )
+    for kind in (ValueError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error):
+        monkeypatch.setattr(weight_files, "_check_old_format", Mock(side_effect=kind("why")))
+        told = refused(list, weight_files._open_torch(file))
+        assert told == f"{file} is damaged or no file of tensors, and was not opened further: why"
 
 
 # ---------------------------------------------------------------------- against the configuration
