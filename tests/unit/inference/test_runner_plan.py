@@ -92,8 +92,39 @@ def test_tokens_are_those_of_the_rows_and_then_of_the_prompts_that_end():
     launch = runner.launch([Row(1, 9)], [piece(0, 0, 2), piece(3, 4, 6, is_last=True)])
     assert [drawn.token for drawn in launch.read()] == [2, 0] and all(drawn.is_finite for drawn in launch.read())
     assert decoder.forwarded[0][0] == [42.0, 0.0, 1.0, 4.0, 5.0], "the row's last token, then the prompts' embeddings"
-    assert runner._last_tokens == {1: 2, 3: 0}
+    assert decoder.forwarded[0][1].positions.tolist() == [9, 0, 1, 4, 5]
+    assert runner._last_tokens == {1: 2, 3: 0} and runner._samplers[3].prompt_ids == [1, 2]
+    runner.launch([Row(1, 10)], [piece(0, 2, 4, is_last=True)])
+    assert decoder.forwarded[1][0] == [2.0, 2.0, 3.0], "one piece beside the row"
     assert runner.num_slots == 4 and runner.copy_prefix(1, 2, 3) == ("copied", 1, 2, 3) and runner.clear(2)[1] == 2
+
+
+class Elsewhere(Decoder):
+    """On another device; notes where each tensor is that it gets."""
+
+    device = torch.device("meta")
+
+    def embed(self, tokens):
+        self.forwarded.append(tokens)
+        return tokens[:, None].float()
+
+    def decoding_mask(self, lengths, longest):
+        self.forwarded.append(lengths)
+
+    def cache_rows(self, slots, positions):
+        self.forwarded += [slots, positions]
+
+    def forward(self, embeds, plan):
+        self.forwarded += [embeds, plan.positions, plan.output_rows]
+        return self.logits
+
+
+def test_all_that_a_step_is_made_of_is_where_the_decoder_is():
+    decoder = Elsewhere(torch.eye(2))
+    runner = admitted(decoder, 0, 1)
+    runner._last_tokens = {0: 7, 1: 8}
+    runner.launch([Row(0, 5), Row(1, 4)], [Piece(2, 0, 3, torch.ones(3, 1, device="meta"), is_last=False)])
+    assert [tensor.device.type for tensor in decoder.forwarded] == ["meta"] * 7
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -129,7 +160,7 @@ def test_probabilities_are_told_where_they_are_asked_for():
 def test_the_token_of_a_slot_is_the_one_that_was_drawn(params, is_drawn):
     runner = FlatRunner(Decoder(torch.eye(3)[[2]]))
     runner.admit(0, SamplingParams(**params), np.array([1, 2]), 2)
-    runner._samplers[0].draw = lambda logits: 1
+    runner._samplers[0].draw = lambda logits: int(logits.argmin()) + 1
     runner._last_tokens[0] = 5
     (drawn,) = runner.launch([Row(0, 3)], []).read()
     assert runner._last_tokens == {0: drawn.token} and drawn.token == (1 if is_drawn else 2)

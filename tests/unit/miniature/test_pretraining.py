@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
+from tinygptv.miniature import pretraining
 from tinygptv.miniature.pretraining import _optimizers, pretrain
 
 
@@ -87,3 +90,28 @@ def test_gradients_are_clipped_and_belong_to_their_step(tmp_path, monkeypatch):
     assert [norm for norm, _ in norms] == pytest.approx([1.0] * 4, abs=1e-4)
     assert norms[0][1] > 0 and [other for _, other in norms[1:]] == [0.0] * 3, "nothing of the step before is left"
     assert rates == pytest.approx([0.05, 0.1, 0.1, 0.1 * (0.02 + 0.49)])
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    """Parameters, the moments of both optimizers and the step's own number come back."""
+    monkeypatch.setattr(pretraining, "SAVE_EVERY_S", -1)
+    options = {"cycles": (3,), "peak_learning_rate": 0.1, "warmup_steps": 1, "orthogonalized": "b"}
+    whole, stopped, resumed = Task(), Task(), Task()
+    pretrain(whole, **options, state_dir=tmp_path / "whole")
+    losses = stopped.losses
+    stopped.losses = lambda step: losses(step) if step < 1 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        pretrain(stopped, **options, state_dir=tmp_path / "state")
+    pretrain(resumed, **options, state_dir=tmp_path / "state")
+    assert resumed.modes == [True] * 2 + [(False, True)], "the steps 1 and 2"
+    for name, parameter in whole.module.items():
+        assert torch.equal(parameter, resumed.module[name])
+        assert not torch.equal(parameter, stopped.module[name])
+
+
+def test_the_state_is_kept_once_a_minute_and_at_the_end(tmp_path, monkeypatch):
+    now, kept = itertools.count(0, 20.2), []
+    monkeypatch.setattr(pretraining.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(pretraining, "_save", lambda folder, step, *_: kept.append((folder, step)))
+    pretrain(Task(), cycles=(4, 3), peak_learning_rate=0.1, state_dir=tmp_path)
+    assert kept == [(tmp_path, step) for step in (3, 6, 7)], "after 60.6 s each time"
