@@ -255,7 +255,7 @@ def test_released_scores_show_their_defects():
     assert released_hateful("yes and no", 1) == 1.0 and released_hateful("I know", 0) == 1.0
     assert released_hateful("maybe", 0) == 0.0 and released_hateful("###yes", 1) == 0.0
     assert released_okvqa("Two### three", ["2"] * 5 + ["4"] * 5) == 1.0
-    assert released_okvqa("two ###3### 4", ["2"] * 10) == 1.0, "cut at the first"
+    assert released_okvqa("two ###3### 4", ["2"] * 5 + ["4"] * 5) == 1.0, "cut at the first"
     assert released_hateful("no###1###yes", 0) == 1.0 and released_vizwiz("a###b###", ["b"] * 3) == 0.0
 
 
