@@ -6,12 +6,14 @@ import ctypes
 import logging
 import os
 import pathlib
+import re
 import shlex
 import stat
 import subprocess
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -44,6 +46,7 @@ def test_a_library_is_compiled_once_per_processor_and_sources(commands, tmp_path
     library = compiled_library(("-mavx2",))
     assert library.parent == tmp_path / "cache" and stat.S_IMODE(library.parent.stat().st_mode) == 0o700
     assert [path.name for path in library.parent.iterdir()] == [library.name], "no parts are left"
+    assert re.fullmatch(r"host-[0-9a-f]{16}\.so", library.name)
     (command,) = commands
     assert [Path(part).name for part in command if part.endswith(".c")] == list(host_library.SOURCES)
     assert {"-O3", "-mavx2", "-shared"} <= set(command) and command[1] == "-i"
@@ -156,7 +159,21 @@ def test_functions_that_a_processor_lacks_are_left_out():
     assert library.multiply_rows.argtypes == [pointer, pointer, pointer, size, number]
 
 
-@pytest.mark.parametrize("reason", ["no compiler", "fails", "cannot be loaded"])
+def test_arguments_are_those_of_the_c_functions():
+    kinds = {"float": ctypes.c_float, "int": ctypes.c_int, "int64_t": ctypes.c_int64}
+    code = "".join((host_library.FOLDER / name).read_text() for name in host_library.SOURCES)
+    for name, arguments in host_library.SIGNATURES.items():
+        (written,) = re.findall(rf"^(?:void|int) {name}\(([^)]*)\) {{", code, re.MULTILINE)
+        found = [ctypes.c_void_p if "*" in each else kinds[each.split()[0]] for each in written.split(",")]
+        assert arguments == found, name
+
+
+def test_threads_that_arrive_together_wait_for_one_library(monkeypatch):
+    monkeypatch.setattr(host_library, "_load", lambda: host_library._lock.locked())
+    assert host_library.host_library() is True and not host_library._lock.locked()
+
+
+@pytest.mark.parametrize("reason", ["no compiler", "fails", "takes too long", "cannot be loaded"])
 def test_without_a_library_torch_does_it_and_the_log_says_why(monkeypatch, caplog, commands, reason):
     monkeypatch.delenv(host_library.SWITCH, raising=False)
     monkeypatch.setattr(host_library, "processor_options", lambda: ("-mavx2",))
@@ -164,9 +181,16 @@ def test_without_a_library_torch_does_it_and_the_log_says_why(monkeypatch, caplo
         monkeypatch.setattr(host_library.shutil, "which", lambda name: None)
     elif reason == "fails":
         monkeypatch.setattr(subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, "", "no such option"))
+    elif reason == "takes too long":
+        monkeypatch.setattr(subprocess, "run", Mock(side_effect=subprocess.TimeoutExpired("cc", 120)))
     with caplog.at_level(logging.WARNING):
         assert host_library._load.__wrapped__() is None
-    said = {"no compiler": "no C compiler found", "fails": "no such option", "cannot be loaded": "invalid ELF header"}
+    said = {
+        "no compiler": "no C compiler found",
+        "fails": "no such option",
+        "takes too long": "timed out after 120 seconds",
+        "cannot be loaded": "invalid ELF header",
+    }
     assert "torch's kernels, which are slower" in caplog.text and said[reason] in caplog.text
 
 
