@@ -20,6 +20,7 @@ import torch
 
 from tinygptv.kernels import host_library
 from tinygptv.kernels.host_library import compiled_library, find_compiler, processor_options
+from tinygptv.kernels.host_structs import Attention, Layer, Matrix, Norm, Sum
 
 HAS_COMPILER = host_library.host_library() is not None
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs x86 with AVX2 and a C compiler")
@@ -166,6 +167,21 @@ def test_arguments_are_those_of_the_c_functions():
         (written,) = re.findall(rf"^(?:void|int) {name}\(([^)]*)\) {{", code, re.MULTILINE)
         found = [ctypes.c_void_p if "*" in each else kinds[each.split()[0]] for each in written.split(",")]
         assert arguments == found, name
+
+
+def test_structures_are_those_of_the_c_files():
+    code = "".join((host_library.FOLDER / name).read_text() for name in (*host_library.HEADERS, *host_library.SOURCES))
+    code = re.sub(r"/\*.*?\*/", "", code, flags=re.DOTALL)
+    kinds = {"float": ctypes.c_float, "int": ctypes.c_int, "int64_t": ctypes.c_int64}
+    for structure in (Matrix, Attention, Sum, Norm, Layer):
+        found = []
+        body = re.findall(rf"typedef struct {{([^}}]*)}} {structure.__name__};", code)[0]
+        for line in filter(None, map(str.strip, body.split(";"))):
+            kind, names = re.fullmatch(r"(?:const )?(\w+) (.*)", line, re.DOTALL).groups()
+            for name in map(str.strip, names.split(",")):
+                found.append((name.strip("*"), ctypes.c_void_p if name.startswith("*") else kinds[kind]))
+        assert structure._fields_ == found
+        kinds[structure.__name__] = structure
 
 
 def test_threads_that_arrive_together_wait_for_one_library(monkeypatch):
