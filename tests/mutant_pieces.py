@@ -25,6 +25,11 @@ _DATA: dict[str, Piece] = {
     "sample": Piece("tinygptv/data/sample.py", ("data/test_sample.py",)),
     "collate": Piece("tinygptv/data/collate.py", ("data/test_sample.py", "data/test_collate.py")),
     "boxes": Piece("tinygptv/data/boxes.py", ("data/test_boxes.py",)),
+    "images": Piece("tinygptv/data/images.py", ("data/test_images.py", "data/test_image_values.py")),
+    "processing": Piece(
+        "tinygptv/data/processing.py",
+        ("data/test_processing.py", "data/test_processing_chat.py", "data/test_image_values.py"),
+    ),
     "image_orientation": Piece("tinygptv/data/image_orientation.py", ("data/test_orientation_tags.py",)),
     "drawing": Piece("tinygptv/data/drawing.py", ("data/test_drawing.py",)),
     "flatten": Piece("tinygptv/data/flatten.py", ("data/test_flatten.py",)),
@@ -48,6 +53,11 @@ _MODEL: dict[str, Piece] = {}
 
 _INFERENCE: dict[str, Piece] = {
     "prefix_cache": Piece("tinygptv/inference/prefix_cache.py", ("inference/test_prefix_cache.py",)),
+    "inference_batch": Piece(
+        "tinygptv/inference/batch.py", ("inference/test_batch.py",), "not equal_generate and not earlier_calls"
+    ),
+    "sampling": Piece("tinygptv/inference/sampling.py", ("inference/test_sampling.py",), "not cost_of_a_token"),
+    "text_stream": Piece("tinygptv/inference/text_stream.py", ("inference/test_text_stream.py",)),
 }
 
 _QUANTIZATION: dict[str, Piece] = {
@@ -140,6 +150,11 @@ _SERVING: dict[str, Piece] = {
     "serving_batch": Piece("pipelines/serving/batch.py", ("serving/test_batch_parts.py", "serving/test_batch_runs.py")),
     "serving_errors": Piece("pipelines/serving/errors.py", ("serving/test_errors.py",)),
     "serving_artifact": Piece("pipelines/serving/artifact.py", ("serving/test_artifact.py",)),
+    "serving_clients": Piece("pipelines/serving/clients.py", ("serving/test_clients.py",)),
+    "serving_app": Piece("pipelines/serving/app.py", ("serving/test_app.py",)),
+    "serving_run": Piece("pipelines/serving/run.py", ("serving/test_start.py", "serving/test_run.py")),
+    "model_backend": Piece("pipelines/serving/model_backend.py", ("serving/test_model_backend.py",)),
+    "decoder_process": Piece("pipelines/serving/decoder_process.py", ("serving/test_decoder_process.py",)),
 }
 
 _SETTINGS: dict[str, Piece] = {

@@ -185,7 +185,7 @@ def test_structures_are_those_of_the_c_files():
 
 
 def test_threads_that_arrive_together_wait_for_one_library(monkeypatch):
-    monkeypatch.setattr(host_library, "_load", lambda: host_library._lock.locked())
+    monkeypatch.setattr(host_library, "_load", host_library._lock.locked)
     assert host_library.host_library() is True and not host_library._lock.locked()
 
 
