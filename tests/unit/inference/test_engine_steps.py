@@ -2,85 +2,20 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
+from tests.scripted_engine import BROKEN, END, WORD, finish, make, prompt, request
 from tests.serving_model import VOCAB_SIZE, make_model, make_tokenizer
 from tinygptv.inference import engine as engine_module
 from tinygptv.inference.engine import Engine
-from tinygptv.inference.request import Request
-from tinygptv.inference.runner import Drawn
-from tinygptv.inference.sampling import SamplingParams, TokenLogprobs
-
-END, WORD = 0, 70
-BROKEN = Drawn(0, is_finite=False)
-
-
-class Runner:
-    """Computes nothing: the n-th token of a slot is what the script of its prompt's length says, else ``WORD``."""
-
-    num_slots = 9
-
-    def __init__(self, scripts, num_ahead):
-        self.scripts, self.num_ahead = scripts, num_ahead
-        self.launches, self.cleared, self.copied, self.admitted = [], [], [], []
-        self.tokens = {}
-
-    def admit(self, slot, params, prompt_ids, num_positions):
-        self.admitted.append((slot, prompt_ids.tolist(), num_positions))
-        self.tokens[slot] = iter(self.scripts.get(num_positions, ()))
-
-    def launch(self, rows, pieces):
-        self.launches.append(
-            ([(r.slot, r.length) for r in rows], [(p.slot, p.start, p.end, p.is_last) for p in pieces])
-        )
-        assert all(len(p.inputs_embeds) == p.end - p.start for p in pieces)
-        drawn = [self._draw(each.slot) for each in (*rows, *(p for p in pieces if p.is_last))]
-        return type("Launch", (), {"read": lambda self: drawn})()
-
-    def _draw(self, slot):
-        token = next(self.tokens[slot], WORD)
-        return token if isinstance(token, Drawn) else Drawn(token, True, TokenLogprobs(token, -1.0))
-
-    def copy_prefix(self, source, target, length):
-        self.copied.append((source, target, length))
-
-    def clear(self, slot):
-        self.cleared.append(slot)
 
 
 @pytest.fixture(scope="module")
 def model():
     return make_model()
-
-
-def make(model, scripts=None, num_ahead=0, **options):
-    engine = Engine(model, make_tokenizer(), runner="flat", **{"max_batch_size": 2, **options})
-    engine.runner = Runner(scripts or {}, num_ahead)
-    return engine
-
-
-def request(ids, salt=0, **params):
-    ids = np.asarray(ids, dtype=np.int64)
-    return Request(ids, torch.zeros(len(ids), 4), SamplingParams(**params), salt)
-
-
-def prompt(length, start=1):
-    """So many ids; prompts of other lengths share no beginning."""
-    return (np.arange(length) + start + 7 * length) % 300 + 1
-
-
-def finish(engine):
-    """All deltas by request."""
-    found = defaultdict(list)
-    while engine.has_work:
-        for key, delta in engine.step():
-            found[key].append(delta)
-    return found
 
 
 def test_prompts_share_what_a_step_may_read_first_come_first_served(model):
@@ -173,13 +108,38 @@ def test_everything_is_counted_once(model):
     assert (stats.running, stats.waiting) == (0, 0) and engine.prefix_cache.num_free == 3
 
 
-def test_a_spoilt_slot_is_cleared_and_forgotten(model):
-    engine = make(model, {20: [BROKEN]}, max_batch_size=1)
-    engine.add(request(prompt(20)))
-    finish(engine)
-    assert engine.runner.cleared == [0] and engine.prefix_cache.lengths.tolist() == [0]
+def test_a_spoilt_slot_is_cleared_and_forgotten_and_others_are_not(model):
+    engine = make(model, {20: [BROKEN], 30: [BROKEN]}, max_batch_size=3)
+    keys = [engine.add(request(prompt(length), max_tokens=1)) for length in (10, 20, 30)]
+    found = finish(engine)
+    told = "the model's output is not finite (NaN or Inf): its weights are damaged."
+    assert [found[key][0].error for key in keys] == ["", told, told]
+    assert engine.runner.cleared == [1, 2] and engine.prefix_cache.lengths.tolist() == [10, 0, 0]
+    assert (engine.stats.failed, engine.stats.finished) == (2, 1)
     again = engine.add(request(prompt(20)))
     assert finish(engine)[again][0].num_reused == 0
+
+
+def test_a_later_prompt_starts_from_what_was_answered_too(model):
+    """Ten positions of the prompt, and those of the tokens that were read; the last token was never one."""
+    engine = make(model, {10: [70, 71, 72]})
+    engine.add(request(prompt(10), max_tokens=3))
+    finish(engine)
+    for following, reused in (([70, 71, 72, 5], 12), ([70, 5, 5, 5], 11), ([71, 71, 71, 71], 10)):
+        key = engine.add(request([*prompt(10), *following], max_tokens=1))
+        assert finish(engine)[key][0].num_reused == reused
+
+
+def test_what_earlier_prompts_left_can_be_forgotten_unless_somebody_is_answered(model):
+    engine = make(model, context_length=100)
+    engine.add(request(prompt(10), max_tokens=1))
+    with pytest.raises(AssertionError, match=r"^sequences are running$"):
+        engine.forget()
+    finish(engine)
+    engine.forget()
+    key = engine.add(request([*prompt(10), 5], max_tokens=1))
+    assert finish(engine)[key][0].num_reused == 0 and engine.prefix_cache.num_free == 2
+    assert engine.prefix_cache.ids.shape == (2, 100)
 
 
 def test_reused_positions_are_told_with_the_first_piece(model):
