@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import random
 import socket
 import time
 from collections.abc import Iterator
@@ -136,11 +137,26 @@ def _deploy(settings: ServeSettings) -> str:
         logger.warning("Ray Serve is running at %s; the model is served there.", address)
     _check_room_beside(_num_replicas(), settings)
     try:
-        serve.run(build_app(settings), name=APP_NAME, route_prefix="/")
+        with _unseeded():
+            serve.run(build_app(settings), name=APP_NAME, route_prefix="/")
     except (RuntimeError, RayServeException) as error:
         raise ServingError(f"the model did not start: {_reason(error)}") from error
     _wait_until_healthy(address)
     return address
+
+
+@contextmanager
+def _unseeded() -> Iterator[None]:
+    """Random numbers that no seed of the caller's repeats: Serve takes a deployment of the same version for unchanged.
+
+    It names versions by Python's generator, which is as it was afterwards.
+    """
+    state = random.getstate()
+    random.seed()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def _start_serve(host: str, port: int) -> None:

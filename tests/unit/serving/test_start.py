@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 from types import SimpleNamespace
@@ -180,6 +181,25 @@ def test_the_address_of_a_serve_that_runs_stays(asked, monkeypatch, caplog, host
     assert asked == [APP, ("healthy", "http://10.0.0.5:5")]
     warned = ["Ray Serve is running at http://10.0.0.5:5; the model is served there."]
     assert caplog.messages == (warned if warns else [])
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("full")])
+def test_a_caller_that_seeds_deploys_another_version_each_time(asked, monkeypatch, error):
+    """Serve names versions by Python's random numbers, and the caller's own go on as if nothing was drawn."""
+    versions, after = [], []
+
+    def run_app(*_, **__):
+        versions.append(random.random())
+        if error:
+            raise error
+
+    monkeypatch.setattr(serve, "run", run_app)
+    for _ in range(2):
+        random.seed(0)
+        with contextlib.suppress(ServingError):
+            deploy(ServeSettings(artifact="x"))
+        after.append(random.random())
+    assert len(set(versions)) == 2 and after == [random.Random(0).random()] * 2
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, RayServeException])
