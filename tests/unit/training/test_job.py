@@ -12,6 +12,7 @@ import pytest
 import ray.train
 
 from pipelines import storage
+from pipelines.data.loader import CutCount
 from pipelines.data.shards import ShardSet
 from pipelines.miniature.tiny_training import train_settings
 from pipelines.settings import TrainSettings
@@ -230,8 +231,27 @@ def test_a_result_is_found_where_its_folder_was_moved_to(tmp_path):
     assert (found["result"], found["seconds"], found["steps"]) == (str(tmp_path / RESULT_FILE), 12.3, 7)
     write_result(tmp_path, worker.to_stage_result("s3://bucket/result.json", 1))
     assert read_result(tmp_path)["result"] == "s3://bucket/result.json"
-    (tmp_path / RESULT_FILE).write_text('{"checkpoint": "x"}')
-    assert read_result(tmp_path) is None and read_result(tmp_path / "nothing") is None
+    whole = {"checkpoint": "x", "first_loss": 2.0, "last_loss": 1.0, "steps": 7, "seconds": 1.0}
+    damaged = ({"checkpoint": "x"}, {**whole, "first_loss": "high"}, {**whole, "cut": []}, {**whole, "seconds": None})
+    for values in damaged:
+        (tmp_path / RESULT_FILE).write_text(json.dumps(values))
+        assert read_result(tmp_path) is None, values
+    assert read_result(tmp_path / "nothing") is None
+
+
+def test_a_result_comes_back_whole_and_one_without_the_newer_fields_has_none_of_them(tmp_path):
+    held = {"rows": 5, "questions": 2, "first": 3.0, "last": 2.5, "best": 2.0, "best_step": 8, "checkpoint_step": 8}
+    result = WorkerResult("/c", 2.0, 1.5, 7, {"a": CutCount(9, 2, 1)}, held, stopped_early=True)
+    assert WorkerResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    write_result(tmp_path, result.to_stage_result("/out/result.json", 3))
+    found = read_result(tmp_path)
+    assert (found["held_out"], found["stopped_early"]) == (held, True)
+    assert found["cut"] == {"a": {"samples": 9, "questions": 2, "answers": 1}}
+    older = {"checkpoint": "/c", "first_loss": 2.0, "last_loss": 1.5, "steps": 7}
+    assert WorkerResult.from_dict(older) == WorkerResult("/c", 2.0, 1.5, 7, {}, None, stopped_early=False)
+    assert WorkerResult.from_dict(older).stopped_early is False
+    (tmp_path / "result.json").write_text(json.dumps({**older, "seconds": 3.0}))
+    assert read_result(tmp_path)["result"] == f"{tmp_path}/result.json"
 
 
 @pytest.mark.parametrize(

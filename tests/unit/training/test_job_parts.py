@@ -105,13 +105,17 @@ def test_what_a_stage_needs_is_told_with_its_number(changes, told):
             {"sources": {"gqa": {"weight": 1, "size": 2}}},
             "write {NAME: {weight: 1, batch_size: 1}} or [{name: NAME, weight: 1, batch_size: 1}]",
         ),
+        (
+            {"schedule": {"peak": -1}},
+            "={'peak': -1} is not usable: schedule.peak is -1; it must be a number of at least 0.",
+        ),
         ({"beta2": 7}, "beta2"),
     ],
 )
 def test_a_wrong_field_of_a_stage_is_named_with_the_right_one(changes, told):
     with pytest.raises(SettingsError) as caught:
         module.apply_stage_settings(STAGE, changes)
-    assert told in str(caught.value)
+    assert told in str(caught.value) and not str(caught.value).endswith("..")
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers_at_any_depth():
@@ -174,12 +178,22 @@ def test_nothing_to_train_on_and_nothing_held_out_are_refused(monkeypatch, held,
     [
         ({"early_stop": 2}, "^early_stop needs held-out rows: give eval_data=DIR or eval_fraction=0.05"),
         ({"use_best": True}, "^use_best needs held-out rows"),
-        ({"eval_data": "x", "eval_fraction": 0.1}, "eval_data and eval_fraction are both given"),
+        ({"eval_data": "x", "eval_fraction": 0.1}, "^eval_data and eval_fraction are both given: give the one that"),
     ],
 )
 def test_held_out_rows_are_asked_for_where_they_decide(changes, told):
     with pytest.raises(SettingsError, match=told):
         _hold_out(TrainSettings(**changes), SHARDS)
+
+
+def test_either_kind_of_held_out_rows_decides_an_end(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "refuse_no_folder", lambda *given: asked.append(given))
+    assert _hold_out(TrainSettings(early_stop=2, use_best=True, eval_data="x"), SHARDS) == {}
+    assert asked == [("eval_data", "x", "held-out shard sets")]
+    held = {"a": np.array([1]), "b": np.array([2])}
+    monkeypatch.setattr(module, "hold_out", lambda shards, fraction: held)
+    assert _hold_out(TrainSettings(early_stop=2, use_best=True, eval_fraction=0.1), SHARDS) is held and len(asked) == 1
 
 
 # ---------------------------------------------------------------------- the plan and the adapters
@@ -218,7 +232,9 @@ def test_adapters_of_the_start_keep_their_size(caplog, start, stage, found, name
     result = with_start_adapters(given, config)
     assert (result.lora_rank, result.lora_alpha, result.lora_dropout) == (*found, 0.25)
     assert len(caplog.messages) == len(named)
-    assert all(message.startswith(text) for message, text in zip(caplog.messages, named, strict=True))
+    fix = "and these are trained. A start without them (merged) gets new ones."
+    for message, text in zip(caplog.messages, named, strict=True):
+        assert message.startswith(text) and message.endswith(fix)
 
 
 @pytest.mark.parametrize(("encoder", "precision"), [(None, "bf16"), ("fp32", "fp32")])
@@ -248,6 +264,13 @@ def test_another_share_of_held_out_rows_is_another_training(tmp_path, monkeypatc
     made = [training_fingerprint(TrainSettings(eval_fraction=each), STAGE, tmp_path, {}) for each in (fraction, other)]
     assert made[0].inputs != made[1].inputs
     assert made[0].inputs["eval_fraction"] == fraction
+
+
+def test_rows_of_the_trained_sets_are_no_data_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "find_shard_sets", lambda folder: pytest.fail("no folder is given"))
+    inputs = module._held_out_inputs(TrainSettings(eval_fraction=0.1, early_stop=2, eval_every=7, eval_rows=9))
+    assert inputs.pop("eval_data") == module.digest_of([])
+    assert inputs == {"eval_fraction": 0.1, "eval_every": 7, "eval_rows": 9, "early_stop": 2, "use_best": False}
 
 
 # ---------------------------------------------------------------------- a whole job
@@ -303,7 +326,8 @@ def test_everything_is_checked_before_the_folder_is_claimed(resolved, tmp_path):
     assert (seed, held["a"].tolist()) == (3, [1])
     settings, before = found.job.settings, found.asked["shards"][1]
     assert settings.output == str(tmp_path) and before == found.asked["mixture"][0] == STAGE
-    assert (found.asked["folder"][:2], found.asked["shards"][0]) == (("data", "/data"), "/data")
+    assert found.asked["folder"] == ("data", "/data", "prepared shard sets (jobs/prepare_data.py)")
+    assert found.asked["shards"][0] == "/data"
     assert found.asked["held"][0] is found.asked["plan"][0] is found.asked["fingerprint"][0] is settings
     assert set(found.asked["held"][1]) == set(found.asked["mixture"][1]) == {"a", "b"}
     assert found.asked["config"] == ("local",) and found.asked["plan"][2] == "local"
@@ -321,6 +345,13 @@ def test_everything_is_checked_before_the_folder_is_claimed(resolved, tmp_path):
         4,
         next(iter(job.settings.model_dump())),
     )
+
+
+def test_a_stage_has_a_folder_of_its_own_and_a_start(resolved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolved(output="").job.output == f"{tmp_path}/outputs/mini/stage4"
+    with pytest.raises(SettingsError, match=r"^stage 4 needs a start"):
+        resolved(init_from="")
 
 
 def test_both_folders_are_checked_and_claimed_where_the_storage_is_another(resolved, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipelines.storage import DiskFullError, WorkFolder
 from pipelines.tracking.base import NullTracker
 from pipelines.tracking.identity import RunIdentity
 from pipelines.training import reporter as module
+from pipelines.training import sample_predictions as predictions
 from pipelines.training.job import TrainJob
 from pipelines.training.reporter import Reporter
 from pipelines.training.result import WorkerResult, cut_sentence, read_result, write_result
@@ -100,6 +102,35 @@ def test_compiling_is_told_and_takes_no_time_of_the_steps(made, caplog):
     one.clock[0] += 10
     one.reporter.compiling()
     assert one.reporter.clock == 151.6, "loading data before it is no part of it"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_samples_are_answered_uncompiled_and_without_gradients_and_training_goes_on(monkeypatch, fails):
+    """Each has a length of its own: layers would be compiled again for every one."""
+    notes = []
+
+    @contextlib.contextmanager
+    def run_eagerly():
+        notes.append("eager")
+        yield
+        notes.append("compiled")
+
+    def answer(self, model, ref):
+        notes.append((ref, torch.is_grad_enabled()))
+        return 1 / 0 if fails else f"answer to {ref}"
+
+    monkeypatch.setattr(predictions, "run_eagerly", run_eagerly)
+    monkeypatch.setattr(predictions.SamplePredictor, "_predict", answer)
+    predictor = object.__new__(predictions.SamplePredictor)
+    predictor.refs = ["a", "b"]
+    model = SimpleNamespace(eval=lambda: notes.append("eval"), train=lambda: notes.append("train"))
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            predictor.predict(model)
+        assert notes == ["eval", "eager", ("a", False), "train"]
+    else:
+        assert predictor.predict(model) == ["answer to a", "answer to b"]
+        assert notes == ["eval", "eager", ("a", False), ("b", False), "compiled", "train"]
 
 
 def test_a_line_that_cannot_be_shown_stops_nothing(made):
