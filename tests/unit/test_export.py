@@ -146,7 +146,8 @@ def test_an_artifact_is_registered_later_without_being_made_again(tmp_path, monk
     metadata = {"bytes": 9, "drift": {"loss": 0.25, "answer_agreement": 0.5}}
     monkeypatch.setattr(module, "checked_checkpoint", lambda location: tmp_path)
     monkeypatch.setattr(module, "_fingerprint", lambda settings, start: None)
-    monkeypatch.setattr(module, "_finished_result", lambda *given, overwrite: finished)
+    again = []
+    monkeypatch.setattr(module, "_finished_result", lambda *given, overwrite: again.append(overwrite) or finished)
     monkeypatch.setattr(module, "_write", lambda *given: pytest.fail("it is there"))
     monkeypatch.setattr(module, "read_metadata", lambda folder: metadata)
     monkeypatch.setattr(module, "_track", lambda *given: 3)
@@ -158,7 +159,8 @@ def test_an_artifact_is_registered_later_without_being_made_again(tmp_path, monk
     result = module.export(QuantizeSettings(**fields, register_as="tiny"))
     assert (result["version"], result["drift"], result["answer_agreement"]) == (3, 0.25, 0.5)
     finished["version"] = 3
-    assert module.export(QuantizeSettings(**fields, register_as="tiny")) is finished
+    assert module.export(QuantizeSettings(**fields, register_as="tiny", overwrite=True)) is finished
+    assert again == [False, False, True], "as the settings say"
 
 
 def test_methods_of_gpus_are_rounded_and_measured_on_one_where_it_has_room(monkeypatch):

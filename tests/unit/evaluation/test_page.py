@@ -139,6 +139,7 @@ def test_the_legends_name_the_colours_that_are_drawn():
     assert f"{words(TRUE_COLOUR, 'Green')}: true." in own and f"{words(PREDICTED_COLOUR, 'Red')}: predicted." in own
     assert f"{words(TRUE_COLOUR, 'Green')}: true." in both and f"{words(PREDICTED_COLOUR, 'Red')}: after." in both
     assert f"{words(OTHER_COLOUR, 'Orange')}: before." in both
+    assert all(page.count("<style>\n:root {") == 1 for page in (own, both)), "and each page has its style"
 
 
 @pytest.mark.parametrize("answer", ["no box", "", None])
