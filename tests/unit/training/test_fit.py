@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,37 @@ def test_what_is_on_already_is_no_advice(world, tmp_path):
     advised = message.partition(": try ")[2]
     assert "gradient_checkpointing" not in advised and "precision" not in advised and "features=cached" in advised
     assert message.startswith(f"stage 4: one sample of {memory.num_tokens} tokens takes ")
+
+
+SAVERS = {
+    "gradient_checkpointing=true": ("gradient_checkpointing", True),
+    "compile=on": ("compiled", True),
+    "features=cached": ("features", "cached"),
+    "precision=bf16": ("precision", "bf16"),
+}
+
+
+class Memory:
+    """A sample takes 3 GiB, or 2 where one of the savers that help here is on."""
+
+    stage, num_tokens = SimpleNamespace(number=3), 4000
+
+    def __init__(self, helps, **on):
+        self.helps, self.on, self.computation = helps, on, f"with {on}"
+
+    def computed(self, **changes):
+        return Memory(self.helps, **{**self.on, **changes})
+
+    def plan(self, samples):
+        saves = any(self.on.get(field) == value for field, value in map(SAVERS.get, self.helps))
+        return SimpleNamespace(peak=(2 if saves else 3) * GIB * samples)
+
+
+@pytest.mark.parametrize("helps", [*([name] for name in SAVERS), list(SAVERS)[::3], []])
+def test_what_would_make_it_fit_is_told(helps):
+    fix = f"try {' or '.join(helps)}" if helps else "use a larger GPU, or a smaller stage.limits.max_text_tokens"
+    told = f"stage 3: one sample of 4000 tokens takes 3.0 GiB and the GPU has 2.0 GiB (with {{}}): {fix}."
+    assert _does_not_fit(Memory(helps), 2 * GIB) == told
 
 
 def test_what_never_fits_is_refused(world, tmp_path):
