@@ -306,3 +306,57 @@ def test_images_are_looked_for_in_order_of_likelihood(tmp_path):
 def test_how_far_a_file_is_from_its_data_set(tmp_path, root, file, far):
     (tmp_path / root).mkdir()
     assert DataFolder(tmp_path / root).of("gqa")._distance(tmp_path / root / file) == far
+
+
+@pytest.mark.parametrize(
+    ("data_set", "folders"),
+    [
+        ("vqav2", "VQAv2 vqa-2 coco_vqa"),
+        ("okvqa", "OK-VQA"),
+        ("aokvqa", "A-OKVQA aokvqa_v1p0"),
+        ("vizwiz", "VizWiz vizwiz_vqa"),
+        ("gqa", "GQA"),
+        ("vsr", "vsr vsr_zeroshot visual-spatial-reasoning"),
+        ("iconqa", "IconQA iconvqa iconqa_data"),
+        ("pope", "POPE"),
+        ("hateful_memes", "hateful_memes hateful_meme HM"),
+        ("refcoco", "refcoco"),
+        ("refcoco+", "refcoco+ refercoco+ refcocop refcoco_plus"),
+        ("refcocog", "refcocog refercocog"),
+    ],
+)
+def test_folders_of_a_data_set_as_publishers_and_other_projects_name_them(tmp_path, data_set, folders):
+    for name in folders.split():
+        file = tmp_path / name / "a.json"
+        assert DataFolder(tmp_path).of(data_set)._distance(file) == 0, name
+        other = "gqa" if data_set != "gqa" else "pope"
+        assert DataFolder(tmp_path).of(other)._distance(file) is None, name
+
+
+@pytest.mark.parametrize(
+    ("build", "benchmark", "file", "fields"),
+    [
+        (benchmark_files.okvqa, "okvqa", "mscoco_val2014_annotations.json", "annotations question_id answers"),
+        (benchmark_files.okvqa, "okvqa", "OpenEnded_mscoco_val2014_questions.json", "questions question_id question"),
+        (benchmark_files.vizwiz, "vizwiz", "Annotations/val.json", "image question answers"),
+        (benchmark_files.gqa, "gqa", "questions1.2/testdev_balanced_questions.json", "question answer"),
+        (
+            *(benchmark_files.aokvqa, "aokvqa_choice", "aokvqa_v1p0_val.json"),
+            "question_id question choices correct_choice_idx direct_answers",
+        ),
+        (benchmark_files.iconqa, "iconqa", "iconqa_data/problems.json", "question choices answer"),
+        (benchmark_files.vsr, "vsr", "zeroshot/test.jsonl", "image caption label"),
+        (benchmark_files.pope, "pope_popular", "output/coco/coco_pope_popular.json", "question_id image text label"),
+        (benchmark_files.hateful_memes, "hateful_memes", "dev.jsonl", "id img label text"),
+    ],
+)
+def test_a_file_of_the_right_name_without_a_field_is_anothers(tmp_path, build, benchmark, file, fields):
+    """Data sets share file names such as ``val.json``: what the entries are made of tells them apart."""
+    build(tmp_path)
+    path = tmp_path / file
+    whole = path.read_text()
+    for field in fields.split():
+        assert f'"{field}": ' in whole
+        path.write_text(whole.replace(f'"{field}": ', '"other": '))
+        with pytest.raises(FileNotFoundError, match=f"{path} is another's: its entries have no '{field}'"):
+            list(BENCHMARKS[benchmark].read(DataFolder(tmp_path)))
