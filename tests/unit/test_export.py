@@ -13,6 +13,7 @@ from pipelines.export import ExportError, held_out_rows
 from pipelines.miniature.tiny_training import make_rows, write_shard_set
 from pipelines.settings import QuantizeSettings, SettingsError
 from pipelines.tracking.base import NullTracker
+from pipelines.tracking.described import run_title
 from tinygptv.data.prompts import INSTRUCTIONS
 
 
@@ -35,8 +36,15 @@ def test_held_out_rows_are_drawn_from_all_sets_in_turn(sets):
     assert [row.id for row in two] == [row.id for row in rows[:2]]
     alone, _ = held_out_rows(QuantizeSettings(data=str(sets / "b"), drift_samples=64))
     assert sorted(row.id for row in alone) == ["p0", "p1"], "no row twice"
-    with pytest.raises(SettingsError, match="does not exist"):
-        held_out_rows(QuantizeSettings(data=str(sets / "none")))
+    with pytest.raises(SettingsError) as caught:
+        held_out_rows(QuantizeSettings(data=f"{sets}/none"))
+    wanted = "the folder of prepared shard sets (jobs/prepare_data.py)"
+    assert str(caught.value) == f"data={sets}/none does not exist: give {wanted}."
+    (sets / "bare").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=f"^data={sets}/bare holds no shard set: make one with jobs/prepare_data"
+    ):
+        held_out_rows(QuantizeSettings(data=f"{sets}/bare"))
     write_shard_set(sets / "empty", [])
     with pytest.raises(FileNotFoundError, match=f"the shard sets in data={sets}/empty have no rows: leave data empty"):
         held_out_rows(QuantizeSettings(data=str(sets / "empty")))
@@ -63,7 +71,7 @@ def test_a_drift_at_the_bound_passes(loss, passes):
 
 
 def test_what_decides_an_artifact_is_its_identity(sets, monkeypatch):
-    monkeypatch.setattr(module, "checkpoint_digest", lambda folder: "digest")
+    monkeypatch.setattr(module, "checkpoint_digest", lambda folder: f"digest of {folder == sets}")
     base = QuantizeSettings()
     changes = {
         "method": "cpu4",
@@ -76,6 +84,7 @@ def test_what_decides_an_artifact_is_its_identity(sets, monkeypatch):
     }
     marks = [module._fingerprint(base.model_copy(update={key: value}), sets) for key, value in changes.items()]
     assert all(mark != module._fingerprint(base, sets) for mark in marks)
+    assert [marks[0].inputs[key] for key in ("job", "checkpoint")] == ["quantize", "digest of True"]
     same = base.model_copy(update={"register_as": "x", "alias": "y", "output": "z", "overwrite": True})
     assert module._fingerprint(same, sets) == module._fingerprint(base, sets)
     monkeypatch.setattr(module, "checkpoint_digest", lambda folder: "another")
@@ -125,13 +134,17 @@ def test_numbers_of_the_drift_are_logged_and_registered(tmp_path, monkeypatch):
     assert (tracker.told["checkpoint"], tracker.status) == ("/checkpoint", "FINISHED")
     assert (tracker.told["alias"], tracker.told["drift_samples"]) == ("new", settings.drift_samples)
     (given, title) = begun["given"]
-    assert given is settings and begun["started"] == 1e9 and title.startswith("mini quantize cpu4, ")
+    assert given is settings and begun["started"] == 1e9 and title == run_title("mini", "quantize cpu4", 1e9)
     assert tracker.told["tags"] == {"checkpoint": "/checkpoint", "method": "cpu4"}
-    assert tracker.told["description"].splitlines()[2:] == [
+    head, _, *lines = tracker.told["description"].splitlines()
+    names = ["model", "held-out loss", "MB", "bits per weight", "equal greedy answers"]
+    assert [name.strip() for name in head.replace("&emsp;", "").strip("|").split("|")] == names
+    assert lines == [
         "| full&emsp; | 1.5&emsp; | &emsp; | &emsp; |  |",
         "| cpu4&emsp; | 1.512&emsp; | 9e-06&emsp; | 4.6&emsp; | 75.0% of 4 |",
     ]
-    (_, run_id, folder, name, alias, tags) = registered[0]
+    (by, run_id, folder, name, alias, tags) = registered[0]
+    assert by is settings
     assert (run_id, folder, name, alias, tags["drift.loss"]) == ("run1", tmp_path, "tiny", "new", "0.01235")
     assert "drift.seed" not in tags and tags["drift.num_answers"] == "4"
     assert (tags["method"], tags["bytes"]) == ("cpu4", "9")

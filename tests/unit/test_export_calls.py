@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,10 +27,10 @@ METADATA = {"bytes": 9, "drift": {"loss": -0.25, "answer_agreement": 0.5}}
 def calls(monkeypatch, tmp_path):
     """An export whose work is noted and not done."""
     found = {"access": [], "inputs": [], "sent": []}
-    monkeypatch.setattr(module, "checked_checkpoint", lambda location: found.setdefault("checked", tmp_path / "start"))
-    monkeypatch.setattr(module, "_fingerprint", lambda settings, start: Fingerprint.of("quantize", seed=settings.seed))
-    monkeypatch.setattr(module, "held_out_rows", lambda settings: (list(range(300)), "rows of x"))
-    monkeypatch.setattr(module, "read_metadata", lambda folder: METADATA)
+    monkeypatch.setattr(module, "checked_checkpoint", lambda location: tmp_path / f"copy of {Path(location).name}")
+    monkeypatch.setattr(module, "_fingerprint", lambda settings, start: Fingerprint.of(start.name, seed=settings.seed))
+    monkeypatch.setattr(module, "held_out_rows", lambda settings: (list(range(300)), f"rows of {settings.data}"))
+    monkeypatch.setattr(module, "read_metadata", lambda folder: METADATA if folder.is_dir() else None)
     monkeypatch.setattr(
         module,
         "_track",
@@ -59,6 +60,8 @@ def test_what_cannot_be_done_is_refused_before_any_work(calls, monkeypatch):
 
 def test_an_artifact_is_made_and_its_result_written(calls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    ticks = iter((100.0, 161.26))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
     result = export(QuantizeSettings(checkpoint="c", tracking_uri="none", method="cpu4", data="d"))
     output = tmp_path / "outputs/mini/artifact"
     assert {key: value for key, value in result.items() if key != "seconds"} == {
@@ -71,13 +74,17 @@ def test_an_artifact_is_made_and_its_result_written(calls, tmp_path, monkeypatch
         "version": None,
         "result": f"{output}/result.json",
     }
-    assert 0 <= result["seconds"] < 60 and json.loads((output / "result.json").read_text()) == result
+    assert result["seconds"] == 61.3 and json.loads((output / "result.json").read_text()) == result
     assert calls["access"] == [(str(output), True)] and calls["inputs"] == [([str(output)], [f"{tmp_path}/c", "d"])]
-    _, start, folder, rows, data, fingerprint = calls["written"]
-    assert (start, folder, rows, data) == (tmp_path / "start", output, list(range(300)), "rows of x")
-    assert fingerprint.inputs == {"job": "quantize", "seed": 0} and calls["sent"] == []
+    written, start, folder, rows, data, fingerprint = calls["written"]
+    assert (start, folder, rows, data) == (tmp_path / "copy of c", output, list(range(300)), "rows of d")
+    assert fingerprint.inputs == {"job": "copy of c", "seed": 0} and calls["sent"] == []
     settings, *told, began = calls["tracked"]
-    assert (settings.method, settings.data) == ("cpu4", "d") and told == [f"{tmp_path}/c", output, METADATA]
+    assert (
+        (settings.method, settings.data) == ("cpu4", "d")
+        and written is settings
+        and told == [f"{tmp_path}/c", output, METADATA]
+    )
     assert began == pytest.approx(time.time(), abs=600), "seconds since the epoch"
 
 
@@ -130,6 +137,9 @@ def test_only_a_whole_artifact_of_the_same_inputs_is_finished(tmp_path):
     (folder / FINGERPRINT_FILE).write_text("{")
     with pytest.raises(OtherInputsError, match="seed was absent, is now 0"):
         finished()
+    write_json(folder / FINGERPRINT_FILE, dict(mine.inputs))
+    (folder / "quantization.json").write_text("[]")
+    assert finished() == result, "files are hashed where they are loaded, which takes minutes"
     (folder / "quantization.json").write_text("{} ")
     write_json(folder / FINGERPRINT_FILE, dict(mine.inputs))
     assert finished() is None, "a file has another size than its manifest says"
@@ -163,10 +173,11 @@ def test_the_full_model_is_measured_then_what_is_served(monkeypatch, tmp_path, r
     def write_artifact(staging, *given, encoder):
         assert not (tmp_path / "other").exists() and staging.name not in ("artifact", "other"), "it appears at the end"
         (staging / "x").write_text("x")
-        done.append(("write", *given[1:], encoder))
+        done.append(("write", given[0] is model, *given[1:], encoder))
         return metadata
 
     def compare(full, quantized):
+        assert full is held_out is quantized
         done.append("compare")
         found = SimpleNamespace(loss=0.1, full_loss=1.0, quantized_loss=1.1)
         found.to_dict = lambda: {"loss": 0.1}
@@ -177,16 +188,19 @@ def test_the_full_model_is_measured_then_what_is_served(monkeypatch, tmp_path, r
         done.append("metadata")
 
     monkeypatch.setattr(checkpoint, "load_checkpoint", lambda path: loads[path])
-    monkeypatch.setattr(torch.nn.Module, "to", lambda of, device: done.append(("to", str(device))))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda of, device: done.append(("to", of is model, str(device))))
+    monkeypatch.setattr(module, "_measuring_device", lambda of, device: f"room for {of is model} by {device}")
+    measured = module._measured
+    monkeypatch.setattr(module, "_measured", lambda name, *given: done.append(name) or measured(name, *given))
     monkeypatch.setattr(drift, "measure", lambda of, *given: done.append(("measure", of, *given)) or held_out)
     monkeypatch.setattr(drift, "compare", compare)
     monkeypatch.setattr(artifacts, "write_artifact", write_artifact)
     monkeypatch.setattr(
         artifacts,
         "load_artifact",
-        lambda at, device, verify: ("quantized", str(device), verify) if (at / "x").exists() else None,
+        lambda at, device, verify: (f"quantized on {device}", 0, 0) if (at / "x").exists() and not verify else None,
     )
-    monkeypatch.setattr(module, "bits_per_weight", lambda of: 4.56789)
+    monkeypatch.setattr(module, "bits_per_weight", lambda of: 4.56789 if of is metadata else 0.0)
     monkeypatch.setattr(module, "source_stage", lambda stage: {"stage": stage["number"]})
     monkeypatch.setattr(module, "write_metadata", write_metadata)
     settings = QuantizeSettings(method="cpu", encoder="half", seed=5, max_drift=0.2, keep_lora=keep_lora)
@@ -195,20 +209,24 @@ def test_the_full_model_is_measured_then_what_is_served(monkeypatch, tmp_path, r
     assert done == [
         ("requires_grad", False),
         *(["merged"] if merges else []),
-        ("to", "cpu"),
+        ("to", True, "room for True by cpu"),
+        "full",
         ("measure", model, "processor", ["row"], 5),
-        ("to", "cpu"),
-        ("write", "processor", "cpu", torch.device("cpu"), "half"),
-        ("measure", "quantized", "processor", ["row"], 5),
+        ("to", True, "cpu"),
+        ("write", True, "processor", "cpu", torch.device("cpu"), "half"),
+        "cpu",
+        ("measure", "quantized on cpu", "processor", ["row"], 5),
         "compare",
         "metadata",
     ]
     assert metadata["bits_per_weight"] == 4.568 and metadata["stage"] == {"stage": 3}
     assert metadata["drift"] == {"loss": 0.1, "max_loss": 0.2, "data": "held-out", "seed": 5}
     assert json.loads((tmp_path / "artifact" / FINGERPRINT_FILE).read_text()) == fingerprint.inputs
-    with pytest.raises(
-        ExportError, match=r"method=cpu raises the held-out loss by 0\.1000 nats per token \(1\.0000 to"
-    ):
+    told = (
+        "method=cpu raises the held-out loss by 0.1000 nats per token (1.0000 to 1.1000), more than max_drift=0.01: no "
+        "artifact was written; take a method with more bits, or raise max_drift."
+    )
+    with pytest.raises(ExportError, match=f"^{re.escape(told)}$"):
         module._write(
             settings.model_copy(update={"max_drift": 0.01}), Path("start"), tmp_path / "b", [], "", fingerprint
         )
@@ -218,7 +236,7 @@ def test_the_full_model_is_measured_then_what_is_served(monkeypatch, tmp_path, r
 def test_a_card_that_is_too_small_for_the_full_model_is_told(monkeypatch, caplog):
     caplog.set_level("INFO")
     model = SimpleNamespace(parameters=lambda: [SimpleNamespace(nbytes=6 << 30)])
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * 10**9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * 10**9 if device.type == "cuda" else 0, 0))
     assert module._measuring_device(model, torch.device("cuda")).type == "cpu"
     assert caplog.messages == ["the full model (6.4 GB) is measured on the CPU: the GPU has 7.0 GB free"]
     measured = module._measured("full", lambda *given: SimpleNamespace(losses=np.array([1.0, 2.0]), given=given), 1, 2)
