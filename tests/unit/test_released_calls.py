@@ -33,6 +33,7 @@ def steps(monkeypatch):
 
     step("plan_released", PLAN)
     step("_finished", None)
+    monkeypatch.setattr(released, "_with_stated_sizes", lambda settings, plan, output: (settings, plan, output))
     step("_check", None)
     step("_fetch", {"a.pth": "sha"})
     step("_convert", Path("/checkpoint"))
@@ -48,7 +49,7 @@ def test_each_step_gets_what_the_one_before_made(steps, tmp_path, capsys):
     assert steps == [
         ("plan_released", settings),
         ("_finished", output, inputs),
-        ("_check", PLAN, output),
+        ("_check", (settings, PLAN, output), output),
         ("_fetch", settings, output),
         ("_convert", settings, output, {"a.pth": "sha"}),
         ("_quantize", settings, PLAN, Path("/checkpoint"), output),
@@ -188,3 +189,55 @@ def test_paths_of_the_parts_are_absolute(tmp_path, monkeypatch, capsys):
     (tmp_path / "other").mkdir()
     released._convert(ReleasedSettings(stage=4), tmp_path / "other", {})
     assert given["vision"].is_relative_to(tmp_path / "other/weights")
+
+
+@pytest.mark.parametrize(
+    ("device", "method", "gpu", "host", "chosen"),
+    [
+        ("auto", "", 40, 90, ("cuda", "nf4", 40, 40)),
+        ("auto", "", 39, 90, ("cpu", "cpu", 90, 90)),
+        ("auto", "", 0, 89, ("cpu", "cpu4", 50, 89)),
+        ("cpu", "", 99, 90, ("cpu", "cpu", 90, 90)),
+        ("cuda", "", 99, 1, ("cuda", "nf4", 40, 99)),
+        ("auto", "int8", 70, 1, ("cuda", "int8", 70, 70)),
+    ],
+)
+def test_the_first_device_and_the_most_exact_method_that_fit_are_planned(
+    monkeypatch, device, method, gpu, host, chosen
+):
+    needs = {("cuda", "nf4"): 40, ("cpu", "cpu"): 90, ("cpu", "cpu4"): 50, ("cuda", "int8"): 70, ("cpu", "int8"): 80}
+    configs = []
+    monkeypatch.setattr(released, "_free_gpu_bytes", lambda: gpu)
+    monkeypatch.setattr(released, "free_memory", lambda: host)
+    monkeypatch.setattr(released, "needed_bytes", lambda config, *how: configs.append(config) or needs[how])
+    monkeypatch.setattr(released, "_plan", lambda *given: given)
+    settings = ReleasedSettings(device=device, method=method, stage=4)
+    given, config, *planned, machine = released.plan_released(settings)
+    assert (given, tuple(planned), machine) == (settings, chosen, host) and config is configs[-1]
+    assert config.to_dict() == TinyGPTVConfig.phi2(image_size=448, lora_rank=0).to_dict()
+
+
+def test_what_was_too_large_is_told_for_every_try(monkeypatch):
+    monkeypatch.setattr(released, "_free_gpu_bytes", lambda: GIB)
+    monkeypatch.setattr(released, "free_memory", lambda: 2 * GIB)
+    monkeypatch.setattr(released, "needed_bytes", lambda config, device, method: 3 * GIB)
+    with pytest.raises(SettingsError) as caught:
+        released.plan_released(ReleasedSettings())
+    tries = [("nf4 on cuda", "1.0"), ("cpu on cpu", "2.0"), ("cpu4 on cpu", "2.0")]
+    assert str(caught.value) == (
+        "the released model does not fit this machine: "
+        f"{'; '.join(f'{what} needs 3.0 GiB, {free} are free' for what, free in tries)}. Close other programs, or take "
+        "another machine."
+    )
+    monkeypatch.setattr(released, "_free_gpu_bytes", lambda: 0)
+    with pytest.raises(SettingsError) as caught:
+        released.plan_released(ReleasedSettings(device="cuda"))
+    assert str(caught.value) == "device=cuda, but there is no CUDA GPU that torch can use: take device=cpu."
+
+
+def test_a_wrong_key_of_the_server_or_of_fetching_is_told_with_its_section(tmp_path):
+    result = {"artifact": "/a", "plan": {"device": "cpu"}}
+    with pytest.raises(SettingsError, match=r"^released, server: "):
+        released.serve_settings(ReleasedSettings(server={"prt": 1}), result)
+    with pytest.raises(SettingsError, match=r"^released, fetch: "):
+        released._fetch(ReleasedSettings(fetch={"offlin": True}), tmp_path)

@@ -25,7 +25,7 @@ from pipelines.training.memory_plan import _configured, _with_fit
 from pipelines.training.record import StepRecord
 from pipelines.training.result import RESULT_FILE, WorkerResult, read_result, write_result
 from pipelines.training.run import _data_inputs, _finished_result, _log_to_training
-from pipelines.training.run_reports import RayTrainReports
+from pipelines.training.run_reports import NoReports, RayTrainReports
 from tests.unit.training.test_record import entry
 from tinygptv.checkpoint.folders import write_folder
 from tinygptv.training.memory_plan import MemoryPlan
@@ -201,6 +201,7 @@ def test_a_node_that_will_be_taken_is_noticed_once(monkeypatch):
     monkeypatch.setattr(ray.train, "get_preemption_info", notice, raising=False)
     reports = RayTrainReports()
     assert [reports.must_save() for _ in range(7)] == [False, True, False, True, False, False, False]
+    assert NoReports().must_save() is False, "nobody takes the machine of a run without Ray Train"
 
 
 def test_ray_is_told_where_the_whole_state_lies(monkeypatch):
