@@ -102,13 +102,37 @@ _STORAGE: dict[str, Piece] = {
     "node_cache": Piece("pipelines/node_cache.py", ("test_node_cache.py",)),
 }
 
+_DRIVER_TESTS = tuple(
+    f"training/test_{name}.py"
+    for name in ("driver", "driver_parts", "ray_run", "job", "job_parts", "run_reports", "describe")
+)
+_QUICK_DRIVER = "not at_most and not at_once and not once_it_is_whole"
+
 _TRAINING: dict[str, Piece] = {
+    **{
+        f"training_{name}": Piece(f"pipelines/training/{name}.py", _DRIVER_TESTS, _QUICK_DRIVER)
+        for name in ("run", "job", "ray_entry", "result", "run_reports", "describe")
+    },
+    "training_worker": Piece(
+        "pipelines/training/worker.py",
+        tuple(
+            f"training/test_{name}.py"
+            for name in ("worker", "worker_parts", "reporter", "reporter_words", "held_out_parts")
+        ),
+        "not same_samples and not once_per_step and not left_out and not fault_is_named",
+    ),
     "states": Piece("pipelines/training/states.py", ("training/test_states.py",), "not goes_on_bit_for_bit"),
     "record": Piece("pipelines/training/record.py", ("training/test_record.py",)),
     "held_out_record": Piece("pipelines/training/held_out_record.py", ("training/test_held_out_record.py",)),
 }
 
+_SCORED_TESTS = tuple(
+    f"evaluation/test_{name}.py" for name in ("flow", "score_run", "units", "pages", "page", "scoring")
+)
+
 _EVALUATION: dict[str, Piece] = {
+    "evaluation_run": Piece("pipelines/evaluation/run.py", _SCORED_TESTS),
+    "evaluation_scoring": Piece("pipelines/evaluation/scoring.py", _SCORED_TESTS),
     "evaluation_worker": Piece("pipelines/evaluation/worker.py", ("evaluation/test_units.py",)),
     "evaluation_answers": Piece(
         "pipelines/evaluation/answers.py", ("evaluation/test_scoring.py", "evaluation/test_flow.py")
@@ -131,6 +155,12 @@ _ABLATION: dict[str, Piece] = {
 }
 
 _TRACKING: dict[str, Piece] = {
+    "described": Piece("pipelines/tracking/described.py", ("tracking/test_described.py",)),
+    "tracking_identity": Piece(
+        "pipelines/tracking/identity.py",
+        ("tracking/test_described.py", "tracking/test_mlflow_calls.py", "tracking/test_mlflow.py"),
+    ),
+    "mlflow": Piece("pipelines/tracking/mlflow.py", ("tracking/test_mlflow.py", "tracking/test_mlflow_calls.py")),
     "outbox": Piece("pipelines/tracking/outbox.py", ("tracking/test_outbox.py",)),
     "mlflow_names": Piece("pipelines/tracking/names.py", ("tracking/test_mlflow_calls.py", "tracking/test_mlflow.py")),
     "registry": Piece("pipelines/tracking/registry.py", ("tracking/test_registry.py",)),
