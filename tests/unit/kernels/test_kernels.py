@@ -36,22 +36,40 @@ def _dtypes():
 @pytest.mark.parametrize("norm", ["none", "weight", "bias"])
 def test_add_norm(dtype, parts, rms, norm):
     hidden = _random(3, D)
-    attention = Branch(_random(parts, 3, D, dtype=dtype), _random(D), _random(D) if rms else None, 1e-6)
+    attention = Branch(_random(parts, 3, D, dtype=dtype), _random(D), _random(D) if rms else None, 0.5)
     mlp = Branch(_random(1, 3, D, dtype=dtype), None if rms else _random(D))
     weight, bias = (None if norm == "none" else _random(D)), (_random(D) if norm == "bias" else None)
     results = []
     for ops in (reference, fused):
         stream = hidden.clone()
-        results.append((ops.add_norm(stream, attention, mlp, weight, bias, 1e-5, dtype), stream))
+        results.append((ops.add_norm(stream, attention, mlp, weight, bias, 0.25, dtype), stream))
     _close(results[1][0], results[0][0], dtype)
     _close(results[1][1], results[0][1])
+
+
+def test_both_branches_are_summed_biased_scaled_and_added_to_the_stream():
+    """Attention: (1, 3) + (1, 0) + (1, 1) = (3, 4), divided by 5 = sqrt((9 + 16) / 2 + 12.5), times (1, 10)."""
+
+    def of(*values):
+        return torch.tensor(values, device=DEVICE)
+
+    attention = Branch(of([[1.0, 3.0]], [[1.0, 0.0]]), of(1.0, 1.0), of(1.0, 10.0), 12.5)
+    mlp = Branch(of([[1.0, 2.0]]), of(0.5, 0.0))
+    for ops in (reference, fused):
+        stream = of([100.0, 200.0])
+        found = ops.add_norm(stream, attention, mlp, None, None, 0.0, torch.float32)
+        _close(found, of([102.1, 210.0]))
+        _close(stream, of([102.1, 210.0]))
+        # the mean is 156.05, the half of the difference 53.95
+        normed = ops.add_norm(stream, None, None, of(1.0, 2.0), of(0.0, 1.0), 53.95**2, torch.float32)
+        _close(normed, of([-(0.5**0.5), 1 + 2 * 0.5**0.5]))
 
 
 def test_add_norm_before_the_first_layer():
     hidden, weight, bias = _random(2, D), _random(D), _random(D)
     kept = hidden.clone()
-    expected = reference.add_norm(hidden, None, None, weight, bias, 1e-5, torch.float32)
-    _close(fused.add_norm(hidden, None, None, weight, bias, 1e-5, torch.float32), expected)
+    expected = reference.add_norm(hidden, None, None, weight, bias, 0.25, torch.float32)
+    _close(fused.add_norm(hidden, None, None, weight, bias, 0.25, torch.float32), expected)
     assert torch.equal(hidden, kept)
 
 
@@ -70,7 +88,7 @@ def _attention(norms=True, bias=True):
     cos[:, :ROTARY] = angles.cos().repeat(1, 2)
     sin[:, :half], sin[:, half:ROTARY] = -angles.sin(), angles.sin()
     q_norm, k_norm = [(_random(H), _random(H)) if norms else (None, None) for _ in range(2)]
-    return AttentionWeights(_random(3 * D) if bias else None, q_norm, k_norm, 1e-5, cos, sin, ROTARY, 0.3)
+    return AttentionWeights(_random(3 * D) if bias else None, q_norm, k_norm, 0.5, cos, sin, ROTARY, 0.3)
 
 
 def _cache(dtype):

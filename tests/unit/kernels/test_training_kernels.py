@@ -41,8 +41,8 @@ def seeds():
 @pytest.mark.parametrize("trains", [True, False])
 def test_norm_and_drop(seeds, dtype, p, trains):
     hidden, weight, bias = _random(1, T, D), _random(D), _random(D)
-    expected = training_reference.norm_and_drop(hidden, weight, bias, 1e-5, seeds, 0, p, dtype)
-    _same(rows.norm_and_drop(hidden, weight, bias, 1e-5, seeds, 0, p, dtype), expected)
+    expected = training_reference.norm_and_drop(hidden, weight, bias, 0.25, seeds, 0, p, dtype)
+    _same(rows.norm_and_drop(hidden, weight, bias, 0.25, seeds, 0, p, dtype), expected)
     grads = (_random(1, T, D), *(_random(1, T, D, dtype=dtype) for _ in range(2)), None)
     grads = (*grads[:3], _random(1, T, D, dtype=dtype)) if p else grads
     arguments = (hidden, weight, *expected[2:], seeds, 0, p, grads, trains, trains)
@@ -56,7 +56,7 @@ def test_norm_and_drop(seeds, dtype, p, trains):
 def test_add_branches(seeds, dtype, p):
     hidden, weight = _random(1, T, D), _random(D)
     attention, mlp = _random(1, T, D, dtype=dtype), _random(1, T, D, dtype=dtype)
-    arguments = (hidden, attention, weight, 1e-6, mlp, seeds, (2, 3), p)
+    arguments = (hidden, attention, weight, 0.5, mlp, seeds, (2, 3), p)
     expected = training_reference.add_branches(*arguments)
     _same(rows.add_branches(*arguments), expected)
     arguments = (_random(1, T, D), attention, weight, expected[1], seeds, (2, 3), p, True)
@@ -77,11 +77,11 @@ def test_rotate_heads(dtype):
     norms = [(_random(H), _random(H)) for _ in range(2)]
     angles = torch.rand(1, T, ROTARY // 2, device=DEVICE) * 6
     cos, sin = (torch.cat((x, x), -1) for x in (angles.cos(), angles.sin()))
-    arguments = (qkv, *norms, 1e-5, cos, sin, N)
+    arguments = (qkv, *norms, 0.25, cos, sin, N)
     _same(heads.rotate_heads(*arguments), training_reference.rotate_heads(*arguments))
     grads = tuple(_random(T, N, H, dtype=dtype) for _ in range(3))
     for trains in ((True, True), (True, False), (False, True)):
-        arguments = (qkv, norms[0][0], norms[1][0], 1e-5, cos, sin, grads, *trains)
+        arguments = (qkv, norms[0][0], norms[1][0], 0.25, cos, sin, grads, *trains)
         results = [ops.rotate_heads_backward(*arguments) for ops in (heads, training_reference)]
         _same(*results)
         assert [[part is not None for part in result[1:]] for result in results] == [list(trains)] * 2
@@ -109,7 +109,7 @@ def test_dropout_outside_0_to_1_is_refused(seeds, p):
 
 def test_gradients_are_those_of_autograd(seeds):
     """In float32 against the same formulas written with torch's own operations; masks are those of the seeds."""
-    p, rms_eps = 0.3, 1e-6
+    p, rms_eps = 0.3, 0.5
     hidden, weight, bias, rms = (_random(*s).requires_grad_() for s in ((1, T, D), (D,), (D,), (D,)))
     attention, mlp = _random(1, T, D).requires_grad_(), _random(1, T, D).requires_grad_()
     masks = [training_reference.is_kept(hidden.shape, seeds, site, p) / (1 - p) for site in range(4)]
@@ -117,14 +117,14 @@ def test_gradients_are_those_of_autograd(seeds):
 
     def fused():
         stream, first, second, dropped = training_functions.NormAndDrop.apply(
-            hidden, weight, bias, seeds, 1e-5, p, torch.float32
+            hidden, weight, bias, seeds, 0.25, p, torch.float32
         )
         passed, again = training_functions.DropForAdapter.apply(attention, seeds, p)
         output = training_functions.AddBranches.apply(stream, passed, rms, mlp, seeds, rms_eps, p)
         return output + first * factors[0] + second * factors[1] + dropped * factors[2] + again
 
     def plain():
-        normed = nn.functional.layer_norm(hidden, (D,), weight, bias, 1e-5)
+        normed = nn.functional.layer_norm(hidden, (D,), weight, bias, 0.25)
         scaled = attention * torch.rsqrt(attention.square().mean(-1, keepdim=True) + rms_eps) * rms
         output = hidden + scaled * masks[2] + mlp * masks[3]
         output = output + normed * (factors[0] + factors[1]) + normed * masks[0] * factors[2]
@@ -142,7 +142,7 @@ def test_gradients_are_those_of_autograd(seeds):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_normalised_is_of_the_matrices_dtype_and_the_stream_stays_as_it_is(seeds, dtype, p):
     hidden, weight, bias = _random(1, T, D), _random(D), _random(D)
-    stream, first, second, *dropped = training_functions.NormAndDrop.apply(hidden, weight, bias, seeds, 1e-5, p, dtype)
+    stream, first, second, *dropped = training_functions.NormAndDrop.apply(hidden, weight, bias, seeds, 0.25, p, dtype)
     assert torch.equal(stream, hidden) and torch.equal(first, second) and len(dropped) == (p > 0)
     assert {x.dtype for x in (first, second, *dropped)} == {dtype}
 
@@ -151,7 +151,7 @@ def test_what_is_normalised_is_of_the_matrices_dtype_and_the_stream_stays_as_it_
 def test_only_what_trains_has_a_gradient(seeds, trains):
     hidden = _random(1, T, D).requires_grad_()
     weight, bias = (_random(D).requires_grad_(wanted) for wanted in trains)
-    _, first, second = training_functions.NormAndDrop.apply(hidden, weight, bias, seeds, 1e-5, 0.0, torch.float32)
+    _, first, second = training_functions.NormAndDrop.apply(hidden, weight, bias, seeds, 0.25, 0.0, torch.float32)
     (first + second).sum().backward()
     assert [x.grad is not None for x in (hidden, weight, bias)] == [True, *trains]
 
@@ -163,7 +163,7 @@ def test_each_part_of_the_heads_norms_can_train_alone(trained):
 
     def gradients(*wanted):
         norms = [part.clone().requires_grad_(index in wanted) for index, part in enumerate(values)]
-        made = training_functions.RotateHeads.apply(qkv, *norms, cos, sin, 1e-5, N)
+        made = training_functions.RotateHeads.apply(qkv, *norms, cos, sin, 0.25, N)
         sum((part * factor).sum() for part, factor in zip(made, factors, strict=True)).backward()
         return [part.grad for part in norms]
 

@@ -146,6 +146,19 @@ def test_every_section_is_in_the_table():
     assert set(KEYS) == {"", "answers", *SECTIONS}
 
 
+FRACTIONS = """
+    tflops max_aspect_ratio max_megapixels min_letters max_repetition gpus_per_worker cpus_per_worker guard_spike
+    guard_vanishing eval_fraction max_drift num_gpus temperature request_timeout_s max_image_mb max_image_megapixels
+    max_body_mb image_timeout_s cpus_per_replica stream_interval_ms body_timeout_s stuck_after_s
+"""
+
+
+def test_these_numbers_and_no_others_may_have_fractions():
+    fields = [(key, field.annotation) for kind in SECTIONS.values() for key, field in kind.model_fields.items()]
+    assert {key for key, kind in fields if kind is float} == set(FRACTIONS.split())
+    assert {kind for key, kind in fields if key in FRACTIONS.split()} == {float}
+
+
 def choices(annotation):
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))

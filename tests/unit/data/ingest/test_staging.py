@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, replace
 
+import pyarrow as pa
 import pytest
 
 from pipelines import storage
@@ -63,6 +64,15 @@ def test_a_unit_leaves_its_rows_an_index_and_a_record(tmp_path):
     assert read_index(str(folder), 7).to_pylist() == [entry._asdict() for entry in entries]
     assert [(entry.id, entry.width, entry.words) for entry in entries] == [("7/a", 48, 2), ("7/c", 60, 3)]
     assert read_index(str(folder), 7, ["words", "id"]).to_pydict() == {"words": [2, 3], "id": ["7/a", "7/c"]}
+
+
+def test_an_index_has_room_for_the_widest_image_and_for_every_hash():
+    """100 megapixels may be 20 times as wide as high, hashes have 64 bits, and a file may have more than 2 GiB."""
+    line = {
+        "id": "7/a", "content_hash": bytes(range(16)), "image_hash": 2**64 - 1, "perceptual_hash": 2**64 - 2,
+        "width": 44_721, "height": 44_721, "image_bytes": 2**31, "words": 100_000, "kept": True,
+    }  # fmt: skip
+    assert pa.Table.from_pylist([line], staging.INDEX_SCHEMA).to_pylist() == [line]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": 3}', '{"files": [], "rejected": [], "missing": []}'])

@@ -188,7 +188,7 @@ def found(folder, *defaults):
     return [file.location.path.removeprefix(f"{folder}/") for file in files]
 
 
-def test_official_files_are_looked_for_in_order_in_the_folder_and_one_below(tmp_path):
+def test_official_files_are_looked_for_in_order_in_the_folder_and_one_below(tmp_path, caplog):
     for name in ("annotations/b.json", "other/a.json", "c.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("[]")
@@ -197,6 +197,10 @@ def test_official_files_are_looked_for_in_order_in_the_folder_and_one_below(tmp_
     assert found(tmp_path / "c.json", "a.json") == [str(tmp_path / "c.json")]
     (tmp_path / "annotations/d.json").write_text("[]")
     assert found(tmp_path, "{b,d}.json") == ["annotations/b.json", "annotations/d.json"], "one folder, several files"
+    assert found(tmp_path, "{b,e}.json") == ["annotations/b.json"] and found(tmp_path, "{c,e}.json") == ["c.json"]
+    assert not caplog.messages, "official files need not all be there, but those that were asked for one by one"
+    found(tmp_path / "annotations/{b,e}.json")
+    assert ["1 of 2 are missing" in message for message in caplog.messages] == [True]
     (tmp_path / "other/b.json").write_text("[]")
     with pytest.raises(SettingsError, match=r"holds b\.json more than once, in .*/annotations and .*/other: name one"):
         found(tmp_path, "b.json")

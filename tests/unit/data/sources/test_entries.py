@@ -212,6 +212,7 @@ def test_what_is_changed_in_a_conversation_goes_with_its_draft(describe):
         ("k.gif", ("k.gif", "images/k.gif", "k.jpg", "images/k.jpg")),
         ("k.jpg", ("k.jpg", "images/k.jpg")),
         ("k", ("k", "images/k", "k.jpg", "images/k.jpg")),
+        ("k.1.png", ("k.1.png", "images/k.1.png", "k.1.jpg", "images/k.1.jpg")),
     ],
 )
 def test_names_of_ocrvqas_images(name, names):

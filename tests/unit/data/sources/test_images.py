@@ -329,8 +329,9 @@ def test_folders_that_are_not_there_are_listed(tmp_path):
     file = Location.parse(str(tmp_path / "x/y.json"))
     with pytest.raises(SettingsError, match=r"needs images=: .*x/pictures.*folders above"):
         find_image_folder(SourceInput("gqa", "", "", "gqa", "vqa"), file, ImageLayout(("pictures",)))
-    with pytest.raises(SettingsError, match=r"images='.*nowhere' is no folder"):
-        find_image_folder(SourceInput("gqa", "", str(tmp_path / "nowhere"), "gqa", "vqa"), file, ImageLayout())
+    for nowhere in (f"{tmp_path}/nowhere", f"memory://bucket/{tmp_path.name}/nowhere"):
+        with pytest.raises(SettingsError, match=f"images='{nowhere}' is no folder; give the one .* images of gqa"):
+            find_image_folder(SourceInput("gqa", "", nowhere, "gqa", "vqa"), file, ImageLayout())
 
 
 def test_a_file_that_may_not_be_read_is_not_missing(folder, monkeypatch):
