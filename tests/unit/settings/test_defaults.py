@@ -159,6 +159,28 @@ def test_these_numbers_and_no_others_may_have_fractions():
     assert {kind for key, kind in fields if key in FRACTIONS.split()} == {float}
 
 
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("score", {"benchmark": ["gqa", "vsr"]}),
+        ("score", {"benchmark": "gqa"}),
+        ("ablate", {"benchmark": ["gqa", "vsr"], "train": {"seed": 3}, "stage": {"lora_rank": 4}, "stages": [2]}),
+        ("ablate", {"benchmark": "gqa", "variants": ["full"], "precisions": ["fp32"]}),
+        ("train", {"micro_batch_size": 3, "stage": {"lora_rank": 4}, "encoder_precision": "bf16"}),
+        ("plan_memory", {"train": {"seed": 3}}),
+        ("whole_recipe", {"fetch": {"rows": 5}}),
+        ("released", {"fetch": {"rows": 5}, "server": {"port": 5}}),
+        ("fetch", {"what": ["start", "gqa"], "local": ["/a", "/b"]}),
+        ("cache_features", {"sources": ["gqa", "vsr"]}),
+        ("prepare_data", {"num_workers": 3}),
+        ("serve", {"trusted_proxies": ["10.0.0.1"], "cors_origins": ["http://a"], "allowed_image_hosts": ["a.org"]}),
+    ],
+)
+def test_lists_mappings_and_one_of_two_kinds_stay_what_they_are(section, values):
+    found = SECTIONS[section](**values)
+    assert {key: getattr(found, key) for key in values} == values
+
+
 def choices(annotation):
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))

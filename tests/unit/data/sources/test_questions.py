@@ -76,9 +76,9 @@ def test_a_file_of_questions_is_known_by_its_first_entry(tmp_path, content, alon
     path.write_text(json.dumps(content))
     (file,) = storage.find_files(str(path))
     assert has_questions_alone(file, JsonForm("member", "questions")) is alone
-    assert not has_questions_alone(file, JsonForm("member", "annotations")) and not has_questions_alone(
-        file, JsonForm("list")
-    )
+    assert not has_questions_alone(file, JsonForm("list"))
+    path.write_text(json.dumps({"annotations": content.get("questions", [])}))
+    assert not has_questions_alone(file, JsonForm("member", "annotations")), "as captions are: they have no answers"
 
 
 @pytest.mark.parametrize("damage", [b'{"questions": [', gzip.compress(b'{"questions": [{}]}', mtime=0)[:14]])
