@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -21,11 +22,13 @@ from pipelines.settings import FetchSettings, SettingsError
 from tinygptv.convert.sources import SourceFile
 
 FILE = SourceFile(path="phi/a.bin", name="a.bin", base="https://h/m/", license="MIT")
+URL = "https://h/m/a.bin"
+CLIENT = SimpleNamespace()
 NO_RETRIES = Retries(most=1)
 
 
 def job(folder, **settings):
-    return _Fetch(FetchSettings(**{"quiet": True, **settings}), folder, None, NO_RETRIES)
+    return _Fetch(FetchSettings(**{"quiet": True, **settings}), folder, CLIENT, NO_RETRIES)
 
 
 @pytest.fixture
@@ -37,11 +40,11 @@ def here(tmp_path):
 
 def test_what_is_recorded_and_unchanged_is_not_looked_at_again(here, monkeypatch):
     checked = []
-    monkeypatch.setattr(module, "check_file", lambda path, remote: checked.append(path.name) or "sha")
-    first = job(here)
-    found = first._look(FILE)
-    assert found == Wanted(FILE, here / "phi/a.bin", first._remote(replace(FILE, sha256="")), True) or found.is_here
-    assert found.target == here / "phi/a.bin" and found.remote.url == "https://h/m/a.bin" and checked == ["a.bin"]
+    monkeypatch.setattr(module, "check_file", lambda path, remote: checked.append((path, remote)) or "sha")
+    target = here / "phi/a.bin"
+    assert job(here)._look(FILE) == Wanted(FILE, target, Remote(URL), True) and checked == [(target, Remote(URL))]
+    recorded = Remote(URL, 5, "sha", stated_by=f"{LOCK_FILE} (the first download)")
+    assert job(here)._look(FILE) == Wanted(FILE, target, recorded, True)
     entry = json.loads((here / LOCK_FILE).read_text())["files"]["phi/a.bin"]
     assert entry == {
         "bytes": 5,
@@ -68,7 +71,28 @@ def test_what_is_recorded_and_unchanged_is_not_looked_at_again(here, monkeypatch
     assert len(checked) == 5, "it was changed later"
 
 
-def test_hashes_come_from_the_publisher_or_the_first_download(here):
+def test_what_lies_elsewhere_is_tried_in_turn_and_then_the_server_is_asked(tmp_path, monkeypatch):
+    tried, places, target = [], [Path("x"), Path("y"), Path("z")], tmp_path / "phi/a.bin"
+
+    def take(self, *given):
+        tried.append(given)
+        return given[1].name == takes
+
+    def ask(self, file, remote):
+        assert (file, remote) == (FILE, Remote(URL))
+        return replace(remote, num_bytes=3)
+
+    monkeypatch.setattr(_Fetch, "_elsewhere", lambda self, file: iter(places))
+    monkeypatch.setattr(_Fetch, "_take", take)
+    monkeypatch.setattr(_Fetch, "_asked", ask)
+    takes = "y"
+    assert job(tmp_path)._look(FILE) == Wanted(FILE, target, Remote(URL), True)
+    assert tried == [(FILE, place, target, Remote(URL)) for place in places[:2]]
+    takes = "none"
+    assert job(tmp_path)._look(FILE) == Wanted(FILE, target, Remote(URL, 3), False) and len(tried) == 5
+
+
+def test_hashes_come_from_the_publisher_or_the_first_download(here, monkeypatch):
     write_json(here / LOCK_FILE, {"files": {"phi/a.bin": {"bytes": 7, "sha256": "known"}}})
     stated = replace(FILE, sha256="stated", num_bytes=9, stated_by="the paper")
     for file, expected in (
@@ -81,11 +105,14 @@ def test_hashes_come_from_the_publisher_or_the_first_download(here):
             remote = job(here, **settings)._remote(file)
             assert (remote.num_bytes, remote.sha256, remote.stated_by) == expected
     remote = job(here, accept_changed=True)._remote(stated)
-    assert (remote.num_bytes, remote.sha256, remote.url) == (0, "", "https://h/m/a.bin")
+    assert (remote.num_bytes, remote.sha256, remote.url) == (0, "", URL)
+    monkeypatch.setattr(module, "address", lambda file, settings: ("u", {"Authorization": "Bearer t"}))
+    assert job(here)._remote(FILE).headers == {"Authorization": "Bearer t"}
 
 
 def test_a_server_adds_what_is_stated_nowhere(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "ask", lambda client, remote, name, retries: Stated(5, "theirs", "git"))
+    asked = []
+    monkeypatch.setattr(module, "ask", lambda *given: asked.append(given) or Stated(5, "theirs", "git"))
     for remote, expected in (
         (Remote("u"), (5, "theirs", "git")),
         (Remote("u", 9), (9, "theirs", "git")),
@@ -93,6 +120,7 @@ def test_a_server_adds_what_is_stated_nowhere(tmp_path, monkeypatch):
     ):
         found = job(tmp_path)._asked(FILE, remote)
         assert (found.num_bytes, found.sha256, found.git_sha1) == expected
+        assert asked[-1] == (CLIENT, remote, "phi/a.bin", NO_RETRIES)
 
     def refusing(*given):
         raise DownloadError("no")
@@ -147,7 +175,7 @@ def test_the_hubs_cache_is_asked_for_the_very_revision(tmp_path, monkeypatch):
 
 
 def test_what_is_taken_is_recorded_with_its_hash(tmp_path, here, monkeypatch, caplog):
-    monkeypatch.setattr(module, "check_file", lambda path, remote: "sha")
+    monkeypatch.setattr(module, "check_file", lambda path, remote: {"u": "sha"}[remote.url])
     out = tmp_path / "out"
     out.mkdir()
     taking = job(out)
@@ -163,11 +191,12 @@ def test_what_is_taken_is_recorded_with_its_hash(tmp_path, here, monkeypatch, ca
     assert taking.lock["phi/a.bin"]["modified_ns"] == (out / "copy").stat().st_mtime_ns, "of the copy"
 
     def refusing(path, remote):
+        assert remote == Remote("u")
         raise DownloadError(f"{path.name} is another file.")
 
     monkeypatch.setattr(module, "check_file", refusing)
     assert not taking._take(FILE, here / "phi/a.bin", out / "b", Remote("u")) and not (out / "b").exists()
-    assert "not taken: a.bin is another file." in caplog.text
+    assert caplog.messages == ["not taken: a.bin is another file."]
     with pytest.raises(
         DownloadError, match=r"^a\.bin is another file\. Remove it to download it again; accept_changed="
     ):
@@ -199,7 +228,7 @@ def test_what_is_here_and_what_is_left_is_told(tmp_path, capsys):
 
 
 def test_only_new_bytes_are_counted_and_long_downloads_show_their_speed(tmp_path, monkeypatch):
-    shown, bars, now = [], [], [0.0]
+    shown, bars, asked, now = [], [], [], [0.0]
 
     class Bar:
         def __init__(self, title, quiet):
@@ -219,7 +248,8 @@ def test_only_new_bytes_are_counted_and_long_downloads_show_their_speed(tmp_path
             shown.append(given)
 
     def download(client, remote, target, report, retries):
-        target.write_bytes(b"x" * 3_000)
+        asked.append((client, remote, target, retries))
+        target.write_bytes(b"x" * 402_000)
         for now[0], done, total in ((0.2, 1 << 20, 3 << 20), (0.5, 2 << 20, 3 << 20), (0.6, 3 << 20, 3 << 20)):
             report(done, total)
         now[0] = 2.0
@@ -231,42 +261,50 @@ def test_only_new_bytes_are_counted_and_long_downloads_show_their_speed(tmp_path
     monkeypatch.setattr(module, "Bar", Bar)
     monkeypatch.setattr(module, "download", download)
     (tmp_path / "deep").mkdir()
-    (tmp_path / "deep/.a.part").write_bytes(b"x" * 1_000)
-    each = Wanted(FILE, tmp_path / "deep/a", Remote("u", 5_001_000), False)
+    (tmp_path / "deep/.a.part").write_bytes(b"x" * 400_000)
+    each = Wanted(FILE, tmp_path / "deep/a", Remote("u", 5_400_000), False)
     running = job(tmp_path, quiet=False)
     running._download(each)
     assert running.bytes_downloaded == 2_000 and running.lock["phi/a.bin"]["sha256"] == "sha"
-    assert shown == ["phi/a.bin", (2, 3, "MiB  4.2 MB/s"), (3, 3, "MiB  5.2 MB/s"), (4, 4, "MiB  2.1 MB/s")]
+    assert shown == ["phi/a.bin", (2, 3, "MiB  3.4 MB/s"), (3, 3, "MiB  4.6 MB/s"), (4, 4, "MiB  1.9 MB/s")]
+    assert asked == [(CLIENT, each.remote, each.target, NO_RETRIES)]
     running._download(replace(each, target=tmp_path / "new/b", remote=Remote("u", 4_999_999)))
-    assert bars == [False, True] and running.bytes_downloaded == 5_000
+    assert bars == [False, True] and running.bytes_downloaded == 404_000
     job(tmp_path, quiet=True)._download(each)
     assert bars == [False, True, True]
 
 
 def test_a_dry_run_only_looks(tmp_path, monkeypatch):
     done = []
-    for name in ("_check_disk", "_refuse_offline", "_download"):
-        monkeypatch.setattr(_Fetch, name, lambda self, given, name=name: done.append(name))
-    look = {"a": True, "b": False}
-    monkeypatch.setattr(_Fetch, "_look", lambda self, file: Wanted(file, tmp_path, Remote("u"), look[file.path]))
-    files = [replace(FILE, path=name) for name in look]
+    for name in ("_tell", "_check_disk", "_refuse_offline", "_download"):
+        monkeypatch.setattr(_Fetch, name, lambda self, given, name=name: done.append((name, given)))
+    (tmp_path / "a").write_bytes(b"123")
+    files = {name: replace(FILE, path=name) for name in "ab"}
+    looked = [Wanted(files[name], tmp_path / name, Remote(name, 9), name == "a") for name in files]
+    monkeypatch.setattr(_Fetch, "_look", lambda self, file: looked["ab".index(file.path)])
     dry = job(tmp_path, dry_run=True)
     dry.lock = {"a": "entry", "z": "of another fetch"}
-    assert dry.run(files) == {"a": "entry"} and done == []
-    job(tmp_path).run(files)
-    assert done == ["_check_disk", "_refuse_offline", "_download"]
+    assert dry.run(files.values()) == {"a": "entry"} and done == [("_tell", looked)]
+    assert dry.num_bytes == 3 + 9
+    job(tmp_path).run(files.values())
+    of_all = [(name, looked) for name in ("_tell", "_check_disk", "_refuse_offline")]
+    assert done[1:] == [*of_all, ("_download", looked[1])]
 
 
 def test_a_fetch_of_sets_and_weights(tmp_path, monkeypatch, capsys):
     """Data goes to raw/, weights to weights/; the result has everything."""
     monkeypatch.chdir(tmp_path)
-    told = {}
+    told, asked, finished, missing = {}, [], [], []
 
     class Job:
         bytes_downloaded, num_bytes = 7, 9
 
         def __init__(self, settings, folder, client, retries):
+            assert not client.is_closed
             told.update(folder=folder, most=retries.most)
+            asked.append(settings)
+            with pytest.raises(SettingsError, match=f"^another fetch is writing to {folder}: wait for it, or give"):
+                module.fetch(settings)
 
         def run(self, files):
             told["files"] = files
@@ -275,9 +313,12 @@ def test_a_fetch_of_sets_and_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "_Fetch", Job)
     monkeypatch.setattr(module, "named_files", lambda names: [f"file of {name}" for name in names])
     monkeypatch.setattr(module, "files_left", lambda each, folder: [f"file of {each.name}"])
-    monkeypatch.setattr(module, "finish_sets", lambda sets, folder, settings: ["command"])
-    monkeypatch.setattr(module, "missing_by_hand", lambda sets, folder: ["by hand"] if sets else [])
-    result = module.fetch(FetchSettings(what=["gqa", "stage1"]))
+    monkeypatch.setattr(module, "finish_sets", lambda *given: finished.append(given) or ["command"])
+    monkeypatch.setattr(module, "missing_by_hand", lambda *given: missing.append(given) or ["by hand"] * bool(given[0]))
+    settings, gqa = FetchSettings(what=["gqa", "stage1"]), module.all_sets()["gqa"]
+    result = module.fetch(settings)
+    assert (asked, finished) == ([settings], [([gqa], tmp_path / "raw", settings)])
+    assert missing == [([gqa], tmp_path / "raw")]
     assert told == {"folder": tmp_path / "raw", "most": 6, "files": ["file of stage1", "file of gqa"]}
     assert (
         result
@@ -292,7 +333,8 @@ def test_a_fetch_of_sets_and_weights(tmp_path, monkeypatch, capsys):
             "result": f"{tmp_path}/raw/result.json",
         }
     )
-    assert capsys.readouterr().out.endswith("\nby hand\nThen run: command\n")
+    out = capsys.readouterr().out
+    assert out.startswith(f"{module.describe([gqa])}\n") and out.endswith("\nby hand\nThen run: command\n")
     result = module.fetch(FetchSettings(what=["stage1"], dry_run=True))
     assert (told["folder"], told["most"], told["files"]) == (tmp_path / "weights", 1, ["file of stage1"])
     assert result["commands"] == [] and capsys.readouterr().out == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -56,6 +57,10 @@ def test_the_room_that_is_needed_is_told(tmp_path, monkeypatch):
         f"{tmp_path} has 5.50 GB free, but 6.00 GB are to be downloaded: free some, or give another output=."
     )
     job(tmp_path)._check_disk(files[1:])
+    for spare in (0, -1):
+        free[tmp_path] = 6_000_000_000 + 256 * 2**20 + spare
+        with pytest.raises(DiskFullError) if spare else nullcontext():
+            job(tmp_path)._check_disk(files)
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
     job(tmp_path)._check_disk(files[1:])
     assert fetching.MARGIN_BYTES == 256 * 2**20

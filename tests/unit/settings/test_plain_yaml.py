@@ -33,6 +33,7 @@ def test_scalars(text, value):
 
 def test_containers_merge_keys_and_nan():
     assert load_yaml("a: &x {b: 1}\nc: {<<: *x, d: off}") == {"a": {"b": 1}, "c": {"b": 1, "d": "off"}}
+    assert load_yaml("a:\nb: ''\nc: [d, ]") == {"a": None, "b": "", "c": ["d"]}, "nothing is null"
     assert math.isnan(load_yaml(".nan"))
     assert load_text_list("[1, on, 'a b', null]") == ["1", "on", "a b", "null"]
     with pytest.raises(yaml.YAMLError):
