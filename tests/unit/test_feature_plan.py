@@ -23,6 +23,8 @@ def test_draws_are_those_of_the_schedules():
     assert draws[:3] == [17 * 1000 * 64, 20_000 * 64, 1000 * 6]
     assert draws[3] / 50_000 == pytest.approx(1.90, abs=0.005)  # samples per step of the release's stage 4
     assert expected_draws(PAPER[0], max_steps=10) == 640
+    assert expected_draws(replace(PAPER[0], draws_per_step=3), max_steps=10) == 1920
+    assert [each.draws for each in plan({}, max_steps=10)[:2]] == [2 * 640, 10 * 6]
 
 
 def test_a_plan_is_one_line_with_both_costs():
@@ -44,7 +46,7 @@ def test_five_million_pairs_are_not_cached_for_two_million_draws():
 
 def test_a_million_pairs_are_cached_where_the_disk_is_large_enough():
     rows = {"laion": 900_000, "cc_sbu": 100_000}
-    assert plan(rows)[0].choice == "cached"
+    assert (plan(rows)[0].choice, plan(rows)[0].reason) == ("cached", "it draws images several times")
     assert plan(rows, free=50 * 10**9)[0].reason == "the disk has 50 GB free"
     assert plan(rows, dtype="float32")[0].bytes == 2 * plan(rows)[0].bytes
 
@@ -59,7 +61,8 @@ def test_what_is_chosen_is_taken_off_the_disk():
 
 @pytest.mark.parametrize("wanted", ["cached", "inline"])
 def test_the_settings_decide(wanted):
-    assert {each.choice for each in plan({"laion": 10**9}, wanted=wanted)} == {wanted}
+    found = plan({"laion": 10**9}, wanted=wanted)
+    assert {(each.choice, each.reason) for each in found} == {(wanted, "the settings say so")}
 
 
 def test_each_cache_takes_nine_tenths_at_most_of_what_those_before_it_leave():
@@ -90,7 +93,7 @@ def test_features_are_computed_once_for_each_image_size(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize(("size", "flop"), [(224, 0.52e12), (448, 2.3e12), (896, 4 * 2.3e12)])
+@pytest.mark.parametrize(("size", "flop"), [(224, 0.52e12), (448, 2.3e12), (1344, 9 * 2.3e12)])
 def test_hours_are_those_of_the_encoders_operations(size, flop):
     stage = replace(PAPER[1], image_size=size)
     rows = {"laion": 7000, "cc_sbu": 200}
