@@ -59,7 +59,6 @@ def read_drafts(
         images: where they are read from; None for text only.
         changes: see ``Reader.read``.
     """
-    number = 0
     try:
         for number, draft in enumerate(drafts()):
             row_key = f"{key}/{number}" if number else key

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
 from pipelines.data.sources.base import Changes, Malformed, Rejected, SourceInput, SourceUnit
@@ -29,6 +32,15 @@ def test_samples_of_an_entry_are_numbered_from_the_second_on_and_an_error_costs_
     assert (second.key, second.reason) == ("k/1", "the entry names an image, and this data set has none")
     assert (third.id, third.task) == ("a/k/2", "caption"), "a draft's own task wins"
     assert rest == Rejected("k", "a.jsonl", "no more")
+
+
+def test_a_row_has_the_drafts_image_boxes_and_changes():
+    images, counted, boxes = SimpleNamespace(read=lambda name: name.encode() * 2), Changes(), ((1.0, 2.0, 3.0, 4.0),)
+    named = Draft((Turn("q", ("a",)),), image="b.jpg", boxes=boxes, changes=("messages_joined",))
+    given = replace(named, image=b"bytes", boxes=())
+    rows = list(read_drafts(UNIT, "k", lambda: iter([named, given]), images, counted))
+    assert [(row.image, row.boxes) for row in rows] == [(b"b.jpgb.jpg", boxes), (b"bytes", ())]
+    assert counted == {"messages_joined": 2}
 
 
 @pytest.mark.parametrize(
