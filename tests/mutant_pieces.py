@@ -78,6 +78,20 @@ _METRICS: dict[str, Piece] = {
 }
 
 _ROWS: dict[str, Piece] = {
+    "ingest_deduplicate": Piece("pipelines/data/ingest/deduplicate.py", ("data/ingest/test_deduplicate.py",)),
+    "ingest_inputs": Piece(
+        "pipelines/data/ingest/inputs.py", ("data/ingest/test_inputs.py", "data/ingest/test_publish_calls.py")
+    ),
+    "ingest_lists": Piece(
+        "pipelines/data/ingest/lists.py", ("data/ingest/test_lists.py", "data/ingest/test_publish_calls.py")
+    ),
+    "source_annotations": Piece("pipelines/data/sources/annotations.py", ("data/sources/test_annotations.py",)),
+    "source_drafts": Piece("pipelines/data/sources/drafts.py", ("data/sources/test_drafts.py",)),
+    "source_pickles": Piece(
+        "pipelines/data/sources/pickles.py", ("data/sources/test_pickles.py", "data/sources/test_json_files.py")
+    ),
+    "held_out": Piece("pipelines/data/held_out.py", ("data/test_held_out.py",)),
+    "feature_plan": Piece("pipelines/feature_plan.py", ("test_feature_plan.py",)),
     "shard_cache": Piece("pipelines/data/shard_cache.py", ("data/test_shard_cache.py", "data/test_remote_shards.py")),
     "ingest_publish": Piece(
         "pipelines/data/ingest/publish.py", ("data/ingest/test_publish.py", "data/ingest/test_publish_calls.py")
@@ -86,6 +100,10 @@ _ROWS: dict[str, Piece] = {
 }
 
 _FETCH: dict[str, Piece] = {
+    "fetch_single_images": Piece(
+        "pipelines/fetch/single_images.py", ("fetch/test_single_images.py", "fetch/test_sample_parts.py")
+    ),
+    "fetch_addresses": Piece("pipelines/fetch/addresses.py", ("fetch/test_fetch_calls.py", "fetch/test_data.py")),
     "fetch_data": Piece(
         "pipelines/fetch/data.py", ("fetch/test_data.py", "fetch/test_sets_calls.py", "fetch/test_told.py")
     ),
@@ -98,6 +116,16 @@ _FETCH: dict[str, Piece] = {
 }
 
 _STORAGE: dict[str, Piece] = {
+    "storage_cache_folder": Piece("pipelines/storage/cache_folder.py", ("storage/test_cache_folder.py",)),
+    "storage_location": Piece("pipelines/storage/location.py", ("test_storage.py",)),
+    "storage_find": Piece("pipelines/storage/find.py", ("storage/test_find.py", "test_storage.py")),
+    "storage_folders": Piece(
+        "pipelines/storage/folders.py", ("storage/test_folders.py", "storage/test_work_folder.py", "test_storage.py")
+    ),
+    "storage_packed": Piece("pipelines/storage/packed.py", ("test_packed.py", "test_storage.py")),
+    "json_files": Piece("pipelines/json_files.py", ("test_json_files.py",)),
+    "redact": Piece("pipelines/redact.py", ("test_redact.py",)),
+    "shared_paths": Piece("pipelines/shared_paths.py", ("test_shared_paths.py",)),
     "storage_retry": Piece("pipelines/storage/retry.py", ("storage/test_retry.py",)),
     "node_cache": Piece("pipelines/node_cache.py", ("test_node_cache.py",)),
 }
@@ -188,10 +216,16 @@ _SERVING: dict[str, Piece] = {
 }
 
 _SETTINGS: dict[str, Piece] = {
+    "settings_command_line": Piece("pipelines/settings/command_line.py", ("settings",)),
+    "settings_folders": Piece("pipelines/settings/folders.py", ("settings/test_folders.py",)),
+    "settings_plain_yaml": Piece("pipelines/settings/plain_yaml.py", ("settings/test_plain_yaml.py",)),
+    "settings_jobs": Piece("pipelines/settings/jobs.py", ("settings",)),
     "settings": Piece("pipelines/settings/base.py", ("settings",)),
 }
 
 _JOBS: dict[str, Piece] = {
+    "console": Piece("pipelines/console.py", ("test_console.py",), "not loads_nothing_heavy"),
+    "progress": Piece("pipelines/progress.py", ("test_progress.py",)),
     "fingerprint": Piece("pipelines/fingerprint.py", ("test_fingerprint.py",)),
     "cluster": Piece("pipelines/cluster.py", ("test_cluster.py", "test_cluster_calls.py")),
     "units": Piece("pipelines/units.py", ("test_units.py", "test_units_on_ray.py")),

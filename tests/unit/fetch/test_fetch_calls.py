@@ -221,6 +221,8 @@ def test_what_is_here_and_what_is_left_is_told(tmp_path, capsys):
         "  e: 0.000 MB, https://***@h/e",
         f"1 of 5 files are in {tmp_path}; 0.01 GB to download.",
     ]
+    published = Wanted(replace(FILE, num_bytes=7), tmp_path / "f", Remote("u"), False)
+    assert (published.num_bytes, replace(published, remote=Remote("u", 9)).num_bytes) == (7, 9), "its server knows"
     assert [each.bytes_left for each in files] == [9_999_999, 4_999_999, 0, 0, 0]
     assert [module._gigabytes(size) for size in (5_000_000, 1_234_567_890)] == ["0.01 GB", "1.23 GB"]
     job(tmp_path)._tell(files)

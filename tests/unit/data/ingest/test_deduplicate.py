@@ -105,6 +105,13 @@ def test_only_hashes_that_share_a_band_are_compared(monkeypatch, max_bits, shift
     assert sorted(compared) == {3: [[2, 7], [4, 9], [4, 9], [4, 9]], 1: [[4, 9]], 0: []}[max_bits]
 
 
+def test_the_first_hash_before_that_is_near_is_named_with_its_distance():
+    hashes = np.array([0, 1, 0xF0F0F0F0F0F0F0F0, 3, 7], dtype=np.uint64)
+    earlier, differs = deduplicate._nearest_earlier(hashes, 2)
+    assert (earlier.tolist(), differs.tolist()) == ([-1, 0, -1, 0, 1], [0, 1, 0, 2, 2])
+    assert [found.tolist() for found in deduplicate._nearest_earlier(hashes[:0], 2)] == [[], []]
+
+
 def test_groups_beyond_the_bound_are_cut_by_value_into_parts_in_row_order(monkeypatch):
     hashes = np.array([5, 1, 4, 2, 3], dtype=np.uint64)
     group = np.arange(5)
