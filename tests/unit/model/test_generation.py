@@ -175,10 +175,12 @@ def test_images_and_places_of_a_batch_must_agree(prepare):
     )
 
 
-def test_an_assembled_prompt_is_read_as_it_is(prepare):
+def test_an_assembled_prompt_is_read_as_it_is_and_all_else_goes_on_to_transformers(prepare):
     given = {"inputs_embeds": torch.zeros(1, 3, 2), "image_embeds": torch.tensor([0])}
-    found = Model().prepare_inputs_for_generation(torch.tensor([[1]]), is_first_iteration=True, **given)
+    more = {"past_key_values": "cache", "attention_mask": torch.ones(1, 3), "use_cache": True, "position_ids": None}
+    found = Model().prepare_inputs_for_generation(torch.tensor([[1]]), is_first_iteration=True, **given, **more)
     assert found["inputs_embeds"] is given["inputs_embeds"] and "image_embeds" not in found
+    assert {name: found[name] for name in more} == more and found["is_first_iteration"] is True
 
 
 @pytest.mark.parametrize(("size", "wanted"), [(1, [0, 1]), (3, [0, 0, 0, 1, 1, 1])])

@@ -25,13 +25,15 @@ def test_rounding_of_values_and_gradients():
 
 def test_attention_equals_the_usual_one_where_nothing_overflows():
     torch.manual_seed(0)
-    query, key, value = (torch.randn(2, 3, 5, 4).half().float() for _ in range(3))
+    query, key, value = (torch.randn(2, 3, 5, 4).half().float().requires_grad_() for _ in range(3))
     mask = torch.full((5, 5), float("-inf")).triu(1)[None, None]
     ours, weights = half_range_attention(torch.nn.Module().eval(), query, key, value, mask, scaling=0.5)
     theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5)
     torch.testing.assert_close(ours, theirs.transpose(1, 2), atol=3e-3, rtol=3e-3)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 5), atol=1e-3, rtol=1e-3)
-    assert all(torch.equal(each, each.half().float()) for each in (ours, weights)), "numbers of fp16"
+    ours.backward(torch.randn_like(ours))
+    for each in (ours, weights, query.grad, key.grad, value.grad):
+        assert torch.equal(each, each.half().float()), "numbers of fp16"
 
 
 @pytest.mark.parametrize(("training", "kept"), [(True, 0.0), (False, 1.0)])
