@@ -25,10 +25,11 @@ class Runner:
     def __init__(self, scripts, num_ahead):
         self.scripts, self.num_ahead = scripts, num_ahead
         self.launches, self.cleared, self.copied, self.admitted = [], [], [], []
-        self.tokens = {}
+        self.tokens, self.params = {}, {}
 
     def admit(self, slot, params, prompt_ids, num_positions):
         self.admitted.append((slot, prompt_ids.tolist(), num_positions))
+        self.params[slot] = params
         self.tokens[slot] = iter(self.scripts.get(num_positions, ()))
 
     def launch(self, rows, pieces):

@@ -10,7 +10,10 @@ import torch
 from tests.scripted_engine import BROKEN, END, WORD, finish, make, prompt, request
 from tests.serving_model import VOCAB_SIZE, make_model, make_tokenizer
 from tinygptv.inference import engine as engine_module
+from tinygptv.inference import graph_runner
 from tinygptv.inference.engine import Engine
+from tinygptv.inference.runner import FlatRunner
+from tinygptv.inference.sampling import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -185,15 +188,17 @@ def test_why_an_answer_ends(model, script, reason, count):
 
 def test_the_engines_stop_strings_hold_beside_the_requests(model):
     (mark,), (word,) = (make_tokenizer().encode(text, add_special_tokens=False) for text in ("#", "x"))
-    script = {10: [word, mark], 20: [mark, word], 30: [word, mark]}
-    engine = make(model, script, stop=("#",), max_batch_size=3)
+    script = {10: [word, mark], 20: [mark, word], 30: [word, mark], 40: [mark, word]}
+    engine = make(model, script, stop=("#",), max_batch_size=4)
     both = engine.add(request(prompt(10), max_tokens=9, stop=("y",)))
     own = engine.add(request(prompt(20), max_tokens=9, stop=("x",), ignore_end=True))
     held = engine.add(request(prompt(30), max_tokens=2, stop=("#?",), ignore_end=True))
+    freed = engine.add(request(prompt(40), max_tokens=2, stop=("#?",), ignore_end=True))
     found = finish(engine)
     text = {key: "".join(delta.text for delta in deltas) for key, deltas in found.items()}
     assert (text[both], found[both][-1].finish_reason) == ("x", "stop")
     assert (text[own], found[own][-1].finish_reason) == ("#", "stop")
+    assert (text[freed], found[freed][-1].finish_reason) == ("#x", "length"), "the last token sets free what was held"
     assert (text[held], found[held][-1].finish_reason) == ("x#", "length"), "what was held back is shown at the end"
 
 
@@ -246,11 +251,31 @@ def test_an_answer_that_is_cancelled_is_not_computed_any_further(model):
     assert (engine.stats.running, engine.stats.cancelled) == (1, 1)
 
 
-def test_penalties_see_the_text_of_a_prompt_and_not_its_images(model):
+def test_a_runner_gets_the_text_of_a_prompt_without_its_images_and_what_was_asked_for(model):
     engine = make(model)
-    engine.add(request([5, -9, -9, 6], max_tokens=1))
+    engine.add(request([5, -9, -9, 0, 6], max_tokens=1, seed=3))
     engine.step()
-    assert engine.runner.admitted == [(0, [5, 6], 4)]
+    assert engine.runner.admitted == [(0, [5, 0, 6], 5)]
+    assert engine.runner.params == {0: SamplingParams(max_tokens=1, seed=3)}
+
+
+def test_the_last_token_of_a_steps_share_is_read_too(model):
+    engine = make(model, max_batch_size=5, prefill_tokens=513)
+    for length in (255, 255, 2, 9, 7):
+        engine.add(request(prompt(length), max_tokens=1))
+    engine.step()
+    assert engine.runner.launches[0][1][2:] == [(2, 0, 2, True), (3, 0, 1, False)]
+    assert engine.prefix_cache.lengths.tolist() == [255, 255, 2, 1, 0]
+
+
+def test_a_graph_runner_is_warmed_up_before_it_is_used(monkeypatch):
+    made = []
+    graphs = SimpleNamespace(warm_up=lambda: made.append("warm"))
+    monkeypatch.setattr(graph_runner, "GraphRunner", lambda decoder: made.append(decoder) or graphs)
+    decoder = SimpleNamespace(num_slots=2, copy_prefix=None, clear=None)
+    assert engine_module._build_runner(decoder, True) is graphs and made == [decoder, "warm"]
+    flat = engine_module._build_runner(decoder, False)
+    assert isinstance(flat, FlatRunner) and flat.decoder is decoder and len(made) == 2
 
 
 def test_one_step_ahead_a_token_is_read_when_the_next_is_launched(model):
