@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from pipelines.serving import connections
 from tests.serving_api import CHAT, Client
@@ -93,3 +96,76 @@ def test_the_number_of_connections_is_bounded(port, monkeypatch):
         with connect(port) as another:  # accepted in their order
             assert is_closed(another)
         assert all(answers(client) for client in held)
+
+
+# ------------------------------------------------------------------------------------------- the protocol by itself
+
+
+class Timer:
+    """What a loop does later, unless it is cancelled."""
+
+    def __init__(self, seconds, act):
+        self.seconds, self.act, self.is_running = seconds, act, True
+
+    def cancel(self):
+        self.is_running = False
+
+
+@pytest.fixture
+def protocol(monkeypatch):
+    """A connection without a socket; ``following`` is the request that uvicorn makes of the next bytes."""
+    for name in ("connection_made", "connection_lost"):
+        monkeypatch.setattr(AutoHTTPProtocol, name, lambda self, _: None)
+    monkeypatch.setattr(AutoHTTPProtocol, "data_received", lambda self, _: setattr(self, "cycle", self.following))
+    made = connections.GuardedProtocol.__new__(connections.GuardedProtocol)
+    made.connections, made.cycle, made.following, made.timers, made.aborted = [], None, None, [], []
+    made.loop = SimpleNamespace(call_later=lambda *given: made.timers.append(Timer(*given)) or made.timers[-1])
+    made.transport = SimpleNamespace(abort=lambda: made.aborted.append("aborted"))
+    made.connection_made(made.transport)
+    return made
+
+
+def running(protocol):
+    return [timer.is_running for timer in protocol.timers]
+
+
+def test_a_client_has_15_seconds_for_its_headers_as_long_as_it_is_there(protocol):
+    (timer,) = protocol.timers
+    assert timer.seconds == 15.0 and timer.is_running and not protocol.aborted
+    timer.act()
+    assert protocol.aborted == ["aborted"]
+    protocol.connection_lost(None)
+    assert not timer.is_running
+
+
+def test_the_time_runs_for_the_headers_of_each_request_and_not_for_its_body(protocol):
+    protocol.data_received(b"GET")
+    assert running(protocol) == [True], "one time for all headers of a request"
+    request = protocol.following = SimpleNamespace(response_complete=False)
+    protocol.data_received(b" / HTTP/1.1")
+    assert running(protocol) == [False]
+    protocol.data_received(b"bytes of its body")
+    assert running(protocol) == [False]
+    request.response_complete = True
+    protocol.data_received(b"GET")
+    assert running(protocol) == [False, True], "the next request of the same connection"
+    protocol.following = SimpleNamespace(response_complete=False)
+    protocol.data_received(b" / HTTP/1.1")
+    assert running(protocol) == [False, False] and not protocol.aborted
+
+
+def test_headers_may_have_65536_bytes(protocol):
+    for size in (1, 65_535):
+        protocol.data_received(bytes(size))
+    assert not protocol.aborted
+    protocol.data_received(b"x")
+    assert protocol.aborted == ["aborted"] and running(protocol) == [False]
+
+
+def test_half_of_the_files_that_a_process_may_open_are_for_connections(protocol):
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 == connections.MAX_CONNECTIONS
+    for count, aborted in ((connections.MAX_CONNECTIONS, []), (connections.MAX_CONNECTIONS + 1, ["aborted"])):
+        protocol.connections = range(count)
+        protocol.connection_made(protocol.transport)
+        assert protocol.aborted == aborted
+    assert running(protocol) == [True] * 2, "one that is turned away is not waited for"
