@@ -53,6 +53,8 @@ _MODEL: dict[str, Piece] = {}
 
 _INFERENCE: dict[str, Piece] = {
     "prefix_cache": Piece("tinygptv/inference/prefix_cache.py", ("inference/test_prefix_cache.py",)),
+    "engine": Piece("tinygptv/inference/engine.py", ("inference/test_engine_steps.py",)),
+    "runner": Piece("tinygptv/inference/runner.py", ("inference/test_runner_plan.py",)),
     "inference_batch": Piece(
         "tinygptv/inference/batch.py", ("inference/test_batch.py",), "not equal_generate and not earlier_calls"
     ),

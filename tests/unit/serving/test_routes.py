@@ -147,7 +147,12 @@ def test_the_schema_names_the_served_model_and_each_refusal():
     ok = chat["responses"]["200"]["content"]["application/json"]["schema"]
     assert ok["$ref"].endswith("/ChatCompletion")
     body = chat["responses"]["429"]
-    assert body["description"] == "too many requests; see Retry-After"
+    words = {
+        "400": "is wrong", "401": "API key", "404": "no such model", "408": "too slowly", "413": "too large",
+        "429": "too many requests; see Retry-After", "500": "failed", "503": "not available", "504": "too long",
+    }  # fmt: skip
+    for status, text in words.items():
+        assert text in chat["responses"][status]["description"]
     assert body["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorBody")
     assert set(schema["paths"]) == {CHAT, "/v1/models", "/v1/models/{model_id}", "/healthz", "/metrics"}
     assert set(schema["paths"]["/v1/models/{model_id}"]["get"]["responses"]) >= {"401", "404", "503"}
