@@ -206,7 +206,9 @@ def test_what_a_refused_pickle_asked_for(tmp_path, monkeypatch, error, reason):
 def test_a_truncated_file_is_named_with_its_size_and_the_first_line(tmp_path, monkeypatch):
     file = tmp_path / "a"
     file.write_bytes(b"abc")
-    for error, line in ((RuntimeError(" first \nsecond"), "first "), (MemoryError(), "MemoryError")):
+    others = (EOFError, OSError, ValueError, TypeError, AttributeError)
+    errors = [(RuntimeError(" first \nsecond"), "first "), (MemoryError(), "MemoryError"), (KeyError("k"), "'k'")]
+    for error, line in (*errors, *((kind("why"), "why") for kind in others)):
         monkeypatch.setattr(torch, "load", lambda *args, error=error, **options: (_ for _ in ()).throw(error))
         assert (
             refused(weight_files._load_torch, file, False) == f"{file} (3 bytes) is truncated or no torch file: {line}"
