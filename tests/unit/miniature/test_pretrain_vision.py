@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tinygptv.data.images import normalise_pixels, resize_pixels
+from tinygptv.miniature import pretrain_vision
 from tinygptv.miniature.draw import render
 from tinygptv.miniature.pretrain_vision import (
     NUM_BINS,
@@ -75,11 +76,14 @@ def test_a_mirrored_image_has_mirrored_cells_and_boxes(pool):
 
 
 def test_a_patch_belongs_to_the_object_whose_box_holds_its_centre(pool):
-    values = {name: torch.tensor([[2, 0, -100]]) for name in VALUES}
-    boxes = torch.tensor([[[0, 0, 49, 24], [60, 60, 99, 99], [-100] * 4]])
+    """Centres are at 12.5, 37.5, ..; a box of the numbers 12 to 12 reaches from 12 to 13."""
+    values = {name: torch.tensor([[2, 0, -100, 1, 1, 1]]) for name in VALUES}
+    boxes = torch.tensor(
+        [[[0, 0, 49, 24], [60, 60, 99, 99], [-100] * 4, [62, 12, 62, 12], [63, 30, 86, 45], [80, 13, 99, 36]]]
+    )
     labels = task_of(pool)._patch_labels(values, boxes, 16)
     assert sorted(labels) == ["colour", "shape", "texture"]
-    assert labels["shape"].view(4, 4).tolist() == [[3, 3, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+    assert labels["shape"].view(4, 4).tolist() == [[3, 3, 2, 0], [0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
 
 
 def test_the_loss_of_a_box_is_least_at_its_numbers_and_little_beside_them(pool):
@@ -219,6 +223,16 @@ def test_heads_have_a_class_for_each_value_and_patches_one_for_the_ground():
     assert {head.in_features for head in module.heads.values()} == {24}
     assert {head.in_features for head in module.patch_heads.values()} == {32}
     assert (module.present.out_features, module.box.out_features) == (1, 4 * NUM_BINS) == (1, 404)
+
+
+def test_a_task_is_made_of_its_module_two_pools_and_how_it_draws(pool, monkeypatch):
+    monkeypatch.setattr(pretrain_vision, "VisionModule", lambda config: ("module", config))
+    held_out = ScenePool.draw(4, "validation", 1, (28,))
+    task = VisionTask("config", pool, held_out, batch_size=5, seed=7)
+    assert (task.module, task.batch_size, task.seed, task.sides) == (("module", "config"), 5, 7, [28, 56])
+    assert task.train is pool and task.held_out is held_out
+    plain = VisionTask("config", held_out, pool)
+    assert (plain.batch_size, plain.seed, plain.sides) == (64, 0, [28])
 
 
 def test_scores_are_of_all_held_out_scenes_at_every_side(pool):
