@@ -191,6 +191,7 @@ def test_drift_and_sample_predictions_ask_as_training_does(template, monkeypatch
     rows = [
         SampleRow("1", "s", "vqa", (Turn("what?", ("red",)),), make_image(), 40, 30),
         SampleRow("2", "s", "pair", (Turn("", ("a dog",)),), make_image(1), 40, 30),
+        SampleRow("5", "s", "conversation", (Turn("who?", ("a dog",)), Turn("sure?", ("yes",))), make_image(3), 40, 30),
         SampleRow("3", "s", "caption", (Turn("", ("a dog",)),), make_image(2), 40, 30),
         SampleRow("4", "s", "text", (Turn("say hi", ("hi",)),)),
     ]
@@ -234,9 +235,11 @@ def test_drift_and_sample_predictions_ask_as_training_does(template, monkeypatch
         plan=SimpleNamespace(stage=SimpleNamespace(image_size=IMAGE_SIZE), held_out={}),
     )
     monkeypatch.setattr("pipelines.training.sample_predictions.chooser", lambda generator: first)
+    maker.plan.held_out["s"] = [0, 2]
     made = SamplePredictor(maker).predict(Model())
-    assert predicted == wanted[:2]
-    assert [row.question for row in made] == ["[vqa] what?", ""]
+    assert predicted == [wanted[0], wanted[2]]
+    told = [(row.sample, row.question, row.expected) for row in made]
+    assert told == [("s/1", "[vqa] what?", "red"), ("s/5", "who?", "a dog")], "the first question of several"
 
 
 def test_the_jinja_template_groups_messages_as_serving_does():
