@@ -144,7 +144,7 @@ def test_the_time_runs_for_the_headers_of_each_request_and_not_for_its_body(prot
     request = protocol.following = SimpleNamespace(response_complete=False)
     protocol.data_received(b" / HTTP/1.1")
     assert running(protocol) == [False]
-    protocol.data_received(b"bytes of its body")
+    protocol.data_received(bytes(70_000))  # of its body
     assert running(protocol) == [False]
     request.response_complete = True
     protocol.data_received(b"GET")
