@@ -143,6 +143,12 @@ _TRAINING: dict[str, Piece] = {
         f"training_{name}": Piece(f"pipelines/training/{name}.py", _DRIVER_TESTS, _QUICK_DRIVER)
         for name in ("run", "job", "ray_entry", "result", "run_reports", "describe")
     },
+    "training_guard": Piece(
+        "pipelines/training/guard.py",
+        ("training/test_guard.py", "training/test_guard_diagnosis.py"),
+        "not end_alike and not leaves_its_step and not stay_left_out and not says_where and not bad_weights "
+        "and not recovers and not eight_samples",
+    ),
     "training_worker": Piece(
         "pipelines/training/worker.py",
         tuple(
@@ -161,8 +167,10 @@ _SCORED_TESTS = tuple(
 )
 
 _EVALUATION: dict[str, Piece] = {
-    "evaluation_run": Piece("pipelines/evaluation/run.py", _SCORED_TESTS),
-    "evaluation_scoring": Piece("pipelines/evaluation/scoring.py", _SCORED_TESTS),
+    **{
+        f"evaluation_{name}": Piece(f"pipelines/evaluation/{name}.py", _SCORED_TESTS)
+        for name in ("run", "scoring", "page", "compare_page")
+    },
     "evaluation_worker": Piece("pipelines/evaluation/worker.py", ("evaluation/test_units.py",)),
     "evaluation_answers": Piece(
         "pipelines/evaluation/answers.py", ("evaluation/test_scoring.py", "evaluation/test_flow.py")
@@ -190,7 +198,13 @@ _TRACKING: dict[str, Piece] = {
         "pipelines/tracking/identity.py",
         ("tracking/test_described.py", "tracking/test_mlflow_calls.py", "tracking/test_mlflow.py"),
     ),
-    "mlflow": Piece("pipelines/tracking/mlflow.py", ("tracking/test_mlflow.py", "tracking/test_mlflow_calls.py")),
+    **{
+        name: Piece(
+            f"pipelines/tracking/{module}.py",
+            ("tracking/test_mlflow.py", "tracking/test_mlflow_calls.py", "tracking/test_base.py"),
+        )
+        for name, module in (("mlflow", "mlflow"), ("tracking_base", "base"))
+    },
     "outbox": Piece("pipelines/tracking/outbox.py", ("tracking/test_outbox.py",)),
     "mlflow_names": Piece("pipelines/tracking/names.py", ("tracking/test_mlflow_calls.py", "tracking/test_mlflow.py")),
     "registry": Piece("pipelines/tracking/registry.py", ("tracking/test_registry.py",)),
@@ -229,6 +243,13 @@ _SETTINGS: dict[str, Piece] = {
 _JOBS: dict[str, Piece] = {
     "console": Piece("pipelines/console.py", ("test_console.py",), "not loads_nothing_heavy"),
     "progress": Piece("pipelines/progress.py", ("test_progress.py",)),
+    **{
+        name: Piece(
+            f"pipelines/{name}.py",
+            ("test_export.py", "test_export_calls.py", "test_released.py", "test_released_calls.py"),
+        )
+        for name in ("export", "released")
+    },
     "fingerprint": Piece("pipelines/fingerprint.py", ("test_fingerprint.py",)),
     "cluster": Piece("pipelines/cluster.py", ("test_cluster.py", "test_cluster_calls.py")),
     "units": Piece("pipelines/units.py", ("test_units.py", "test_units_on_ray.py")),

@@ -109,7 +109,7 @@ def absolute_uri(uri: str) -> str:
     if not uri:
         return default_uri(Path.cwd())
     path = uri.removeprefix("sqlite:///")
-    return uri if path == uri or path.startswith("/") else f"sqlite:///{Path.cwd() / path}"
+    return uri if path == uri else f"sqlite:///{Path.cwd() / path}"
 
 
 def reachable_uri(uri: str, output: str) -> str:

@@ -137,6 +137,9 @@ def test_files_of_other_answers_are_removed_and_only_missing_ones_are_given(tmp_
         ("b11", "b-1 1"),
     ]
     assert list(answered) == ["b", "a"] and caplog.messages == ["1 of 3 units are answered already"]
+    caplog.clear()
+    (tmp_path / "b-0").unlink()
+    assert _answer_all(settings, options, units)[1] == 6 and not caplog.messages
 
 
 def test_an_image_is_known_by_size_and_time(tmp_path):
@@ -234,7 +237,7 @@ def test_units_are_answered_by_actors_that_keep_the_model_and_the_bar_counts_que
     asked, shown = [], []
 
     def map_units(setup, units, workers, settings, name):
-        asked.append((workers, name))
+        asked.append((workers, settings.gpus_per_worker, name))
         yield from ((unit, None) for unit in reversed(units))
 
     monkeypatch.setattr(module, "map_units", map_units)
@@ -244,5 +247,5 @@ def test_units_are_answered_by_actors_that_keep_the_model_and_the_bar_counts_que
     ]
     settings = ScoreSettings(num_workers=2, gpus_per_worker=0.5, quiet=True)
     module._answer_units(settings, AnswerOptions("c", "f", 1, False, False, "/a"), units)
-    assert asked == [(Workers(2, num_gpus=0.5, reuse_setup=True), "score")]
+    assert asked == [(Workers(2, num_gpus=0.5, reuse_setup=True), 0.5, "score")]
     assert shown == [("score", 3, 7), ("score", 7, 7)]

@@ -200,9 +200,11 @@ def test_a_tracker_is_told_all_of_a_score(tmp_path, monkeypatch, compared):
     told = []
     names = ("params", "tags", "inputs", "metrics", "table", "describe", "artifact", "close")
     tracker = SimpleNamespace(**{name: lambda *a, name=name: told.append((name, *a)) for name in names})
-    monkeypatch.setattr(module, "continue_tracker", lambda *a, **k: told.append(("begin", a[1:], k)) or tracker)
+    monkeypatch.setattr(module, "continue_tracker", lambda *a, **k: told.append(("begin", a, k)) or tracker)
     monkeypatch.setattr(module, "_worst_cases", lambda lines: [("worst", *lines)])
-    monkeypatch.setattr(module, "_data_input", lambda settings, name, score: f"data of {name}")
+    monkeypatch.setattr(
+        module, "_data_input", lambda settings, name, score: f"{settings.limit} of {name}, {score['value']}"
+    )
     files = ["result.json", "report.html", "comparison.html", "predictions.jsonl"]
     for name in files:
         if compared or name != "comparison.html":
@@ -212,12 +214,13 @@ def test_a_tracker_is_told_all_of_a_score(tmp_path, monkeypatch, compared):
     if compared:
         result["comparison"] = {"vqa": {"ours": 1.0}}
     _track(settings, tmp_path, result, ["line"], "parent", 1e9)
-    (_, (title, folder), how), *told = told
+    (_, (by, title, folder), how), *told = told
+    assert by is settings
     assert title.startswith("mini score vqa, gqa, 2001-09-") and folder == tmp_path
     assert how == {"parent_run_id": "parent", "started": 1e9}
     of = {name: [entry[1:] for entry in told if entry[0] == name] for name in names}
     assert of["params"] == [(settings.model_dump(),)] and of["tags"] == [({"checkpoint": "/c"},)]
-    assert of["inputs"] == [(["data of vqa", "data of gqa"],)]
+    assert of["inputs"] == [(["5 of vqa, 51.25", "5 of gqa, 7.0"],)]
     assert of["metrics"] == [({"score/vqa": 51.25}, 0), ({"score/gqa": 7.0}, 0)]
     numbers = {"benchmark", "metric", "value", "low", "high", "n", "blind", "shuffled", "unanswered"}
     (rows, name), *others = of["table"]
@@ -227,6 +230,10 @@ def test_a_tracker_is_told_all_of_a_score(tmp_path, monkeypatch, compared):
     assert others == [*comparison, ([("worst", "line")], "worst_cases")]
     sent = files if compared else [name for name in files if name != "comparison.html"]
     assert [path.name for (path,) in of["artifact"]] == sent
+    head, _, first, second, *_ = of["describe"][0][0].replace("&emsp;", "").splitlines()
+    columns = ("benchmark", "metric", "value", "low", "high", "blind", "shuffled", "n")
+    assert [name.strip() for name in head.strip("|").split("|")] == list(columns)
+    assert first.startswith("| vqa |") and second.startswith("| gqa |")
     assert of["describe"][0][0].endswith("\n\nImages of the worst answers: `report.html` in Artifacts.")
     assert told[-1] == ("close",)
     json.dumps(rows)

@@ -21,14 +21,18 @@ from tests.unit.evaluation.test_flow import MATCH, question
 def scored(tmp_path, monkeypatch):
     """Run a score whose parts are replaced by notes."""
 
-    def run(**changes):
+    def run(*, named=False, parent="parent", **changes):
         notes, published, tracked, shown, compared = [], [], [], [], []
         data = SimpleNamespace(root=tmp_path, image_root=None)
         files = [tmp_path / "a.json", tmp_path / "b.json"]
         for path in files:
             path.write_text(path.name)
         asked = {name: [question(f"{name}0"), question(f"{name}1")] for name in ("x", "y")}
-        benchmarks = [Benchmark(name, "m", MATCH.read, MATCH.score) for name in asked]
+        benchmarks = [
+            Benchmark(name, "m", MATCH.read, MATCH.score, released=lambda outcomes: [0.25] * len(outcomes))
+            for name in asked
+        ]
+        monkeypatch.setattr(module, "_find", lambda settings, of: (settings, of) == (given, data) and benchmarks)
         answered = {
             name: [(q, Answers(q.id, "" if name == "x" else "gone", {"answer": ViewAnswer("yes")})) for q in each * 2]
             for name, each in asked.items()
@@ -61,12 +65,12 @@ def scored(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "hash_file", lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
         monkeypatch.setattr(storage.WorkFolder, "fetch", lambda self, *names: notes.append(("fetch", *names)))
         monkeypatch.setattr(storage.WorkFolder, "publish", lambda self, *names: published.append(names))
-        output = tmp_path / "out"
+        output = tmp_path / ("outputs/score" if changes.get("output") == "" else "out")
         fields = {"checkpoint": "given", "data": "data", "images": "pictures", "output": str(output), "page_cases": 6}
         given = ScoreSettings(**{**fields, **changes})
-        result = evaluate(given, benchmarks, parent_run_id="parent")
+        result = evaluate(given, None if named else benchmarks, **({"parent_run_id": parent} if parent else {}))
         lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
-        assert tracked[:5] == [given, output, result, lines, "parent"], "the tracker is told what is written"
+        assert tracked[:5] == [given, output, result, lines, parent], "the tracker is told what is written"
         assert shown == [result["benchmarks"], lines, result["checkpoint"], 6], "and the page shows it"
         assert compared == ([given, output, lines] if given.compare_with else []), "and another run is compared with"
         return SimpleNamespace(
@@ -98,6 +102,19 @@ def test_a_score_names_its_files_and_keeps_what_it_gives_back(scored, caplog):
     assert caplog.messages == [f"y, no answer to question {key}: gone" for key in ("y0", "y1", "y0")], (
         "three of a benchmark's"
     )
+
+
+@pytest.mark.parametrize(("metric", "value", "kept"), [("official", 100.0, 1.0), ("released", 25.0, 0.25)])
+def test_benchmarks_that_are_named_are_scored_by_the_rules_that_are_asked_for(scored, metric, value, kept):
+    found = scored(named=True, parent="", metric=metric)
+    assert found.result["benchmarks"]["x"]["value"] == value and found.result["metric"] == metric
+    lines = [json.loads(line) for line in (found.output / "predictions.jsonl").read_text().splitlines()]
+    assert [line["score"] for line in lines if line["benchmark"] == "x"] == [kept] * 4
+
+
+def test_scores_have_a_folder_of_their_own(scored, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert scored(output="").output == tmp_path / "outputs/score"
 
 
 def test_a_comparison_has_a_page_of_its_own(scored):
@@ -188,7 +205,11 @@ def test_the_output_is_tried_before_anything_is_read(scored, monkeypatch, tmp_pa
 
 
 def test_a_checkpoint_has_a_configuration_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "local_checkpoint", lambda uri, weights: tmp_path)
+    monkeypatch.setattr(
+        module, "local_checkpoint", lambda uri, weights: tmp_path if (uri, weights) == ("x", False) else None
+    )
+    with pytest.raises(SettingsError, match=r"^give checkpoint=DIR, the checkpoint or artifact to score\.$"):
+        module._find_checkpoint(ScoreSettings())
     (tmp_path / "config.json").mkdir()
     with pytest.raises(SettingsError, match="checkpoint=x is no checkpoint or artifact"):
         module._find_checkpoint(ScoreSettings(checkpoint="x"))

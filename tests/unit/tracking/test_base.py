@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipelines.settings import Settings
 from pipelines.tracking import base as module
-from pipelines.tracking.base import NullTracker, Tracker, continue_tracker, open_tracker
+from pipelines.tracking.base import NullTracker, Tracker, continue_tracker, open_tracker, reachable_uri
 from pipelines.tracking.identity import RunIdentity, read_identity
 from pipelines.tracking.mlflow import MLflowTracker
 
@@ -68,3 +68,19 @@ def test_tracking_that_is_off_has_every_method_and_does_nothing(tmp_path):
         assert len(signatures) == 1, signatures
     assert inspect.signature(Tracker.close).parameters["status"].default == "FINISHED"
     assert inspect.signature(Tracker.artifact).parameters["folder"].default == ""
+
+
+def test_what_is_not_tracked_is_told_with_the_way_to_track_it(monkeypatch, caplog):
+    assert reachable_uri("sqlite:////data/m.db", "s3://bucket/run") == "none"
+
+    def missing(*given, **options):
+        raise ImportError("No module named 'mlflow'")
+
+    monkeypatch.setattr(module, "MLflowTracker", missing)
+    assert isinstance(open_tracker(Settings(), "title"), NullTracker)
+    assert caplog.messages == [
+        "this run is not tracked: tracking_uri=sqlite:////data/m.db would be files of one machine, and "
+        "output=s3://bucket/run says that there are several; give the URI of an MLflow server, e.g. "
+        "tracking_uri=http://HOST:5000.",
+        "this run is not tracked: No module named 'mlflow'",
+    ]
