@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from pipelines.fingerprint import OtherInputsError
 from pipelines.miniature import demo, jobs, world
 from pipelines.miniature.jobs import run_miniature
 from pipelines.settings import MiniatureSettings, PrepareDataSettings, SettingsError
+from tinygptv.config import TinyGPTVConfig
 from tinygptv.miniature import backbones, writers
 
 
@@ -25,8 +27,13 @@ def asked(monkeypatch):
         found.append((part, cycles, rate, orthogonalized))
         return {f"{part}/loss": 1.0}
 
+    def task(part, settings, config, *more):
+        assert settings.task == "pretrain" and config.to_dict() == TinyGPTVConfig.mini(lora_rank=0).to_dict()
+        assert more == ((jobs._tokenizer(None, 0, 0),) if part == "language" else ())
+        return SimpleNamespace(module=part)
+
     for part in ("vision", "language"):
-        monkeypatch.setattr(jobs, f"_{part}_task", lambda *given, part=part: SimpleNamespace(module=part))
+        monkeypatch.setattr(jobs, f"_{part}_task", partial(task, part))
     monkeypatch.setattr(jobs, "_pretrain", pretrain)
     monkeypatch.setattr(jobs, "_tokenizer", lambda folder, seed, size: "tokenizer")
     monkeypatch.setattr(backbones, "assemble_backbones", lambda to, config, *parts: found.append(parts[:3]) or to)
@@ -52,6 +59,16 @@ def test_both_parts_are_pretrained_and_put_together(asked, tmp_path):
             run_miniature(settings(tmp_path, task="pretrain", **changes))
 
 
+def test_what_pretraining_writes_is_cleared_where_it_begins_again(asked, tmp_path):
+    names = ("vision", "language", "tokenizer", "backbones", "result.json", "run.json", "unsent.jsonl")
+    run_miniature(settings(tmp_path, task="pretrain"))
+    for name in (*names, "mine.txt"):
+        (tmp_path / name).write_text("earlier")
+    run_miniature(settings(tmp_path, task="pretrain", seed=1, overwrite=True))
+    assert [name for name in names if (tmp_path / name).exists()] == ["result.json"], "the new one"
+    assert (tmp_path / "mine.txt").read_text() == "earlier"
+
+
 def test_one_part_alone_takes_the_steps_asked_for_and_writes_no_checkpoint(asked, tmp_path):
     result = run_miniature(settings(tmp_path, task="pretrain", parts="language", max_steps=7))
     assert asked == [("language", (7,), 2e-3, "layers.")] and "checkpoint" not in result
@@ -67,7 +84,8 @@ def test_a_world_is_drawn_once(tmp_path, monkeypatch):
     monkeypatch.setattr(writers, "write_world", write_world)
     fields = {"task": "draw", "train_scenes": 5, "test_scenes": 2, "seed": 3}
     for _ in range(2):
-        assert run_miniature(settings(tmp_path, **fields))["folder"] == str(tmp_path)
+        result = run_miniature(settings(tmp_path, **fields))
+        assert result["folder"] == str(tmp_path) and 0 <= result["seconds"] < 60
     assert drawn == [(5, 2, 3)]
     with pytest.raises(OtherInputsError, match="test_scenes was 2, is now 4"):
         run_miniature(settings(tmp_path, **{**fields, "test_scenes": 4}))
@@ -246,6 +264,7 @@ def test_what_was_pretrained_is_tracked_and_assembled_with_its_scores(asked, tmp
     monkeypatch.setattr(jobs, "continue_tracker", lambda given, title, folder: told.append((title, folder)) or tracker)
     monkeypatch.setattr(backbones, "assemble_backbones", lambda *given: made.append(given) or Path("/made"))
     monkeypatch.setattr(jobs, "_tokenizer", lambda *given: given)
+    monkeypatch.setattr(jobs, "_language_task", lambda *given: SimpleNamespace(module="language"))
     result = run_miniature(settings(tmp_path, task="pretrain", seed=5))
     assert told[0] == ("pretrain the miniature", tmp_path) and told[1]["seed"] == 5 and told[2:] == ["closed"]
     ((folder, config, vision, language, tokenizer, record),) = made
