@@ -80,6 +80,8 @@ _METRICS: dict[str, Piece] = {
 }
 
 _ROWS: dict[str, Piece] = {
+    "ingest_checked_rows": Piece("pipelines/data/ingest/checked_rows.py", ("data/ingest/test_checked_rows.py",)),
+    "source_base": Piece("pipelines/data/sources/base.py", ("data/sources/test_base.py",)),
     "ingest_deduplicate": Piece("pipelines/data/ingest/deduplicate.py", ("data/ingest/test_deduplicate.py",)),
     "ingest_inputs": Piece(
         "pipelines/data/ingest/inputs.py", ("data/ingest/test_inputs.py", "data/ingest/test_publish_calls.py")
@@ -102,6 +104,9 @@ _ROWS: dict[str, Piece] = {
 }
 
 _FETCH: dict[str, Piece] = {
+    "fetch_samples": Piece(
+        "pipelines/fetch/samples.py", ("fetch/test_sample_parts.py", "fetch/test_sets_calls.py", "fetch/test_told.py")
+    ),
     "fetch_single_images": Piece(
         "pipelines/fetch/single_images.py", ("fetch/test_single_images.py", "fetch/test_sample_parts.py")
     ),

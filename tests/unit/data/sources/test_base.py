@@ -174,7 +174,8 @@ def test_an_error_of_a_row_sets_it_apart(error, reason, filter_name):
 
 def test_a_missing_image_says_where_it_was_looked_for():
     error = MissingImage("gone", [Location("", "/a/1.jpg"), Location("s3://b", "1.jpg")])
-    assert rejection(UNIT, "7", error).missing == (("", "/a/1.jpg"), ("s3://b", "1.jpg"))
+    missing = (("", "/a/1.jpg"), ("s3://b", "1.jpg"))
+    assert rejection(UNIT, "7", error) == Rejected("7", "d/a.b.tar", "gone", missing=missing)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "disk"), DiskFullError("full")])
@@ -208,6 +209,8 @@ def test_official_files_are_looked_for_in_order_in_the_folder_and_one_below(tmp_
         found(tmp_path, "x.json", "y.json")
     with pytest.raises(SettingsError, match=r"source=x needs input=: a\.json, or its folder"):
         find_input(SourceInput("x", "", "", "x", ""), "a.json")
+    with pytest.raises(SettingsError, match=r"source=x needs input=: an annotation file, or its folder"):
+        find_input(SourceInput("x", "", "", "x", ""))
 
 
 @pytest.mark.parametrize("name", ["a.zip", "A.ZIP", "a.rar", "a.7z"])
@@ -220,6 +223,8 @@ def test_archives_are_to_be_unpacked(tmp_path, name):
 def test_files_are_units_with_their_size_and_time(tmp_path):
     (tmp_path / "a.json").write_text("[1]")
     (file,) = find_input(SourceInput("x", str(tmp_path / "a.json"), "", "x", ""))
-    unit = SourceUnit.of_file(UNIT.source, file, SimpleNamespace())
+    details = SimpleNamespace()
+    unit = SourceUnit.of_file(UNIT.source, file, details)
+    assert (unit.source, unit.file, unit.details) == (UNIT.source, Location("", f"{tmp_path}/a.json"), details)
     assert (unit.shard, unit.num_bytes, unit.start, unit.stop, unit.first) == ("a.json", 3, 0, 0, 0)
     assert unit.modified_ns == (tmp_path / "a.json").stat().st_mtime_ns
