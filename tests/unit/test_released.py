@@ -35,6 +35,22 @@ def test_auto_takes_what_fits(monkeypatch, gpu, memory, chosen):
     assert (found.device, found.method) == chosen and found.needed <= found.free
 
 
+def test_quantizing_takes_the_checkpoint_and_what_drift_needs_beside_it(monkeypatch):
+    """The drift compares with answers in half precision, whose intermediate values are the larger ones."""
+
+    def memory(config, methods, **_):
+        half = set(methods.values()) == {"half"}
+        return SimpleNamespace(
+            weights={"vision": 5 * GIB, "language": (7 if half else 2) * GIB}, workspace=(3 if half else 1) * GIB,
+            peak=GIB, allocated=GIB,
+        )  # fmt: skip
+
+    monkeypatch.setattr(released, "inference_memory", memory)
+    found = plan(monkeypatch, memory="30GB")
+    assert found.quantizing == (5 + 7 + 3 + 1) * GIB
+    assert found.disk == found.download + (5 + 7 + 5 + 2) * GIB
+
+
 def test_the_numbers_are_those_of_the_published_files(monkeypatch):
     found = plan(monkeypatch, memory="16GB")
     assert 8.5e9 < found.download < 8.6e9

@@ -83,6 +83,20 @@ def test_closing_wakes_a_thread_that_waits_for_work_and_waits_for_its_end(loop, 
     assert waited == [30] and not loop.is_alive
 
 
+def test_a_thread_without_work_sleeps(loop):
+    asleep = threading.Event()
+
+    class News(threading.Event):
+        def wait(self, timeout=None):
+            asleep.set()
+            return super().wait(timeout)
+
+    before, loop._has_news = loop._has_news, News()
+    before.set()
+    assert asleep.wait(60)
+    assert len(answer(loop, [7, 8], max_tokens=2)) == 2
+
+
 def test_leaving_a_stream_frees_its_slot(loop, steps):
     async def leave():
         stream = loop.stream(request([1, 2], max_tokens=250))

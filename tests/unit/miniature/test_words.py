@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tinygptv.miniature.scenes import SceneObject
-from tinygptv.miniature.words import holds, on_side, only_one, place_of, relation_between
+from tinygptv.miniature.words import holds, on_side, only_one, place_of, relation_between, value_counts
 
 
 def at(x, y, shape="circle"):
@@ -61,3 +61,10 @@ def test_every_object_has_a_place(x, y, place):
     assert (sides["right"], sides["above"]) == tuple(
         None if s is None else not s for s in (sides["left"], sides["below"])
     )
+
+
+def test_values_are_counted_in_the_order_of_their_names():
+    """An order by hash would make other texts in each process."""
+    shapes = ["square", "star", "circle", "triangle", "cross", "star"]
+    counts = value_counts([at(0.5, 0.5, shape) for shape in shapes], "shape")
+    assert list(counts.items()) == [("circle", 1), ("cross", 1), ("square", 1), ("star", 2), ("triangle", 1)]

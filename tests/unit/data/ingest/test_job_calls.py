@@ -165,7 +165,7 @@ def prepare(tmp_path, **changes):
     return job._prepare(given, "mine", UNITS, str(tmp_path), inputs), inputs
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("replaces", [False, True])
 def test_what_an_interrupted_run_staged_is_kept_and_a_finished_set_is_not_reused(
     tmp_path, preparing, num_workers, replaces

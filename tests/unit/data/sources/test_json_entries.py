@@ -137,8 +137,9 @@ def test_a_broken_entry_costs_itself_alone(tmp_path, broken, reason, form):
         (json.dumps({"data": ENTRIES})[:-3], "cut off"),
     ],
 )
-def test_bytes_that_belong_to_no_entry_are_counted(tmp_path, text, last):
-    found, _ = read(tmp_path / "own.json", text)
+@pytest.mark.parametrize("packed", [False, True])
+def test_bytes_that_belong_to_no_entry_are_counted(tmp_path, text, last, packed):
+    found, _ = read(tmp_path / "own.json", gzip.compress(text.encode()) if packed else text)
     assert isinstance(found[-1][1], Rejected)
     assert last in found[-1][1].reason
     assert len(found) >= len(ENTRIES)
