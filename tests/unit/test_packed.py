@@ -61,14 +61,18 @@ def test_damaged_compression_gives_what_comes_before(tmp_path, kind):
         stream.read()  # not a part for the whole
 
 
+def write_damaged(file: Path, packed: bytes, num_zeros: int) -> bytes:
+    """Write zeros over the middle of a packed file; returns what comes before them."""
+    half = len(packed) // 2
+    file.write_bytes(packed[:half] + bytes(num_zeros) + packed[half + num_zeros :])
+    return packed[:half]
+
+
 def test_damage_inside_costs_a_few_hundred_bytes(tmp_path):
     """A decompressor that is fed 64 KiB loses what it made of all of them."""
     data = bytes(random.Random(0).choices(b"abcdefghijkl ", k=300_000))
-    packed = bytearray(gzip.compress(data))
-    half = len(packed) // 2
-    packed[half : half + 400] = bytes(400)
-    (tmp_path / "file").write_bytes(packed)
-    whole = len(zlib.decompressobj(wbits=31).decompress(packed[:half]))
+    before = write_damaged(tmp_path / "file", gzip.compress(data), 400)
+    whole = len(zlib.decompressobj(wbits=31).decompress(before))
     with storage.open_unpacked(str(tmp_path / "file")) as stream:
         kept = stream.read(1 << 20)
         with pytest.raises(storage.DamagedFileError):
@@ -79,13 +83,10 @@ def test_damage_inside_costs_a_few_hundred_bytes(tmp_path):
 
 def test_an_xz_file_is_read_to_where_it_is_damaged(tmp_path):
     data = bytes(random.Random(4).choices(b"abcdefghijkl ", k=20_000))
-    packed = bytearray(lzma.compress(data))
-    half = len(packed) // 2
-    packed[half : half + 40] = bytes(40)
-    (tmp_path / "file").write_bytes(packed)
+    before = write_damaged(tmp_path / "file", lzma.compress(data), 40)
     assert "damaged or cut off: Corrupt input data" in storage.unpack(str(tmp_path / "file"), tmp_path / "plain")
     kept = (tmp_path / "plain").read_bytes()
-    whole = lzma.LZMADecompressor().decompress(packed[:half])
+    whole = lzma.LZMADecompressor().decompress(before)
     assert data.startswith(kept) and len(whole) - 1000 < len(kept) <= len(whole)
 
 
