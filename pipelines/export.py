@@ -342,10 +342,10 @@ def held_out_rows(settings: QuantizeSettings) -> tuple[list[SampleRow], str]:
             f"the shard sets in data={settings.data} have no rows: leave data empty, or prepare them."
         )
     generator = np.random.default_rng(settings.seed)
-    share = -(-settings.drift_samples // len(sets))
-    drawn = [shards.rows(generator.permutation(len(shards))[:share].tolist()) for shards in sets]
-    mixed = [row for rows in zip_longest(*drawn) for row in rows if row is not None]
-    return mixed[: settings.drift_samples], settings.data
+    numbers = [generator.permutation(len(shards))[: settings.drift_samples].tolist() for shards in sets]
+    drawn = [(shards, number) for turn in zip_longest(*numbers) for shards, number in zip(sets, turn, strict=True)]
+    kept = [(shards, number) for shards, number in drawn if number is not None][: settings.drift_samples]
+    return [shards.row(number) for shards, number in kept], settings.data
 
 
 def _find_shard_sets(settings: QuantizeSettings) -> list[str]:

@@ -42,6 +42,7 @@ from pipelines.storage.folders import (
 )
 from pipelines.storage.location import Location, absolute, file_name, is_local, join, parent, resolve
 from pipelines.storage.packed import DamagedFileError, compression_of, open_unpacked, unpack
+from pipelines.storage.reading import open_file
 from pipelines.storage.retry import StorageError, with_retries
 
 __all__ = [
@@ -79,6 +80,7 @@ __all__ = [
     "locked",
     "make_folder",
     "num_bytes",
+    "open_file",
     "open_unpacked",
     "parent",
     "read_bytes",

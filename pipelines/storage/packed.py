@@ -13,8 +13,8 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 
 from pipelines.storage.files import COPY_BYTES, disk_full_as_error
-from pipelines.storage.location import Location, resolve
-from pipelines.storage.retry import with_retries
+from pipelines.storage.location import Location
+from pipelines.storage.reading import open_file
 
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\x1f\x8b", "gzip"),
@@ -34,8 +34,7 @@ class DamagedFileError(OSError):
 
 def compression_of(location: str | Location) -> str:
     """Name of a file's compression, from its first bytes; empty where it has none that is known here."""
-    filesystem, path = resolve(location)
-    with filesystem.open_input_stream(path, compression=None) as stream:
+    with open_file(location) as stream:
         head = stream.read(8)
     return next((name for magic, name in _MAGIC if head.startswith(magic)), "")
 
@@ -52,9 +51,8 @@ def open_unpacked(location: str | Location) -> Iterator[BinaryIO]:
         with _UpToDamage(location, compression) as content:
             yield cast(BinaryIO, content)
         return
-    filesystem, path = resolve(location)
-    with filesystem.open_input_stream(path, compression=None) as stream:
-        yield cast(BinaryIO, stream)
+    with open_file(location) as stream:
+        yield stream
 
 
 class _UpToDamage(io.RawIOBase):
@@ -68,8 +66,7 @@ class _UpToDamage(io.RawIOBase):
         self._damage: DamagedFileError | None = None
 
     def _open(self, fed_bytes: int = COPY_BYTES) -> BinaryIO:
-        filesystem, path = resolve(self._location)
-        packed = self._opened.enter_context(filesystem.open_input_stream(path, compression=None))
+        packed = self._opened.enter_context(open_file(self._location))
         self._packed = _Packed(packed, fed_bytes)
         if self._compression == "xz":
             return cast(BinaryIO, self._opened.enter_context(lzma.open(cast(BinaryIO, self._packed))))
@@ -125,7 +122,7 @@ class _Packed(io.RawIOBase):
     have no errno either.
     """
 
-    def __init__(self, stream: pa.NativeFile, size: int) -> None:
+    def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream, self._size = stream, size
         self.fault: OSError | None = None
 
@@ -151,18 +148,12 @@ def unpack(location: str | Location, target: Path) -> str:
         StorageError: the storage refuses, or fails at every try.
         DiskFullError: there is no room.
     """
-    location = Location.parse(location)
-
-    def copy() -> str:
-        with open_unpacked(location) as source, target.open("wb") as sink:
-            while True:
-                try:
-                    chunk = source.read(COPY_BYTES)
-                except DamagedFileError as error:
-                    return f"the compressed data is damaged or cut off: {error}"
-                if not chunk:
-                    return ""
-                sink.write(chunk)
-
-    with disk_full_as_error(target):
-        return with_retries(location, copy)
+    with disk_full_as_error(target), open_unpacked(location) as source, target.open("wb") as sink:
+        while True:
+            try:
+                chunk = source.read(COPY_BYTES)
+            except DamagedFileError as error:
+                return f"the compressed data is damaged or cut off: {error}"
+            if not chunk:
+                return ""
+            sink.write(chunk)

@@ -34,6 +34,11 @@ def test_held_out_rows_are_drawn_from_all_sets_in_turn(sets):
     assert [row.id for row in most] == [row.id for row in rows[:3]], "a row of each"
     two, _ = held_out_rows(QuantizeSettings(data=str(sets), drift_samples=2))
     assert [row.id for row in two] == [row.id for row in rows[:2]]
+    rest, _ = held_out_rows(QuantizeSettings(data=str(sets), drift_samples=20))
+    assert len(rest) == 20, "a small set's share goes to the others"
+    assert [row.id for row in rest[:6]] == [row.id for row in rows[:6]]
+    everything, _ = held_out_rows(QuantizeSettings(data=str(sets), drift_samples=64))
+    assert len(everything) == 22
     alone, _ = held_out_rows(QuantizeSettings(data=str(sets / "b"), drift_samples=64))
     assert sorted(row.id for row in alone) == ["p0", "p1"], "no row twice"
     with pytest.raises(SettingsError) as caught:

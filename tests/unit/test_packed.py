@@ -119,19 +119,28 @@ def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
 
 
 class Flaky:
-    """A storage of one file whose streams fail after so many bytes, as pyarrow says it: without a number."""
+    """A storage of one file that fails after so many bytes of each opening, as pyarrow says it: without a number."""
 
     def __init__(self, content, *fails_at):
         self.content, self.fails_at = content, list(fails_at)
 
-    def open_input_stream(self, path, compression):
-        assert (path, compression) == ("x", None)
-        inner, left = io.BytesIO(self.content), self.fails_at.pop(0)
+    def open_input_file(self, path):
+        assert path == "x"
+        left = self.fails_at.pop(0)
+
+        def read_at(size, start):
+            if start >= left:
+                raise OSError("AWS Error NETWORK_CONNECTION during GetObject")
+            return self.content[start : min(start + size, left)]
+
+        return SimpleNamespace(read_at=read_at, size=lambda: len(self.content))
+
+    def open_file(self, location):
+        """The same, as ``storage.open_file`` gives it, not tried again."""
+        file, inner = self.open_input_file("x"), io.BytesIO(self.content)
 
         def read(size):
-            if inner.tell() >= left:
-                raise OSError("AWS Error NETWORK_CONNECTION during GetObject")
-            return inner.read(min(size, left - inner.tell()))
+            return inner.read(len(file.read_at(size, inner.tell())))
 
         return contextlib.nullcontext(SimpleNamespace(read=read))
 
@@ -148,12 +157,11 @@ def test_a_network_that_fails_is_no_damage(tmp_path, monkeypatch, kind):
         (half, never, never, 5_000),
     ):
         flaky = Flaky(packed, *fails_at)
-        monkeypatch.setattr(storage.packed, "resolve", lambda location, flaky=flaky: (flaky, "x"))
+        monkeypatch.setattr(storage.packed, "open_file", flaky.open_file)
         with pytest.raises(OSError, match="NETWORK_CONNECTION") as caught:
             storage.unpack("x", tmp_path / "plain")
         assert not isinstance(caught.value, storage.DamagedFileError) and not flaky.fails_at
-    flaky = Flaky(content, never, never)
-    monkeypatch.setattr(storage.packed, "resolve", lambda location: (flaky, "x"))
+    monkeypatch.setattr(storage.packed, "open_file", Flaky(content, never, never).open_file)
     assert storage.unpack("x", tmp_path / "plain") == "" and (tmp_path / "plain").read_bytes() == data
 
 
@@ -161,13 +169,17 @@ def test_what_is_unpacked_from_a_bucket_is_asked_for_again(tmp_path, monkeypatch
     data = random.Random(3).randbytes(20_000)
     content = gzip.compress(data)
     never, pauses = len(content) + 1, []
-    flaky = Flaky(content, 0, never, 10_000, never, never)
-    monkeypatch.setattr(storage.packed, "resolve", lambda location: (flaky, location.path))
     monkeypatch.setattr(storage.retry.time, "sleep", pauses.append)
-    assert storage.unpack("s3://bucket/x", tmp_path / "plain") == "" and (tmp_path / "plain").read_bytes() == data
-    assert len(pauses) == 2 and not flaky.fails_at
-    flaky = Flaky(content[:10_000], never, never, never)
-    assert "damaged or cut off" in storage.unpack("s3://bucket/x", tmp_path / "plain") and len(pauses) == 2
-    flaky = Flaky(content, *[0] * 6)
+
+    def unpack(content, *fails_at):
+        flaky = Flaky(content, *fails_at)
+        monkeypatch.setattr(storage.reading, "resolve", lambda location: (flaky, location.path))
+        damage = storage.unpack("s3://bucket/x", tmp_path / "plain")
+        assert not flaky.fails_at
+        return damage
+
+    assert unpack(content, 0, never, 10_000, never) == "" and (tmp_path / "plain").read_bytes() == data
+    assert len(pauses) == 2
+    assert "damaged or cut off" in unpack(content[:10_000], never, never, never) and len(pauses) == 2
     with pytest.raises(storage.StorageError, match=r"^s3://bucket/x failed 6 times, last with: AWS Error NETWORK_CONN"):
-        storage.unpack("s3://bucket/x", tmp_path / "plain")
+        unpack(content, *[0] * 6)

@@ -223,9 +223,8 @@ def write_shard(plan: ShardPlan) -> ShardInfo:
 
 
 def _batches(piece: Piece) -> Iterator[pa.RecordBatch]:
-    filesystem, path = storage.resolve(piece.location)
-    file = pa.memory_map(path) if storage.is_local(piece.location) else filesystem.open_input_file(path)
-    with file:
+    where = storage.Location.parse(piece.location)
+    with pa.memory_map(where.path) if where.is_local else storage.open_file(where) as file:
         reader = pa.ipc.open_file(file)
         start = 0
         for number in range(reader.num_record_batches):

@@ -184,8 +184,7 @@ def read_record(staging: str, number: int) -> UnitRecord | None:
 
 def read_index(staging: str, number: int, columns: list[str] | None = None) -> pa.Table:
     """Index of a finished unit: one line per row."""
-    filesystem, path = storage.resolve(storage.join(staging, f"{unit_name(number)}.index.arrow"))
-    with filesystem.open_input_file(path) as file:
+    with storage.open_file(storage.join(staging, f"{unit_name(number)}.index.arrow")) as file:
         table = pa.ipc.open_file(file).read_all()
     return table.select(columns) if columns else table
 

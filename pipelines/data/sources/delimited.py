@@ -93,8 +93,7 @@ def _decode(data: bytes) -> str:
 
 def is_delimited(location: storage.Location) -> bool:
     """Whether a file begins with a header of CSV or TSV, whatever its name is."""
-    filesystem, path = storage.resolve(location)
-    with filesystem.open_input_stream(path, compression=None) as stream:
+    with storage.open_file(location) as stream:
         head = stream.read(_HEAD_BYTES).decode("utf-8-sig", errors="replace")
     header = head.partition("\n")[0].strip()
     if header[:1] in ("", "{", "["):

@@ -277,9 +277,9 @@ def read_entries(unit: SourceUnit) -> Iterator[tuple[str, Any]]:
     elif details.form.is_packed:
         yield from _read_packed(unit, details.form)
     else:
-        filesystem, path = storage.resolve(unit.file)
-        with filesystem.open_input_file(path) as file:
-            data = file.read_at(unit.stop - unit.start, unit.start)
+        with storage.open_file(unit.file) as file:
+            file.seek(unit.start)
+            data = file.read(unit.stop - unit.start)
         if details.form.kind == "lines":
             yield from _decode_lines(unit, data.split(b"\n"), unit.first + 1)
         else:

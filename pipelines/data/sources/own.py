@@ -103,7 +103,7 @@ class TableReader:
                     yield from read_drafts(unit, f"row {number}", drafts, images, changes)
                     number += 1
         except _ARROW_ERRORS as error:
-            yield Rejected("", unit.shard, f"the table cannot be read after row {number}: {_damage(error, unit)}")
+            yield Rejected("", unit.shard, f"the table cannot be read after row {number}: {_damage(error)}")
 
 
 _ARROW_ERRORS = (pa.ArrowException, UnicodeDecodeError, OSError)
@@ -116,12 +116,11 @@ def _plan_table(unit: SourceUnit) -> Iterator[SourceUnit]:
         elif _has_rows(unit := replace(unit, details=TableDetails(is_parquet=False))):
             yield unit
     except _ARROW_ERRORS as error:
-        yield replace(unit, details=TableDetails(False, f"no readable Parquet or Arrow file: {_damage(error, unit)}"))
+        yield replace(unit, details=TableDetails(False, f"no readable Parquet or Arrow file: {_damage(error)}"))
 
 
 def _is_parquet(location: storage.Location) -> bool:
-    filesystem, path = storage.resolve(location)
-    with filesystem.open_input_stream(path, compression=None) as stream:
+    with storage.open_file(location) as stream:
         return bool(stream.read(4) == b"PAR1")
 
 
@@ -129,21 +128,20 @@ def _has_rows(unit: SourceUnit) -> bool:
     return any(batch.num_rows for batch in _batches(unit))
 
 
-def _damage(error: Exception, unit: SourceUnit) -> str:
+def _damage(error: Exception) -> str:
     """Description of a table's damage. Arrow raises ``OSError`` for damaged pages, too.
 
     Raises:
-        OSError: it is the disk, or may be the network of a remote file: that must not cost rows.
+        OSError: it is the disk or the network: that must not cost rows.
     """
-    if isinstance(error, OSError) and (error.errno is not None or not unit.file.is_local):
+    if isinstance(error, storage.StorageError) or (isinstance(error, OSError) and error.errno is not None):
         raise error
     return str(error)
 
 
 def _row_groups(unit: SourceUnit) -> Iterator[SourceUnit]:
     """Parts of a Parquet file of ``ENTRIES_PER_UNIT`` rows and more."""
-    filesystem, path = storage.resolve(unit.file)
-    with filesystem.open_input_file(path) as stream:
+    with storage.open_file(unit.file) as stream:
         metadata = pq.ParquetFile(stream).metadata
     start = first = rows = 0
     for group in range(metadata.num_row_groups):
@@ -155,8 +153,7 @@ def _row_groups(unit: SourceUnit) -> Iterator[SourceUnit]:
 
 
 def _batches(unit: SourceUnit) -> Iterator[pa.RecordBatch]:
-    filesystem, path = storage.resolve(unit.file)
-    with filesystem.open_input_file(path) as file:
+    with storage.open_file(unit.file) as file:
         if unit.details.is_parquet:
             groups = list(range(unit.start, unit.stop))
             yield from pq.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS, row_groups=groups)

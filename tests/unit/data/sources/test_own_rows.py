@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 from types import SimpleNamespace
 
@@ -161,12 +162,31 @@ def unit_of(path, **fields):
     return SourceUnit(source, Location.parse(str(path)), path.name, **fields)
 
 
-def test_only_damage_of_a_local_file_costs_rows(tmp_path):
-    local, remote = unit_of(tmp_path / "a"), SourceUnit(unit_of(tmp_path / "a").source, Location("s3://b", "a"), "a")
-    assert own._damage(OSError("bad page"), local) == "bad page" == own._damage(pa.ArrowInvalid("bad page"), remote)
-    for error, unit in ((OSError(errno.EIO, "disk"), local), (OSError("bad page"), remote)):
-        with pytest.raises(OSError):
-            own._damage(error, unit)
+def test_damage_costs_rows_and_a_storage_that_fails_ends_the_unit(tmp_path, monkeypatch):
+    """Arrow says both as an error without a number; a file in a bucket may be damaged, too."""
+    table, sink = pa.table({"question": [f"q{n}" for n in range(3000)], "answer": ["a"] * 3000}), io.BytesIO()
+    pq.write_table(table, sink, row_group_size=1000, use_dictionary=False)
+    content = bytearray(sink.getvalue())
+    content[100:900] = b"\xff" * 800
+    place = f"memory://tables/{tmp_path.name}.parquet"
+    storage.write_atomically(place, content)
+    reader, source = own.TableReader(), SourceInput("parquet", place, "", "own", "")
+    units = list(reader.plan(source))
+    found = [each for unit in units for each in reader.read(unit)]
+    assert isinstance(found[0], Rejected) and "cannot be read after row 0" in found[0].reason
+    assert own._damage(pa.ArrowInvalid("bad page")) == own._damage(OSError("bad page")) == "bad page"
+    with pytest.raises(OSError, match="disk"):
+        own._damage(OSError(errno.EIO, "disk"))
+    monkeypatch.setattr(storage.retry.time, "sleep", lambda seconds: None)
+
+    def read_at(self, size):
+        raise OSError("AWS Error NETWORK_CONNECTION")
+
+    monkeypatch.setattr(storage.reading._RemoteFile, "_read_at_position", read_at)
+    with pytest.raises(storage.StorageError, match="failed 6 times"):
+        list(reader.read(units[-1]))
+    with pytest.raises(storage.StorageError, match="failed 6 times"):
+        list(reader.plan(source))
 
 
 def test_a_table_that_cannot_be_read_to_its_end_says_after_which_row(tmp_path, monkeypatch):
