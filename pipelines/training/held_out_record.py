@@ -110,6 +110,10 @@ class HeldOutHistory:
         """Evaluations after the best one."""
         return len(self.evaluations) - 1 - self.evaluations.index(self.best)
 
+    def has(self, step: int) -> bool:
+        """Whether the weights after so many steps were evaluated."""
+        return any(each["step"] == step for each in self.evaluations)
+
     def state(self, next_step: int) -> HeldOutState:
         """For the training state of a step: the evaluations so far, and the loss of just this state."""
         if not self.evaluations:
@@ -124,6 +128,8 @@ class HeldOutHistory:
     def result(self, checkpoint_step: int, rows: dict[str, int], questions: dict[str, int]) -> HeldOutResult:
         """For ``result.json``."""
         first, last = self.evaluations[0], self.evaluations[-1]
+        # A run may be continued with questions that it was not asked before.
+        asked = {name: [each["scores"][name] for each in self.evaluations if name in each["scores"]] for name in questions}
         return HeldOutResult(
             first=first["loss"],
             last=last["loss"],
@@ -132,8 +138,9 @@ class HeldOutHistory:
             checkpoint_step=checkpoint_step,
             rows=rows,
             scores={
-                name: HeldOutScores(first=first["scores"][name], last=last["scores"][name], questions=number)
+                name: HeldOutScores(first=asked[name][0], last=asked[name][-1], questions=number)
                 for name, number in questions.items()
+                if asked[name]
             },
         )
 

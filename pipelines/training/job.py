@@ -122,6 +122,7 @@ def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, storage
     build_mixture(stage, shards, settings.seed, held)
     config = read_config(start)
     stage = with_start_adapters(stage, config)
+    refuse_other_model(stage, config)
     plan = dataclasses.replace(_load_plan(settings, stage, start, config), held_out=held)
     if plan.feature_key:
         for shard_set in shards.values():
@@ -180,6 +181,7 @@ def training_fingerprint(settings: TrainSettings, stage: Stage, start: Path, dat
     fields["sources"] = {
         source.name: {"weight": source.weight, "batch_size": source.batch_size} for source in stage.sources
     }
+    fields["source_order"] = list(fields["sources"])  # draws are by place, and the fingerprint sorts its names
     return Fingerprint.of(
         "train",
         recipe=settings.recipe,
@@ -201,7 +203,8 @@ def _held_out_inputs(settings: TrainSettings) -> dict[str, object]:
     if settings.early_stop or settings.use_best:
         sets = [ShardSet.open(folder) for folder in find_shard_sets(settings.eval_data)] if settings.eval_data else []
         inputs["eval_data"] = digest_of([each.manifest.digest for each in sets])
-        inputs |= {key: getattr(settings, key) for key in ("eval_every", "eval_rows", "early_stop", "use_best")}
+        inputs["eval_every"] = settings.eval_every or settings.checkpoint_every
+        inputs |= {key: getattr(settings, key) for key in ("eval_rows", "early_stop", "use_best")}
     return inputs
 
 
@@ -250,6 +253,22 @@ def with_start_adapters(stage: Stage, config: TinyGPTVConfig) -> Stage:
                 known,
             )
     return dataclasses.replace(stage, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha)
+
+
+def refuse_other_model(stage: Stage, config: TinyGPTVConfig) -> None:
+    """Raise where the start's model cannot be that of the stage.
+
+    Raises:
+        SettingsError: its patches do not fill the image, or a part that shall train is not there.
+    """
+    patch = config.vision_config.patch_size
+    if stage.image_size % patch:
+        raise SettingsError(f"stage.image_size={stage.image_size} is no multiple of {patch}, the side of a patch.")
+    if "lora" in stage.trainable and not (stage.lora_rank or config.lora_rank):
+        raise SettingsError(
+            "stage.trainable names lora, and neither the start nor the stage has adapters: give stage.lora_rank=64, or "
+            "leave lora out."
+        )
 
 
 def _load_plan(settings: TrainSettings, stage: Stage, start: Path, config: TinyGPTVConfig) -> LoadPlan:

@@ -31,7 +31,14 @@ from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.training.describe import describe_stage
 from pipelines.training.guard import TrainingStopped
 from pipelines.training.held_out_record import read_evaluations
-from pipelines.training.job import TrainJob, resolve_job, resolve_stage, resolved_config, with_start_adapters
+from pipelines.training.job import (
+    TrainJob,
+    refuse_other_model,
+    resolve_job,
+    resolve_stage,
+    resolved_config,
+    with_start_adapters,
+)
 from pipelines.training.plots import PAPER_LOSSES, PAPER_RECIPES, loss_curve
 from pipelines.training.ray_entry import WORKER_RESULT, train_worker
 from pipelines.training.record import HELD_OUT_FILE, RECORD_FILE, WORKER_FILES, read_record
@@ -112,7 +119,9 @@ def dry_run(settings: TrainSettings, number: int) -> str:
     stage = resolve_stage(settings, number)
     if settings.init_from:
         start = checked_checkpoint(settings.init_from, weights=False)
-        stage = with_start_adapters(stage, read_config(start))
+        config = read_config(start)
+        stage = with_start_adapters(stage, config)
+        refuse_other_model(stage, config)
         settings = settings.model_copy(update={"init_from": str(start)})
     return describe_stage(settings, stage)
 

@@ -117,8 +117,8 @@ class TrainWorker:
             self.work.fetch(*WORKER_FILES)  # another node may have begun
             self.reporter = Reporter(self.job, self.work, next_step, self.world_size)
             self.reporter.rewind_held_out(self.history)
-        if next_step == 0 and self.held_out:
-            self._evaluate(0)
+        if self.held_out and next_step in (0, self.end) and not self.history.has(next_step):
+            self._evaluate(next_step)
         if self.rank == 0 and next_step == 0 and (self.job.settings.guard == "rollback" or self.job.settings.use_best):
             self.save(0)  # something to go back to
         return next_step

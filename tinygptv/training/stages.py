@@ -107,6 +107,9 @@ class Stage:
             )
         if self.template not in TEMPLATES:
             raise ValueError(f"stage {self.number} has template {self.template!r}; known: {sorted(TEMPLATES)}.")
+        names = [source.name for source in self.sources]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"stage {self.number} has source {twice[0]!r} twice: give it once, with one weight.")
         if not sum(source.weight for source in self.sources) > 0:
             raise ValueError(f"stage {self.number} has no source with a weight above 0: nothing could be drawn.")
         for name, least in (("draws_per_step", 1), ("image_size", 1), ("lora_rank", 0), ("lora_alpha", 1)):

@@ -158,6 +158,7 @@ class TrainStep:
         self.gradient = torch.zeros(sum(p.numel() for _, p in self.named), device=self.device)
         self._sums = torch.zeros(2, num_sources, dtype=torch.float64, device=self.device)
         self._clipped_by = torch.ones((), device=self.device)
+        self.scaler.scale(self._clipped_by)  # it takes its scale at the first use, and a worker's share may be empty
         self._attach_gradients()
 
     def _scorer(self) -> Scorer | None:

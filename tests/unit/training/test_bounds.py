@@ -24,6 +24,10 @@ from tinygptv.training.stages import RECIPES, get_stage
         ({"sources": {"own": {"weight": -1, "batch_size": 1}}}, "weight of source 'own' is -1"),
         ({"sources": {"own": {"weight": 0, "batch_size": 1}}}, "no source with a weight above 0"),
         ({"sources": []}, "no source with a weight above 0"),
+        (
+            {"sources": [{"name": "own", "weight": w, "batch_size": 1} for w in (1, 2)]},
+            "stage 4 has source 'own' twice: give it once, with one weight",
+        ),
         ({"sources": "own"}, r"stage\.sources='own' is not usable: write \{NAME: \{weight: 1, batch_size: 1\}"),
         ({"sources": ["own"]}, r"stage\.sources=\['own'\] is not usable: write"),
         ({"sources": {"own": 3}}, r"\{'own': 3\} is not usable: write"),

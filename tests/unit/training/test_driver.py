@@ -145,6 +145,7 @@ def test_a_plan_is_that_of_the_given_start_with_its_adapters(monkeypatch):
     )
     monkeypatch.setattr(module, "read_config", lambda place: ("config of", place))
     monkeypatch.setattr(module, "with_start_adapters", lambda *given: ("adapted", *given))
+    monkeypatch.setattr(module, "refuse_other_model", lambda *given: asked.append(given))
     monkeypatch.setattr(module, "describe_stage", lambda settings, stage: (settings, stage))
     bare = TrainSettings(seed=5)
     assert module.dry_run(bare, 3) == (bare, stage) and asked == []
@@ -152,7 +153,8 @@ def test_a_plan_is_that_of_the_given_start_with_its_adapters(monkeypatch):
     settings, adapted = module.dry_run(given, 3)
     assert settings == given.model_copy(update={"init_from": "/local"})
     assert adapted == ("adapted", stage, ("config of", Path("/local")))
-    assert asked == [("s3://bucket/start", False)], "a plan needs no weights"
+    assert asked[0] == ("s3://bucket/start", False), "a plan needs no weights"
+    assert asked[1:] == [(adapted, ("config of", Path("/local")))]
 
 
 def test_workers_train_on_ray_and_a_new_run_is_not_resumed(staged, caplog):

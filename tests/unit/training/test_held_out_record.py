@@ -83,6 +83,14 @@ def test_the_result_has_first_last_and_least_and_scores_of_what_was_asked():
     assert history_of(3.0, 1.0, 2.0).result(11, {}, {})["checkpoint_step"] == 11
 
 
+def test_questions_that_a_run_was_not_asked_from_its_start_count_from_their_first_answers():
+    history = history_of(3.0, 1.0, 2.0)
+    history.evaluations[0]["scores"] = {}
+    second = history.evaluations[1]["scores"]["q"]
+    scores = history.result(7, {}, {"q": 4, "never": 2})["scores"]
+    assert scores == {"q": {"first": second, "last": 37.5, "questions": 4}}
+
+
 def test_the_file_has_a_line_for_each_and_comes_back(tmp_path):
     path = tmp_path / "held_out.jsonl"
     history = history_of(3.0, math.nan)

@@ -68,10 +68,11 @@ def test_numbers_and_sources_that_are_not_named_stay():
 @pytest.mark.parametrize(
     ("changes", "same"),
     [
-        ({"eval_every": 3}, True),
+        ({"eval_every": 5}, True),
         ({"early_stop": 2}, False),
-        ({"early_stop": 2, "eval_every": 3}, False),
+        ({"early_stop": 2, "eval_every": 5}, False),
         ({"early_stop": 2, "eval_rows": 3}, False),
+        ({"early_stop": 2, "checkpoint_every": 7}, False),
         ({"use_best": True}, False),
         ({"encoder_precision": "fp32"}, True),
         ({"max_steps": 3, "packing": True, "guard": "off", "keep_best": False, "eval_questions": 0}, True),
@@ -87,6 +88,20 @@ def test_the_fingerprint_has_what_decides_the_weights(world, tmp_path, monkeypat
     assert (inputs(**changes) == inputs()) == same
     if changes.get("early_stop"):
         assert inputs(**changes) != inputs(early_stop=2) or len(changes) == 1
+    assert inputs(early_stop=2, eval_every=5, checkpoint_every=7) == inputs(early_stop=2, checkpoint_every=5)
+
+
+def test_sources_in_another_order_are_another_training(world, tmp_path, monkeypatch):
+    """A step's sources are drawn by their place."""
+    monkeypatch.setattr("pipelines.training.job.checkpoint_digest", lambda path: "start")
+    stage = get_stage("mini", 1)
+    turned = replace(stage, sources=stage.sources[::-1])
+    one, other = (
+        training_fingerprint(train_settings(world, tmp_path), each, tmp_path, {}) for each in (stage, turned)
+    )
+    assert other.differences(one) == [
+        'stage.source_order was ["laion", "cc_sbu"], is now ["cc_sbu", "laion"]',
+    ]
 
 
 @pytest.mark.parametrize(("changes", "same"), [({}, True), ({"early_stop": 2}, False), ({"use_best": True}, False)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from pipelines.training.job import (
     TrainJob,
     _hold_out,
     _load_plan,
+    refuse_other_model,
     resolve_paths,
     training_fingerprint,
     with_start_adapters,
@@ -237,13 +239,29 @@ def test_adapters_of_the_start_keep_their_size(caplog, start, stage, found, name
         assert message.startswith(text) and message.endswith(fix)
 
 
+@pytest.mark.parametrize(
+    ("stage", "start_rank", "message"),
+    [
+        ({"image_size": 28}, 0, ""),
+        ({"image_size": 30}, 0, "stage.image_size=30 is no multiple of 14, the side of a patch."),
+        ({"lora_rank": 0}, 2, ""),
+        ({"lora_rank": 0}, 0, "stage.trainable names lora, and neither the start nor the stage has adapters"),
+        ({"lora_rank": 0, "trainable": ("projector",)}, 0, ""),
+    ],
+)
+def test_a_start_that_cannot_be_the_stages_model_is_refused(stage, start_rank, message):
+    given = replace(STAGE, **{"image_size": 28, **stage})
+    with pytest.raises(SettingsError, match=message) if message else nullcontext():
+        refuse_other_model(given, tiny_config(lora_rank=start_rank))
+
+
 @pytest.mark.parametrize(("encoder", "precision"), [(None, "bf16"), ("fp32", "fp32")])
 def test_the_identity_of_a_training_has_all_that_decides_its_weights(tmp_path, monkeypatch, encoder, precision):
     monkeypatch.setattr(module, "checkpoint_digest", lambda folder: f"digest of {folder.name}")
     settings = TrainSettings(recipe="paper", seed=5, precision="bf16", encoder_precision=encoder)
     found = training_fingerprint(settings, STAGE, tmp_path / "start", {"gqa": "9f"})
     sources = {source.name: {"weight": source.weight, "batch_size": source.batch_size} for source in STAGE.sources}
-    stage = json.loads(json.dumps({**asdict(STAGE), "sources": sources}))
+    stage = json.loads(json.dumps({**asdict(STAGE), "sources": sources, "source_order": list(sources)}))
     assert len(sources) == len(STAGE.sources) > 2
     assert found == Fingerprint.of(
         "train",
@@ -303,6 +321,7 @@ def resolved(tmp_path, monkeypatch):
         monkeypatch.setattr(
             module, "with_start_adapters", lambda stage, of: replace(stage, lora_rank=77 if of is config else 78)
         )
+        monkeypatch.setattr(module, "refuse_other_model", note("model"))
         monkeypatch.setattr(module, "_load_plan", note("plan", plan))
         monkeypatch.setattr(module.FeatureSet, "open", note("features"))
         monkeypatch.setattr(module, "training_fingerprint", note("fingerprint", "print"))
@@ -318,7 +337,7 @@ def test_everything_is_checked_before_the_folder_is_claimed(resolved, tmp_path):
     found = resolved(seed=3)
     order = [note[0] for note in found.notes]
     assert order == [
-        *("start", "access", "folder", "shards", "held", "mixture", "config", "plan", "fingerprint", "claim")
+        *("start", "access", "folder", "shards", "held", "mixture", "config", "model", "plan", "fingerprint", "claim")
     ]
     assert found.asked["start"] == ("/start", {"weights": False})
     assert found.asked["access"] == (str(tmp_path), {"writes": True})

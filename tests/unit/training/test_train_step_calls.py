@@ -128,7 +128,12 @@ def test_gradients_lie_one_after_the_other():
 
 def test_what_a_step_keeps_is_on_the_models_device(monkeypatch):
     scalers = []
-    monkeypatch.setattr(train_step.torch.amp, "GradScaler", lambda *given, **options: scalers.append((given, options)))
+
+    def make_scaler(*given, **options):
+        scalers.append((given, options))
+        return SimpleNamespace(scale=lambda tensor: tensor)
+
+    monkeypatch.setattr(train_step.torch.amp, "GradScaler", make_scaler)
     monkeypatch.setattr(TrainStep, "_scorer", lambda self: "scorer")
     model = RecordingModel().to("meta")
     model.device = torch.device("meta")

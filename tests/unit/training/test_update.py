@@ -100,8 +100,10 @@ def test_losses_are_summed_per_source():
     assert float(both.loss) == pytest.approx(sum(expected) / 14, rel=1e-5)
 
 
-def test_a_worker_without_samples_takes_part():
-    result = make_step().run([], 0.0)
+@pytest.mark.parametrize("precision", ["fp32", "fp16_range"])
+def test_a_worker_without_samples_takes_part(precision):
+    """In its first step, too: a step of one sample leaves all workers but one without any."""
+    result = make_step(precision=precision).run([], 0.0)
     assert float(result.loss) == 0.0 and float(result.grad_norm) == 0.0 and result.source_tokens.tolist() == [0.0, 0.0]
 
 

@@ -293,12 +293,15 @@ def test_a_state_comes_back(tmp_path, monkeypatch, rank):
         ({"guard": "skip", "eval_fraction": 0.1, "use_best": True}, 0, ["evaluate 0", "save 0"]),
         ({"guard": "rollback", "eval_fraction": 0.1, "use_best": True}, 4, []),
         ({"guard": "rollback", "eval_fraction": 0.1, "rank": 1}, 0, ["evaluate 0"]),
+        ({"eval_fraction": 0.1}, 10, ["evaluate 10"]),  # max_steps is lowered to where it is
+        ({"eval_fraction": 0.1, "num_steps": 8}, 8, []),
     ],
 )
 def test_the_start_is_evaluated_and_saved_once(tmp_path, monkeypatch, changes, next_step, expected):
     worker, done = Scripted(tmp_path, **changes), []
     if not worker.job.evaluates:
         worker.held_out = None
+    worker.history.evaluations = [{"step": step, "loss": 1.0} for step in (4, 8)]
     monkeypatch.setattr(worker, "_restore", lambda: next_step)
     monkeypatch.setattr(worker, "_evaluate", lambda step: done.append(f"evaluate {step}"))
     monkeypatch.setattr(worker, "save", lambda step: done.append(f"save {step}"))
