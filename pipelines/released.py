@@ -301,8 +301,6 @@ def _convert(settings: ReleasedSettings, output: Path, files: dict[str, str]) ->
     if read_json_object(record) == inputs and (checkpoint / "manifest.json").is_file():
         print(f"The checkpoint is converted already: {checkpoint}", flush=True)
         return checkpoint
-    import torch
-
     from tinygptv.convert.match import match_release
     from tinygptv.convert.write import convert_release
     from tinygptv.data.processing import load_tokenizer
@@ -312,7 +310,7 @@ def _convert(settings: ReleasedSettings, output: Path, files: dict[str, str]) ->
     print(f"Converting to {checkpoint} ...", flush=True)
     release = match_release(**paths, projection=None, image_size=stage.image_size)
     record.unlink(missing_ok=True)
-    convert_release(release, checkpoint, load_tokenizer(paths["language"]), torch.bfloat16, stage.template)
+    convert_release(release, checkpoint, load_tokenizer(paths["language"]), template=stage.template)
     write_json(record, inputs)
     return checkpoint
 

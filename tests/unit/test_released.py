@@ -138,7 +138,7 @@ def test_a_checkpoint_is_converted_again_where_its_inputs_changed_or_it_was_not_
 
     converted = []
 
-    def convert(release, folder, *more):
+    def convert(release, folder, tokenizer, template):
         assert not (tmp_path / "checkpoint.json").exists(), "until it is whole, it is of no inputs"
         converted.append(release["checkpoint"].name)
         folder.mkdir(exist_ok=True)

@@ -170,7 +170,7 @@ def test_paths_of_the_parts_are_absolute(tmp_path, monkeypatch, capsys):
 
     given, made = {}, []
     monkeypatch.setattr(match, "match_release", lambda **paths: given.update(paths) or "release")
-    monkeypatch.setattr(write, "convert_release", lambda *words: made.append(words))
+    monkeypatch.setattr(write, "convert_release", lambda *words, **more: made.append((*words, more)))
     monkeypatch.setattr(processing, "load_tokenizer", lambda path: ("tokenizer", path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
@@ -178,7 +178,10 @@ def test_paths_of_the_parts_are_absolute(tmp_path, monkeypatch, capsys):
     assert given.pop("image_size") == 448 and given.pop("projection") is None
     assert set(given) == {"vision", "qformer", "language", "checkpoint"}
     assert all(path.is_absolute() and path.is_relative_to(tmp_path / "w") for path in given.values())
-    assert made == [("release", tmp_path / "out/checkpoint", ("tokenizer", given["language"]), torch.bfloat16, "inst")]
+    tokenizer = ("tokenizer", given["language"])
+    assert made == [("release", tmp_path / "out/checkpoint", tokenizer, {"template": "inst"})], (
+        "in the files' precision"
+    )
     assert capsys.readouterr().out == f"Converting to {tmp_path}/out/checkpoint ...\n"
     record = json.loads((tmp_path / "out/checkpoint.json").read_text())
     assert record == {"job": "convert", "files.a": "sha", "stage": 4}

@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     release.add_argument("--vision-heads", type=int, help="attention heads of the ViT [width / 88]")
     release.add_argument("--qformer-heads", type=int, help="attention heads of the Q-Former [width / 64]")
     release.add_argument("--lora-alpha", type=int, default=16, help="LoRA scale numerator [16]")
-    release.add_argument("--dtype", choices=sorted(_DTYPES), default="bfloat16", help="of frozen matrices [bfloat16]")
+    release.add_argument("--dtype", choices=sorted(_DTYPES), help="of frozen matrices [the files', at most 16 bits]")
     templates = f"prompt template, one of {', '.join(TEMPLATES)}; stage 4 of the release: inst [human]"
     release.add_argument("--template", default="human", help=templates)
     release.add_argument("--output", required=True, type=Path, help="checkpoint folder, new or empty")
@@ -100,7 +100,7 @@ def _release(arguments: argparse.Namespace) -> None:
         lora_alpha=arguments.lora_alpha,
     )
     print(release.report)
-    convert_release(release, arguments.output, tokenizer, _DTYPES[arguments.dtype], arguments.template)
+    convert_release(release, arguments.output, tokenizer, _DTYPES.get(arguments.dtype), arguments.template)
 
 
 def _to_release(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ checkpoint was given), or an error that names it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,8 +92,15 @@ class Release:
     report: LoadReport
     pieces: dict[str, list[Piece]]
 
-    def tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
-        """Read the tensors one by one: (our state-dict name, value); what stages train stays float32."""
+    def tensors(self, dtype: torch.dtype | None = torch.float32) -> Iterator[tuple[str, Tensor]]:
+        """Read the tensors one by one: (our state-dict name, value); what stages train is float32.
+
+        Args:
+            dtype: of the others; None keeps that of the files (``in_sixteen_bits``).
+
+        Raises:
+            WeightFileError: a tensor holds NaN or infinite numbers, or numbers beyond the range of ``dtype``.
+        """
         decorate = decorator(self.config)
         heads = self.config.text_config.num_attention_heads
         grid = self.config.vision_config.image_size // self.config.vision_config.patch_size
@@ -105,7 +112,29 @@ class Release:
             value = torch.cat(parts) if len(parts) > 1 else parts[0]
             if name.endswith("vit.pos_embed"):
                 value = interpolate_position_embedding(value, grid)
-            yield decorate(name), value.to(torch.float32 if FLOAT32_NAMES.match(name) else dtype)
+            wanted = torch.float32 if FLOAT32_NAMES.match(name) else dtype
+            converted = value.to(wanted) if wanted else in_sixteen_bits(value)
+            if not converted.isfinite().all():
+                raise WeightFileError(_not_finite(pieces, value, converted.dtype))
+            yield decorate(name), converted
+
+
+def in_sixteen_bits(value: Tensor) -> Tensor:
+    """A tensor as its file holds it, where that has 16 bits; a wider one in float16, as the release computes.
+
+    float16 rounds to an eighth of bfloat16's step; bfloat16 is for numbers beyond float16's range.
+    """
+    if value.dtype in (torch.float16, torch.bfloat16):
+        return value
+    halved = value.half()
+    return halved if halved.isfinite().all() else value.bfloat16()
+
+
+def _not_finite(pieces: Sequence[Piece], value: Tensor, dtype: torch.dtype) -> str:
+    keys, file = " and ".join(piece.tensor.key for piece in pieces), pieces[0].tensor.file
+    if value.isfinite().all():
+        return f"{keys} of {file} holds numbers beyond the range of {dtype}: choose another dtype."
+    return f"{keys} of {file} holds NaN or infinite numbers: the file is damaged, or its training had diverged."
 
 
 def match_release(

@@ -18,11 +18,12 @@ from tinygptv.checkpoint.load_model import check_tensors, load_processor
 from tinygptv.checkpoint.model_card import model_card
 from tinygptv.checkpoint.stage_record import STAGE_FILE, StageRecord
 from tinygptv.checkpoint.weight_files import LazyTensor, open_weights
-from tinygptv.config import TinyGPTVConfig
+from tinygptv.config import TinyGPTVConfig, TinyGPTVTextConfig
 from tinygptv.convert.layouts import interleave_heads, plain_key, release_key, split_phi_tensors
 from tinygptv.convert.load import build_fresh
 from tinygptv.convert.match import Release
 from tinygptv.data.processing import TinyGPTVProcessor
+from tinygptv.json_object import JsonObject
 from tinygptv.model.meta import build_on_meta
 from tinygptv.training.stages import TRAINABLE_PARTS
 
@@ -74,7 +75,7 @@ def convert_release(
     release: Release,
     output: Path,
     tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     template: str = "human",
 ) -> Path:
     """Write matched release files as a checkpoint folder.
@@ -83,13 +84,14 @@ def convert_release(
         release: from ``match_release``.
         output: folder to write.
         tokenizer: Phi-2's.
-        dtype: of the frozen matrices.
+        dtype: of the frozen matrices; None stores them as their files hold them, in at most 16 bits
+            (``match.in_sixteen_bits``), and names bfloat16 as the dtype to compute in.
         template: key of ``prompts.TEMPLATES`` that the weights were trained with.
     """
     config = release.config
     config.template = template
     config.architectures = ["TinyGPTVForConditionalGeneration"]
-    config.dtype = dtype
+    config.dtype = dtype or torch.bfloat16
 
     def fill(staging: Path) -> None:
         write_shards(staging, _all_tensors(release, dtype))
@@ -106,9 +108,9 @@ def convert_release(
     return write_folder(output, fill)
 
 
-def _all_tensors(release: Release, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _all_tensors(release: Release, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     yield from release.tensors(dtype)
-    yield from build_fresh(release, dtype)
+    yield from build_fresh(release, dtype or torch.bfloat16)
 
 
 def read_source(checkpoint: Path) -> TinyGPTVConfig:
@@ -213,15 +215,22 @@ def write_split_phi(checkpoint: Path, output: Path, *, merge_lora: bool = False)
 
     def fill(staging: Path) -> None:
         write_shards(staging, tensors())
-        text = config.text_config.to_dict()
-        own = ("qk_layernorm", "attention_rmsnorm", "input_layernorm", "attention_rmsnorm_eps")
-        plain = {key: value for key, value in text.items() if key not in own}
-        plain |= {"model_type": "phi", "architectures": ["PhiForCausalLM"], "hidden_act": "gelu_new"}
-        (staging / "config.json").write_text(json.dumps(plain, indent=1, default=str))
+        dtype = weights["language_model.embed_tokens.weight"].load().dtype
+        (staging / "config.json").write_text(json.dumps(_plain_phi(config.text_config, dtype), indent=1, default=str))
         tokenizer.save_pretrained(staging)
 
     write_folder(output, fill)
     return left_out
+
+
+def _plain_phi(text: TinyGPTVTextConfig, dtype: torch.dtype) -> JsonObject:
+    """Phi-2's config.json, with the names that transformers before 5 and others know beside today's."""
+    own = ("qk_layernorm", "attention_rmsnorm", "input_layernorm", "attention_rmsnorm_eps", "dtype")
+    plain = {key: value for key, value in text.to_dict().items() if key not in own}
+    rope = plain["rope_parameters"]
+    plain |= {"partial_rotary_factor": rope["partial_rotary_factor"], "rope_theta": rope["rope_theta"]}
+    plain |= {"model_type": "phi", "architectures": ["PhiForCausalLM"], "hidden_act": "gelu_new"}
+    return plain | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def _is_language(name: str) -> bool:

@@ -53,7 +53,7 @@ def test_what_is_left_out_has_its_default(asked):
     roles = dict.fromkeys(("vision", "qformer", "projection", "checkpoint"))
     sizes = dict.fromkeys(("image_size", "vision_heads", "qformer_heads"))
     assert asked[3] == ("match", {**roles, "language": "l", **sizes, "lora_alpha": 16})
-    assert asked[4][2:] == (Path("out"), "the tokenizer", torch.bfloat16, "human")
+    assert asked[4][2:] == (Path("out"), "the tokenizer", None, "human")
     assert main(["release", "--tokenizer=t", "--output=out", "--dtype=float32"]) == 0
     assert asked[6:8] == [("language", None), ("tokenizer", "t")] and asked[9][4] is torch.float32
 
@@ -125,7 +125,7 @@ def test_lines_of_the_work_go_beside_the_result(asked, monkeypatch):
                 "--vision-heads VISION_HEADS attention heads of the ViT [width / 88]",
                 "--qformer-heads QFORMER_HEADS attention heads of the Q-Former [width / 64]",
                 "LoRA scale numerator [16]",
-                "of frozen matrices [bfloat16]",
+                "of frozen matrices [the files', at most 16 bits]",
                 "stage 4 of the release: inst [human]",
             ),
         ),

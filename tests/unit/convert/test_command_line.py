@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PhiForCausalLM
 
-from tests.release_files import HEADS, language_state, load
+from tests.release_files import HEADS, language_state, load, write_language
 from tinygptv.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from tinygptv.checkpoint.folders import write_folder, write_manifest
 from tinygptv.checkpoint.weight_files import open_weights
@@ -50,23 +50,21 @@ def test_round_trips_are_bit_exact(tmp_path, files, capsys):
 
 
 def test_phi2_round_trip(tmp_path, files, plain, capsys):
+    """The published weights are float16; without --dtype they keep every bit."""
+    write_language(tmp_path / "half", plain, "split", dtype=torch.float16)
+    files = {**files, "language": tmp_path / "half"}
     arguments = [f"--{role}={path}" for role, path in files.items() if role != "checkpoint"]
-    main(
-        [
-            "release",
-            *arguments,
-            "--vision-heads=4",
-            "--qformer-heads=4",
-            "--dtype=float32",
-            f"--output={tmp_path / 'ours'}",
-        ]
+    main(["release", *arguments, "--vision-heads=4", "--qformer-heads=4", f"--output={tmp_path / 'ours'}"])
+    assert load_checkpoint(tmp_path / "ours")[0].dtype == torch.bfloat16, (
+        "computes so unless another dtype is asked for"
     )
     assert main(["to-phi2", str(tmp_path / "ours"), f"--output={tmp_path / 'phi'}"]) == 0
     assert "left out 10 tensors of added norms" in capsys.readouterr().out
     written = {key: lazy.load() for key, lazy in open_weights(tmp_path / "phi").items()}
-    wanted = language_state(plain, "split")
-    assert set(written) == set(wanted) and all(torch.equal(written[k], wanted[k]) for k in wanted)
-    assert PhiForCausalLM.from_pretrained(tmp_path / "phi").config.num_attention_heads == HEADS
+    wanted = {key: tensor.half() for key, tensor in language_state(plain, "split").items()}
+    assert set(written) == set(wanted) and all(torch.equal(written[k].half(), wanted[k]) for k in wanted)
+    phi = PhiForCausalLM.from_pretrained(tmp_path / "phi")
+    assert phi.config.num_attention_heads == HEADS and phi.dtype == torch.float16
     config = json.loads((tmp_path / "phi/config.json").read_text())
     told = {key: config[key] for key in ("model_type", "architectures", "hidden_act", "vocab_size")}
     assert told == {

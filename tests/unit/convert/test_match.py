@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -249,6 +250,33 @@ def test_pieces_make_a_whole_in_the_order_of_their_thirds_and_in_their_dtype(mon
         torch.bfloat16,
     ]
     assert dict(Release(config, LoadReport(), pieces).tensors())[embedding].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "stored"),
+    [
+        (torch.tensor([1.0009765625]).half(), None, torch.tensor([1.0009765625]).half()),
+        (torch.tensor([1e38]).bfloat16(), None, torch.tensor([1e38]).bfloat16()),
+        (torch.tensor([1.0009765625, 1e-6]), None, torch.tensor([1.0009765625, 1e-6]).half()),
+        (torch.tensor([65520.0, 1.0]).double(), None, torch.tensor([65536.0, 1.0]).bfloat16()),
+        (torch.tensor([65519.0]), torch.float16, torch.tensor([65504.0]).half()),
+        (torch.tensor([65520.0]), torch.float16, "k of f.pth holds numbers beyond the range of torch.float16: "),
+        (torch.tensor([1.0, math.nan]).half(), None, "k of f.pth holds NaN or infinite numbers: the file is damaged"),
+        (torch.tensor([-math.inf]).bfloat16(), torch.float32, "k of f.pth holds NaN or infinite numbers"),
+    ],
+    ids=["float16", "bfloat16", "float32", "beyond float16", "asked for", "too large", "NaN", "infinite"],
+)
+def test_numbers_are_stored_as_their_file_holds_them_in_at_most_sixteen_bits(value, dtype, stored):
+    vision = SimpleNamespace(image_size=32, patch_size=16)
+    config = SimpleNamespace(lora_rank=0, text_config=SimpleNamespace(num_attention_heads=2), vision_config=vision)
+    pieces = {"lm_head.bias": [piece("lm_head.bias", "k", value=value)]}
+    tensors = Release(config, LoadReport(), pieces).tensors(dtype)
+    if isinstance(stored, str):
+        with pytest.raises(WeightFileError, match=stored):
+            list(tensors)
+    else:
+        [(_, found)] = tensors
+        assert found.dtype == stored.dtype and torch.equal(found, stored)
 
 
 def test_thirds_are_stacked():

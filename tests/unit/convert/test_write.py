@@ -115,13 +115,14 @@ SOURCE = {
     "vision_encoder.vit.pos_embed": torch.zeros(1),
     "qformer.query_tokens": torch.zeros(1),
     "lm_head.weight": torch.tensor([[6.0]]),
+    "language_model.embed_tokens.weight": torch.tensor([[7.0]]).half(),
 }
 
 
 @pytest.fixture
 def source(monkeypatch, tmp_path):
     """A checkpoint that holds ``SOURCE``, and what is asked of it."""
-    text = SimpleNamespace(num_attention_heads=2, to_dict=lambda: {"vocab_size": 9, "model_type": "x", **OWN})
+    text = SimpleNamespace(num_attention_heads=2, to_dict=lambda: {"vocab_size": 9, "model_type": "x", **OWN, **ROPE})
     config = SimpleNamespace(lora_merged=False, lora_rank=2, lora_alpha=6, text_config=text)
     tokenizer = SimpleNamespace(
         chat_template="ours", save_pretrained=lambda to: (to / "tok").write_text(str(tokenizer.chat_template))
@@ -133,6 +134,7 @@ def source(monkeypatch, tmp_path):
 
 
 OWN = {"qk_layernorm": 1, "attention_rmsnorm": 1, "input_layernorm": 1, "attention_rmsnorm_eps": 1, "hidden_act": "y"}
+ROPE = {"dtype": None, "rope_parameters": {"partial_rotary_factor": 0.25, "rope_theta": 5000.0, "rope_type": "default"}}
 
 
 def test_a_stage_file_holds_what_a_stage_trains_in_the_releases_names_and_order(source, tmp_path):
@@ -174,11 +176,16 @@ def test_plain_phi_has_its_own_names_settings_and_tokenizer(source, tmp_path):
         **{f"{attention}.{part}_proj.weight": merged[2 * n : 2 * n + 2] for n, part in enumerate("qkv")},
         f"{attention}.dense.bias": [4.0],
         "lm_head.weight": [6.0],
+        "model.embed_tokens.weight": [7.0],
     }
     assert json.loads((tmp_path / "phi/config.json").read_text()) == {
         "vocab_size": 9,
         "model_type": "phi",
         "architectures": ["PhiForCausalLM"],
         "hidden_act": "gelu_new",
+        "rope_parameters": ROPE["rope_parameters"],
+        "partial_rotary_factor": 0.25,  # transformers before 5 turns half of each head where this is missing
+        "rope_theta": 5000.0,
+        "torch_dtype": "float16",
     }
     assert (tmp_path / "phi/tok").read_text() == "None", "whose chat template is not Phi-2's"
