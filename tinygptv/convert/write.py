@@ -23,7 +23,6 @@ from tinygptv.convert.layouts import interleave_heads, plain_key, release_key, s
 from tinygptv.convert.load import build_fresh
 from tinygptv.convert.match import Release
 from tinygptv.data.processing import TinyGPTVProcessor
-from tinygptv.json_object import JsonObject
 from tinygptv.model.meta import build_on_meta
 from tinygptv.training.stages import TRAINABLE_PARTS
 
@@ -216,21 +215,22 @@ def write_split_phi(checkpoint: Path, output: Path, *, merge_lora: bool = False)
     def fill(staging: Path) -> None:
         write_shards(staging, tensors())
         dtype = weights["language_model.embed_tokens.weight"].load().dtype
-        (staging / "config.json").write_text(json.dumps(_plain_phi(config.text_config, dtype), indent=1, default=str))
+        (staging / "config.json").write_text(_plain_config(config.text_config, dtype))
         tokenizer.save_pretrained(staging)
 
     write_folder(output, fill)
     return left_out
 
 
-def _plain_phi(text: TinyGPTVTextConfig, dtype: torch.dtype) -> JsonObject:
+def _plain_config(text: TinyGPTVTextConfig, dtype: torch.dtype) -> str:
     """Phi-2's config.json, with the names that transformers before 5 and others know beside today's."""
     own = ("qk_layernorm", "attention_rmsnorm", "input_layernorm", "attention_rmsnorm_eps", "dtype")
     plain = {key: value for key, value in text.to_dict().items() if key not in own}
     rope = plain["rope_parameters"]
     plain |= {"partial_rotary_factor": rope["partial_rotary_factor"], "rope_theta": rope["rope_theta"]}
     plain |= {"model_type": "phi", "architectures": ["PhiForCausalLM"], "hidden_act": "gelu_new"}
-    return plain | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    plain |= {"torch_dtype": str(dtype).removeprefix("torch.")}
+    return json.dumps(plain, indent=1, default=str)
 
 
 def _is_language(name: str) -> bool:
