@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import lzma
@@ -12,11 +13,13 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 from pipelines import storage
 from pipelines.data.sources.json_items import iterate_items
 from pipelines.fetch.datasets import DataSet, LinkList
 from pipelines.fetch.http import DownloadError
+from pipelines.json_files import read_json_object, write_json
 from pipelines.progress import Bar
 from pipelines.settings import FetchSettings, SettingsError
 from tinygptv.convert.sources import SourceFile
@@ -174,6 +177,8 @@ def table_of(list_file: Path) -> Path:
 def write_table(list_file: Path, rows: int = 0, *, quiet: bool = False) -> Path:
     """Turn a JSON list of ``{"caption", "url"}`` into the table that img2dataset reads, one entry at a time.
 
+    img2dataset leaves out tars that are there, so a table of another number of rows would never be downloaded whole.
+
     Args:
         list_file: several gigabytes at the paper's scale.
         rows: how many to take; 0 takes all.
@@ -181,22 +186,33 @@ def write_table(list_file: Path, rows: int = 0, *, quiet: bool = False) -> Path:
 
     Raises:
         DownloadError: the file is no such list.
+        SettingsError: there is a table of another number of rows.
     """
     table = table_of(list_file)
-    if table.is_file() and not rows:
+    note = table.with_name(f".{table.name}.rows.json")
+    made = read_json_object(note) if table.is_file() else None
+    if made and made.get("rows") != rows:
+        raise SettingsError(
+            f"{table} holds {_links(made.get('rows'))}, and {_links(rows)} are asked for: give another output=, or "
+            "remove the table and the tars that were made of it."
+        )
+    if made or (table.is_file() and not rows):
         return table
+    write_json(note, {"rows": rows})
     total = list_file.stat().st_size
     with (
         storage.AtomicFile(str(table)) as file,
         Bar(f"writing {table.name}", quiet=quiet) as bar,
         list_file.open("rb") as stream,
     ):
-        file.write(b"caption\turl\n")
+        # with quotes where a text holds some: img2dataset reads the table as CSV
+        sink = SimpleNamespace(write=lambda line: file.write(line.encode("utf-8", "replace")))
+        writer = csv.writer(sink, delimiter="\t", lineterminator="\n")
+        writer.writerow(("caption", "url"))
         try:
             for number, item in enumerate(iterate_items(stream, keep_data=True), 1):
                 entry = json.loads(item.data)
-                caption, url = (" ".join(str(entry[key]).split()) for key in ("caption", "url"))
-                file.write(f"{caption}\t{url}\n".encode("utf-8", "replace"))
+                writer.writerow(" ".join(str(entry[key]).split()) for key in ("caption", "url"))
                 if number % _SHOWN_LINKS == 0:
                     bar.update(stream.tell() >> 20, total >> 20, f"MiB  {number:,} links")
                 if number == rows:
@@ -207,3 +223,7 @@ def write_table(list_file: Path, rows: int = 0, *, quiet: bool = False) -> Path:
                 "download it again."
             ) from error
     return table
+
+
+def _links(rows: object) -> str:
+    return f"the first {rows} links" if rows else "all links"

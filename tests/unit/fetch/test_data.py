@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
+import pyarrow.csv as pa_csv
 import pytest
 
 from pipelines.data.sources import SOURCES
@@ -277,14 +278,34 @@ def test_a_drive_is_no_name_in_an_archive(tmp_path):
     assert data._safe_name("a\\b/c:d", tmp_path / "x.zip") == "a/b/c:d"
 
 
-def test_a_table_of_fewer_rows_is_written_again_and_a_whole_one_is_kept(tmp_path):
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [(2, 0, "the first 2 links, and all links are"), (0, 3, "all links, and the first 3 links are")],
+)
+def test_a_table_of_another_number_of_rows_is_not_taken(tmp_path, first, then, told):
+    """img2dataset leaves out tars that are there: those of a trial would stay the only ones."""
     (tmp_path / "l.json").write_text(json.dumps(LINKS))
-    lengths = []
-    for rows in (2, 3, 0):
-        lengths.append(len(write_table(tmp_path / "l.json", rows, quiet=True).read_text().splitlines()))
-    assert lengths == [3, 4, 4], "without rows= what is there is kept"
-    (tmp_path / "l.tsv").unlink()
-    assert len(write_table(tmp_path / "l.json", quiet=True).read_text().splitlines()) == 6
+    table = write_table(tmp_path / "l.json", first, quiet=True)
+    assert len(table.read_text().splitlines()) == 1 + (first or 5)
+    table.write_text(kept := "caption\turl\n")
+    assert write_table(tmp_path / "l.json", first, quiet=True).read_text() == kept
+    with pytest.raises(SettingsError, match=f"l.tsv holds {told} asked for: give another output=, or remove the table"):
+        write_table(tmp_path / "l.json", then, quiet=True)
+    table.unlink()
+    assert len(write_table(tmp_path / "l.json", then, quiet=True).read_text().splitlines()) == 1 + (then or 5)
+
+
+def test_a_table_that_was_made_by_hand_is_kept(tmp_path):
+    (tmp_path / "l.tsv").write_text("caption\turl\n")
+    assert write_table(tmp_path / "l.json", quiet=True).read_text() == "caption\turl\n"
+
+
+def test_img2dataset_reads_every_caption_as_it_is(tmp_path):
+    captions = ['"unbalanced', '"hello" said the dog', 'a 5" disk', '"', '""', "a,b", "back\\slash", "'quoted'", "NA"]
+    links = [{"caption": text, "url": f"http://h/{number}"} for number, text in enumerate(captions)]
+    (tmp_path / "l.json").write_text(json.dumps(links))
+    table = write_table(tmp_path / "l.json", quiet=True)
+    assert pa_csv.read_csv(table, parse_options=pa_csv.ParseOptions(delimiter="\t")).to_pylist() == links
 
 
 def test_captions_that_are_no_text_of_unicode_are_written_all_the_same(tmp_path):
