@@ -123,7 +123,7 @@ def _receive(client: httpx.Client, remote: Remote, target: Path, report: Callabl
                 "nothing was downloaded. Check the mirror; accept_changed=true takes the file as it is."
             )
         write_json(_notes(target), {"url": remote.shown, "version": _version(response)})
-        with part.open("ab" if resumed else "wb") as stream:
+        with part.open("ab" if start and resumed else "wb") as stream:
             report(done, total)
             for chunk in response.iter_raw():  # as it comes: with a chunk size, what a cut leaves over would be lost
                 stream.write(chunk)
@@ -131,6 +131,8 @@ def _receive(client: httpx.Client, remote: Remote, target: Path, report: Callabl
                 report(done, total)
         if total and done < total:
             raise TryAgainError(f"the connection ended after {done:,} of {total:,} bytes")
+        if not done:
+            raise TryAgainError("the answer is empty")
         return _stated_md5(response)
 
 

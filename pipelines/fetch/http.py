@@ -21,6 +21,8 @@ TIMEOUT = httpx.Timeout(30.0, read=60.0)
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 _WEB_PAGES = ("text/html", "application/xhtml+xml")
 _MOST_REDIRECTS = 5
+_ASKED_OTHERWISE = (httpx.codes.METHOD_NOT_ALLOWED, httpx.codes.NOT_IMPLEMENTED)
+"""Answers of servers that give files, and say nothing about them (HEAD) beforehand."""
 
 T = TypeVar("T")
 
@@ -93,7 +95,7 @@ class Retries:
 
         Args:
             name: of the file, for messages.
-            action: raises ``TryAgainError`` or one of httpx's transport errors where it may work later.
+            action: raises ``TryAgainError`` or one of httpx's errors of a request where it may work later.
             position: bytes that are here; where they grow, failures are counted from the start.
 
         Raises:
@@ -104,7 +106,7 @@ class Retries:
             before = position()
             try:
                 return action()
-            except (httpx.TransportError, TryAgainError) as error:
+            except (httpx.RequestError, TryAgainError) as error:
                 if position() > before:
                     failures, wait_s = 0, self.first_wait_s
                 failures += 1
@@ -143,6 +145,8 @@ def ask(client: httpx.Client, remote: Remote, name: str, retries: Retries) -> St
             url = target
         if response.has_redirect_location:  # too many of them: the length is that of the last redirect
             return _stated(response) if "X-Linked-Size" in response.headers else Stated()
+        if response.status_code in _ASKED_OTHERWISE:
+            return Stated()
         refuse_bad_answer(response, remote, name)
         return _stated(response)
 

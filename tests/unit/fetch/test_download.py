@@ -111,6 +111,26 @@ def test_another_range_than_the_one_asked_for_is_not_joined(target, answer):
     assert server.asked == [("bytes=4-", '"v1"'), (None, None)] and target.read_bytes() == DATA
 
 
+def test_pieces_that_nobody_asked_for_are_not_joined(target):
+    """A server without a version that answers 206 to a request for the whole file: it grew without end."""
+    piece = (206, {"Content-Range": "bytes 0-3/10", "Content-Length": "4"}, DATA[:4])
+    with pytest.raises(DownloadError, match="the connection ended after 4 of 10 bytes"):
+        fetch(Server(*[piece] * 9), target)
+    assert part_of(target).read_bytes() == DATA[:4]
+
+
+@pytest.mark.parametrize("answer", [(204, {}, b""), (200, {"Content-Length": "0"}, b"")])
+def test_an_empty_answer_is_no_file(target, answer):
+    with pytest.raises(DownloadError, match="f from https://h/f: 3 tries failed in a row, the last one with: the answer"):
+        fetch(Server(*[answer] * 3), target)
+    assert not target.exists()
+
+
+def test_a_redirect_without_end_is_told(target):
+    with pytest.raises(DownloadError, match="3 tries failed in a row, the last one with: Exceeded maximum allowed red"):
+        fetch(Server(*[(302, {"Location": URL}, b"")] * 99), target)
+
+
 def test_a_part_that_is_all_there_is_taken_and_a_longer_one_is_not(target):
     begin(target, DATA)
     fetch(Server((416, {"Content-Range": "bytes */10"}, b"")), target)

@@ -152,6 +152,12 @@ def test_a_redirect_says_nothing_of_the_file(redirects, stated):
     assert len(asked) == 5
 
 
+@pytest.mark.parametrize("status", [405, 501])
+def test_a_server_that_only_gives_files_states_nothing(status):
+    with client({"https://h/f": (status, {"Content-Length": "9"})}, []) as opened:
+        assert ask(opened, Remote("https://h/f"), "f", Retries(most=1)) == Stated()
+
+
 @pytest.mark.parametrize(
     ("status", "headers", "name", "outcome"),
     [
