@@ -21,12 +21,13 @@ from pipelines.fetch.run import MARGIN_BYTES, fetch, named_files
 from pipelines.fingerprint import Fingerprint
 from pipelines.json_files import read_json_object, write_json
 from pipelines.settings import FetchSettings, QuantizeSettings, ReleasedSettings, ServeSettings, SettingsError
+from pipelines.settings.memory_size import parse_bytes
 from pipelines.storage import DiskFullError
 from tinygptv.checkpoint.folders import CheckpointError, verify_folder
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.convert.sources import all_parts
 from tinygptv.quantization.artifact import METHODS
-from tinygptv.training.memory_plan import GIB, inference_memory, parse_bytes
+from tinygptv.training.memory_plan import GIB, inference_memory
 from tinygptv.training.stages import get_stage
 
 logger = logging.getLogger(__name__)

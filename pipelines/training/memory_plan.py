@@ -8,11 +8,12 @@ from typing import Literal, TypedDict
 from pipelines import storage
 from pipelines.json_files import write_json
 from pipelines.settings import PlanMemorySettings, TrainSettings
+from pipelines.settings.memory_size import parse_bytes
 from pipelines.training.fit import computation_of
 from pipelines.training.job import apply_stage_settings
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.quantization.artifact import METHODS
-from tinygptv.training.memory_plan import GIB, MemoryPlan, PlanBytes, TrainingMemory, inference_memory, parse_bytes
+from tinygptv.training.memory_plan import GIB, MemoryPlan, PlanBytes, TrainingMemory, inference_memory
 from tinygptv.training.stages import RECIPES, Stage, get_stage
 
 INFERENCE_FORMATS: dict[str, dict[str, str]] = {

@@ -21,7 +21,7 @@ from pipelines.json_files import to_json
 from pipelines.node_cache import local_checkpoint
 from pipelines.redact import redact
 from pipelines.training.distributed import gather, rank, world_size
-from pipelines.training.fit import device_capacity, fit_to_device
+from pipelines.training.fit import current_card, fit_to_device
 from pipelines.training.guard import Diagnosis, Fault, Guard, TrainingStopped, describe, diagnose
 from pipelines.training.held_out import HeldOutRows
 from pipelines.training.held_out_record import HeldOutHistory, parse_evaluation
@@ -70,7 +70,7 @@ class TrainWorker:
     """One worker's model, optimizer, data and guard."""
 
     def __init__(self, job: TrainJob, reports: RunReports) -> None:
-        job = fit_to_device(job, device_capacity() if job.settings.use_gpu else None)
+        job = fit_to_device(job, current_card() if job.settings.use_gpu else None)
         self.job = job
         self.rank, self.world_size = rank(), world_size()
         settings = job.settings

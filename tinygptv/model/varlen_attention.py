@@ -44,5 +44,13 @@ def varlen_attention(
 
 
 def has_kernel(query: Tensor) -> bool:
-    """Whether ``varlen_attn`` can compute it: FlashAttention knows 16 bits on CUDA alone."""
+    """Whether ``varlen_attn`` can compute it: FlashAttention knows 16 bits on CUDA alone.
+
+    Compiled layers ask this; callers ask ``runs_flash_attention`` before they make batches that need it.
+    """
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+
+
+def runs_flash_attention(device: torch.device) -> bool:
+    """Whether a device has FlashAttention: CUDA cards of compute capability 8.0 (Ampere) and newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -13,7 +13,6 @@ V vision width, R image side, T tokens of a forward pass.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -103,9 +102,10 @@ class Computation:
         precision: key of ``train_step.PRECISIONS``; the 16-bit ones keep what trains in float32.
         features: ``inline`` encodes images in each step, ``cached`` does not (the encoder stays loaded).
         compiled: language layers are compiled: less is kept.
-        fused: language layers are computed with fused kernels (``model.fused_layer``): still less.
+        fused: layers of batches without padding are computed with fused kernels (``model.fused_layer``): still less.
         gradient_checkpointing: language layers are computed again in the backward pass.
-        on_gpu: as on a GPU: no padding in 16 bits, and no logits kept where the language head is frozen.
+        on_gpu: as on a GPU: no logits kept where the language head is frozen.
+        flat: batches are computed without padding where a GPU does that, in 16 bits (``train_step.is_flat``).
     """
 
     precision: str = "bf16"
@@ -114,6 +114,12 @@ class Computation:
     fused: bool = False
     gradient_checkpointing: bool = False
     on_gpu: bool = True
+    flat: bool = True
+
+    @property
+    def has_no_padding(self) -> bool:
+        """Whether sequences lie one after the other, without padding and masks."""
+        return self.flat and self.half and self.on_gpu
 
     @property
     def half(self) -> bool:
@@ -217,8 +223,10 @@ class TrainingMemory:
             self.config.lora_dropout,
             half=how.half,
             compiled=how.compiled,
-            fused=how.fused and how.half and how.on_gpu and can_fuse(text),
+            fused=how.fused and how.has_no_padding and can_fuse(text),
         )
+        if how.on_gpu and not how.has_no_padding:
+            layer += mask_bytes(batch, element)
         width = self.config.qformer_config.hidden_size + self.config.projector_hidden_size
         kept = (
             residual  # input of the final norm
@@ -348,6 +356,11 @@ def attention_workspace_bytes(text: TinyGPTVTextConfig, batch: BatchSize) -> int
     return 4 * (batch.tokens + 128 * sequences) * text.num_attention_heads * (head + 1)
 
 
+def mask_bytes(batch: BatchSize, element: int) -> int:
+    """The mask that attention in padded batches keeps for its backward pass, one number for each pair of positions."""
+    return -(-(batch.tokens**2) // batch.samples) * element
+
+
 def head_workspace_bytes(
     text: TinyGPTVTextConfig, positions: int, computation: Computation, *, head_trains: bool
 ) -> int:
@@ -373,18 +386,6 @@ def encoder_workspace_bytes(config: TinyGPTVConfig, element: int) -> int:
 def _built(config_json: str) -> TinyGPTVForConditionalGeneration:
     """One model without memory for all plans of the same sizes; what trains is set again each time."""
     return build_on_meta(TinyGPTVConfig(**json.loads(config_json)))
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of ``24GB``, ``8 GiB`` or ``80000MB``; a GB is 2**30, as makers of cards count.
-
-    Raises:
-        ValueError: the text is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG])i?B?\s*", text, re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise ValueError(f"{text!r} is no memory size: write it like 24GB.")
-    return int(float(match[1]) * (GIB if match[2].upper() == "G" else 2**20))
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:

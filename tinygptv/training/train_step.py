@@ -25,6 +25,7 @@ from tinygptv.data.images import normalise_pixels
 from tinygptv.kernels.training_functions import HAS_TRITON
 from tinygptv.model.head_loss import Scorer, score_logits
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.model.varlen_attention import runs_flash_attention
 from tinygptv.training.compilation import Compile, compile_layers, compiled_scorer, run_eagerly, wants_compilation
 from tinygptv.training.fp16_emulation import emulate_half_range
 from tinygptv.training.stages import TRAINABLE_PARTS
@@ -64,9 +65,10 @@ def set_dtypes(model: TinyGPTVForConditionalGeneration, device: torch.device, en
 
 
 def is_flat(model: TinyGPTVForConditionalGeneration, precision: str) -> bool:
-    """Whether batches are computed without padding: on CUDA in 16 bits, where attention has a kernel for it."""
-    sixteen_bits = PRECISIONS[precision] in (torch.bfloat16, torch.float16)
-    return model.device.type == "cuda" and sixteen_bits and model.language_model.config._attn_implementation == "sdpa"
+    """Whether batches are computed without padding: in 16 bits, on cards where attention has a kernel for it."""
+    if PRECISIONS[precision] not in (torch.bfloat16, torch.float16) or not runs_flash_attention(model.device):
+        return False
+    return model.language_model.config._attn_implementation == "sdpa"
 
 
 def is_fused(model: TinyGPTVForConditionalGeneration, precision: str) -> bool:
@@ -126,8 +128,8 @@ class TrainStep:
             max_grad_norm: clip to this norm; None does not.
             reject: says on the device whether the step of a loss must be left out (loss -> bool scalar); all workers
                 see the same loss, so all say the same.
-            flat: compute batches without their padding (``data.flatten``); None: on CUDA in 16 bits.
-            fused: compute flat batches with fused kernels (``model.fused_layer``); None: on CUDA in 16 bits.
+            flat: compute batches without their padding (``data.flatten``); None: as ``is_flat``.
+            fused: compute flat batches with fused kernels (``model.fused_layer``); None: as ``is_fused``.
             compile: ``on`` compiles the model's layers in place (``compilation``), ``auto`` does on CUDA; the first
                 step then takes longer.
 

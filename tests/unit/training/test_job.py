@@ -96,9 +96,7 @@ def test_sources_in_another_order_are_another_training(world, tmp_path, monkeypa
     monkeypatch.setattr("pipelines.training.job.checkpoint_digest", lambda path: "start")
     stage = get_stage("mini", 1)
     turned = replace(stage, sources=stage.sources[::-1])
-    one, other = (
-        training_fingerprint(train_settings(world, tmp_path), each, tmp_path, {}) for each in (stage, turned)
-    )
+    one, other = (training_fingerprint(train_settings(world, tmp_path), each, tmp_path, {}) for each in (stage, turned))
     assert other.differences(one) == [
         'stage.source_order was ["laion", "cc_sbu"], is now ["cc_sbu", "laion"]',
     ]

@@ -368,3 +368,14 @@ def test_each_card_is_for_its_own_part_of_the_report(tmp_path, monkeypatch):
 )
 def test_only_linear_layers_are_stored_in_their_format(name, shape, form, size):
     assert module._stored_bytes(name, SimpleNamespace(ndim=len(shape), shape=shape), form) == size
+
+
+def test_padded_batches_on_a_gpu_keep_a_mask_in_each_layer():
+    """Cards without FlashAttention: 3 samples of 32 positions, 2 bytes for each of 3 * 32 * 32 pairs, and no fused kernels."""
+    batch = BatchSize(3, 96, 6, 3)
+    layers = tiny_config().text_config.num_hidden_layers
+    flat, padded = (memory(flat=flat).plan(batch) for flat in (True, False))
+    assert padded.activations - flat.activations == layers * 3 * 32 * 32 * 2
+    assert memory(fused=True, flat=False).plan(batch) == padded
+    on_cpu = memory(precision="fp32", on_gpu=False)
+    assert on_cpu.plan(batch) == on_cpu.computed(flat=False).plan(batch)

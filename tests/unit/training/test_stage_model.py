@@ -129,12 +129,21 @@ def test_the_computation_is_that_of_the_settings():
     assert fit.computation_of(TrainSettings(compile="on")) == Computation(
         "fp32", "inline", True, fit.FUSED_LAYERS, False, False
     )
+    assert fit.computation_of(settings).has_no_padding and not fit.computation_of(TrainSettings()).has_no_padding
+    eager = settings.model_copy(update={"attention": "eager"})
+    assert not fit.computation_of(eager).has_no_padding
+    old, new = (fit.Card("card", 0, has_flash_attention=has_it) for has_it in (False, True))
+    assert [fit.computation_of(settings, each).has_no_padding for each in (old, new)] == [False, True]
 
 
 def test_a_gpu_has_what_is_free_and_what_this_process_holds(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * GIB, 99 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3 * GIB)
-    assert fit.device_capacity() == 13 * GIB + CUDA_CONTEXT_BYTES
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index else (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert fit.current_card() == fit.Card("card 1", 13 * GIB + CUDA_CONTEXT_BYTES, False, False)
 
 
 class Memory:
@@ -170,6 +179,6 @@ def test_a_stage_that_does_not_fit_names_what_helps(sizes, fix):
     memory = Memory(
         {"": 10.25, "gradient_checkpointing": checkpointed, "compiled": compiled, "features": cached, "precision": half}
     )
-    assert fit._does_not_fit(memory, 8 * GIB) == (
+    assert fit._does_not_fit(memory, fit.Card("card", 8 * GIB)) == (
         f"stage 3: one sample of 200 tokens takes 10.2 GiB and the GPU has 8.0 GiB ({memory.computation}): {fix}."
     )

@@ -37,9 +37,13 @@ def test_batches_are_flat_on_cuda_in_16_bits_with_sdpa(monkeypatch):
         config = SimpleNamespace(_attn_implementation=attention)
         return SimpleNamespace(device=torch.device(device), language_model=SimpleNamespace(config=config))
 
+    cards = {0: (8, 0), 1: (7, 5), 2: (12, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: cards[device.index or 0])
     precisions = ("bf16", "fp16", "fp32", "fp16_range")
     assert [is_flat(model(), precision) for precision in precisions] == [True, True, False, False]
     assert not is_flat(model("cpu"), "bf16") and not is_flat(model(attention="eager"), "bf16")
+    assert is_flat(model("cuda:2"), "fp16") and not is_flat(model("cuda:1"), "fp16"), "FlashAttention begins with 8.0"
+    assert not is_fused(model("cuda:1"), "fp16")
     monkeypatch.setattr(train_step, "FUSED_LAYERS", True)
     assert [is_fused(model(), precision) for precision in precisions] == [True, True, False, False]
     monkeypatch.setattr(train_step, "FUSED_LAYERS", False)

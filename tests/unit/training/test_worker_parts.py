@@ -52,8 +52,8 @@ def built(tmp_path, monkeypatch):
         monkeypatch.setattr(module.os, "cpu_count", lambda: 8)
         monkeypatch.setattr(torch, "set_num_threads", keep("threads"))
         monkeypatch.setattr(torch, "manual_seed", keep("seed"))
-        monkeypatch.setattr(module, "fit_to_device", lambda job, capacity: told.update(capacity=capacity) or job)
-        monkeypatch.setattr(module, "device_capacity", lambda: 99)
+        monkeypatch.setattr(module, "fit_to_device", lambda job, card: told.update(card=card) or job)
+        monkeypatch.setattr(module, "current_card", lambda: "H100")
         monkeypatch.setattr(module, "build_model", lambda job: told.update(order=list(told)) or (model, "processor"))
         monkeypatch.setattr(module, "build_optimizer", keep("optimizer", "adamw"))
         monkeypatch.setattr(module, "TrainStep", keep("step"))
@@ -80,7 +80,7 @@ def test_each_part_gets_its_own_settings(built):
         eval_fraction=0.1,
         threads_per_worker=5,
     )
-    assert told["threads"] == (5,) and told["seed"] == (7,) and told["capacity"] is None
+    assert told["threads"] == (5,) and told["seed"] == (7,) and told["card"] is None
     assert "seed" in told["order"], "before adapters are drawn"
     assert (worker.guard.spike, worker.guard.vanishing, worker.guard.patience) == (5.0, 1e-4, 4)
     assert told["optimizer"] == (model, stage.schedule, 0.03, 0.97)
@@ -116,7 +116,7 @@ def test_workers_of_a_machine_share_its_cores(built, size, threads):
 
 def test_a_gpus_memory_is_asked_for_where_one_is_used(built):
     worker, told, _, _ = built(use_gpu=True)
-    assert told["capacity"] == 99 and worker.held_out is None
+    assert told["card"] == "H100" and worker.held_out is None
 
 
 # ---------------------------------------------------------------------- resuming
