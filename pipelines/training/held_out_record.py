@@ -129,7 +129,8 @@ class HeldOutHistory:
         """For ``result.json``."""
         first, last = self.evaluations[0], self.evaluations[-1]
         # A run may be continued with questions that it was not asked before.
-        asked = {name: [each["scores"][name] for each in self.evaluations if name in each["scores"]] for name in questions}
+        scores = [each["scores"] for each in self.evaluations]
+        asked = {name: [found[name] for found in scores if name in found] for name in questions}
         return HeldOutResult(
             first=first["loss"],
             last=last["loss"],

@@ -371,7 +371,7 @@ def test_only_linear_layers_are_stored_in_their_format(name, shape, form, size):
 
 
 def test_padded_batches_on_a_gpu_keep_a_mask_in_each_layer():
-    """Cards without FlashAttention: 3 samples of 32 positions, 2 bytes for each of 3 * 32 * 32 pairs, and no fused kernels."""
+    """Without FlashAttention: 2 bytes for each pair of 32 positions of 3 samples, and no fused kernels."""
     batch = BatchSize(3, 96, 6, 3)
     layers = tiny_config().text_config.num_hidden_layers
     flat, padded = (memory(flat=flat).plan(batch) for flat in (True, False))
