@@ -12,14 +12,17 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 from pipelines import storage
-from pipelines.data.sources.base import Changes, ReadResult, Rejected, SourceInput, SourceUnit, find_input
+from pipelines.data.sources.base import Changes, ReadResult, Rejected, SourceInput, SourceUnit, find_input, shorten
 from pipelines.data.sources.drafts import read_drafts
 from pipelines.data.sources.images import ImageFolder, ImageLayout, find_image_folder
+from pipelines.data.sources.json_entries import plain_name
 from pipelines.data.sources.own_rows import ROW_FIELDS, read_own_row
 from pipelines.settings import SettingsError
 from tinygptv.json_object import JsonObject
@@ -38,7 +41,7 @@ class DelimitedReader:
 
     def plan(self, source: SourceInput) -> Iterator[SourceUnit]:
         """One unit per file: quoted fields may hold line breaks, so a file cannot be cut."""
-        for file in find_input(source, "*.csv", "*.tsv"):
+        for file in find_input(source, "*.csv", "*.tsv", "*.{csv,tsv}.{gz,bz2,xz,zst}"):
             if next(read_delimited(file.location), None) is None:
                 raise SettingsError(f"{file.location} holds no rows: is it the right file?")
             yield SourceUnit.of_file(source, file, find_image_folder(source, file.location, _BESIDE))
@@ -60,13 +63,13 @@ def read_delimited(location: storage.Location) -> Iterator[tuple[str, JsonObject
         SettingsError: there is no header, or it has no usable names.
     """
     csv.field_size_limit(_LONGEST_FIELD)
-    text = _decode(storage.read_bytes(location))
-    header, _, _ = text.partition("\n")
+    text, damage = _read_text(location)
+    header = _first_line(text)
     # Not splitlines(): a field may hold form feeds and Unicode's separators, which end no row.
     lines = io.StringIO(text, newline="")
     reader = csv.reader(lines, delimiter=_delimiter(location.name, header), strict=True)
     try:
-        names = [name.strip() for name in next(reader, [])]
+        names = [name.strip() for name in next((values for values in reader if values), [])]
     except csv.Error as error:
         raise SettingsError(f"{location}: the header cannot be read: {error}.") from error
     if len(names) != len(set(names)) or not all(names):
@@ -79,9 +82,28 @@ def read_delimited(location: storage.Location) -> Iterator[tuple[str, JsonObject
             yield f"line {line}", Rejected(f"line {line}", location.name, f"no valid row: {error}")
             continue
         if values is None:
-            return
+            break
         if values:
             yield f"line {line}", _fields(f"line {line}", location.name, names, values)
+    if damage:
+        yield "", Rejected("", location.name, damage)
+
+
+def _read_text(location: storage.Location) -> tuple[str, str]:
+    """The whole lines of a file, unpacked where it is compressed, and what is wrong with the compressed data."""
+    data = bytearray()
+    with storage.open_unpacked(location) as stream:
+        try:
+            while chunk := stream.read(storage.COPY_BYTES):
+                data += chunk
+        except storage.DamagedFileError as error:
+            text = _decode(bytes(data))
+            return text[: text.rfind("\n") + 1], f"the compressed data is damaged or cut off: {error}"
+    return _decode(bytes(data)), ""
+
+
+def _first_line(text: str) -> str:
+    return re.split(r"[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0]
 
 
 def _decode(data: bytes) -> str:
@@ -93,9 +115,10 @@ def _decode(data: bytes) -> str:
 
 def is_delimited(location: storage.Location) -> bool:
     """Whether a file begins with a header of CSV or TSV, whatever its name is."""
-    with storage.open_file(location) as stream:
-        head = stream.read(_HEAD_BYTES).decode("utf-8-sig", errors="replace")
-    header = head.partition("\n")[0].strip()
+    head = b""
+    with storage.open_unpacked(location) as stream, suppress(storage.DamagedFileError):
+        head = stream.read(_HEAD_BYTES)
+    header = _first_line(head.decode("utf-8-sig", errors="replace")).strip()
     if header[:1] in ("", "{", "["):
         return False
     names = {name.strip().strip('"') for name in header.split(_delimiter(location.name, header))}
@@ -103,7 +126,7 @@ def is_delimited(location: storage.Location) -> bool:
 
 
 def _delimiter(name: str, header: str) -> str:
-    if name.lower().endswith(".tsv") or "\t" in header:
+    if plain_name(name).endswith(".tsv") or "\t" in header:
         return "\t"
     return ";" if ";" in header and "," not in header else ","
 
@@ -116,6 +139,8 @@ def _fields(key: str, file: str, names: list[str], values: list[str]) -> JsonObj
     for name, value in zip(names, values, strict=True):
         if not value:
             continue
+        if not value.isascii() and any("\udc80" <= character <= "\udcff" for character in value):
+            return Rejected(key, file, f"{shorten(name)} is not UTF-8 text: save the file as UTF-8")
         try:
             fields[name] = json.loads(value) if name in _LISTS else value
         except (ValueError, RecursionError):

@@ -119,7 +119,7 @@ def _read_head(stream: BinaryIO) -> tuple[bytes, bool]:
 def _is_lines(name: str, text: bytes, is_whole: bool, row_fields: Collection[str]) -> bool:
     """Whether the text is JSON lines. Text that begins with a list is none."""
     first, newline, rest = text.partition(b"\n")
-    named_so = _plain_name(name).endswith(_LINE_ENDINGS)
+    named_so = plain_name(name).endswith(_LINE_ENDINGS)
     value = _parsed(first) if newline or is_whole else None
     if isinstance(value, dict):
         if rest.strip() or not is_whole:
@@ -137,7 +137,8 @@ def _is_container(value: JsonObject) -> bool:
     return has_list or (bool(value) and all(isinstance(item, dict) for item in value.values()))
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A file's name in small letters, without the ending of its compression."""
     name = name.lower()
     for ending in (".gz", ".bz2", ".zst", ".xz", ".lz4"):
         name = name.removesuffix(ending)

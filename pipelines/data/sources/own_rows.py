@@ -5,6 +5,7 @@
     {"image": "a.jpg", "messages": [{"role": "user", "content": ".."}, {"role": "assistant", "content": ".."}]}
     {"image": "a.jpg", "question": "what is it?", "answer": "a dog"}
     {"image": "a.jpg", "caption": "a dog"}
+    {"image": "a.jpg", "answer": "the dog", "boxes": [[10, 20, 90, 80]], "task": "refer"}
 
 Words are kept as they are written; only the mark of the image is taken out of questions. A row that names an image,
 or asks about one, and has none that can be read is malformed: it is never trained on as text.
@@ -87,6 +88,8 @@ def _own_turns(fields: Mapping[str, Any]) -> tuple[Draft, str, int]:
     for name in TEXTS:
         if fields.get(name) is not None:
             return _marked([("", (text_of(fields, name),))], "caption")
+    if fields.get("boxes") and (fields.get("answer") or fields.get("answers")):  # the phrases that name a box
+        return _marked([("", _answers(fields))], "refer")
     names = shorten(", ".join(map(str, fields)) or "no fields")
     raise Malformed(f"no {', '.join(ROW_FIELDS[:-1])} or {ROW_FIELDS[-1]} among {names}")
 

@@ -19,7 +19,7 @@ from pipelines import storage
 from pipelines.data.sources.base import Malformed, Rejected, SourceInput
 from pipelines.data.sources.delimited import DELIMITED, read_delimited
 from pipelines.data.sources.drafts import Draft
-from pipelines.data.sources.json_entries import read_entries
+from pipelines.data.sources.json_entries import plain_name, read_entries
 from pipelines.data.sources.own import JsonRowsReader
 from pipelines.data.sources.own_rows import own_draft
 from pipelines.evaluation.benchmarks.base import Benchmark, Question, Truth
@@ -90,7 +90,7 @@ def _files(root: Path) -> list[Path]:
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Key and fields of every row."""
     location = storage.Location.parse(str(path))
-    if path.suffix.lower() in DELIMITED:
+    if plain_name(path.name).endswith(DELIMITED):
         yield from read_delimited(location)
         return
     source = SourceInput("jsonl", str(path), str(path.parent), OWN, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 
 import pytest
 
@@ -35,6 +36,39 @@ def test_separators_quotes_and_line_breaks(tmp_path, name, text):
         path.write_bytes(data)
         [(key, fields)] = read(path)
         assert key == "line 2" and fields["answer"] == "d" and fields["question"].split() == ["a", "b,", "c"]
+
+
+@pytest.mark.parametrize(
+    "text", ["image,question,answer\ra.jpg,a\tb,d\r", "\n\r\nimage;question;answer\n\na.jpg;a\tb;d\n"]
+)
+def test_old_line_ends_and_blank_lines_before_the_header(tmp_path, text):
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    [(_, fields)] = read(tmp_path / "a.csv")
+    assert fields == {"image": "a.jpg", "question": "a\tb", "answer": "d"}
+
+
+def test_another_encoding_is_told_as_such(tmp_path):
+    (tmp_path / "a.csv").write_bytes("question,answer\ncaf\u00e9,yes\nwhat,no\n".encode("latin-1"))
+    found, sound = read(tmp_path / "a.csv")
+    assert found[1] == Rejected("line 2", "a.csv", "question is not UTF-8 text: save the file as UTF-8")
+    assert sound[1] == {"question": "what", "answer": "no"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("name", ["a.tsv.gz", "a.csv"])
+def test_compressed_tables_are_read_up_to_their_damage(tmp_path, name, encoding):
+    rows = [{"question": f"{n}", "answer": "y" * 50 + f"{n * n}"} for n in range(500)]
+    text = "question\tanswer\n" + "".join(f"{row['question']}\t{row['answer']}\n" for row in rows)
+    packed = gzip.compress(text.encode(encoding))
+    (tmp_path / name).write_bytes(packed)
+    assert [fields for _, fields in read(tmp_path / name)] == rows
+    assert is_delimited(storage.Location.parse(str(tmp_path / name))) == (encoding == "utf-8")
+    (tmp_path / name).write_bytes(packed[: len(packed) // 2])
+    *found, (key, damage) = read(tmp_path / name)
+    assert 9 < len(found) < 500 and [fields for _, fields in found] == rows[: len(found)], "no row is cut"
+    assert key == "" and damage.reason.startswith("the compressed data is damaged or cut off")
+    source = SourceInput("csv", str(tmp_path), str(tmp_path), "own", "")
+    assert [unit.shard for unit in SOURCES["csv"].reader.plan(source)] == [name]
 
 
 def test_lists_are_json_and_broken_rows_are_set_apart_alone(tmp_path):
