@@ -28,6 +28,7 @@ from pipelines.serving.protocol import ChatRequest
 from pipelines.serving.scenes import DrawnScene, draw_scene
 from pipelines.serving.service import ChatService, unknown_model
 from pipelines.settings import ServeSettings
+from tinygptv import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +46,16 @@ ERRORS: Responses = {
         404: "no such model",
         408: "the request's body came too slowly",
         413: "the request or an image is too large",
+        415: "the request's body is compressed",
         429: "too many requests; see Retry-After",
         500: "the model failed",
         503: "the model is not available; see Retry-After",
         504: "the answer took too long",
     }.items()
+}
+CHAT_RESPONSES: Responses = {
+    200: {"description": "the answer", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    **ERRORS,
 }
 REQUEST_BODY = {
     "requestBody": {
@@ -84,13 +90,14 @@ def build_api(
     app = FastAPI(
         title="TinyGPT-V",
         description="Chat about images, in the shape of OpenAI's chat completions.",
+        version=__version__,
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
     )
     keyed = [Depends(clients.identify)]
 
-    @app.post(CHAT, response_model=ChatCompletion, responses=ERRORS, openapi_extra=REQUEST_BODY)
+    @app.post(CHAT, response_model=ChatCompletion, responses=CHAT_RESPONSES, openapi_extra=REQUEST_BODY)
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation; with stream, as server-sent events."""
         return await service.chat(request)

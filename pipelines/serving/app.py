@@ -16,6 +16,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, TaskCancelledError, WorkerCrashedError
+from ray.serve._private.constants import SERVE_LOGGER_NAME
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -127,6 +128,19 @@ def _full() -> Exception:
 class ModelReplica(ModelBackend):
     """A replica of the model."""
 
+    def __init__(self, settings: ServeSettings) -> None:
+        """Load the model (``ModelBackend``)."""
+        log_with_serve()
+        super().__init__(settings)
+
+
+def log_with_serve() -> None:
+    """Have our loggers write to Serve's file of this process, with time and request; else it has nothing of theirs."""
+    for package in ("pipelines", "tinygptv"):
+        log = logging.getLogger(package)
+        log.handlers = logging.getLogger(SERVE_LOGGER_NAME).handlers  # the list itself: Serve may fill it anew
+        log.setLevel(logging.INFO)
+
 
 class LostProxyIsDisconnect:
     """A client that leaves may end the proxy's call for its body before it runs: Serve then raises Ray's error where
@@ -159,6 +173,7 @@ class Ingress:
             digests: of the API keys.
             model: the replicas.
         """
+        log_with_serve()
         self.settings, self.digests, self.model = settings, digests, model
         self.metrics = Metrics()
 

@@ -28,6 +28,7 @@ class SamplingFields(TypedDict):
     seed: int | None
     stop: tuple[str, ...]
     logprobs: int | None
+    ignore_end: bool
 
 
 @dataclass(frozen=True)

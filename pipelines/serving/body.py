@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -56,12 +57,21 @@ class BodyReader:
             client: who sends it.
 
         Raises:
-            ProtocolError: 413, 408 or 429: it is too large, comes too slowly, or too much else is being read.
+            ProtocolError: 413, 408, 415 or 429: it is too large, comes too slowly, is compressed, or too much else is
+                being read.
             starlette.requests.ClientDisconnect: the client left.
         """
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self.max_bytes:
             raise self._too_large()
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            raise ProtocolError(
+                415,
+                f"the request's body is compressed ({encoding[:40]}): send plain JSON, without content-encoding.",
+                code="unsupported_encoding",
+                closes=True,
+            )
         clock = asyncio.get_running_loop().time
         started = clock()
         body = bytearray()
@@ -114,7 +124,8 @@ class BodyReader:
                 code="request_too_large",
             )
         try:
-            data = pydantic_core.from_json(body, allow_inf_nan=False)
+            # Windows' tools begin files of UTF-8 with its mark.
+            data = pydantic_core.from_json(body.removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
         except ValueError as error:
             raise ProtocolError(400, f"the request is not valid JSON: {error}.", code="invalid_json") from None
         messages = data.get("messages") if isinstance(data, dict) else None

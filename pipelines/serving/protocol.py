@@ -1,7 +1,7 @@
 """OpenAI's chat completions as types: requests, with this model's few extensions.
 
-Extensions are additional fields, which OpenAI's clients pass through: ``task``, ``box``, ``top_k`` and
-``repetition_penalty`` (answers: ``boxes``, see ``answers``).
+Extensions are additional fields, which OpenAI's clients pass through: ``task``, ``box``, ``top_k``,
+``repetition_penalty`` and ``ignore_eos`` (answers: ``boxes``, see ``answers``).
 """
 
 from __future__ import annotations
@@ -40,13 +40,27 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "min_p": (0,),
     "min_tokens": (0,),
     "use_beam_search": (False,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "bad_words": ([],),
+    "allowed_token_ids": ([],),
+    "echo": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "prompt_logprobs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
     "structured_outputs": (),
+    "json_schema": ({},),
+    "grammar": ("",),
+    "regex": ("",),
+    "ebnf": ("",),
 }
-"""Fields that would change the answer -> values that do not. Null never does; other unknown fields are ignored."""
+"""Fields of OpenAI, vLLM, SGLang and llama.cpp that would change the answer -> values that do not. Null never does.
+Other unknown fields are ignored."""
 
 TaskName = Literal["vqa", "caption", "refer", "identify", "grounding", "detection"]
 
@@ -64,7 +78,7 @@ class ImageURL(BaseModel):
     """Where an image is: a ``data:`` URL, or http(s) where the server allows the host."""
 
     url: str = Field(min_length=1)
-    detail: Literal["auto", "low", "high"] | None = Field(None, description="accepted; the model has one resolution")
+    detail: str | None = Field(None, description="not used: the model has one resolution")
 
 
 class ImagePart(BaseModel):
@@ -137,7 +151,7 @@ class ChatRequest(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="newer name of max_tokens; wins over it")
     temperature: float | None = Field(None, ge=0, le=2, description=f"below {GREEDY_BELOW} the answer is greedy")
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1, description="0 keeps the most probable token alone")
     n: int | None = Field(None, ge=1, le=1, description="one answer per request")
     stop: str | list[str] | None = Field(
         None, description=f"up to {MAX_STOPS} strings of up to {MAX_STOP_LENGTH} characters"
@@ -160,8 +174,11 @@ class ChatRequest(BaseModel):
     box: Coordinates | None = Field(
         None, description="extension: x1, y1, x2, y2 in pixels of the last image, for task identify"
     )
-    top_k: int | None = Field(None, ge=0, description="extension: most probable tokens to draw from; 0 is all")
+    top_k: int | None = Field(None, ge=-1, description="extension: most probable tokens to draw from; 0 and -1 are all")
     repetition_penalty: float | None = Field(None, gt=0, le=10, description="extension")
+    ignore_eos: bool | None = Field(
+        None, description="extension: write max_tokens tokens, past the end; for benchmarks"
+    )
 
     @model_validator(mode="after")
     def _nothing_that_would_change_the_answer(self) -> ChatRequest:
@@ -210,8 +227,8 @@ class ChatRequest(BaseModel):
         return {
             "max_tokens": self.max_completion_tokens or self.max_tokens or max_tokens,
             "temperature": 0.0 if wanted < GREEDY_BELOW else wanted,
-            "top_p": self.top_p or 1.0,
-            "top_k": self.top_k or 0,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "top_k": max(0, self.top_k or 0),
             "repetition_penalty": self.repetition_penalty or 1.0,
             "frequency_penalty": self.frequency_penalty or 0.0,
             "presence_penalty": self.presence_penalty or 0.0,
@@ -219,6 +236,7 @@ class ChatRequest(BaseModel):
             "seed": self.seed,
             "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+            "ignore_end": bool(self.ignore_eos),
         }
 
 
@@ -228,5 +246,5 @@ def _is_token_id(text: object) -> bool:
 
 
 def _is_one_of(value: object, neutral: tuple[object, ...]) -> bool:
-    """Equality that tells True from 1."""
-    return any(type(value) is type(other) and value == other for other in neutral)
+    """Equality that tells True from 1, but not 1.0."""
+    return any(isinstance(value, bool) == isinstance(other, bool) and value == other for other in neutral)

@@ -16,7 +16,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -26,6 +26,7 @@ from tinygptv.inference.decoder import CACHE_DTYPES, FlatDecoder, slots_that_fit
 from tinygptv.inference.prefix_cache import PrefixCache
 from tinygptv.inference.request import Delta, EngineStats, PromptTooLong, Request
 from tinygptv.inference.runner import Drawn, FlatRunner, Launch, Piece, Row, Runner
+from tinygptv.inference.sampling import TokenLogprobs
 from tinygptv.inference.text_stream import TextStream, TokenBytes
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 
@@ -40,6 +41,7 @@ class _Sequence:
         length: positions of the cache after every launched step.
         num_launched: tokens that were read or are on their way.
         num_answered: tokens that were read.
+        logprobs: of tokens that may yet be a part of a stop string, each with the character where its text begins.
     """
 
     id: int
@@ -52,12 +54,21 @@ class _Sequence:
     last_token: int = -1
     num_launched: int = 0
     num_answered: int = 0
+    logprobs: deque[tuple[int, TokenLogprobs]] = field(default_factory=deque)
     is_cancelled: bool = False
     has_ended: bool = False
 
     @property
     def prompt_length(self) -> int:
         return len(self.request.ids)
+
+    def take_logprobs(self, *, is_last: bool) -> list[TokenLogprobs]:
+        """Log-probabilities of tokens that have become a part of the answer; those of a stop string never do."""
+        if is_last and not self.stream.stopped:
+            taken = len(self.logprobs)
+        else:
+            taken = sum(start < self.stream.num_kept for start, _ in self.logprobs)
+        return [self.logprobs.popleft()[1] for _ in range(taken)]
 
 
 @dataclass(frozen=True)
@@ -304,9 +315,9 @@ class Engine:
         self.stats.answer_tokens += 1
         ended = drawn.token in self.end_ids and not params.ignore_end
         if not ended:
-            delta.text = sequence.stream.push(drawn.token)
             if drawn.logprobs is not None:
-                delta.logprobs = [drawn.logprobs]
+                sequence.logprobs.append((sequence.stream.num_characters, drawn.logprobs))
+            delta.text = sequence.stream.push(drawn.token)
         if ended or sequence.stream.stopped:
             delta.finish_reason = "stop"
         elif sequence.num_answered >= sequence.max_tokens:
@@ -315,6 +326,7 @@ class Engine:
             delta.text += sequence.stream.finish()
             self._remove(sequence)
             self.stats.finished += 1
+        delta.logprobs = sequence.take_logprobs(is_last=delta.finish_reason is not None)
         return delta
 
     def _remove(self, sequence: _Sequence) -> None:

@@ -41,7 +41,7 @@ class Delta:
     Attributes:
         text: text that may be shown; empty while a character or a possible stop string is incomplete.
         token_ids: tokens that were drawn.
-        logprobs: one entry per token, where asked for.
+        logprobs: where asked for, one entry per token of the answer, once its text is known not to be of a stop string.
         finish_reason: ``stop``, ``length``, ``cancelled`` or ``error``; None while the answer continues.
         error: one sentence, with ``finish_reason`` ``error``.
         num_reused: prompt positions that were taken from the cache (set with the first delta).

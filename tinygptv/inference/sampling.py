@@ -26,7 +26,7 @@ class SamplingParams:
     Attributes:
         max_tokens: most tokens of the answer.
         temperature: 0 is greedy.
-        top_p: smallest set of tokens whose probabilities reach this sum; 1 keeps all.
+        top_p: smallest set of tokens whose probabilities reach this sum; 1 keeps all, 0 one.
         top_k: so many most probable tokens; 0 keeps all.
         repetition_penalty: divides (or multiplies, where negative) the logit of every token of the prompt and answer.
         frequency_penalty: taken off a token's logit for each time it stands in the answer.
@@ -60,7 +60,7 @@ class SamplingParams:
             ("repetition_penalty", 1e-6, math.inf),
         ):
             value = getattr(self, name)
-            if not (low <= value <= high) or (name == "top_p" and value == 0) or value == math.inf:
+            if not (low <= value <= high) or value == math.inf:
                 raise ValueError(f"{name} is {value}; it must lie between {low} and {high}.")
         if any(not text for text in self.stop):
             raise ValueError("stop holds an empty string, which would end every answer at once: leave it out.")

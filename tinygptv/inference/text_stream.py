@@ -52,6 +52,8 @@ class TextStream:
     Attributes:
         text: everything that was given out so far.
         stopped: a stop string was found; further tokens are ignored.
+        num_characters: characters of all tokens so far, before anything is left out.
+        num_kept: so many of them certainly stand before a stop string.
     """
 
     def __init__(self, token_bytes: TokenBytes, stop: Sequence[str] = ()) -> None:
@@ -59,6 +61,8 @@ class TextStream:
         self.stop = tuple(stop)
         self.text = ""
         self.stopped = False
+        self.num_characters = 0
+        self.num_kept = 0
         self._held = ""
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -80,13 +84,18 @@ class TextStream:
 
     def _release(self, piece: str) -> str:
         held = self._held + piece
+        num_released = self.num_characters - len(self._held)
+        self.num_characters += len(piece)
         found = [at for at in (held.find(stop) for stop in self.stop) if at >= 0]
         if found:
             self.stopped = True
-            free, self._held = held[: min(found)].rstrip(), ""
+            num_sure = min(found)
+            free, self._held = held[:num_sure].rstrip(), ""
         else:
-            end = len(held[: len(held) - _held_back(held, self.stop)].rstrip())
+            num_sure = len(held) - _held_back(held, self.stop)
+            end = len(held[:num_sure].rstrip())
             free, self._held = held[:end], held[end:]
+        self.num_kept = num_released + num_sure
         if not self.text:
             free = free.lstrip()
         self.text += free

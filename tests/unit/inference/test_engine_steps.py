@@ -366,13 +366,24 @@ def test_a_prompt_is_read_to_its_last_token_before_one_is_drawn(model):
     assert pieces == [[(1, 0, 8, False)], [(1, 8, 16, False)], [(1, 16, 17, True)]]
 
 
-def test_a_token_whose_text_is_held_back_has_its_probability(model):
-    """Half a character, or the beginning of what may be a stop string."""
-    engine = make(model)
-    key = engine.add(request(prompt(5), max_tokens=2))
-    engine._by_id[key].stream.push = lambda token: ""
+@pytest.mark.parametrize(
+    ("script", "counts"),
+    [
+        ("x##x", [1, 0, 0, 3]),  # what only looked like a stop string
+        ("x##", [1, 0, 2]),  # and at the end of the answer
+        ("xx###", [1, 1, 0, 0, 0]),
+        ("###", [0, 0, 0]),
+        ("xé", [1, 0, 2]),  # a character of two tokens
+    ],
+)
+def test_a_token_has_its_probability_once_its_text_is_of_the_answer(model, script, counts):
+    tokens = make_tokenizer().convert_tokens_to_ids([*script.replace("é", "Ã©")])
+    engine = make(model, {10: tokens}, stop=("###",))
+    key = engine.add(request(prompt(10), max_tokens=len(tokens), logprobs=0))
     deltas = finish(engine)[key]
-    assert [(delta.text, len(delta.logprobs)) for delta in deltas] == [("", 1), ("", 1)]
+    assert [len(delta.logprobs) for delta in deltas] == counts
+    named = [entry.token_id for delta in deltas for entry in delta.logprobs]
+    assert named == tokens[: len(named)], "in their order"
 
 
 def test_what_was_launched_before_a_failure_is_never_read(model):

@@ -39,6 +39,7 @@ def frequencies(params, logits, draws=250):
         ({"temperature": 1.0, "top_k": 3}, [TopKLogitsWarper(3)]),
         ({"temperature": 1.0, "top_p": 0.7}, [TopPLogitsWarper(0.7)]),
         ({"temperature": 1.0, "top_p": 0.05}, [TopPLogitsWarper(0.05)]),
+        ({"temperature": 1.0, "top_p": 0.0}, [TopPLogitsWarper(0.0)]),
         ({"temperature": 1.3, "top_p": 0.95}, [TemperatureLogitsWarper(1.3), TopPLogitsWarper(0.95)]),
         (
             {"temperature": 0.8, "top_k": 8, "top_p": 0.6},
@@ -157,7 +158,7 @@ def test_without_a_seed_every_answer_is_drawn_anew():
         {"max_tokens": 0},
         {"temperature": -1},
         {"temperature": float("nan")},
-        {"top_p": 0},
+        {"top_p": -0.1},
         {"top_p": 1.1},
         {"top_k": -1},
         {"repetition_penalty": 0},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import aclosing
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from pipelines.serving import app as app_module
 from pipelines.serving.api import build_api
-from pipelines.serving.app import HandleBackend, Ingress, LostProxyIsDisconnect, build_app
+from pipelines.serving.app import HandleBackend, Ingress, LostProxyIsDisconnect, ModelReplica, build_app
 from pipelines.serving.backend import ChatJob, Failure, ModelInfo, Piece, PromptRead, ReplicaStats
 from pipelines.serving.clients import digest_of
 from pipelines.serving.errors import ProtocolError
@@ -361,10 +362,35 @@ def test_counters_of_every_ingress_that_answers_are_shown(monkeypatch):
     assert [found.ingress for found in asyncio.run(alone.own._metrics_of_all_ingresses())] == ["tag-1"]
 
 
+@pytest.fixture
+def own_handlers(monkeypatch):
+    """Loggers whose handlers are as before after the test."""
+    loggers = [logging.getLogger(name) for name in ("pipelines", "tinygptv", "ray.serve")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        monkeypatch.setattr(logger, "handlers", [])
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("own_handlers")
 def test_an_ingress_keeps_what_it_is_given_and_counts_for_itself():
     one, two = (Ingress.__bases__[0]("settings", "digests", "model") for _ in range(2))
     assert (one.settings, one.digests, one.model) == ("settings", "digests", "model")
     assert isinstance(one.metrics, Metrics) and one.metrics is not two.metrics
+
+
+@pytest.mark.parametrize("make", [lambda: Ingress.__bases__[0](None, (), None), lambda: ModelReplica(None)])
+def test_what_a_replica_logs_is_in_the_file_of_ray_serve(monkeypatch, own_handlers, make):
+    monkeypatch.setattr(app_module.ModelBackend, "__init__", lambda self, settings: None)
+    make()
+    kept, handler = [], logging.Handler()
+    handler.emit = lambda record: kept.append(record.getMessage())
+    logging.getLogger("ray.serve").addHandler(handler)  # Serve fills its list anew where its settings change
+    logging.getLogger("pipelines.serving.body").info("ignored")
+    logging.getLogger("tinygptv.inference.engine").info("failed")
+    assert kept == ["ignored", "failed"]
 
 
 def test_a_replica_that_dies_is_told_in_the_log(caplog):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
+import gzip
 import json
 import logging
 import threading
@@ -63,6 +65,20 @@ def test_a_body_that_declares_too_much_is_not_read():
     assert status == 413
     status, _, body = exchange(Client(), pieces(b"{}", 9), scope=scope_of(headers=[(b"content-length", b"x")]))
     assert status == 400 and b"model" in body
+
+
+def test_a_compressed_body_is_refused_by_name():
+    """Read as JSON it would be "not valid", which sends people to look for a comma."""
+    scope = scope_of(headers=[(b"content-encoding", b"gzip")])
+    status, headers, body = exchange(Client(), pieces(gzip.compress(b"{}"), 99), scope=scope)
+    assert (status, headers[b"connection"]) == (415, b"close") and b"compressed (gzip): send plain JSON" in body
+    plain = scope_of(headers=[(b"content-encoding", b"Identity")])
+    assert exchange(Client(), pieces(b"{}", 9), scope=plain)[0] == 400
+
+
+def test_a_body_may_begin_with_the_mark_of_utf8():
+    response = Client().request("POST", CHAT, content=codecs.BOM_UTF8 + json.dumps(ask(words("hi"))).encode())
+    assert response.status_code == 200
 
 
 def test_a_body_that_trickles_is_given_up():

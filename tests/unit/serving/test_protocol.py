@@ -42,6 +42,8 @@ def client():
         {"response_format": {"type": "text"}},
         {"n": 1},
         {"best_of": 1},
+        {"min_p": 0.0},
+        {"top_k": -1},
         {"user": "somebody", "metadata": {"a": "b"}, "store": False, "safety_identifier": "x"},
         {"logit_bias": {}},
         {"logit_bias": None, "stop": None, "seed": None, "stream": None, "stream_options": None},
@@ -67,6 +69,9 @@ def test_what_would_not_change_the_answer_is_taken(client, fields):
         {"best_of": True},
         {"min_p": 0.1},
         {"min_tokens": 3},
+        {"stop_token_ids": [5]},
+        {"echo": True},
+        {"chat_template": "x"},
         *({f"guided_{kind}": "x"} for kind in ("json", "regex", "choice", "grammar")),
         {"structured_outputs": {"json": {}}},
         {"use_beam_search": True},
@@ -190,6 +195,7 @@ def test_the_servers_defaults_stand_in_for_what_a_request_leaves_out():
         "seed": None,
         "stop": (),
         "logprobs": None,
+        "ignore_end": False,
     }
 
 
@@ -244,8 +250,8 @@ def test_biases_at_their_bounds_are_taken():
     ("field", "least", "most", "outside"),
     [
         ("temperature", 0, 2, (-0.1, 2.1)),
-        ("top_p", 0.01, 1, (0, 1.1)),
-        ("top_k", 0, 1000, (-1, 1.5)),
+        ("top_p", 0, 1, (-0.1, 1.1)),
+        ("top_k", 0, 1000, (-2, 1.5)),
         ("repetition_penalty", 0.1, 10, (0, 10.1)),
         ("frequency_penalty", -2, 2, (-2.1, 2.1)),
         ("presence_penalty", -2, 2, (-2.1, 2.1)),
@@ -299,12 +305,15 @@ def test_every_sampling_field_reaches_the_model():
     assert wanted.items() <= sampling(**fields).items()
     assert sampling(logprobs=True)["logprobs"] == 0
     assert sampling(logprobs=False, top_logprobs=3)["logprobs"] is None
+    assert sampling(top_k=-1)["top_k"] == 0 and sampling(ignore_eos=True)["ignore_end"] is True
 
 
-def test_an_image_url_may_be_a_string():
+@pytest.mark.parametrize("detail", [None, "high", "original", ""])
+def test_an_image_url_may_be_a_string_and_its_detail_any(detail):
     client = Client()
     url = data_url(make_image())
-    assert client.chat(ask(words("hi"), {"type": "image_url", "image_url": url})).status_code == 200
+    image_url = url if detail is None else {"url": url, "detail": detail}
+    assert client.chat(ask(words("hi"), {"type": "image_url", "image_url": image_url})).status_code == 200
     (image,) = client.backend.jobs[0].messages[0].images
     assert (image.width, image.height) == (60, 40)
 

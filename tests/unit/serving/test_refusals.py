@@ -48,7 +48,7 @@ from tinygptv.data.conversation import ChatImage, ChatMessage
         ),
         ({"temperature": -1}, 400, "temperature"),
         ({"temperature": "hot"}, 400, "temperature"),
-        ({"top_p": 0}, 400, "top_p"),
+        ({"top_p": 1.5}, 400, "top_p"),
         ({"n": 2}, 400, "n"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"stop": [""]}, 400, "stop"),

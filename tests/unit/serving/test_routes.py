@@ -13,6 +13,7 @@ from pipelines.serving.backend import ModelInfo, ReplicaStats
 from pipelines.serving.metrics import ENGINE_COUNTERS, ENGINE_GAUGES, Metrics
 from pipelines.settings import ServeSettings
 from tests.serving_api import CHAT, Client, FakeBackend, TimedClient, ask, words
+from tinygptv import __version__
 
 
 def error_of(response):
@@ -137,19 +138,21 @@ def test_the_schema_names_the_served_model_and_each_refusal():
     client = Client(model_name="name")
     for _ in range(2):
         schema = client.request("GET", "/openapi.json").json()
-    assert schema["info"]["title"] == "TinyGPT-V"
+    assert (schema["info"]["title"], schema["info"]["version"]) == ("TinyGPT-V", __version__)
     request = schema["components"]["schemas"]["ChatRequest"]
     assert request["properties"]["model"]["enum"] == ["name"] and "$defs" not in request
     chat = schema["paths"][CHAT]["post"]
     assert chat["requestBody"]["required"] is True
-    told = {"200", "400", "401", "404", "408", "413", "429", "500", "503", "504"}
+    told = {"200", "400", "401", "404", "408", "413", "415", "429", "500", "503", "504"}
     assert set(chat["responses"]) == told == {"200", *map(str, ERRORS)}
     ok = chat["responses"]["200"]["content"]["application/json"]["schema"]
     assert ok["$ref"].endswith("/ChatCompletion")
+    assert chat["responses"]["200"]["content"]["text/event-stream"]["schema"] == {"type": "string"}
     body = chat["responses"]["429"]
     words = {
         "400": "is wrong", "401": "API key", "404": "no such model", "408": "too slowly", "413": "too large",
-        "429": "too many requests; see Retry-After", "500": "failed", "503": "not available", "504": "too long",
+        "415": "compressed", "429": "too many requests; see Retry-After", "500": "failed",
+        "503": "not available", "504": "too long",
     }  # fmt: skip
     for status, text in words.items():
         assert text in chat["responses"][status]["description"]
