@@ -138,7 +138,7 @@ def log_with_serve() -> None:
     """Have our loggers write to Serve's file of this process, with time and request; else it has nothing of theirs."""
     for package in ("pipelines", "tinygptv"):
         log = logging.getLogger(package)
-        log.handlers = logging.getLogger(SERVE_LOGGER_NAME).handlers  # the list itself: Serve may fill it anew
+        log.handlers = logging.getLogger(SERVE_LOGGER_NAME).handlers  # the list itself: Serve may refill it
         log.setLevel(logging.INFO)
 
 

@@ -387,7 +387,7 @@ def test_what_a_replica_logs_is_in_the_file_of_ray_serve(monkeypatch, own_handle
     make()
     kept, handler = [], logging.Handler()
     handler.emit = lambda record: kept.append(record.getMessage())
-    logging.getLogger("ray.serve").addHandler(handler)  # Serve fills its list anew where its settings change
+    logging.getLogger("ray.serve").addHandler(handler)  # as Serve does where its settings change
     logging.getLogger("pipelines.serving.body").info("ignored")
     logging.getLogger("tinygptv.inference.engine").info("failed")
     assert kept == ["ignored", "failed"]
