@@ -67,7 +67,8 @@ def run_stage_main(number: int, argv: Sequence[str] | None, description: str) ->
     settings = TrainSettings.from_command_line(argv, description)
 
     def work() -> None:
-        from pipelines.training.run import dry_run, print_result, run_stage
+        from pipelines.training.result import print_result
+        from pipelines.training.run import dry_run, run_stage
 
         if settings.dry_run:
             print(dry_run(settings, number))

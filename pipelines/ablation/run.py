@@ -81,7 +81,7 @@ def ablate(settings: AblateSettings) -> AblationResult:
 
     Raises:
         OtherInputsError: the output holds an ablation, or a stage or score of it, of other inputs.
-        SettingsError: a variant, stage or setting cannot be used.
+        SettingsError: a variant, stage or setting cannot be used, or another run is writing there.
     """
     started = time.perf_counter()
     variants = [
@@ -93,6 +93,17 @@ def ablate(settings: AblateSettings) -> AblationResult:
     _refuse_unusable_inputs(settings, variants, stages)
     work = storage.WorkFolder(settings.output_location("outputs/ablation"))
     storage.check_access(work.location, writes=True)
+    with storage.alone(work.uri()):
+        return _run_matrix(settings, variants, stages, work, started)
+
+
+def _run_matrix(
+    settings: AblateSettings,
+    variants: Sequence[Variant],
+    stages: Sequence[Stage],
+    work: storage.WorkFolder,
+    started: float,
+) -> AblationResult:
     output = work.path
     claim(
         work.uri(),

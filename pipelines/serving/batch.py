@@ -114,7 +114,8 @@ def run_batch(settings: BatchSettings, backend: Backend | None = None) -> BatchR
         Counts; answers are in ``answers.jsonl`` of the output folder, in the order in which they were finished.
 
     Raises:
-        SettingsError: the input is missing, or the output has answers of another model or other settings.
+        SettingsError: the input is missing, or the output has answers of another model or other settings, or another
+            run is writing there.
     """
     started = time.perf_counter()
     source = storage.Location.parse(settings.input)
@@ -132,10 +133,10 @@ def run_batch(settings: BatchSettings, backend: Backend | None = None) -> BatchR
         artifact=checkpoint_digest(artifact),
         settings={name: getattr(settings, name) for name in CHANGES_ANSWERS},
     )
-    claim(work.uri(), fingerprint, [ANSWERS, RESULT], overwrite=settings.overwrite, inputs=[source.uri])
-    work.fetch(ANSWERS)
     answers = work.path / ANSWERS
-    with _local_file(source) as path:
+    with storage.alone(work.uri()), _local_file(source) as path:
+        claim(work.uri(), fingerprint, [ANSWERS, RESULT], overwrite=settings.overwrite, inputs=[source.uri])
+        work.fetch(ANSWERS)
         requests = list(read_requests(path))
         _refuse_no_requests(settings.input, requests)
         done = finished_answers(answers)

@@ -6,7 +6,7 @@ What people and settings give is text; it is parsed once (``Location.parse``). N
 the path of a ``Location``, so that no name in a file can change the address that is contacted.
 """
 
-from pipelines.storage.cache_folder import CACHE_VARIABLE, default_cache, locked, secure_folder
+from pipelines.storage.cache_folder import CACHE_VARIABLE, LOCK, alone, default_cache, locked, secure_folder
 from pipelines.storage.files import (
     COPY_BYTES,
     DRAFT_ENDING,
@@ -49,6 +49,7 @@ __all__ = [
     "CACHE_VARIABLE",
     "COPY_BYTES",
     "DRAFT_ENDING",
+    "LOCK",
     "AtomicFile",
     "DamagedFileError",
     "DiskFullError",
@@ -57,6 +58,7 @@ __all__ = [
     "StorageError",
     "WorkFolder",
     "absolute",
+    "alone",
     "check_access",
     "compression_of",
     "copy_tree",

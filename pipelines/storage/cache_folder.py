@@ -1,8 +1,9 @@
-"""The node's cache of what lies in buckets: a private folder on this machine's disk, and locks between its users."""
+"""The node's cache of what lies in buckets: a private folder on this machine's disk, and locks between processes."""
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import stat
 import tempfile
@@ -12,8 +13,14 @@ from pathlib import Path
 
 from pipelines.settings import SettingsError
 from pipelines.settings.folders import make_local_folder
+from pipelines.storage.location import Location
+
+logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "TINYGPTV_CACHE"
+
+LOCK = ".lock"
+"""File of an output folder that a run holds while it writes there."""
 
 
 def default_cache() -> Path:
@@ -40,21 +47,45 @@ def secure_folder(folder: Path) -> Path:
 
 
 @contextmanager
-def locked(path: Path, busy: str = "") -> Iterator[None]:
+def locked(path: Path, busy: str = "", mode: int = 0o600) -> Iterator[None]:
     """Have a lock file for this process alone while the block runs. A dead process holds none.
 
     Args:
         path: of the lock file; made where it is missing.
         busy: sentence of the error where another process has it; empty waits for it.
+        mode: rights of a new file.
 
     Raises:
         SettingsError: another process has it.
     """
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "w") as lock:
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, mode), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-        except OSError as error:
+        except BlockingIOError as error:
+            raise SettingsError(busy) from error
+        except OSError as error:  # some network and FUSE file systems have no locks
             if not busy:
                 raise
-            raise SettingsError(busy) from error
+            logger.warning("%s cannot be locked (%s): see to it that no other process writes there.", path, error)
+        yield
+
+
+@contextmanager
+def alone(output: str) -> Iterator[None]:
+    """Keep other runs from writing into an output folder while the block runs; buckets have no locks.
+
+    Args:
+        output: folder, made where it is missing; or a URI.
+
+    Raises:
+        SettingsError: another run has it, or it cannot be made.
+    """
+    location = Location.parse(output)
+    if not location.is_local:
+        yield
+        return
+    folder = Path(location.path)
+    make_local_folder(folder, "output", "Give another output=.")
+    busy = f"another run is writing into output={location.path!r}: wait for it, or choose another."
+    with locked(folder / LOCK, busy, mode=0o666):  # less the umask: those who share the folder share the lock
         yield

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,15 +94,22 @@ DRIVER_FILES = ("run.json", "result.json", "unsent.jsonl")
 """Those that the driver reads again when the same command is run once more."""
 
 
-def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, storage.WorkFolder]:
+def resolve_job(
+    settings: TrainSettings, number: int, locks: ExitStack | None = None
+) -> tuple[TrainJob, storage.WorkFolder]:
     """Check everything that can be checked before work starts, and resolve what must be the same for every worker.
+
+    Args:
+        settings: where and how large.
+        number: of the stage.
+        locks: keeps other runs from the folders that are claimed until it is closed; None keeps none.
 
     Returns:
         The job, and the driver's side of its output folder.
 
     Raises:
         OtherInputsError: the output folder, or ``storage_path``, holds a run of other inputs.
-        SettingsError: a setting cannot be used.
+        SettingsError: a setting cannot be used, or another run is writing there.
         CheckpointError: the start is no checkpoint.
         FeatureError: cached features are missing.
         FileNotFoundError: data is missing.
@@ -131,6 +139,8 @@ def resolve_job(settings: TrainSettings, number: int) -> tuple[TrainJob, storage
     job = TrainJob(settings, stage, plan, num_steps, output)
     fingerprint = training_fingerprint(settings, stage, start, {name: s.manifest.digest for name, s in shards.items()})
     for folder in dict.fromkeys((job.storage, job.output)):
+        if locks is not None:
+            locks.enter_context(storage.alone(folder))
         claim(folder, fingerprint, RESULTS, overwrite=settings.overwrite, inputs=given)
     work = storage.WorkFolder(output)
     work.fetch(*DRIVER_FILES)

@@ -127,3 +127,17 @@ def read_result(output: Path) -> StageResult | None:
         return WorkerResult.from_dict(cast(WorkerRecord, values)).to_stage_result(location, values["seconds"])
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
+
+
+def print_result(result: StageResult) -> None:
+    """The closing lines of a stage's job; the last one is the path of result.json."""
+    print(
+        f"loss {result['first_loss']:.3f} -> {result['last_loss']:.3f} in {result['steps']} steps, "
+        f"{result['seconds']:.0f} s"
+    )
+    if held_out := result["held_out"]:
+        print(
+            f"held-out loss {held_out['first']:.3f} -> {held_out['last']:.3f}, least {held_out['best']:.3f} after step "
+            f"{held_out['best_step']}; the checkpoint is of step {held_out['checkpoint_step']}"
+        )
+    print(f"checkpoint: {result['checkpoint']}\n{result['result']}")

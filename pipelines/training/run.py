@@ -10,7 +10,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,8 +79,13 @@ def run_stage(settings: TrainSettings, number: int, *, parent_run_id: str = "") 
         TrainingStopped: the guard stopped.
     """
     started = time.perf_counter()
-    job, work = resolve_job(settings, number)
-    output = work.path
+    with ExitStack() as locks:
+        job, work = resolve_job(settings, number, locks)
+        return _run_job(job, work, parent_run_id, started)
+
+
+def _run_job(job: TrainJob, work: storage.WorkFolder, parent_run_id: str, started: float) -> StageResult:
+    settings, number, output = job.settings, job.stage.number, work.path
     _refuse_shorter_run(job, output)
     finished = _finished_result(output, job.num_steps)
     if finished:
@@ -380,17 +385,3 @@ def _send_unsent(job: TrainJob, output: Path) -> None:
 
 def _continue_tracker(job: TrainJob, output: Path, parent_run_id: str = "") -> Tracker:
     return continue_tracker(job.settings, job.title, output, parent_run_id=parent_run_id)
-
-
-def print_result(result: StageResult) -> None:
-    """The closing lines of a stage's job; the last one is the path of result.json."""
-    print(
-        f"loss {result['first_loss']:.3f} -> {result['last_loss']:.3f} in {result['steps']} steps, "
-        f"{result['seconds']:.0f} s"
-    )
-    if held_out := result["held_out"]:
-        print(
-            f"held-out loss {held_out['first']:.3f} -> {held_out['last']:.3f}, least {held_out['best']:.3f} after step "
-            f"{held_out['best_step']}; the checkpoint is of step {held_out['checkpoint_step']}"
-        )
-    print(f"checkpoint: {result['checkpoint']}\n{result['result']}")

@@ -97,7 +97,7 @@ def test_a_stage_is_trained_or_only_shown(monkeypatch, capsys, dry_run):
     done = []
     monkeypatch.setattr(run, "run_stage", lambda settings, number: done.append(number) or {"n": number})
     monkeypatch.setattr(run, "dry_run", lambda settings, number: f"plan of {number}")
-    monkeypatch.setattr(run, "print_result", lambda result: print(f"result {result['n']}"))
+    monkeypatch.setattr("pipelines.training.result.print_result", lambda result: print(f"result {result['n']}"))
     assert cli.run_stage_main(3, [f"dry_run={str(dry_run).lower()}"], "x") == 0
     assert capsys.readouterr().out == ("plan of 3\n" if dry_run else "result 3\n") and done == ([] if dry_run else [3])
     assert logging.getLogger("pipelines") is not None
@@ -162,7 +162,7 @@ def test_a_stage_gets_its_settings_and_its_help_says_what_it_does(monkeypatch, c
 
     done = []
     monkeypatch.setattr(run, "run_stage", lambda settings, number: done.append((settings.data, number)))
-    monkeypatch.setattr(run, "print_result", done.append)
+    monkeypatch.setattr("pipelines.training.result.print_result", done.append)
     assert cli.run_stage_main(2, ["data=x"], "what it does") == 0 and done == [("x", 2), None]
     with pytest.raises(SystemExit):
         cli.run_stage_main(2, ["--help"], "what it does")

@@ -83,7 +83,7 @@ def test_a_stages_script_trains_that_stage(monkeypatch, capsys, number):
 
     trained = []
     monkeypatch.setattr(run, "run_stage", lambda settings, stage: trained.append((type(settings), stage)))
-    monkeypatch.setattr(run, "print_result", lambda result: None)
+    monkeypatch.setattr("pipelines.training.result.print_result", lambda result: None)
     assert job(f"stage{number}")(["data=x"]) == 0
     assert trained == [(TrainSettings, number)]
 

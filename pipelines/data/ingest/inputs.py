@@ -20,7 +20,6 @@ from pipelines.settings import PrepareDataSettings, SettingsError
 
 INPUTS = "inputs.json"
 STAGING = "_staging"
-LOCK = ".lock"
 QUARANTINE = "quarantine.jsonl"
 
 _MOST_MISSING = 1000
@@ -110,7 +109,7 @@ def check_output(output: str, now: SetInputs, *, replaces_other: bool) -> None:
         SettingsError: it is refused.
     """
     names = {*storage.list_names(output), *storage.list_folders(output)}
-    names = {name for name in names if name != LOCK and not name.endswith(storage.DRAFT_ENDING)}
+    names = {name for name in names if name != storage.LOCK and not name.endswith(storage.DRAFT_ENDING)}
     if names and not (names & {INPUTS, STAGING, QUARANTINE}) and not _is_shard_set(output):
         raise SettingsError(
             f"output={output!r} holds other files, e.g. {sorted(names)[0]!r}, and no prepared data: choose an empty or "

@@ -24,7 +24,7 @@ from typing import TypedDict
 
 from pipelines import storage
 from pipelines.cluster import start_ray
-from pipelines.data.ingest.inputs import INPUTS, LOCK, QUARANTINE, STAGING, SetInputs, check_output
+from pipelines.data.ingest.inputs import INPUTS, QUARANTINE, STAGING, SetInputs, check_output
 from pipelines.data.ingest.lists import NEAR_DUPLICATES, REMOVED, Staging
 from pipelines.data.ingest.publish import NothingKeptError, ShardPlan, publish, write_shard
 from pipelines.data.ingest.report import REPORT_HTML, REPORT_JSON
@@ -100,7 +100,7 @@ def ingest(settings: PrepareDataSettings, *, parent_run_id: str = "", replaces_o
     inputs = SetInputs.of(source_input, units, settings)
     output = _output_folder(settings, source_input.name)
     storage.make_folder(output)
-    with _alone(output):
+    with storage.alone(output):
         check_output(output, inputs, replaces_other=replaces_other or settings.overwrite)
         storage.remove_drafts(output)
         counts = None if settings.overwrite else _finished_before(output, inputs)
@@ -263,14 +263,3 @@ def _unreadable_as_error() -> Iterator[None]:
         yield
     except OSError as error:
         raise UnreadableError(f"{error}; finished parts are kept: run the same command again to resume.") from error
-
-
-@contextmanager
-def _alone(output: str) -> Iterator[None]:
-    """Keep two runs from writing into one local folder."""
-    if not storage.is_local(output):
-        yield
-        return
-    busy = f"another run is writing into output={output!r}: wait for it, or choose another."
-    with storage.locked(Path(storage.resolve(output)[1], LOCK), busy):
-        yield

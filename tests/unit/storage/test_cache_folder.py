@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import tempfile
@@ -9,7 +10,7 @@ import tempfile
 import pytest
 
 from pipelines.settings import SettingsError
-from pipelines.storage import CACHE_VARIABLE, default_cache, locked, secure_folder
+from pipelines.storage import CACHE_VARIABLE, LOCK, alone, default_cache, locked, secure_folder
 
 
 def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
@@ -60,6 +61,28 @@ def test_a_lock_is_refused_while_it_is_held(tmp_path):
         pass
     with locked(path, "busy"):
         assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_run_has_its_output_folder_alone(tmp_path):
+    folder = tmp_path / "made" / "here"
+    with alone(str(folder)):
+        with pytest.raises(SettingsError, match=f"another run is writing into output='{folder}': wait for it, or"):
+            alone(f"file://{folder}").__enter__()
+        with alone(str(tmp_path / "made")), alone("memory://bucket/out"), alone("memory://bucket/out"):
+            pass
+    with alone(str(folder)):
+        assert [path.name for path in folder.iterdir()] == [LOCK]
+
+
+def test_a_disk_without_locks_keeps_nobody_from_writing(tmp_path, monkeypatch, caplog):
+    """Some network and FUSE file systems have none."""
+
+    def no_locks(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with alone(str(tmp_path)):
+        assert f"{tmp_path / LOCK} cannot be locked ([Errno {errno.ENOLCK}] No locks available)" in caplog.text
 
 
 def test_a_lock_that_waits_tells_the_disks_error_as_it_is(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from safetensors import SafetensorError
 
 from pipelines.miniature.tiny_training import train_settings
-from pipelines.storage import DiskFullError, disk_full_as_error
+from pipelines.storage import LOCK, DiskFullError, disk_full_as_error
 from pipelines.storage.files import AtomicFile
 from pipelines.training import worker
 from pipelines.training.plots import loss_curve
@@ -21,7 +21,8 @@ pytestmark = pytest.mark.security
 
 
 def leftovers(output):
-    return [path for path in output.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
+    found = [path for path in output.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
+    return [path for path in found if path.name != LOCK]
 
 
 def full(*arguments, **more):

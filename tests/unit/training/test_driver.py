@@ -66,7 +66,7 @@ def staged(tmp_path, monkeypatch):
             yield
             notes.append("followed")
 
-        monkeypatch.setattr(module, "resolve_job", lambda *given: given == (job.settings, 4) and (job, work))
+        monkeypatch.setattr(module, "resolve_job", lambda *given: given[:2] == (job.settings, 4) and (job, work))
         monkeypatch.setattr(module, "_refuse_shorter_run", note("refuse"))
         monkeypatch.setattr(module, "_finished_result", lambda *given: notes.append(given) or finished)
         monkeypatch.setattr(module, "_send_unsent", note("unsent"))

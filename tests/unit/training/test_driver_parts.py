@@ -14,7 +14,7 @@ from pipelines.settings import SettingsError
 from pipelines.training import run as module
 from pipelines.training.guard import TrainingStopped
 from pipelines.training.record import WORKER_FILES
-from pipelines.training.result import WorkerResult
+from pipelines.training.result import WorkerResult, print_result
 from tests.unit.training.test_driver import job_of
 
 
@@ -150,10 +150,10 @@ def test_a_run_of_more_steps_is_refused_with_their_number(tmp_path, monkeypatch,
 
 def test_the_last_lines_of_a_job(capsys):
     result = WorkerResult("/checkpoint", 3.14159, 2.0, 12).to_stage_result("/out/result.json", 61.6)
-    module.print_result(result)
+    print_result(result)
     plain = "loss 3.142 -> 2.000 in 12 steps, 62 s\n", "checkpoint: /checkpoint\n/out/result.json\n"
     assert capsys.readouterr().out == "".join(plain)
     held = {"first": 3.0, "last": 2.5, "best": 2.25, "best_step": 8, "checkpoint_step": 4}
-    module.print_result({**result, "held_out": held})
+    print_result({**result, "held_out": held})
     line = "held-out loss 3.000 -> 2.500, least 2.250 after step 8; the checkpoint is of step 4\n"
     assert capsys.readouterr().out == plain[0] + line + plain[1]

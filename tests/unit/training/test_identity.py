@@ -8,6 +8,7 @@ import shutil
 import pytest
 import yaml
 
+from pipelines import storage
 from pipelines.fingerprint import FINGERPRINT_FILE, OtherInputsError
 from pipelines.miniature.tiny_training import STAGE, make_rows, train_settings, write_shard_set
 from pipelines.settings import SettingsError
@@ -114,6 +115,18 @@ def test_overwrite_begins_again(world, output):
     assert not list((output / "states").glob("step-*")) and (output / "notes.txt").is_file()
     assert json.loads((output / FINGERPRINT_FILE).read_text())["seed"] == 7
     assert yaml.safe_load((output / "config.yaml").read_text())["seed"] == 7
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_runs_at_once_do_not_share_a_folder(world, output, tmp_path, shared):
+    """They would drop each other's records and states; ``overwrite`` would remove what the other one is writing."""
+    changes = {"storage_path": str(output), "output": str(tmp_path / "driver")} if shared else {"output": str(output)}
+    settings = train_settings(world, output, max_steps=4, overwrite=True).model_copy(update=changes)
+    before = contents(output)
+    with storage.alone(str(output)), pytest.raises(SettingsError, match="another run is writing into output="):
+        run_stage(settings, 4)
+    assert contents(output) == before
+    assert run_stage(settings, 4)["steps"] == 4, "the lock is gone with the run"
 
 
 def test_fewer_steps_than_were_done_are_refused(world, output):

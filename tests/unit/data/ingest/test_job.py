@@ -372,7 +372,7 @@ def test_order_of_the_units_does_not_show(tmp_path, monkeypatch):
 def test_two_runs_do_not_share_a_folder(tmp_path):
     write_messy_tars(tmp_path)
     (tmp_path / "out").mkdir()
-    with ingest_module._alone(str(tmp_path / "out")), pytest.raises(SettingsError, match="another run"):
+    with ingest_module.storage.alone(str(tmp_path / "out")), pytest.raises(SettingsError, match="another run"):
         ingest(settings(tmp_path))
 
 

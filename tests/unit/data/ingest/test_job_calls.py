@@ -90,7 +90,7 @@ def test_a_finished_set_is_returned_and_every_other_is_prepared(
 
     monkeypatch.setattr(job, "locate", lambda asked: (Source("pair", reader), SOURCE))
     monkeypatch.setattr(job, "_output_folder", lambda asked, name: output if (asked, name) == (given, "mine") else "")
-    monkeypatch.setattr(job, "_alone", alone)
+    monkeypatch.setattr(storage, "alone", alone)
     monkeypatch.setattr(storage, "remove_folder", lambda at: done.append(("remove", at)))
     monkeypatch.setattr(storage, "remove_drafts", lambda at: done.append(("drafts", at)))
     note("check_output")
