@@ -4,6 +4,7 @@ r"""Entries of annotation files, whatever their form: what is in the file decide
     member    {"info": .., "annotations": [{..}]}     entries of one list in an object
     members   {"id": {..}, "id": {..}}                an object's own members; their keys are the entries' keys
     lines     {..}\n{..}\n                            JSON lines; entries are called by the number of their line
+    objects   {\n..\n}\n{\n..\n}                      entries over several lines each, without a list around them
 
 Plain files are cut into slices that workers read on their own. Files that are compressed, or encoded as UTF-16 or
 UTF-32, are read from their start, as one unit.
@@ -22,9 +23,9 @@ from typing import Any, BinaryIO, Literal, cast
 
 from pipelines import storage
 from pipelines.data.sources.base import ENTRIES_PER_UNIT, Rejected, SourceInput, SourceUnit, shorten
-from pipelines.data.sources.json_items import Item, JsonDamage, iterate_items, outline, split_items
+from pipelines.data.sources.json_items import Item, JsonDamage, iterate_items, iterate_objects, outline, split_items
+from pipelines.data.sources.json_rows import first_value, is_container, is_row
 from pipelines.settings import SettingsError
-from tinygptv.json_object import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ _ENCODINGS = (
 _LISTS = ("data", "annotations", "rows", "samples", "items", "examples", "entries", "questions", "train")
 """Names of the list of entries, where an object holds several lists."""
 
-Kind = Literal["list", "member", "members", "lines"]
+Kind = Literal["list", "member", "members", "lines", "objects"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ def detect_form(file: storage.FoundFile, member: str = "", row_fields: Collectio
             f"{file.location} does not start as JSON with a list or an object of entries "
             f"but with {shorten(text[:20].decode('latin-1'))!r}; {hint or 'is it the right file?'}"
         )
+    if is_row(first_value(text), row_fields):
+        return JsonForm("objects", is_packed=is_packed)
     with open_entries(file.location) as stream:
         members = outline(stream)
     return replace(_form_of_object(file, members, member), is_packed=is_packed)
@@ -124,17 +127,11 @@ def _is_lines(name: str, text: bytes, is_whole: bool, row_fields: Collection[str
     if isinstance(value, dict):
         if rest.strip() or not is_whole:
             return named_so or rest.lstrip()[:1] == b"{"
-        return bool(set(value) & set(row_fields)) or (named_so and not _is_container(value))
+        return is_row(value, row_fields) or (named_so and not is_container(value))
     if not named_so:
         return False
     opened = first.rstrip()[-1:] in (b"{", b"[", b",")  # an object written over several lines
     return not (text[:1] == b"{" and newline and opened)
-
-
-def _is_container(value: JsonObject) -> bool:
-    """Whether an object holds rows, and is none itself."""
-    has_list = any(isinstance(item, list) and item and isinstance(item[0], dict) for item in value.values())
-    return has_list or (bool(value) and all(isinstance(item, dict) for item in value.values()))
 
 
 def plain_name(name: str) -> str:
@@ -210,7 +207,7 @@ def plan_entries(
     first, damage = 0, ""
     waiting: list[Item] = []
     with open_entries(file.location) as stream:
-        items = iterate_items(stream, form.member)
+        items = _iterate(stream, form)
         while True:
             try:
                 item = next(items, None)
@@ -233,6 +230,12 @@ def plan_entries(
         yield SourceUnit.of_file(source, file, JsonDetails(form, extra, damage))
 
 
+def _iterate(stream: BinaryIO, form: JsonForm, *, keep_data: bool = False) -> Iterator[Item]:
+    if form.kind == "objects":
+        return iterate_objects(stream, keep_data=keep_data)
+    return iterate_items(stream, form.member, keep_data=keep_data)
+
+
 def _all_items(file: storage.FoundFile, form: JsonForm) -> list[Item]:
     found: list[Item] = []
     try:
@@ -240,7 +243,7 @@ def _all_items(file: storage.FoundFile, form: JsonForm) -> list[Item]:
             if form.kind == "lines":
                 found += (Item(0, 0, 0, None, _parsed(line)) for line in _lines(stream))
             else:
-                found += iterate_items(stream, form.member)
+                found += _iterate(stream, form)
     except (JsonDamage, storage.DamagedFileError):
         pass  # reported when the entries are read
     return found
@@ -284,8 +287,7 @@ def read_entries(unit: SourceUnit) -> Iterator[tuple[str, Any]]:
         if details.form.kind == "lines":
             yield from _decode_lines(unit, data.split(b"\n"), unit.first + 1)
         else:
-            keyed = details.form.kind == "members"
-            items = split_items(data, unit.start, keyed=keyed)
+            items = split_items(data, unit.start, details.form.kind)
             start = unit.start
             yield from _decode_items(unit, items, lambda item: data[item.value_start - start : item.stop - start])
 
@@ -297,7 +299,7 @@ def _read_packed(unit: SourceUnit, form: JsonForm) -> Iterator[tuple[str, Any]]:
             if form.kind == "lines":
                 yield from _decode_lines(unit, _lines(stream), 1)
             else:
-                items = iterate_items(stream, form.member, keep_data=True)
+                items = _iterate(stream, form, keep_data=True)
                 yield from _decode_items(unit, items, lambda item: item.data)
     except JsonDamage as error:
         yield "", Rejected("", unit.shard, str(error))

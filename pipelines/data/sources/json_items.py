@@ -91,10 +91,28 @@ def iterate_items(stream: BinaryIO, member: str = "", *, keep_data: bool = False
         opening = scanner.next_mark()
 
 
-def split_items(data: bytes, first_byte: int, *, keyed: bool) -> Iterator[Item]:
-    """Entries of a slice that ``iterate_items`` found whole, without the brackets around them."""
+def iterate_objects(stream: BinaryIO, *, keep_data: bool = False) -> Iterator[Item]:
+    """Entries that follow each other without a list around them, over any number of lines, as ``jq`` writes them.
+
+    Raises:
+        JsonDamage: the rest cannot be read.
+    """
+    yield from _Scanner(stream, keep_data=keep_data).objects()
+
+
+def split_items(data: bytes, first_byte: int, kind: str) -> Iterator[Item]:
+    """Entries of a slice that was found whole, without the brackets around them.
+
+    Args:
+        data: the slice.
+        first_byte: of it in the file.
+        kind: ``members`` of an object, ``objects`` without a list, or those of a list.
+    """
     scanner = _Scanner(None, data.decode("latin-1"), first_byte)
-    yield from scanner.members(closed=False) if keyed else scanner.elements(closed=False)
+    if kind == "objects":
+        yield from scanner.objects()
+    else:
+        yield from scanner.members(closed=False) if kind == "members" else scanner.elements(closed=False)
 
 
 def outline(stream: BinaryIO) -> dict[str, str]:
@@ -229,6 +247,15 @@ class _Scanner:
             if not self.comma("}", closed=closed):
                 return
         self._close("}", closed=closed)
+
+    def objects(self) -> Iterator[Item]:
+        """Entries on top, one after the other; a comma between them is passed over."""
+        while self.peek_mark():
+            start, stop, value = self.value()
+            yield self._item(start, stop, start, None, value)
+            self.forget()
+            if self.peek_mark() == ",":
+                self.next_mark()
 
     def _item(self, start: int, stop: int, value_start: int, key: str | None, value: Any) -> Item:
         data = self.text[value_start - self.base : stop - self.base].encode("latin-1") if self.keep_data else b""

@@ -110,10 +110,13 @@ def _answers(fields: Mapping[str, Any]) -> tuple[str, ...]:
         return (text_of(fields, "answer"),)
     answers = fields["answers"]
     # An object of lists, as `datasets` may store a list of objects, would give the names of its fields as answers.
-    is_list = isinstance(answers, Sequence) and not isinstance(answers, str | bytes)
-    if not is_list or not all(isinstance(answer, str) for answer in answers):
+    if not isinstance(answers, Sequence) or isinstance(answers, str | bytes):
         raise Malformed("answers is not a list of texts")
-    return tuple(answers)
+    texts = tuple(answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers)
+    found = tuple(text for text in texts if isinstance(text, str))
+    if len(found) < len(texts):
+        raise Malformed("answers is not a list of texts")
+    return found
 
 
 def _own_box(box: Any) -> tuple[float, float, float, float]:
@@ -184,12 +187,18 @@ def _refuse_lost_image(fields: Mapping[str, Any]) -> None:
             "tars or folders beside it"
         )
     for name, value in fields.items():
-        if not value or not isinstance(name, str):
+        if _is_empty(value) or not isinstance(name, str):
             continue
         if name in _LINK_FIELDS:
             raise Malformed(f"the row has a link in {name!r} but no image: download it, and name the file in 'image'")
         if _NAMES_IMAGE.search(name):
             raise Malformed(f"the row has {name!r} but no 'image': name the image's file in 'image'")
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a field says nothing: also ``{"bytes": null, "path": null}``, which tables have for no image."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
+    return not value if parts is None else all(_is_empty(part) for part in parts)
 
 
 def read_own_row(unit: SourceUnit, fields: Any) -> Iterator[Draft]:

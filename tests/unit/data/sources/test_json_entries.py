@@ -21,6 +21,7 @@ from pipelines.data.sources import json_entries, json_items
 from pipelines.data.sources.base import Rejected, SourceInput, SourceUnit
 from pipelines.data.sources.drafts import Draft, read_drafts
 from pipelines.data.sources.json_entries import detect_form, plan_entries, read_entries
+from pipelines.data.sources.own_rows import ROW_FIELDS
 from pipelines.settings import SettingsError
 from tinygptv.data.sample import Turn
 
@@ -96,12 +97,35 @@ def test_escapes_survive_in_packed_files(tmp_path):
     assert found[0][1] == {"a": "\u4e2d \u4e2d \U0001f600 caf\u00e9"}
 
 
-def test_one_row_is_a_row_and_no_container(tmp_path):
-    row = {"image": "a.jpg", "conversations": [{"from": "human", "value": "q"}]}
-    found, _ = read(tmp_path / "own.json", json.dumps(row), row_fields=("conversations",))
-    assert [entry for _, entry in found] == [row]
-    found, _ = read(tmp_path / "one.jsonl", json.dumps({"a": 1}))
-    assert [entry for _, entry in found] == [{"a": 1}]
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_row_is_a_row_and_no_container(tmp_path, indent):
+    """A row over several lines was taken for a container: its turns became rows of their own, without its image."""
+    for row in (
+        {"image": "a.jpg", "conversations": [{"from": "human", "value": "q"}]},
+        {"image": "a.jpg", "turns": [{"question": "q", "answers": ["a"]}]},
+        {"caption": "q", "objects": [{"name": "cat"}]},
+    ):
+        found, _ = read(tmp_path / "own.json", json.dumps(row, indent=indent), row_fields=ROW_FIELDS)
+        assert [entry for _, entry in found] == [row]
+    rows = [{"image": "a.jpg", "conversations": [{"from": "human", "value": "q"}]}]
+    for container in ({"description": "mine", "rows": rows}, {"conversations": rows}):
+        found, _ = read(tmp_path / "own.json", json.dumps(container, indent=indent), row_fields=ROW_FIELDS)
+        assert [entry for _, entry in found] == rows
+    if not indent:
+        found, _ = read(tmp_path / "one.jsonl", json.dumps({"a": 1}))
+        assert [entry for _, entry in found] == [{"a": 1}]
+
+
+@pytest.mark.parametrize("name", ["own.json", "own.jsonl", "own.json.gz"])
+@pytest.mark.parametrize(("joint", "indent"), [("\n", 1), (",\n", 2), (",\n", None), ("", 1), ("\r\n\r\n", 4)])
+def test_rows_without_a_list_around_them(tmp_path, name, joint, indent):
+    text = joint.join(json.dumps(entry, indent=indent, ensure_ascii=False) for entry in ENTRIES)
+    data = text.encode()
+    found, units = read(tmp_path / name, gzip.compress(data) if name.endswith("gz") else data, row_fields=("text",))
+    assert [(key, entry) for key, entry in found] == [(str(n), entry) for n, entry in enumerate(ENTRIES)]
+    assert units == (1 if name.endswith("gz") else 3)
+    found, _ = read(tmp_path / name, text[:-20], row_fields=("text",))
+    assert [entry for _, entry in found[:-1]] == ENTRIES[:-1] and isinstance(found[-1][1], Rejected)
 
 
 @pytest.mark.security

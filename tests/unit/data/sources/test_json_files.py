@@ -50,7 +50,7 @@ def test_object_items_keep_their_keys_and_slices_can_be_split_again(values):
     if not found:
         return
     start, stop = found[0].start, found[-1].stop
-    again = list(split_items(data[start:stop], start, keyed=True))
+    again = list(split_items(data[start:stop], start, "members"))
     assert [(item.key, item.start, item.stop) for item in again] == [
         (item.key, item.start, item.stop) for item in found
     ]

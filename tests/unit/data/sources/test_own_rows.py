@@ -44,7 +44,7 @@ NO_FIELDS = "no turns, conversations, messages, conversation, texts, question, c
         ({"photo": ["a", None, "b", "c"], "caption": "x"}, "photo holds 3 images; a sample has one"),
         *(
             ({"question": "q", "answers": answers}, "answers is not a list of texts")
-            for answers in (["a", 3], "a", 3, b"a", {"text": ["a"], "start": [0]})
+            for answers in (["a", 3], "a", 3, b"a", {"text": ["a"], "start": [0]}, [{"text": "a"}], [{"answer": 3}])
         ),
         ({"turns": [5]}, "what should have 'question' is no object but int"),
         ({"caption": "x", "boxes": [[1, 2, 3]]}, "box [1, 2, 3] is not x1, y1, x2, y2"),
@@ -152,6 +152,17 @@ def test_failed_downloads_are_filtered(row, told):
     assert (str(removed.value), removed.value.filter) == (told, "not_downloaded")
     assert own_draft({"caption": "x", "status": "draft"}, "").task == "caption", "a status of one's own"
     assert "a link in 'url'" in refused(Malformed, own_draft, {"caption": "x", "url": "u", "status": 3}, "")
+
+
+def test_answers_may_be_as_the_hub_has_vqav2():
+    given = [{"answer": "yes", "answer_confidence": "maybe", "answer_id": 1}, {"answer": "no"}]
+    assert own_draft({"question": "q", "answers": given}, "").turns == (Turn("q", ("yes", "no")),)
+
+
+@pytest.mark.parametrize("empty", [None, {}, {"bytes": None, "path": None}, [], [None], [{"bytes": None, "path": ""}]])
+def test_a_table_has_many_ways_to_say_that_there_is_no_image(empty):
+    draft = own_draft({"image": empty, "question": "q", "answer": "a"}, "")
+    assert (draft.image, draft.task) == (None, "text")
 
 
 # ---------------------------------------------------------------- tables

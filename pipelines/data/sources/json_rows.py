@@ -1,0 +1,32 @@
+"""What a JSON object of a file is: a row, or a container of rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from typing import Any
+
+
+def first_value(text: bytes) -> Any:
+    """The first value of a text; None where it is not whole, or no JSON."""
+    with suppress(ValueError, RecursionError):
+        return json.JSONDecoder(strict=False).raw_decode(text.decode("utf-8", "replace"))[0]
+    return None
+
+
+def is_row(value: Any, row_fields: Collection[str]) -> bool:
+    """Whether a value is an entry: it has a field of one, and no list of objects that hold such lists themselves."""
+    if not isinstance(value, dict) or not (named := set(value) & set(row_fields)):
+        return False
+    nested = _lists_of_objects(value)
+    return not any(_lists_of_objects(items[0]) for items in nested) and (not nested or named != {"description"})
+
+
+def _lists_of_objects(value: Mapping[str, object]) -> list[list[Mapping[str, object]]]:
+    return [items for items in value.values() if isinstance(items, list) and items and isinstance(items[0], dict)]
+
+
+def is_container(value: Mapping[str, object]) -> bool:
+    """Whether an object holds rows, and is none itself."""
+    return bool(_lists_of_objects(value) or (value and all(isinstance(item, dict) for item in value.values())))
