@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import socket
 import threading
 import time
@@ -75,6 +76,11 @@ class Server:
             time.sleep(0.02)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
 
+    def cut_connections(self):
+        """As a network that fails does, or a server that is killed."""
+        for connection in list(self.server.server_state.connections):
+            connection.loop.call_soon_threadsafe(connection.transport.abort)
+
     def stop(self):
         self.server.should_exit = True
         self.thread.join(60)
@@ -116,6 +122,14 @@ def upload(page, width=WIDTH, height=HEIGHT):
     page.set_input_files("#file", {"name": "dog.png", "mimeType": "image/png", "buffer": data})
     page.wait_for_selector("#stage:not([hidden])")
     return data
+
+
+def upload_image(page, image, kind):
+    """Choose a PIL image, written in a format."""
+    file = io.BytesIO()
+    image.save(file, kind)
+    page.set_input_files("#file", {"name": "dog", "mimeType": f"image/{kind.lower()}", "buffer": file.getvalue()})
+    page.wait_for_selector("#stage:not([hidden])")
 
 
 def ask(page, text, task=""):

@@ -73,14 +73,20 @@ export async function* streamAnswer(body, signal) {
     if (choice?.delta.content) yield { text: choice.delta.content };
     if (choice?.finish_reason) yield { finishReason: choice.finish_reason, boxes: choice.delta.boxes ?? [] };
   }
-  throw new ApiError(500, "The connection ended in the middle of the answer.");
+  throw brokenOff();
+}
+
+function brokenOff() {
+  return new ApiError(0, "The connection ended in the middle of the answer.");
 }
 
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : brokenOff();
+    });
     if (done) return;
     const parts = (rest + value).split("\n\n");
     rest = parts.pop();

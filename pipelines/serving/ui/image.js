@@ -3,6 +3,7 @@
 const SVG = "http://www.w3.org/2000/svg";
 const LARGEST_SIDE = 2048; // more than the model can use; larger photographs are shrunk before they are sent
 const LARGEST_BYTES = 6_000_000;
+const SERVER_READS = ["image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", ""]; // browsers know more, such as AVIF
 
 export class ImageView {
   /** @param {{frame: HTMLElement, image: HTMLImageElement, overlay: SVGElement, onBox: (box: number[]|null) => void}} parts */
@@ -24,7 +25,7 @@ export class ImageView {
     return this.url !== "";
   }
 
-  /** Show a file; it is sent as it is, unless it is very large. Throws where the browser cannot read it. */
+  /** Show a file; it is sent as it is, unless it is very large or of a kind that only browsers read. Throws where the browser cannot. */
   async load(file, name) {
     let url = await readAsDataUrl(file);
     let bitmap;
@@ -35,11 +36,14 @@ export class ImageView {
     }
     let { width, height } = bitmap;
     const [fileWidth, fileHeight] = [width, height];
-    if (Math.max(width, height) > LARGEST_SIDE || file.size > LARGEST_BYTES) {
+    if (Math.max(width, height) > LARGEST_SIDE || file.size > LARGEST_BYTES || !SERVER_READS.includes(file.type)) {
       const scale = Math.min(1, LARGEST_SIDE / Math.max(width, height));
       [width, height] = [Math.round(width * scale), Math.round(height * scale)];
       const canvas = Object.assign(document.createElement("canvas"), { width, height });
-      canvas.getContext("2d").drawImage(bitmap, 0, 0, width, height);
+      const context = canvas.getContext("2d");
+      context.fillStyle = "#fff"; // what the server lays transparent images on; JPEG would make it black
+      context.fillRect(0, 0, width, height);
+      context.drawImage(bitmap, 0, 0, width, height);
       url = canvas.toDataURL("image/jpeg", 0.92);
     }
     bitmap.close();

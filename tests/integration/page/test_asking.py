@@ -6,8 +6,11 @@ import base64
 import threading
 import time
 
+import pytest
+from PIL import Image
+
 from pipelines.serving.backend import Failure
-from tests.page import HEIGHT, WIDTH, Server, ask, expect, new_context, upload, wait_for_answer
+from tests.page import HEIGHT, WIDTH, Server, ask, expect, new_context, upload, upload_image, wait_for_answer
 from tests.serving_model import make_image
 
 
@@ -51,6 +54,32 @@ def test_an_error_is_shown_and_can_be_tried_again(page, server):
     page.click(".message.error button")
     assert wait_for_answer(page) == "hello"
     assert page.locator(".message.error").count() == 0
+
+
+def test_a_connection_that_breaks_is_told_and_can_be_tried_again(page, server):
+    server.model.text, server.model.permits = "one two six", threading.Semaphore(1)
+    upload(page)
+    ask(page, "count")
+    expect(page.locator(".message.assistant > span")).to_have_text("one")
+    server.cut_connections()
+    page.wait_for_selector(".message.error")
+    assert "The connection ended in the middle of the answer." in page.locator(".message.error").inner_text()
+    page.problems.clear()  # the browser's own line about it
+    server.model.permits.release(100)
+    page.click(".message.error button")
+    assert wait_for_answer(page) == "one two six"
+
+
+@pytest.mark.parametrize(("kind", "side"), [("PNG", 2600), ("PNG", 60), ("AVIF", 60)])
+def test_what_a_browser_shows_is_what_the_model_gets(page, server, kind, side):
+    """Also a format that the server does not read; and transparency is white, whoever lays it on something."""
+    image = Image.new("RGBA", (side, 40), (0, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (0, 0, side // 2, 40))
+    upload_image(page, image, kind)
+    ask(page, "what is it?")
+    assert wait_for_answer(page) == "hello"
+    pixels = server.model.jobs[0].messages[0].images[0].pixels  # 16 x 16
+    assert (abs(pixels[:, 8, 2].astype(int) - [255, 0, 0]) < 10).all() and (pixels[:, 8, 13] > 245).all()
 
 
 def test_pasted_and_dropped_images_are_taken(page):
