@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pipelines import storage
 from pipelines.ablation.findings import Status
-from pipelines.ablation.variants import Variant, write_start
+from pipelines.ablation.variants import Variant, with_changes, write_start
 from pipelines.evaluation.run import evaluate
 from pipelines.evaluation.scoring import BenchmarkScore
 from pipelines.fingerprint import OtherInputsError
@@ -127,7 +127,7 @@ def _train_stage(
         "features": settings.features,
         "log_every": 1,
         "guard": "off",  # an ablation reports what the guard would leave out
-        "stage": {**settings.stage, **variant.stage_changes(resolve_stage(settings, number))},
+        "stage": with_changes(settings.stage, variant.stage_changes(resolve_stage(settings, number))),
         **settings.train,
         **variant.train,
     }

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 
 from pipelines.node_cache import local_checkpoint
 from pipelines.settings import SettingsError, TrainSettings
 from pipelines.settings.near_match import near_match
+from pipelines.settings.plain_yaml import load_yaml
 from pipelines.training.job import apply_stage_settings
 from tinygptv.checkpoint.checkpoint import read_stage, save_checkpoint
 from tinygptv.checkpoint.folders import CheckpointError, verify_folder
@@ -29,7 +32,7 @@ class Variant:
         name: as in ``variants=[NAME]``; also a folder name.
         title: name in the report.
         config: dotted fields of the model's configuration to change; weights that it then does not use are dropped.
-        stage: fields of every stage to change.
+        stage: fields of every stage to change; those of ``schedule``, ``limits`` and ``sources`` may be some of them.
         train: keys of the train section to change.
         without: trainable parts that no stage trains.
         instead: trainable parts instead of others.
@@ -73,6 +76,10 @@ VARIANTS: dict[str, Variant] = {
 """The rows of the paper's Table 3; its missing input norm is read in both ways (docs/ablations.md)."""
 
 
+_NEXT_CHANGE = re.compile(r",(?=[^,=\[\]{}]*=)")
+"""The comma before ``key=``; others belong to a value."""
+
+
 def find_variant(text: str) -> Variant:
     """A variant by name, or from changes: ``key=value[,key=value]``, keys ``config.*``, ``stage.*`` or ``train.*``.
 
@@ -86,14 +93,33 @@ def find_variant(text: str) -> Variant:
             f"variant {text!r} is unknown; {near_match(text, VARIANTS)} A change is written like stage.lora_rank=4."
         )
     changes: dict[str, dict[str, Any]] = {"config": {}, "stage": {}, "train": {}}
-    for change in text.split(","):
+    for change in _NEXT_CHANGE.split(text):
         key, _, value = change.partition("=")
         group, _, name = key.strip().partition(".")
         if group not in changes or not name:
             raise SettingsError(f"variant {text!r}: {key.strip()!r} must begin with config., stage. or train.")
-        changes[group][name] = yaml.safe_load(value)
+        parents: list[str] = []
+        if group == "stage":  # the configuration is set by dotted keys, and the train section has none
+            *parents, name = name.split(".")
+        try:
+            found = load_yaml(value)
+        except yaml.YAMLError as error:
+            raise SettingsError(f"variant {text!r}: {change.strip()!r} is no YAML: {_one_line(error)}.") from error
+        for parent in reversed(parents):
+            name, found = parent, {name: found}
+        changes[group] = with_changes(changes[group], {name: found})
     safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in text)
     return Variant(safe, text, config=changes["config"], stage=changes["stage"], train=changes["train"])
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def with_changes(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings with some of their values replaced."""
+    both = [key for key in changes if isinstance(changes[key], dict) and isinstance(values.get(key), dict)]
+    return {**values, **changes, **{key: with_changes(values[key], changes[key]) for key in both}}
 
 
 def write_start(variant: Variant, init_from: str, folder: Path) -> Path:
@@ -136,7 +162,7 @@ def change_config(config: TinyGPTVConfig, changes: dict[str, Any]) -> TinyGPTVCo
     """Set dotted fields of a configuration, in place.
 
     Raises:
-        SettingsError: there is no such field.
+        SettingsError: there is no such field, or it does not take the value.
     """
     for key, value in changes.items():
         *parents, last = key.split(".")
@@ -145,7 +171,10 @@ def change_config(config: TinyGPTVConfig, changes: dict[str, Any]) -> TinyGPTVCo
             section = getattr(section, name, None)
         if section is None or not hasattr(section, last):
             raise SettingsError(f"config.{key} is no field of the model's configuration.")
-        setattr(section, last, value)
+        try:
+            setattr(section, last, value)
+        except StrictDataclassError as error:
+            raise SettingsError(f"config.{key}={value!r} is not usable: {_one_line(error)}.") from error
     return config
 
 

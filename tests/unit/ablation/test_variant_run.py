@@ -105,6 +105,11 @@ def test_each_stage_starts_from_the_one_before_with_the_ablations_settings(stage
     }  # fmt: skip
 
 
+def test_a_variant_changes_a_part_of_what_all_variants_share(stages):
+    stages.run("stage.schedule.peak=1e-4", stage={"schedule": {"epochs": 2, "peak": 1.0}, "draws_per_step": 1})
+    assert stages.asked[0][1].stage == {"schedule": {"epochs": 2, "peak": 1e-4}, "draws_per_step": 1}
+
+
 def test_curves_are_sent_under_common_names_with_norms_at_every_fifth_step(stages):
     stages.run(stages=[2])
     assert (stages.asked[0][1].use_gpu, stages.scored[0].gpus_per_worker) == (False, 0)

@@ -49,6 +49,12 @@ def test_parts_are_left_out_or_taken_instead_in_their_places():
         ("train.a=-1, stage.b=[2]", "train.a_-1__stage.b__2_", ({}, {"b": [2]}, {"a": -1})),
         ("train.a=s3://é/x", "train.a_s3___é_x", ({}, {}, {"a": "s3://é/x"})),
         ("train.a=", "train.a_", ({}, {}, {"a": None})),
+        ("train.guard=off,train.a=1e-4", "train.guard_off_train.a_1e-4", ({}, {}, {"guard": "off", "a": 1e-4})),
+        ("stage.b=[x,y], train.a={c: 1, d: [2, 3]}", "stage.b__x_y___train.a__c__1__d___2__3__",
+         ({}, {"b": ["x", "y"]}, {"a": {"c": 1, "d": [2, 3]}})),
+        ("stage.schedule.peak=1e-4,stage.schedule.epochs=2,stage.sources.gqa.weight=3",
+         "stage.schedule.peak_1e-4_stage.schedule.epochs_2_stage.sources.gqa.weight_3",
+         ({}, {"schedule": {"peak": 1e-4, "epochs": 2}, "sources": {"gqa": {"weight": 3}}}, {})),
     ],
 )  # fmt: skip
 def test_changes_are_read_as_yaml_into_their_sections(text, name, changes):
@@ -103,6 +109,15 @@ def test_each_precision_but_fp32_is_in_the_name_and_the_given_variant_stays():
     [
         ("config.text_config.qk_norm=false", r"^config\.text_config\.qk_norm is no field of the model's configuration"),
         ("stage.lora_rnk=4", r"^stage\.lora_rnk is no field of a stage; did you mean 'lora_rank'\?"),
+        ("stage.schedule.paek=1e-4", r"^stage\.schedule=.* is not usable: 'paek' is unknown; did you mean 'peak'\?"),
+        (
+            "config.text_config.qk_layernorm=no",
+            r"^config\.text_config\.qk_layernorm='no' is not .*expected bool",
+        ),
+        (
+            "stage.lora_rank=[4",
+            r"^variant 'stage\.lora_rank=\[4': 'stage\.lora_rank=\[4' is no YAML: .*expected ',' or '\]'",
+        ),
         ("train.pakcing=true", r"^variant 'train\.pakcing=true' of the ablation: .*unknown key 'pakcing'"),
         ("train.log_every=x", r"^variant 'train\.log_every=x' of the ablation.*log_every"),
     ],
