@@ -16,7 +16,7 @@ from tinygptv.inference.graphed_encoder import GraphedEncoder
 from tinygptv.inference.loading import load_for_inference
 from tinygptv.inference.request import Request
 from tinygptv.inference.sampling import SamplingParams
-from tinygptv.kernels import lowbit_ops, reference
+from tinygptv.kernels import reference
 from tinygptv.kernels.shapes import PackedWeight, pack_codes
 from tinygptv.quantization.artifact import METHODS, write_artifact
 from tinygptv.quantization.linear_cpu import Int4Linear
@@ -89,6 +89,7 @@ def test_sixteen_bit_logits_are_those_of_the_model_within_rounding(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_with_packed_weights(kind, tokens, dtype):
     outputs, inputs, group = 192, 320, 64
+    lowbit, lowbit_rows = (pytest.importorskip(f"tinygptv.kernels.{name}") for name in ("lowbit", "lowbit_rows"))
     if kind == "int8":
         codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device="cuda")
         weight = PackedWeight(codes, torch.rand(outputs, 1, device="cuda") / 100, None, None, inputs, inputs)
@@ -98,12 +99,11 @@ def test_products_with_packed_weights(kind, tokens, dtype):
         table = torch.linspace(-1, 1, 16, device="cuda").bfloat16().float()
         weight = PackedWeight(codes, scale, scale / 3 if kind == "int4" else None, table, group, inputs)
     x = torch.randn(tokens, inputs, device="cuda").to(dtype)
-    products = lowbit_ops("cuda").partial_products(x, weight).sum(0)
     expected = reference.partial_products(x, weight)[0]
-    torch.testing.assert_close(products, expected, atol=0.02, rtol=0.01)
-    torch.testing.assert_close(
-        lowbit_ops("cuda").unpack(weight, torch.float32), reference.unpack(weight, torch.float32)
-    )
+    for ops in (lowbit, lowbit_rows):
+        products = ops.partial_products(x, weight).sum(0)
+        torch.testing.assert_close(products, expected, atol=0.02, rtol=0.01)
+        torch.testing.assert_close(ops.unpack(weight, torch.float32), reference.unpack(weight, torch.float32))
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 200])

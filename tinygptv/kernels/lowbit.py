@@ -41,11 +41,11 @@ def partial_products(x_TI: Tensor, weight: PackedWeight) -> Tensor:
 def _tiles_4(x_TI: Tensor, weight: PackedWeight) -> Tensor:
     num_tokens = len(x_TI)
     outputs, words = weight.codes.shape
-    parts, steps = _parts(outputs, TILE_OUTPUTS, words, BLOCK_WORDS, WANTED_PROGRAMS)
+    parts, steps = parts_of(outputs, TILE_OUTPUTS, words, BLOCK_WORDS, WANTED_PROGRAMS)
     products = torch.empty(parts, num_tokens, outputs, dtype=torch.float32, device=x_TI.device)
     _tile_4_kernel[(triton.cdiv(outputs, TILE_OUTPUTS), parts)](
-        x_TI, weight.codes, weight.scale, _or(weight.offset, weight.scale), *_table(weight), products, num_tokens,
-        outputs, weight.inputs, words, steps, weight.scale.shape[1], LOOKUP=_lookup(weight),
+        x_TI, weight.codes, weight.scale, _or(weight.offset, weight.scale), table_of(weight), products, num_tokens,
+        outputs, weight.inputs, words, steps, weight.scale.shape[1], LOOKUP=lookup_of(weight),
         HAS_OFFSET=weight.offset is not None, PLANES=weight.group // BLOCK_WORDS,
         BLOCK_T=max(16, triton.next_power_of_2(num_tokens)), BLOCK_O=TILE_OUTPUTS,
         num_warps=TILE_WARPS, num_stages=TILE_STAGES,
@@ -66,7 +66,7 @@ def _tile_4_kernel(
     accumulated = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
     for block in range(part * steps, min((part + 1) * steps, words // 16)):
         loaded = tl.load(codes + o[None, :] * words + block * 16 + j[:, None], mask=is_output[None, :], other=0)
-        pairs = _look_up(loaded, table, LOOKUP)
+        pairs = look_up(loaded, table, LOOKUP)
         for first in tl.static_range(0, 8, PLANES):
             product = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
             total = tl.zeros([BLOCK_T], tl.float32)
@@ -74,7 +74,7 @@ def _tile_4_kernel(
                 i = block * 128 + k * 16 + j
                 mask = is_token[:, None] & (i < inputs)[None, :]
                 token = tl.load(x + t[:, None] * inputs + i[None, :], mask=mask, other=0.0)
-                plane = _half(pairs[k // 2], k % 2).to(x.dtype.element_ty)
+                plane = half(pairs[k // 2], k % 2).to(x.dtype.element_ty)
                 product = tl.dot(token, plane, product, input_precision="ieee")
                 if HAS_OFFSET:
                     total += tl.sum(token.to(tl.float32), 1)
@@ -89,7 +89,7 @@ def _tile_4_kernel(
 
 
 @triton.jit
-def _look_up(words, table, LOOKUP: tl.constexpr):
+def look_up(words, table, LOOKUP: tl.constexpr):
     """Eight codes of each word as bfloat16 numbers, two in each of four int32."""
     if LOOKUP != "":
         return tl.inline_asm_elementwise(
@@ -104,7 +104,7 @@ def _look_up(words, table, LOOKUP: tl.constexpr):
 
 
 @triton.jit
-def _half(pair, which: tl.constexpr):
+def half(pair, which: tl.constexpr):
     """One of the two bfloat16 numbers in an int32, as float32."""
     bits = pair & -65536 if which else pair << 16
     return bits.to(tl.float32, bitcast=True)
@@ -114,12 +114,12 @@ _known_tables: MutableMapping[Tensor, tuple[Tensor, str]] = WeakTensorKeyDiction
 """By the tensor itself, and as long as it lives: memory of one that is gone is given to others."""
 
 
-def _table(weight: PackedWeight) -> tuple[Tensor]:
+def table_of(weight: PackedWeight) -> Tensor:
     """The table as int32 bit patterns of bfloat16, for kernels that look it up in memory."""
-    return (_known(weight)[0],)
+    return _known(weight)[0]
 
 
-def _lookup(weight: PackedWeight) -> str:
+def lookup_of(weight: PackedWeight) -> str:
     """PTX that looks the table up in registers; empty where Triton interprets instead of compiling."""
     return "" if not weight.codes.is_cuda else _known(weight)[1]
 
@@ -171,8 +171,8 @@ def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     matrix = torch.empty(outputs, weight.inputs, dtype=dtype, device=weight.codes.device)
     block = 256
     _unpack_kernel[(outputs, triton.cdiv(words, block))](
-        weight.codes, weight.scale, _or(weight.offset, weight.scale), *_table(weight), matrix, weight.inputs, words,
-        weight.scale.shape[1], LOOKUP=_lookup(weight), HAS_OFFSET=weight.offset is not None,
+        weight.codes, weight.scale, _or(weight.offset, weight.scale), table_of(weight), matrix, weight.inputs, words,
+        weight.scale.shape[1], LOOKUP=lookup_of(weight), HAS_OFFSET=weight.offset is not None,
         PLANES=weight.group // BLOCK_WORDS, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return matrix
@@ -186,12 +186,12 @@ def _unpack_kernel(
     row = tl.program_id(0).to(tl.int64)
     w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     block = w // 16
-    pairs = _look_up(tl.load(codes + row * words + w, mask=w < words, other=0), table, LOOKUP)
+    pairs = look_up(tl.load(codes + row * words + w, mask=w < words, other=0), table, LOOKUP)
     for k in tl.static_range(8):
         i = block * 128 + k * 16 + w % 16
         is_real = i < inputs
         group = row * groups + block * (8 // PLANES) + k // PLANES
-        value = _half(pairs[k // 2], k % 2) * tl.load(scale + group, mask=is_real, other=0.0).to(tl.float32)
+        value = half(pairs[k // 2], k % 2) * tl.load(scale + group, mask=is_real, other=0.0).to(tl.float32)
         if HAS_OFFSET:
             value += tl.load(offset + group, mask=is_real, other=0.0).to(tl.float32)
         tl.store(matrix + row * inputs + i, value.to(matrix.dtype.element_ty), mask=is_real)
@@ -203,7 +203,7 @@ def _unpack_kernel(
 def _tiles_8(x_TI: Tensor, weight: PackedWeight) -> Tensor:
     num_tokens = len(x_TI)
     outputs, inputs = weight.shape
-    parts, steps = _parts(outputs, TILE8_OUTPUTS, inputs, TILE8_INPUTS, WANTED8_PROGRAMS)
+    parts, steps = parts_of(outputs, TILE8_OUTPUTS, inputs, TILE8_INPUTS, WANTED8_PROGRAMS)
     products = torch.empty(parts, num_tokens, outputs, dtype=torch.float32, device=x_TI.device)
     _tile_8_kernel[(triton.cdiv(outputs, TILE8_OUTPUTS), parts)](
         x_TI, weight.codes, weight.scale, products, num_tokens, outputs, inputs, steps,
@@ -234,7 +234,7 @@ def _tile_8_kernel(
     tl.store(products + target, accumulated * factor[None, :], mask=is_token[:, None] & is_output[None, :])
 
 
-def _parts(outputs: int, block_outputs: int, length: int, step: int, wanted: int) -> tuple[int, int]:
+def parts_of(outputs: int, block_outputs: int, length: int, step: int, wanted: int) -> tuple[int, int]:
     """Into how many parts the inputs are divided so that enough programs run, and the steps of each part."""
     blocks, steps, parts = triton.cdiv(outputs, block_outputs), triton.cdiv(length, step), 1
     while parts < MOST_PARTS and parts * blocks < wanted and parts * 2 <= steps:

@@ -53,7 +53,7 @@ class PackedLinear(nn.Module):
 
     def partial_products(self, x_TI: Tensor) -> Tensor:
         """Products without bias: [T, I] to [P, T, O], to be summed over P."""
-        x_TI, ops = x_TI.to(self.dtype), lowbit_ops(x_TI.device.type)
+        x_TI, ops = x_TI.to(self.dtype), lowbit_ops(x_TI.device)
         if len(x_TI) <= MOST_TOKENS:
             return ops.partial_products(x_TI, self.packed)
         return nn.functional.linear(x_TI, ops.unpack(self.packed, self.dtype)).unsqueeze(0)

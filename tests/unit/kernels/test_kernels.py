@@ -10,6 +10,7 @@ from tinygptv.kernels.shapes import AttentionWeights, Branch, Cache, PackedWeigh
 
 fused = pytest.importorskip("tinygptv.kernels.fused")
 lowbit = pytest.importorskip("tinygptv.kernels.lowbit")
+lowbit_rows = pytest.importorskip("tinygptv.kernels.lowbit_rows")
 lookup_ptx = lowbit.lookup_ptx
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -224,15 +225,32 @@ def _run_ptx(text, word):
 
 @pytest.mark.parametrize("kind", ["nf4", "int4", "int8"])
 @pytest.mark.parametrize(
-    ("tokens", "shape", "group"),
-    [(1, (12, 256), 64), (33, (12, 256), 64), (5, (10, 192), 32), (33, (16, 96), 16)],
+    ("ops", "tokens", "shape", "group"),
+    [
+        (lowbit, 1, (12, 256), 64),
+        (lowbit, 33, (12, 256), 64),
+        (lowbit, 5, (10, 192), 32),
+        (lowbit, 33, (16, 96), 16),
+        (lowbit_rows, 1, (12, 256), 128),
+        (lowbit_rows, 3, (40, 192), 32),
+    ],
 )
-def test_products_with_packed_weights(kind, tokens, shape, group):
+def test_products_with_packed_weights(ops, kind, tokens, shape, group):
     weight = _packed(kind, *shape, group=group)
     x = _random(tokens, shape[1])
     expected = x @ reference.unpack(weight, torch.float32).T
-    products = lowbit.partial_products(x, weight)
+    products = ops.partial_products(x, weight)
     torch.testing.assert_close(products.sum(0), expected, atol=2e-3, rtol=1e-4)
-    torch.testing.assert_close(lowbit.unpack(weight, torch.float32), reference.unpack(weight, torch.float32))
-    half = lowbit.unpack(weight, torch.float16)
+    torch.testing.assert_close(ops.unpack(weight, torch.float32), reference.unpack(weight, torch.float32))
+    assert (products.shape[2] == shape[0]) and products.dtype == torch.float32
+    half = ops.unpack(weight, torch.float16)
     torch.testing.assert_close(half, reference.unpack(weight, torch.float16), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_few_tokens_have_kernels_of_their_own_on_older_cards(kind, monkeypatch):
+    weight, asked = _packed(kind, 12, 256, group=64), []
+    monkeypatch.setattr(lowbit, "partial_products", lambda x, weight: asked.append(len(x)))
+    for tokens in (1, 4, 5, 64):
+        lowbit_rows.partial_products(_random(tokens, 256), weight)
+    assert asked == [5, 64]

@@ -19,14 +19,25 @@ from tinygptv.kernels import (
 )
 
 
-@pytest.mark.parametrize(("choose", "fast"), [(step_ops, "fused"), (lowbit_ops, "lowbit")])
-def test_triton_is_for_gpus_that_have_it(monkeypatch, choose, fast):
+def test_triton_is_for_gpus_that_have_it(monkeypatch):
     pytest.importorskip("triton")
-    choose = choose.__wrapped__
-    assert choose("cuda").__name__ == f"tinygptv.kernels.{fast}"
+    choose = step_ops.__wrapped__
+    assert choose("cuda").__name__ == "tinygptv.kernels.fused"
     assert choose("cpu") is choose("mps") is reference
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     assert choose("cuda") is reference
+
+
+def test_tiles_are_for_cards_whose_tensor_cores_triton_uses(monkeypatch):
+    pytest.importorskip("triton")
+    capabilities = [(7, 5), (8, 0), (12, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    choose = lowbit_ops.__wrapped__
+    chosen = [choose(torch.device("cuda", index)).__name__ for index in range(3)]
+    assert chosen == [f"tinygptv.kernels.{name}" for name in ("lowbit_rows", "lowbit", "lowbit")]
+    assert choose(torch.device("cpu")) is choose(torch.device("mps")) is reference
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    assert choose(torch.device("cuda", 0)) is reference
 
 
 class Failing:

@@ -116,7 +116,7 @@ def test_partial_products_are_summed(monkeypatch):
     layer = from_int8({"weight": torch.ones(2, INPUTS, dtype=torch.int8), "scale": torch.ones(2)}, "cpu", torch.float32)
     halves = lambda x, weight: torch.stack([x[:, :2], x[:, 2:4]])  # noqa: E731
     ops = {"cpu": type("Ops", (), {"partial_products": halves})}
-    monkeypatch.setattr(linear_packed, "lowbit_ops", ops.__getitem__)
+    monkeypatch.setattr(linear_packed, "lowbit_ops", lambda device: ops[device.type])
     x = torch.arange(float(INPUTS)).view(1, -1)
     assert layer(x).tolist() == [[0.0 + 2.0, 1.0 + 3.0]]
     ops["meta"] = type("Ops", (), {"partial_products": lambda x, weight: "the other device's"})
