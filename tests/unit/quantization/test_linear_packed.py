@@ -166,6 +166,10 @@ class Kernel:
     def __init__(self, even_is_high):
         self.even_is_high, self.asked = even_is_high, []
 
+    def replace(self, monkeypatch):
+        for name in ("_convert_weight_to_int4pack", "_weight_int4pack_mm"):
+            monkeypatch.setattr(torch.ops.aten, name, getattr(self, name))
+
     def _convert_weight_to_int4pack(self, pairs, inner_tiles):
         assert inner_tiles == 8
         outputs, half = pairs.shape
@@ -186,7 +190,7 @@ class Kernel:
 @pytest.mark.parametrize("even_is_high", [True, False])
 def test_the_order_of_torchs_kernel_is_found_and_undone(monkeypatch, even_is_high):
     kernel = Kernel(even_is_high)
-    monkeypatch.setattr(torch.ops, "aten", kernel)
+    kernel.replace(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     arange, randint, eye, tensor = torch.arange, torch.randint, torch.eye, torch.tensor
     for name, make in (("arange", arange), ("randint", randint), ("eye", eye), ("tensor", tensor)):
@@ -195,7 +199,7 @@ def test_the_order_of_torchs_kernel_is_found_and_undone(monkeypatch, even_is_hig
     layout = find_layout.__wrapped__(torch.device("cuda"))
     monkeypatch.undo()
     assert layout is not None and layout.even_is_high is even_is_high
-    monkeypatch.setattr(torch.ops, "aten", kernel)
+    kernel.replace(monkeypatch)
     codes = torch.randint(0, 16, (16, 256), dtype=torch.uint8)
     scales = (torch.rand(256 // 32, 16, 2) + 0.1).bfloat16()
     bias = torch.randn(16).bfloat16()
