@@ -273,7 +273,9 @@ def _read(settings: ScoreSettings, benchmark: Benchmark, data: DataFolder) -> _A
     data.opened.clear()
     try:
         questions = list(benchmark.read(data))
-    except (KeyError, TypeError, IndexError) as error:
+    except SettingsError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise SettingsError(
             f"benchmark={benchmark.name}: an entry of {_names(_used(data)) or 'its files'} is not as officially "
             f"distributed: {type(error).__name__} {error}."

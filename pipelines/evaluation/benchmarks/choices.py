@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question, Statistics, Truth, each
-from pipelines.evaluation.benchmarks.files import COCO_FOLDERS, DataFolder, read_json, read_lines
+from pipelines.evaluation.benchmarks.files import COCO_FOLDERS, DataFolder, read_json, read_lines, text_of, texts_of
 from pipelines.evaluation.benchmarks.vqa import ask, read_aokvqa
 from tinygptv.metrics.metrics import auroc, exact_match, f1, pope_answer, precision, recall, yes_no
 from tinygptv.metrics.released import contains_answer, released_hateful
@@ -33,7 +33,7 @@ def _read_iconqa(data: DataFolder) -> Iterator[Question]:
         entries = {pid: problems[pid] for pid in splits["choose_txt_val"]}
     images = files.images("iconqa/val/choose_txt", "val/choose_txt", "choose_txt", "iconvqa_images", "iconqa_images")
     for pid, entry in entries.items():
-        choices = tuple(entry["choices"])
+        choices = texts_of(entry["choices"])
         truth: Truth = {"answer": choices[int(entry["answer"])]}
         yield Question(pid, ask("vqa", entry["question"]), images.find(f"{pid}/image.png"), truth, choices=choices)
 
@@ -56,7 +56,9 @@ def _read_pope(kind: str) -> Any:
         images = files.images(*COCO_FOLDERS)
         for entry in read_lines(path):
             image = images.coco(entry["image"])
-            yield Question(str(entry["question_id"]), ask("vqa", entry["text"]), image, {"answer": entry["label"]})
+            yield Question(
+                str(entry["question_id"]), ask("vqa", entry["text"]), image, {"answer": text_of(entry["label"])}
+            )
 
     return read
 

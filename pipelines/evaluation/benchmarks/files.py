@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pipelines.settings import SettingsError
 from tinygptv.json_object import JsonObject
 
 OWN_FOLDERS: dict[str, tuple[str, ...]] = {
@@ -292,19 +293,19 @@ def read_json(path: Path) -> Any:
     """A JSON file.
 
     Raises:
-        ValueError: it is none.
+        SettingsError: it is none.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}.") from error
+        raise SettingsError(f"{path} is no valid JSON: {error}.") from error
 
 
 def read_lines(path: Path) -> Iterator[JsonObject]:
     """The objects of a JSON Lines file.
 
     Raises:
-        ValueError: a line is no JSON; the message names it.
+        SettingsError: a line is no JSON; the message names it.
     """
     with path.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):
@@ -313,4 +314,26 @@ def read_lines(path: Path) -> Iterator[JsonObject]:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}, is no valid JSON: {error}.") from error
+                raise SettingsError(f"{path}, line {number}, is no valid JSON: {error}.") from error
+
+
+def text_of(value: object) -> str:
+    """A field that must be text.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{str(value)[:80]!r} is no text but {type(value).__name__}")
+    return value
+
+
+def texts_of(value: object) -> tuple[str, ...]:
+    """A field that must be a list of texts.
+
+    Raises:
+        TypeError: it is something else; a text would pass for a list of its letters.
+    """
+    if not isinstance(value, list):
+        raise TypeError(f"{str(value)[:80]!r} is no list of texts but {type(value).__name__}")
+    return tuple(text_of(text) for text in value)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.data.sources.pickles import load_plain_pickle
+from pipelines.data.sources.pickles import UnsafePickleError, load_plain_pickle
 from pipelines.data.sources.referring import corners
 from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question, Statistics, Truth
 from pipelines.evaluation.benchmarks.files import COCO_FOLDERS, BenchmarkFiles, DataFolder, read_json
 from pipelines.evaluation.benchmarks.vqa import ask
+from pipelines.settings import SettingsError
 from tinygptv.metrics.metrics import grounding_overlap, rec_hit
 from tinygptv.metrics.released import released_rec
 
@@ -79,7 +80,11 @@ def _read_references(files: BenchmarkFiles, data: ReferringData, split: str) -> 
     boxes = {entry["id"]: entry["bbox"] for entry in instances["annotations"]}
     sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in instances["images"]}
     images = files.images(*_FOLDERS)
-    for ref in load_plain_pickle(path.read_bytes()):
+    try:
+        refs = load_plain_pickle(path.read_bytes())
+    except (UnsafePickleError, ValueError) as error:
+        raise SettingsError(f"{path} cannot be used: {error}.") from error
+    for ref in refs:
         if ref["split"] != split:
             continue
         width, height = sizes[ref["image_id"]]

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.evaluation.benchmarks.base import Benchmark, Question, Truth, each
-from pipelines.evaluation.benchmarks.files import COCO_FOLDERS, BenchmarkFiles, DataFolder, read_json
+from pipelines.evaluation.benchmarks.files import (
+    COCO_FOLDERS,
+    BenchmarkFiles,
+    DataFolder,
+    read_json,
+    text_of,
+    texts_of,
+)
+from pipelines.settings import SettingsError
 from tinygptv.data.prompts import EVALUATION_INSTRUCTIONS
 from tinygptv.metrics.metrics import direct_answer_accuracy, exact_match, vizwiz_accuracy, vqa_accuracy
 from tinygptv.metrics.released import contains_answer, released_okvqa, released_vizwiz
@@ -50,19 +58,19 @@ class CocoVQA:
         for entry in questions["questions"]:
             truth = truths.get(entry["question_id"])
             if truth is None:
-                raise ValueError(f"{annotation_path} has no answers to question {entry['question_id']}.")
+                raise SettingsError(f"{annotation_path} has no answers to question {entry['question_id']}.")
             yield Question(
                 id=str(entry["question_id"]),
                 instruction=ask("vqa", entry["question"]),
                 image=images.coco(entry["image_id"]),
-                truth={"answers": [answer["answer"] for answer in truth["answers"]]},
+                truth={"answers": [text_of(answer["answer"]) for answer in truth["answers"]]},
                 kind=truth.get("answer_type", ""),
             )
 
     def _read_list(self, files: BenchmarkFiles, path: Path) -> Iterator[Question]:
         images = files.images(*COCO_FOLDERS)
         for entry in read_json(path):
-            truth: Truth = {"answers": list(entry["answer"])}
+            truth: Truth = {"answers": list(texts_of(entry["answer"]))}
             image = images.coco(entry["image"])
             yield Question(str(entry["question_id"]), ask("vqa", entry["question"]), image, truth)
 
@@ -76,7 +84,7 @@ def _read_vizwiz(data: DataFolder) -> Iterator[Question]:
             id=f"{number}-{entry['image']}",
             instruction=ask("vizwiz", entry["question"]),
             image=images.find(entry["image"]),
-            truth={"answers": [answer["answer"] for answer in entry["answers"]]},
+            truth={"answers": [text_of(answer["answer"]) for answer in entry["answers"]]},
             kind=entry.get("answer_type", ""),
         )
 
@@ -93,7 +101,7 @@ def _read_gqa(data: DataFolder) -> Iterator[Question]:
             id=key,
             instruction=ask("vqa", entry["question"]),
             image=images.find(f"{entry['imageId']}.jpg"),
-            truth={"answer": entry["answer"]},
+            truth={"answer": text_of(entry["answer"])},
             kind=entry.get("types", {}).get("structural", ""),
         )
 
@@ -132,9 +140,9 @@ def read_aokvqa(data: DataFolder) -> Iterator[AOKVQAEntry]:
             id=entry["question_id"],
             question=entry["question"],
             image=images.coco(entry["image_id"] if "image_id" in entry else entry["image"], "2017"),
-            choices=tuple(entry["choices"]),
+            choices=texts_of(entry["choices"]),
             correct=entry["correct_choice_idx"],
-            direct_answers=tuple(entry["direct_answers"]),
+            direct_answers=texts_of(entry["direct_answers"]),
             is_hard=entry.get("difficult_direct_answer", False),
         )
 

@@ -182,7 +182,9 @@ def test_own_rows_are_scored_alone_and_other_names_are_looked_up():
 
 
 @pytest.mark.parametrize(("used", "named"), [([], "its files"), (["/d/a.json", "/d/b.json"], "/d/a.json, /d/b.json")])
-@pytest.mark.parametrize("error", [KeyError("image"), TypeError("no list"), IndexError("short")])
+@pytest.mark.parametrize(
+    "error", [KeyError("image"), TypeError("no list"), IndexError("short"), AttributeError("x"), ValueError("not 7")]
+)
 def test_an_entry_that_lacks_something_is_told_with_its_files(used, named, error):
     data = DataFolder(Path("/d"))
 

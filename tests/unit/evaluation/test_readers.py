@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from pipelines.evaluation.benchmarks import BENCHMARKS, GROUPS, files, miniature
 from pipelines.evaluation.benchmarks.base import Outcome, Question
 from pipelines.evaluation.benchmarks.files import COCO_FOLDERS, DataFolder, Images
+from pipelines.settings import SettingsError
 from tests import benchmark_files
 
 VAL2014 = "COCO_val2014_{0} {0} COCO_train2014_{0}"
@@ -354,3 +357,53 @@ def test_blank_lines_are_no_entries_and_count_as_lines(tmp_path):
     path.write_text('{"a": 1}\n\n{"b"\n')
     with pytest.raises(ValueError, match=rf"^{path}, line 3, is no valid JSON: .*\.$"):
         list(files.read_lines(path))
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "file", "field", "value", "told"),
+    [
+        (benchmark_files.vqav2_as_lavis_has_it, "vqav2", "vqa_val.json", "answer", "red", "'red' is no list of texts"),
+        (
+            benchmark_files.vqav2_as_lavis_has_it,
+            "vqav2",
+            "vqa_val.json",
+            "answer",
+            ["red", 3],
+            "'3' is no text but int",
+        ),
+        (
+            benchmark_files.aokvqa,
+            "aokvqa_direct",
+            "aokvqa_v1p0_val.json",
+            "direct_answers",
+            "['a']",
+            "no list of texts",
+        ),
+        (
+            benchmark_files.aokvqa,
+            "aokvqa_choice",
+            "aokvqa_v1p0_val.json",
+            "choices",
+            "abcd",
+            "no list of texts but str",
+        ),
+        (benchmark_files.gqa_as_released, "gqa", "testdev_balanced_questions.json", "answer", None, "no text but None"),
+    ],
+)
+def test_a_text_is_no_list_of_answers(tmp_path, write, name, file, field, value, told):
+    """Its letters would pass for the answers."""
+    write(tmp_path)
+    (path,) = tmp_path.rglob(file)
+    entries = json.loads(path.read_text())
+    path.write_text(json.dumps([{**entry, field: value} for entry in entries]))
+    with pytest.raises(TypeError, match=re.escape(told)):
+        list(BENCHMARKS[name].read(DataFolder(tmp_path)))
+
+
+def test_a_damaged_pickle_is_told_with_its_name(tmp_path):
+    benchmark_files.refcoco_as_published(tmp_path)
+    path = tmp_path / "refcoco/refs(unc).p"
+    for content, told in ((b"junk", "not a readable pickle"), (b"cos\nsystem\n(S'ls'\ntR.", "os.system")):
+        path.write_bytes(content)
+        with pytest.raises(SettingsError, match=rf"refs\(unc\)\.p cannot be used: .*{told}"):
+            list(BENCHMARKS["refcoco_val"].read(DataFolder(tmp_path)))
