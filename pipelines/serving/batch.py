@@ -13,6 +13,7 @@ import base64
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -34,6 +35,7 @@ from pipelines.serving.artifact import resolve_artifact
 from pipelines.serving.backend import Backend
 from pipelines.serving.model_backend import ModelBackend
 from pipelines.settings import AnswerSettings, BatchSettings, ServeSettings, SettingsError
+from tinygptv.data.images import without_file_scheme
 from tinygptv.json_object import JsonObject
 
 ANSWERS, RESULT = "answers.jsonl", "result.json"
@@ -229,7 +231,7 @@ def _parse(line: bytes) -> JsonObject:
         ValueError: the line has none.
     """
     try:
-        data = json.loads(line)
+        data = json.loads(line, parse_float=_finite, parse_constant=_finite)
     except ValueError as error:
         raise ValueError(f"is not valid JSON: {error}") from None
     except RecursionError:
@@ -242,6 +244,13 @@ def _parse(line: bytes) -> JsonObject:
         except UnicodeEncodeError:
             raise ValueError("holds half of a surrogate pair, which is no character") from None
     return data
+
+
+def _finite(text: str) -> float:
+    """A number; those that Python reads and cannot send (NaN, 1e999) are a ValueError."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number
 
 
 def _body_of(data: JsonObject) -> JsonObject:
@@ -369,7 +378,7 @@ def _part_with_file(part: Any, folder: storage.Location) -> Any:
     url = image.get("url") if isinstance(image, dict) else image
     if not isinstance(url, str) or "://" in url.removeprefix("file://") or url[:5].lower() == "data:":
         return part
-    data = _read_image(folder, url.removeprefix("file://"))
+    data = _read_image(folder, without_file_scheme(url))
     return {"type": "image_url", "image_url": {"url": "data:;base64," + base64.b64encode(data).decode()}}
 
 

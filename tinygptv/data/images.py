@@ -61,7 +61,7 @@ def _load_named(name: str) -> Image.Image:
     if name.startswith(("http://", "https://")):
         with urllib.request.urlopen(name, timeout=_DOWNLOAD_TIMEOUT_S) as response:
             return open_image(response.read())
-    path = unquote(name.removeprefix("file://")) if name.startswith("file://") else name
+    path = without_file_scheme(name)
     if name[:5].lower() == "data:":
         name = name.partition(",")[2]
     elif _is_file(path):
@@ -70,6 +70,14 @@ def _load_named(name: str) -> Image.Image:
         return open_image(base64.b64decode(name, validate=True))
     except ValueError:
         raise ValueError(f"{name:.200} is no image file, http(s) or data URL, nor base64 of an image.") from None
+
+
+def without_file_scheme(name: str) -> str:
+    """The path of a ``file://`` URL (RFC 8089: its special characters are percent-encoded); other names as they are."""
+    if not name.startswith("file://"):
+        return name
+    path = name.removeprefix("file://")
+    return unquote(path.removeprefix("localhost") if path.startswith("localhost/") else path)
 
 
 def _is_file(path: str) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pipelines import storage
 from pipelines.data.sources.base import Malformed, MissingImage, SourceInput, shorten
 from pipelines.settings import SettingsError
+from tinygptv.data.images import without_file_scheme
 from tinygptv.lru import LRU
 
 _KEPT_IMAGES = 32
@@ -231,7 +232,7 @@ class ImageFolder:
             Malformed: it leads elsewhere.
         """
         assert self.folder is not None
-        path = name.removeprefix("file://").replace("\\", "/")
+        path = without_file_scheme(name).replace("\\", "/")
         inside = f"{self.folder.path.rstrip('/')}/"
         if self.folder.is_local and path.startswith(inside):
             path = path[len(inside) :]

@@ -169,6 +169,8 @@ def test_the_last_answer_to_a_request_counts(tmp_path):
     [
         ("a.png", True),
         ("file://{folder}/a.png", True),
+        ("file://{folder}/%61.png", True),
+        ("file://localhost{folder}/a.png", True),
         ("{folder}/a.png", True),
         ("data:image/png;base64,eA==", False),
         ("DATA:image/png;base64,eA==", False),

@@ -69,6 +69,15 @@ def test_a_pair_of_surrogates_is_a_character_and_half_of_one_is_none(tmp_path):
     assert (half.id, half.error) == ("line-1", "line 1 holds half of a surrogate pair, which is no character.")
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_number_that_is_not_finite_costs_its_line(tmp_path, number):
+    """Python reads it and cannot send it: the run ended with a trace."""
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps({**BODY, "temperature": 0.5}).replace("0.5", number) + "\n" + json.dumps(BODY))
+    wrong, right = read_requests(path)
+    assert (wrong.error, right.error) == (f"line 1 is not valid JSON: {number} is no finite number.", "")
+
+
 def test_two_lines_of_one_id_are_named_by_their_numbers(tmp_path):
     rows = ("\n", {"custom_id": "a", **BODY}, {"custom_id": "b", **BODY}, {"custom_id": "a", "body": BODY})
     with pytest.raises(SettingsError) as caught:

@@ -40,7 +40,7 @@ def reader(folder, **more):
 
 def test_names_below_the_folder(folder):
     images = reader(folder)
-    for name in ("a.jpg", "./a.jpg", str(folder / "a.jpg"), f"file://{folder}/a.jpg"):
+    for name in ("a.jpg", "./a.jpg", str(folder / "a.jpg"), f"file://{folder}/a.jpg", f"file://{folder}/%61.jpg"):
         assert images.read(name) == jpeg(0)
     (folder / "sub").mkdir()
     (folder / "sub/b.jpg").write_bytes(jpeg(2))
