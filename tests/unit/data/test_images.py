@@ -52,8 +52,8 @@ def test_every_form_gives_the_same_pixels(png, url):
     data = png.read_bytes()
     text = base64.b64encode(data).decode()
     forms = [
-        Image.fromarray(PIXELS), data, bytearray(data), png, str(png), f"file://{png}", f"file://localhost{png}", url, text,
-        f"data:image/png;base64,{text}", f"DATA:image/png;name=x;base64,{text}",
+        Image.fromarray(PIXELS), data, bytearray(data), png, str(png), f"file://{png}", url, text,
+        f"file://localhost{png}", f"data:image/png;base64,{text}", f"DATA:image/png;name=x;base64,{text}",
         PIXELS, torch.from_numpy(PIXELS), PIXELS.transpose(2, 0, 1), torch.from_numpy(PIXELS).permute(2, 0, 1),
         PIXELS / 255.0, torch.from_numpy(PIXELS) / 255.0, PIXELS.astype(np.float32), PIXELS.astype(np.int64),
     ]  # fmt: skip
