@@ -89,6 +89,8 @@ def convert_release(
     """
     config = release.config
     config.template = template
+    # Copies of Phi-2 that were trained to chat have tokens of their own (<|im_end|>) where Phi-2's vocabulary ends.
+    config.image_token_id = max(config.image_token_id, *(1 + token for token in tokenizer.get_vocab().values()))
     config.architectures = ["TinyGPTVForConditionalGeneration"]
     config.dtype = dtype or torch.bfloat16
 

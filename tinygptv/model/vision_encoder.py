@@ -67,8 +67,10 @@ class VisionEncoder(nn.Module):
                 f"[N, 3, {side}, {side}]: process images at size {side}, or call model.set_image_size()."
             )
         for block in self.vit.blocks:
-            # timm reads this weight past the layer; where it is offloaded, only the layer itself can fetch it.
-            if getattr(block.attn.qkv.weight, "is_meta", False):
+            # timm reads this weight past the layer. Where it is offloaded or packed (bitsandbytes), or has an adapter
+            # (peft), only the layer itself can compute with it.
+            qkv = block.attn.qkv
+            if type(qkv) is not nn.Linear or qkv.weight.is_meta:
                 block.attn.qkv_bias_separate = True
         patch_features_BPV = self.vit(pixel_values.to(self.vit.patch_embed.proj.weight.dtype))
         return self.ln_vision(patch_features_BPV.to(self.ln_vision.weight.dtype))

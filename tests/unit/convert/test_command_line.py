@@ -80,6 +80,19 @@ def test_phi2_round_trip(tmp_path, files, plain, capsys):
     assert all(torch.equal(direct.state_dict()[name], again.state_dict()[name]) for name in supplied)
 
 
+def test_images_have_an_id_that_no_token_has(tmp_path, files):
+    """Copies of Phi-2 that were trained to chat have tokens of their own behind its vocabulary, one of them EOS."""
+    tokenizer = AutoTokenizer.from_pretrained(files["language"])
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.save_pretrained(tmp_path / "chat")
+    arguments = [f"--{role}={path}" for role, path in files.items()]
+    heads = ["--vision-heads=4", "--qformer-heads=4", f"--tokenizer={tmp_path / 'chat'}"]
+    assert main(["release", *arguments, *heads, f"--output={tmp_path / 'ours'}"]) == 0
+    model, processor, _ = load_checkpoint(tmp_path / "ours")
+    assert model.config.image_token_id == processor.image_token_id == len(processor.tokenizer) == 258
+    assert processor.tokenizer.convert_tokens_to_ids("<|im_end|>") == 256 in model.generation_config.eos_token_id
+
+
 # ------------------------------------------------------------------ mistakes on the command line
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import Blip2QFormerConfig
 
@@ -140,6 +142,18 @@ def test_weights_that_are_offloaded_are_fetched_by_their_layers(model, monkeypat
     offloaded.qkv.weight = nn.Parameter(offloaded.qkv.weight.to("meta"))
     model.vision_encoder(torch.zeros(1, 3, 28, 28))
     assert offloaded.qkv_bias_separate and not there.qkv_bias_separate
+
+
+@torch.no_grad()
+def test_an_adapter_on_the_encoders_qkv_counts(model):
+    """timm would compute with the layer's weight alone: adapters changed nothing, and never trained."""
+    encoder = copy.deepcopy(model.vision_encoder)
+    before = encoder(torch.ones(1, 3, 28, 28))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False), encoder)
+    assert not torch.allclose(encoder(torch.ones(1, 3, 28, 28)), before)
+    for block in encoder.vit.blocks:
+        block.attn.qkv.enable_adapters(False)
+    assert torch.allclose(encoder(torch.ones(1, 3, 28, 28)), before, atol=1e-5)
 
 
 @torch.no_grad()
