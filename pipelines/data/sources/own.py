@@ -129,12 +129,12 @@ def _has_rows(unit: SourceUnit) -> bool:
 
 
 def _damage(error: Exception) -> str:
-    """Description of a table's damage. Arrow raises ``OSError`` for damaged pages, too.
+    """Description of a table's damage. Arrow raises a plain ``OSError`` without a number for damaged pages, too.
 
     Raises:
         OSError: it is the disk or the network: that must not cost rows.
     """
-    if isinstance(error, storage.StorageError) or (isinstance(error, OSError) and error.errno is not None):
+    if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
         raise error
     return str(error)
 

@@ -186,8 +186,9 @@ def test_damage_costs_rows_and_a_storage_that_fails_ends_the_unit(tmp_path, monk
     found = [each for unit in units for each in reader.read(unit)]
     assert isinstance(found[0], Rejected) and "cannot be read after row 0" in found[0].reason
     assert own._damage(pa.ArrowInvalid("bad page")) == own._damage(OSError("bad page")) == "bad page"
-    with pytest.raises(OSError, match="disk"):
-        own._damage(OSError(errno.EIO, "disk"))
+    for error in (OSError(errno.EIO, "disk"), FileNotFoundError("disk"), storage.StorageError("disk")):
+        with pytest.raises(OSError, match="disk"):
+            own._damage(error)
     monkeypatch.setattr(storage.retry.time, "sleep", lambda seconds: None)
 
     def read_at(self, size):
