@@ -216,7 +216,7 @@ def find_input(source: SourceInput, *defaults: str) -> list[storage.FoundFile]:
     patterns = [given / default for default in defaults] if defaults and storage.is_folder(given) else [given]
     for pattern in patterns:
         if files := storage.find_files(pattern, tells_missing=pattern == given):
-            _refuse_archives(files)
+            refuse_unusable(files)
             return files
     if patterns[0] != given and (files := _find_one_folder_down(source, given, defaults)):
         return files
@@ -239,11 +239,22 @@ def _find_one_folder_down(
             names = " and ".join(str(found) for found in folders)
             raise SettingsError(f"input={source.input!r} holds {default} more than once, in {names}: name one of them.")
         if files:
+            refuse_unusable(files)
             return files
     return []
 
 
-def _refuse_archives(files: list[storage.FoundFile]) -> None:
+_LFS_POINTER, _LARGEST_POINTER = b"version https://git-lfs", 1024
+
+
+def refuse_unusable(files: list[storage.FoundFile]) -> None:
+    """Refuse files that stand for others.
+
+    Raises:
+        SettingsError: one is an archive, or what a clone without Git LFS has in place of the file.
+    """
     for file in files:
         if file.name.lower().endswith((".zip", ".rar", ".7z")):
             raise SettingsError(f"{file.location} is an archive: unpack it, and give the unpacked file or folder.")
+        if 0 < file.num_bytes < _LARGEST_POINTER and storage.read_bytes(file.location).startswith(_LFS_POINTER):
+            raise SettingsError(f"{file.location} is a Git LFS pointer, not the file: fetch it with `git lfs pull`.")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from pipelines import storage
-from pipelines.data.sources.base import SourceInput, find_input, shorten
+from pipelines.data.sources.base import SourceInput, find_input, refuse_unusable, shorten
 from pipelines.settings import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ def find_tables(source: SourceInput) -> list[storage.FoundFile]:
     files = [file for file in found if not _LEFTOVER.search(f"/{file.name}")]
     if not files:
         raise SettingsError(f"input={source.input!r} holds neither .arrow nor .parquet files.")
+    refuse_unusable(files)
     return _training_split(source, sorted(files, key=lambda file: file.location))
 
 

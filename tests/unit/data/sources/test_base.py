@@ -228,3 +228,23 @@ def test_files_are_units_with_their_size_and_time(tmp_path):
     assert (unit.source, unit.file, unit.details) == (UNIT.source, Location("", f"{tmp_path}/a.json"), details)
     assert (unit.shard, unit.num_bytes, unit.start, unit.stop, unit.first) == ("a.json", 3, 0, 0, 0)
     assert unit.modified_ns == (tmp_path / "a.json").stat().st_mtime_ns
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("jsonl", "a.jsonl"),
+        ("csv", "a.csv"),
+        ("parquet", "data/a.parquet"),
+        ("webdataset", "a.tar"),
+        ("gqa", "q/train_balanced_questions.json"),
+    ],
+)
+def test_a_clone_without_its_large_files_is_told(tmp_path, source, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    for given in (tmp_path, tmp_path / name):
+        with pytest.raises(
+            SettingsError, match=f"{name} is a Git LFS pointer, not the file: fetch it with `git lfs pull`"
+        ):
+            list(SOURCES[source].reader.plan(SourceInput(source, str(given), str(tmp_path), source, "vqa")))
