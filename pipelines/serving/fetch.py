@@ -72,10 +72,13 @@ async def fetch(url: str, *, allowed_hosts: Sequence[str], max_bytes: int, timeo
         raise FetchError("the image's URL is not valid.") from None
     if parts.scheme not in ("http", "https") or not host or parts.username is not None:
         raise FetchError("the image's URL must be http://host/... or https://host/..., without a user name.")
+    own_port = 443 if parts.scheme == "https" else 80
+    port = port or own_port
+    with_port = f"{host}:{port}"
     allowed = {entry.lower() for entry in allowed_hosts}
-    if (f"{host}:{port}" if port else host) not in allowed:
-        raise FetchError(f"images may not be fetched from {host}; ask this server's operator to allow it.")
-    port = port or (443 if parts.scheme == "https" else 80)
+    if with_port not in allowed and (port != own_port or host not in allowed):
+        named = host if port == own_port else with_port
+        raise FetchError(f"images may not be fetched from {named}; ask this server's operator to allow it.")
     try:
         async with asyncio.timeout(timeout_s):
             address = await _resolve(host, port)

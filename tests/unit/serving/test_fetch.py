@@ -140,6 +140,25 @@ def test_other_addresses_are_never_looked_up(monkeypatch, url):
     assert calls == []
 
 
+@pytest.mark.parametrize(
+    ("url", "entry", "refused"),
+    [
+        ("http://a.example:80/x", "a.example", ""),
+        ("https://A.example:443/x", "a.example", ""),
+        ("https://a.example/x", "a.example:443", ""),
+        ("https://a.example:444/x", "a.example", "a.example:444"),
+        ("http://a.example:443/x", "a.example", "a.example:443"),
+        ("http://a.example/x", "a.example:443", "a.example"),
+    ],
+)
+def test_a_schemes_own_port_may_be_written_and_another_is_named(monkeypatch, url, entry, refused):
+    calls = resolve_to(monkeypatch, ["10.0.0.1"])
+    with pytest.raises(FetchError) as caught:
+        get(url, [entry])
+    told = f"images may not be fetched from {refused}; ask" if refused else "a.example is not on the public internet"
+    assert told in str(caught.value) and bool(calls) != bool(refused)
+
+
 def test_without_a_list_nothing_is_fetched(monkeypatch):
     calls = resolve_to(monkeypatch, ["93.184.216.34"])
     with pytest.raises(FetchError, match="switched off"):
