@@ -290,9 +290,14 @@ class MLflowTracker:
 
 
 def open_client(uri: str) -> MlflowClient:
-    """A client of a tracking server or database."""
-    from mlflow import MlflowClient
+    """A client of a tracking server or database.
 
+    MLflow would ask a database that it cannot open nine times more, which takes 100 s: the outbox does that, meanwhile.
+    """
+    from mlflow import MlflowClient
+    from mlflow.store.db import utils
+
+    utils.MAX_RETRY_COUNT = 1
     return MlflowClient(tracking_uri=uri)
 
 

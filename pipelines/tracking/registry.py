@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.tracking.base import default_uri
+from pipelines.tracking.mlflow import open_client
 
 if TYPE_CHECKING:
     from pipelines.settings import Settings
@@ -28,10 +29,9 @@ def register_model(
     Returns:
         The version's number; ``models:/<name>@<alias>`` names it from now on.
     """
-    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    client = MlflowClient(tracking_uri=settings.tracking_uri or default_uri(Path.cwd()))
+    client = open_client(settings.tracking_uri or default_uri(Path.cwd()))
     try:
         client.get_registered_model(name)
     except MlflowException:
@@ -53,12 +53,11 @@ def download_registered_model(uri: str, tracking_uri: str = "") -> Path:
     Raises:
         ValueError: the registry cannot be reached, or has no such version.
     """
-    from mlflow import MlflowClient
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
     server = tracking_uri or default_uri(Path.cwd())
-    client = MlflowClient(tracking_uri=server)
+    client = open_client(server)
     name, at, alias = uri.removeprefix("models:/").partition("@")
     try:
         if at:

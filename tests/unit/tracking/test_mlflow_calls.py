@@ -300,3 +300,14 @@ def test_artifacts_lie_in_a_folder_of_the_experiment_that_records_them(store, tm
     MLflowTracker(database, "mine", "x", RunIdentity()).close()
     locations = {name: experiment.location for name, experiment in store.experiments.items()}
     assert locations == {name: f"{tmp_path}/mlartifacts/{name}" for name in ("mine", "mine-2")}
+
+
+def test_a_database_that_cannot_be_opened_is_asked_once(tmp_path, monkeypatch):
+    """MLflow itself would ask ten times, for 100 s, before a training begins and again at its end."""
+    from mlflow.store.db import utils
+
+    monkeypatch.setattr(utils, "MAX_RETRY_COUNT", 10)
+    monkeypatch.setattr(utils.time, "sleep", lambda seconds: pytest.fail("it is asked again"))
+    with pytest.raises(Exception, match="unable to open database file"):
+        module.open_client("http://127.0.0.1:9")
+        utils.create_sqlalchemy_engine_with_retry(f"sqlite:///{tmp_path}")
