@@ -122,7 +122,7 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discri
 class StreamOptions(BaseModel):
     """Options of a stream besides text."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class ResponseFormat(BaseModel):

@@ -34,6 +34,7 @@ const conversation = new Conversation({ list: $("messages"), announcer: $("annou
 let model = { id: "", context_length: 0, scope: "" };
 let turns = []; // {role, content: text} of the chat; tasks go without, and are not part of it
 let running = null; // AbortController of the answer that is being written
+let isWatching = false;
 let scene = null; // the drawn scene that is shown, with its true answer
 
 // ---------------------------------------------------------------- tasks
@@ -259,6 +260,7 @@ async function answer(asked, questionItem, sampling = {}) {
 
 /** Read the answer into `writing`; a chat that does not fit leaves out its oldest turns. */
 async function read(asked, isChat, options, writing, state, signal) {
+  if (!model.id) await findModel();
   for (;;) {
     try {
       for await (const event of streamAnswer(requestFor(asked, isChat ? turns : [], options), signal)) {
@@ -379,20 +381,26 @@ function showModel() {
   for (const element of document.querySelectorAll(".scenes-only")) element.hidden = !knowsScenes;
 }
 
+/** Ask for the model, and follow the server from then on. */
+async function findModel() {
+  model = await firstModel();
+  showModel();
+  if (!isWatching) setTimeout(watch, HEALTH_EVERY_MS);
+  isWatching = true;
+}
+
 async function connect() {
   try {
-    model = await firstModel();
-    showModel();
+    await findModel();
   } catch (error) {
-    if (error.status === 401 && (await askForKey())) {
-      await connect();
+    if (error.status === 401) {
+      if (await askForKey()) await connect();
+      else showStatus("gone", "needs an API key"); // the next question asks for it again
       return;
     }
     showStatus("gone", error.status ? "not ready" : "not reachable");
     setTimeout(connect, 3000);
-    return;
   }
-  setTimeout(watch, HEALTH_EVERY_MS);
 }
 
 /** Follow the server: the dot tells whether the model can answer now. */

@@ -127,6 +127,28 @@ def test_an_error_is_seen_above_the_composer(page, server):
     assert error["y"] + error["height"] <= form["y"] + 1
 
 
+def test_a_key_that_is_not_given_is_asked_for_with_the_next_question(browser):
+    """Not every three seconds, over whatever somebody reads."""
+    server = Server(api_keys=["open sesame"])
+    context = new_context(browser)
+    page = context.new_page()
+    page.clock.install()
+    page.goto(server.url)
+    page.wait_for_selector("#key-dialog[open]")
+    page.click("#key-dialog button[value=cancel]")
+    expect(page.locator("#status-text")).to_have_text("needs an API key")
+    page.clock.run_for(20_000)
+    assert page.locator("#key-dialog[open]").count() == 0
+    ask(page, "hi")
+    page.wait_for_selector("#key-dialog[open]")
+    page.fill("#key", "open sesame")
+    page.click("#key-dialog button[value=ok]")
+    assert wait_for_answer(page) == "hello"
+    expect(page.locator("#status-text")).to_have_text("tinygpt-v")
+    context.close()
+    server.stop()
+
+
 def test_a_key_is_asked_for(browser):
     server = Server(api_keys=["open sesame"])
     context = new_context(browser)

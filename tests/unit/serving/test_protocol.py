@@ -48,6 +48,7 @@ def client():
         {"logit_bias": {}},
         {"logit_bias": None, "stop": None, "seed": None, "stream": None, "stream_options": None},
         {"stream_options": {"include_usage": True, "include_obfuscation": False}},
+        {"stream_options": {"include_usage": None}},
         {"a_field_of_next_year": {"deep": [1, 2]}},
     ],
 )
