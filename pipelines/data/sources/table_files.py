@@ -50,7 +50,10 @@ def find_tables(source: SourceInput) -> list[storage.FoundFile]:
     found = [file for pattern in _PATTERNS for file in storage.find_files(folder / pattern)]
     files = [file for file in found if not _LEFTOVER.search(f"/{file.name}")]
     if not files:
-        raise SettingsError(f"input={source.input!r} holds neither .arrow nor .parquet files.")
+        below = storage.find_files(folder / "*/*.{parquet,arrow}", tells_missing=False)
+        folders = sorted({file.location.parent.name for file in below})
+        where = f" itself, but in {shorten(', '.join(folders))}: name one of these folders" if folders else ""
+        raise SettingsError(f"input={source.input!r} holds neither .arrow nor .parquet files{where}.")
     refuse_unusable(files)
     return _training_split(source, sorted(files, key=lambda file: file.location))
 

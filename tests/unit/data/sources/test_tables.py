@@ -121,6 +121,14 @@ def test_a_folder_without_tables_is_told(tmp_path):
     with pytest.raises(SettingsError) as error:
         read("hf", tmp_path)
     assert str(error.value) == f"input={str(tmp_path)!r} holds neither .arrow nor .parquet files."
+    for name in ("vqa/train-0.parquet", "captions/train-0.parquet", "captions/train-1.parquet"):
+        write(tmp_path / name, name)
+    with pytest.raises(SettingsError) as error:
+        read("hf", tmp_path)
+    assert str(error.value) == (
+        f"input={str(tmp_path)!r} holds neither .arrow nor .parquet files itself, but in captions, vqa: name one of "
+        "these folders."
+    )
 
 
 def test_leftovers_of_a_cache_are_no_data(tmp_path):
