@@ -81,15 +81,17 @@ def image_of(entry: Any) -> str:
 def answers_of(entry: Any, name: str) -> tuple[str, ...]:
     """Answers of a question: a text, a list of texts, or a list of ``{"answer": ..}`` as VQA's publishers write them.
 
+    ``direct_answers`` must be a list: the hub's copy of A-OKVQA has one written as text.
+
     Raises:
         Malformed: it is something else, or there is none.
     """
     if name not in entry:
         name = next((other for other in ("answers", "answer", "direct_answers") if other in entry), name)
     given = entry[name]
-    if isinstance(given, str):
+    if isinstance(given, str) and name != "direct_answers":
         return (given,)
-    if not isinstance(given, Sequence) or not given:
+    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
         raise Malformed(f"{name} is no list of answers")
     return tuple(text_of(answer, "answer") if isinstance(answer, Mapping) else _text(answer, name) for answer in given)
 

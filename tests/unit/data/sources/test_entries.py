@@ -62,7 +62,7 @@ def test_answers_that_are_none(entry):
 
 
 def test_answers_are_found_under_their_other_names_in_a_fixed_order():
-    entry = {"direct_answers": "c", "answer": "b", "answers": "a", "own": "d"}
+    entry = {"direct_answers": ["c"], "answer": "b", "answers": "a", "own": "d"}
     assert entries.answers_of(entry, "own") == ("d",)
     for name, found in (("answers", "a"), ("answer", "b"), ("direct_answers", "c")):
         assert entries.answers_of(entry, "no") == (found,)

@@ -187,6 +187,7 @@ def test_both_kinds_of_tables_are_found_in_a_folder(tmp_path):
 def test_fields_that_are_wrong_are_named():
     assert (
         refused(Malformed, entries.answers_of, {"direct_answers": 3}, "answer")
+        == refused(Malformed, entries.answers_of, {"direct_answers": "['a', 'b']"}, "direct_answers")
         == "direct_answers is no list of answers"
     )
     assert refused(Malformed, entries.text_of, {"a": 1, "b": 2}, "c") == "the entry has 'a', 'b', but no 'c'"
