@@ -67,6 +67,8 @@ class _UpToDamage(io.RawIOBase):
 
     def _open(self, fed_bytes: int = COPY_BYTES) -> BinaryIO:
         packed = self._opened.enter_context(open_file(self._location))
+        if isinstance(packed, io.RawIOBase):  # remote: a request for each of a decompressor's small reads
+            packed = self._opened.enter_context(io.BufferedReader(packed, COPY_BYTES))
         self._packed = _Packed(packed, fed_bytes)
         if self._compression == "xz":
             return cast(BinaryIO, self._opened.enter_context(lzma.open(cast(BinaryIO, self._packed))))

@@ -122,13 +122,14 @@ class Flaky:
     """A storage of one file that fails after so many bytes of each opening, as pyarrow says it: without a number."""
 
     def __init__(self, content, *fails_at):
-        self.content, self.fails_at = content, list(fails_at)
+        self.content, self.fails_at, self.requests = content, list(fails_at), 0
 
     def open_input_file(self, path):
         assert path == "x"
         left = self.fails_at.pop(0)
 
         def read_at(size, start):
+            self.requests += 1
             if start >= left:
                 raise OSError("AWS Error NETWORK_CONNECTION during GetObject")
             return self.content[start : min(start + size, left)]
@@ -183,3 +184,16 @@ def test_what_is_unpacked_from_a_bucket_is_asked_for_again(tmp_path, monkeypatch
     assert "damaged or cut off" in unpack(content[:10_000], never, never, never) and len(pauses) == 2
     with pytest.raises(storage.StorageError, match=r"^s3://bucket/x failed 6 times, last with: AWS Error NETWORK_CONN"):
         unpack(content, *[0] * 6)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PACKED if kind])
+def test_a_bucket_is_asked_for_large_pieces_also_where_there_is_damage(tmp_path, monkeypatch, kind):
+    """Decompressors read a few bytes at a time; each was a request."""
+    data = random.Random(4).randbytes(300_000)
+    content = PACKED[kind](data)
+    for packed in (content, content[:200_000]):
+        flaky = Flaky(packed, *[len(content) + 1] * 3)
+        monkeypatch.setattr(storage.reading, "resolve", lambda location, flaky=flaky: (flaky, location.path))
+        damage = storage.unpack("s3://bucket/x", tmp_path / "plain")
+        assert bool(damage) == (packed is not content) and flaky.requests <= 5
+    assert data.startswith((tmp_path / "plain").read_bytes())
