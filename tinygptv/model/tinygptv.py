@@ -217,13 +217,15 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
 
         is_image = input_ids == self.config.image_token_id
         inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        can_look = not torch.compiler.is_compiling()  # at values: a compiled or exported graph has none yet
         if image_embeds is None:
-            if not torch.compiler.is_compiling() and is_image.any():
+            if can_look and is_image.any():
                 raise ValueError(
                     f"input_ids marks {int(is_image.sum())} image positions but no image was given: pass pixel_values."
                 )
             return inputs_embeds
-        if input_ids.device.type == "cpu" and int(is_image.sum()) != image_embeds.shape[0] * image_embeds.shape[1]:
+        is_cpu = input_ids.device.type == "cpu"  # a GPU would be waited for
+        if can_look and is_cpu and int(is_image.sum()) != image_embeds.shape[0] * image_embeds.shape[1]:
             raise ValueError(
                 f"input_ids marks {int(is_image.sum())} image positions but {image_embeds.shape[0]} images of "
                 f"{image_embeds.shape[1]} query tokens were given: each <ImageHere> needs exactly one image."

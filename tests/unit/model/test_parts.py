@@ -156,6 +156,15 @@ def test_an_adapter_on_the_encoders_qkv_counts(model):
     assert torch.allclose(encoder(torch.ones(1, 3, 28, 28)), before, atol=1e-5)
 
 
+def test_a_graph_with_images_can_be_exported(model):
+    """Its values are not known while it is traced."""
+    part = nn.Module()
+    part.forward = lambda ids, embeds: model.embed(ids, image_embeds=embeds)
+    ids, embeds = torch.tensor([[1, *[256] * 4]]), torch.rand(1, 4, 32)
+    exported = torch.export.export(part, (ids, embeds), strict=False).module()
+    assert torch.equal(exported(ids, embeds), model.embed(ids, image_embeds=embeds))
+
+
 @torch.no_grad()
 def test_ready_embeddings_win_over_features_and_these_over_pixels(model, monkeypatch):
     ids = torch.tensor([[1, *[256] * 4]])
