@@ -33,6 +33,12 @@ def language_settings(language: str | Path | None) -> JsonObject:
         value = settings.get(name)
         if value is not None and not (isinstance(value, int) and 0 < value < _LARGEST_SETTING):
             raise WeightFileError(f"{file} has {name}={value!r:.40}; it must be a positive whole number.")
+    quantized = settings.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise WeightFileError(
+            f"{file} says that the weights are quantized ({method or 'quantization_config'}): give the original ones."
+        )
     return settings
 
 

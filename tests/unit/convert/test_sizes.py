@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tinygptv.checkpoint.weight_files import WeightFileError
@@ -129,6 +131,10 @@ def test_settings_lie_beside_the_weights_and_are_whole_numbers(tmp_path):
             with pytest.raises(WeightFileError) as caught:
                 language_settings(tmp_path)
             assert str(caught.value) == f"{file} has {name}={shown}; it must be a positive whole number."
+    for told, method in (({"quant_method": "gptq"}, "gptq"), ({"load_in_8bit": True}, "quantization_config")):
+        file.write_text(json.dumps({"n_head": 4, "quantization_config": told}))
+        with pytest.raises(WeightFileError, match=rf"the weights are quantized \({method}\): give the original ones"):
+            language_settings(tmp_path)
     file.write_text("[1]")
     with pytest.raises(WeightFileError, match=r"config\.json holds a list where an object"):
         language_settings(tmp_path)
