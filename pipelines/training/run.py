@@ -56,6 +56,9 @@ logger = logging.getLogger(__name__)
 
 LOSS_PLOT = "loss.png"
 
+_RAY_FOLDER = "ray_train"
+"""Where Ray Train keeps what it is told, beside the training states."""
+
 GPU_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
 """Of training workers with a GPU: memory is taken in segments that grow, so that little is lost between tensors."""
 
@@ -230,6 +233,8 @@ def _run_on_ray(job: TrainJob) -> WorkerResult:
     settings = job.settings
     gpu_options: Any = {"worker_runtime_env": {"env_vars": dict(GPU_ENVIRONMENT)}} if settings.use_gpu else {}
     filesystem, storage_path = storage.resolve(job.storage)
+    # Ray Train would go on from its own snapshot, and fail for ever where a kill or a full disk left half of one.
+    storage.remove_folder(storage.join(job.storage, _RAY_FOLDER))
     with start_ray(settings):
         least = settings.min_workers or settings.num_workers
         worker = {"CPU": settings.cpus_per_worker, "GPU": float(settings.use_gpu)}
@@ -245,7 +250,7 @@ def _run_on_ray(job: TrainJob) -> WorkerResult:
                 resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.use_gpu else {})},
             ),
             run_config=RunConfig(
-                name="ray_train",
+                name=_RAY_FOLDER,
                 storage_path=storage_path,
                 storage_filesystem=filesystem,
                 checkpoint_config=CheckpointConfig(num_to_keep=settings.keep_checkpoints),

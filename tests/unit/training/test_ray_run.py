@@ -41,7 +41,7 @@ def trained(tmp_path, monkeypatch):
 
         class Trainer:
             def __init__(self, function, **options):
-                asked.update(options, function=function)
+                asked.update(options, function=function, left=sorted(path.name for path in tmp_path.iterdir()))
 
             def fit(self):
                 assert asked["cluster"] == "open"
@@ -85,6 +85,9 @@ def trained(tmp_path, monkeypatch):
 )
 def test_ray_train_is_asked_for_what_the_settings_say(trained, tmp_path, changes, workers, told, resources):
     changes = {"cpus_per_worker": 2.0, "keep_checkpoints": 4, "max_failures": 5, **changes}
+    for name, content in (("states/state", "ours"), ("ray_train/checkpoint_manager_snapshot.json", '{"half')):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(content)
     result, asked, job = trained(RESULT.to_dict(), **changes)
     assert result == RESULT
     assert (asked["function"], pickle.loads(asked["train_loop_config"]["job"])) == (train_worker, job)
@@ -92,6 +95,7 @@ def test_ray_train_is_asked_for_what_the_settings_say(trained, tmp_path, changes
     scaling, run = asked["scaling_config"], asked["run_config"]
     assert (scaling.num_workers, scaling.use_gpu) == (workers, job.settings.use_gpu)
     assert scaling.resources_per_worker == resources
+    assert asked["left"] == ["states"], "Ray's half-written snapshot of a killed run would end every later one"
     assert (run.name, run.storage_path) == ("ray_train", str(tmp_path))
     assert run.storage_filesystem == storage.resolve(str(tmp_path))[0] is not None
     assert (run.checkpoint_config.num_to_keep, run.failure_config.max_failures) == (4, 5)
