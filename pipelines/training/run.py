@@ -233,7 +233,7 @@ def _run_on_ray(job: TrainJob) -> WorkerResult:
     settings = job.settings
     gpu_options: Any = {"worker_runtime_env": {"env_vars": dict(GPU_ENVIRONMENT)}} if settings.use_gpu else {}
     filesystem, storage_path = storage.resolve(job.storage)
-    # Ray Train would go on from its own snapshot, and fail for ever where a kill or a full disk left half of one.
+    # Ray Train would resume from its own snapshot, and fail for ever where a kill or a full disk left half of one.
     storage.remove_folder(storage.join(job.storage, _RAY_FOLDER))
     with start_ray(settings):
         least = settings.min_workers or settings.num_workers
