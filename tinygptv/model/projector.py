@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tinygptv.model.language_model import matrix_input
+
 
 class Projector(nn.Module):
     """Query features [B, Q, F] to image embeddings [B, Q, D] of the language model's width."""
@@ -19,4 +21,4 @@ class Projector(nn.Module):
 
     def forward(self, query_features: Tensor) -> Tensor:
         """Project [B, Q, F] to [B, Q, D]; the input is cast to the projector's dtype."""
-        return self.linear_2(self.linear_1(query_features.to(self.linear_1.weight.dtype)))
+        return self.linear_2(self.linear_1(matrix_input(query_features, self.linear_1)))

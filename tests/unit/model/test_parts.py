@@ -156,6 +156,15 @@ def test_an_adapter_on_the_encoders_qkv_counts(model):
     assert torch.allclose(encoder(torch.ones(1, 3, 28, 28)), before, atol=1e-5)
 
 
+def test_features_are_not_cast_to_the_type_of_packed_weights():
+    projector = Projector(2, 2, 2)
+    packed = nn.Identity()
+    packed.weight = torch.zeros(2, 2, dtype=torch.int8)  # as bitsandbytes' layers have it
+    projector.linear_1 = packed
+    features = torch.tensor([[[0.25, -0.5]]])
+    assert torch.equal(projector(features), projector.linear_2(features))
+
+
 def test_a_graph_with_images_can_be_exported(model):
     """Its values are not known while it is traced."""
     part = nn.Module()
