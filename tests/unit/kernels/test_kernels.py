@@ -231,8 +231,8 @@ def _run_ptx(text, word):
         (lowbit, 33, (12, 256), 64),
         (lowbit, 5, (10, 192), 32),
         (lowbit, 33, (16, 96), 16),
-        (lowbit_rows, 1, (12, 256), 128),
-        (lowbit_rows, 3, (40, 192), 32),
+        (lowbit_rows, 1, (34, 128), 128),
+        (lowbit_rows, 3, (12, 192), 64),
     ],
 )
 def test_products_with_packed_weights(ops, kind, tokens, shape, group):
