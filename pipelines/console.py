@@ -85,7 +85,7 @@ def run(command: Command, argv: Sequence[str]) -> int:
     kind, _, name = command.target.partition(":")
     if kind == "module":
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the module does where it is run by itself
-        return int(importlib.import_module(name).main(argv))
+        return int(importlib.import_module(name).main(argv, prog=sys.argv[0]))
     path = jobs_folder() / f"{command.target}.py"
     spec = importlib.util.spec_from_file_location(f"tinygptv_job_{command.target}", path)
     assert spec is not None and spec.loader is not None, path

@@ -40,4 +40,4 @@ PARAMS = SamplingParams(max_tokens=3)
 
 
 def options(*words):
-    return chat._parse(list(words))
+    return chat._parse(list(words), "chat")

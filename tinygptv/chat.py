@@ -69,9 +69,9 @@ class LoadedImage:
     image: Image.Image
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m tinygptv.chat") -> int:
     """The command line; returns the exit status."""
-    options = _parse(argv)
+    options = _parse(argv, prog)
     try:
         params = SamplingParams(
             max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
@@ -98,9 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tinygptv.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("image", type=Path, help="an image, a folder of images, or a .jsonl file of questions")
     parser.add_argument("question", nargs="?", help="without it, questions are read from the terminal")

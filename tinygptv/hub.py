@@ -101,9 +101,9 @@ def _reason(error: Exception, fix: str = "") -> str:
     return text
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m tinygptv.hub") -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tinygptv.hub", description="Checkpoint folders on the hub.")
+    parser = argparse.ArgumentParser(prog=prog, description="Checkpoint folders on the hub.")
     commands = parser.add_subparsers(dest="command", required=True)
     pull = commands.add_parser("pull", help="download a repository and check it")
     pull.add_argument("name", help="hf://org/name or hf://org/name@revision")

@@ -45,6 +45,13 @@ def test_a_job_gets_its_words(capsys):
     assert main(["fetch", "what=nothing", "output=/tmp/none"]) == 2
 
 
+@pytest.mark.parametrize("name", ["chat", "convert", "hub"])
+def test_a_module_calls_itself_what_was_typed(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: tinygptv {name} [-h]")
+
+
 def test_help_version_and_mistakes(capsys):
     for words, status in ((["--help"], 0), (["-h"], 0), ([], 2)):
         assert main(words) == status
@@ -96,7 +103,7 @@ def test_a_library_of_the_models_own_needs_no_extra(monkeypatch, capsys):
 
 def test_a_module_gets_its_words_and_waits_without_spinning(monkeypatch):
     given = []
-    module = SimpleNamespace(main=lambda argv: given.append((argv, os.environ["OMP_WAIT_POLICY"])) or True)
+    module = SimpleNamespace(main=lambda argv, prog: given.append((argv, os.environ["OMP_WAIT_POLICY"])) or True)
     monkeypatch.setattr(console.importlib, "import_module", lambda name: given.append(name) or module)
     monkeypatch.setenv("OMP_WAIT_POLICY", "x")
     monkeypatch.delenv("OMP_WAIT_POLICY")
@@ -108,7 +115,7 @@ def test_a_module_gets_its_words_and_waits_without_spinning(monkeypatch):
 def test_how_threads_wait_is_the_environments_matter_first(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.setattr(console.sys, "argv", ["tinygptv"])
-    monkeypatch.setattr(console.importlib, "import_module", lambda name: SimpleNamespace(main=lambda argv: 0))
+    monkeypatch.setattr(console.importlib, "import_module", lambda name: SimpleNamespace(main=lambda argv, prog: 0))
     assert main(["chat"]) == 0 and os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 

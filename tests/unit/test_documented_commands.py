@@ -56,13 +56,13 @@ def check_module(words: tuple[str, ...]) -> dict[str, str]:
         from tinygptv.convert.__main__ import _parser
 
         if arguments and arguments != ["--help"]:
-            _parser().parse_args(
+            _parser(module).parse_args(
                 [word for word in arguments if word != "..."] + (["--output", "x"] if "..." in arguments else [])
             )
     elif module == "tinygptv.chat":
         from tinygptv.chat import _parse
 
-        _parse(arguments)
+        _parse(arguments, module)
     else:
         assert (ROOT / f"{module.replace('.', '/')}.py").exists() or (
             ROOT / module.replace(".", "/") / "__main__.py"

@@ -6,6 +6,7 @@ files do not match it, is not complete. Imports neither torch nor transformers.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -178,7 +179,16 @@ def write_manifest(folder: Path) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.rename(folder / MANIFEST)
+    _share(folder, files)
     _sync(folder)
+
+
+def _share(folder: Path, names: Collection[str]) -> None:
+    """Who may read the manifest may read its files: safetensors since 0.8 writes them for the owner alone."""
+    mode = (folder / MANIFEST).stat().st_mode & 0o777
+    for name in names:
+        with contextlib.suppress(OSError):  # file systems without modes
+            (folder / name).chmod((folder / name).stat().st_mode & 0o777 | mode)
 
 
 # ---------------------------------------------------------------------- reading

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -38,6 +39,9 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_byte
         folder: where to.
         tensors: (name, value), read as they are written.
         shard_bytes: most bytes of a shard.
+
+    Raises:
+        CheckpointError: a shard cannot be written, for example for want of space.
     """
     waiting: dict[str, Tensor] = {}
     files: list[dict[str, int]] = []
@@ -46,7 +50,10 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_byte
     def flush() -> None:
         nonlocal size
         if waiting:
-            save_file(waiting, folder / f"shard-{len(files) + 1}.safetensors", metadata={"format": "pt"})
+            try:
+                save_file(waiting, folder / f"shard-{len(files) + 1}.safetensors", metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise CheckpointError(f"weights cannot be written in {folder.parent}: {error}.") from error
             files.append(dict.fromkeys(waiting, len(files) + 1))
             waiting.clear()
             size = 0
@@ -176,6 +183,8 @@ def write_release_stage(checkpoint: Path, output: Path) -> Path:
     try:
         torch.save({"model": state}, temporary)
         temporary.rename(output)
+    except RuntimeError as error:  # torch's own, which does not say that the disk is full
+        raise CheckpointError(f"{output} cannot be written: is its disk full? ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
     return output

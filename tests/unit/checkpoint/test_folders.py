@@ -61,6 +61,15 @@ def test_new_and_empty_folders_are_filled(tmp_path):
         verify_folder(write_folder(tmp_path / name, fill(b"x")))
 
 
+def test_who_may_read_the_folder_may_read_the_weights(tmp_path):
+    weights = write_folder(
+        tmp_path / "ours", lambda staging: save_file({"a": torch.ones(1)}, staging / "a.safetensors")
+    )
+    modes = {path.stat().st_mode & 0o777 for path in weights.iterdir()}
+    (tmp_path / "plain").touch()
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
+
+
 def test_what_others_wrote_stays(tmp_path, folder):
     notes = tmp_path / "models"
     notes.mkdir()

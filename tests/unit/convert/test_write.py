@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from tinygptv.checkpoint.folders import CheckpointError
@@ -189,3 +189,19 @@ def test_plain_phi_has_its_own_names_settings_and_tokenizer(source, tmp_path):
         "torch_dtype": "float16",
     }
     assert (tmp_path / "phi/tok").read_text() == "None", "whose chat template is not Phi-2's"
+
+
+def test_a_full_disk_is_one_sentence(source, tmp_path, monkeypatch):
+    def full(error):
+        def save(*_, **__):
+            raise error
+
+        return save
+
+    monkeypatch.setattr(write, "save_file", full(SafetensorError("I/O error: No space left on device (os error 28)")))
+    with pytest.raises(CheckpointError, match=r"^weights cannot be written in .*: I/O error: No space left on device"):
+        write.write_shards(tmp_path / ".phi.tmp", iter([("a", torch.ones(1))]))
+    monkeypatch.setattr(write.torch, "save", full(RuntimeError("unexpected pos 64 vs 0")))
+    with pytest.raises(CheckpointError, match=r"stage.pth cannot be written: is its disk full\? \(unexpected pos"):
+        write.write_release_stage(tmp_path / "checkpoint", tmp_path / "stage.pth")
+    assert not list(tmp_path.iterdir())
