@@ -64,7 +64,7 @@ def test_every_command_is_understood_by_its_job(tmp_path, jobs):
     for name, words in jobs.ran:
         if name == "-m":
             assert words[0] == "tinygptv.convert"
-            _parser().parse_args(words[1:])
+            _parser("convert").parse_args(words[1:])
             continue
         config = words[1] if words[0] == "--config" else None
         overrides = words[2:] if config else words
@@ -181,7 +181,7 @@ def documented():
 def test_documented_commands_are_understood(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     if words[:2] == ["-m", "tinygptv.convert"]:
-        _parser().parse_args(words[2:])
+        _parser("convert").parse_args(words[2:])
     elif words[0] == "-m":
         assert importlib.util.find_spec(words[1])
     else:
