@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -32,23 +33,45 @@ TILE8_OUTPUTS, TILE8_INPUTS, TILE8_WARPS, TILE8_STAGES = 32, 128, 4, 4
 
 def partial_products(x_TI: Tensor, weight: PackedWeight) -> Tensor:
     """Multiply few tokens: [T, I] to float32 [P, T, O], whose sum over P is the product."""
-    return _tiles_8(x_TI, weight) if weight.table is None else _tiles_4(x_TI, weight)
+    block = max(16, triton.next_power_of_2(len(x_TI)))
+    if weight.table is None:
+        return launch_8(
+            _tile_8_kernel, x_TI, weight, (TILE8_OUTPUTS, TILE8_INPUTS), WANTED8_PROGRAMS,
+            BLOCK_T=block, num_warps=TILE8_WARPS, num_stages=TILE8_STAGES,
+        )  # fmt: skip
+    return launch_4(
+        _tile_4_kernel, x_TI, weight, TILE_OUTPUTS, WANTED_PROGRAMS,
+        BLOCK_T=block, num_warps=TILE_WARPS, num_stages=TILE_STAGES,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- 4 bits
 
 
-def _tiles_4(x_TI: Tensor, weight: PackedWeight) -> Tensor:
+def launch_4(
+    kernel: Any, x_TI: Tensor, weight: PackedWeight, block_outputs: int, wanted: int, **options: int
+) -> Tensor:
+    """Run a kernel with the arguments of ``_tile_4_kernel``.
+
+    Args:
+        kernel: each of its programs takes some outputs and a part of the inputs.
+        x_TI: tokens.
+        weight: of 4 bits.
+        block_outputs: outputs of a program.
+        wanted: programs that keep the card busy.
+        options: ``BLOCK_T``, and how the kernel is compiled.
+
+    Returns:
+        float32 [P, T, O].
+    """
     num_tokens = len(x_TI)
     outputs, words = weight.codes.shape
-    parts, steps = parts_of(outputs, TILE_OUTPUTS, words, BLOCK_WORDS, WANTED_PROGRAMS)
+    parts, steps = _parts(outputs, block_outputs, words, BLOCK_WORDS, wanted)
     products = torch.empty(parts, num_tokens, outputs, dtype=torch.float32, device=x_TI.device)
-    _tile_4_kernel[(triton.cdiv(outputs, TILE_OUTPUTS), parts)](
-        x_TI, weight.codes, weight.scale, _or(weight.offset, weight.scale), table_of(weight), products, num_tokens,
-        outputs, weight.inputs, words, steps, weight.scale.shape[1], LOOKUP=lookup_of(weight),
-        HAS_OFFSET=weight.offset is not None, PLANES=weight.group // BLOCK_WORDS,
-        BLOCK_T=max(16, triton.next_power_of_2(num_tokens)), BLOCK_O=TILE_OUTPUTS,
-        num_warps=TILE_WARPS, num_stages=TILE_STAGES,
+    kernel[(triton.cdiv(outputs, block_outputs), parts)](
+        x_TI, weight.codes, weight.scale, _or(weight.offset, weight.scale), _table(weight), products, num_tokens,
+        outputs, weight.inputs, words, steps, weight.scale.shape[1], LOOKUP=_lookup(weight),
+        HAS_OFFSET=weight.offset is not None, PLANES=weight.group // BLOCK_WORDS, BLOCK_O=block_outputs, **options,
     )  # fmt: skip
     return products
 
@@ -114,12 +137,12 @@ _known_tables: MutableMapping[Tensor, tuple[Tensor, str]] = WeakTensorKeyDiction
 """By the tensor itself, and as long as it lives: memory of one that is gone is given to others."""
 
 
-def table_of(weight: PackedWeight) -> Tensor:
+def _table(weight: PackedWeight) -> Tensor:
     """The table as int32 bit patterns of bfloat16, for kernels that look it up in memory."""
     return _known(weight)[0]
 
 
-def lookup_of(weight: PackedWeight) -> str:
+def _lookup(weight: PackedWeight) -> str:
     """PTX that looks the table up in registers; empty where Triton interprets instead of compiling."""
     return "" if not weight.codes.is_cuda else _known(weight)[1]
 
@@ -171,8 +194,8 @@ def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     matrix = torch.empty(outputs, weight.inputs, dtype=dtype, device=weight.codes.device)
     block = 256
     _unpack_kernel[(outputs, triton.cdiv(words, block))](
-        weight.codes, weight.scale, _or(weight.offset, weight.scale), table_of(weight), matrix, weight.inputs, words,
-        weight.scale.shape[1], LOOKUP=lookup_of(weight), HAS_OFFSET=weight.offset is not None,
+        weight.codes, weight.scale, _or(weight.offset, weight.scale), _table(weight), matrix, weight.inputs, words,
+        weight.scale.shape[1], LOOKUP=_lookup(weight), HAS_OFFSET=weight.offset is not None,
         PLANES=weight.group // BLOCK_WORDS, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return matrix
@@ -200,15 +223,17 @@ def _unpack_kernel(
 # ---------------------------------------------------------------------------------------------------- 8 bits
 
 
-def _tiles_8(x_TI: Tensor, weight: PackedWeight) -> Tensor:
+def launch_8(
+    kernel: Any, x_TI: Tensor, weight: PackedWeight, block: tuple[int, int], wanted: int, **options: int
+) -> Tensor:
+    """As ``launch_4`` for 8 bits, with the arguments of ``_tile_8_kernel``; block: outputs, and inputs of a step."""
     num_tokens = len(x_TI)
     outputs, inputs = weight.shape
-    parts, steps = parts_of(outputs, TILE8_OUTPUTS, inputs, TILE8_INPUTS, WANTED8_PROGRAMS)
+    parts, steps = _parts(outputs, block[0], inputs, block[1], wanted)
     products = torch.empty(parts, num_tokens, outputs, dtype=torch.float32, device=x_TI.device)
-    _tile_8_kernel[(triton.cdiv(outputs, TILE8_OUTPUTS), parts)](
+    kernel[(triton.cdiv(outputs, block[0]), parts)](
         x_TI, weight.codes, weight.scale, products, num_tokens, outputs, inputs, steps,
-        BLOCK_T=max(16, triton.next_power_of_2(num_tokens)), BLOCK_O=TILE8_OUTPUTS, INPUTS=TILE8_INPUTS,
-        num_warps=TILE8_WARPS, num_stages=TILE8_STAGES,
+        BLOCK_O=block[0], INPUTS=block[1], **options,
     )  # fmt: skip
     return products
 
@@ -234,7 +259,7 @@ def _tile_8_kernel(
     tl.store(products + target, accumulated * factor[None, :], mask=is_token[:, None] & is_output[None, :])
 
 
-def parts_of(outputs: int, block_outputs: int, length: int, step: int, wanted: int) -> tuple[int, int]:
+def _parts(outputs: int, block_outputs: int, length: int, step: int, wanted: int) -> tuple[int, int]:
     """Into how many parts the inputs are divided so that enough programs run, and the steps of each part."""
     blocks, steps, parts = triton.cdiv(outputs, block_outputs), triton.cdiv(length, step), 1
     while parts < MOST_PARTS and parts * blocks < wanted and parts * 2 <= steps:

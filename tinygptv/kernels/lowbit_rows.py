@@ -10,14 +10,13 @@ Notation: T tokens, O outputs, I inputs, P parts into which the inputs are divid
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tinygptv.kernels import lowbit
-from tinygptv.kernels.lowbit import half, look_up, lookup_of, parts_of, table_of, unpack
-from tinygptv.kernels.shapes import BLOCK_WORDS, PackedWeight
+from tinygptv.kernels.lowbit import half, launch_4, launch_8, look_up, unpack
+from tinygptv.kernels.shapes import PackedWeight
 
 __all__ = ["partial_products", "unpack"]
 
@@ -35,21 +34,11 @@ def partial_products(x_TI: Tensor, weight: PackedWeight) -> Tensor:
     """Multiply few tokens: [T, I] to float32 [P, T, O], whose sum over P is the product."""
     if len(x_TI) > MOST_ROWS:
         return lowbit.partial_products(x_TI, weight)
-    return _rows_8(x_TI, weight) if weight.table is None else _rows_4(x_TI, weight)
-
-
-def _rows_4(x_TI: Tensor, weight: PackedWeight) -> Tensor:
-    num_tokens = len(x_TI)
-    outputs, words = weight.codes.shape
-    parts, steps = parts_of(outputs, ROW_OUTPUTS, words, BLOCK_WORDS, WANTED_PROGRAMS)
-    products = torch.empty(parts, num_tokens, outputs, dtype=torch.float32, device=x_TI.device)
-    _rows_4_kernel[(triton.cdiv(outputs, ROW_OUTPUTS), parts)](
-        x_TI, weight.codes, weight.scale, weight.scale if weight.offset is None else weight.offset, table_of(weight),
-        products, num_tokens, outputs, weight.inputs, words, steps, weight.scale.shape[1], LOOKUP=lookup_of(weight),
-        HAS_OFFSET=weight.offset is not None, PLANES=weight.group // BLOCK_WORDS,
-        BLOCK_T=triton.next_power_of_2(num_tokens), BLOCK_O=ROW_OUTPUTS, num_warps=ROW_WARPS,
-    )  # fmt: skip
-    return products
+    block = triton.next_power_of_2(len(x_TI))
+    if weight.table is None:
+        sizes = ROW8_OUTPUTS, ROW8_INPUTS
+        return launch_8(_rows_8_kernel, x_TI, weight, sizes, WANTED_PROGRAMS, BLOCK_T=block, num_warps=ROW8_WARPS)
+    return launch_4(_rows_4_kernel, x_TI, weight, ROW_OUTPUTS, WANTED_PROGRAMS, BLOCK_T=block, num_warps=ROW_WARPS)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "steps"])
@@ -96,18 +85,6 @@ def _read_tokens(
     mask = is_token[:, None, None] & (i < inputs)[None, None, :]
     shape: tl.constexpr = [BLOCK_T, BLOCK_O, BLOCK_I]
     return tl.load(tl.broadcast_to(pointers, shape), mask=tl.broadcast_to(mask, shape), other=0.0).to(tl.float32)
-
-
-def _rows_8(x_TI: Tensor, weight: PackedWeight) -> Tensor:
-    num_tokens = len(x_TI)
-    outputs, inputs = weight.shape
-    parts, steps = parts_of(outputs, ROW8_OUTPUTS, inputs, ROW8_INPUTS, WANTED_PROGRAMS)
-    products = torch.empty(parts, num_tokens, outputs, dtype=torch.float32, device=x_TI.device)
-    _rows_8_kernel[(triton.cdiv(outputs, ROW8_OUTPUTS), parts)](
-        x_TI, weight.codes, weight.scale, products, num_tokens, outputs, inputs, steps,
-        BLOCK_T=triton.next_power_of_2(num_tokens), BLOCK_O=ROW8_OUTPUTS, INPUTS=ROW8_INPUTS, num_warps=ROW8_WARPS,
-    )  # fmt: skip
-    return products
 
 
 @triton.jit(do_not_specialize=["num_tokens", "steps"])
