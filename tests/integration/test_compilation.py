@@ -34,9 +34,11 @@ def reference() -> tuple[float, Tensor]:
     return loss_and_gradient(tiny_model(), padded())
 
 
-def test_a_compiled_fused_layer_is_the_eager_one():
-    """One graph; the same masks, and no gradient counted twice. One layer is compiled: each costs seconds."""
-    model = layer_model(dropout=0.3)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_compiled_fused_layer_is_the_eager_one(rank, dropout):
+    """One graph; the same masks, and no gradient lost or counted twice. One layer is compiled: each costs seconds."""
+    model = layer_model(rank, dropout)
     expected = layer_results(model, True)
     model.layers[0].compile(dynamic=True, backend="aot_eager", fullgraph=True)
     assert_close(layer_results(model, True), expected, 1e-4)

@@ -151,25 +151,34 @@ class AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor, weight_OD: Tensor, bias_O: Tensor, down_RD: Tensor, up_OR: Tensor,
+        ctx: Any, x: Tensor, dropped: Tensor | None, weight_OD: Tensor, bias_O: Tensor, down_RD: Tensor, up_OR: Tensor,
         scale: float,
     ) -> Tensor:  # fmt: skip
-        """Input [..., D], the adapter's input [..., D] and their matrices -> [..., O] in the dtype of x."""
+        """Input [..., D], the adapter's input [..., D] and their matrices -> [..., O] in the dtype of x.
+
+        ``dropped`` is None where the adapter reads x: torch.compile loses gradients of a tensor that is given twice.
+        """
         down, up = down_RD.to(x.dtype), up_OR.to(x.dtype)
+        adapted = x if dropped is None else dropped
         with torch.autocast(x.device.type, enabled=False):
-            narrow = torch.mm(dropped.flatten(0, -2), down.t()) * scale
+            narrow = torch.mm(adapted.flatten(0, -2), down.t()) * scale
             output = torch.addmm(bias_O, x.flatten(0, -2), weight_OD.t()).addmm_(narrow, up.t())
-        ctx.save_for_backward(dropped, weight_OD, down, up, narrow)
+        ctx.save_for_backward(adapted, weight_OD, down, up, narrow)
         ctx.scale = scale
+        ctx.is_dropped = dropped is not None
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of both inputs and of the adapter's matrices."""
-        dropped, weight_OD, down, up, narrow = ctx.saved_tensors
+        adapted, weight_OD, down, up, narrow = ctx.saved_tensors
         grad = grads[0].flatten(0, -2)
         to_narrow = torch.mm(grad, up) * ctx.scale
-        to_down = torch.mm(to_narrow.t(), dropped.flatten(0, -2)).float()
+        to_down = torch.mm(to_narrow.t(), adapted.flatten(0, -2)).float()
         to_up = torch.mm(grad.t(), narrow).float()
-        to_x, to_dropped = torch.mm(grad, weight_OD), torch.mm(to_narrow, down)
-        return to_x.view(dropped.shape), to_dropped.view(dropped.shape), None, None, to_down, to_up, None
+        to_x, to_dropped = torch.mm(grad, weight_OD), None
+        if ctx.is_dropped:
+            to_dropped = torch.mm(to_narrow, down).view(adapted.shape)
+        else:
+            to_x = to_x.addmm_(to_narrow, down)
+        return to_x.view(adapted.shape), to_dropped, None, None, to_down, to_up, None

@@ -51,7 +51,7 @@ def _times(x: Tensor, factor: int) -> Tensor:
 
 def _dropped(x: Tensor, seeds: Tensor, site: int, p: float) -> Tensor:
     """x in float32 after dropout."""
-    return torch.where(is_kept(x.shape, seeds, site, p), x.float() / (1 - p), 0.0) if p else x.float()
+    return torch.where(is_kept(x.shape, seeds, site, p), x, 0.0).float() / (1 - p) if p else x.float()
 
 
 def norm_and_drop(

@@ -92,9 +92,9 @@ def _project(linear: nn.Module, x: Tensor, dropped: Tensor | None = None) -> Ten
     """A linear layer, whose adapter reads ``dropped`` where there is one."""
     if not _is_adapted(linear):
         return linear(x)
-    base, dropped = linear.base_layer, x if dropped is None else dropped
+    base = linear.base_layer
     if base.weight.requires_grad or base.weight.dtype != x.dtype:
-        return linear.forward_dropped(x, dropped)
+        return linear.forward_dropped(x, x if dropped is None else dropped)
     down, up = linear.adapter
     return AdaptedProduct.apply(x, dropped, base.weight, base.bias, down.weight, up.weight, linear.scale)
 

@@ -173,14 +173,16 @@ def test_each_part_of_the_heads_norms_can_train_alone(trained):
     assert torch.equal(alone[trained], all_of_them[trained]) and alone[trained].any()
 
 
-def test_adapted_product_is_the_adapted_linear_layer():
-    x, dropped = _random(1, T, D).requires_grad_(), _random(1, T, D).requires_grad_()
+@pytest.mark.parametrize("drops", [False, True])
+def test_adapted_product_is_the_adapted_linear_layer(drops):
+    x = _random(1, T, D).requires_grad_()
+    dropped = _random(1, T, D).requires_grad_() if drops else None
     weight, bias = _random(3 * D, D), _random(3 * D)
     down, up = _random(4, D).requires_grad_(), _random(3 * D, 4).requires_grad_()
     fused = training_functions.AdaptedProduct.apply(x, dropped, weight, bias, down, up, 0.5)
-    plain = nn.functional.linear(x, weight, bias) + dropped @ down.T @ up.T * 0.5
+    plain = nn.functional.linear(x, weight, bias) + (x if dropped is None else dropped) @ down.T @ up.T * 0.5
     torch.testing.assert_close(fused, plain, atol=1e-4, rtol=1e-4)
     factor = torch.randn_like(plain)
-    inputs = (x, dropped, down, up)
+    inputs = (x, down, up) if dropped is None else (x, dropped, down, up)
     for a, b in zip(*(torch.autograd.grad((y * factor).sum(), inputs) for y in (fused, plain)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
