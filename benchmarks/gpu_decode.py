@@ -238,8 +238,8 @@ def serve(loop: EngineLoop, clients: int, sizes: Size) -> float:
             now = time.perf_counter()
             arrivals[index] += [now] * len(delta.token_ids)
 
-    vocab_size = loop.engine.decoder.model.config.text_config.vocab_size
-    rng_ids = [rng.integers(1, vocab_size, sizes.prompt) for _ in range(clients)]
+    words = loop.engine.decoder.model.config.image_token_id
+    rng_ids = [rng.integers(1, words, sizes.prompt) for _ in range(clients)]
     threads = [threading.Thread(target=consume, args=(i,)) for i in range(clients)]
     for thread in threads:
         thread.start()
@@ -262,18 +262,19 @@ def first_token_section(deadline_s: float, size: str = "paper", device: str = "c
     engine = Engine(model, make_tokenizer(), max_batch_size=2, context_length=sizes.context, runner="graph")
     encoder, loop = GraphedEncoder(model), EngineLoop(engine)
     side, queries = model.config.vision_config.image_size, model.config.num_query_tokens
+    token = model.config.image_token_id
     rng = np.random.default_rng(0)
     times: list[tuple[float, float]] = []
     for turn in range(8):
         pixels = torch.from_numpy(rng.integers(0, 256, (1, 3, side, side), dtype=np.uint8))
-        question = rng.integers(1, model.config.text_config.vocab_size, 24)
+        question = rng.integers(1, token, 24)
         started = time.perf_counter()
         embeds = encoder.encode(pixels)
         encoded = time.perf_counter()
-        ids = np.concatenate([question[:4], np.full(queries, model.config.image_token_id), question[4:]])
+        ids = np.concatenate([question[:4], np.full(queries, token), question[4:]])
         with torch.inference_mode():
             inputs = model.embed(torch.from_numpy(ids).to(where).unsqueeze(0), image_embeds=torch.stack(embeds))[0]
-        named = np.where(ids == model.config.image_token_id, -1 - turn, ids)
+        named = np.where(ids == token, -1 - turn, ids)
         next(iter(loop.iterate(Request(named, inputs, SamplingParams(max_tokens=2, ignore_end=True)))))
         times.append((time.perf_counter() - started, encoded - started))
     loop.close()
@@ -305,8 +306,8 @@ def answers_section(deadline_s: float, size: str = "paper", device: str = "cuda"
         model.lm_head.weight.normal_(0, 0.3)
         engine = Engine(model, make_tokenizer(), max_batch_size=PROMPTS, context_length=sizes.context, runner="graph")
         rng = np.random.default_rng(1)
-        vocab_size = model.config.text_config.vocab_size
-        prompts = [rng.integers(1, vocab_size, int(rng.integers(5, sizes.prompt))) for _ in range(PROMPTS)]
+        words = model.config.image_token_id
+        prompts = [rng.integers(1, words, int(rng.integers(5, sizes.prompt))) for _ in range(PROMPTS)]
         keys = {}
         for ids in prompts:
             embeds = engine.decoder.embed(torch.from_numpy(ids).to(where))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from unittest import mock
 
 import torch
 
@@ -130,8 +131,8 @@ def memory_cap(device: torch.device, cap_bytes: int) -> Iterator[Peak]:
     """A card of so many bytes: the rest of the device's memory is occupied while the block runs.
 
     ``torch.cuda.set_per_process_memory_fraction`` would not do, as it does not count what expandable segments map.
-    What CUDA takes beside torch is assumed (``memory_plan.CUDA_CONTEXT_BYTES``), as in the memory plan. On a CPU
-    nothing is capped and the peak stays 0.
+    What CUDA takes beside torch is assumed (``memory_plan.CUDA_CONTEXT_BYTES``), as in the memory plan, and the card
+    says that it has so many bytes. On a CPU nothing is capped and the peak stays 0.
     """
     peak = Peak()
     if device.type != "cuda":
@@ -140,13 +141,15 @@ def memory_cap(device: torch.device, cap_bytes: int) -> Iterator[Peak]:
     torch.cuda.synchronize()
     gc.collect()  # what an earlier case left behind would count as free memory that cannot be taken
     torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0]
+    ask = torch.cuda.mem_get_info
+    free = ask()[0]
     left = cap_bytes - CUDA_CONTEXT_BYTES - torch.cuda.memory_reserved()
     occupied = max(0, free - left)
     ballast = torch.empty(occupied, dtype=torch.uint8, device=device)
     torch.cuda.reset_peak_memory_stats()
     try:
-        yield peak
+        with mock.patch.object(torch.cuda, "mem_get_info", lambda device=None: (ask(device)[0], cap_bytes)):
+            yield peak
     finally:
         torch.cuda.synchronize()
         peak.allocated = torch.cuda.max_memory_allocated() - ballast.nbytes

@@ -54,7 +54,7 @@ def small_card_section(deadline_s: float, size: str = "paper", device: str = "cu
             try:
                 with memory_cap(where, CAP_BYTES) as peak:
                     seconds = fill(model, clients, context)
-            except torch.cuda.OutOfMemoryError as error:
+            except RuntimeError as error:  # out of memory is one
                 rows.put(what, None, "GiB", note=sentence(error))
                 continue
             finally:
@@ -70,12 +70,14 @@ def fill(model: TinyGPTVForConditionalGeneration, clients: int, context: int) ->
     device, config = model.device, model.config
     encoder = GraphedEncoder(model)
     engine = Engine(model, make_tokenizer(), max_batch_size=clients, context_length=context, runner="graph")
+    if engine.max_batch_size < clients:
+        raise RuntimeError(f"the cache holds {engine.max_batch_size} conversations, not {clients}")
     side, queries, token = config.vision_config.image_size, config.num_query_tokens, config.image_token_id
     rng = np.random.default_rng(0)
     for index in range(clients):
         pixels = torch.from_numpy(rng.integers(0, 256, (1, 3, side, side), dtype=np.uint8))
         embeds = torch.stack(encoder.encode(pixels))
-        text = rng.integers(1, config.text_config.vocab_size, context - queries - context // 8)
+        text = rng.integers(1, token, context - queries - context // 8)
         ids = np.concatenate([text[:4], np.full(queries, token), text[4:]])
         with torch.inference_mode():
             inputs = model.embed(torch.from_numpy(ids).to(device).unsqueeze(0), image_embeds=embeds)[0]
