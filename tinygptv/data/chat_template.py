@@ -54,7 +54,9 @@ _WRITE_TURNS = """
     {%- set words.text = words.text | replace(marker, marker[0] ~ ' ' ~ marker[1:]) -%}
   {%- endfor -%}
   {%- if turn['role'] == 'assistant' -%}
-    {{- words.text | replace(END, END_APART) | replace(END, END_APART) ~ END -}}
+    {%- generation -%}
+      {{- words.text | replace(END, END_APART) | replace(END, END_APART) ~ END -}}
+    {%- endgeneration -%}
   {%- else -%}
     {%- set seen.images = seen.images + turn['images'] -%}
     {{- BOS ~ (OPENING if loop.first else '') ~ BEFORE -}}

@@ -13,29 +13,27 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from timm.models.eva import Eva, EvaAttention
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.sample import IGNORE_INDEX
+from tinygptv.model.adapters import AdapterMixin, lora_module
+from tinygptv.model.backbone import Backbone
 from tinygptv.model.generation import ImageGenerationMixin
 from tinygptv.model.head_loss import Scorer, frozen_head_losses
 from tinygptv.model.language_model import LanguageModel, matrix_input
 from tinygptv.model.projector import Projector
 from tinygptv.model.qformer import QFormer
 from tinygptv.model.vision_encoder import VisionEncoder
-
-if TYPE_CHECKING:
-    from transformers._typing import PeftConfigLike
 
 FLOAT32_NAMES = re.compile(r"^(projector\.|language_model\..*(_layernorm|attention_rmsnorm|lora_[AB])\.)")
 """Parameters that stay float32 whatever the dtype of the frozen matrices: what stages train, and the norms' biases."""
@@ -62,7 +60,7 @@ class TinyGPTVOutput(ModelOutput):
     image_embeds: Tensor | None = None
 
 
-class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
+class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, AdapterMixin):
     """Vision encoder, Q-Former, projector and language model with its head.
 
     The vision encoder and the Q-Former run in evaluation mode whatever ``train()`` says, and without gradients while
@@ -104,10 +102,16 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         self.language_model = LanguageModel(text)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size)
         if config.lora_rank:
-            _lora().add_lora(self.language_model, config.lora_rank, config.lora_alpha, config.lora_dropout)
+            lora_module().add_lora(self.language_model, config.lora_rank, config.lora_alpha, config.lora_dropout)
         self.post_init()
 
     # ------------------------------------------------------------------ what transformers asks of a model
+
+    @property
+    def base_model(self) -> nn.Module:
+        """Everything but the language head (``Backbone``)."""
+        parts = {name: part for name, part in self.named_children() if name != "lm_head"}
+        return Backbone(parts, self.config, self._hidden_states)
 
     def get_input_embeddings(self) -> nn.Module:
         """Token embedding of the language model."""
@@ -138,7 +142,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             for bias in (module.q_bias, module.k_bias, module.v_bias):
                 nn.init.zeros_(cast(Tensor, bias))
         elif hasattr(module, "reset_lora_parameters"):
-            _lora().reset_lora(module)
+            lora_module().reset_lora(module)
         else:
             super()._init_weights(module)
 
@@ -272,20 +276,20 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         Returns:
             ``TinyGPTVOutput``.
         """
-        if inputs_embeds is None:
-            if input_ids is None:
-                raise ValueError("give input_ids or inputs_embeds.")
-            inputs_embeds = self.embed(input_ids, pixel_values, query_features, image_embeds)
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
+        outputs = self._hidden_states(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
             use_cache=use_cache,
+            pixel_values=pixel_values,
+            query_features=query_features,
+            image_embeds=image_embeds,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.compute_logits(outputs.last_hidden_state[:, kept])
+        logits = self.compute_logits(cast(Tensor, outputs.last_hidden_state)[:, kept])
         loss = None
         if labels is not None:
             targets = labels[:, 1:].to(logits.device)
@@ -303,6 +307,30 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_embeds=image_embeds,
+        )
+
+    def _hidden_states(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        query_features: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("give input_ids or inputs_embeds.")
+            inputs_embeds = self.embed(input_ids, pixel_values, query_features, image_embeds)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
         )
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
@@ -348,50 +376,6 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             head = self.lm_head
             return frozen_head_losses(hidden_states_MD, head.weight, head.bias, supervised_ids, scorer)
         return nn.functional.cross_entropy(self.compute_logits(hidden_states_MD), supervised_ids, reduction="none")
-
-    # ------------------------------------------------------------------ LoRA
-
-    def merge_lora(self) -> int:
-        """Fold the LoRA adapters into the base weights, in place; returns how many there were."""
-        merged = _lora().merge_lora(self.language_model)
-        self.config.lora_rank = 0
-        self.config.lora_merged = self.config.lora_merged or merged > 0
-        return merged
-
-    @property
-    def peft_config(self) -> dict[str, PeftConfigLike]:
-        """Adapters of a user by name; set by ``peft.get_peft_model``, absent before."""
-        adapters: dict[str, PeftConfigLike] = self._peft_config
-        return adapters
-
-    @peft_config.setter
-    def peft_config(self, configs: dict[str, PeftConfigLike]) -> None:
-        self._peft_config = configs
-        self.config.lora_rank = 0  # the model's own adapters are part of its weights now
-        _lora().freeze_below_adapters(self)
-
-    @peft_config.deleter
-    def peft_config(self) -> None:
-        del self._peft_config
-
-    def add_lora(self, rank: int, alpha: int, dropout: float) -> None:
-        """Add fresh LoRA adapters to a model that has none, in place; they start as a zero change."""
-        if self.config.lora_rank:
-            raise ValueError(f"the model already has LoRA adapters of rank {self.config.lora_rank}: merge them first.")
-        _lora().add_lora(self.language_model, rank, alpha, dropout)
-        self.config.lora_rank, self.config.lora_alpha, self.config.lora_dropout = rank, alpha, dropout
-
-    def set_lora_dropout(self, dropout: float) -> None:
-        """Change the dropout on the adapters' input while training, in place."""
-        _lora().set_lora_dropout(self.language_model, dropout)
-        self.config.lora_dropout = dropout
-
-
-def _lora() -> ModuleType:
-    """The module of adapters; it imports peft, which takes 60 MB with bitsandbytes."""
-    from tinygptv.model import lora
-
-    return lora
 
 
 for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):

@@ -59,6 +59,13 @@ def test_neighbours_are_joined_and_the_system_goes_before_the_first_question():
     assert rendered([{"role": "system", "content": "s"}]) == ""
 
 
+def test_answers_and_their_end_symbols_are_what_trainers_mark_as_generated():
+    talk = [user("a"), assistant("b"), user("c", IMAGE), assistant("d ##")]
+    source = jinja_template(TEMPLATE)
+    (text,), (spans,) = render_jinja_template([talk], chat_template=source, return_assistant_tokens_mask=True, **TOKENS)
+    assert [text[start:end] for start, end in spans] == ["b##", "d # ###"]
+
+
 def test_marks_special_tokens_and_end_symbols_become_words():
     written = "<ImageHere><b><e><p><u>"
     apart = "< ImageHere>< b>< e>< p>< u>"

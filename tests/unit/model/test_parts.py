@@ -107,6 +107,21 @@ def test_embeddings_can_be_read_and_replaced(model):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_the_base_model_is_all_but_the_head(model):
+    """Trainers with a head of their own (TRL) call it with what they would give to the model."""
+    queries = [model.config.image_token_id] * model.config.num_query_tokens
+    inputs = {"input_ids": torch.tensor([[5, *queries, 7]]), "pixel_values": torch.randn(1, 3, 28, 28)}
+    base = model.base_model
+    hidden = base(**inputs, attention_mask=torch.ones(1, 2 + len(queries)), use_cache=False).last_hidden_state
+    assert torch.equal(model.lm_head(hidden), model(**inputs).logits)
+    head = {"lm_head.weight", "lm_head.bias"}
+    assert {name: id(p) for name, p in base.named_parameters()} == {
+        name: id(p) for name, p in model.named_parameters() if name not in head
+    }
+    assert base.config is model.config and not model.supports_tp_plan and model.get_encoder() is model
+
+
 def test_the_image_side_can_be_changed_and_others_are_refused(model):
     pixels = torch.zeros(1, 3, 28, 28)
     assert model.encode_images(pixels).shape == (1, 4, 32)
