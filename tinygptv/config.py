@@ -61,6 +61,9 @@ class TinyGPTVTextConfig(PhiConfig):
 
     model_type = "tinygptv_text"
     base_config_key = "text_config"
+    # Phi's plans of parallel layouts name its three projections; ours are one.
+    base_model_tp_plan = None  # type: ignore[assignment]
+    base_model_pp_plan = None  # type: ignore[assignment]
 
     qk_layernorm: bool = True
     attention_rmsnorm: bool = True
