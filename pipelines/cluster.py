@@ -2,7 +2,7 @@
 
 Whoever reaches Ray's ports runs code as the cluster's user. So a cluster that is started here asks for a token and
 listens on the loopback interface alone. The token is where Ray itself looks, ``~/.ray/auth_token`` (readable by its
-owner only): ``ray start``, ``ray job submit`` and every process of the same user find it by themselves. Clusters
+owner only): jobs of the same user find it by themselves, Ray's commands with ``RAY_AUTH_MODE=token``. Clusters
 of others are joined as they are: with the token where there is one, with a warning where they ask for none.
 """
 

@@ -197,3 +197,13 @@ def test_links_to_files_exist():
             if not path.exists() and path != ROOT / "docs/tutorials/notebook.md" and path.name not in generated:
                 wrong.append(f"{document.relative_to(ROOT)}: {target}")
     assert not wrong, "\n".join(wrong)
+
+
+CLUSTER_FILES = [ROOT / name for name in ("ray_cluster.yaml", "ray_cluster_local.yaml")]
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *CLUSTER_FILES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_jobs_are_submitted_to_a_cluster_with_the_token(document):
+    """Without this variable ``ray job submit`` sends no token, and a cluster with tokens answers 401."""
+    before, found, _ = document.read_text().partition("ray job submit --address")
+    assert not found or "export RAY_AUTH_MODE=token" in before
