@@ -55,6 +55,9 @@ class Tracker(Protocol):
     def model(self, name: str, location: str) -> None:
         """Log a checkpoint as a model that this run made; its files stay where they are."""
 
+    def keep(self) -> None:
+        """Have on disk what waits to be sent."""
+
     def close(self, status: str = "FINISHED") -> None:
         """Send what waits and end the run."""
 
@@ -89,6 +92,9 @@ class NullTracker:
         """Do nothing."""
 
     def model(self, name: str, location: str) -> None:
+        """Do nothing."""
+
+    def keep(self) -> None:
         """Do nothing."""
 
     def close(self, status: str = "FINISHED") -> None:

@@ -130,6 +130,10 @@ class MLflowTracker:
         """Log a checkpoint as a model of this run; MLflow keeps its location, not its files."""
         self._outbox.put("model", name=name, location=location)
 
+    def keep(self) -> None:
+        """Have in the journal what waits to be sent, so that a kill loses nothing of before."""
+        self._outbox.keep()
+
     def close(self, status: str = "FINISHED") -> None:
         """Send what waits (for up to a minute) and end the run; the rest stays in the journal."""
         self._outbox.put("end", status=status)

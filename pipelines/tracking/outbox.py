@@ -79,6 +79,7 @@ class Outbox:
         self._journal = journal / JOURNAL_FILE if journal else None
         self._queue: list[Entry] = self._read_journal()
         self._lock = threading.Lock()
+        self._journal_lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._send_loop, name="outbox", daemon=True)
@@ -90,6 +91,10 @@ class Outbox:
             self._queue.append(cast(Entry, {"kind": kind, **data}))
         if kind != "metrics":
             self._wake.set()  # metrics come often and travel together
+
+    def keep(self) -> None:
+        """Have on disk what waits now: a process that dies from here on loses none of it."""
+        self._write_journal()
 
     def close(self) -> None:
         """Try to send what waits (for up to a minute); the rest stays in the journal."""
@@ -127,6 +132,7 @@ class Outbox:
                 return False
             with self._lock:
                 del self._queue[: len(entries)]
+        self._write_journal()
         return True
 
     def _next_entries(self) -> list[Entry]:
@@ -159,15 +165,16 @@ class Outbox:
         """Keep what waits; where nothing waits, nothing is kept."""
         if self._journal is None:
             return
-        with self._lock:
-            waiting = list(self._queue)
-        if not waiting:
-            self._journal.unlink(missing_ok=True)
-            return
-        try:
-            storage.write_atomically(str(self._journal), "".join(map(self._line, waiting)).encode())
-        except (storage.DiskFullError, OSError) as error:  # the job continues without its tracking
-            logger.warning("what MLflow did not get cannot be kept: %s", error)
+        with self._journal_lock:  # of two threads, the later one's entries stay
+            with self._lock:
+                waiting = list(self._queue)
+            try:
+                if waiting:
+                    storage.write_atomically(str(self._journal), "".join(map(self._line, waiting)).encode())
+                elif self._journal.is_file():
+                    self._journal.unlink()
+            except (storage.DiskFullError, OSError) as error:  # the job continues without its tracking
+                logger.warning("what MLflow did not get cannot be kept: %s", error)
 
     def _line(self, entry: Entry) -> str:
         """An entry as a line of the journal; empty, with a warning, where it cannot be kept."""

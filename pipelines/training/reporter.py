@@ -194,12 +194,13 @@ class Reporter:
         self.clock = time.perf_counter()  # this was no training
 
     def flush(self) -> float:
-        """Hand the record to the system, so that it agrees with a state of now.
+        """Have the record and what waits for the tracker on disk: whoever resumes at a state of now does no step again.
 
         Returns:
             Mean of the finite losses since the last call; infinite where there is none.
         """
         self.record.flush()
+        self.tracker.keep()
         losses = [loss for loss in self._losses if math.isfinite(loss)]
         self._losses.clear()
         return sum(losses) / len(losses) if losses else math.inf

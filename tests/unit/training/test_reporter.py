@@ -44,6 +44,9 @@ class FakeTracker:
     def image(self, image, key, step):
         self.images.append((key, step))
 
+    def keep(self):
+        pass
+
     def close(self, status="FINISHED"):
         self.closed.append(status)
 

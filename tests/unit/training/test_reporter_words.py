@@ -225,6 +225,7 @@ def test_the_record_reaches_the_file_when_it_is_flushed(made):
     assert one.reporter.path.read_text() == "" and one.reporter.last_loss == 2.5
     assert one.reporter.flush() == 2.5
     assert len(one.reporter.path.read_text().splitlines()) == 1
+    assert one.tracker.told[-1] == ("keep",), "what the tracker has not sent is on disk, too, before a state is saved"
 
 
 @pytest.mark.parametrize("error", [OSError("gone"), DiskFullError("full")])
