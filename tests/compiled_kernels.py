@@ -56,7 +56,8 @@ def compile_all(capability, dtype):
             print(self.fn.__name__, kernel.metadata.shared, stack_bytes(kernel.asm["cubin"]), flush=True)
 
     JITFunction.run = compile_only
-    lowbit._lookup = lambda weight: lowbit._known(weight)[1]  # as on a card: no table in memory
+    # As on a card: no table in memory.
+    lowbit._lookup = lambda weight, dtype=torch.bfloat16: lowbit._known(weight, dtype)[1]
     for module in (training_rows, training_heads):
         module.num_programs = lambda x, per_multiprocessor: per_multiprocessor * 82
     answer(dtype)

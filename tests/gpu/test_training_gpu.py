@@ -19,11 +19,11 @@ WIDE = {"hidden_size": 160, "intermediate_size": 320, "num_attention_heads": 2, 
 """Heads of 80 as in Phi-2, which FlashAttention pads inside."""
 
 
-def wide_model(device, dtype):
+def wide_model(device, dtype, **changes):
     from tinygptv.miniature.tiny import tiny_config
 
     text = {**tiny_config().text_config.to_dict(), **WIDE}
-    return tiny_model(device, dtype, text_config=text)
+    return tiny_model(device, dtype, text_config=text, **changes)
 
 
 def batch(pack_length=0):
@@ -63,14 +63,16 @@ def make_step(model, precision, lr=0.0, **options):
     return TrainStep(model, optimizer, num_sources=1, precision=precision, **options)
 
 
-def test_compiled_steps_are_the_uncompiled_ones():
-    """The same weights and batches of other lengths; the fused kernels round less often."""
-    model = wide_model("cuda", torch.bfloat16)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_compiled_steps_are_the_uncompiled_ones(dropout):
+    """The same weights, masks and batches of other lengths."""
+    model = wide_model("cuda", torch.bfloat16, lora_dropout=dropout)
     step = make_step(model, "bf16", compile="on")
     for samples in (mixed_samples(), mixed_samples()[:3], [make_sample(90), make_sample(3)]):
         found = []
         for eager in (False, True):
             step.gradient.zero_()
+            torch.manual_seed(7)
             with run_eagerly() if eager else torch.enable_grad():
                 losses = step.forward(collate(samples, 0))
                 losses.mean().backward()

@@ -39,8 +39,9 @@ def partial_products(x_TI: Tensor, weight: PackedWeight) -> Tensor:
             _tile_8_kernel, x_TI, weight, (TILE8_OUTPUTS, TILE8_INPUTS), WANTED8_PROGRAMS,
             BLOCK_T=block, num_warps=TILE8_WARPS, num_stages=TILE8_STAGES,
         )  # fmt: skip
+    table_dtype = torch.float16 if x_TI.dtype == torch.float16 else torch.bfloat16
     return launch_4(
-        _tile_4_kernel, x_TI, weight, TILE_OUTPUTS, WANTED_PROGRAMS,
+        _tile_4_kernel, x_TI, weight, TILE_OUTPUTS, WANTED_PROGRAMS, table_dtype,
         BLOCK_T=block, num_warps=TILE_WARPS, num_stages=TILE_STAGES,
     )  # fmt: skip
 
@@ -49,8 +50,9 @@ def partial_products(x_TI: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def launch_4(
-    kernel: Any, x_TI: Tensor, weight: PackedWeight, block_outputs: int, wanted: int, **options: int
-) -> Tensor:
+    kernel: Any, x_TI: Tensor, weight: PackedWeight, block_outputs: int, wanted: int,
+    table_dtype: torch.dtype = torch.bfloat16, **options: int,
+) -> Tensor:  # fmt: skip
     """Run a kernel with the arguments of ``_tile_4_kernel``.
 
     Args:
@@ -59,6 +61,7 @@ def launch_4(
         weight: of 4 bits.
         block_outputs: outputs of a program.
         wanted: programs that keep the card busy.
+        table_dtype: 16-bit dtype in which the kernel looks the table up.
         options: ``BLOCK_T``, and how the kernel is compiled.
 
     Returns:
@@ -69,8 +72,8 @@ def launch_4(
     parts, steps = _parts(outputs, block_outputs, words, BLOCK_WORDS, wanted)
     products = torch.empty(parts, num_tokens, outputs, dtype=torch.float32, device=x_TI.device)
     kernel[(triton.cdiv(outputs, block_outputs), parts)](
-        x_TI, weight.codes, weight.scale, _or(weight.offset, weight.scale), _table(weight), products, num_tokens,
-        outputs, weight.inputs, words, steps, weight.scale.shape[1], LOOKUP=_lookup(weight),
+        x_TI, weight.codes, weight.scale, _or(weight.offset, weight.scale), _table(weight, table_dtype), products,
+        num_tokens, outputs, weight.inputs, words, steps, weight.scale.shape[1], LOOKUP=_lookup(weight, table_dtype),
         HAS_OFFSET=weight.offset is not None, PLANES=weight.group // BLOCK_WORDS, BLOCK_O=block_outputs, **options,
     )  # fmt: skip
     return products
@@ -97,7 +100,7 @@ def _tile_4_kernel(
                 i = block * 128 + k * 16 + j
                 mask = is_token[:, None] & (i < inputs)[None, :]
                 token = tl.load(x + t[:, None] * inputs + i[None, :], mask=mask, other=0.0)
-                plane = half(pairs[k // 2], k % 2).to(x.dtype.element_ty)
+                plane = _half_of(pairs[k // 2], k % 2, x.dtype.element_ty)
                 product = tl.dot(token, plane, product, input_precision="ieee")
                 if HAS_OFFSET:
                     total += tl.sum(token.to(tl.float32), 1)
@@ -113,7 +116,7 @@ def _tile_4_kernel(
 
 @triton.jit
 def look_up(words, table, LOOKUP: tl.constexpr):
-    """Eight codes of each word as bfloat16 numbers, two in each of four int32."""
+    """Eight codes of each word as 16-bit numbers, two in each of four int32."""
     if LOOKUP != "":
         return tl.inline_asm_elementwise(
             LOOKUP, "=r,=r,=r,=r,r", [words], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
@@ -133,27 +136,37 @@ def half(pair, which: tl.constexpr):
     return bits.to(tl.float32, bitcast=True)
 
 
-_known_tables: MutableMapping[Tensor, tuple[Tensor, str]] = WeakTensorKeyDictionary()
+@triton.jit
+def _half_of(pair, which: tl.constexpr, dtype: tl.constexpr):
+    """One of the two numbers in an int32: those of a 16-bit dtype are its own, others come from bfloat16."""
+    if dtype.primitive_bitwidth == 16:
+        return (pair >> 16 * which).to(tl.int16).to(dtype, bitcast=True)
+    return half(pair, which).to(dtype)
+
+
+_known_tables: MutableMapping[Tensor, dict[torch.dtype, tuple[Tensor, str]]] = WeakTensorKeyDictionary()
 """By the tensor itself, and as long as it lives: memory of one that is gone is given to others."""
 
 
-def _table(weight: PackedWeight) -> Tensor:
-    """The table as int32 bit patterns of bfloat16, for kernels that look it up in memory."""
-    return _known(weight)[0]
+def _table(weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The table as int32 bit patterns of 16-bit numbers, for kernels that look it up in memory."""
+    return _known(weight, dtype)[0]
 
 
-def _lookup(weight: PackedWeight) -> str:
+def _lookup(weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> str:
     """PTX that looks the table up in registers; empty where Triton interprets instead of compiling."""
-    return "" if not weight.codes.is_cuda else _known(weight)[1]
+    return "" if not weight.codes.is_cuda else _known(weight, dtype)[1]
 
 
-def _known(weight: PackedWeight) -> tuple[Tensor, str]:
+def _known(weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, str]:
+    """The table's values are those of bfloat16, in whichever dtype."""
     table = weight.table
     assert table is not None, "only 4-bit weights have a table"
-    if table not in _known_tables:
-        bits = table.bfloat16().view(torch.int16).to(torch.int32) & 0xFFFF
-        _known_tables[table] = bits, lookup_ptx(tuple(bits.tolist()))
-    return _known_tables[table]
+    forms = _known_tables.setdefault(table, {})
+    if dtype not in forms:
+        bits = table.bfloat16().to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF
+        forms[dtype] = bits, lookup_ptx(tuple(bits.tolist()))
+    return forms[dtype]
 
 
 @cache
