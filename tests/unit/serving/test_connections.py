@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import select
 import socket
 import threading
 import time
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import uvicorn
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pipelines.serving import connections
 from tests.serving_api import CHAT, Client
@@ -82,10 +83,49 @@ def test_headers_are_counted_for_each_request(port, monkeypatch):
             assert client.recv(10_000).startswith(b"HTTP/1.1 200")
 
 
-def test_a_refusal_of_an_unfinished_body_ends_the_connection(port):
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n".encode()
+REST = b" " * 1_000_000
+"""More than the system keeps for a server that does not read it."""
+
+
+def post(size, *, path=CHAT, version="1.1", header="Accept: */*"):
+    return f"POST {path} HTTP/{version}\r\nHost: x\r\n{header}\r\nContent-Length: {size}\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "is_kept"),
+    [
+        (post(20_000_000), b"413", False),
+        (post(8_000_000, header="Content-Encoding: gzip"), b"415", False),
+        (post(8_000_000, path="/v1/responses"), b"404", True),
+        (post(8_000_000, path="/v1/responses", version="1.0"), b"404", False),
+        (post(8_000_000, path="/v1/responses", header="Connection: close"), b"404", False),
+    ],
+)
+def test_a_client_that_sends_its_whole_request_first_finds_its_refusal(port, head, status, is_kept):
+    size = int(head.split()[-1])
     with connect(port, head) as client:
-        assert client.recv(10_000).startswith(b"HTTP/1.1 413")
+        select.select([client], [], [], 60)  # the answer has come
+        for _ in range(size // len(REST)):
+            client.sendall(REST)
+        answer = client.recv(10_000)
+        assert answer.startswith(b"HTTP/1.1 " + status) and answer.endswith(b"}}")
+        assert answers(client) if is_kept else is_closed(client)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/responses"])
+def test_the_rest_of_a_refused_body_has_its_time(port, path, monkeypatch):
+    monkeypatch.setattr(connections, "REST_WITHIN_S", 0.1)
+    with connect(port, post(99_999_999_999, path=path)) as client:
+        assert client.recv(10_000).startswith(b"HTTP/1.1 4")
+        client.sendall(REST)
+        assert is_closed(client)
+
+
+def test_headers_behind_a_refused_body_have_their_own_time(port, monkeypatch):
+    with connect(port, post(len(REST), path="/v1/responses")) as client:
+        assert client.recv(10_000).startswith(b"HTTP/1.1 404")
+        monkeypatch.setattr(connections, "HEADERS_WITHIN_S", 0.1)
+        client.sendall(REST + GET[:-2])
         assert is_closed(client)
 
 
@@ -114,13 +154,13 @@ class Timer:
 @pytest.fixture
 def protocol(monkeypatch):
     """A connection without a socket; ``following`` is the request that uvicorn makes of the next bytes."""
-    for name in ("connection_made", "connection_lost"):
-        monkeypatch.setattr(AutoHTTPProtocol, name, lambda self, _: None)
-    monkeypatch.setattr(AutoHTTPProtocol, "data_received", lambda self, _: setattr(self, "cycle", self.following))
+    for name in ("connection_made", "connection_lost", "on_message_complete"):
+        monkeypatch.setattr(HttpToolsProtocol, name, lambda *_: None)
+    monkeypatch.setattr(HttpToolsProtocol, "data_received", lambda self, _: setattr(self, "cycle", self.following))
     made = connections.GuardedProtocol.__new__(connections.GuardedProtocol)
     made.connections, made.cycle, made.following, made.timers, made.aborted = [], None, None, [], []
     made.loop = SimpleNamespace(call_later=lambda *given: made.timers.append(Timer(*given)) or made.timers[-1])
-    made.transport = SimpleNamespace(abort=lambda: made.aborted.append("aborted"))
+    made.transport = SimpleNamespace(abort=lambda: made.aborted.append("aborted"), waits=False)
     made.connection_made(made.transport)
     return made
 
@@ -145,6 +185,7 @@ def test_the_time_runs_for_the_headers_of_each_request_and_not_for_its_body(prot
     protocol.data_received(b" / HTTP/1.1")
     assert running(protocol) == [False]
     protocol.data_received(bytes(70_000))  # of its body
+    protocol.on_message_complete()
     assert running(protocol) == [False]
     request.response_complete = True
     protocol.data_received(b"GET")
