@@ -21,7 +21,7 @@ from pipelines.serving.answers import ChatCompletion, ErrorBody, Model, ModelLis
 from pipelines.serving.backend import Backend
 from pipelines.serving.clients import ClientIdentifier, key_digests
 from pipelines.serving.decoders import ImageDecoders
-from pipelines.serving.errors import ProtocolError, server_failed
+from pipelines.serving.errors import ProtocolError, server_failed, server_stops
 from pipelines.serving.metrics import IngressMetrics, Metrics, render
 from pipelines.serving.pages import add_pages
 from pipelines.serving.protocol import ChatRequest
@@ -83,6 +83,9 @@ def build_api(
         digests: of the accepted API keys; None takes the settings' keys.
         decoders: processes that several applications share.
         all_metrics: counters of every ingress, where there are several.
+
+    Returns:
+        The application; ``state.gate`` is its admission.
     """
     metrics = metrics or Metrics()
     clients = ClientIdentifier(key_digests(settings) if digests is None else digests, settings.trusted_proxies)
@@ -95,6 +98,7 @@ def build_api(
         redoc_url=None,
         openapi_url=None,
     )
+    app.state.gate = service.gate
     keyed = [Depends(clients.identify)]
 
     @app.post(CHAT, response_model=ChatCompletion, responses=CHAT_RESPONSES, openapi_extra=REQUEST_BODY)
@@ -121,6 +125,8 @@ def build_api(
     @app.get("/healthz", responses=_only(503))
     async def healthz() -> dict[str, str]:
         """Whether the model can answer."""
+        if service.gate.is_closed:
+            raise server_stops()
         try:
             async with asyncio.timeout(5):
                 await backend.check_health()

@@ -27,6 +27,7 @@ from pipelines.serving.api import build_api
 from pipelines.serving.backend import ChatJob, Failure, Item, ModelInfo, Piece, PromptRead, ReplicaStats
 from pipelines.serving.clients import key_digests
 from pipelines.serving.errors import model_unavailable, too_busy
+from pipelines.serving.gate import Gate
 from pipelines.serving.metrics import IngressMetrics, Metrics
 from pipelines.serving.model_backend import ModelBackend
 from pipelines.settings import ServeSettings
@@ -183,7 +184,13 @@ class Ingress:
             self.settings, backend, self.metrics, digests=self.digests, all_metrics=self._metrics_of_all_ingresses
         )
         app.add_middleware(LostProxyIsDisconnect)
+        self.gate: Gate = app.state.gate
         return app
+
+    def close_gate(self) -> int:
+        """Let no request in any more; how many are in flight."""
+        self.gate.is_closed = True
+        return self.gate.in_flight
 
     def own_metrics(self) -> IngressMetrics:
         """Counters of this ingress, for another one to show."""

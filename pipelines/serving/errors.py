@@ -63,6 +63,11 @@ def model_unavailable() -> ProtocolError:
     )
 
 
+def server_stops() -> ProtocolError:
+    """The server answers what it has begun and takes nothing new."""
+    return ProtocolError(503, "the server stops.", kind="server_error", code="unavailable", retry_after_s=5)
+
+
 def too_busy(message: str, retry_after_s: int) -> ProtocolError:
     """The server has no room for this request."""
     return ProtocolError(

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pipelines.serving.errors import too_busy
+from pipelines.serving.errors import server_stops, too_busy
 
 OVERBOOKING = 2
 """Most requests in flight, as a multiple of the capacity, where clients below their share are let in."""
@@ -36,6 +36,8 @@ class Gate:
         self.per_client = per_client or capacity
         self.on_change = on_change
         self.in_flight = 0
+        self.is_closed = False
+        """Whether nobody is let in any more: the server stops."""
         self._by_client: Counter[str] = Counter()
         self._mean_seconds = 1.0
 
@@ -47,8 +49,10 @@ class Gate:
             client: who asks.
 
         Raises:
-            ProtocolError: 429, with the seconds after which there should be room.
+            ProtocolError: 429, with the seconds after which there should be room; 503 where the gate is closed.
         """
+        if self.is_closed:
+            raise server_stops()
         if self.in_flight >= self.capacity and not self._is_below_share(client):
             raise too_busy(
                 f"the server has {self.in_flight} requests in flight and takes no more; try again soon.", self.wait_s()

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 HEALTHY_WITHIN_S = 300
 STOPPED_WITHIN_S = 30
+ASKED_WITHIN_S = 5.0
+SENT_WITHIN_S = 0.3
+"""Time in which a finished answer has left the proxy."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 ENVIRONMENT = {
@@ -70,6 +74,35 @@ def serving(settings: ServeSettings) -> Iterator[str]:
             yield _deploy(settings)
         finally:
             serve.delete(APP_NAME) if was_running else shut_down()
+
+
+def finish_answers(within_s: float, stops_now: threading.Event) -> None:
+    """Let no request in any more, and wait for the answers in flight.
+
+    Args:
+        within_s: longest wait, in seconds.
+        stops_now: ends the wait.
+    """
+    # In a process of its own, which ends: a handle here would ask a controller that has ended, and Ray prints that.
+    finished = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(_close_gates).remote(within_s)
+    while not stops_now.is_set():
+        if ray.wait([finished], timeout=0.1)[0]:
+            return
+    ray.cancel(finished, force=True)
+
+
+def _close_gates(within_s: float) -> None:
+    """Close the gates of all ingresses until nothing is in flight behind them."""
+    ingresses = serve.get_deployment_handle("ingress", APP_NAME)
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            counts = ingresses.broadcast("close_gate").results(timeout_s=ASKED_WITHIN_S, return_exceptions=True)
+        except TimeoutError:  # a busy one; asked again
+            continue
+        time.sleep(SENT_WITHIN_S)
+        if not any(count for count in counts if isinstance(count, int)):
+            return
 
 
 def shut_down() -> None:

@@ -127,9 +127,17 @@ def test_leaving_clients_are_no_errors_of_the_server(address, leave, stream):
 
 
 def test_ctrl_c_ends_it_in_peace(job, address):
-    """The last of this file: no traceback, and not Ray's line about ``graceful_shutdown``."""
-    assert job.stop() == 0
-    assert job.lines[-1] == "Stopping ..."
+    """The last of this file: answers are finished; no traceback, and not Ray's line about ``graceful_shutdown``."""
+    body = {**BODY, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    url = f"{address}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, timeout=120, trust_env=False) as answer:
+        events = answer.iter_lines()
+        assert next(events).startswith("data: ")
+        job.process.send_signal(signal.SIGTERM)
+        assert [event for event in events if event][-1] == "data: [DONE]"
+    assert job.process.wait(300) == 0
+    job.reader.join(60)
+    assert job.lines[-1].startswith("Stopping when the answers in flight are finished")
     for noise in ("graceful_shutdown", "Traceback", "Exception"):
         assert noise not in job.output
     with pytest.raises(httpx.HTTPError):

@@ -127,6 +127,14 @@ def test_health_follows_the_model(client):
     assert response.status_code == 503 and "retry-after" in response.headers
 
 
+def test_a_server_that_stops_is_not_ready_and_takes_no_requests():
+    client = Client()
+    client.app.state.gate.is_closed = True
+    for response in (client.request("GET", "/healthz"), client.chat(ask(words("hi")))):
+        assert response.status_code == 503 and response.headers["retry-after"] == "5"
+        assert response.json()["error"]["message"] == "the server stops."
+
+
 @pytest.mark.parametrize("thread", ["loop", "images"])
 def test_health_sees_dead_and_stuck_threads(client, backend, monkeypatch, thread):
     watched = getattr(backend.assistant, thread).thread

@@ -403,11 +403,13 @@ def test_a_replica_that_dies_is_told_in_the_log(caplog):
 
 def test_an_ingress_counts_what_its_backend_retries(monkeypatch):
     """One set of counters: that of the API is that of the calls to replicas."""
-    made = {}
+    made, gate = {}, SimpleNamespace(is_closed=False, in_flight=3)
 
     def build(settings, backend, metrics, **options):
         made.update(settings=settings, backend=backend, metrics=metrics, **options)
-        made["app"] = SimpleNamespace(add_middleware=lambda kind: made.update(middleware=kind))
+        made["app"] = SimpleNamespace(
+            add_middleware=lambda kind: made.update(middleware=kind), state=SimpleNamespace(gate=gate)
+        )
         return made["app"]
 
     monkeypatch.setattr(app_module, "build_api", build)
@@ -416,6 +418,7 @@ def test_an_ingress_counts_what_its_backend_retries(monkeypatch):
     assert (made["settings"], made["digests"], made["backend"].handle) == ("settings", "digests", "model")
     assert made["metrics"] is made["backend"].metrics is ingress.metrics
     assert made["all_metrics"] == ingress._metrics_of_all_ingresses and made["middleware"] is LostProxyIsDisconnect
+    assert ingress.close_gate() == 3 and gate.is_closed
 
 
 def test_other_messages_than_requests_pass_to_the_application_as_they_come():

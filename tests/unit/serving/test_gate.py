@@ -37,6 +37,17 @@ def test_places_are_counted_and_given_back():
     assert gate.in_flight == 0 and counts == [1, 2, 1, 0, 1, 0]
 
 
+def test_a_closed_gate_lets_nobody_in_and_counts_who_is_there():
+    gate = Gate(capacity=2, parallel=1)
+    with fill(gate, "a", 1):
+        gate.is_closed = True
+        with pytest.raises(ProtocolError) as caught, gate.admit("b"):
+            pass
+        assert (caught.value.status, caught.value.code, caught.value.retry_after_s) == (503, "unavailable", 5)
+        assert gate.in_flight == 1
+    assert gate.in_flight == 0
+
+
 def test_one_client_cannot_take_every_place():
     gate = Gate(capacity=80, parallel=16)
     with fill(gate, "greedy", 80):

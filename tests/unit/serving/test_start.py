@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+import threading
 from types import SimpleNamespace
 
 import httpx
@@ -18,6 +19,9 @@ from ray.serve.exceptions import RayServeException
 from pipelines.serving import foreground, run
 from pipelines.serving.run import ServingError, deploy, serve_address, serving, shut_down
 from pipelines.settings import ServeSettings, SettingsError
+
+STOPPING = "Stopping when the answers in flight are finished; Ctrl-C again stops at once ..."
+NAMES = ("ingress", "tinygptv")
 
 
 @pytest.fixture
@@ -317,30 +321,97 @@ def test_the_foreground_serves_until_a_signal(monkeypatch, capsys, number):
         def set(self):
             self.is_set = True
 
+        def clear(self):
+            self.is_set = False
+
         def wait(self):
             assert "is ready" in capsys.readouterr().out
             handlers[number](number, None)
             assert self.is_set
 
+    def finish(within_s, stops_now):
+        assert capsys.readouterr().out == STOPPING + "\n" and not stops_now.is_set
+        handlers[number](number, None)
+        assert stops_now.is_set
+        done.append(within_s)
+
     monkeypatch.setattr(run, "serving", start)
+    monkeypatch.setattr(run, "finish_answers", finish)
     monkeypatch.setattr(foreground.signal, "signal", handlers.__setitem__)
     monkeypatch.setattr(foreground, "threading", SimpleNamespace(Event=Event))
-    foreground.serve_until_stopped(ServeSettings(num_replicas=2))
-    assert done == [2, "stopped"] and set(handlers) == {signal.SIGINT, signal.SIGTERM}
-    assert capsys.readouterr().out == "Stopping ...\n"
+    foreground.serve_until_stopped(ServeSettings(num_replicas=2, request_timeout_s=7))
+    assert done == [2, 7, "stopped"] and set(handlers) == {signal.SIGINT, signal.SIGTERM}
 
 
 def test_the_foreground_says_what_it_does(monkeypatch, capsys):
     monkeypatch.setattr(run, "serving", lambda settings: contextlib.nullcontext("http://a:1"))
     monkeypatch.setattr(foreground.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(foreground, "threading", SimpleNamespace(Event=lambda: SimpleNamespace(wait=lambda: None)))
+    monkeypatch.setattr(run, "finish_answers", lambda *_: None)
+    event = SimpleNamespace(wait=lambda: None, clear=lambda: None)
+    monkeypatch.setattr(foreground, "threading", SimpleNamespace(Event=lambda: event))
     for replicas, text in ((1, "1 replica"), (2, "2 replicas")):
         foreground.serve_until_stopped(ServeSettings(num_replicas=replicas))
         assert capsys.readouterr().out.splitlines() == [
             f"Starting Ray and {text} of the model (about 20 s) ...",
             "TinyGPT-V is ready: http://a:1 (web page), http://a:1/v1 (API). Ctrl-C stops it.",
-            "Stopping ...",
+            STOPPING,
         ]
+
+
+class Ingresses:
+    """Handle of the ingresses: what each time all of them say is in flight."""
+
+    def __init__(self, *counts):
+        self.counts, self.asked = list(counts), []
+
+    def broadcast(self, method):
+        self.asked.append(method)
+        return self
+
+    def results(self, timeout_s, return_exceptions):
+        assert (timeout_s, return_exceptions) == (5, True)
+        if isinstance(count := self.counts.pop(0), Exception):
+            raise count
+        return count
+
+
+@pytest.mark.parametrize(
+    ("counts", "asked"),
+    [
+        ([[0]], 1),
+        ([[2, 0], [0, 1], [0, 0], [5]], 3),
+        ([[3], TimeoutError(), [0]], 3),
+        ([[RuntimeError("it died"), 1], [RuntimeError("it died")]], 2),
+        ([[]], 1),
+        ([[1]] * 50, 20),
+    ],
+)
+def test_the_gates_stay_closed_until_nothing_is_in_flight_or_the_time_is_over(monkeypatch, counts, asked):
+    ingresses, now = Ingresses(*counts), [0.0]
+    monkeypatch.setattr(serve, "get_deployment_handle", lambda *names: ingresses if names == NAMES else None)
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.append(now.pop() + s))
+    monkeypatch.setattr(run, "time", clock)
+    run._close_gates(5.9)
+    assert ingresses.asked == ["close_gate"] * asked
+
+
+@pytest.mark.parametrize("hurries", [False, True])
+def test_answers_are_waited_for_until_a_second_signal(monkeypatch, hurries):
+    looks, ended = iter([[], [], ["done"]]), []
+    stops_now = threading.Event()
+
+    def wait(refs, timeout):
+        assert refs == ["waiting for 9 s"]
+        if hurries:
+            stops_now.set()
+        return next(looks), []
+
+    task = SimpleNamespace(remote=lambda within_s: f"waiting for {within_s} s")
+    monkeypatch.setattr(ray, "remote", lambda **options: lambda f: task if f is run._close_gates else None)
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "cancel", lambda ref, force: ended.append((ref, force)))
+    run.finish_answers(9, stops_now)
+    assert ended == [("waiting for 9 s", True)] * hurries and len(list(looks)) == 2 * hurries
 
 
 # --------------------------------------------------------------------------------------------------------- ports
