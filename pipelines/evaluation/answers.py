@@ -103,9 +103,23 @@ def write_answers(location: str, answers: Iterable[Answers]) -> None:
     storage.write_atomically(location, "".join(to_json(each.to_dict()) + "\n" for each in answers).encode())
 
 
-def read_answers(location: str) -> list[Answers]:
-    """Read what ``write_answers`` wrote."""
-    return [Answers.from_dict(json.loads(line)) for line in storage.read_bytes(location).splitlines()]
+def read_answers(location: str, questions: Sequence[Question]) -> list[Answers]:
+    """Read what ``write_answers`` wrote.
+
+    Args:
+        location: of the file.
+        questions: that it answers, in order.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        found = [Answers.from_dict(json.loads(line)) for line in storage.read_bytes(location).splitlines()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        found = []
+    if [each.id for each in found] != [question.id for question in questions]:
+        raise ValueError(f"{location} is damaged: run the same command again, which answers its questions again.")
+    return found
 
 
 def _loss(value: float | None) -> float:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import TypedDict
 
 import numpy as np
 
 from pipelines.evaluation.benchmarks.base import MAIN_SPLIT
 from pipelines.evaluation.scoring import PREDICTIONS, Prediction
+from pipelines.json_files import read_json_object, to_json
 from pipelines.settings import SettingsError
 from tinygptv.metrics.intervals import paired_difference, sign_flip_test
+
+_NEEDED = ("benchmark", "id", "score", "split", "instruction", "history", "choices", "image", "truth", "answer")
+"""What is read of a line of predictions."""
 
 
 class Comparison(TypedDict):
@@ -53,26 +57,26 @@ def compare(ours: Path, theirs: Path) -> dict[str, Comparison]:
         Per benchmark that both have, over the questions that both answered.
 
     Raises:
-        SettingsError: a folder has no predictions, or they share no question.
+        SettingsError: a folder has no predictions, or damaged ones, or they share no question.
     """
-    scores = [_scores_of(folder) for folder in (ours, theirs)]
-    shared = [key for key in scores[0] if key in scores[1]]
-    if not shared:
-        raise SettingsError(f"compare_with={theirs} answers none of the questions of {ours}.")
+    pairs_of = same_questions(read_predictions(ours), read_predictions(theirs))
     by_benchmark: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for key in shared:
-        by_benchmark[key[0]].append((scores[0][key], scores[1][key]))
+    for mine, other in pairs_of:
+        if mine["split"] == MAIN_SPLIT:
+            by_benchmark[mine["benchmark"]].append((mine["score"], other["score"]))
+    if not by_benchmark:
+        raise SettingsError(f"compare_with={theirs} answers none of the questions of {ours}.")
     compared = {}
     for name, pairs in by_benchmark.items():
-        mine, other = [p[0] for p in pairs], [p[1] for p in pairs]
-        found = paired_difference(mine, other)
+        our_scores, their_scores = [p[0] for p in pairs], [p[1] for p in pairs]
+        found = paired_difference(our_scores, their_scores)
         compared[name] = Comparison(
-            ours=round(100 * float(np.mean(mine)), 3),
-            theirs=round(100 * float(np.mean(other)), 3),
+            ours=round(100 * float(np.mean(our_scores)), 3),
+            theirs=round(100 * float(np.mean(their_scores)), 3),
             difference=found.value,
             low=found.low,
             high=found.high,
-            p=round(sign_flip_test(mine, other), 5),
+            p=round(sign_flip_test(our_scores, their_scores), 5),
             better=sum(m > o for m, o in pairs),
             worse=sum(m < o for m, o in pairs),
             n=found.n,
@@ -80,23 +84,66 @@ def compare(ours: Path, theirs: Path) -> dict[str, Comparison]:
     return compared
 
 
-def _scores_of(folder: Path) -> dict[tuple[str, str], float]:
-    return {
-        (row["benchmark"], row["id"]): row["score"] for row in read_predictions(folder) if row["split"] == MAIN_SPLIT
-    }
+def same_questions(ours: Sequence[Prediction], theirs: Sequence[Prediction]) -> Iterator[tuple[Prediction, Prediction]]:
+    """The lines of two runs that answer the same question, in our order.
+
+    Ids are often numbers of lines: those of other rows name other questions.
+    """
+    other = {_question_key(line): line for line in theirs}
+    return ((line, other[key]) for line in ours if (key := _question_key(line)) in other)
+
+
+def _question_key(line: Prediction) -> str:
+    """All that is asked and what is right; images may have been moved."""
+    image = PurePath(line["image"]).name if line["image"] else None
+    asked = [line[key] for key in ("benchmark", "id", "split", "instruction", "history", "choices")]
+    return to_json([*asked, image, line["truth"]])
+
+
+def refuse_other_rules(metrics: Mapping[str, str], theirs: Path) -> None:
+    """Raise where scores of an earlier run were made by other rules, and so cannot be compared.
+
+    Args:
+        metrics: what is scored now, by benchmark.
+        theirs: output folder of the earlier run.
+
+    Raises:
+        SettingsError: a benchmark has another metric there.
+    """
+    scores = (read_json_object(theirs / "result.json") or {}).get("benchmarks", {})
+    for name, metric in metrics.items():
+        if name in scores and scores[name]["metric"] != metric:
+            raise SettingsError(
+                f"compare_with={theirs} scored {name} by {scores[name]['metric']!r}, and this run by {metric!r}: score "
+                "one of them again with the metric= of the other."
+            )
 
 
 def read_predictions(folder: Path) -> list[Prediction]:
     """The predictions of a score run.
 
     Raises:
-        SettingsError: the folder has none.
+        SettingsError: the folder has none, or they are damaged.
     """
     path = folder / PREDICTIONS
     if not path.is_file():
         raise SettingsError(f"{folder} has no {PREDICTIONS}: compare_with= takes the output folder of jobs/score.py.")
-    with path.open() as stream:
-        return [json.loads(line) for line in stream]
+    lines = path.read_bytes().splitlines()
+    return [_read_line(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _read_line(line: bytes, where: str) -> Prediction:
+    try:
+        found: Prediction = json.loads(line)
+        lacks = [f"no {key}" for key in _NEEDED if key not in found]
+    except (ValueError, TypeError):
+        lacks = ["no JSON object"]
+    if lacks:
+        raise SettingsError(
+            f"{where} has {lacks[0]}: it is damaged, or of an earlier version. Run that score again; its answers are "
+            "kept."
+        )
+    return found
 
 
 def comparison_table(compared: Mapping[str, Comparison]) -> str:

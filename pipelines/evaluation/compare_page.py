@@ -9,7 +9,7 @@ import html
 from collections.abc import Mapping, Sequence
 from string import Template
 
-from pipelines.evaluation.compare import Comparison
+from pipelines.evaluation.compare import Comparison, same_questions
 from pipelines.evaluation.page import STYLE, data_url, drawn_case, truth_text
 from pipelines.evaluation.scoring import Prediction
 
@@ -34,8 +34,7 @@ def comparison_page(
         titles: names of ours and theirs.
         num_cases: questions shown per benchmark and direction.
     """
-    other = {(line["benchmark"], line["id"]): line for line in theirs}
-    pairs = [(line, other[key]) for line in ours if (key := (line["benchmark"], line["id"])) in other]
+    pairs = list(same_questions(ours, theirs))
     sections = [
         _section(name, [pair for pair in pairs if pair[0]["benchmark"] == name], num_cases) for name in compared
     ]

@@ -7,7 +7,6 @@ question's, so that a score shows what the image contributes.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -16,25 +15,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NotRequired, TypedDict
 
 from pipelines import storage
 from pipelines.evaluation.answers import Answers, read_answers
 from pipelines.evaluation.benchmarks import Benchmark, Question, find_benchmarks
 from pipelines.evaluation.benchmarks.files import DataFolder
 from pipelines.evaluation.benchmarks.own import METRICS, OWN, own_benchmark
-from pipelines.evaluation.compare import Comparison, compare, read_predictions
+from pipelines.evaluation.compare import Comparison, compare, read_predictions, refuse_other_rules
 from pipelines.evaluation.compare_page import COMPARISON_PAGE, comparison_page
-from pipelines.evaluation.page import drawn_case, score_page, worst_first
-from pipelines.evaluation.scoring import PREDICTIONS, BenchmarkScore, Prediction, score_benchmark, write_predictions
+from pipelines.evaluation.page import score_page
+from pipelines.evaluation.scoring import PREDICTIONS, Prediction, metric_of, score_benchmark, write_predictions
+from pipelines.evaluation.track import ScoreResult, track_scores
 from pipelines.evaluation.worker import AnswerOptions, QuestionUnit, UnitAnswerer
 from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim, digest_of
 from pipelines.json_files import read_json_object, write_json
 from pipelines.node_cache import local_checkpoint, local_data
 from pipelines.progress import Bar
 from pipelines.settings import ScoreSettings, SettingsError
-from pipelines.tracking.base import continue_tracker
-from pipelines.tracking.described import DataInput, markdown_table, run_title
 from pipelines.tracking.identity import RUN_FILE
 from pipelines.tracking.outbox import JOURNAL_FILE
 from pipelines.units import Workers, map_units
@@ -47,37 +44,6 @@ RESULTS = ("answers", PREDICTIONS, "report.html", COMPARISON_PAGE, "result.json"
 
 _IMAGES_TRIED = 50
 _PATHS_NAMED = 8
-_TABLE_IMAGES = 24
-_TITLE_NAMES = 2
-_TABLE_COLUMNS = ("benchmark", "instruction", "answer", "truth", "score", "blind", "shuffled")
-
-
-class ScoreResult(TypedDict):
-    """``result.json`` of a score run.
-
-    Attributes:
-        checkpoint: what was scored.
-        metric: rules of scoring, ``official`` or ``released``.
-        benchmarks: name -> its numbers.
-        questions_per_second: answered in this run.
-        seconds: of this run.
-        predictions: path of ``predictions.jsonl``.
-        page: path of ``report.html``.
-        result: path of this file.
-        comparison: benchmark -> paired comparison, where one was asked for.
-        comparison_page: path of ``comparison.html``, with it.
-    """
-
-    checkpoint: str
-    metric: str
-    benchmarks: dict[str, BenchmarkScore]
-    questions_per_second: float
-    seconds: float
-    predictions: str
-    page: str
-    result: str
-    comparison: NotRequired[dict[str, Comparison]]
-    comparison_page: NotRequired[str]
 
 
 def evaluate(
@@ -94,16 +60,23 @@ def evaluate(
         The content of ``result.json``.
 
     Raises:
-        SettingsError: a setting cannot be used.
+        SettingsError: a setting cannot be used, or another run is writing there.
         FileNotFoundError: a benchmark's files are missing.
     """
-    started, began = time.perf_counter(), time.time()
     work = storage.WorkFolder(settings.output_location("outputs/score"))
     storage.check_access(work.location, writes=True)
-    output = work.path
+    with storage.alone(work.uri()):
+        storage.remove_drafts(str(work.path))
+        return _score(settings, benchmarks, work, parent_run_id)
+
+
+def _score(
+    settings: ScoreSettings, benchmarks: Sequence[Benchmark] | None, work: storage.WorkFolder, parent_run_id: str
+) -> ScoreResult:
+    started, began, output = time.perf_counter(), time.time(), work.path
     data = _data_folder(settings)
-    _refuse_no_predictions(settings)
     chosen = list(benchmarks or _find(settings, data))
+    _refuse_unlike_predictions(settings, chosen, work)
     checkpoint = _find_checkpoint(settings)
     asked = {benchmark.name: _read(settings, benchmark, data) for benchmark in chosen}
     questions = {name: read.questions for name, read in asked.items()}
@@ -138,10 +111,12 @@ def evaluate(
         "result": work.uri("result.json"),
     }
     if settings.compare_with:
-        result["comparison"] = _compare(settings, output, lines)
+        result["comparison"] = _compare(
+            settings, output, lines, {name: score["metric"] for name, score in scores.items()}
+        )
         result["comparison_page"] = work.uri(COMPARISON_PAGE)
     write_json(output / "result.json", result)
-    _track(settings, output, result, lines, parent_run_id, began)
+    track_scores(settings, output, result, lines, parent_run_id, began)
     pages = ["report.html", COMPARISON_PAGE] if settings.compare_with else ["report.html"]
     work.publish(PREDICTIONS, *pages, RUN_FILE, JOURNAL_FILE, "result.json")
     for name, score in scores.items():
@@ -150,13 +125,21 @@ def evaluate(
     return result
 
 
-def _refuse_no_predictions(settings: ScoreSettings) -> None:
-    """Raise before anything is answered where there is nothing to compare with; a URI is asked at the end."""
-    if settings.compare_with and storage.is_local(settings.compare_with):
-        read_predictions(Path(storage.absolute(settings.compare_with)))
+def _refuse_unlike_predictions(settings: ScoreSettings, chosen: Sequence[Benchmark], work: storage.WorkFolder) -> None:
+    """Raise before anything is answered where nothing can be compared; predictions at a URI are read at the end."""
+    location = settings.compare_with
+    if location and storage.absolute(location) == work.uri():
+        raise SettingsError(f"compare_with={location} is the output of this run: give another output=.")
+    if location and storage.is_local(location):
+        other = Path(storage.absolute(location))
+        read_predictions(other)
+        released = settings.metric == "released"
+        refuse_other_rules({each.name: metric_of(each, released=released) for each in chosen}, other)
 
 
-def _compare(settings: ScoreSettings, output: Path, lines: Sequence[Prediction]) -> dict[str, Comparison]:
+def _compare(
+    settings: ScoreSettings, output: Path, lines: Sequence[Prediction], metrics: Mapping[str, str]
+) -> dict[str, Comparison]:
     """Compare with an earlier run, in a folder or at a URI, and write the page."""
     location = settings.compare_with
     other = Path(storage.absolute(location))
@@ -164,6 +147,7 @@ def _compare(settings: ScoreSettings, output: Path, lines: Sequence[Prediction])
         earlier = storage.WorkFolder(location)  # its folder goes with it
         earlier.fetch(PREDICTIONS, "result.json")
         other = earlier.path
+    refuse_other_rules(metrics, other)
     compared = compare(output, other)
     titles = str(settings.checkpoint), str((read_json_object(other / "result.json") or {}).get("checkpoint", location))
     page = comparison_page(compared, lines, read_predictions(other), titles, settings.page_cases)
@@ -318,14 +302,26 @@ def _answer_all(
     wanted, present = {unit.file for unit in units}, set(storage.list_names(folder))
     for name in present - wanted:  # answers of another checkpoint or other questions, or half a file
         storage.remove_file(folder / name)
-    waiting = [unit for unit in units if unit.file not in present]
+    whole = {unit.file: found for unit in units if unit.file in present and (found := _whole_answers(folder, unit))}
+    waiting = [unit for unit in units if unit.file not in whole]
     if len(waiting) < len(units):
         logger.info("%d of %d units are answered already", len(units) - len(waiting), len(units))
     _answer_units(settings, options, waiting)
     answered: dict[str, list[tuple[Question, Answers]]] = defaultdict(list)
     for unit in units:
-        answered[unit.benchmark] += list(zip(unit.questions, read_answers((folder / unit.file).uri), strict=True))
+        answers = whole.get(unit.file) or read_answers((folder / unit.file).uri, unit.questions)
+        answered[unit.benchmark] += list(zip(unit.questions, answers, strict=True))
     return answered, sum(len(unit.questions) for unit in waiting)
+
+
+def _whole_answers(folder: storage.Location, unit: QuestionUnit) -> list[Answers]:
+    """A unit's answers; none where its file is damaged, which is removed."""
+    try:
+        return read_answers((folder / unit.file).uri, unit.questions)
+    except ValueError:
+        logger.warning("%s is damaged: its questions are answered again.", folder / unit.file)
+        storage.remove_file(folder / unit.file)
+        return []
 
 
 def _answer_units(settings: ScoreSettings, options: AnswerOptions, units: Sequence[QuestionUnit]) -> None:
@@ -340,59 +336,3 @@ def _answer_units(settings: ScoreSettings, options: AnswerOptions, units: Sequen
         for unit, _ in map_units(setup, units, workers, settings, name="score"):
             answered += len(unit.questions)
             bar.update(answered, total)
-
-
-# ---------------------------------------------------------------------- tracking
-
-
-def _track(
-    settings: ScoreSettings,
-    output: Path,
-    result: ScoreResult,
-    lines: Sequence[Prediction],
-    parent_run_id: str,
-    began: float,
-) -> None:
-    names = list(result["benchmarks"])
-    what = ", ".join(names) if len(names) <= _TITLE_NAMES else f"{names[0]} and {len(names) - 1} more"
-    title = run_title(settings.recipe, f"score {what}", began)
-    tracker = continue_tracker(settings, title, output, parent_run_id=parent_run_id, started=began)
-    tracker.params(settings.model_dump())
-    tracker.tags({"checkpoint": result["checkpoint"]})
-    tracker.inputs([_data_input(settings, name, score) for name, score in result["benchmarks"].items()])
-    for name, score in result["benchmarks"].items():
-        tracker.metrics({f"score/{name}": score["value"]}, 0)  # the baselines are in the table beside it
-    left_out = ("scoring", "also", "parts", "problems")
-    rows = [
-        {"benchmark": name, **{key: value for key, value in score.items() if key not in left_out}}
-        for name, score in result["benchmarks"].items()
-    ]
-    tracker.table(rows, "scores")
-    shown = ("benchmark", "metric", "value", "low", "high", "blind", "shuffled", "n")
-    table = markdown_table([{key: row[key] for key in shown} for row in rows])
-    tracker.describe(f"{table}\n\nImages of the worst answers: `report.html` in Artifacts.")
-    if "comparison" in result:
-        tracker.table([{"benchmark": name, **found} for name, found in result["comparison"].items()], "comparison")
-    tracker.table(_worst_cases(lines), "worst_cases")
-    for name in ("result.json", "report.html", COMPARISON_PAGE, PREDICTIONS):
-        if (output / name).is_file():
-            tracker.artifact(output / name)
-    tracker.close()
-
-
-def _data_input(settings: ScoreSettings, name: str, score: BenchmarkScore) -> DataInput:
-    """A benchmark's questions; where it has no files, its name is its digest."""
-    files = [file["sha256"] for file in score["files"]]
-    return DataInput(name, digest_of(files or name), settings.data or name, score["n"], "evaluation")
-
-
-def _worst_cases(lines: Sequence[Prediction]) -> list[dict[str, object]]:
-    """The worst answers with their images, for the tracker's table."""
-    rows: list[dict[str, object]] = []
-    for line in worst_first([line for line in lines if line["image"]])[:_TABLE_IMAGES]:
-        image = drawn_case(line, 224)
-        if image is not None:
-            values = dict(line.items())
-            texts = {c: v if isinstance(v := values[c], str | float) else json.dumps(v) for c in _TABLE_COLUMNS}
-            rows.append({"image": image, **texts})
-    return rows

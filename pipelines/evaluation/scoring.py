@@ -105,6 +105,11 @@ def outcomes_of(answered: Answered, view: View) -> list[Outcome]:
     ]
 
 
+def metric_of(benchmark: Benchmark, *, released: bool) -> str:
+    """Name of the metric; ``released`` counts only where the release has the benchmark."""
+    return "as released" if released and benchmark.released is not None else benchmark.metric
+
+
 def score_each(benchmark: Benchmark, outcomes: Sequence[Outcome], *, released: bool = False) -> list[float]:
     """The score of every outcome; one with a problem scores 0."""
     if released and benchmark.released:
@@ -130,7 +135,7 @@ def score_benchmark(benchmark: Benchmark, answered: Answered, *, released: bool 
         baselines[view] = _values(benchmark, outcomes_of(answered, view), released).main.value if asked else None
     problems = [f"{question.id}: {answers.problem}" for question, answers in answered if answers.problem]
     return BenchmarkScore(
-        metric="as released" if released else benchmark.metric,
+        metric=metric_of(benchmark, released=released),
         value=own.main.value,
         low=own.main.low,
         high=own.main.high,

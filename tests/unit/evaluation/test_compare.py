@@ -6,13 +6,24 @@ import json
 
 import pytest
 
-from pipelines.evaluation.compare import compare, comparison_table
+from pipelines.evaluation.compare import compare, comparison_table, read_predictions
 from pipelines.settings import SettingsError
 
 
-def write(folder, scores, split="test", benchmark="vqa"):
+def write(folder, scores, split="test", benchmark="vqa", **asked):
     folder.mkdir(exist_ok=True)
-    lines = [{"benchmark": benchmark, "id": key, "score": score, "split": split} for key, score in scores.items()]
+    same = {
+        "answer": "a",
+        "history": [],
+        "choices": [],
+        "image": None,
+        "truth": {"answer": "a"},
+        "instruction": "what?",
+    }
+    lines = [
+        {**same, **asked, "benchmark": benchmark, "id": key, "score": score, "split": split}
+        for key, score in scores.items()
+    ]
     with (folder / "predictions.jsonl").open("a") as stream:
         stream.writelines(json.dumps(line) + "\n" for line in lines)
     return folder
@@ -85,3 +96,36 @@ def test_nothing_in_common_is_told(tmp_path):
         with pytest.raises(SettingsError, match=r"theirs has no predictions\.jsonl"):
             compare(ours, theirs)
         (theirs / "predictions.jsonl").mkdir(exist_ok=True)  # a folder of that name is none
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"instruction": "how many?"}, {"truth": {"answer": "b"}}, {"image": "/a/2.png"}, {"image": None},
+     {"history": [["what?", "a"]]}, {"choices": ["a", "b"]}],
+)  # fmt: skip
+def test_lines_of_one_number_that_ask_something_else_are_not_compared(tmp_path, other):
+    """Rows of another file have the same ids: line 1, line 2, .."""
+    ours = write(tmp_path / "ours", {"line 1": 1.0, "line 2": 1.0}, image="/a/1.png")
+    theirs = write(tmp_path / "theirs", {"line 1": 0.0}, **{"image": "/moved/1.png", **other})
+    with pytest.raises(SettingsError, match="answers none of the questions"):
+        compare(ours, theirs)
+    write(theirs, {"line 2": 0.0}, image="/moved/1.png", truth={"answer": "a"})
+    assert compare(ours, theirs)["vqa"]["n"] == 1, "images may be moved"
+
+
+@pytest.mark.parametrize("line", [b"", b"{", b"\xef\xbb\xbf{}", b"5", b"[]", b"\xff", b"null"])
+def test_damaged_predictions_are_named_with_their_line(tmp_path, line):
+    ours = write(tmp_path / "ours", {"a": 1.0})
+    theirs = write(tmp_path / "theirs", {"a": 1.0})
+    path = theirs / "predictions.jsonl"
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(SettingsError, match=r"theirs/predictions\.jsonl, line 2 has no .*: it is damaged"):
+        compare(ours, theirs)
+
+
+def test_a_line_of_an_earlier_version_says_what_it_lacks(tmp_path):
+    ours = write(tmp_path / "ours", {"a": 1.0})
+    path = ours / "predictions.jsonl"
+    path.write_text(path.read_text().replace('"truth"', '"right"'))
+    with pytest.raises(SettingsError, match=r"line 1 has no truth: .*\. Run that score again; its answers are kept\."):
+        read_predictions(ours)

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 from pipelines.evaluation import run as module
-from pipelines.evaluation.answers import Answers, ViewAnswer
+from pipelines.evaluation.answers import Answers, ViewAnswer, write_answers
 from pipelines.evaluation.benchmarks.base import Benchmark, Question
 from pipelines.evaluation.benchmarks.files import DataFolder
-from pipelines.evaluation.run import _answer_all, _data_input, _image_state, _names
+from pipelines.evaluation.run import _answer_all, _image_state, _names
 from pipelines.evaluation.scoring import outcomes_of, score_benchmark, score_each, score_table
+from pipelines.evaluation.track import _data_input
 from pipelines.evaluation.worker import AnswerOptions, QuestionUnit
 from pipelines.settings import ScoreSettings, SettingsError
 from pipelines.units import Workers
@@ -121,13 +122,19 @@ def test_files_of_other_answers_are_removed_and_only_missing_ones_are_given(tmp_
         QuestionUnit(name, number, tuple(question(f"{name}{number}{k}") for k in range(2)), 4, True, f"{name}-{number}")
         for name, number in (("b", 0), ("a", 0), ("b", 1))
     ]
-    (tmp_path / "b-0").write_text("there")
+    write_answers(str(tmp_path / "b-0"), [Answers(f"b0{k}") for k in range(2)])
     (tmp_path / "old").write_text("of another checkpoint")
     asked = []
     settings, given = ScoreSettings(), []
     monkeypatch.setattr(module, "_answer_units", lambda *called: asked.extend(called[2]) or given.extend(called[:2]))
-    monkeypatch.setattr(module, "read_answers", lambda uri: [f"{Path(uri).name} {k}" for k in range(2)])
+    read = {}
+    monkeypatch.setattr(
+        module,
+        "read_answers",
+        lambda uri, questions: read.setdefault(Path(uri).name, [f"{Path(uri).name} {q.id[-1]}" for q in questions]),
+    )
     answered, now = _answer_all(settings, options, units)
+    assert list(read) == ["b-0", "a-0", "b-1"]
     assert given == [settings, options]
     assert asked == units[1:] and now == 4 and not (tmp_path / "old").exists() and (tmp_path / "b-0").exists()
     assert [(q.id, a) for q, a in answered["b"]] == [
@@ -140,6 +147,34 @@ def test_files_of_other_answers_are_removed_and_only_missing_ones_are_given(tmp_
     caplog.clear()
     (tmp_path / "b-0").unlink()
     assert _answer_all(settings, options, units)[1] == 6 and not caplog.messages
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: b"", lambda data: data[:-9], lambda data: data[: data.index(b"\n") + 1], lambda data: b"[1]\n" * 2,
+     lambda data: data.replace(b"q1", b"q0"), lambda data: b"\0" * len(data), lambda data: data + data],
+)  # fmt: skip
+def test_damaged_answers_are_given_again(tmp_path, monkeypatch, caplog, damage):
+    options = AnswerOptions("checkpoint", "f", 1, False, False, str(tmp_path))
+    unit = QuestionUnit("b", 0, tuple(question(f"q{k}") for k in range(2)), 4, True, "b-0")
+    path, whole = tmp_path / "b-0", [Answers(f"q{k}", "", {"answer": ViewAnswer("yes")}) for k in range(2)]
+    write_answers(str(path), whole)
+    path.write_bytes(damage(path.read_bytes()))
+
+    def answer(settings, options, units):
+        for _ in units:
+            assert not path.exists(), "a worker leaves what is there"
+            write_answers(str(path), whole)
+
+    monkeypatch.setattr(module, "_answer_units", answer)
+    answered, now = _answer_all(ScoreSettings(), options, [unit])
+    assert answered == {"b": list(zip(unit.questions, whole, strict=True))} and now == 2
+    assert caplog.messages == [f"{path} is damaged: its questions are answered again."]
+    assert _answer_all(ScoreSettings(), options, [unit]) == (answered, 0), "those that are whole are kept"
+    path.write_bytes(b"")
+    monkeypatch.setattr(module, "_answer_units", lambda *_: path.write_bytes(b""))
+    with pytest.raises(ValueError, match=r"b-0 is damaged: run the same command again, which answers"):
+        _answer_all(ScoreSettings(), options, [unit])
 
 
 def test_an_image_is_known_by_size_and_time(tmp_path):

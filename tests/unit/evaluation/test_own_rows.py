@@ -273,7 +273,7 @@ def test_the_page_groups_answers_by_what_changed(folder):
     def line(n, value, answer):
         truth = {"box": [4, 3, 20, 15], "width": 40, "height": 30, "answers": ["x"]}
         return {"benchmark": "own", "id": str(n), "image": str(folder / "1.jpg"), "score": value, "answer": answer,
-                "instruction": "<b>", "truth": truth}  # fmt: skip
+                "instruction": "<b>", "truth": truth, "split": "test", "history": [], "choices": []}  # fmt: skip
 
     before = [line(0, 0.0, "{<60><60><90><90>}"), line(1, 1.0, "y"), line(2, 1.0, "z")]
     after = [line(0, 1.0, "{<10><10><50><50>}"), line(1, 0.0, "y"), line(2, 1.0, "z")]

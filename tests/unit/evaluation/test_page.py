@@ -26,6 +26,7 @@ def line(key="a", *, score=1.0, benchmark="exact", **fields):
     return {
         "benchmark": benchmark, "id": key, "score": score, "blind_score": None, "image": None, "answer": "said",
         "blind": None, "shuffled": None, "instruction": f"<{key}>", "truth": {"answer": "true & so"}, "problem": "",
+        "split": "test", "history": [], "choices": [],
         **fields,
     }  # fmt: skip
 
@@ -233,7 +234,7 @@ def test_questions_of_both_are_shown_side_by_side_and_those_of_one_are_not():
 
 def test_the_box_of_before_is_orange(image):
     ours = [line(image=image, truth=BOX, answer="{<0><0><10><20>}")]
-    theirs = [line(truth=BOX, answer="{<90><80><100><90>}")]
+    theirs = [line(image=image, truth=BOX, answer="{<90><80><100><90>}")]
     page = comparison_page({"exact": compared()}, ours, theirs, ("", ""), 3)
     (data,) = re.findall('src="data:image/jpeg;base64,(.*?)"', page)
     with Image.open(io.BytesIO(base64.b64decode(data))) as shown:

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from pipelines.evaluation import compare_page, page
-from pipelines.evaluation import run as module
+from pipelines.evaluation import track as module
 from pipelines.evaluation.compare import Comparison, comparison_table
 from pipelines.evaluation.page import OTHER_COLOUR, PREDICTED_COLOUR, TRUE_COLOUR, drawn_case
-from pipelines.evaluation.run import _track
 from pipelines.evaluation.scoring import score_table
+from pipelines.evaluation.track import track_scores
 from pipelines.settings import ScoreSettings
 
 WHITE = (255, 255, 255)
@@ -24,7 +24,7 @@ def line(key="q", score=1.0, **changes):
     fields = {
         "benchmark": "vqa", "id": key, "score": score, "blind_score": None, "shuffled_score": None, "image": None,
         "answer": "a&b", "blind": None, "shuffled": None, "instruction": "<what>", "truth": {"answer": "<b>"},
-        "problem": "",
+        "problem": "", "split": "test", "history": [], "choices": [],
     }  # fmt: skip
     return {**fields, **changes}
 
@@ -176,7 +176,7 @@ def test_a_compared_case_has_both_answers(after, mark):
 def test_pairs_are_of_one_benchmark_and_one_question():
     """Another benchmark's question of the same id is another; one that is missing on a side is left out."""
     ours = [line("1", 1.0), line("1", 0.0, benchmark="gqa"), line("2", 1.0)]
-    theirs = [line("1", 0.0), line("1", 1.0, benchmark="gqa"), line("3", 1.0)]
+    theirs = [line("1", 0.0), line("1", 1.0, benchmark="gqa"), line("2", 0.0, instruction="else"), line("3", 1.0)]
     text = compare_page.comparison_page({"vqa": NUMBERS, "gqa": NUMBERS}, ours, theirs, ("<new>", "<old>"), 5)
     first, second = text.split("<section ")[1:]
     assert re.findall(r"<h3>(.*?)</h3>", first) == ["Better after: 1"]
@@ -213,7 +213,7 @@ def test_a_tracker_is_told_all_of_a_score(tmp_path, monkeypatch, compared):
     result = {"checkpoint": "/c", "benchmarks": {"vqa": score(parts={"p": 1}), "gqa": score(value=7.0)}}
     if compared:
         result["comparison"] = {"vqa": {"ours": 1.0}}
-    _track(settings, tmp_path, result, ["line"], "parent", 1e9)
+    track_scores(settings, tmp_path, result, ["line"], "parent", 1e9)
     (_, (by, title, folder), how), *told = told
     assert by is settings
     assert title.startswith("mini score vqa, gqa, 2001-09-") and folder == tmp_path
@@ -240,5 +240,5 @@ def test_a_tracker_is_told_all_of_a_score(tmp_path, monkeypatch, compared):
     titles = []
     three = {**result, "benchmarks": {name: score() for name in ("vqa", "gqa", "vsr")}}
     monkeypatch.setattr(module, "continue_tracker", lambda *a, **k: titles.append(a[1]) or tracker)
-    _track(settings, tmp_path, three, [], "", 1e9)
+    track_scores(settings, tmp_path, three, [], "", 1e9)
     assert titles[0].startswith("mini score vqa and 2 more, 2001-09-")

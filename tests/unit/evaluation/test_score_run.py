@@ -12,6 +12,7 @@ from pipelines import storage
 from pipelines.evaluation import run as module
 from pipelines.evaluation.answers import Answers, ViewAnswer
 from pipelines.evaluation.benchmarks.base import Benchmark, Question
+from pipelines.evaluation.compare import _NEEDED
 from pipelines.evaluation.run import _Asked, _compare, evaluate
 from pipelines.settings import ScoreSettings, SettingsError
 from tests.unit.evaluation.test_flow import MATCH, question
@@ -61,7 +62,7 @@ def scored(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "_answer_all", answer)
         monkeypatch.setattr(module, "score_page", lambda *a: shown.extend(a) or f"{a[2]} {a[3]}")
         monkeypatch.setattr(module, "_compare", lambda *a: compared.extend(a) or {"x": "compared"})
-        monkeypatch.setattr(module, "_track", lambda *a: notes.append(("track", a[1], a[4])) or tracked.extend(a))
+        monkeypatch.setattr(module, "track_scores", lambda *a: notes.append(("track", a[1], a[4])) or tracked.extend(a))
         monkeypatch.setattr(module, "hash_file", lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
         monkeypatch.setattr(storage.WorkFolder, "fetch", lambda self, *names: notes.append(("fetch", *names)))
         monkeypatch.setattr(storage.WorkFolder, "publish", lambda self, *names: published.append(names))
@@ -72,7 +73,10 @@ def scored(tmp_path, monkeypatch):
         lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
         assert tracked[:5] == [given, output, result, lines, parent], "the tracker is told what is written"
         assert shown == [result["benchmarks"], lines, result["checkpoint"], 6], "and the page shows it"
-        assert compared == ([given, output, lines] if given.compare_with else []), "and another run is compared with"
+        metrics = {name: score["metric"] for name, score in result["benchmarks"].items()}
+        assert compared == ([given, output, lines, metrics] if given.compare_with else []), (
+            "and another run is compared with"
+        )
         return SimpleNamespace(
             result=result, notes=notes, published=published, files=files, output=output, began=tracked[5]
         )
@@ -128,19 +132,46 @@ def test_a_comparison_has_a_page_of_its_own(scored):
 def test_two_runs_are_compared_under_their_checkpoints_names(tmp_path, monkeypatch, remote, named):
     location = f"memory://runs/{tmp_path.name}" if remote else str(tmp_path / "earlier")
     storage.make_folder(location)
-    storage.write_atomically(f"{location}/predictions.jsonl", b'{"id": "q"}\n')
+    theirs_line = dict.fromkeys(_NEEDED, "q")
+    storage.write_atomically(f"{location}/predictions.jsonl", json.dumps(theirs_line).encode())
     if named:
-        storage.write_atomically(f"{location}/result.json", b'{"checkpoint": "theirs"}')
+        storage.write_atomically(
+            f"{location}/result.json", b'{"checkpoint": "theirs", "benchmarks": {"x": {"metric": "m"}}}'
+        )
     told = []
     monkeypatch.setattr(
         module, "compare", lambda ours, theirs: told.append((ours, (theirs / "result.json").is_file())) or {}
     )
     monkeypatch.setattr(module, "comparison_page", lambda *a: told.append(a) or "the page")
     settings = ScoreSettings(checkpoint="ours", compare_with=location, page_cases=5)
-    assert _compare(settings, tmp_path, ["line"]) == {}
+    assert _compare(settings, tmp_path, ["line"], {"x": "m"}) == {}
     theirs = "theirs" if named else location
-    assert told == [(tmp_path, named), ({}, ["line"], [{"id": "q"}], ("ours", theirs), 5)]
+    assert told == [(tmp_path, named), ({}, ["line"], [theirs_line], ("ours", theirs), 5)]
     assert (tmp_path / "comparison.html").read_text() == "the page"
+    if named:
+        with pytest.raises(SettingsError, match=r"compare_with=.* scored x by 'm', and this run by 'other'"):
+            _compare(settings, tmp_path, ["line"], {"x": "other"})
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_answered(scored, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_read", lambda *_: pytest.fail("answered"))
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier/predictions.jsonl").write_text("")
+    (tmp_path / "earlier/result.json").write_text('{"benchmarks": {"y": {"metric": "m"}, "z": {"metric": "k"}}}')
+    with pytest.raises(SettingsError, match=r"scored y by 'm', and this run by 'as released'"):
+        scored(compare_with=str(tmp_path / "earlier"), metric="released")
+    with pytest.raises(
+        SettingsError, match=r"^compare_with=.*/out/ is the output of this run: give another output=\.$"
+    ):
+        scored(compare_with=f"{tmp_path}/out/", overwrite=True)
+
+
+def test_one_run_at_a_time_writes_into_an_output(scored, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.predictions.jsonl.1.tmp").write_text("of a run that was killed")
+    with storage.alone(str(tmp_path / "out")), pytest.raises(SettingsError, match="another run is writing into output"):
+        scored(overwrite=True)
+    assert not list(scored().output.glob(".*.tmp"))
 
 
 def test_the_rate_is_of_what_was_answered_now_over_the_time_of_answering(scored, monkeypatch):

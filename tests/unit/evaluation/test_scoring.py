@@ -40,7 +40,7 @@ def test_answers_come_back_from_their_file(tmp_path):
     ]
     path = str(tmp_path / "answers.jsonl")
     write_answers(path, written)
-    assert read_answers(path) == written
+    assert read_answers(path, [Question(key, "", None, {}) for key in "ab"]) == written
     first = json.loads((tmp_path / "answers.jsonl").read_text().splitlines()[0])
     assert (first["answer"], first["blind"], first["answer_losses"]) == ("", None, [1.5, None])
     assert Answers.from_dict({"id": "c", "problem": "gone"}) == Answers("c", "gone"), "a view that is not there"
@@ -163,6 +163,7 @@ def line(key, score, *, blind=None, image=None, truth=None, answer="a", benchmar
     return {
         "benchmark": benchmark, "id": key, "score": score, "blind_score": blind, "image": image, "answer": answer,
         "blind": None, "shuffled": None, "instruction": f"<{key}>", "truth": truth or {"answer": "a"}, "problem": "",
+        "split": "test", "history": [], "choices": [],
     }  # fmt: skip
 
 

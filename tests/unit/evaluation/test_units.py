@@ -16,7 +16,8 @@ from pipelines.evaluation import worker as worker_module
 from pipelines.evaluation.answers import VIEWS, ViewAnswer
 from pipelines.evaluation.benchmarks.base import Benchmark, Question
 from pipelines.evaluation.benchmarks.files import DataFolder
-from pipelines.evaluation.run import _answer_units, _check_images, _options, _read, _units, _used, _worst_cases
+from pipelines.evaluation.run import _answer_units, _check_images, _options, _read, _units, _used
+from pipelines.evaluation.track import _worst_cases
 from pipelines.evaluation.worker import AnswerOptions, QuestionUnit, UnitAnswerer
 from pipelines.settings import ScoreSettings, SettingsError
 from tests.serving_model import make_image
