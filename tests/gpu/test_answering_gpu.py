@@ -88,14 +88,14 @@ def test_sixteen_bit_logits_are_those_of_the_model_within_rounding(dtype):
 @pytest.mark.parametrize("tokens", [1, 5, 16, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_with_packed_weights(kind, tokens, dtype):
-    outputs, inputs, group = 192, 320, 64
+    outputs, inputs, group = 192, 1344, 64
     lowbit, lowbit_rows = (pytest.importorskip(f"tinygptv.kernels.{name}") for name in ("lowbit", "lowbit_rows"))
     if kind == "int8":
         codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device="cuda")
         weight = PackedWeight(codes, torch.rand(outputs, 1, device="cuda") / 100, None, None, inputs, inputs)
     else:
         codes = pack_codes(torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, device="cuda"))
-        scale = torch.rand(outputs, 6, device="cuda").half() / 10
+        scale = torch.rand(outputs, 22, device="cuda").half() / 10
         table = torch.linspace(-1, 1, 16, device="cuda").bfloat16().float()
         weight = PackedWeight(codes, scale, scale / 3 if kind == "int4" else None, table, group, inputs)
     x = torch.randn(tokens, inputs, device="cuda").to(dtype)

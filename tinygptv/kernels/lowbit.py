@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,13 +21,29 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tinygptv.kernels.shapes import BLOCK_INPUTS, BLOCK_WORDS, PackedWeight
 
-WANTED_PROGRAMS, WANTED8_PROGRAMS = 1056, 528
-"""Eight, for 8 bits four, for each multiprocessor of a large GPU: enough reads in flight to keep its memory busy."""
-MOST_PARTS = 8
+
+class Division(NamedTuple):
+    """How a product is divided among programs.
+
+    Attributes:
+        programs: so many keep the card busy; the inputs are divided until there are.
+        most_parts: of the inputs; their products are written and read once more.
+        least_steps: of a program; shorter ones are all start and end.
+    """
+
+    programs: int
+    most_parts: int = 8
+    least_steps: int = 2
+
+
+DIVISION, FEW_TOKENS, FEW_DIVISION = Division(1056), 16, Division(1056, most_parts=16)
+"""4 bits: eight programs for each multiprocessor of a large GPU; other parts where few tokens' products are small."""
+DIVISION8 = Division(480, least_steps=5)
+"""8 bits."""
 
 TILE_OUTPUTS, TILE_WARPS, TILE_STAGES = 64, 4, 2
 """Outputs, warps and pipeline stages of a program, 4 bits."""
-TILE8_OUTPUTS, TILE8_INPUTS, TILE8_WARPS, TILE8_STAGES = 32, 128, 4, 4
+TILE8_OUTPUTS, TILE8_INPUTS, TILE8_WARPS, TILE8_STAGES = 32, 128, 4, 3
 """The same for 8 bits, and the inputs of a step."""
 
 
@@ -36,12 +52,12 @@ def partial_products(x_TI: Tensor, weight: PackedWeight) -> Tensor:
     block = max(16, triton.next_power_of_2(len(x_TI)))
     if weight.table is None:
         return launch_8(
-            _tile_8_kernel, x_TI, weight, (TILE8_OUTPUTS, TILE8_INPUTS), WANTED8_PROGRAMS,
+            _tile_8_kernel, x_TI, weight, (TILE8_OUTPUTS, TILE8_INPUTS), DIVISION8,
             BLOCK_T=block, num_warps=TILE8_WARPS, num_stages=TILE8_STAGES,
         )  # fmt: skip
     table_dtype = torch.float16 if x_TI.dtype == torch.float16 else torch.bfloat16
     return launch_4(
-        _tile_4_kernel, x_TI, weight, TILE_OUTPUTS, WANTED_PROGRAMS, table_dtype,
+        _tile_4_kernel, x_TI, weight, TILE_OUTPUTS, FEW_DIVISION if len(x_TI) <= FEW_TOKENS else DIVISION, table_dtype,
         BLOCK_T=block, num_warps=TILE_WARPS, num_stages=TILE_STAGES,
     )  # fmt: skip
 
@@ -50,7 +66,7 @@ def partial_products(x_TI: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def launch_4(
-    kernel: Any, x_TI: Tensor, weight: PackedWeight, block_outputs: int, wanted: int,
+    kernel: Any, x_TI: Tensor, weight: PackedWeight, block_outputs: int, division: Division,
     table_dtype: torch.dtype = torch.bfloat16, **options: int,
 ) -> Tensor:  # fmt: skip
     """Run a kernel with the arguments of ``_tile_4_kernel``.
@@ -60,7 +76,7 @@ def launch_4(
         x_TI: tokens.
         weight: of 4 bits.
         block_outputs: outputs of a program.
-        wanted: programs that keep the card busy.
+        division: among programs.
         table_dtype: 16-bit dtype in which the kernel looks the table up.
         options: ``BLOCK_T``, and how the kernel is compiled.
 
@@ -69,7 +85,7 @@ def launch_4(
     """
     num_tokens = len(x_TI)
     outputs, words = weight.codes.shape
-    parts, steps = _parts(outputs, block_outputs, words, BLOCK_WORDS, wanted)
+    parts, steps = _parts(outputs, block_outputs, words, BLOCK_WORDS, division)
     products = torch.empty(parts, num_tokens, outputs, dtype=torch.float32, device=x_TI.device)
     kernel[(triton.cdiv(outputs, block_outputs), parts)](
         x_TI, weight.codes, weight.scale, _or(weight.offset, weight.scale), _table(weight, table_dtype), products,
@@ -180,10 +196,11 @@ def lookup_ptx(bits: tuple[int, ...]) -> str:
         bits: the table's 16 numbers.
     """
     low, high = ([f"0x{_four(bits, shift, i):08x}" for i in range(0, 16, 4)] for shift in (0, 8))
-    lines = [".reg .b32 w, s, m, a, b, lo, hi;"]
+    lines = [".reg .b32 s, m, a, b, lo, hi;", "and.b32 s, $4, 0x77777777;"]
+    lines += ["shr.b32 m, $4, 1;", "and.b32 m, m, 0x44444444;", "or.b32 m, m, 0x32103210;"]
     for half in range(2):
-        lines.append(f"shr.b32 w, $4, {16 * half};")
-        lines += ["and.b32 s, w, 0x7777;", "shr.b32 m, w, 1;", "and.b32 m, m, 0x4444;", "or.b32 m, m, 0x3210;"]
+        if half:
+            lines += ["shr.b32 s, s, 16;", "shr.b32 m, m, 16;"]
         for name, table in (("lo", low), ("hi", high)):
             lines += [
                 f"prmt.b32 a, {table[0]}, {table[1]}, s;",
@@ -237,12 +254,12 @@ def _unpack_kernel(
 
 
 def launch_8(
-    kernel: Any, x_TI: Tensor, weight: PackedWeight, block: tuple[int, int], wanted: int, **options: int
+    kernel: Any, x_TI: Tensor, weight: PackedWeight, block: tuple[int, int], division: Division, **options: int
 ) -> Tensor:
     """As ``launch_4`` for 8 bits, with the arguments of ``_tile_8_kernel``; block: outputs, and inputs of a step."""
     num_tokens = len(x_TI)
     outputs, inputs = weight.shape
-    parts, steps = _parts(outputs, block[0], inputs, block[1], wanted)
+    parts, steps = _parts(outputs, block[0], inputs, block[1], division)
     products = torch.empty(parts, num_tokens, outputs, dtype=torch.float32, device=x_TI.device)
     kernel[(triton.cdiv(outputs, block[0]), parts)](
         x_TI, weight.codes, weight.scale, products, num_tokens, outputs, inputs, steps,
@@ -272,10 +289,11 @@ def _tile_8_kernel(
     tl.store(products + target, accumulated * factor[None, :], mask=is_token[:, None] & is_output[None, :])
 
 
-def _parts(outputs: int, block_outputs: int, length: int, step: int, wanted: int) -> tuple[int, int]:
+def _parts(outputs: int, block_outputs: int, length: int, step: int, division: Division) -> tuple[int, int]:
     """Into how many parts the inputs are divided so that enough programs run, and the steps of each part."""
     blocks, steps, parts = triton.cdiv(outputs, block_outputs), triton.cdiv(length, step), 1
-    while parts < MOST_PARTS and parts * blocks < wanted and parts * 2 <= steps:
+    programs, most_parts, least_steps = division
+    while parts < most_parts and parts * blocks < programs and parts * 2 * least_steps <= steps:
         parts *= 2
     return parts, triton.cdiv(steps, parts)
 

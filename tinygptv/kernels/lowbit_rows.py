@@ -15,14 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from tinygptv.kernels import lowbit
-from tinygptv.kernels.lowbit import half, launch_4, launch_8, look_up, unpack
+from tinygptv.kernels.lowbit import Division, half, launch_4, launch_8, look_up, unpack
 from tinygptv.kernels.shapes import PackedWeight
 
 __all__ = ["partial_products", "unpack"]
 
 MOST_ROWS = 4
 """With more tokens tiles take fewer instructions, counted the same way."""
-WANTED_PROGRAMS = 512
+DIVISION = Division(512)
 """Programs that keep the memory of a card of 40 multiprocessors busy."""
 ROW_OUTPUTS, ROW_WARPS = 32, 4
 """Outputs and warps of a program, 4 bits."""
@@ -37,8 +37,8 @@ def partial_products(x_TI: Tensor, weight: PackedWeight) -> Tensor:
     block = triton.next_power_of_2(len(x_TI))
     if weight.table is None:
         sizes = ROW8_OUTPUTS, ROW8_INPUTS
-        return launch_8(_rows_8_kernel, x_TI, weight, sizes, WANTED_PROGRAMS, BLOCK_T=block, num_warps=ROW8_WARPS)
-    return launch_4(_rows_4_kernel, x_TI, weight, ROW_OUTPUTS, WANTED_PROGRAMS, BLOCK_T=block, num_warps=ROW_WARPS)
+        return launch_8(_rows_8_kernel, x_TI, weight, sizes, DIVISION, BLOCK_T=block, num_warps=ROW8_WARPS)
+    return launch_4(_rows_4_kernel, x_TI, weight, ROW_OUTPUTS, DIVISION, BLOCK_T=block, num_warps=ROW_WARPS)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "steps"])

@@ -235,16 +235,34 @@ def _run_ptx(text, word):
         (lowbit_rows, 3, (12, 192), 64),
     ],
 )
-def test_products_with_packed_weights(ops, kind, tokens, shape, group):
+def test_products_with_packed_weights(ops, kind, tokens, shape, group, monkeypatch):
+    for name in ("DIVISION", "FEW_DIVISION", "DIVISION8"):
+        monkeypatch.setattr(ops, name, getattr(ops, name, ops.DIVISION)._replace(least_steps=1), raising=False)
     weight = _packed(kind, *shape, group=group)
     x = _random(tokens, shape[1])
     expected = x @ reference.unpack(weight, torch.float32).T
     products = ops.partial_products(x, weight)
     torch.testing.assert_close(products.sum(0), expected, atol=2e-3, rtol=1e-4)
     torch.testing.assert_close(ops.unpack(weight, torch.float32), reference.unpack(weight, torch.float32))
-    assert (products.shape[2] == shape[0]) and products.dtype == torch.float32
+    assert products.shape == (-(-shape[1] // 128), tokens, shape[0]) and products.dtype == torch.float32
     half = ops.unpack(weight, torch.float16)
     torch.testing.assert_close(half, reference.unpack(weight, torch.float16), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("division", "outputs", "inputs", "parts", "steps"),
+    [
+        (lowbit.DIVISION, 64, 128, 1, 1),  # no less than two steps
+        (lowbit.DIVISION, 64, 5 * 128, 2, 3),
+        (lowbit.DIVISION, 2560, 10240, 8, 10),  # Phi-2's second matrix of the MLP
+        (lowbit.FEW_DIVISION, 2560, 10240, 16, 5),
+        (lowbit.FEW_DIVISION, 51200, 2560, 2, 10),  # its head: enough programs
+        (lowbit.DIVISION8, 64, 9 * 128, 1, 9),
+        (lowbit.DIVISION8, 64, 10 * 128, 2, 5),
+    ],
+)
+def test_inputs_are_divided_until_the_card_is_busy(division, outputs, inputs, parts, steps):
+    assert lowbit._parts(outputs, 64, inputs, 128, division) == (parts, steps)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
