@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -13,6 +14,9 @@ from pathlib import Path
 
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 """Errors of wrong settings, missing folders and damaged files: shown as one sentence. Others show their trace."""
+
+_USER_ERRNOS = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
+"""A disk that cannot be written, or no longer, and a name that is too long for it."""
 
 
 def run_main(work: Callable[[], object]) -> int:
@@ -42,7 +46,7 @@ def _is_users(error: Exception) -> bool:
     if isinstance(error, OSError) and not isinstance(error, USER_ERRORS):
         from pipelines.storage import StorageError
 
-        return isinstance(error, StorageError)
+        return isinstance(error, StorageError) or error.errno in _USER_ERRNOS
     return isinstance(error, USER_ERRORS)
 
 

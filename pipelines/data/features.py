@@ -15,7 +15,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -109,10 +110,12 @@ def cache_features(settings: CacheFeaturesSettings) -> FeatureResult:
     image_size = settings.image_size or _image_size(start)
     key = feature_key(start, image_size)
     units = list(_find_units(settings, key))
-    waiting = units if settings.overwrite else [unit for unit in units if not _is_done(unit)]
-    _compute(settings, checkpoint, image_size, waiting)
-    for folder in dict.fromkeys(unit.folder for unit in units):
-        _write_manifest(folder, [unit for unit in units if unit.folder == folder], key, image_size, settings.dtype)
+    with _alone(sorted({unit.folder for unit in _waiting(settings, units)})):
+        waiting = _waiting(settings, units)  # another run may have finished some
+        _begin({unit.folder for unit in waiting})
+        _compute(settings, checkpoint, image_size, waiting)
+        for folder in dict.fromkeys(unit.folder for unit in units):
+            _write_manifest(folder, [unit for unit in units if unit.folder == folder], key, image_size, settings.dtype)
     result: FeatureResult = {
         "key": key,
         "parts": len(waiting),
@@ -162,6 +165,26 @@ def _find_units(settings: CacheFeaturesSettings, key: str) -> Iterator[FeatureUn
         for number, shard in enumerate(ShardSet.open(shards).manifest.shards):
             part = FeaturePart(f"{Path(shard.file).stem}.npy", shard.rows, shard.sha256, settings.dtype)
             yield FeatureUnit(shards, number, storage.join(shards, FEATURES, key), part)
+
+
+def _waiting(settings: CacheFeaturesSettings, units: Sequence[FeatureUnit]) -> list[FeatureUnit]:
+    return [unit for unit in units if settings.overwrite or not _is_done(unit)]
+
+
+@contextmanager
+def _alone(folders: Sequence[str]) -> Iterator[None]:
+    """Wait until no other run computes features in these folders: trainings share their data."""
+    with ExitStack() as locks:
+        for folder in folders:
+            locks.enter_context(storage.alone(folder, wait=True))
+        yield
+
+
+def _begin(folders: Iterable[str]) -> None:
+    """Remove what would pass for whole where parts are replaced, and what killed runs left unfinished."""
+    for folder in folders:
+        storage.remove_file(storage.join(folder, MANIFEST))
+        storage.remove_drafts(folder)
 
 
 def _is_done(unit: FeatureUnit) -> bool:
@@ -288,5 +311,7 @@ def _largest_batch(model: TinyGPTVForConditionalGeneration, image_size: int) -> 
 
 def _write_manifest(folder: str, units: Sequence[FeatureUnit], key: str, image_size: int, dtype: str) -> None:
     parts = [json.loads(storage.read_bytes(unit.record)) for unit in units]
-    manifest = {"key": key, "image_size": image_size, "dtype": dtype, "parts": parts}
-    storage.write_atomically(storage.join(folder, MANIFEST), json.dumps(manifest, indent=1).encode())
+    manifest = json.dumps({"key": key, "image_size": image_size, "dtype": dtype, "parts": parts}, indent=1).encode()
+    location = storage.join(folder, MANIFEST)
+    if not storage.exists(location) or storage.read_bytes(location) != manifest:  # finished features may be read-only
+        storage.write_atomically(location, manifest)

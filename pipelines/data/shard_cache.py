@@ -10,6 +10,9 @@ from pathlib import Path
 
 from pipelines import storage
 
+_DEAD_AFTER_S = 6 * 3600
+"""Without a byte more, a download's draft is of a process that is gone."""
+
 _verified: set[tuple[str, int, int, int, int]] = set()
 """Copies whose content this process has compared with their hash: hash, device, inode, size, time of the last change.
 
@@ -66,13 +69,17 @@ class ShardCache:
             Path(draft).unlink(missing_ok=True)
 
     def _make_room(self, num_bytes: int) -> None:
-        """Remove the least recently used copies until ``num_bytes`` fit."""
+        """Remove what killed downloads left, and the least recently used copies until ``num_bytes`` fit."""
         kept = []
-        for path in [p for p in self.folder.iterdir() if p.is_file() and p.suffix not in (".tmp", ".lock")]:
+        for path in [p for p in self.folder.iterdir() if p.is_file() and p.suffix != ".lock"]:
             try:
-                kept.append((path.stat().st_atime_ns, path.stat().st_size, path))
+                stat = path.stat()
             except FileNotFoundError:
                 continue  # another process was faster
+            if path.suffix != storage.DRAFT_ENDING:
+                kept.append((stat.st_atime_ns, stat.st_size, path))
+            elif time.time() - stat.st_mtime > _DEAD_AFTER_S:
+                path.unlink(missing_ok=True)
         total = sum(size for _, size, _ in kept) + num_bytes
         for _, size, path in sorted(kept):
             if total <= self.max_bytes:

@@ -47,13 +47,14 @@ def secure_folder(folder: Path) -> Path:
 
 
 @contextmanager
-def locked(path: Path, busy: str = "", mode: int = 0o600) -> Iterator[None]:
+def locked(path: Path, busy: str = "", mode: int = 0o600, *, wait: bool = False) -> Iterator[None]:
     """Have a lock file for this process alone while the block runs. A dead process holds none.
 
     Args:
         path: of the lock file; made where it is missing.
         busy: sentence of the error where another process has it; empty waits for it.
         mode: rights of a new file.
+        wait: log ``busy`` and wait instead.
 
     Raises:
         SettingsError: another process has it.
@@ -62,7 +63,10 @@ def locked(path: Path, busy: str = "", mode: int = 0o600) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError as error:
-            raise SettingsError(busy) from error
+            if not wait:
+                raise SettingsError(busy) from error
+            logger.warning("%s", busy)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:  # some network and FUSE file systems have no locks
             if not busy:
                 raise
@@ -71,11 +75,12 @@ def locked(path: Path, busy: str = "", mode: int = 0o600) -> Iterator[None]:
 
 
 @contextmanager
-def alone(output: str) -> Iterator[None]:
+def alone(output: str, *, wait: bool = False) -> Iterator[None]:
     """Keep other runs from writing into an output folder while the block runs; buckets have no locks.
 
     Args:
         output: folder, made where it is missing; or a URI.
+        wait: wait for another run to end.
 
     Raises:
         SettingsError: another run has it, or it cannot be made.
@@ -87,5 +92,9 @@ def alone(output: str) -> Iterator[None]:
     folder = Path(location.path)
     make_local_folder(folder, "output", "Give another output=.")
     busy = f"another run is writing into output={location.path!r}: wait for it, or choose another."
-    with locked(folder / LOCK, busy, mode=0o666):  # less the umask: those who share the folder share the lock
+    if wait:
+        busy = f"another run is writing into {folder}: waiting for it."
+    with locked(
+        folder / LOCK, busy, mode=0o666, wait=wait
+    ):  # less the umask: those who share the folder share the lock
         yield

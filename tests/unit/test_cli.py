@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -41,6 +42,12 @@ def raising(error):
 def test_a_users_mistake_is_one_sentence(capsys, error):
     assert cli.run_main(raising(error)) == 2
     assert capsys.readouterr().err == "error: no\n"
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG])
+def test_a_disk_that_cannot_be_written_is_one_sentence(capsys, number):
+    assert cli.run_main(raising(OSError(number, os.strerror(number), "/data/part.npy"))) == 2
+    assert capsys.readouterr().err == f"error: [Errno {number}] {os.strerror(number)}: '/data/part.npy'\n"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bug"), KeyError("bug"), OSError(5, "I/O"), ConnectionError("bug")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,63 @@ def test_another_dtype_is_refused_until_it_may_overwrite(world, tmp_path):
     cached = FeatureSet.open(f"{world['data']}/questions", feature_key(world["init_from"], 28))
     assert cached.row(0).dtype == np.float16
     assert {part.dtype for part in cached.parts} == {"float16"}
+
+
+def test_features_are_computed_by_one_run_at_a_time(world, tmp_path, monkeypatch, caplog):
+    """Parts of two runs, of unlike dtypes, came under one manifest."""
+    shutil.rmtree(folder(world))
+    done, compute = [], module._compute
+
+    def other():
+        with pytest.raises(SettingsError, match="as float32, and dtype=float16 was asked for"):
+            cache(world, tmp_path / "other", dtype="float16", sources=["questions"])
+        done.append("other")
+
+    def slow(settings, checkpoint, image_size, waiting):
+        if settings.dtype == "float32":
+            thread.start()
+            while thread.is_alive() and "waiting for it" not in caplog.text:
+                thread.join(0.01)
+            compute(settings, checkpoint, image_size, waiting)
+            done.append("first")
+
+    thread = threading.Thread(target=other)
+    monkeypatch.setattr(module, "_compute", slow)
+    cache(world, tmp_path / "out")
+    thread.join()
+    assert done == ["first", "other"]
+    FeatureSet.open(f"{world['data']}/questions", feature_key(world["init_from"], 28))
+
+
+def test_features_that_are_being_replaced_do_not_pass_for_whole(world, tmp_path, monkeypatch):
+    """The data was prepared again, and its features were half computed; then the first data was prepared again."""
+    key = feature_key(world["init_from"], 28)
+    draft = folder(world) / ".part-00000.npy.0.tmp"
+    draft.write_bytes(b"of a run that was killed")
+
+    def killed(settings, checkpoint, image_size, waiting):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_compute", killed)
+        cache(world, tmp_path / "out", overwrite=True)
+    with pytest.raises(FeatureError, match="has no cached features of this encoder"):
+        FeatureSet.open(f"{world['data']}/questions", key)
+    assert not draft.exists()
+    assert cache(world, tmp_path / "out")["parts"] == 0
+    FeatureSet.open(f"{world['data']}/questions", key)
+
+
+def test_finished_features_are_only_read(world, tmp_path, monkeypatch):
+    """Data may lie on a disk that is mounted to be read."""
+
+    def read_only(location, data):
+        assert str(location) == str(tmp_path / "out/result.json")
+
+    monkeypatch.setattr(module.storage, "write_atomically", read_only)
+    before = {path.name for path in folder(world).iterdir()}
+    assert cache(world, tmp_path / "out")["parts"] == 0
+    assert {path.name for path in folder(world).iterdir()} == before
 
 
 def test_another_image_size_is_another_cache(world, tmp_path):

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import tempfile
+import threading
 
 import pytest
 
@@ -72,6 +73,25 @@ def test_a_run_has_its_output_folder_alone(tmp_path):
             pass
     with alone(str(folder)):
         assert [path.name for path in folder.iterdir()] == [LOCK]
+
+
+def test_a_run_may_wait_for_another_to_end(tmp_path, caplog):
+    entered, left = threading.Event(), []
+
+    def other():
+        with alone(str(tmp_path), wait=True):
+            left.append("other")
+            entered.set()
+
+    with alone(str(tmp_path)):
+        thread = threading.Thread(target=other, daemon=True)
+        thread.start()
+        while thread.is_alive() and not caplog.messages:
+            assert not entered.wait(0.001)
+        left.append("first")
+    assert entered.wait(10) and left == ["first", "other"]
+    assert caplog.messages == [f"another run is writing into {tmp_path}: waiting for it."]
+    thread.join()
 
 
 def test_a_disk_without_locks_keeps_nobody_from_writing(tmp_path, monkeypatch, caplog):
