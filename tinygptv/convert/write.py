@@ -214,18 +214,21 @@ def write_split_phi(checkpoint: Path, output: Path, *, merge_lora: bool = False)
     tokenizer.chat_template = None
     weights = {name: lazy for name, lazy in open_weights(checkpoint).items() if _is_language(name)}
     left_out: list[str] = []
+    dtypes: dict[str, torch.dtype] = {}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in weights:
             if ".lora_" not in name:
-                theirs = split_phi_tensors(plain_key(name), _merged(name, weights, config))
+                tensor = _merged(name, weights, config)
+                dtypes[name] = tensor.dtype
+                theirs = split_phi_tensors(plain_key(name), tensor)
                 yield from theirs.items()
                 if not theirs:
                     left_out.append(name)
 
     def fill(staging: Path) -> None:
         write_shards(staging, tensors())
-        dtype = weights["language_model.embed_tokens.weight"].load().dtype
+        dtype = dtypes["language_model.embed_tokens.weight"]
         (staging / "config.json").write_text(_plain_config(config.text_config, dtype))
         tokenizer.save_pretrained(staging)
 

@@ -398,3 +398,22 @@ def test_only_an_index_is_read_as_an_index(tmp_path):
         assert weight_files._files(path) == [path]
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
     assert weight_files._files(tmp_path / "model.safetensors.index.json") == [tmp_path / "model.safetensors"]
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_changed_bytes_of_a_torch_file_are_refused_where_it_has_checksums(tmp_path, checksums):
+    file, written = tmp_path / "w.pth", torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(checksums)
+    try:
+        torch.save({"a": torch.zeros(3, 1000)}, file)
+    finally:
+        torch.serialization.set_crc32_options(written)
+    assert open_weights(file)["a"].shape == (3, 1000)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+    if checksums:
+        with pytest.raises(WeightFileError, match=r"w\.pth is damaged .* the bytes of w/data/0 are not the ones that"):
+            open_weights(file)
+    else:
+        assert open_weights(file)["a"].load().count_nonzero() == 1
