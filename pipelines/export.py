@@ -230,6 +230,7 @@ def _write(
 
     from tinygptv.checkpoint.checkpoint import load_checkpoint
     from tinygptv.checkpoint.folders import write_folder
+    from tinygptv.checkpoint.stored_weights import take_stored
     from tinygptv.inference.drift import compare, measure
     from tinygptv.quantization.artifact import load_artifact, write_artifact
 
@@ -242,6 +243,7 @@ def _write(
     nn.Module.to(model, _measuring_device(model, device))
     full = _measured("full", measure, model, processor, rows, settings.seed)
     nn.Module.to(model, "cpu")
+    take_stored(model, checkpoint)
 
     def fill(staging: Path) -> None:
         nonlocal model

@@ -161,7 +161,7 @@ class Model:
 
 @pytest.mark.parametrize(("rank", "keep_lora", "merges"), [(4, False, True), (4, True, False), (0, False, False)])
 def test_the_full_model_is_measured_then_what_is_served(monkeypatch, tmp_path, rank, keep_lora, merges):
-    from tinygptv.checkpoint import checkpoint
+    from tinygptv.checkpoint import checkpoint, stored_weights
     from tinygptv.inference import drift
     from tinygptv.quantization import artifact as artifacts
 
@@ -195,6 +195,7 @@ def test_the_full_model_is_measured_then_what_is_served(monkeypatch, tmp_path, r
     monkeypatch.setattr(drift, "measure", lambda of, *given: done.append(("measure", of, *given)) or held_out)
     monkeypatch.setattr(drift, "compare", compare)
     monkeypatch.setattr(artifacts, "write_artifact", write_artifact)
+    monkeypatch.setattr(stored_weights, "take_stored", lambda of, start: done.append(("stored", of is model, start)))
     monkeypatch.setattr(
         artifacts,
         "load_artifact",
@@ -213,6 +214,7 @@ def test_the_full_model_is_measured_then_what_is_served(monkeypatch, tmp_path, r
         "full",
         ("measure", model, "processor", ["row"], 5),
         ("to", True, "cpu"),
+        ("stored", True, Path("start")),
         ("write", True, "processor", "cpu", torch.device("cpu"), "half"),
         "cpu",
         ("measure", "quantized on cpu", "processor", ["row"], 5),

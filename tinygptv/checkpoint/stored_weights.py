@@ -71,6 +71,23 @@ def restore_rounded(model: TinyGPTVForConditionalGeneration, start: str | Path, 
             changed[name].copy_(load())
 
 
+@torch.no_grad()
+def take_stored(model: TinyGPTVForConditionalGeneration, start: str | Path) -> None:
+    """Give a model that is to be written, not trained, the stored values that loading rounded, one tensor at a time.
+
+    A checkpoint that was converted holds float16 and names bfloat16 to load it in. What takes more memory as it is
+    stored (float32), and matrices that LoRA was merged into, stay as they are.
+
+    Args:
+        model: loaded from ``start``; has several dtypes afterwards.
+        start: local folder of the checkpoint.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)}
+    for name, load in stored_weights(start, model.config.vision_config.image_size):
+        if name in parameters and (values := load()).element_size() == 2:
+            parameters[name].data = values.clone()  # a mapped file must not stay open through its tensor
+
+
 def unrounded_encoder(model: TinyGPTVForConditionalGeneration, start: str | Path) -> dict[str, Tensor]:
     """The frozen encoder of a model that was loaded from ``start``, as it is stored there.
 

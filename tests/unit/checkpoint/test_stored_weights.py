@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tinygptv.checkpoint.stored_weights import restore_rounded, stored_encoder, unrounded_encoder
+from tinygptv.checkpoint.stored_weights import restore_rounded, stored_encoder, take_stored, unrounded_encoder
 from tinygptv.miniature.tiny import tiny_config
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv.model.vision_encoder import interpolate_position_embedding
@@ -68,6 +68,20 @@ def test_what_left_the_dtype_it_was_loaded_in_is_rounded_once_at_most(start, mod
         assert parameters[name].dtype == old.dtype
     assert torch.equal(parameters[kept], rounded) and parameters[kept].dtype == torch.bfloat16
     assert parameters[trained].grad_fn is None
+
+
+def test_a_model_to_be_written_takes_what_is_stored_but_merged_and_wider_values(start, model, tmp_path):
+    wide = "vision_encoder.vit.patch_embed.proj.weight"
+    known = load_file(start / FILE)
+    folder = changed(tmp_path, start, {wide: known[wide].float()})
+    model.language_model.layers[0].mlp.fc1 = torch.nn.Sequential(model.language_model.layers[0].mlp.fc1)  # another name
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    take_stored(model, folder)
+    for name, parameter in model.named_parameters():
+        stays = name == wide or ".fc1.0." in name or before[name].dtype == torch.float32
+        expected = before[name] if stays else known[name]
+        assert parameter.dtype == expected.dtype and torch.equal(parameter, expected), name
+    assert any(p.dtype == torch.float16 for p in model.parameters())
 
 
 def test_a_model_that_was_loaded_in_float32_has_its_values(model):
