@@ -64,6 +64,7 @@ def own_draft(fields: Any, default_task: str) -> Draft:
         raise Malformed(f"the row is no object but {type(fields).__name__}")
     image = _own_image(fields)
     draft, form, num_marks = _own_turns(fields)
+    draft = _with_system(draft, fields.get("system"))
     if num_marks > (image is not None):
         has = "1 image" if image is not None else "no image"
         raise Malformed(f"the questions have {num_marks} marks of images (<image>), and the row has {has}")
@@ -92,6 +93,25 @@ def _own_turns(fields: Mapping[str, Any]) -> tuple[Draft, str, int]:
         return _marked([("", _answers(fields))], "refer")
     names = shorten(", ".join(map(str, fields)) or "no fields")
     raise Malformed(f"no {', '.join(ROW_FIELDS[:-1])} or {ROW_FIELDS[-1]} among {names}")
+
+
+def _with_system(draft: Draft, system: Any) -> Draft:
+    """ShareGPT's ``system`` beside a conversation: before the first question, as a system message in it would be.
+
+    Raises:
+        Malformed: it is no text.
+    """
+    if isinstance(system, Mapping):
+        system = system.get("value", system.get("content"))
+    if not system or not draft.turns or not draft.turns[0].question:  # a caption has no question
+        return draft
+    if not isinstance(system, str):
+        raise Malformed(f"system is no text but {type(system).__name__}")
+    first, *rest = draft.turns
+    if first.question.startswith(system):  # a message of the conversation says the same
+        return draft
+    turns = (replace(first, question=f"{system}\n{first.question}"), *rest)
+    return replace(draft, turns=turns, changes=tuple(sorted({*draft.changes, "system_message_joined"})))
 
 
 def _marked(pairs: Sequence[tuple[str, tuple[str, ...]]], form: str) -> tuple[Draft, str, int]:

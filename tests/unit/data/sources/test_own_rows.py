@@ -46,6 +46,7 @@ NO_FIELDS = "no turns, conversations, messages, conversation, texts, question, c
             ({"question": "q", "answers": answers}, "answers is not a list of texts")
             for answers in (["a", 3], "a", 3, b"a", {"text": ["a"], "start": [0]}, [{"text": "a"}], [{"answer": 3}])
         ),
+        ({"system": 3, "question": "q", "answer": "a"}, "system is no text but int"),
         ({"turns": [5]}, "what should have 'question' is no object but int"),
         ({"caption": "x", "boxes": [[1, 2, 3]]}, "box [1, 2, 3] is not x1, y1, x2, y2"),
         ({"caption": "x", "boxes": [5]}, "box 5 is not x1, y1, x2, y2"),
@@ -152,6 +153,19 @@ def test_failed_downloads_are_filtered(row, told):
     assert (str(removed.value), removed.value.filter) == (told, "not_downloaded")
     assert own_draft({"caption": "x", "status": "draft"}, "").task == "caption", "a status of one's own"
     assert "a link in 'url'" in refused(Malformed, own_draft, {"caption": "x", "url": "u", "status": 3}, "")
+
+
+@pytest.mark.parametrize("system", ["S", {"from": "system", "value": "S"}, {"role": "system", "content": "S"}])
+def test_a_system_text_beside_a_conversation_goes_before_its_first_question(system):
+    talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}] * 2
+    for row in ({"conversations": talk}, {"conversations": [{"from": "system", "value": "S"}, *talk]}):
+        draft = own_draft({**row, "system": system}, "")
+        assert [turn.question for turn in draft.turns] == ["S\nq", "q"]
+        assert draft.changes == ("system_message_joined",)
+    assert own_draft({"question": "q", "answer": "a", "system": system}, "").turns == (Turn("S\nq", ("a",)),)
+    for row in ({"image": "a.jpg", "caption": "c", "system": system}, {"question": "q", "answer": "a", "system": ""}):
+        draft = own_draft(row, "")
+        assert not draft.turns[0].question.startswith("S") and not draft.changes
 
 
 def test_answers_may_be_as_the_hub_has_vqav2():
