@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -11,12 +12,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from typing import Any
 
 import httpx
 import ray
 from ray import serve
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from pipelines.cluster import check_resources, start_ray
 from pipelines.serving.app import APP_NAME, build_app
@@ -83,26 +86,29 @@ def finish_answers(within_s: float, stops_now: threading.Event) -> None:
         within_s: longest wait, in seconds.
         stops_now: ends the wait.
     """
-    # In a process of its own, which ends: a handle here would ask a controller that has ended, and Ray prints that.
-    finished = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(_close_gates).remote(within_s)
-    while not stops_now.is_set():
-        if ray.wait([finished], timeout=0.1)[0]:
-            return
-    ray.cancel(finished, force=True)
-
-
-def _close_gates(within_s: float) -> None:
-    """Close the gates of all ingresses until nothing is in flight behind them."""
     ingresses = serve.get_deployment_handle("ingress", APP_NAME)
     deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not stops_now.is_set():
         try:
             counts = ingresses.broadcast("close_gate").results(timeout_s=ASKED_WITHIN_S, return_exceptions=True)
         except TimeoutError:  # a busy one; asked again
             continue
-        time.sleep(SENT_WITHIN_S)
+        stops_now.wait(SENT_WITHIN_S)
         if not any(count for count in counts if isinstance(count, int)):
-            return
+            break
+    _end_questions(ingresses)
+
+
+def _end_questions(handle: DeploymentHandle[Any]) -> None:
+    """Let a handle ask the controller no more: Ray prints the questions that the controller leaves open at its end."""
+    client: Any
+    router: Any
+    with contextlib.suppress(ImportError, AttributeError):  # Serve's own parts; without them there is a line more
+        from ray.serve._private.router import SharedRouterLongPollClient
+
+        client, router = serve.context._get_global_client(), handle._router
+        SharedRouterLongPollClient.get_or_create(client._controller, router.event_loop).long_poll_client.stop()
+        router._asyncio_router.long_poll_client.stop()
 
 
 def shut_down() -> None:

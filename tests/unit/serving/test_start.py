@@ -387,31 +387,23 @@ class Ingresses:
     ],
 )
 def test_the_gates_stay_closed_until_nothing_is_in_flight_or_the_time_is_over(monkeypatch, counts, asked):
-    ingresses, now = Ingresses(*counts), [0.0]
+    ingresses, now, ended = Ingresses(*counts), [0.0], []
     monkeypatch.setattr(serve, "get_deployment_handle", lambda *names: ingresses if names == NAMES else None)
-    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.append(now.pop() + s))
-    monkeypatch.setattr(run, "time", clock)
-    run._close_gates(5.9)
-    assert ingresses.asked == ["close_gate"] * asked
+    monkeypatch.setattr(run, "_end_questions", ended.append)
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    stops_now = SimpleNamespace(is_set=lambda: False, wait=lambda s: now.append(now.pop() + s))
+    run.finish_answers(5.9, stops_now)
+    assert ingresses.asked == ["close_gate"] * asked and ended == [ingresses]
 
 
-@pytest.mark.parametrize("hurries", [False, True])
-def test_answers_are_waited_for_until_a_second_signal(monkeypatch, hurries):
-    looks, ended = iter([[], [], ["done"]]), []
-    stops_now = threading.Event()
-
-    def wait(refs, timeout):
-        assert refs == ["waiting for 9 s"]
-        if hurries:
-            stops_now.set()
-        return next(looks), []
-
-    task = SimpleNamespace(remote=lambda within_s: f"waiting for {within_s} s")
-    monkeypatch.setattr(ray, "remote", lambda **options: lambda f: task if f is run._close_gates else None)
-    monkeypatch.setattr(ray, "wait", wait)
-    monkeypatch.setattr(ray, "cancel", lambda ref, force: ended.append((ref, force)))
-    run.finish_answers(9, stops_now)
-    assert ended == [("waiting for 9 s", True)] * hurries and len(list(looks)) == 2 * hurries
+def test_a_second_signal_ends_the_wait(monkeypatch):
+    ingresses, stops_now = Ingresses([1], [1], [1]), threading.Event()
+    monkeypatch.setattr(serve, "get_deployment_handle", lambda *names: ingresses)
+    monkeypatch.setattr(run, "_end_questions", lambda handle: None)
+    monkeypatch.setattr(run, "SENT_WITHIN_S", 0)
+    ingresses.broadcast = lambda method: stops_now.set() or ingresses
+    run.finish_answers(600, stops_now)
+    assert len(ingresses.counts) == 2
 
 
 # --------------------------------------------------------------------------------------------------------- ports
