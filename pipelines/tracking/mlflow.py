@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pipelines.redact import redact
 from pipelines.tracking.described import DataInput, source_tags
 from pipelines.tracking.identity import RunIdentity
-from pipelines.tracking.names import NameTable
+from pipelines.tracking.names import NameTable, valid_name
 from pipelines.tracking.outbox import MAX_BATCH_VALUES, Entry, Outbox, as_image
 
 if TYPE_CHECKING:
@@ -386,9 +386,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
 
 
 def _artifact_location(uri: str, experiment: str) -> str | None:
-    """Artifacts lie beside an SQLite file; a server decides for itself."""
+    """Artifacts lie beside an SQLite file, also of a name like ``/Users/me/x``; a server decides for itself."""
     path = uri.removeprefix("sqlite:///")
-    return None if path == uri else str(Path(path).absolute().with_name("mlartifacts") / experiment)
+    return None if path == uri else str(Path(path).absolute().with_name("mlartifacts") / valid_name(experiment))
 
 
 def _parts(items: Sequence[T], size: int) -> Iterable[list[T]]:

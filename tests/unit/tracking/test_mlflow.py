@@ -344,6 +344,8 @@ def test_nested_settings_are_dotted_and_lists_are_text():
 def test_artifacts_lie_beside_a_database_and_where_a_server_says():
     assert module._artifact_location("sqlite:////data/mlflow.db", "mine") == "/data/mlartifacts/mine"
     assert module._artifact_location("http://mlflow:5000", "mine") is None
+    for name, folder in (("/Users/me@x.org/v", "Users/me_x.org/v"), ("../../up", "_"), ("a/b c", "a/b c")):
+        assert module._artifact_location("sqlite:////data/mlflow.db", name) == f"/data/mlartifacts/{folder}"
 
 
 def test_many_parameters_and_values_go_in_several_calls():
