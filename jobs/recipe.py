@@ -18,7 +18,7 @@ from pipelines.settings import RecipeSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the recipe; the path of result.json is printed last."""
+    """Run the recipe; the path of result.json, which a dry run does not write, is printed last."""
     settings = RecipeSettings.from_command_line(argv, __doc__)
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config")
@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         from pipelines.recipe import run_recipe
 
-        print(run_recipe(settings, config)["result"])
+        result = run_recipe(settings, config)["result"]
+        if not settings.dry_run:
+            print(result)
 
     return run_main(work)
 

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -56,6 +57,21 @@ class Terminated(KeyboardInterrupt):
 
 def _stop(*_: object) -> None:
     raise Terminated
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Run another command to its end, and return its exit status.
+
+    A signal that ends this process lets that one end first: jobs close what they hold. Ctrl-C reaches both.
+    """
+    process = subprocess.Popen(words)
+    try:
+        return process.wait()
+    except KeyboardInterrupt as interrupt:
+        if isinstance(interrupt, Terminated):
+            process.terminate()
+        process.wait()
+        raise
 
 
 def run_stage_main(number: int, argv: Sequence[str] | None, description: str) -> int:

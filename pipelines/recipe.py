@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from pipelines.cli import run_command
 from pipelines.console import jobs_folder
 from pipelines.data.shards import ShardSet
 from pipelines.feature_plan import FeaturePlan, plan_features, source_names
@@ -79,7 +79,7 @@ def run_recipe(settings: RecipeSettings, config: str | None) -> RecipeResult:
         config: configuration file that every job reads.
 
     Returns:
-        What stands in ``result.json``.
+        What stands in ``result.json``, which ``dry_run`` does not write.
 
     Raises:
         SettingsError: data is missing, or the recipe is unknown.
@@ -101,7 +101,8 @@ def run_recipe(settings: RecipeSettings, config: str | None) -> RecipeResult:
         "artifact": str(output / "artifact"),
         "result": str(output / "result.json"),
     }
-    write_json(output / "result.json", result)
+    if not settings.dry_run:
+        write_json(output / "result.json", result)
     return result
 
 
@@ -137,7 +138,7 @@ class _Recipe:
         self._ran_any = True  # what comes after it reads its result: its own job says whether that changed
         started = time.perf_counter()
         first = step.words[0] if step.words[0] == "-m" else str(jobs_folder() / Path(step.words[0]).name)
-        if subprocess.run([sys.executable, first, *step.words[1:]], check=False).returncode:
+        if run_command([sys.executable, first, *step.words[1:]]):
             raise RecipeError(
                 f"step {step.title!r} failed, as it says above: fix that, and run the same command again."
             )

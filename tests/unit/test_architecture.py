@@ -87,7 +87,7 @@ _PIPELINES: dict[str, set[str]] = {
     "serving": {*_WIRING, "tracking"},
     "console": set(),
     "feature_plan": set(),
-    "recipe": {*_WIRING, "console", "data", "feature_plan", "fetch"},
+    "recipe": {*_WIRING, "cli", "console", "data", "feature_plan", "fetch"},
     "released": {*_WIRING, "fetch", "export", "serving"},
     "miniature": {
         *_WIRING,

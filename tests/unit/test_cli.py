@@ -174,3 +174,33 @@ def test_a_stage_gets_its_settings_and_its_help_says_what_it_does(monkeypatch, c
     with pytest.raises(SystemExit):
         cli.run_stage_main(2, ["--help"], "what it does")
     assert "what it does" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), cli.Terminated()])
+def test_a_command_ends_in_its_own_way_before_the_job_that_runs_it(monkeypatch, interrupt):
+    """It was killed a quarter of a second later, and could close nothing."""
+    told = []
+
+    class Process:
+        def __init__(self, words):
+            told.append(words)
+
+        def wait(self):
+            told.append("wait")
+            if told.count("wait") == 1:
+                raise interrupt
+            return 143
+
+        def terminate(self):
+            told.append("terminate")
+
+    monkeypatch.setattr(cli.subprocess, "Popen", Process)
+    with pytest.raises(type(interrupt)):
+        cli.run_command(["job", "key=value"])
+    asked = ["terminate"] if isinstance(interrupt, cli.Terminated) else []  # Ctrl-C reaches both
+    assert told == [["job", "key=value"], "wait", *asked, "wait"]
+
+
+def test_a_command_gives_its_exit_status(monkeypatch):
+    monkeypatch.setattr(cli.subprocess, "Popen", lambda words: SimpleNamespace(wait=lambda: len(words)))
+    assert cli.run_command(["a", "b"]) == 2

@@ -38,13 +38,13 @@ class Jobs:
 
     def __init__(self, monkeypatch):
         self.ran, self.fails = [], None
-        monkeypatch.setattr(recipe.subprocess, "run", self.run)
+        monkeypatch.setattr(recipe, "run_command", self.run)
         monkeypatch.setattr(recipe._Recipe, "_rows", lambda _, name: 2_000_000 if name == "refvg" else 1000)
 
-    def run(self, words, check):
+    def run(self, words):
         name = words[1] if words[1] == "-m" else words[1].rsplit("/", 1)[1].removesuffix(".py")
         self.ran.append((name, words[2:]))
-        return SimpleNamespace(returncode=int(name == self.fails))
+        return int(name == self.fails)
 
 
 @pytest.fixture
@@ -154,6 +154,7 @@ def test_missing_data_is_named_with_the_command_that_brings_it(tmp_path, jobs):
 def test_a_dry_run_prints_the_commands_and_the_plan(tmp_path, jobs, capsys):
     dry = RecipeSettings(recipe="paper", raw="DATA", output=str(tmp_path / "out"), dry_run=True, serve=True)
     assert run_recipe(dry, PAPER)["seconds"] == {}
+    assert not list((tmp_path / "out").iterdir()), "what is not made has no result"
     out = capsys.readouterr().out
     assert out.rstrip().endswith(f"artifact={tmp_path}/out/artifact") and "\n== serve\npython jobs/serve_http.py" in out
     assert not jobs.ran and "python jobs/stage4.py --config" in out and "Stage 1 and 2 (224 px): cached" in out
@@ -285,7 +286,7 @@ def test_a_word_is_written_as_the_command_line_takes_it():
 
 def test_a_step_is_run_by_this_python_from_the_jobs_folder(tmp_path, jobs, monkeypatch, capsys):
     called = []
-    monkeypatch.setattr(recipe.subprocess, "run", lambda words, check: called.append(words) or jobs.run(words, check))
+    monkeypatch.setattr(recipe, "run_command", lambda words: called.append(words) or jobs.run(words))
     plan = recipe._Recipe(RecipeSettings(recipe="paper", output=str(tmp_path)), None, tmp_path)
     for words in (("jobs/fetch.py", "what=x y"), ("-m", "tinygptv.convert", "release")):
         step = recipe.Step("title", words, tmp_path / "none")
