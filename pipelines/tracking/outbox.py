@@ -93,7 +93,10 @@ class Outbox:
             self._wake.set()  # metrics come often and travel together
 
     def keep(self) -> None:
-        """Have on disk what waits now: a process that dies from here on loses none of it."""
+        """Have on disk what waits now: a process that dies from here on loses none of it.
+
+        Where nothing waits, the file is removed, here and at the end alone: a caller may be copying it to a bucket.
+        """
         self._write_journal()
 
     def close(self) -> None:
@@ -132,7 +135,6 @@ class Outbox:
                 return False
             with self._lock:
                 del self._queue[: len(entries)]
-        self._write_journal()
         return True
 
     def _next_entries(self) -> list[Entry]:

@@ -202,7 +202,9 @@ def test_a_service_that_is_away_is_told_with_its_reason_and_what_waits(tmp_path,
     assert len(message) < 260 and len((tmp_path / JOURNAL_FILE).read_text().splitlines()) == 2
     box._send = lambda entries: None
     assert box._send_all() is True and box._queue == []
-    assert not (tmp_path / JOURNAL_FILE).exists(), "what was sent is not kept: a later process would send it again"
+    assert (tmp_path / JOURNAL_FILE).exists(), "the thread that sends removes no file that another one may be copying"
+    box.keep()
+    assert not (tmp_path / JOURNAL_FILE).exists()
 
 
 def test_an_entry_without_values_travels_alone(tmp_path, monkeypatch):
