@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from tinygptv.data.prompts import IMAGE_PLACEHOLDER, Template, escape_markers
 
@@ -32,6 +32,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]:
         """Ids of ``text``."""
+
+    def convert_ids_to_tokens(self, ids: int) -> Any:
+        """Text of a token; None where no token has that id."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,16 @@ class PromptLayout:
             template: wraps the turns.
             image_token_id: id of an image position.
             num_query_tokens: positions that one image takes (Q).
+
+        Raises:
+            ValueError: ``image_token_id`` is a token of text, which would be taken for an image.
         """
+        taken = tokenizer.convert_ids_to_tokens(image_token_id) if image_token_id >= 0 else None
+        if taken is not None:
+            raise ValueError(
+                f"image_token_id {image_token_id} is the tokenizer's token {taken!r}, which was added to it: set "
+                "image_token_id of the model's config and of the processor to an id that no token has."
+            )
         self.tokenizer = tokenizer
         self.template = template
         self._image_ids = [image_token_id] * num_query_tokens

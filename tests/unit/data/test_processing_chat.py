@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,16 +54,27 @@ def pixels(*images, side=28):
 
 
 def test_a_processor_is_made_as_its_configuration_says():
-    config = tiny_config(template="inst", image_token_id=251, num_query_tokens=5)
+    config = tiny_config(template="inst", image_token_id=300, num_query_tokens=5)
     config.vision_config.image_size = 42
     found = TinyGPTVProcessor.from_config(config, tiny_tokenizer())
-    assert (found.template, found.image_token_id, found.num_query_tokens) == ("inst", 251, 5)
+    assert (found.template, found.image_token_id, found.num_query_tokens) == ("inst", 300, 5)
     assert found.image_processor.image_size == 42 and found.image_token == "<ImageHere>"
-    assert found.layout().encode_rendered("<ImageHere>") == [251] * 5
+    assert found.layout().encode_rendered("<ImageHere>") == [300] * 5
     assert (found.layout().template, found.layout("caption").template) == (TEMPLATES["inst"], TEMPLATES["caption"])
     bare = TinyGPTVProcessor(TinyGPTVImageProcessor(), tiny_tokenizer(), chat_template="of an old folder")
     assert (bare.template, bare.image_token_id, bare.num_query_tokens) == ("human", 50295, 32)
     assert bare.chat_template != "of an old folder"
+
+
+def test_a_token_that_is_added_at_the_images_id_is_refused():
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    processor = TinyGPTVProcessor(TinyGPTVImageProcessor(28), tokenizer, 3, image_token_id=len(tokenizer))
+    assert processor(text="a<new>")["input_ids"].max() < len(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(ValueError, match=r"^image_token_id \d+ is the tokenizer's token '<new>', which was added"):
+        processor(text="a<new>")
+    processor.image_token_id += 1
+    assert processor(text="a<new>")["input_ids"].max() == processor.image_token_id - 1
 
 
 def test_auto_classes_know_the_processor_and_its_image_side():

@@ -18,6 +18,7 @@ class Letters(SimpleNamespace):
     """One id per letter; special tokens have names of several."""
 
     bos_token, bos_token_id, all_special_tokens = "<b>", SPECIAL, ["<b>", "<s>"]
+    convert_ids_to_tokens = {}.get  # no token is at the images' id
 
     def encode(self, text, *, add_special_tokens):
         assert text and not add_special_tokens, "BOS stands where the layout puts it"
