@@ -94,7 +94,6 @@ def alone(output: str, *, wait: bool = False) -> Iterator[None]:
     busy = f"another run is writing into output={location.path!r}: wait for it, or choose another."
     if wait:
         busy = f"another run is writing into {folder}: waiting for it."
-    with locked(
-        folder / LOCK, busy, mode=0o666, wait=wait
-    ):  # less the umask: those who share the folder share the lock
+    # Mode less the umask: those who share the folder share the lock.
+    with locked(folder / LOCK, busy, mode=0o666, wait=wait):
         yield
