@@ -8,6 +8,7 @@ Notation: M rows of the input (tokens), I input width, O output width, G weights
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,10 +36,16 @@ def has_onednn() -> bool:
     return has_vnni() and torch.backends.mkldnn.is_available()
 
 
+_filter_lock = threading.Lock()
+
+
 @contextmanager
 def _quantized_tensors() -> Iterator[None]:
-    """Without the warning that torch's quantized dtypes will go."""
-    with warnings.catch_warnings():
+    """Without the warning that torch's quantized dtypes will go.
+
+    Filters are the process's: of two threads, the first to leave would end the other's.
+    """
+    with _filter_lock, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*quantized tensor creation", category=UserWarning)
         yield
 

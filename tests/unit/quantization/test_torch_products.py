@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -118,3 +120,23 @@ def test_fbgemms_rows_are_rounded_to_the_levels_that_a_processor_can_sum(monkeyp
         torch.testing.assert_close(product(torch.zeros(1, 128))[0], torch.zeros(32) + shift)
     if bias is None:
         torch.testing.assert_close(product(X * 1e-25) * 1e25, product(X))
+
+
+def test_the_warning_of_quantized_tensors_is_silent_in_every_thread():
+    """Layers are packed by several threads."""
+    inside, left = threading.Event(), threading.Event()
+
+    def pack_slowly() -> None:
+        with torch_products._quantized_tensors():
+            inside.set()
+            left.wait(0.05)
+
+    thread = threading.Thread(target=pack_slowly)
+    thread.start()
+    inside.wait()
+    with torch_products._quantized_tensors():
+        left.set()
+        thread.join()  # its filters are gone
+        with warnings.catch_warnings(record=True) as told:
+            warnings.warn("quantized tensor creation functions", stacklevel=1)
+    assert told == []
