@@ -110,8 +110,9 @@ def cache_features(settings: CacheFeaturesSettings) -> FeatureResult:
     image_size = settings.image_size or _image_size(start)
     key = feature_key(start, image_size)
     units = list(_find_units(settings, key))
-    with _alone(sorted({unit.folder for unit in _waiting(settings, units)})):
-        waiting = _waiting(settings, units)  # another run may have finished some
+    waiting = _waiting(settings, units)
+    with _alone(sorted({unit.folder for unit in waiting})):
+        waiting = _waiting(settings, waiting)  # another run may have finished some
         _begin({unit.folder for unit in waiting})
         _compute(settings, checkpoint, image_size, waiting)
         for folder in dict.fromkeys(unit.folder for unit in units):

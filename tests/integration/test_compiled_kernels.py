@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import pytest
@@ -34,5 +35,5 @@ def test_kernels_fit_other_cards(capability, precision, shared, tmp_path):
     found = [(name, int(size), int(spilled)) for name, size, spilled in map(str.split, told.stdout.splitlines())]
     assert {name for name, *_ in found} == KERNELS
     assert [each for each in found if each[1] > shared * 1024] == []
-    # Triton 3.6 keeps two registers of one kernel on the stack.
-    assert [each for each in found if each[2] > 8 and not each[0].startswith("_tile_")] == [], "registers suffice"
+    allowed = 8 if version("triton").startswith("3.6.") else 0  # which keeps two registers of one kernel on the stack
+    assert [each for each in found if each[2] > allowed and not each[0].startswith("_tile_")] == [], "registers suffice"

@@ -41,7 +41,7 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_byte
         shard_bytes: most bytes of a shard.
 
     Raises:
-        CheckpointError: a shard cannot be written, for example for want of space.
+        CheckpointError: a shard cannot be written, for example to a full disk.
     """
     waiting: dict[str, Tensor] = {}
     files: list[dict[str, int]] = []
