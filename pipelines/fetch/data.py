@@ -8,7 +8,6 @@ import logging
 import lzma
 import shlex
 import shutil
-import subprocess
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
 from pipelines import storage
+from pipelines.cli import run_command
 from pipelines.data.sources.json_items import iterate_items
 from pipelines.fetch.datasets import DataSet, LinkList
 from pipelines.fetch.http import DownloadError
@@ -84,7 +84,7 @@ def finish_sets(sets: Sequence[DataSet], folder: Path, settings: FetchSettings) 
 def _run(command: list[str]) -> None:
     if shutil.which(command[0]) is None:
         raise SettingsError("img2dataset is not installed: pip install 'tinygptv[images]', or run the printed command.")
-    if subprocess.run(command, check=False).returncode:
+    if run_command(command):
         raise DownloadError("img2dataset failed, as it says above; run the same command to resume.")
 
 

@@ -75,7 +75,7 @@ _PIPELINES: dict[str, set[str]] = {
     "json_files": {"settings", "storage"},
     "fingerprint": {"settings", "storage", "redact", "json_files"},
     "tracking": {*_WIRING},
-    "fetch": {*_WIRING, "data.sources"},
+    "fetch": {*_WIRING, "cli", "data.sources"},
     "data": {*_WIRING},
     "data.sources": {*_WIRING},
     "data.ingest": {*_WIRING, "tracking", "data", "data.sources"},

@@ -317,7 +317,7 @@ def test_captions_that_are_no_text_of_unicode_are_written_all_the_same(tmp_path)
 def test_img2dataset_that_fails_is_told(monkeypatch):
     monkeypatch.setattr(data.shutil, "which", lambda name: name)
     for status in (1, 255):
-        monkeypatch.setattr(data.subprocess, "run", lambda command, check, s=status: SimpleNamespace(returncode=s))
+        monkeypatch.setattr(data, "run_command", lambda command, s=status: s)
         with pytest.raises(DownloadError, match="img2dataset failed"):
             data._run(["img2dataset"])
 
