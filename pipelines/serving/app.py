@@ -28,6 +28,7 @@ from pipelines.serving.backend import ChatJob, Failure, Item, ModelInfo, Piece, 
 from pipelines.serving.clients import key_digests
 from pipelines.serving.errors import model_unavailable, too_busy
 from pipelines.serving.gate import Gate
+from pipelines.serving.line import AT_MODEL
 from pipelines.serving.metrics import IngressMetrics, Metrics
 from pipelines.serving.model_backend import ModelBackend
 from pipelines.settings import ServeSettings
@@ -245,8 +246,7 @@ def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:
     model = serve.deployment(
         ModelReplica,
         name="model",
-        # Beyond a full batch, enough requests that the next one's prompt and images are ready in time.
-        max_ongoing_requests=2 * settings.max_batch_size,
+        max_ongoing_requests=AT_MODEL * settings.max_batch_size,
         max_queued_requests=2 * (settings.max_queue + settings.max_batch_size),
         ray_actor_options={
             "num_cpus": settings.cpus_per_replica,

@@ -1,6 +1,6 @@
 """A chat request: from the body to the model, and from the model to JSON or events.
 
-key -> body within bounds -> a slot -> types -> images -> model -> JSON, or events
+key -> body within bounds -> a slot -> types -> a place in line -> images -> model -> JSON, or events
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pipelines.serving.clients import Client, ClientIdentifier
 from pipelines.serving.decoders import ImageDecoders
 from pipelines.serving.errors import ProtocolError, server_failed
 from pipelines.serving.gate import Gate
+from pipelines.serving.line import AT_MODEL, Line
 from pipelines.serving.media import MediaLoader
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.protocol import ChatRequest
@@ -64,6 +65,7 @@ class ChatService:
         self.media = MediaLoader(settings, decoders)
         parallel = settings.max_batch_size * max(settings.num_replicas, settings.max_replicas)
         self.gate = Gate(parallel + settings.max_queue, parallel, settings.max_per_client, metrics.in_flight.set)
+        self.line = Line(AT_MODEL * parallel)
         self._info: ModelInfo | None = None
 
     async def info(self, refresh: bool = False) -> ModelInfo:
@@ -103,6 +105,8 @@ class ChatService:
         """The response; a stream takes ``slot`` over and releases it at its end."""
         try:
             async with asyncio.timeout_at(call.deadline):
+                await self.line.enter(call.client.name)
+                slot.callback(self.line.leave)
                 try:
                     return await self._respond(call, slot)
                 except StaleImage:  # a model with another image size has been deployed since we asked

@@ -40,6 +40,7 @@ def test_places_are_those_of_all_replicas_and_of_the_queue(changes, capacity, pa
     metrics, shared = Metrics(), ImageDecoders(1)
     service = ChatService(settings, FakeBackend(), metrics, ClientIdentifier(()), shared)
     assert (service.gate.capacity, service.gate.parallel) == (capacity, parallel)
+    assert service.line.places == 2 * parallel, "what the replicas take"
     assert service.gate.on_change == metrics.in_flight.set and service.media.decoders is shared
 
 
@@ -175,6 +176,42 @@ def test_the_time_limit_is_of_the_whole_answer():
     client = TimedClient(fake, request_timeout_s=9)
     found = events(client.chat(ask(words("hi"), stream=True)))
     assert found[-1]["error"]["code"] == "timeout" and len(found) == 5, "a role, three letters and the refusal"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_question_does_not_wait_for_all_those_of_another_client(stream):
+    async def run():
+        client = TimedClient(FakeBackend(READ, said("fine", "stop"), wait=1), max_batch_size=1, max_queue=20)
+        loop = asyncio.get_running_loop()
+
+        async def one(address, name):
+            async with client.open((address, 1)) as http:
+                assert (await http.post(CHAT, json=ask(words(name), stream=stream))).status_code == 200
+            ends[name] = loop.time()
+
+        ends, started = {}, loop.time()
+        many = [asyncio.create_task(one("10.0.0.1", f"many {i}")) for i in range(12)]
+        await asyncio.sleep(0.5)
+        await asyncio.gather(*many, one("10.0.0.2", "single"))
+        return ends["single"] - started, max(ends.values()) - started
+
+    single, last = virtual_time.run(run())
+    # Two at the model at a time, each for two seconds: the single one is next.
+    assert (single, last) == (4, 14)
+
+
+def test_the_time_in_line_is_of_the_answers_time():
+    client = TimedClient(FakeBackend(READ, said("fine", "stop"), wait=2), max_batch_size=1, request_timeout_s=5)
+
+    async def run():
+        async with client.open() as http:
+            found = await asyncio.gather(*[http.post(CHAT, json=ask(words(str(i)))) for i in range(4)])
+        return [response.status_code for response in found]
+
+    assert virtual_time.run(run()) == [200, 200, 504, 504]
+    assert client.app.state.gate.in_flight == 0
+    client.backend.wait = 0
+    assert client.chat(ask(words("hi"))).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
