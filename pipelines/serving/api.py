@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -172,6 +173,7 @@ def build_api(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
     app.add_middleware(HeadAsGet)
+    app.add_middleware(SlashesAsOne)
     return app
 
 
@@ -193,6 +195,22 @@ class HeadAsGet:
             await send(message)
 
         await self.app({**scope, "method": "GET"}, receive, send_head)
+
+
+class SlashesAsOne:
+    """Takes ``/v1//models`` and ``/v1/models/`` for ``/v1/models``: base URLs are written with a slash at the end and
+    without. A redirect would name an address of this server, which behind a proxy is another one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http":
+            names = [name for name in scope["path"].split("/") if name]
+            if names[:1] == ["v1"]:
+                scope = {**scope, "path": "/" + "/".join(names)}
+        await self.app(scope, receive, send)
 
 
 async def _within(seconds: float, result: Awaitable[T], source: str, default: T) -> T:
@@ -217,13 +235,20 @@ def _add_errors(app: FastAPI, service: ChatService) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        refusal = ProtocolError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
+        told = f"{request.method} {request.url.path}: {error.detail}. This server has {_endpoints(app)}."
+        refusal = ProtocolError(error.status_code, told)
         return JSONResponse(refusal.body(), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         logger.error("request failed", exc_info=error)
         return await protocol_error(request, server_failed())
+
+
+def _endpoints(app: FastAPI) -> str:
+    """What can be asked for, in words."""
+    routes = [route for route in app.routes if isinstance(route, APIRoute) and route.include_in_schema]
+    return ", ".join(f"{method} {route.path_format}" for route in routes for method in sorted(route.methods or ()))
 
 
 def _schema(app: FastAPI, model_name: str) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import uvicorn.config
 from starlette.middleware import Middleware
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from pipelines.serving.client_headers import ClientHeaders
+
 HEADERS_WITHIN_S = 15.0
 """Longest time from the first byte of a request, or from the connection, to the end of its headers."""
 
@@ -30,9 +32,9 @@ MAX_CONNECTIONS = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
 
 def guard_connections() -> list[Middleware]:
-    """Have uvicorn use ``GuardedProtocol`` in this process; no middleware is needed."""
+    """Have uvicorn use ``GuardedProtocol`` in this process; returns what Serve's proxy puts before its own parts."""
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{GuardedProtocol.__name__}"
-    return []
+    return [Middleware(ClientHeaders)]
 
 
 class PatientTransport:

@@ -45,7 +45,7 @@ def test_the_served_model_and_what_it_can_do():
     assert (refused["status"], refused["param"], refused["code"]) == (404, "model", "model_not_found")
     assert refused["message"] == "the model 'names' does not exist; this server has 'name'."
     assert client.backend.asked == 1
-    for other in ("nme", "n", "Name", "name/", "x/name"):
+    for other in ("nme", "n", "Name", "x/name"):
         assert client.request("GET", f"/v1/models/{other}").status_code == 404
         assert client.chat({**ask(words("hi")), "model": other}).status_code == 404
 
@@ -178,11 +178,37 @@ def test_an_error_that_nobody_foresaw_is_logged_and_not_shown(caplog):
 def test_unknown_paths_and_methods_are_told_as_they_were_asked():
     client = Client()
     wanted = {"type": "invalid_request_error", "param": None, "code": None}
-    found = error_of(client.request("GET", "/v2/x?y=1"))
-    assert found == {"status": 404, "message": "GET /v2/x: Not Found.", **wanted}
+    has = (
+        " This server has POST /v1/chat/completions, GET /v1/models, GET /v1/models/{model_id}, GET /healthz,"
+        " GET /metrics."
+    )
+    for method, path in (
+        ("GET", "/v2/x?y=1"),
+        ("POST", "/v1/responses"),
+        ("POST", "/chat/completions"),
+        ("GET", "/v1"),
+    ):
+        asked = f"{method} {path.partition('?')[0]}"
+        found = error_of(client.request(method, path, json={}))
+        assert found == {"status": 404, "message": f"{asked}: Not Found.{has}", **wanted}
     response = client.request("DELETE", "/v1/models")
-    assert error_of(response) == {"status": 405, "message": "DELETE /v1/models: Method Not Allowed.", **wanted}
+    assert error_of(response) == {"status": 405, "message": f"DELETE /v1/models: Method Not Allowed.{has}", **wanted}
     assert response.headers["allow"] == "GET"
+
+
+@pytest.mark.parametrize("prefix", ["/v1", "//v1", "/v1/"])
+def test_a_slash_too_many_in_a_base_url_is_none(prefix):
+    client = Client(model_name="org/name", api_keys=["key"])
+    headers = {"Authorization": "Bearer key"}
+    body = {**ask(words("hi")), "model": "org/name"}
+    for end in ("", "/"):
+        path = f"http://server{prefix}/chat/completions{end}"
+        assert client.request("POST", path, json=body, headers=headers).status_code == 200
+        assert client.request("POST", path, json=body).status_code == 401
+        for name in ("", "/org/name"):
+            answer = client.request("GET", f"http://server{prefix}/models{name}{end}", headers=headers)
+            assert answer.status_code == 200 and (answer.json().get("id") or "org/name") == "org/name"
+    assert client.metrics.registry.get_sample_value("tinygptv_requests_total", {"status": "401"}) == 2
 
 
 @pytest.mark.security
