@@ -6,6 +6,7 @@ Rows of one image stay together, so that no image that is trained on is also eva
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,14 +38,14 @@ def row_hashes(shards: ShardSet, rows: np.ndarray | None = None) -> np.ndarray:
         rows: ascending row numbers; None takes all. Other rows are not read.
     """
     rows = np.arange(len(shards)) if rows is None else rows
-    numbers, start = [], 0
+    hashes, start = np.empty(len(rows), dtype=np.float64), 0
     for shard in range(len(shards.shard_rows)):
         for batch in shards.batches(shard):
             first, end = np.searchsorted(rows, (start, start + batch.num_rows))
             keys, images = batch.column("id"), batch.column("image")
-            numbers += [_hash(keys[i], images[i]) for i in (rows[first:end] - start).tolist()]
+            hashes[first:end] = [_hash(keys[i], images[i]) for i in (rows[first:end] - start).tolist()]
             start += batch.num_rows
-    return np.array(numbers, dtype=np.float64)
+    return hashes
 
 
 def _hash(key: Any, image: Any) -> float:
@@ -66,7 +67,8 @@ def kept_row(held: np.ndarray, index: int) -> int:
         held: ascending row numbers.
         index: 0-based, counted without them.
     """
-    return index + int(np.searchsorted(held - np.arange(len(held)), index, side="right"))
+    # Not by numpy: a web-scale set holds out millions of rows, and every sample asks.
+    return index + bisect_right(range(len(held)), index, key=lambda place: int(held[place]) - place)
 
 
 def kept_counts(shard_rows: tuple[int, ...], held: np.ndarray) -> tuple[int, ...]:

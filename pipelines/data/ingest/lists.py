@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import storage
+from pipelines.data.ingest.deduplicate import NearDuplicate
 from pipelines.data.ingest.inputs import QUARANTINE
 from pipelines.data.ingest.staging import UnitRecord, read_index, read_record
 from pipelines.data.sources.base import Rejected
@@ -19,7 +19,8 @@ from pipelines.data.sources.base import Rejected
 REMOVED = "removed.jsonl"
 NEAR_DUPLICATES = "near_duplicates.jsonl"
 
-_OPEN_UNITS = 128
+_NAMED_AT_ONCE = 1 << 20
+"""Rows whose names are looked up together: they take some 100 MB."""
 
 
 @dataclass(frozen=True)
@@ -62,32 +63,50 @@ class Staging:
 
 
 class RowNames:
-    """Names of rows, looked up in the units' files; the units used last stay open."""
+    """Names of rows, looked up in the units' files: many at once, so that each file is opened once for them."""
 
     def __init__(self, staging: Staging, starts: np.ndarray) -> None:
-        self._starts: list[int] = starts.tolist()
-        self._ids = lru_cache(_OPEN_UNITS)(lambda number: staging.index(number, ["id"])["id"])
-        self._record = lru_cache(_OPEN_UNITS)(staging.record)
+        self._staging = staging
+        self._starts = starts
+        self._record = lru_cache(1)(staging.record)
 
-    def row_id(self, row: int) -> str:
-        """Id of a row, counted through all units."""
-        number = self._unit(row)
-        return str(self._ids(number)[row - self._starts[number]].as_py())
+    def ids(self, rows: np.ndarray) -> list[str]:
+        """Ids of rows, counted through all units, in the order asked for."""
+        units = self._units(rows)
+        order = np.argsort(units, kind="stable")
+        found = np.empty(len(rows), dtype=object)
+        for places in np.split(order, np.flatnonzero(np.diff(units[order])) + 1) if len(rows) else ():
+            number = int(units[places[0]])
+            column = self._staging.index(number, ["id"])["id"]
+            found[places] = column.take(pa.array(rows[places] - self._starts[number])).to_pylist()
+        return found.tolist()
 
-    def shard_and_key(self, row: int) -> tuple[str, str]:
-        """Input file of a row, and its key there."""
-        record = self._record(self._unit(row))
-        return record.shard, self.row_id(row).removeprefix(record.id_prefix)
+    def shards_and_keys(self, rows: np.ndarray) -> Iterator[tuple[str, str]]:
+        """Input file of each row, and its key there."""
+        for number, row_id in zip(self._units(rows).tolist(), self.ids(rows), strict=True):
+            record = self._record(number)
+            yield record.shard, row_id.removeprefix(record.id_prefix)
 
-    def _unit(self, row: int) -> int:
-        return bisect_right(self._starts, row) - 1
+    def _units(self, rows: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._starts, rows, side="right") - 1
+
+
+def near_lines(names: RowNames, near: Sequence[NearDuplicate]) -> Iterator[dict[str, str | int]]:
+    """Lines of near_duplicates.jsonl."""
+    for start in range(0, len(near), _NAMED_AT_ONCE):
+        part = near[start : start + _NAMED_AT_ONCE]
+        ids = names.ids(np.array([found.row for found in part]))
+        earlier = names.ids(np.array([found.earlier for found in part]))
+        for row_id, like, found in zip(ids, earlier, part, strict=True):
+            yield {"id": row_id, "near": like, "bits": found.bits}
 
 
 def repeated_rows(names: RowNames, dropped: np.ndarray, first: np.ndarray) -> Iterator[Rejected]:
-    """The duplicates that were dropped, each with the row that stays."""
-    for row in dropped:
-        shard, key = names.shard_and_key(int(row))
-        yield Rejected(key, shard, f"same as {names.row_id(int(first[row]))}", "duplicate")
+    """The duplicates that were dropped, in row order, each with the row that stays."""
+    for start in range(0, len(dropped), _NAMED_AT_ONCE):
+        rows = dropped[start : start + _NAMED_AT_ONCE]
+        for (shard, key), same in zip(names.shards_and_keys(rows), names.ids(first[rows]), strict=True):
+            yield Rejected(key, shard, f"same as {same}", "duplicate")
 
 
 def write_lists(source: str, output: str, staging: Staging, repeated: Iterator[Rejected]) -> tuple[dict[str, int], int]:

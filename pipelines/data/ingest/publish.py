@@ -18,7 +18,15 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.data.ingest.deduplicate import find_near_duplicates, first_occurrences
 from pipelines.data.ingest.inputs import QUARANTINE
-from pipelines.data.ingest.lists import NEAR_DUPLICATES, REMOVED, RowNames, Staging, repeated_rows, write_lists
+from pipelines.data.ingest.lists import (
+    NEAR_DUPLICATES,
+    REMOVED,
+    RowNames,
+    Staging,
+    near_lines,
+    repeated_rows,
+    write_lists,
+)
 from pipelines.data.ingest.report import Totals, write_report
 from pipelines.data.ingest.staging import content_settings
 from pipelines.data.shard_format import MANIFEST, Manifest, RowCounts, ShardInfo, ShardWriter
@@ -141,10 +149,7 @@ def publish(settings: PrepareDataSettings, source: str, output: str, staging: St
     )
     near = find_near_duplicates(rows.image * stays, rows.perceptual, settings.near_duplicate_bits)
     names = RowNames(staging, rows.starts)
-    storage.write_lines(
-        storage.join(output, NEAR_DUPLICATES),
-        ({"id": names.row_id(n.row), "near": names.row_id(n.earlier), "bits": n.bits} for n in near),
-    )
+    storage.write_lines(storage.join(output, NEAR_DUPLICATES), near_lines(names, near))
     dropped = np.flatnonzero(~stays)
     filters, num_quarantined = write_lists(source, output, staging, repeated_rows(names, dropped, first))
     num_kept, num_filtered = int(stays.sum()), sum(filters.values())

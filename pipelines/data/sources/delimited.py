@@ -11,12 +11,14 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import BinaryIO
 
 from pipelines import storage
 from pipelines.data.sources.base import Changes, ReadResult, Rejected, SourceInput, SourceUnit, find_input, shorten
@@ -63,54 +65,64 @@ def read_delimited(location: storage.Location) -> Iterator[tuple[str, JsonObject
         SettingsError: there is no header, or it has no usable names.
     """
     csv.field_size_limit(_LONGEST_FIELD)
-    text, damage = _read_text(location)
-    header = _first_line(text)
-    # Not splitlines(): a field may hold form feeds and Unicode's separators, which end no row.
-    lines = io.StringIO(text, newline="")
-    reader = csv.reader(lines, delimiter=_delimiter(location.name, header), strict=True)
+    with storage.open_unpacked(location) as stream:
+        try:
+            yield from _rows(location, _lines(stream))
+        except storage.DamagedFileError as error:
+            yield "", Rejected("", location.name, f"the compressed data is damaged or cut off: {error}")
+
+
+def _rows(location: storage.Location, lines: Iterator[str]) -> Iterator[tuple[str, JsonObject | Rejected]]:
+    before = []  # blank lines, and the header's first
+    for line in lines:
+        before.append(line)
+        if line.strip("\r\n"):
+            break
+    header = "".join(before).strip("\r\n")
+    reader = csv.reader(itertools.chain(before, lines), delimiter=_delimiter(location.name, header), strict=True)
     try:
         names = [name.strip() for name in next((values for values in reader if values), [])]
     except csv.Error as error:
         raise SettingsError(f"{location}: the header cannot be read: {error}.") from error
     if len(names) != len(set(names)) or not all(names):
-        raise SettingsError(f"{location}: the first line must name every column once; it is {header.strip()[:100]!r}.")
+        raise SettingsError(f"{location}: the first line must name every column once; it is {header[:100]!r}.")
     while True:
-        line = reader.line_num + 1
+        line_number = reader.line_num + 1
         try:
             values = next(reader, None)
         except csv.Error as error:
-            yield f"line {line}", Rejected(f"line {line}", location.name, f"no valid row: {error}")
+            yield f"line {line_number}", Rejected(f"line {line_number}", location.name, f"no valid row: {error}")
             continue
         if values is None:
             break
         if values:
-            yield f"line {line}", _fields(f"line {line}", location.name, names, values)
-    if damage:
-        yield "", Rejected("", location.name, damage)
+            yield f"line {line_number}", _fields(f"line {line_number}", location.name, names, values)
 
 
-def _read_text(location: storage.Location) -> tuple[str, str]:
-    """The whole lines of a file, unpacked where it is compressed, and what is wrong with the compressed data."""
-    data = bytearray()
-    with storage.open_unpacked(location) as stream:
-        try:
-            while chunk := stream.read(storage.COPY_BYTES):
-                data += chunk
-        except storage.DamagedFileError as error:
-            text = _decode(bytes(data))
-            return text[: text.rfind("\n") + 1], f"the compressed data is damaged or cut off: {error}"
-    return _decode(bytes(data)), ""
+def _lines(stream: BinaryIO) -> Iterator[str]:
+    r"""Lines with their ends, which may be \n, \r\n or \r, as spreadsheets save them: UTF-8, or UTF-16 by its byte order
+    mark. Odd bytes cost their row later.
+
+    Raises:
+        DamagedFileError: the compressed data is damaged; whole lines before that come first.
+    """
+    chunk = stream.read(storage.COPY_BYTES)
+    utf16 = chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding, errors = ("utf-16", "replace") if utf16 else ("utf-8-sig", "surrogateescape")
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(errors), translate=False)
+    rest = ""
+    while True:
+        # Not splitlines(): a field may hold form feeds and Unicode's separators, which end no row.
+        lines = io.StringIO(rest + decoder.decode(chunk, final=not chunk), newline="").readlines()
+        rest = lines.pop() if lines and chunk and not lines[-1].endswith(("\r", "\n")) else ""
+        yield from lines
+        if not chunk:
+            return
+        chunk = stream.read(storage.COPY_BYTES)
 
 
 def _first_line(text: str) -> str:
     return re.split(r"[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0]
-
-
-def _decode(data: bytes) -> str:
-    """Text as spreadsheets save it: UTF-8, or UTF-16 by its byte order mark. Odd bytes cost their row later."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", errors="replace")
-    return data.decode("utf-8-sig", errors="surrogateescape")
 
 
 def is_delimited(location: storage.Location) -> bool:

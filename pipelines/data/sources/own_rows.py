@@ -7,8 +7,9 @@
     {"image": "a.jpg", "caption": "a dog"}
     {"image": "a.jpg", "answer": "the dog", "boxes": [[10, 20, 90, 80]], "task": "refer"}
 
-Words are kept as they are written; only the mark of the image is taken out of questions. A row that names an image,
-or asks about one, and has none that can be read is malformed: it is never trained on as text.
+Words are kept as they are written; only the mark of the image is taken out of questions. A row whose image is empty
+(none of its fields, null, "", [], an empty cell of a table) has no image and is text. A row that names an image, or asks
+about one, and has none that can be read is malformed: it is never trained on as text.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ TEXTS = ("caption", "text", "description")
 ROW_FIELDS = ("turns", *CONVERSATIONS, "question", *TEXTS)
 """Fields that a row has one of."""
 
+_TEXT_FIELDS = frozenset((*ROW_FIELDS, "answer", "answers", "system"))
+
 _IMAGE_FIELDS = (
     "image",
     "images",
@@ -45,7 +48,9 @@ _IMAGE_FIELDS = (
 )
 """Fields that name or hold the image; those of img2dataset's tables are called by the format."""
 
-_NAMES_IMAGE = re.compile(r"(?:^|_)(?:image|images|img|picture|photo|video)(?:_|$|s$)", re.IGNORECASE)
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_IMAGE_WORD = re.compile(r"(?:image|img|picture|photo|video)(?:s|(?:file)?(?:id|url|path|name)s?|file)?")
+_IMAGE_FILE = re.compile(rf".{{1,500}}\.(?:{'|'.join(sorted(IMAGE_EXTENSIONS))})", re.IGNORECASE)
 _LINK_FIELDS = ("url", "image_url", "img_url", "link", "coco_url", "flickr_url")
 
 
@@ -163,7 +168,7 @@ def _own_image(fields: Mapping[str, Any]) -> str | bytes | None:
         Malformed: there are several, or it is neither.
     """
     for name in _IMAGE_FIELDS:
-        found = [image for image in _flat(fields.get(name)) if image is not None]
+        found = [image for image in _flat(fields.get(name)) if not _is_empty(image)]
         if len(found) > 1:
             raise Malformed(f"{name} holds {len(found)} images; a sample has one")
         if found:
@@ -211,12 +216,22 @@ def _refuse_lost_image(fields: Mapping[str, Any]) -> None:
             continue
         if name in _LINK_FIELDS:
             raise Malformed(f"the row has a link in {name!r} but no image: download it, and name the file in 'image'")
-        if _NAMES_IMAGE.search(name):
-            raise Malformed(f"the row has {name!r} but no 'image': name the image's file in 'image'")
+        if _names_image(name) or (name not in _TEXT_FIELDS and isinstance(value, str) and _IMAGE_FILE.fullmatch(value)):
+            raise Malformed(f"the row has {shorten(repr(name))} but no 'image': name the image's file in 'image'")
+
+
+def _names_image(name: str) -> bool:
+    """Whether a word of a field's name says so: ``image_id``, ``imageId``, ``IMAGE-URL``, ``imgname``."""
+    return any(_IMAGE_WORD.fullmatch(word.lower()) for word in _WORD.findall(name))
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a field says nothing: also ``{"bytes": null, "path": null}``, which tables have for no image."""
+    """Whether a field says nothing: also ``{"bytes": null, "path": ""}``, which tables have for no image. An image of
+    no bytes is a damaged one."""
+    if isinstance(value, bytes):
+        return False
+    if isinstance(value, str):
+        return not value.strip()
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
     return not value if parts is None else all(_is_empty(part) for part in parts)
 

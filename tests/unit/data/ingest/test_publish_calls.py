@@ -12,6 +12,7 @@ import pytest
 
 from pipelines import storage
 from pipelines.data.ingest import job, lists, publish
+from pipelines.data.ingest.deduplicate import NearDuplicate
 from pipelines.data.ingest.inputs import INPUTS, STAGING, SetInputs, check_output
 from pipelines.data.ingest.lists import RowNames, repeated_rows, write_lists
 from pipelines.data.ingest.publish import Counts, Piece, ShardPlan
@@ -166,15 +167,20 @@ def test_every_sample_is_counted_once_and_the_manifest_comes_last(monkeypatch, t
     assert [entry["key"] for entry in removed[:2]] == ["f", "g"]
 
 
-def test_names_of_rows_are_looked_up_in_their_units():
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_names_of_rows_are_looked_up_in_their_units(monkeypatch, at_once):
     staged = Staged([[line("0/a", 1), line("0/b", 2)], [line("0/d", 3)]], [[]], [[line("2/c", 4)]])
     names = RowNames(staged, np.array([0, 3, 3, 4]))
-    assert [names.row_id(row) for row in (0, 1, 2, 3, 1)] == ["0/a", "0/b", "0/d", "2/c", "0/b"]
-    assert names.shard_and_key(3) == ("2.tar", "c") and names.shard_and_key(1) == ("0.tar", "b")
-    assert staged.asked.count(("index", 0)) == 1, "kept open"
+    assert names.ids(np.array([0, 3, 1, 2, 3, 1])) == ["0/a", "2/c", "0/b", "0/d", "2/c", "0/b"]
+    assert [staged.asked.count(("index", number)) for number in range(3)] == [1, 0, 1], "in a bucket each is a request"
+    assert names.ids(np.array([], dtype=int)) == []
+    assert list(names.shards_and_keys(np.array([1, 3]))) == [("0.tar", "b"), ("2.tar", "c")]
+    monkeypatch.setattr(lists, "_NAMED_AT_ONCE", at_once)
     first, second = repeated_rows(names, np.array([2, 3]), np.array([0, 1, 1, 0]))
     assert first == Rejected("d", "0.tar", "same as 0/b", "duplicate")
     assert second == Rejected("c", "2.tar", "same as 0/a", "duplicate")
+    near = lists.near_lines(names, [NearDuplicate(3, 0, 2), NearDuplicate(2, 1, 0)])
+    assert list(near) == [{"id": "2/c", "near": "0/a", "bits": 2}, {"id": "0/d", "near": "0/b", "bits": 0}]
 
 
 def test_lists_of_what_gave_no_row(tmp_path):

@@ -47,6 +47,19 @@ def test_old_line_ends_and_blank_lines_before_the_header(tmp_path, text):
     assert fields == {"image": "a.jpg", "question": "a\tb", "answer": "d"}
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+def test_a_table_is_read_piece_by_piece(tmp_path, monkeypatch, end, size):
+    """A file of gigabytes must not be held in memory; whatever a piece cuts is one row all the same."""
+    monkeypatch.setattr(storage, "COPY_BYTES", size)
+    text = end.join(["", "image,question", "a.jpg,caf\u00e9 \x0c \u2028", f'b.jpg,"two{end}lines"', "", 'c.jpg,"'])
+    (tmp_path / "a.csv").write_bytes(codecs.BOM_UTF8 + text.encode())
+    *rows, (_, broken) = read(tmp_path / "a.csv")
+    first, second = ("line 3", {"image": "a.jpg", "question": "caf\u00e9 \x0c \u2028"}), {"image": "b.jpg"}
+    assert rows == [first, ("line 4", {**second, "question": f"two{end}lines"})]
+    assert isinstance(broken, Rejected) and broken.reason.startswith("no valid row")
+
+
 def test_another_encoding_is_told_as_such(tmp_path):
     (tmp_path / "a.csv").write_bytes("question,answer\ncaf\u00e9,yes\nwhat,no\n".encode("latin-1"))
     found, sound = read(tmp_path / "a.csv")

@@ -99,8 +99,9 @@ def test_the_task_is_the_rows_own_or_the_inputs_or_that_of_its_form(row, default
         ({"bytes": None, "path": "a.jpg"}, "a.jpg"),
         ({"url": "b.jpg"}, "b.jpg"),
         ({"bytes": jpeg(0), "path": "a.jpg"}, jpeg(0)),
-        ("", ""),  # a name that is none: set apart where it is read, and never trained on as text
-        ([""], ""),
+        (["", "a.jpg"], "a.jpg"),
+        ("", None),
+        ([" "], None),
         (None, None),
         ([], None),
         (jpeg(0), jpeg(0)),
@@ -173,10 +174,38 @@ def test_answers_may_be_as_the_hub_has_vqav2():
     assert own_draft({"question": "q", "answers": given}, "").turns == (Turn("q", ("yes", "no")),)
 
 
-@pytest.mark.parametrize("empty", [None, {}, {"bytes": None, "path": None}, [], [None], [{"bytes": None, "path": ""}]])
-def test_a_table_has_many_ways_to_say_that_there_is_no_image(empty):
+@pytest.mark.parametrize(
+    "empty", [None, "", " ", {}, {"bytes": None, "path": None}, [], [None], [""], [{"bytes": None, "path": ""}]]
+)
+def test_there_are_many_ways_to_say_that_there_is_no_image(empty):
     draft = own_draft({"image": empty, "question": "q", "answer": "a"}, "")
     assert (draft.image, draft.task) == (None, "text")
+    assert "and the row has no image" in refused(
+        Malformed, own_draft, {"image": empty, "question": "<image>q", "answer": "a"}, ""
+    )
+    assert own_draft({"image": empty, "photo": "a.jpg", "caption": "c"}, "").image == "a.jpg"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["image_id", "imageId", "imageURL", "ImageID", "imgname", "image-path", "image.file", "IMG_FILE", "sourceImage"],
+)
+def test_a_row_that_names_its_image_in_another_field_is_not_text(name):
+    told = refused(Malformed, own_draft, {name: "n161313", "question": "q", "answer": "a"}, "")
+    assert told == f"the row has {name!r} but no 'image': name the image's file in 'image'"
+    assert own_draft({name: "", "question": "q", "answer": "a"}, "").task == "text"
+
+
+def test_nor_is_one_with_the_name_of_an_images_file():
+    row = {"question": "q", "answer": "a", "filename": "train/1.JPG"}
+    assert "the row has 'filename' but no 'image'" in refused(Malformed, own_draft, row, "")
+    for fields in (
+        {"question": "what is in a.jpg"},
+        {"answer": "a.png"},
+        {"imagination": "x"},
+        {"source": "a.jpg or so"},
+    ):
+        assert own_draft({"question": "q", "answer": "a", **fields}, "").task == "text"
 
 
 # ---------------------------------------------------------------- tables
