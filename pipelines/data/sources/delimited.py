@@ -100,8 +100,8 @@ def _rows(location: storage.Location, lines: Iterator[str]) -> Iterator[tuple[st
 
 
 def _lines(stream: BinaryIO) -> Iterator[str]:
-    r"""Lines with their ends, which may be \n, \r\n or \r, as spreadsheets save them: UTF-8, or UTF-16 by its byte order
-    mark. Odd bytes cost their row later.
+    r"""Lines with their ends (\n, \r\n or \r) as spreadsheets save them: UTF-8, or UTF-16 by its byte order mark. Odd
+    bytes cost their row later.
 
     Raises:
         DamagedFileError: the compressed data is damaged; whole lines before that come first.

@@ -8,8 +8,8 @@
     {"image": "a.jpg", "answer": "the dog", "boxes": [[10, 20, 90, 80]], "task": "refer"}
 
 Words are kept as they are written; only the mark of the image is taken out of questions. A row whose image is empty
-(none of its fields, null, "", [], an empty cell of a table) has no image and is text. A row that names an image, or asks
-about one, and has none that can be read is malformed: it is never trained on as text.
+(none of its fields, null, "", [], an empty cell of a table) has no image and is text. A row that names an image, or
+asks about one, and has none that can be read is malformed: it is never trained on as text.
 """
 
 from __future__ import annotations
