@@ -32,6 +32,9 @@ from tinygptv.json_object import JsonObject
 DELIMITED = (".csv", ".tsv")
 """Endings of the files' names."""
 
+DelimitedRow = tuple[str, JsonObject | Rejected]
+"""Key (``line 7``) and fields of a row, or why it cannot be read."""
+
 _LONGEST_FIELD = 16 << 20
 _HEAD_BYTES = 4096
 _BESIDE = ImageLayout((".",))
@@ -58,7 +61,7 @@ class DelimitedReader:
                 yield from read_drafts(unit, key, partial(read_own_row, unit, fields), images, changes)
 
 
-def read_delimited(location: storage.Location) -> Iterator[tuple[str, JsonObject | Rejected]]:
+def read_delimited(location: storage.Location) -> Iterator[DelimitedRow]:
     """Key (``line 7``) and fields of every row; empty fields are left out.
 
     Raises:
@@ -72,7 +75,7 @@ def read_delimited(location: storage.Location) -> Iterator[tuple[str, JsonObject
             yield "", Rejected("", location.name, f"the compressed data is damaged or cut off: {error}")
 
 
-def _rows(location: storage.Location, lines: Iterator[str]) -> Iterator[tuple[str, JsonObject | Rejected]]:
+def _rows(location: storage.Location, lines: Iterator[str]) -> Iterator[DelimitedRow]:
     before = []  # blank lines, and the header's first
     for line in lines:
         before.append(line)
