@@ -49,7 +49,6 @@ _LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _WORKER_SHARES, _NUM_SHARES = "worker_shares", 1_000_000
 """Resource of clusters that are started here; see ``worker_share``."""
 
-
 _STARTS, _TOO_SLOW = 3, "timed out during startup"
 """Tries to start Ray, and what Ray says where it was too slow."""
 

@@ -161,10 +161,9 @@ def _is_within(path: str, folder: str) -> bool:
     """Whether a path or URI is a folder, or lies in it."""
     if storage.is_local(path) != storage.is_local(folder):
         return False
-    inner, outer = ((storage.resolve(each)[1] if storage.is_local(each) else each) for each in (path, folder))
     if storage.is_local(path):
-        inner, outer = str(Path(inner).resolve()), str(Path(outer).resolve())
-    return inner.rstrip("/") == outer.rstrip("/") or inner.startswith(outer.rstrip("/") + "/")
+        return Path(storage.absolute(path)).resolve().is_relative_to(Path(storage.absolute(folder)).resolve())
+    return f"{path.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
 
 
 def checkpoint_digest(folder: str | Path) -> str:

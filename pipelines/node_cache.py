@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines import storage
@@ -53,8 +54,7 @@ def local_checkpoint(location: str, *, weights: bool = True) -> Path:
     remote = storage.Location.parse(location)
     manifest = read_manifest(remote)
     key = hashlib.sha256(manifest).hexdigest()[:_KEY_LENGTH]
-    folders = storage.secure_folder(storage.default_cache())
-    folders = storage.secure_folder(folders / "checkpoints")
+    folders = _cache_folder("checkpoints")
     whole, target = folders / key, folders / (key if weights else f"{key}-light")
     for present in (whole, target):
         if (present / MANIFEST).is_file():
@@ -117,27 +117,33 @@ def local_data(location: str) -> Path:
         storage.check_access(remote)
         raise SettingsError(f"{remote} holds no files: check the URI.")
     key = hashlib.sha256(repr(files).encode()).hexdigest()[:_KEY_LENGTH]
-    folders = storage.secure_folder(storage.secure_folder(storage.default_cache()) / "data")
+    folders = _cache_folder("data")
     target = folders / key
     with storage.locked(folders / f"{key}.lock"):
         if target.is_dir():
             os.utime(target)
         else:
-            draft = Path(tempfile.mkdtemp(dir=folders, prefix=_DRAFT))
-            try:
-                logger.info(
-                    "fetching %d files of %s (%.1f MB)", len(files), remote, sum(f.num_bytes for f in files) / 1e6
-                )
-                base = remote if files[0].name else remote.parent
-                names = {file.name or remote.name: file for file in files}
-                storage.download_files(base, names, draft)
-                for name, file in names.items():
-                    os.utime(draft / name, ns=(file.modified_ns, file.modified_ns))
-                draft.replace(target)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
+            _fetch_data(remote, files, target)
             _thin_out(folders, target)
     return target if files[0].name else target / remote.name
+
+
+def _cache_folder(kind: str) -> Path:
+    return storage.secure_folder(storage.secure_folder(storage.default_cache()) / kind)
+
+
+def _fetch_data(remote: storage.Location, files: Sequence[storage.FoundFile], target: Path) -> None:
+    draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=_DRAFT))
+    try:
+        logger.info("fetching %d files of %s (%.1f MB)", len(files), remote, sum(f.num_bytes for f in files) / 1e6)
+        base = remote if files[0].name else remote.parent
+        names = {file.name or remote.name: file for file in files}
+        storage.download_files(base, names, draft)
+        for name, file in names.items():
+            os.utime(draft / name, ns=(file.modified_ns, file.modified_ns))
+        draft.replace(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _fetch(remote: storage.Location, manifest: bytes, target: Path, *, weights: bool) -> None:

@@ -56,8 +56,9 @@ def refuse_no_folder(key: str, location: str, holds: str) -> None:
     Raises:
         SettingsError: it is missing or a file.
     """
-    path = Path(location.removeprefix("file://")).expanduser()
-    if "://" in str(location.removeprefix("file://")) or path.is_dir():
+    plain = location.removeprefix("file://")
+    path = Path(plain).expanduser()
+    if "://" in plain or path.is_dir():
         return
     what = "is a file" if path.exists() else "does not exist"
     raise SettingsError(f"{key}={location} {what}: give the folder of {holds}.")

@@ -37,12 +37,11 @@ from pipelines.storage.folders import (
     check_access,
     copy_tree,
     download_files,
-    list_tree,
     upload_folder,
 )
 from pipelines.storage.location import Location, absolute, file_name, is_local, join, parent, resolve
 from pipelines.storage.packed import DamagedFileError, compression_of, open_unpacked, unpack
-from pipelines.storage.reading import open_file
+from pipelines.storage.reading import ReadOnlyStream, open_file
 from pipelines.storage.retry import StorageError, with_retries
 
 __all__ = [
@@ -55,6 +54,7 @@ __all__ = [
     "DiskFullError",
     "FoundFile",
     "Location",
+    "ReadOnlyStream",
     "StorageError",
     "WorkFolder",
     "absolute",
@@ -78,7 +78,6 @@ __all__ = [
     "link_or_copy",
     "list_folders",
     "list_names",
-    "list_tree",
     "locked",
     "make_folder",
     "num_bytes",

@@ -360,8 +360,7 @@ def download(location: str | Location, target: Path) -> None:
 
     def copy() -> None:
         with filesystem.open_input_stream(path, compression=None) as source, target.open("wb") as sink:
-            while chunk := source.read(COPY_BYTES):
-                sink.write(chunk)
+            shutil.copyfileobj(source, sink, COPY_BYTES)
 
     with disk_full_as_error(target):
         with_retries(location, copy)

@@ -162,6 +162,5 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _common_folder(paths: list[str]) -> str:
     folders = [path.rsplit("/", 1)[0].split("/") for path in paths]
-    common = [parts[0] for parts in zip(*folders, strict=False) if len(set(parts)) == 1]
-    prefix = next((i for i, parts in enumerate(zip(*folders, strict=False)) if len(set(parts)) > 1), len(common))
-    return "/".join(common[:prefix]) + "/"
+    common = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
+    return "/".join(parts[0] for parts in common) + "/"

@@ -15,14 +15,13 @@ from pipelines.storage.files import (
     DRAFT_ENDING,
     download,
     exists,
-    is_folder,
-    list_folders,
     list_names,
     make_folder,
     remove_file,
     upload,
     write_atomically,
 )
+from pipelines.storage.find import find_below
 from pipelines.storage.location import Location, resolve
 from pipelines.storage.retry import StorageError, no_bucket, with_retries
 
@@ -66,14 +65,6 @@ def download_files(source: str | Location, names: Iterable[str], target: Path) -
     with ThreadPoolExecutor(_COPIES_AT_ONCE) as pool:
         list(pool.map(lambda name: download(source / name, target / name), names))
     return target
-
-
-def list_tree(folder: str | Location) -> Iterator[str]:
-    """Names of all files below a folder, relative to it."""
-    folder = Location.parse(folder)
-    yield from sorted(list_names(folder))
-    for name in list_folders(folder):
-        yield from (f"{name}/{below}" for below in list_tree(folder / name))
 
 
 def check_access(location: str | Location, *, writes: bool = False) -> None:
@@ -130,11 +121,7 @@ class WorkFolder:
         if self.location.is_local:
             return
         for name in names:
-            found: list[str] = []
-            if is_folder(self.location / name):
-                found = [f"{name}/{file}" for file in list_tree(self.location / name)]
-            elif exists(self.location / name):
-                found = [name]
+            found = [f"{name}/{file.name}" if file.name else name for file in find_below(self.location / name)]
             download_files(self.location, found, self.path)
             for gone in self._published_below(name) - set(found):
                 (self.path / gone).unlink(missing_ok=True)

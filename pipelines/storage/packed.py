@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pipelines.storage.files import COPY_BYTES, disk_full_as_error
 from pipelines.storage.location import Location
-from pipelines.storage.reading import open_file
+from pipelines.storage.reading import ReadOnlyStream, open_file
 
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\x1f\x8b", "gzip"),
@@ -55,7 +55,7 @@ def open_unpacked(location: str | Location) -> Iterator[BinaryIO]:
         yield stream
 
 
-class _UpToDamage(io.RawIOBase):
+class _UpToDamage(ReadOnlyStream):
     """A compressed file's content. Decompressors keep nothing of the read in which they find damage; this does."""
 
     def __init__(self, location: str | Location, compression: str) -> None:
@@ -73,9 +73,6 @@ class _UpToDamage(io.RawIOBase):
         if self._compression == "xz":
             return cast(BinaryIO, self._opened.enter_context(lzma.open(cast(BinaryIO, self._packed))))
         return cast(BinaryIO, pa.CompressedInputStream(pa.PythonFile(self._packed, mode="r"), self._compression))
-
-    def readable(self) -> bool:
-        return True
 
     def read(self, size: int = -1) -> bytes:
         parts, left = [], size
@@ -117,7 +114,7 @@ class _UpToDamage(io.RawIOBase):
         super().close()
 
 
-class _Packed(io.RawIOBase):
+class _Packed(ReadOnlyStream):
     """The compressed bytes of a file, so many at a time.
 
     It notes that reading itself failed: decompressors raise the same for that as for damage, and errors of storages
@@ -127,9 +124,6 @@ class _Packed(io.RawIOBase):
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream, self._size = stream, size
         self.fault: OSError | None = None
-
-    def readable(self) -> bool:
-        return True
 
     def read(self, size: int = -1) -> bytes:
         try:

@@ -31,7 +31,21 @@ def open_file(location: str | Location) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, remote)
 
 
-class _RemoteFile(io.RawIOBase):
+class ReadOnlyStream(io.RawIOBase):
+    """A stream of bytes; a subclass says what ``read`` gives."""
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read into a buffer; returns how many bytes."""
+        data = self.read(len(buffer)) or b""
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class _RemoteFile(ReadOnlyStream):
     """A file of another storage. It is opened again where reading fails."""
 
     def __init__(self, location: Location) -> None:
@@ -57,9 +71,6 @@ class _RemoteFile(io.RawIOBase):
             raise OSError(f"{len(data)} bytes came of {size} at {self._position}")
         return data
 
-    def readable(self) -> bool:
-        return True
-
     def seekable(self) -> bool:
         return True
 
@@ -77,11 +88,6 @@ class _RemoteFile(io.RawIOBase):
         data = with_retries(self._location, lambda: self._read_at_position(wanted)) if wanted else b""
         self._position += len(data)
         return data
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
 
     def close(self) -> None:
         self._opened = None

@@ -44,7 +44,6 @@ def test_a_folder_comes_back_as_it_went(tmp_path):
     (source / "deep/x.bin").write_bytes(bytes(range(256)) * 100)
     (source / MANIFEST).write_text("{}")
     storage.upload_folder(source, "s3://bucket/folder", MANIFEST)
-    assert list(storage.list_tree("s3://bucket/folder")) == ["manifest.json", "deep/x.bin"]
     assert [file.name for file in storage.find_below("s3://bucket/folder")] == ["deep/x.bin", "manifest.json"]
     copy = storage.download_files("s3://bucket/folder", ["deep/x.bin"], tmp_path / "b")
     assert (copy / "deep/x.bin").read_bytes() == (source / "deep/x.bin").read_bytes()

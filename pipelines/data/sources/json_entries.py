@@ -13,7 +13,6 @@ UTF-32, are read from their start, as one unit.
 from __future__ import annotations
 
 import codecs
-import io
 import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -348,16 +347,13 @@ def open_entries(location: storage.Location) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, _Transcoded(stream, encoding)) if encoding else stream
 
 
-class _Transcoded(io.RawIOBase):
+class _Transcoded(storage.ReadOnlyStream):
     """A stream in another encoding, read as UTF-8."""
 
     def __init__(self, stream: BinaryIO, encoding: str) -> None:
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
         self._ready = b""
-
-    def readable(self) -> bool:
-        return True
 
     def read(self, size: int = -1) -> bytes:
         while size < 0 or len(self._ready) < size:
@@ -373,8 +369,3 @@ class _Transcoded(io.RawIOBase):
         size = len(self._ready) if size < 0 else size
         data, self._ready = self._ready[:size], self._ready[size:]
         return data
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)

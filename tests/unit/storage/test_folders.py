@@ -26,8 +26,8 @@ def test_the_file_that_completes_a_folder_comes_last(source, tmp_path, monkeypat
     monkeypatch.setattr(folders, "upload", lambda path, to: (sent.append(path.name), upload(path, to))[1])
     upload_folder(source, target, "manifest.json")
     assert sorted(sent[:2]) == ["a", "z"] and sent[2:] == ["manifest.json"]
-    assert list(storage.list_tree(target)) == ["a", "manifest.json", "sub/z"]
-    copy = storage.download_files(target, storage.list_tree(target), tmp_path / "copy/deep")
+    assert [file.name for file in storage.find_below(target)] == ["a", "manifest.json", "sub/z"]
+    copy = storage.download_files(target, [file.name for file in storage.find_below(target)], tmp_path / "copy/deep")
     assert {path.relative_to(copy).as_posix(): path.read_text() for path in copy.rglob("*") if path.is_file()} == {
         name: f"new {name}" for name in ("a", "manifest.json", "sub/z")
     }
@@ -37,7 +37,7 @@ def test_a_folder_may_lack_the_file_that_completes_others(source, tmp_path):
     target = f"memory://uploaded/{tmp_path.name}"
     storage.write_atomically(f"{target}/done.json", b"old")
     upload_folder(source, target, "done.json")
-    assert list(storage.list_tree(target)) == ["a", "manifest.json", "sub/z"]
+    assert [file.name for file in storage.find_below(target)] == ["a", "manifest.json", "sub/z"]
 
 
 def test_a_folder_that_is_replaced_is_not_complete_until_it_is(source, tmp_path, monkeypatch):
