@@ -63,7 +63,18 @@ class Spread(TypedDict):
 
 
 class RowCounts(TypedDict, total=False):
-    """Samples by outcome: fields of ``ingest.publish.Counts``; a set that was not made by an ingest has none."""
+    """Samples by outcome; ``rows_in`` is the sum of the four below it. A set that was not made by an ingest has none.
+
+    Attributes:
+        rows_in: input samples.
+        rows_out: rows kept.
+        duplicates: dropped, because an earlier row is the same.
+        filtered: removed by filters.
+        quarantined: set apart, because something is wrong with them.
+        near_duplicates: rows that were kept, and hardly differ from an earlier one.
+        filters: filter -> samples that it removed.
+        changes: kind of change -> rows that were kept, but changed; see docs/data_format.md.
+    """
 
     rows_in: int
     rows_out: int
@@ -103,11 +114,11 @@ class ShardInfo:
         name = content["file"]
         if not isinstance(name, str) or not name or name in (".", "..") or set(name) & {"/", "\\", "\0"}:
             raise ValueError(f"{name!r} is no file name")
-        rows, num_bytes = (_positive(content[key], least=0) for key in ("rows", "bytes"))
+        rows, num_bytes = (_whole_number(content[key], least=0) for key in ("rows", "bytes"))
         return cls(name, rows, num_bytes, str(content["sha256"]), dict(content.get("statistics") or {}))
 
 
-def _positive(value: Any, least: int = 1) -> int:
+def _whole_number(value: Any, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{value!r} is no number of at least {least}")
     return value
@@ -170,24 +181,14 @@ class Manifest:
         try:
             shards = tuple(ShardInfo.from_json(shard) for shard in content["shards"])
             counts, settings = cast(RowCounts, dict(content["counts"])), dict(content["settings"])
-            return cls(str(content["source"]), shards, counts, settings, _positive(content["batch_rows"]))
+            return cls(str(content["source"]), shards, counts, settings, _whole_number(content["batch_rows"], least=1))
         except (KeyError, TypeError, ValueError) as error:
             raise ShardError(f"{location} is damaged ({type(error).__name__}: {error}): {PREPARE_AGAIN}") from error
 
 
 def record_batch(rows: Sequence[SampleRow]) -> pa.RecordBatch:
     """Rows as one record batch of ``SCHEMA``."""
-    columns = {
-        "id": [row.id for row in rows],
-        "source": [row.source for row in rows],
-        "task": [row.task for row in rows],
-        "image": [row.image for row in rows],
-        "width": [row.width for row in rows],
-        "height": [row.height for row in rows],
-        "turns": [[{"question": turn.question, "answers": turn.answers} for turn in row.turns] for row in rows],
-        "boxes": [row.boxes for row in rows],
-    }
-    return pa.record_batch([pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names], schema=SCHEMA)
+    return pa.RecordBatch.from_pylist([row.to_dict() for row in rows], schema=SCHEMA)
 
 
 class ShardWriter:

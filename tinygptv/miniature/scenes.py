@@ -15,11 +15,11 @@ from typing import TypedDict, TypeVar
 
 import numpy as np
 
+from tinygptv.data.boxes import Box
 from tinygptv.miniature.shapes import SHAPES, outline
 
 T = TypeVar("T")
 RGB = tuple[int, int, int]
-Box = tuple[float, float, float, float]
 
 COLOURS: dict[str, RGB] = {
     "red": (208, 28, 32),

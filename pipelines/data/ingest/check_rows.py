@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from pipelines.data.sources.base import Changes, Filtered, Malformed, shorten
 from pipelines.settings import PrepareDataSettings
+from tinygptv.data.boxes import Box
 from tinygptv.data.prompts import INSTRUCTIONS, TEMPLATES, escape_markers
 from tinygptv.data.sample import SampleRow, Turn
 
@@ -26,8 +27,6 @@ _LEAST_REPEATED = 8
 _WORD = re.compile(r"\w+")
 _BOX_TEXT = re.compile(r"\{<\s*-?[\d.][^{}]*\}")
 _GOOD_BOX_TEXT = re.compile(r"\{<(\d{1,3})><(\d{1,3})><(\d{1,3})><(\d{1,3})>\}")
-
-Box = tuple[float, float, float, float]
 
 
 def check_row(row: SampleRow, *, web: bool, settings: PrepareDataSettings, changes: Changes | None = None) -> SampleRow:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 
 from pipelines import storage
 from pipelines.data.ingest.staging import any_exists, content_settings, fingerprint
@@ -46,7 +46,7 @@ class SetInputs:
     source: dict[str, str]
     files: tuple[FileFacts, ...]
     settings: dict[str, object]
-    missing: tuple[tuple[str, str], ...] = field(default=())
+    missing: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, source: SourceInput, units: Sequence[SourceUnit], settings: PrepareDataSettings) -> SetInputs:

@@ -188,17 +188,17 @@ def _prepare(
             storage.remove_folder(staging)
             raise
     inputs.write(output, staged.missing())
-    return {**counts.to_dict(), "units": len(units), "reused_units": reused}
+    return {**counts, "units": len(units), "reused_units": reused}
 
 
 def _run_units(settings: PrepareDataSettings, units: Sequence[SourceUnit], staging: str) -> int:
     """Read all units into the staging folder; returns how many were finished already."""
     rows_in = rows = reused = 0
-    setup = partial(_unit_reader, settings, staging)
+    setup, workers = partial(_unit_reader, settings, staging), Workers(settings.num_workers)
     with Bar(f"prepare {settings.source}", quiet=settings.quiet) as bar:
         numbered = list(enumerate(units))
         done = map_units(
-            setup, numbered, _workers(settings), settings, name="prepare_data", num_bytes=lambda unit: unit[1].num_bytes
+            setup, numbered, workers, settings, name="prepare_data", num_bytes=lambda unit: unit[1].num_bytes
         )
         for count, (_, outcome) in enumerate(done, start=1):
             rows_in, rows, reused = rows_in + outcome.rows_in, rows + outcome.rows, reused + outcome.was_finished
@@ -237,9 +237,8 @@ def _write_shards(settings: PrepareDataSettings, plans: list[ShardPlan]) -> list
     copies = [number for number, plan in enumerate(plans) if len(plan.pieces) > 1 or plan.pieces[0].rows is not None]
     if len(copies) <= 1:
         return [write_shard(plan) for plan in plans]
-    work = map_units(
-        _shard_writer, [(n, plans[n]) for n in copies], _workers(settings), settings, name="prepare_data: shards"
-    )
+    numbered, workers = [(n, plans[n]) for n in copies], Workers(settings.num_workers)
+    work = map_units(_shard_writer, numbered, workers, settings, name="prepare_data: shards")
     written = {number: info for (number, _), info in work}
     return [written[number] if number in written else write_shard(plan) for number, plan in enumerate(plans)]
 
@@ -250,10 +249,6 @@ def _shard_writer() -> Callable[[tuple[int, ShardPlan]], ShardInfo]:
             return write_shard(numbered[1])
 
     return write
-
-
-def _workers(settings: PrepareDataSettings) -> Workers:
-    return Workers(settings.num_workers)
 
 
 @contextmanager

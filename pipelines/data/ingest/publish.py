@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import cast
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -84,35 +83,6 @@ class NothingKeptError(ValueError):
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Counts of the samples by outcome; ``rows_in`` is the sum of the four below it.
-
-    Attributes:
-        rows_in: input samples.
-        rows_out: rows kept.
-        duplicates: dropped, because an earlier row is the same.
-        filtered: removed by filters.
-        quarantined: set apart, because something is wrong with them.
-        near_duplicates: rows that were kept, and hardly differ from an earlier one.
-        filters: filter -> samples that it removed.
-        changes: kind of change -> rows that were kept, but changed; see docs/data_format.md.
-    """
-
-    rows_in: int
-    rows_out: int
-    duplicates: int
-    filtered: int
-    quarantined: int
-    near_duplicates: int
-    filters: dict[str, int]
-    changes: dict[str, int]
-
-    def to_dict(self) -> RowCounts:
-        """As in the files."""
-        return cast(RowCounts, asdict(self))
-
-
-@dataclass(frozen=True)
 class _Rows:
     """Hashes of all rows of a source, in row order, and where each unit starts."""
 
@@ -122,7 +92,7 @@ class _Rows:
     perceptual: np.ndarray
 
 
-def publish(settings: PrepareDataSettings, source: str, output: str, staging: Staging, write: Write) -> Counts:
+def publish(settings: PrepareDataSettings, source: str, output: str, staging: Staging, write: Write) -> RowCounts:
     """Make the shard set out of the staged units.
 
     Args:
@@ -145,7 +115,7 @@ def publish(settings: PrepareDataSettings, source: str, output: str, staging: St
     plans, totals = _plan_shards(settings, output, staging, stays)
     shards = tuple(
         replace(info, statistics=statistics)
-        for info, statistics in zip(write(plans), totals.shard_statistics(), strict=True)
+        for info, statistics in zip(write(plans), totals.shard_statistics, strict=True)
     )
     near = find_near_duplicates(rows.image * stays, rows.perceptual, settings.near_duplicate_bits)
     names = RowNames(staging, rows.starts)
@@ -153,7 +123,7 @@ def publish(settings: PrepareDataSettings, source: str, output: str, staging: St
     dropped = np.flatnonzero(~stays)
     filters, num_quarantined = write_lists(source, output, staging, repeated_rows(names, dropped, first))
     num_kept, num_filtered = int(stays.sum()), sum(filters.values())
-    counts = Counts(
+    counts = RowCounts(
         rows_in=num_kept + len(dropped) + num_filtered + num_quarantined,
         rows_out=num_kept,
         duplicates=len(dropped),
@@ -166,43 +136,43 @@ def publish(settings: PrepareDataSettings, source: str, output: str, staging: St
     _remove_stale_shards(output, {shard.file for shard in shards})
     if num_kept == 0:
         raise NothingKeptError(_nothing_kept(source, output, counts, totals))
-    manifest = Manifest(source, shards, counts.to_dict(), content_settings(settings))
+    manifest = Manifest(source, shards, counts, content_settings(settings))
     write_report(output, ShardSet(output, manifest), totals)
     storage.write_atomically(storage.join(output, MANIFEST), manifest.to_json())
     _warn(source, output, counts, totals)
     return counts
 
 
-def _nothing_kept(source: str, output: str, counts: Counts, totals: Totals) -> str:
-    if counts.quarantined >= counts.filtered and totals.examples:
+def _nothing_kept(source: str, output: str, counts: RowCounts, totals: Totals) -> str:
+    if counts["quarantined"] >= counts["filtered"] and totals.examples:
         reason, number = totals.reasons.most_common(1)[0]
         most = f"{number:,} of them, e.g.: {totals.examples[reason]}"
         where = QUARANTINE
     else:
-        most = ", ".join(f"filter {name}: {number:,}" for name, number in counts.filters.items())
+        most = ", ".join(f"filter {name}: {number:,}" for name, number in counts["filters"].items())
         where = REMOVED
     return (
-        f"none of the {counts.rows_in:,} samples of {source} could be kept ({most}). Is it the right input? "
+        f"none of the {counts['rows_in']:,} samples of {source} could be kept ({most}). Is it the right input? "
         f"{storage.join(output, where)} lists all."
     )
 
 
-def _warn(source: str, output: str, counts: Counts, totals: Totals) -> None:
+def _warn(source: str, output: str, counts: RowCounts, totals: Totals) -> None:
     """Say so where much was set apart, or texts were cut."""
-    if counts.quarantined > _MUCH * counts.rows_in:
+    if counts["quarantined"] > _MUCH * counts["rows_in"]:
         reason, number = totals.reasons.most_common(1)[0]
         logger.warning(
             "%s: %s of %s samples (%.0f %%) are quarantined; the commonest reason (%s): %s. %s lists all.",
             source,
-            f"{counts.quarantined:,}",
-            f"{counts.rows_in:,}",
-            100 * counts.quarantined / counts.rows_in,
+            f"{counts['quarantined']:,}",
+            f"{counts['rows_in']:,}",
+            100 * counts["quarantined"] / counts["rows_in"],
             f"{number:,}",
             totals.examples[reason],
             storage.join(output, QUARANTINE),
         )
-    if counts.changes:
-        changes = ", ".join(f"{name} {number:,}" for name, number in counts.changes.items())
+    if counts["changes"]:
+        changes = ", ".join(f"{name} {number:,}" for name, number in counts["changes"].items())
         logger.info("%s: rows that were kept, but changed: %s (docs/data_format.md)", source, changes)
 
 

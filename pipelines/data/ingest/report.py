@@ -61,8 +61,10 @@ class Totals:
     Attributes:
         histograms: name -> rows per bin.
         kept_images: rows whose image kept its bytes.
+        images: rows with an image.
         reasons: quarantine reason, with names and numbers taken out -> samples.
         examples: the same -> the first such reason as it was.
+        shard_statistics: least, mean and most of each column, per shard.
     """
 
     histograms: dict[str, np.ndarray] = field(
@@ -72,11 +74,11 @@ class Totals:
     images: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
-    _shards: list[dict[str, Spread]] = field(default_factory=list)
+    shard_statistics: list[dict[str, Spread]] = field(default_factory=list)
     _waiting: list[pa.Table] = field(default_factory=list)
 
     def add(self, index: pa.Table) -> None:
-        """Count rows; see ``unit.INDEX_SCHEMA``."""
+        """Count rows; see ``staging.INDEX_SCHEMA``."""
         self._waiting.append(index)
         width, height = index["width"].to_numpy(), index["height"].to_numpy()
         with_image = width > 0
@@ -100,11 +102,7 @@ class Totals:
         """The rows since the last call are one shard."""
         table = pa.concat_tables(self._waiting)
         self._waiting = []
-        self._shards.append({name: _spread(table[name].to_numpy()) for name in _STATISTICS})
-
-    def shard_statistics(self) -> list[dict[str, Spread]]:
-        """Least, mean and most of each column, per shard."""
-        return self._shards
+        self.shard_statistics.append({name: _spread(table[name].to_numpy()) for name in _STATISTICS})
 
     def _count(self, name: str, values: np.ndarray) -> None:
         borders = np.array(BINS[name])

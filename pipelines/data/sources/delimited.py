@@ -23,7 +23,7 @@ from typing import BinaryIO
 from pipelines import storage
 from pipelines.data.sources.base import Changes, ReadResult, Rejected, SourceInput, SourceUnit, find_input, shorten
 from pipelines.data.sources.drafts import read_drafts
-from pipelines.data.sources.images import ImageFolder, ImageLayout, find_image_folder
+from pipelines.data.sources.images import BESIDE, ImageFolder, find_image_folder
 from pipelines.data.sources.json_entries import plain_name
 from pipelines.data.sources.own_rows import ROW_FIELDS, read_own_row
 from pipelines.settings import SettingsError
@@ -37,7 +37,6 @@ DelimitedRow = tuple[str, JsonObject | Rejected]
 
 _LONGEST_FIELD = 16 << 20
 _HEAD_BYTES = 4096
-_BESIDE = ImageLayout((".",))
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class DelimitedReader:
         for file in find_input(source, "*.csv", "*.tsv", "*.{csv,tsv}.{gz,bz2,xz,zst}"):
             if next(read_delimited(file.location), None) is None:
                 raise SettingsError(f"{file.location} holds no rows: is it the right file?")
-            yield SourceUnit.of_file(source, file, find_image_folder(source, file.location, _BESIDE))
+            yield SourceUnit.of_file(source, file, find_image_folder(source, file.location, BESIDE))
 
     def read(self, unit: SourceUnit, changes: Changes | None = None) -> Iterator[ReadResult]:
         """Rows of a file; a broken one is set apart alone."""

@@ -8,10 +8,9 @@ from typing import Any
 
 from pipelines.data.sources.base import Changes, Malformed, ReadResult, SourceUnit, rejection
 from pipelines.data.sources.images import ImageFolder
+from tinygptv.data.boxes import Box
 from tinygptv.data.prompts import LONGEST_CAPTION, clean_caption
 from tinygptv.data.sample import SampleRow, Turn
-
-Box = tuple[float, float, float, float]
 
 _NO_BOUND = 1 << 30
 

@@ -95,6 +95,10 @@ COCO = ImageLayout(
 )
 
 
+BESIDE = ImageLayout((".",))
+"""Images are named relative to the annotation file."""
+
+
 def find_image_folder(source: SourceInput, file: storage.Location, layout: ImageLayout) -> storage.Location:
     """The folder of a source's images: ``images=``, else the first of the layout's folders that is there.
 

@@ -21,14 +21,13 @@ from pipelines.data.sources.base import (
 )
 from pipelines.data.sources.delimited import is_delimited
 from pipelines.data.sources.drafts import read_drafts
-from pipelines.data.sources.images import ImageFolder, ImageLayout, find_image_folder
+from pipelines.data.sources.images import BESIDE, ImageFolder, find_image_folder
 from pipelines.data.sources.json_entries import detect_form, plan_entries, read_entries
 from pipelines.data.sources.own_rows import ROW_FIELDS, read_own_row
 from pipelines.data.sources.table_files import find_tables
 from pipelines.settings import SettingsError
 
 _BATCH_ROWS = 64
-_BESIDE = ImageLayout((".",))
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class JsonRowsReader:
                 raise SettingsError(
                     f"{file.location} is a table with separators (CSV or TSV), not JSON: use source=csv."
                 )
-            folder = find_image_folder(source, file.location, _BESIDE)
+            folder = find_image_folder(source, file.location, BESIDE)
             yield from plan_entries(source, file, detect_form(file, row_fields=ROW_FIELDS), folder)
 
     def read(self, unit: SourceUnit, changes: Changes | None = None) -> Iterator[ReadResult]:
@@ -78,7 +77,7 @@ class TableReader:
     def plan(self, source: SourceInput) -> Iterator[SourceUnit]:
         """One unit per Arrow file, or per ``ENTRIES_PER_UNIT`` rows and more of a Parquet file."""
         if source.images:
-            find_image_folder(source, storage.Location.parse(source.input), _BESIDE)
+            find_image_folder(source, storage.Location.parse(source.input), BESIDE)
         num_units = 0
         for file in find_tables(source):
             for unit in _plan_table(SourceUnit.of_file(source, file)):

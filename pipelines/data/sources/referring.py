@@ -21,12 +21,13 @@ from pipelines.data.sources.base import (
     rejection,
     shorten,
 )
-from pipelines.data.sources.drafts import Box, Draft, read_drafts
+from pipelines.data.sources.drafts import Draft, read_drafts
 from pipelines.data.sources.images import COCO, ImageFolder, ImageLayout, find_image_folder
 from pipelines.data.sources.json_entries import detect_form, open_entries, plan_entries, read_entries
 from pipelines.data.sources.json_items import Item, JsonDamage, iterate_items
 from pipelines.data.sources.pickles import UnsafePickleError, load_plain_pickle
 from pipelines.settings import SettingsError
+from tinygptv.data.boxes import Box
 from tinygptv.data.sample import Turn
 
 LARGEST_REGION = 16384

@@ -27,6 +27,7 @@ from pipelines.evaluation.benchmarks.files import DataFolder
 from pipelines.evaluation.benchmarks.grounding import OVERLAPS, score_refer
 from pipelines.settings import SettingsError
 from tinygptv.data.boxes import format_box
+from tinygptv.data.image_orientation import read_orientation
 from tinygptv.data.prompt_layout import Exchange
 from tinygptv.data.prompts import EVALUATION_INSTRUCTIONS, INSTRUCTIONS
 from tinygptv.metrics.metrics import exact_match, vqa_accuracy
@@ -138,8 +139,7 @@ def _size(path: Path) -> tuple[int, int]:
     """Width and height of an image as it is looked at; 1 x 1 where it cannot be opened, which is counted later."""
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            return (image.height, image.width) if turned else image.size
+            return image.size if read_orientation(image) < 5 else (image.height, image.width)
     except (OSError, ValueError):
         return 1, 1
 

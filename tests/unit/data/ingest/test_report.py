@@ -80,7 +80,7 @@ def test_totals_count_each_row_in_its_bin_and_each_shard_by_itself():
         "image_kilobytes": {2: 2, 5: 1},
         "words": {1: 1, 3: 1, 5: 1, 200: 1},
     }
-    first, second = totals.shard_statistics()
+    first, second = totals.shard_statistics
     assert first["words"] == {"least": 1, "mean": 3.67, "most": 7}
     assert first["image_bytes"] == {"least": 0, "mean": 2333, "most": 4999}
     assert second["words"] == {"least": 250, "mean": 250, "most": 250}
