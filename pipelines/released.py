@@ -13,7 +13,7 @@ import logging
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import psutil
 
@@ -29,6 +29,9 @@ from tinygptv.convert.sources import all_parts
 from tinygptv.quantization.artifact import METHODS
 from tinygptv.training.memory_plan import GIB, inference_memory
 from tinygptv.training.stages import get_stage
+
+if TYPE_CHECKING:
+    from pipelines.export import ExportResult
 
 logger = logging.getLogger(__name__)
 
@@ -316,7 +319,7 @@ def _convert(settings: ReleasedSettings, output: Path, files: dict[str, str]) ->
     return checkpoint
 
 
-def _quantize(settings: ReleasedSettings, plan: Plan, checkpoint: Path, output: Path) -> Any:
+def _quantize(settings: ReleasedSettings, plan: Plan, checkpoint: Path, output: Path) -> ExportResult:
     from pipelines.export import export
     from pipelines.fingerprint import OtherInputsError
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO
 
 import httpx
 
@@ -35,9 +35,8 @@ SAMPLE = "sample"
 """Name that asks for samples: of all sets, or of those that are named beside it."""
 RECORD_FILE = "sample.json"
 DEFAULT_ROWS = 1000
-_CHUNK_BYTES = 1 << 20
 
-Open = Callable[[], IO[bytes]]
+Open = Callable[[], io.BufferedReader]
 
 
 class Record:
@@ -107,7 +106,7 @@ class Annotations:
                     return found
         return None
 
-    def _open(self, file: SourceFile) -> IO[bytes]:
+    def _open(self, file: SourceFile) -> io.BufferedReader:
         local = self.local(file.path)
         if local:
             return local.open("rb")
@@ -120,8 +119,7 @@ class Annotations:
 
         def bring() -> None:
             with opened() as stream, storage.AtomicFile(str(target)) as sink:
-                while chunk := stream.read(_CHUNK_BYTES):
-                    sink.write(chunk)
+                shutil.copyfileobj(stream, sink, storage.COPY_BYTES)
 
         with storage.disk_full_as_error(target):
             self.retries.run(target.name, bring)
@@ -140,8 +138,8 @@ class Annotations:
 
         def read() -> tuple[bool, list[Item]]:
             with opened() as stream:
-                is_list = stream.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["  # type: ignore[attr-defined]
-                return is_list, list(islice(iterate_items(stream, member, keep_data=True), count))  # type: ignore[arg-type]
+                is_list = stream.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+                return is_list, list(islice(iterate_items(stream, member, keep_data=True), count))
 
         try:
             is_list, items = self.retries.run(target.name, read)

@@ -18,7 +18,11 @@ def valid_name(key: str) -> str:
     characters."""
     name = posixpath.normpath(_INVALID.sub("_", key)).lstrip("/")
     name = "_" if name in ("", ".") or name.startswith("..") else name
-    return name if len(name) <= _MAX_LENGTH else f"{name[: _MAX_LENGTH - 9]}-{zlib.crc32(key.encode()):08x}"
+    return name if len(name) <= _MAX_LENGTH else _with_hash(name, key)
+
+
+def _with_hash(name: str, key: str) -> str:
+    return f"{name[: _MAX_LENGTH - 9]}-{zlib.crc32(key.encode()):08x}"
 
 
 class NameTable:
@@ -33,7 +37,7 @@ class NameTable:
         if key not in self._names:
             name = valid_name(key)
             if self._owners.get(name, key) != key:
-                name = f"{name[: _MAX_LENGTH - 9]}-{zlib.crc32(key.encode()):08x}"
+                name = _with_hash(name, key)
             if name != key:
                 logger.info("%r is logged as %r: MLflow's names have letters, digits and _-./ : only.", key, name)
             self._names[key], self._owners[name] = name, key

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,28 +303,19 @@ def apply_stage_settings(stage: Stage, changes: dict[str, Any]) -> Stage:
     Raises:
         SettingsError: a field is unknown.
     """
+    known = sorted(field.name for field in dataclasses.fields(Stage))
     values: dict[str, Any] = {}
     for key, value in changes.items():
-        if key not in {field.name for field in dataclasses.fields(Stage)}:
-            known = [field.name for field in dataclasses.fields(Stage)]
-            raise SettingsError(f"stage.{key} is no field of a stage; {near_match(key, sorted(known))}")
+        if key not in known:
+            raise SettingsError(f"stage.{key} is no field of a stage; {near_match(key, known)}")
         try:
-            values[key] = _stage_value(stage, key, _numbers(value))
+            values[key] = _stage_value(stage, key, value)
         except (TypeError, ValueError) as error:
             raise SettingsError(f"stage.{key}={value!r} is not usable: {str(error).rstrip('.')}.") from error
     try:
         return dataclasses.replace(stage, **values)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-
-
-def _numbers(value: Any) -> Any:
-    """Numbers such as ``5e-4``, which YAML 1.1 reads as text because they have no dot."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    return value
 
 
 def _stage_value(stage: Stage, key: str, value: Any) -> Any:

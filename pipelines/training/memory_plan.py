@@ -14,7 +14,7 @@ from pipelines.training.job import apply_stage_settings
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.quantization.artifact import METHODS
 from tinygptv.training.memory_plan import GIB, MemoryPlan, PlanBytes, TrainingMemory, inference_memory
-from tinygptv.training.stages import RECIPES, Stage, get_stage
+from tinygptv.training.stages import Stage, get_recipe, get_stage
 
 INFERENCE_FORMATS: dict[str, dict[str, str]] = {
     "bf16": dict.fromkeys(("vision_encoder", "qformer", "language_model", "lm_head"), "bf16") | {"projector": "full"},
@@ -108,10 +108,8 @@ def plan_memory(settings: PlanMemorySettings) -> MemoryResult:
         ValueError: a size or the recipe cannot be read.
     """
     card, small_card = parse_bytes(settings.gpu), parse_bytes(settings.inference_gpu)
-    if settings.recipe not in RECIPES:
-        raise ValueError(f"recipe is {settings.recipe!r}; known recipes: {sorted(RECIPES)}.")
-    train = settings.train_settings()
-    training = {str(stage.number): _plan_stage(train, stage, card) for stage in RECIPES[settings.recipe]}
+    stages, train = get_recipe(settings.recipe), settings.train_settings()
+    training = {str(stage.number): _plan_stage(train, stage, card) for stage in stages}
     inference = {name: _plan_inference(settings, formats, small_card) for name, formats in INFERENCE_FORMATS.items()}
     report: MemoryReport = {
         "gpu_bytes": card,

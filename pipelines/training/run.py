@@ -99,7 +99,7 @@ def _run_job(job: TrainJob, work: storage.WorkFolder, parent_run_id: str, starte
     job = dataclasses.replace(job, run=_begin_tracking(job, output, parent_run_id))
     work.publish(RUN_FILE, JOURNAL_FILE)  # the worker takes over what waits, if it writes there too
     logger.info("\n%s", describe_stage(job.settings, job.stage))
-    next_step = StateStore(storage.join(job.storage, "states"), 1).newest_step()
+    next_step = _newest_step(job)
     if next_step:
         logger.info("resuming at step %d of %d from %s/states", next_step, job.num_steps, redact(job.storage))
     job.stage.schedule.warn_if_rising()
@@ -187,12 +187,16 @@ def _training_run(settings: TrainSettings) -> str:
 def _refuse_shorter_run(job: TrainJob, output: Path) -> None:
     """Raise where the output holds more steps than are asked for: its states cannot be cut back."""
     finished = read_result(output)
-    done = max(finished["steps"] if finished else 0, StateStore(storage.join(job.storage, "states"), 1).newest_step())
+    done = max(finished["steps"] if finished else 0, _newest_step(job))
     if done > job.num_steps:
         raise SettingsError(
             f"{job.output} holds a run of {done} steps, and {job.num_steps} are asked for (max_steps, stage.schedule): "
             "give another output=, or overwrite=true to begin again."
         )
+
+
+def _newest_step(job: TrainJob) -> int:
+    return StateStore(storage.join(job.storage, "states"), 1).newest_step()
 
 
 def _finished_result(output: Path, num_steps: int) -> StageResult | None:
@@ -237,7 +241,7 @@ def _run_on_ray(job: TrainJob) -> WorkerResult:
     storage.remove_folder(storage.join(job.storage, _RAY_FOLDER))
     with start_ray(settings):
         least = settings.min_workers or settings.num_workers
-        worker = {"CPU": settings.cpus_per_worker, "GPU": float(settings.use_gpu)}
+        worker = {"CPU": settings.cpus_per_worker, **({"GPU": 1.0} if settings.use_gpu else {})}
         check_resources(worker, f"training (num_workers={least}, use_gpu={str(settings.use_gpu).lower()})", least)
         job = _with_loaders_that_fit(job)
         workers: Any = (settings.min_workers, settings.num_workers) if settings.min_workers else settings.num_workers
@@ -247,7 +251,7 @@ def _run_on_ray(job: TrainJob) -> WorkerResult:
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=settings.use_gpu,
-                resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.use_gpu else {})},
+                resources_per_worker=worker,
             ),
             run_config=RunConfig(
                 name=_RAY_FOLDER,

@@ -130,7 +130,7 @@ class StateStore:
 
     def _read(self, folder: str) -> tuple[dict[str, torch.Tensor], StateRecord]:
         if storage.is_local(folder):
-            return _load(folder.removeprefix("file://"))
+            return _load(storage.absolute(folder))
         with tempfile.TemporaryDirectory() as local:
             storage.download_files(folder, storage.list_names(folder), Path(local))
             return _load(local)
@@ -147,7 +147,7 @@ class StateStore:
     def _write_state(self, next_step: int, tensors: dict[str, torch.Tensor], record: StateRecord) -> None:
         folder = self.folder(next_step)
         if storage.is_local(folder):
-            save_training_state(folder.removeprefix("file://"), tensors, record)
+            save_training_state(storage.absolute(folder), tensors, record)
         else:
             with tempfile.TemporaryDirectory() as local:
                 storage.upload_folder(save_training_state(Path(local) / "state", tensors, record), folder, MANIFEST)
@@ -161,7 +161,7 @@ class StateStore:
         for folder in set(folders) - kept:
             storage.remove_folder(folder)
         if storage.is_local(self.location):
-            for leftover in Path(self.location.removeprefix("file://")).glob(".*.tmp"):
+            for leftover in Path(storage.absolute(self.location)).glob(".*.tmp"):
                 storage.remove_folder(str(leftover))
 
     def _loss(self, folder: str) -> tuple[bool, float]:

@@ -315,15 +315,24 @@ RECIPES: dict[str, tuple[Stage, ...]] = {"paper": _PAPER, "released": _RELEASED,
 """Recipe name -> its stages, in order."""
 
 
+def get_recipe(name: str) -> tuple[Stage, ...]:
+    """The stages of a recipe, in order.
+
+    Raises:
+        ValueError: there is no such recipe.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe is {name!r}; known recipes: {sorted(RECIPES)}.")
+    return RECIPES[name]
+
+
 def get_stage(recipe: str, number: int) -> Stage:
     """Look a stage up.
 
     Raises:
         ValueError: there is no such recipe or stage.
     """
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe is {recipe!r}; known recipes: {sorted(RECIPES)}.")
-    for stage in RECIPES[recipe]:
-        if stage.number == number:
-            return stage
-    raise ValueError(f"recipe {recipe!r} has no stage {number}; it has {[stage.number for stage in RECIPES[recipe]]}.")
+    stages = {stage.number: stage for stage in get_recipe(recipe)}
+    if number not in stages:
+        raise ValueError(f"recipe {recipe!r} has no stage {number}; it has {list(stages)}.")
+    return stages[number]

