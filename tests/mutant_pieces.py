@@ -211,6 +211,7 @@ _TRACKING: dict[str, Piece] = {
         for name, module in (("mlflow", "mlflow"), ("tracking_base", "base"))
     },
     "outbox": Piece("pipelines/tracking/outbox.py", ("tracking/test_outbox.py",)),
+    "tracking_client": Piece("pipelines/tracking/client.py", ("tracking/test_client.py",)),
     "mlflow_names": Piece("pipelines/tracking/names.py", ("tracking/test_mlflow_calls.py", "tracking/test_mlflow.py")),
     "registry": Piece("pipelines/tracking/registry.py", ("tracking/test_registry.py",)),
 }

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.redact import redact
+from pipelines.tracking.client import open_client
 from pipelines.tracking.described import DataInput, source_tags
 from pipelines.tracking.identity import RunIdentity
 from pipelines.tracking.names import NameTable, valid_name
@@ -293,18 +294,6 @@ class MLflowTracker:
         return new
 
 
-def open_client(uri: str) -> MlflowClient:
-    """A client of a tracking server or database.
-
-    MLflow would ask a database that it cannot open nine times more, which takes 100 s: the outbox does that, meanwhile.
-    """
-    from mlflow import MlflowClient
-    from mlflow.store.db import utils
-
-    utils.MAX_RETRY_COUNT = 1
-    return MlflowClient(tracking_uri=uri)
-
-
 def _get_run(client: MlflowClient, run_id: str) -> Run | None:
     """A run of this store; None where it has none of this id, or it was deleted."""
     from mlflow.exceptions import MlflowException
@@ -396,4 +385,4 @@ def _parts(items: Sequence[T], size: int) -> Iterable[list[T]]:
 
 
 def _one_line(error: Exception) -> str:
-    return redact(" ".join(str(error).split())[:200])
+    return redact(" ".join(str(error).split()))[:200]  # a password that is cut in its middle would stay

@@ -129,7 +129,7 @@ class Outbox:
             try:
                 self._send(entries)
             except Exception as error:  # a service that is down must not stop the work
-                reason = redact(" ".join(str(error).split())[:200])
+                reason = redact(" ".join(str(error).split()))[:200]
                 logger.warning("%d entries wait for the tracking service: %s", len(self._queue), reason)
                 self._write_journal()
                 return False

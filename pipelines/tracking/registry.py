@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.tracking.base import default_uri
-from pipelines.tracking.mlflow import open_client
+from pipelines.tracking.client import open_client
 
 if TYPE_CHECKING:
     from pipelines.settings import Settings

@@ -113,6 +113,16 @@ def test_a_damaged_journal_costs_its_damaged_line_only(service, tmp_path, caplog
     assert caplog.messages == [f"{tmp_path}/unsent.jsonl has a damaged line, which is left out."] * 3
 
 
+def test_a_long_reason_is_cut_behind_its_password(caplog):
+    def send(entries):
+        raise ConnectionError("x" * 180 + " http://me:secret@host")
+
+    box = Outbox(send)
+    box.put("tags", values={})
+    box.close()
+    assert "http://***@" in caplog.text and "secret" not in caplog.text
+
+
 def test_what_stays_unsent_is_told_at_the_end(service, tmp_path, caplog):
     service.up = False
     for journal in (tmp_path, None):

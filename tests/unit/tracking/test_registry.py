@@ -81,6 +81,7 @@ def test_the_alias_moves_to_the_newest_version_and_each_is_found(registry, tmp_p
 
 def test_the_default_registry_is_a_file_of_the_working_directory(registry, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlflow.db").touch()  # else it is made
     register_model(QuantizeSettings(), "run1", tmp_path, "tiny", "champion")
     assert registry.versions["tiny", "1"][2] == {}
     found = str(download_registered_model("models:/tiny@champion"))

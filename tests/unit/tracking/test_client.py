@@ -1,0 +1,83 @@
+"""Clients of MLflow, and SQLite databases that are there whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.tracking import client as module
+
+
+@pytest.fixture(autouse=True)
+def no_store(monkeypatch):
+    """No client opens a database."""
+    monkeypatch.setattr("mlflow.MlflowClient", lambda tracking_uri: None)
+
+
+def built(monkeypatch, content=b"whole", error=None):
+    """Stands for MLflow, which makes a database in seconds."""
+    made = []
+
+    def build(uri):
+        made.append(uri)
+        Path(uri.removeprefix("sqlite:///")).write_bytes(content)
+        if error:
+            raise error
+
+    monkeypatch.setattr(module, "_build", build)
+    return made
+
+
+def test_a_database_that_cannot_be_opened_is_asked_once(tmp_path, monkeypatch):
+    """MLflow itself would ask ten times, for 100 s, before a training begins and again at its end."""
+    from mlflow.store.db import utils
+
+    monkeypatch.setattr(utils, "MAX_RETRY_COUNT", 10)
+    monkeypatch.setattr(utils.time, "sleep", lambda seconds: pytest.fail("it is asked again"))
+    with pytest.raises(Exception, match="unable to open database file"):
+        module.open_client("http://127.0.0.1:9")
+        utils.create_sqlalchemy_engine_with_retry(f"sqlite:///{tmp_path}")
+
+
+@pytest.mark.parametrize("folder", [".", "new/folder"])
+def test_a_missing_database_is_made_whole(tmp_path, monkeypatch, folder):
+    made = built(monkeypatch)
+    path = tmp_path / folder / "mlflow.db"
+    for _ in range(2):
+        module.open_client(f"sqlite:///{path}")
+    assert path.read_bytes() == b"whole" and len(made) == 1
+    assert [each.name for each in path.parent.iterdir()] == ["mlflow.db"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk full")])
+def test_a_database_whose_making_is_stopped_is_not_there(tmp_path, monkeypatch, error):
+    """MLflow opens no database of which some tables are missing: nothing would be recorded in it, for good."""
+    built(monkeypatch, b"half", error)
+    with pytest.raises(type(error)):
+        module.open_client(f"sqlite:///{tmp_path}/mlflow.db")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_database_that_another_process_made_meanwhile_stays(tmp_path, monkeypatch):
+    path = tmp_path / "mlflow.db"
+    monkeypatch.setattr(module, "_build", lambda uri: [Path(uri[10:]).write_bytes(b"new"), path.write_bytes(b"runs")])
+    module.open_client(f"sqlite:///{path}")
+    assert path.read_bytes() == b"runs" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_system_without_hard_links_has_its_database(tmp_path, monkeypatch):
+    def refused(path, target):
+        raise PermissionError("Operation not permitted")
+
+    built(monkeypatch)
+    monkeypatch.setattr(Path, "hardlink_to", refused)
+    module.open_client(f"sqlite:///{tmp_path}/mlflow.db")
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("mlflow.db", b"whole")]
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:///:memory:", "sqlite:////x.db?mode=ro", "databricks"])
+def test_what_is_no_file_of_sqlite_is_not_made(monkeypatch, uri):
+    made = built(monkeypatch)
+    module.open_client(uri)
+    assert not made
