@@ -6,6 +6,7 @@ Source: MiniGPT-v2's box format as TinyGPT-V uses it (upstream release, demo_v2.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,13 @@ Box = tuple[float, float, float, float]
 """Corners x1, y1, x2, y2; in pixels or on the 0..100 grid, as the function says."""
 
 GRID = 100
+
+BOX_TOLERANCE = 0.02
+"""Tolerated reach of a box out of its image, as a share of the image's side; it is then clipped."""
+
+_LEAST_TOLERANCE = 2.0
+"""The same in pixels, for small images."""
+
 _BOX = re.compile(r"\{<(\d{1,3})><(\d{1,3})><(\d{1,3})><(\d{1,3})>\}")
 _PHRASE = re.compile(
     r"<p>(?P<phrase>(?:(?!<p>).)*?)</p>\s*(?P<boxes>\{<[\d<>]*\}(?:\s*(?:<delim>)?\s*\{<[\d<>]*\})*)", re.DOTALL
@@ -150,6 +158,33 @@ def to_pixels(box: Sequence[float], width: float, height: float) -> Box:
     """Scale a box from the 0..100 grid to pixels of an image of width x height."""
     x1, y1, x2, y2 = box
     return (x1 / GRID * width, y1 / GRID * height, x2 / GRID * width, y2 / GRID * height)
+
+
+def box_fault(box: Sequence[float], width: float, height: float) -> str:
+    """What keeps a box from being x1, y1, x2, y2 in pixels of its image, in words; empty where nothing does.
+
+    Args:
+        box: the box; it may reach a little out of the image.
+        width: of the image, in pixels.
+        height: the same for the height.
+    """
+    x1, y1, x2, y2 = box
+    what = box_in_words(box)
+    if not all(math.isfinite(corner) for corner in box):
+        return f"{what} has a corner that is no number"
+    if max(box) <= 1 and min(box) >= 0 and (width > 2 or height > 2):
+        return f"{what} is given in shares of the image: give pixels, of {width} x {height}"
+    if x2 < x1 or y2 < y1:
+        return f"{what} is turned round: give x1, y1, x2, y2 with x1 < x2 and y1 < y2, not width and height"
+    near_x, near_y = (max(_LEAST_TOLERANCE, BOX_TOLERANCE * side) for side in (width, height))
+    if x1 < -near_x or y1 < -near_y or x2 > width + near_x or y2 > height + near_y:
+        return f"{what} reaches out of the image of {width} x {height} pixels"
+    return ""
+
+
+def box_in_words(box: Sequence[float]) -> str:
+    """A box in a message."""
+    return "box " + ", ".join(f"{corner:g}" for corner in box)
 
 
 def iou(a: Sequence[float], b: Sequence[float], *, pixel_grid: bool = True) -> float:

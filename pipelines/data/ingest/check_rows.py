@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from dataclasses import replace
 
 from pipelines.data.sources.base import Changes, Filtered, Malformed, shorten
 from pipelines.settings import PrepareDataSettings
-from tinygptv.data.boxes import Box
+from tinygptv.data.boxes import Box, box_fault, box_in_words
 from tinygptv.data.prompts import INSTRUCTIONS, TEMPLATES, escape_markers
 from tinygptv.data.sample import SampleRow, Turn
 
 BOX_TASKS = ("refer", "identify")
-
-BOX_TOLERANCE = 0.02
-"""Tolerated reach of a box out of its image, as a share of the image's side; it is then clipped."""
-
-_LEAST_TOLERANCE = 2.0
-"""The same in pixels, for small images."""
 
 _LEAST_REPEATED = 8
 """Words of a caption from which on repetitions count."""
@@ -145,20 +138,12 @@ def check_boxes(row: SampleRow, changes: Changes | None = None) -> SampleRow:
 
 
 def _check_box(box: Box, width: int, height: int) -> Box:
+    if fault := box_fault(box, width, height):
+        raise Malformed(fault)
     x1, y1, x2, y2 = box
-    what = f"box {x1:g}, {y1:g}, {x2:g}, {y2:g}"
-    if not all(math.isfinite(corner) for corner in box):
-        raise Malformed(f"{what} has a corner that is no number")
-    if max(box) <= 1 and min(box) >= 0 and (width > 2 or height > 2):
-        raise Malformed(f"{what} is given in shares of the image: give pixels, of {width} x {height}")
-    if x2 < x1 or y2 < y1:
-        raise Malformed(f"{what} is turned round: give x1, y1, x2, y2 with x1 < x2 and y1 < y2, not width and height")
-    near_x, near_y = (max(_LEAST_TOLERANCE, BOX_TOLERANCE * side) for side in (width, height))
-    if x1 < -near_x or y1 < -near_y or x2 > width + near_x or y2 > height + near_y:
-        raise Malformed(f"{what} reaches out of the image of {width} x {height} pixels")
     clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
     if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
-        raise Malformed(f"{what} has no area in the image of {width} x {height} pixels")
+        raise Malformed(f"{box_in_words(box)} has no area in the image of {width} x {height} pixels")
     return clipped
 
 

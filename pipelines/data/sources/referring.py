@@ -135,8 +135,9 @@ def _reference(ref: Any, bbox: Any) -> Iterator[Draft]:
 
 
 def corners(x: float, y: float, width: float, height: float) -> Box:
-    """x, y, width, height -> x1, y1, x2, y2."""
-    return (float(x), float(y), float(x + width), float(y + height))
+    """x, y, width, height -> x1, y1, x2, y2. Texts of numbers are taken for these."""
+    x1, y1 = float(x), float(y)
+    return (x1, y1, x1 + float(width), y1 + float(height))
 
 
 @dataclass(frozen=True)

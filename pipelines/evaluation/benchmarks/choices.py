@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 
 from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question, Statistics, Truth, each
-from pipelines.evaluation.benchmarks.files import COCO_FOLDERS, DataFolder, read_json, read_lines, text_of, texts_of
+from pipelines.evaluation.benchmarks.files import (
+    COCO_FOLDERS,
+    DataFolder,
+    choice_of,
+    label_of,
+    read_json,
+    read_lines,
+    text_of,
+    texts_of,
+)
 from pipelines.evaluation.benchmarks.vqa import ask, read_aokvqa
 from tinygptv.metrics.metrics import auroc, exact_match, f1, pope_answer, precision, recall, yes_no
 from tinygptv.metrics.released import contains_answer, released_hateful
@@ -17,7 +26,7 @@ from tinygptv.metrics.released import contains_answer, released_hateful
 
 def _read_aokvqa_choice(data: DataFolder) -> Iterator[Question]:
     for entry in read_aokvqa(data):
-        truth: Truth = {"answer": entry.choices[entry.correct]}
+        truth: Truth = {"answer": choice_of(entry.choices, entry.correct)}
         yield Question(entry.id, ask("vqa", entry.question), entry.image, truth, choices=entry.choices)
 
 
@@ -34,7 +43,7 @@ def _read_iconqa(data: DataFolder) -> Iterator[Question]:
     images = files.images("iconqa/val/choose_txt", "val/choose_txt", "choose_txt", "iconvqa_images", "iconqa_images")
     for pid, entry in entries.items():
         choices = texts_of(entry["choices"])
-        truth: Truth = {"answer": choices[int(entry["answer"])]}
+        truth: Truth = {"answer": choice_of(choices, entry["answer"])}
         yield Question(pid, ask("vqa", entry["question"]), images.find(f"{pid}/image.png"), truth, choices=choices)
 
 
@@ -44,7 +53,7 @@ def _read_vsr(data: DataFolder) -> Iterator[Question]:
     path = files.find(*names, fields=("image", "caption", "label"), not_in=("random", "vsr_random"))
     images = files.images("train2017", "val2017", "trainval2017", "vsr_images", "images", *COCO_FOLDERS)
     for number, entry in enumerate(read_lines(path)):
-        truth: Truth = {"answer": "true" if int(entry["label"]) == 1 else "false"}
+        truth: Truth = {"answer": "true" if label_of(entry["label"]) else "false"}
         image = images.coco(entry["image"], "2017")
         yield Question(str(number), ask("true_false", entry["caption"]), image, truth, kind=entry.get("relation", ""))
 
@@ -56,11 +65,17 @@ def _read_pope(kind: str) -> Any:
         images = files.images(*COCO_FOLDERS)
         for entry in read_lines(path):
             image = images.coco(entry["image"])
-            yield Question(
-                str(entry["question_id"]), ask("vqa", entry["text"]), image, {"answer": text_of(entry["label"])}
-            )
+            truth: Truth = {"answer": _yes_or_no(entry["label"])}
+            yield Question(str(entry["question_id"]), ask("vqa", entry["text"]), image, truth)
 
     return read
+
+
+def _yes_or_no(label: object) -> str:
+    answer = text_of(label).strip().lower()
+    if answer not in ("yes", "no"):
+        raise ValueError(f"{answer[:80]!r} is neither yes nor no")
+    return answer
 
 
 def score_pope(answer: str, truth: Truth) -> float:
@@ -97,7 +112,7 @@ def _read_hateful(data: DataFolder) -> Iterator[Question]:
             str(entry["id"]),
             ask("hateful", entry["text"]),
             images.find(entry["img"], Path(entry["img"]).name),
-            {"label": int(entry["label"])},
+            {"label": label_of(entry["label"])},
             choices=("yes", "no"),
         )
 

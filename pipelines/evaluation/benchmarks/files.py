@@ -337,3 +337,40 @@ def texts_of(value: object) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise TypeError(f"{str(value)[:80]!r} is no list of texts but {type(value).__name__}")
     return tuple(text_of(text) for text in value)
+
+
+def label_of(value: Any) -> int:
+    """A field that must be 0 or 1, as a number or a text.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if str(value).lower() not in ("0", "1", "false", "true", "0.0", "1.0"):
+        raise ValueError(f"{str(value)[:80]!r} is neither 0 nor 1")
+    return int(str(value).lower() in ("1", "true", "1.0"))
+
+
+def choice_of(choices: Sequence[str], index: Any) -> str:
+    """The choice at a place, counted from 0; a negative one, as test sets have it for "unknown", is none.
+
+    Raises:
+        ValueError: there is none.
+    """
+    place = int(index)
+    if not 0 <= place < len(choices):
+        raise ValueError(f"{place} is no place among {len(choices)} choices")
+    return choices[place]
+
+
+def answers_of(answers: object) -> list[str]:
+    """Annotators' answers: a list of texts, or of ``{"answer": ..}``.
+
+    Raises:
+        ValueError: there are none, as in a test set.
+        TypeError: it is no list, or one is no text.
+    """
+    if answers == []:
+        raise ValueError("a question has no answers: is it a test set?")
+    if not isinstance(answers, list):
+        raise TypeError(f"{str(answers)[:80]!r} is no list of answers but {type(answers).__name__}")
+    return [text_of(answer["answer"] if isinstance(answer, dict) else answer) for answer in answers]

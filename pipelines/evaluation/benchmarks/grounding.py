@@ -12,6 +12,7 @@ from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question, S
 from pipelines.evaluation.benchmarks.files import COCO_FOLDERS, BenchmarkFiles, DataFolder, read_json
 from pipelines.evaluation.benchmarks.vqa import ask
 from pipelines.settings import SettingsError
+from tinygptv.data.boxes import box_fault
 from tinygptv.metrics.metrics import grounding_overlap, rec_hit
 from tinygptv.metrics.released import released_rec
 
@@ -56,16 +57,23 @@ def _question(key: str, sentence: str, image: Path, truth: Truth) -> Question:
     return Question(key, ask("refer", sentence), image, truth)
 
 
+def _truth(img_id: str, bbox: Sequence[float], width: int, height: int) -> Truth:
+    """What a score needs, of a box as x, y, width, height.
+
+    Raises:
+        ValueError: the box is none of its image, as one that is given by its corners.
+    """
+    box = corners(*bbox)
+    if fault := box_fault(box, width, height):
+        raise ValueError(fault)
+    return {"img_id": img_id, "box": box, "width": width, "height": height}
+
+
 def _read_list(files: BenchmarkFiles, path: Path) -> Iterator[Question]:
     """``[{img_id, sents, bbox, width, height}]``, the form of the MiniGPT-v2 evaluation; one entry per sentence."""
     images = files.images(*_FOLDERS)
     for number, entry in enumerate(read_json(path)):
-        truth: Truth = {
-            "img_id": entry["img_id"],
-            "box": corners(*entry["bbox"]),
-            "width": entry["width"],
-            "height": entry["height"],
-        }
+        truth = _truth(entry["img_id"], entry["bbox"], entry["width"], entry["height"])
         image = images.coco(entry["img_id"].split("_")[2], "train2014")
         yield _question(f"{number}-{entry['img_id']}", entry["sents"], image, truth)
 
@@ -87,13 +95,8 @@ def _read_references(files: BenchmarkFiles, data: ReferringData, split: str) -> 
     for ref in refs:
         if ref["split"] != split:
             continue
-        width, height = sizes[ref["image_id"]]
-        truth: Truth = {
-            "img_id": f"COCO_train2014_{ref['image_id']:012d}_{ref['ref_id']}",
-            "box": corners(*boxes[ref["ann_id"]]),
-            "width": width,
-            "height": height,
-        }
+        img_id = f"COCO_train2014_{ref['image_id']:012d}_{ref['ref_id']}"
+        truth = _truth(img_id, boxes[ref["ann_id"]], *sizes[ref["image_id"]])
         for sentence in ref["sentences"]:
             image = images.coco(ref["image_id"], "train2014")
             yield _question(str(sentence["sent_id"]), sentence["sent"], image, truth)

@@ -26,7 +26,7 @@ from pipelines.evaluation.benchmarks.base import Benchmark, Question, Truth
 from pipelines.evaluation.benchmarks.files import DataFolder
 from pipelines.evaluation.benchmarks.grounding import OVERLAPS, score_refer
 from pipelines.settings import SettingsError
-from tinygptv.data.boxes import format_box
+from tinygptv.data.boxes import box_fault, format_box
 from tinygptv.data.image_orientation import read_orientation
 from tinygptv.data.prompt_layout import Exchange
 from tinygptv.data.prompts import EVALUATION_INSTRUCTIONS, INSTRUCTIONS
@@ -38,6 +38,7 @@ METRICS = ("exact", "vqa", "iou")
 """``metric=`` of one's own rows."""
 
 _ANNOTATORS = 3
+_UNKNOWN = (1, 1)
 _FILES = ("*.jsonl", "*.ndjson", "*.json", *(f"*{ending}" for ending in DELIMITED))
 
 
@@ -82,7 +83,7 @@ def _read(data: DataFolder) -> Iterator[Question]:
 def _files(root: Path) -> list[Path]:
     if root.is_file():
         return [root]
-    found = [path for pattern in _FILES for path in sorted(root.glob(pattern))]
+    found = [path for pattern in _FILES for path in sorted(root.glob(pattern)) if not path.name.startswith(".")]
     if not found:
         raise SettingsError(f"data={root} is no file of rows and no folder of them: give data=rows.jsonl.")
     return found
@@ -129,6 +130,8 @@ def _ask(where: str, draft: Draft, number: int, image: Path | None) -> tuple[str
     if not draft.boxes or image is None:
         raise SettingsError(f"{where}: task {task!r} needs an image and boxes, as [[x1, y1, x2, y2]] in pixels.")
     width, height = _size(image)
+    if (width, height) != _UNKNOWN and (fault := box_fault(draft.boxes[0], width, height)):
+        raise SettingsError(f"{where}: {fault}.")
     if task == "refer":
         truth: Truth = {"box": list(draft.boxes[0]), "width": width, "height": height, "answers": list(turn.answers)}
         return wording.replace("{}", turn.answers[0], 1), truth
@@ -136,12 +139,12 @@ def _ask(where: str, draft: Draft, number: int, image: Path | None) -> tuple[str
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Width and height of an image as it is looked at; 1 x 1 where it cannot be opened, which is counted later."""
+    """Width and height of an image as it is looked at; unknown where it cannot be opened, which is counted later."""
     try:
         with Image.open(path) as image:
             return image.size if read_orientation(image) < 5 else (image.height, image.width)
     except (OSError, ValueError):
-        return 1, 1
+        return _UNKNOWN
 
 
 def _boxes_only(data: DataFolder) -> Iterator[Question]:

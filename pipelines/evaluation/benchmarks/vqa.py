@@ -11,6 +11,7 @@ from pipelines.evaluation.benchmarks.files import (
     COCO_FOLDERS,
     BenchmarkFiles,
     DataFolder,
+    answers_of,
     read_json,
     text_of,
     texts_of,
@@ -63,14 +64,14 @@ class CocoVQA:
                 id=str(entry["question_id"]),
                 instruction=ask("vqa", entry["question"]),
                 image=images.coco(entry["image_id"]),
-                truth={"answers": [text_of(answer["answer"]) for answer in truth["answers"]]},
+                truth={"answers": answers_of(truth["answers"])},
                 kind=truth.get("answer_type", ""),
             )
 
     def _read_list(self, files: BenchmarkFiles, path: Path) -> Iterator[Question]:
         images = files.images(*COCO_FOLDERS)
         for entry in read_json(path):
-            truth: Truth = {"answers": list(texts_of(entry["answer"]))}
+            truth: Truth = {"answers": answers_of(entry["answer"])}
             image = images.coco(entry["image"])
             yield Question(str(entry["question_id"]), ask("vqa", entry["question"]), image, truth)
 
@@ -84,7 +85,7 @@ def _read_vizwiz(data: DataFolder) -> Iterator[Question]:
             id=f"{number}-{entry['image']}",
             instruction=ask("vizwiz", entry["question"]),
             image=images.find(entry["image"]),
-            truth={"answers": [text_of(answer["answer"]) for answer in entry["answers"]]},
+            truth={"answers": answers_of(entry["answers"])},
             kind=entry.get("answer_type", ""),
         )
 
@@ -151,7 +152,7 @@ def _read_aokvqa_direct(data: DataFolder) -> Iterator[Question]:
     """Questions that are too hard without choices are left out, as in the official evaluation."""
     for entry in read_aokvqa(data):
         if not entry.is_hard:
-            truth: Truth = {"answers": list(entry.direct_answers)}
+            truth: Truth = {"answers": answers_of(list(entry.direct_answers))}
             yield Question(entry.id, ask("vqa", entry.question), entry.image, truth)
 
 

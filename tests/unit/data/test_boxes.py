@@ -6,6 +6,7 @@ import pytest
 
 from tinygptv.data.boxes import (
     COLOURS,
+    box_fault,
     clip_box,
     format_box,
     iou,
@@ -135,3 +136,21 @@ def test_boxes_come_in_text_order_and_malformed_ones_count_for_nothing():
 
 def test_colours_are_apart():
     assert len(set(COLOURS)) == len(COLOURS) == 8 and all(0 <= value <= 255 for colour in COLOURS for value in colour)
+
+
+@pytest.mark.parametrize(
+    ("box", "fault"),
+    [
+        ((0, 0, 60, 40), ""),
+        ((-2, -2, 62, 42), ""),
+        ((5, 5, 5, 5), ""),
+        ((0, 0, 63, 40), "box 0, 0, 63, 40 reaches out of the image of 60 x 40 pixels"),
+        ((0, -3, 9, 9), "box 0, -3, 9, 9 reaches out of the image of 60 x 40 pixels"),
+        ((0.1, 0.2, 1, 1), "box 0.1, 0.2, 1, 1 is given in shares of the image: give pixels, of 60 x 40"),
+        ((9, 9, 8, 20), "box 9, 9, 8, 20 is turned round: give x1, y1, x2, y2"),
+        ((9, 9, float("nan"), 20), "box 9, 9, nan, 20 has a corner that is no number"),
+    ],
+)
+def test_what_keeps_four_numbers_from_being_a_box_of_an_image(box, fault):
+    found = box_fault(box, 60, 40)
+    assert found.startswith(fault) and bool(found) == bool(fault)

@@ -112,6 +112,28 @@ def test_of_several_answers_and_boxes_the_first_is_said_and_all_are_kept(folder)
 
 
 @pytest.mark.parametrize("task", ["refer", "identify"])
+@pytest.mark.parametrize(
+    ("box", "told"),
+    [([0.1, 0.1, 0.5, 0.5], "in shares"), ([4, 3, 2, 2], "turned round"), ([20, 20, 50, 60], "reaches out")],
+)
+def test_a_box_that_ingest_refuses_is_not_scored_either(folder, task, box, told):
+    path = write(folder, {**REFER, "task": task, "boxes": [box]}, name="box.jsonl")
+    with pytest.raises(SettingsError, match=rf"box\.jsonl, line 1: box .* {told}"):
+        own_rows(path)
+
+
+def test_an_image_that_cannot_be_opened_is_counted_later_whatever_its_box(folder):
+    [question] = own_rows(write(folder, {**REFER, "image": "gone.jpg"}, name="gone.jsonl"))
+    assert (question.truth["width"], question.truth["height"]) == (1, 1)
+
+
+def test_what_macos_leaves_beside_files_is_no_file_of_rows(tmp_path):
+    write(tmp_path, {"question": "q", "answer": "a"}, name="a.jsonl")
+    (tmp_path / "._a.jsonl").write_bytes(b"\0\5\26\7")
+    assert [question.id for question in own_rows(tmp_path)] == ["line 1"]
+
+
+@pytest.mark.parametrize("task", ["refer", "identify"])
 @pytest.mark.parametrize("missing", ["image", "boxes"])
 def test_a_task_of_boxes_needs_both_an_image_and_boxes(folder, task, missing):
     row = {key: value for key, value in REFER.items() if key != missing}

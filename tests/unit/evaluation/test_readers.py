@@ -362,7 +362,14 @@ def test_blank_lines_are_no_entries_and_count_as_lines(tmp_path):
 @pytest.mark.parametrize(
     ("write", "name", "file", "field", "value", "told"),
     [
-        (benchmark_files.vqav2_as_lavis_has_it, "vqav2", "vqa_val.json", "answer", "red", "'red' is no list of texts"),
+        (
+            benchmark_files.vqav2_as_lavis_has_it,
+            "vqav2",
+            "vqa_val.json",
+            "answer",
+            "red",
+            "'red' is no list of answers",
+        ),
         (
             benchmark_files.vqav2_as_lavis_has_it,
             "vqav2",
@@ -407,3 +414,53 @@ def test_a_damaged_pickle_is_told_with_its_name(tmp_path):
         path.write_bytes(content)
         with pytest.raises(SettingsError, match=rf"refs\(unc\)\.p cannot be used: .*{told}"):
             list(BENCHMARKS["refcoco_val"].read(DataFolder(tmp_path)))
+
+
+def rewritten(folder, write, old, new):
+    """Official files with other values in them."""
+    getattr(benchmark_files, write)(folder)
+    for path in (path for path in folder.rglob("*") if path.suffix in (".json", ".jsonl")):
+        path.write_text(path.read_text().replace(old, new))
+    return DataFolder(folder)
+
+
+LISTED_BOX, TENS = "6.0, 4.0, 12.0, 8.0", json.dumps(["red"] * 9 + ["blue"])
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "old", "new", "told"),
+    [
+        ("pope_random", "pope", '"no"', '"unknown"', "'unknown' is neither yes nor no"),
+        ("hateful_memes", "hateful_memes", '"label": 0', '"label": 2', "'2' is neither 0 nor 1"),
+        ("hateful_memes", "hateful_memes", '"label": 0', '"label": null', "'None' is neither 0 nor 1"),
+        ("vsr", "vsr", '"label": 0', '"label": -1', "'-1' is neither 0 nor 1"),
+        ("aokvqa_choice", "aokvqa", 'idx": 2', 'idx": -1', "-1 is no place among 4 choices"),
+        ("iconqa", "iconqa_as_released", '"answer": 1', '"answer": -1', "-1 is no place among 2 choices"),
+        ("iconqa", "iconqa_as_released", '"answer": 1', '"answer": 2', "2 is no place among 2 choices"),
+        ("aokvqa_direct", "aokvqa_as_lavis_has_it", json.dumps(["c"] * 10), "[]", "is it a test set"),
+        ("vqav2", "vqav2_as_lavis_has_it", TENS, "[]", "is it a test set"),
+        ("vqav2", "vqav2_as_lavis_has_it", TENS, '"red"', "'red' is no list of answers but str"),
+        ("refcoco_val", "refcoco_as_lists", LISTED_BOX, "50, 30, 59, 39", "reaches out of the image of 60 x 40"),
+        ("refcoco_val", "refcoco_as_lists", LISTED_BOX, "0.1, 0.1, 0.2, 0.2", "in shares of the image"),
+        ("refcoco_val", "refcoco_as_published", "[10.0, 5.0", "[50.0, 5.0", "reaches out of the image of 60 x 40"),
+    ],
+)
+def test_a_truth_that_is_none_is_refused_and_not_scored(tmp_path, name, write, old, new, told):
+    data = rewritten(tmp_path, write, old, new)
+    with pytest.raises((ValueError, TypeError), match=told):
+        list(BENCHMARKS[name].read(data))
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "old", "new", "truth"),
+    [
+        ("pope_random", "pope", '"no"', '"No "', {"answer": "no"}),
+        ("hateful_memes", "hateful_memes", '"label": 0', '"label": "1"', {"label": 1}),
+        ("vsr", "vsr", '"label": 0', '"label": true', {"answer": "true"}),
+        ("vizwiz", "vizwiz", '{"answer_confidence": "yes", "answer": "basil"}', '"b"', {"answers": ["b"] * 10}),
+        ("refcoco_val", "refcoco_as_lists", LISTED_BOX, '"6", "4", "12", "8"', LISTED),
+    ],
+)
+def test_other_spellings_of_a_truth(tmp_path, name, write, old, new, truth):
+    *_, found = BENCHMARKS[name].read(rewritten(tmp_path, write, old, new))
+    assert found.truth == truth
