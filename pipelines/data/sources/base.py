@@ -198,6 +198,10 @@ def shorten(text: str, longest: int = LONGEST_NAME) -> str:
     return text if len(text) <= longest else f"{text[: longest - 25]} .. ({len(text):,} characters)"
 
 
+_PACKED = ".{gz,bz2,xz,zst}"
+"""Endings of a file that somebody compressed; such files are read as they are."""
+
+
 def find_input(source: SourceInput, *defaults: str) -> list[storage.FoundFile]:
     """Files of a source.
 
@@ -213,31 +217,32 @@ def find_input(source: SourceInput, *defaults: str) -> list[storage.FoundFile]:
             f"source={source.source} needs input=: {defaults[0] if defaults else 'an annotation file'}, or its folder."
         )
     given = storage.Location.parse(source.input)
-    patterns = [given / default for default in defaults] if defaults and storage.is_folder(given) else [given]
+    names = [name for default in defaults for name in (default, f"{default}{_PACKED}")]
+    patterns = [given / name for name in names] if names and storage.is_folder(given) else [given]
     for pattern in patterns:
         if files := storage.find_files(pattern, tells_missing=pattern == given):
             refuse_unusable(files)
             return files
-    if patterns[0] != given and (files := _find_one_folder_down(source, given, defaults)):
+    if patterns[0] != given and (files := _find_one_folder_down(source, given, names)):
         return files
-    looked = ", ".join(str(pattern) for pattern in patterns)
+    looked = ", ".join(str(given / default) for default in defaults) if patterns[0] != given else str(given)
     raise SettingsError(f"input={source.input!r} matches no file (looked for {looked}); check the path.")
 
 
 def _find_one_folder_down(
-    source: SourceInput, folder: storage.Location, defaults: tuple[str, ...]
+    source: SourceInput, folder: storage.Location, names: Sequence[str]
 ) -> list[storage.FoundFile]:
     """Official files in a folder below the one that was given, as ``annotations/``.
 
     Raises:
         SettingsError: several folders have them.
     """
-    for default in defaults:
-        files = storage.find_files(folder / "*" / default, tells_missing=False)
+    for name in names:
+        files = storage.find_files(folder / "*" / name, tells_missing=False)
         folders = sorted({file.location.parent for file in files})
         if len(folders) > 1:
-            names = " and ".join(str(found) for found in folders)
-            raise SettingsError(f"input={source.input!r} holds {default} more than once, in {names}: name one of them.")
+            where = " and ".join(str(found) for found in folders)
+            raise SettingsError(f"input={source.input!r} holds {name} more than once, in {where}: name one of them.")
         if files:
             refuse_unusable(files)
             return files

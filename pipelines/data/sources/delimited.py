@@ -45,7 +45,7 @@ class DelimitedReader:
 
     def plan(self, source: SourceInput) -> Iterator[SourceUnit]:
         """One unit per file: quoted fields may hold line breaks, so a file cannot be cut."""
-        for file in find_input(source, "*.csv", "*.tsv", "*.{csv,tsv}.{gz,bz2,xz,zst}"):
+        for file in find_input(source, "*.csv", "*.tsv"):
             if next(read_delimited(file.location), None) is None:
                 raise SettingsError(f"{file.location} holds no rows: is it the right file?")
             yield SourceUnit.of_file(source, file, find_image_folder(source, file.location, BESIDE))

@@ -85,7 +85,10 @@ def below(*folders: str) -> Callable[[str], tuple[str, ...]]:
     return lambda name: tuple(dict.fromkeys([name, *(f"{folder}/{name}" for folder in folders)]))
 
 
-_COCO_ROOTS = ("", "coco/", "COCO/", "coco2014/", "coco2017/", "mscoco/", "coco/images/", "images/")
+_COCO_ROOTS = (
+    *("", "coco/", "COCO/", "coco2014/", "coco2017/", "mscoco/", "coco/images/", "images/"),
+    "images/mscoco/images/",  # in a clone of refer
+)
 _COCO_FOLDERS = tuple(f"{root}{folder}" for root in _COCO_ROOTS for folder in ("train2014", "train2017"))
 
 COCO = ImageLayout(

@@ -202,6 +202,8 @@ def test_official_files_are_looked_for_in_order_in_the_folder_and_one_below(tmp_
     assert not caplog.messages, "official files need not all be there, but those that were asked for one by one"
     found(tmp_path / "annotations/{b,e}.json")
     assert ["1 of 2 are missing" in message for message in caplog.messages] == [True]
+    (tmp_path / "other/z.json.gz").touch()
+    assert found(tmp_path, "x.json", "z.json") == ["other/z.json.gz"], "somebody packed it"
     (tmp_path / "other/b.json").write_text("[]")
     with pytest.raises(SettingsError, match=r"holds b\.json more than once, in .*/annotations and .*/other: name one"):
         found(tmp_path, "b.json")
