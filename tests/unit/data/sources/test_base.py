@@ -128,6 +128,7 @@ def test_image_folders_have_their_publishers_names():
         "ocrvqa": books,
     }
     roots = ("", "coco/", "COCO/", "coco2014/", "coco2017/", "mscoco/", "coco/images/", "images/")
+    roots += ("images/mscoco/images/",)
     splits = [f"{root}{split}" for root in roots for split in ("train2014", "train2017")]
     assert COCO.folders == (*splits, "coco/images", "coco_images", "coco")
     assert COCO.splits == {"train2014", "train2017", "val2014", "val2017", "test2015"}
