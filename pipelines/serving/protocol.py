@@ -38,6 +38,11 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "web_search_options": (),
     "best_of": (1,),
     "min_p": (0,),
+    "typical_p": (1,),
+    "mirostat": (0,),
+    "dynatemp_range": (0,),
+    "xtc_probability": (0,),
+    "dry_multiplier": (0,),
     "min_tokens": (0,),
     "use_beam_search": (False,),
     "stop_token_ids": ([],),
@@ -148,7 +153,7 @@ class ChatRequest(BaseModel):
 
     model: str
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, description="-1, as llama.cpp writes it, is none")
     max_completion_tokens: int | None = Field(None, ge=1, description="newer name of max_tokens; wins over it")
     temperature: float | None = Field(None, ge=0, le=2, description=f"below {GREEDY_BELOW} the answer is greedy")
     top_p: float | None = Field(None, ge=0, le=1, description="0 keeps the most probable token alone")
@@ -176,6 +181,7 @@ class ChatRequest(BaseModel):
     )
     top_k: int | None = Field(None, ge=-1, description="extension: most probable tokens to draw from; 0 and -1 are all")
     repetition_penalty: float | None = Field(None, gt=0, le=10, description="extension")
+    repeat_penalty: float | None = Field(None, gt=0, le=10, description="llama.cpp's name of repetition_penalty")
     ignore_eos: bool | None = Field(
         None, description="extension: write max_tokens tokens, past the end; for benchmarks"
     )
@@ -190,6 +196,11 @@ class ChatRequest(BaseModel):
                     "unsupported", "{field} is not supported by this server: leave it out", {"field": name}
                 )
         return self
+
+    @field_validator("max_tokens", "max_completion_tokens", mode="before")
+    @classmethod
+    def _no_bound_is_none(cls, value: object) -> object:
+        return None if value == -1 else value
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -229,7 +240,7 @@ class ChatRequest(BaseModel):
             "temperature": 0.0 if wanted < GREEDY_BELOW else wanted,
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "top_k": max(0, self.top_k or 0),
-            "repetition_penalty": self.repetition_penalty or 1.0,
+            "repetition_penalty": self.repetition_penalty or self.repeat_penalty or 1.0,
             "frequency_penalty": self.frequency_penalty or 0.0,
             "presence_penalty": self.presence_penalty or 0.0,
             "logit_bias": tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),

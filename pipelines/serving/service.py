@@ -165,10 +165,13 @@ class ChatService:
         clock = asyncio.get_running_loop().time
         try:
             async with asyncio.timeout_at(call.deadline):
-                yield _event(answer.first_chunk())
+                has_begun = False
                 async for item in items:
                     is_first = not answer.text
                     answer.add(item)
+                    if not has_begun:  # not before: benchmark clients take this event for the first token
+                        has_begun = True
+                        yield _event(answer.first_chunk())
                     if is_first and answer.text:
                         self.metrics.first_token.observe(clock() - call.started)
                     if isinstance(item, Piece) and (item.text or item.logprobs):

@@ -10,6 +10,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from pipelines.serving import connections
+from pipelines.serving.client_headers import ClientHeaders
 from pipelines.serving.connections import GuardedProtocol
 from tests.serving_api import Client
 
@@ -179,5 +180,5 @@ def test_so_many_connections_are_open(monkeypatch):
 def test_rays_proxy_takes_the_guard_by_its_path(monkeypatch):
     kinds = uvicorn.config.HTTP_PROTOCOLS
     monkeypatch.setitem(kinds, "auto", kinds["auto"])
-    assert connections.guard_connections() == []
+    assert [middleware.cls for middleware in connections.guard_connections()] == [ClientHeaders]
     assert kinds["auto"] == "pipelines.serving.connections:GuardedProtocol"

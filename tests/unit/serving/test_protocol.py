@@ -42,7 +42,7 @@ def client():
         {"response_format": {"type": "text"}},
         {"n": 1},
         {"best_of": 1},
-        {"min_p": 0.0},
+        {"min_p": 0.0, "typical_p": 1, "mirostat": 0, "dynatemp_range": 0, "xtc_probability": 0, "dry_multiplier": 0.0},
         {"top_k": -1},
         {"user": "somebody", "metadata": {"a": "b"}, "store": False, "safety_identifier": "x"},
         {"logit_bias": {}},
@@ -254,15 +254,16 @@ def test_biases_at_their_bounds_are_taken():
         ("top_p", 0, 1, (-0.1, 1.1)),
         ("top_k", 0, 1000, (-2, 1.5)),
         ("repetition_penalty", 0.1, 10, (0, 10.1)),
+        ("repeat_penalty", 0.1, 10, (0, 10.1)),
         ("frequency_penalty", -2, 2, (-2.1, 2.1)),
         ("presence_penalty", -2, 2, (-2.1, 2.1)),
         ("seed", -(2**63), 2**63 - 1, (-(2**63) - 1, 2**63)),
-        ("max_tokens", 1, 10**6, (0, -1)),
-        ("max_completion_tokens", 1, 10**6, (0, -1)),
+        ("max_tokens", 1, 10**6, (0, -2)),
+        ("max_completion_tokens", 1, 10**6, (0, -2)),
     ],
 )
 def test_numbers_have_bounds(field, least, most, outside):
-    name = "max_tokens" if field == "max_completion_tokens" else field
+    name = {"max_completion_tokens": "max_tokens", "repeat_penalty": "repetition_penalty"}.get(field, field)
     assert [sampling(**{field: value})[name] for value in (least, most)] == [least, most]
     for value in outside:
         refused(**{field: value})
@@ -286,6 +287,13 @@ def test_both_names_of_the_token_limit():
     assert sampling(max_tokens=5)["max_tokens"] == 5
     assert sampling(max_tokens=None, max_completion_tokens=7)["max_tokens"] == 7
     assert sampling(max_tokens=5, max_completion_tokens=7)["max_tokens"] == 7
+    assert sampling(max_tokens=-1)["max_tokens"] == 99, "no bound of the client's: the server's"
+    assert sampling(max_tokens=5, max_completion_tokens=-1)["max_tokens"] == 5
+
+
+def test_both_names_of_the_repetition_penalty():
+    assert sampling(repeat_penalty=1.25)["repetition_penalty"] == 1.25
+    assert sampling(repeat_penalty=1.25, repetition_penalty=1.5)["repetition_penalty"] == 1.5
 
 
 def test_every_sampling_field_reaches_the_model():

@@ -18,7 +18,7 @@ from pipelines.serving.metrics import Metrics
 from pipelines.serving.service import ChatService, EventStream
 from pipelines.settings import ServeSettings
 from tests import virtual_time
-from tests.serving_api import CHAT, IMAGE, READ, Client, FakeBackend, TimedClient, ask, events, said, words
+from tests.serving_api import CHAT, IMAGE, READ, Client, FakeBackend, TimedClient, ask, events, said, scope_of, words
 from tinygptv.data.conversation import ChatImage, ChatMessage
 
 
@@ -283,6 +283,32 @@ def test_times_are_counted_from_the_request_on():
     assert value("tinygptv_first_token_seconds_count") == 1
     first, whole = value("tinygptv_first_token_seconds_sum"), value("tinygptv_request_seconds_sum")
     assert (first, whole) == (pytest.approx(6), pytest.approx(10))
+
+
+def test_a_stream_has_no_event_before_the_first_token():
+    """Benchmark clients (vLLM's) take the first event for it, whatever is in it."""
+    client = TimedClient(FakeBackend(READ, said("fine"), said("", "stop"), wait=3))
+    found = []
+
+    async def run():
+        body = json.dumps(ask(words("hi"), stream=True)).encode()
+        clock = asyncio.get_running_loop().time
+        started = clock()
+
+        messages = [{"type": "http.request", "body": body}]
+
+        async def receive():
+            return messages.pop() if messages else await asyncio.Event().wait()
+
+        async def send(message):
+            found.append((clock() - started, message.get("body")))
+
+        await client.app(scope_of(), receive, send)
+
+    virtual_time.run(run())
+    times = [time for time, body in found if body]
+    assert times == [6, 6, 9, 9], "role and text, then reason and end; the prompt was read after 3"
+    assert b'"role": "assistant"' in next(body for _, body in found if body)
 
 
 def test_a_stream_that_fails_is_counted_as_begun_and_not_as_finished(caplog):
