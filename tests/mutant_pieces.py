@@ -220,7 +220,7 @@ _SERVING: dict[str, Piece] = {
     "protocol": Piece("pipelines/serving/protocol.py", ("serving/test_protocol.py",)),
     "gate": Piece("pipelines/serving/gate.py", ("serving/test_gate.py",)),
     "media": Piece("pipelines/serving/media.py", ("serving/test_media_loader.py",)),
-    "data_url": Piece("pipelines/serving/data_url.py", ("serving/test_data_url.py",)),
+    "data_url": Piece("tinygptv/data/data_url.py", ("data/test_data_url.py",)),
     "fetch": Piece("pipelines/serving/fetch.py", ("serving/test_fetch.py",)),
     "serving_service": Piece("pipelines/serving/service.py", ("serving/test_service.py",)),
     "serving_answers": Piece("pipelines/serving/answers.py", ("serving/test_answers.py",)),

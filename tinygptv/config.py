@@ -90,6 +90,7 @@ class TinyGPTVConfig(PretrainedConfig):
     """
 
     model_type = "tinygptv"
+    auto_map = {}  # names no code in a folder; TRL reads it of classes that transformers itself does not have
     sub_configs = {
         "vision_config": EvaVisionConfig,
         "qformer_config": Blip2QFormerConfig,

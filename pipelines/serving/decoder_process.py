@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pipelines.serving.data_url import DataURL, DataURLError
+from tinygptv.data.data_url import DataURL, DataURLError
 from tinygptv.data.conversation import ChatImage
 from tinygptv.data.image_structure import check_structure
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from pipelines.serving.data_url import DataURL, DataURLError
+from tinygptv.data.data_url import DataURL, DataURLError
 from pipelines.serving.decoder_process import DecodeError, DecodeJob, too_many_bytes
 from pipelines.serving.decoders import DecoderBusy, ImageDecoders
 from pipelines.serving.errors import ProtocolError

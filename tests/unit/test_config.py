@@ -135,6 +135,12 @@ def test_a_part_is_a_mapping_or_its_class_and_the_q_former_reads_the_encoder():
     assert again.to_dict() == TinyGPTVConfig.mini(scope="").to_dict()
 
 
+def test_no_code_of_a_folder_is_named():
+    """TRL asks every configuration whose model transformers does not have, and ends where nothing is said."""
+    config = TinyGPTVConfig.mini()
+    assert config.auto_map == {} and "auto_map" not in config.to_dict()
+
+
 def test_the_configurations_are_known_by_their_types():
     for name, kind in (
         ("tinygptv", TinyGPTVConfig),

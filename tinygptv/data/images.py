@@ -7,7 +7,6 @@ runs.
 
 from __future__ import annotations
 
-import base64
 import errno
 import io
 import os
@@ -20,6 +19,7 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from tinygptv.data.data_url import DataURL, DataURLError
 from tinygptv.data.image_orientation import turn_upright
 from tinygptv.data.image_structure import check_structure
 
@@ -40,34 +40,41 @@ def load_image(source: Any) -> Image.Image:
     """An RGB image, upright, from whatever stands for one.
 
     Args:
-        source: a PIL image, an array [H, W], [H, W, C] or [C, H, W] (numpy or torch), encoded bytes, a path, or text: a
-            path, an http(s) or data URL, or base64.
+        source: a PIL image, an array [H, W], [H, W, C] or [C, H, W] (numpy or torch), encoded bytes, an open file, a
+            path, or text: a path, an http(s) or data URL, or base64.
 
     Raises:
         ValueError: it is none of these, or no image.
     """
     if isinstance(source, Image.Image):
         return to_rgb(turn_upright(source))
-    if isinstance(source, bytes | bytearray):
+    if isinstance(source, bytes | bytearray | memoryview):
         return open_image(bytes(source))
+    if hasattr(source, "read"):  # an open file
+        return open_image(source.read())
     if isinstance(source, str | os.PathLike):
         return _load_named(os.fspath(source))
     if hasattr(source, "detach"):  # a torch tensor, on any device
         source = source.detach().cpu()
+        source = source.float() if str(source.dtype) == "torch.bfloat16" else source  # NumPy has no such type
     return _from_array(np.asarray(source))
 
 
 def _load_named(name: str) -> Image.Image:
     if name.startswith(("http://", "https://")):
-        with urllib.request.urlopen(name, timeout=_DOWNLOAD_TIMEOUT_S) as response:
+        request = urllib.request.Request(name, headers={"User-Agent": "tinygptv"})  # many servers refuse Python's own
+        with urllib.request.urlopen(request, timeout=_DOWNLOAD_TIMEOUT_S) as response:
             return open_image(response.read())
-    path = without_file_scheme(name)
     if name[:5].lower() == "data:":
-        name = name.partition(",")[2]
-    elif _is_file(path):
+        try:
+            return open_image(DataURL.split(name).decode())
+        except DataURLError as error:
+            raise ValueError(f"the data URL {name:.40} cannot be read: {error}.") from None
+    path = without_file_scheme(name)
+    if _is_file(path):
         return open_image(Path(path).read_bytes(), path)
     try:
-        return open_image(base64.b64decode(name, validate=True))
+        return open_image(DataURL("", is_base64=True, text=name).decode())
     except ValueError:
         raise ValueError(f"{name:.200} is no image file, http(s) or data URL, nor base64 of an image.") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -34,6 +35,7 @@ def png(tmp_path):
 def url(png):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
+            assert "python" not in self.headers["User-Agent"].lower(), "many servers refuse it"
             self.send_response(200)
             self.end_headers()
             self.wfile.write(png.read_bytes())
@@ -52,10 +54,13 @@ def test_every_form_gives_the_same_pixels(png, url):
     data = png.read_bytes()
     text = base64.b64encode(data).decode()
     forms = [
-        Image.fromarray(PIXELS), data, bytearray(data), png, str(png), f"file://{png}", url, text,
+        Image.fromarray(PIXELS), data, bytearray(data), memoryview(data), io.BytesIO(data), png.open("rb"),
+        png, str(png), f"file://{png}", url, text, base64.encodebytes(data).decode(), text.rstrip("="),
+        "data:image/png;base64," + base64.urlsafe_b64encode(data).decode().replace("=", "%3D"),
         f"file://localhost{png}", f"data:image/png;base64,{text}", f"DATA:image/png;name=x;base64,{text}",
         PIXELS, torch.from_numpy(PIXELS), PIXELS.transpose(2, 0, 1), torch.from_numpy(PIXELS).permute(2, 0, 1),
         PIXELS / 255.0, torch.from_numpy(PIXELS) / 255.0, PIXELS.astype(np.float32), PIXELS.astype(np.int64),
+        torch.from_numpy(PIXELS).bfloat16(),
     ]  # fmt: skip
     for form in forms:
         assert np.array_equal(np.asarray(load_image(form)), PIXELS), type(form)
@@ -100,6 +105,8 @@ def test_files_that_are_no_images_are_named(tmp_path, png):
         load_image(tmp_path / "half.png")
     with pytest.raises(ValueError, match=r"missing\.png is no image file, http"):
         load_image(tmp_path / "missing.png")
+    with pytest.raises(ValueError, match=r"the data URL data:image/png;base64,!!! cannot be read: it is not valid base64"):
+        load_image("data:image/png;base64,!!!")
 
 
 def test_sixteen_bits_are_scaled_by_their_own_range():

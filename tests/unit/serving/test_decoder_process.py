@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from pipelines.serving import decoder_process, decoders
-from pipelines.serving.data_url import DataURL
+from tinygptv.data.data_url import DataURL
 from pipelines.serving.decoder_process import (
     READY,
     DecodeError,

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from pipelines.serving import media
-from pipelines.serving.data_url import DataURL
+from tinygptv.data.data_url import DataURL
 from pipelines.serving.decoder_process import DecodeError, DecodeJob
 from pipelines.serving.decoders import DecoderBusy
 from pipelines.serving.errors import ProtocolError

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipelines.serving.data_url import DataURL, DataURLError
+from tinygptv.data.data_url import DataURL, DataURLError
 
 pytestmark = pytest.mark.security
 
