@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from tinygptv.data.data_url import DataURL, DataURLError
 from tinygptv.data.conversation import ChatImage
+from tinygptv.data.data_url import DataURL, DataURLError
 from tinygptv.data.image_structure import check_structure
 
 DECODED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from tinygptv.data.data_url import DataURL, DataURLError
 from pipelines.serving.decoder_process import DecodeError, DecodeJob, too_many_bytes
 from pipelines.serving.decoders import DecoderBusy, ImageDecoders
 from pipelines.serving.errors import ProtocolError
@@ -17,6 +16,7 @@ from pipelines.serving.fetch import FetchError, fetch
 from pipelines.serving.turns import ImageReference
 from pipelines.settings import ServeSettings
 from tinygptv.data.conversation import ChatImage
+from tinygptv.data.data_url import DataURL, DataURLError
 
 _MEGA = 1_000_000
 _IMAGE_TYPES = ("image/", "application/octet-stream", "binary/octet-stream")

@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 
 from pipelines.serving import decoder_process, decoders
-from tinygptv.data.data_url import DataURL
 from pipelines.serving.decoder_process import (
     READY,
     DecodeError,
@@ -31,6 +30,7 @@ from pipelines.serving.decoder_process import (
 )
 from tests.serving_model import data_url, make_image
 from tinygptv.data.conversation import ChatImage
+from tinygptv.data.data_url import DataURL
 
 pytestmark = pytest.mark.security
 

@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 from pipelines.serving import decoders as processes
-from tinygptv.data.data_url import DataURL
 from pipelines.serving.decoder_process import DecodeError, DecodeJob, decode
 from pipelines.serving.decoders import DecoderBusy, ImageDecoders
 from tests.serving_model import data_url, make_image
 from tinygptv.data.conversation import ChatImage
+from tinygptv.data.data_url import DataURL
 
 pytestmark = pytest.mark.security
 

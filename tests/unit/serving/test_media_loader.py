@@ -9,7 +9,6 @@ import re
 import pytest
 
 from pipelines.serving import media
-from tinygptv.data.data_url import DataURL
 from pipelines.serving.decoder_process import DecodeError, DecodeJob
 from pipelines.serving.decoders import DecoderBusy
 from pipelines.serving.errors import ProtocolError
@@ -17,6 +16,7 @@ from pipelines.serving.fetch import FetchError
 from pipelines.serving.media import MediaLoader
 from pipelines.serving.turns import ImageReference
 from pipelines.settings import ServeSettings
+from tinygptv.data.data_url import DataURL
 
 pytestmark = pytest.mark.security
 
