@@ -124,6 +124,7 @@ def run_released(settings: ReleasedSettings) -> ReleasedResult:
         DiskFullError: the disk is too small.
     """
     output = settings.output_dir("outputs/released")
+    _check_settings(settings, output)
     plan = plan_released(settings)
     inputs = _inputs(settings, plan)
     done = _finished(output, inputs)
@@ -148,9 +149,24 @@ def run_released(settings: ReleasedSettings) -> ReleasedResult:
     return result
 
 
+def _check_settings(settings: ReleasedSettings, output: Path) -> None:
+    """Find mistakes in the settings of all steps before the first one."""
+    for key, instead in (("what", "stage="), ("output", "weights=")):
+        if key in settings.fetch:
+            raise SettingsError(f"fetch.{key}= is decided by this command: give {instead} in its place.")
+    if "artifact" in settings.server:
+        raise SettingsError("server.artifact= is made by this command; serve another one with jobs/serve_http.py.")
+    _fetch_settings(settings, output)
+    _server_settings(settings, str(output / "artifact"), "cpu")
+
+
 def serve_settings(settings: ReleasedSettings, result: ReleasedResult) -> ServeSettings:
     """Settings of serving the artifact: on this machine alone, unless ``server`` says otherwise."""
-    values = {"artifact": result["artifact"], "num_gpus": int(result["plan"]["device"] == "cuda")}
+    return _server_settings(settings, result["artifact"], result["plan"]["device"])
+
+
+def _server_settings(settings: ReleasedSettings, artifact: str, device: str | int) -> ServeSettings:
+    values = {"artifact": artifact, "num_gpus": int(device == "cuda")}
     return ServeSettings.parse({**values, **settings.server}, "released, server")
 
 
@@ -273,11 +289,16 @@ def _finished(output: Path, inputs: ReleasedInputs) -> ReleasedResult | None:
     result = read_json_object(output / "result.json")
     if result is None or result.get("inputs") != inputs:
         return None
+    return cast(ReleasedResult, result) if _is_whole(result["artifact"]) else None
+
+
+def _is_whole(folder: str | Path) -> bool:
+    """Whether every file of a folder's manifest is there in its size."""
     try:
-        verify_folder(result["artifact"], hashes=False)
+        verify_folder(folder, hashes=False)
     except CheckpointError:
-        return None
-    return cast(ReleasedResult, result)
+        return False
+    return True
 
 
 def _fetch(settings: ReleasedSettings, output: Path) -> dict[str, str]:
@@ -302,7 +323,7 @@ def _convert(settings: ReleasedSettings, output: Path, files: dict[str, str]) ->
     checkpoint, record = output / "checkpoint", output / "checkpoint.json"
     stage = get_stage("released", settings.stage)
     inputs = dict(Fingerprint.of("convert", files=files, stage=settings.stage).inputs)
-    if read_json_object(record) == inputs and (checkpoint / "manifest.json").is_file():
+    if read_json_object(record) == inputs and _is_whole(checkpoint):
         print(f"The checkpoint is converted already: {checkpoint}", flush=True)
         return checkpoint
     from tinygptv.convert.match import match_release

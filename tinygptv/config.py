@@ -6,7 +6,7 @@ default, a few million parameters with the same code path. Source: arXiv 2312.16
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, Blip2QFormerConfig, PhiConfig
 from transformers.configuration_utils import PretrainedConfig
@@ -90,7 +90,8 @@ class TinyGPTVConfig(PretrainedConfig):
     """
 
     model_type = "tinygptv"
-    auto_map = {}  # names no code in a folder; TRL reads it of classes that transformers itself does not have
+    # It names no code in a folder. TRL reads it of configurations whose models transformers itself does not have.
+    auto_map: ClassVar[dict[str, str]] = {}
     sub_configs = {
         "vision_config": EvaVisionConfig,
         "qformer_config": Blip2QFormerConfig,

@@ -49,7 +49,7 @@ class ReleasedSettings(Settings):
 
     section = "released"
 
-    stage: Literal[1, 2, 3, 4] = Field(4, description="which of the released stages")
+    stage: int = Field(4, ge=1, le=4, description="which of the released stages")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="where it answers; auto: a GPU where it fits")
     method: Literal["", "nf4", "int8", "int4", "cpu", "cpu4"] = Field(
         "", description="low-bit weights; empty: what fits the device's memory, the most exact first"

@@ -112,6 +112,28 @@ def test_the_container_limit_counts(monkeypatch, tmp_path):
     assert released.free_memory() == 0 < unlimited
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["stage=5"], "the command line: stage='5' is not usable: Input should be less than or equal to 4."),
+        (["fetch.what=[stage4]"], "fetch.what= is decided by this command: give stage= in its place."),
+        (["fetch.output=w"], "fetch.output= is decided by this command: give weights= in its place."),
+        (["fetch.mirorr=x"], "released, fetch: unknown key 'mirorr'; did you mean 'mirror'?"),
+        (["server.prot=1"], "released, server: unknown key 'prot'; did you mean 'port'?"),
+        (["server.artifact=x"], "server.artifact= is made by this command; "),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_downloaded(tmp_path, monkeypatch, words, told):
+    monkeypatch.setattr(released, "plan_released", lambda settings: pytest.fail("begun"))
+    with pytest.raises(SettingsError) as caught:
+        released.run_released(ReleasedSettings.load(None, [*words, f"output={tmp_path}"]))
+    assert str(caught.value).startswith(told)
+
+
+def test_the_command_line_chooses_the_stage():
+    assert released.part_names(ReleasedSettings.load(None, ["stage=3"]))[-1] == "stage3"
+
+
 def test_it_is_served_on_this_machine_alone():
     result = {"artifact": "/a", "plan": {"device": "cuda"}}
     settings = serve_settings(ReleasedSettings(server={"port": 9000}), result)
@@ -141,8 +163,7 @@ def test_a_checkpoint_is_converted_again_where_its_inputs_changed_or_it_was_not_
     def convert(release, folder, tokenizer, template):
         assert not (tmp_path / "checkpoint.json").exists(), "until it is whole, it is of no inputs"
         converted.append(release["checkpoint"].name)
-        folder.mkdir(exist_ok=True)
-        (folder / "manifest.json").touch()
+        write_folder(folder, lambda staging: (staging / "weights").write_text("abc"))
 
     monkeypatch.setattr(match, "match_release", lambda **paths: paths)
     monkeypatch.setattr(write, "convert_release", convert)
@@ -153,7 +174,7 @@ def test_a_checkpoint_is_converted_again_where_its_inputs_changed_or_it_was_not_
         changed = settings.model_copy(update={"stage": stage})
         assert released._convert(changed, tmp_path, given) == tmp_path / "checkpoint"
         assert len(converted) == count, (stage, given)
-    (tmp_path / "checkpoint/manifest.json").unlink()
+    (tmp_path / "checkpoint/weights").write_text("a")  # cut off
     released._convert(settings.model_copy(update={"stage": 3}), tmp_path, files)
     assert len(converted) == 4
 

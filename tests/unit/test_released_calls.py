@@ -16,6 +16,7 @@ from pipelines.fingerprint import OtherInputsError
 from pipelines.released import MARGIN_BYTES, Plan, run_released
 from pipelines.settings import ReleasedSettings, SettingsError
 from pipelines.storage import DiskFullError
+from tinygptv.checkpoint.folders import write_folder
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.quantization.artifact import METHODS
 from tinygptv.training.memory_plan import GIB, inference_memory
@@ -185,8 +186,7 @@ def test_paths_of_the_parts_are_absolute(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"Converting to {tmp_path}/out/checkpoint ...\n"
     record = json.loads((tmp_path / "out/checkpoint.json").read_text())
     assert record == {"job": "convert", "files.a": "sha", "stage": 4}
-    (tmp_path / "out/checkpoint").mkdir()
-    (tmp_path / "out/checkpoint/manifest.json").touch()
+    write_folder(tmp_path / "out/checkpoint", lambda staging: (staging / "a").touch())
     released._convert(ReleasedSettings(weights="w", stage=4), tmp_path / "out", {"a": "sha"})
     assert capsys.readouterr().out == f"The checkpoint is converted already: {tmp_path}/out/checkpoint\n"
     (tmp_path / "other").mkdir()

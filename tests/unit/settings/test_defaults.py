@@ -25,7 +25,7 @@ KEYS = {
         accept_changed=False; dry_run=False;
     """,
     "released": """
-        stage=4; device='auto'; method=''; memory=''; language='phi-2'; weights=''; drift_samples=8 ge 1; serve=True;
+        stage=4 ge 1 le 4; device='auto'; method=''; memory=''; language='phi-2'; weights=''; drift_samples=8 ge 1; serve=True;
         fetch={}; server={};
     """,
     "whole_recipe": """
@@ -93,7 +93,6 @@ KEYS = {
 
 CHOICES = {
     "images": ["print", "run"],
-    "stage": [1, 2, 3, 4],
     "device": ["auto", "cuda", "cpu"],
     "method": ["", "nf4", "int8", "int4", "cpu", "cpu4"],
     "language": ["phi-2", "phi-2-susnato"],
