@@ -25,8 +25,8 @@ KEYS = {
         accept_changed=False; dry_run=False;
     """,
     "released": """
-        stage=4 ge 1 le 4; device='auto'; method=''; memory=''; language='phi-2'; weights=''; drift_samples=8 ge 1; serve=True;
-        fetch={}; server={};
+        stage=4 ge 1 le 4; device='auto'; method=''; memory=''; language='phi-2'; weights=''; drift_samples=8 ge 1;
+        serve=True; fetch={}; server={};
     """,
     "whole_recipe": """
         raw=''; weights=''; data=''; features='auto'; tflops=40.0 gt 0; benchmarks=''; benchmark='paper'; serve=False;
