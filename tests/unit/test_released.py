@@ -118,7 +118,7 @@ def test_the_container_limit_counts(monkeypatch, tmp_path):
         (["stage=5"], "the command line: stage='5' is not usable: Input should be less than or equal to 4."),
         (["fetch.what=[stage4]"], "fetch.what= is decided by this command: give stage= in its place."),
         (["fetch.output=w"], "fetch.output= is decided by this command: give weights= in its place."),
-        (["fetch.mirorr=x"], "released, fetch: unknown key 'mirorr'; did you mean 'mirror'?"),
+        (["fetch.mirrors=x"], "released, fetch: unknown key 'mirrors'; did you mean 'mirror'?"),
         (["server.prot=1"], "released, server: unknown key 'prot'; did you mean 'port'?"),
         (["server.artifact=x"], "server.artifact= is made by this command; "),
     ],
