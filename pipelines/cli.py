@@ -111,6 +111,7 @@ def quiet_libraries() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     for name in ("httpx", "httpx2", "alembic", "bitsandbytes", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each try of MLflow's; its error is told once
 
 
 def _names_the_hub(argv: Sequence[str]) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +14,13 @@ from pipelines.storage.files import draft_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+
+_SLOW_S, _PAUSE_S = 5.0, 60.0
+"""An error that took longer is one of a server that hangs, which is left alone for so long."""
+
+_hung: dict[str, tuple[float, str]] = {}
+"""Servers that hung, by URI: until when each is left alone, and what its error was."""
 
 
 def open_client(uri: str) -> MlflowClient:
@@ -26,6 +36,36 @@ def open_client(uri: str) -> MlflowClient:
     if path != uri and not Path(path).exists() and not path.startswith(":memory:") and "?" not in path:
         _make_database(Path(path))
     return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def asking(uri: str) -> Iterator[None]:
+    """Ask a server in this block, unless it let this process wait in vain less than a minute ago.
+
+    A run opens and closes several trackers, of which each would wait as long again.
+
+    Raises:
+        ConnectionError: it is left alone, for the reason given.
+        PermissionError: it refuses the credentials; with the fix.
+    """
+    from mlflow.exceptions import MlflowException  # takes seconds, which are not the server's
+
+    until, reason = _hung.get(uri, (0.0, ""))
+    began = time.monotonic()
+    if began < until:
+        raise ConnectionError(reason)
+    try:
+        yield
+    except Exception as error:
+        status = error.get_http_status_code() if isinstance(error, MlflowException) else 0
+        if status in (401, 403):
+            raise PermissionError(
+                f"it refuses this user or password ({status}): MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+                "or MLFLOW_TRACKING_TOKEN, in the environment name one that may write."
+            ) from error
+        if time.monotonic() - began > _SLOW_S:
+            _hung[uri] = (time.monotonic() + _PAUSE_S, str(error))
+        raise
 
 
 def _make_database(path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.redact import redact
-from pipelines.tracking.client import open_client
+from pipelines.tracking.client import asking, open_client
 from pipelines.tracking.described import DataInput, source_tags
 from pipelines.tracking.identity import RunIdentity
 from pipelines.tracking.names import NameTable, valid_name
@@ -77,6 +77,8 @@ class MLflowTracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        if redact(uri) != uri:  # MLflow would print the URI with each run that ends
+            os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
         self.run_id = identity.run_id
         self._uri, self._experiment, self._run_name, self._identity = uri, experiment, run_name, identity
         self._started_ms = int((time.time() if started is None else started) * 1000)
@@ -84,11 +86,14 @@ class MLflowTracker:
         self._is_new = False
         self._last_step: dict[str, int] = {}
         self._names = NameTable()
+        told = ""
         try:
-            self._connect()
+            with asking(uri):
+                self._connect()
         except Exception as error:  # tracking never stops the job
-            logger.warning("MLflow at %s does not answer; entries wait: %s", redact(uri), _one_line(error))
-        self._outbox = Outbox(self._send, journal)
+            told = _one_line(error)
+            logger.warning("entries for MLflow at %s wait: %s", redact(uri), told)
+        self._outbox = Outbox(self._send, journal, told)
 
     # ------------------------------------------------------------------ what callers say
 
@@ -205,15 +210,16 @@ class MLflowTracker:
         """
         from mlflow.exceptions import MlflowException
 
-        client = self._client or self._connect()
-        try:
-            self._deliver(client, entries)
-        except MlflowException as error:
-            if not _is_refusal(error):
-                raise
-            logger.warning("MLflow refused %r: %s", entries[0]["kind"], _one_line(error))
-        except (ValueError, TypeError, FileNotFoundError) as error:  # would fail again, and hold up all others
-            logger.warning("%r cannot be sent to MLflow: %s", entries[0]["kind"], _one_line(error))
+        with asking(self._uri):
+            client = self._client or self._connect()
+            try:
+                self._deliver(client, entries)
+            except MlflowException as error:
+                if not _is_refusal(error):
+                    raise
+                logger.warning("MLflow refused %r: %s", entries[0]["kind"], _one_line(error))
+            except (ValueError, TypeError, FileNotFoundError) as error:  # would fail again, and hold up all others
+                logger.warning("%r cannot be sent to MLflow: %s", entries[0]["kind"], _one_line(error))
 
     def _deliver(self, client: MlflowClient, entries: list[Entry]) -> None:
         entry, run_id = entries[0], self.run_id

@@ -68,14 +68,16 @@ class Entry(TypedDict):
 class Outbox:
     """A queue with a thread that empties it."""
 
-    def __init__(self, send: Callable[[list[Entry]], None], journal: Path | None = None) -> None:
+    def __init__(self, send: Callable[[list[Entry]], None], journal: Path | None = None, told: str = "") -> None:
         """Begin.
 
         Args:
             send: delivers entries.
             journal: folder that keeps on disk what waits; what an earlier process left there is sent first.
+            told: why nothing can be sent, where that is in the log already; a reason is told once.
         """
         self._send = send
+        self._told = told
         self._journal = journal / JOURNAL_FILE if journal else None
         self._queue: list[Entry] = self._read_journal()
         self._lock = threading.Lock()
@@ -130,9 +132,12 @@ class Outbox:
                 self._send(entries)
             except Exception as error:  # a service that is down must not stop the work
                 reason = redact(" ".join(str(error).split()))[:200]
-                logger.warning("%d entries wait for the tracking service: %s", len(self._queue), reason)
+                if reason != self._told:
+                    logger.warning("%d entries wait for the tracking service: %s", len(self._queue), reason)
+                self._told = reason
                 self._write_journal()
                 return False
+            self._told = ""
             with self._lock:
                 del self._queue[: len(entries)]
         return True

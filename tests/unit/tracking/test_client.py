@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, TEMPORARILY_UNAVAILABLE, UNAUTHENTICATED
 
 from pipelines.tracking import client as module
 
@@ -81,3 +83,31 @@ def test_what_is_no_file_of_sqlite_is_not_made(monkeypatch, uri):
     made = built(monkeypatch)
     module.open_client(uri)
     assert not made
+
+
+def test_a_server_that_hangs_is_asked_once_a_minute(monkeypatch):
+    """A run has five trackers or more: each waited for 20 s where it began, and as long where it ended."""
+    now, asked = [100.0], []
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module, "_hung", {})
+
+    def ask(uri, seconds):
+        with module.asking(uri):
+            asked.append((uri, now[0]))
+            now[0] += seconds
+            raise TimeoutError(f"no answer within {seconds} s")
+
+    for uri, seconds, later in (("a", 20, 1), ("a", 20, 30), ("b", 0.1, 0), ("b", 0.1, 40), ("a", 20, 0)):
+        with pytest.raises((TimeoutError, ConnectionError), match=f"no answer within {seconds} s"):
+            ask(uri, seconds)
+        now[0] += later
+    assert [(uri, round(at)) for uri, at in asked] == [("a", 100), ("b", 151), ("b", 151), ("a", 191)]
+
+
+@pytest.mark.parametrize(("code", "status"), [(UNAUTHENTICATED, 401), (PERMISSION_DENIED, 403)])
+def test_credentials_that_are_refused_are_told_with_the_fix(code, status):
+    with pytest.raises(PermissionError, match=rf"\({status}\): MLFLOW_TRACKING_USERNAME") as told, module.asking("x"):
+        raise MlflowException("API request to endpoint /api failed with ..", code)
+    assert len(str(told.value)) < 200, "a reason is cut there"
+    with pytest.raises(MlflowException, match="later"), module.asking("x"):
+        raise MlflowException("later", TEMPORARILY_UNAVAILABLE)

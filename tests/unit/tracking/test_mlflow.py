@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import time
 from types import SimpleNamespace
@@ -123,7 +124,7 @@ def test_a_run_or_parent_of_another_store_is_told_calmly(stores, tmp_path, caplo
     assert [message.partition(" is in another MLflow store; this run")[0] for message in caplog.messages] == [
         f"run {run_id} of the start, the parent or an earlier try" for run_id in (elsewhere.run_id, "no such run")
     ]
-    assert "does not answer" not in caplog.text
+    assert "wait" not in caplog.text
     assert points(stores["two"], moved.run_id, "loss") == points(stores["two"], child.run_id, "loss") == [(0, 1.0)]
     assert "mlflow.parentRunId" not in stores["two"].runs[child.run_id].data.tags
     nested = open_tracker(settings("two"), "stage", parent_run_id=child.run_id)
@@ -236,8 +237,12 @@ def test_without_a_uri_runs_are_in_a_file_of_the_working_directory(stores, tmp_p
 
 
 @pytest.mark.security
-def test_passwords_of_uris_are_not_logged(stores, tmp_path, caplog):
+def test_passwords_of_uris_are_not_logged(stores, tmp_path, monkeypatch, caplog):
     uri = "http://me:secret@mlflow:5000"
+    monkeypatch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "false")
+    for printed, each in (("false", "http://mlflow:5000"), ("true", uri)):
+        open_tracker(settings(each), "stage").close()
+        assert os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] == printed
     tracker = continue_tracker(settings(uri), "stage", tmp_path)
     tracker.params(
         settings(uri, storage_path="s3://key:secret@bucket/x?endpoint_override=h&secret_key=secret").model_dump()

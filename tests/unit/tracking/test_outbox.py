@@ -113,6 +113,23 @@ def test_a_damaged_journal_costs_its_damaged_line_only(service, tmp_path, caplog
     assert caplog.messages == [f"{tmp_path}/unsent.jsonl has a damaged line, which is left out."] * 3
 
 
+def test_a_reason_is_told_once_until_something_is_sent(caplog):
+    answers = ["known", "away", "away", "", "away", "full", "full"]
+    box = object.__new__(Outbox)
+    box._told, box._journal, box._queue, box._lock = "known", None, [], threading.Lock()
+
+    def send(entries):
+        if answer := answers.pop(0):
+            raise ConnectionError(answer)
+
+    box._send = send
+    for sent in (False, False, False, True, False, False, False):
+        box._queue = [{"kind": "tags", "values": {}}]
+        assert box._send_all() is sent
+    reasons = [message.rpartition(": ")[2] for message in caplog.messages]
+    assert reasons == ["away", "away", "full"]
+
+
 def test_a_long_reason_is_cut_behind_its_password(caplog):
     def send(entries):
         raise ConnectionError("x" * 180 + " http://me:secret@host")
@@ -167,6 +184,7 @@ def test_only_metrics_wait_for_company():
 def standing(tmp_path, send=None) -> Outbox:
     """An outbox without a thread."""
     box = object.__new__(Outbox)
+    box._told = ""
     box._journal, box._queue, box._lock = tmp_path / JOURNAL_FILE, [], threading.Lock()
     box._journal_lock = threading.Lock()
     box._send, box._wake, box._closing = send, threading.Event(), False
