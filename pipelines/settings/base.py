@@ -41,7 +41,7 @@ class Settings(BaseModel):
     section: ClassVar[str] = ""
 
     recipe: str = Field("mini", description="paper, released or mini: which stages (tinygptv.training.stages)")
-    seed: int = Field(0, ge=0, description="everything random follows from it")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="everything random follows from it")
     output: str = Field("", description="folder (or URI, where the job says so) for the results")
     tracking_uri: str = Field(
         "", description="MLflow tracking URI; empty is sqlite:///mlflow.db in the working directory; none is off"

@@ -119,6 +119,8 @@ class Stage:
         check_number("beta2", self.beta2, 0, 1)
         if self.max_grad_norm is not None:
             check_number("max_grad_norm", self.max_grad_norm, 0)
+            if not self.max_grad_norm:
+                raise ValueError("max_grad_norm is 0, which leaves nothing of a gradient; null clips none.")
 
     @property
     def prompt_template(self) -> Template:

@@ -133,6 +133,12 @@ def test_numbers_of_every_job_begin_at_0(key):
     assert refused(Settings.parse, {key: -1}, "x").startswith(f"x: {key}=-1 is not usable: ")
 
 
+def test_a_seed_is_one_that_every_library_takes():
+    assert Settings.parse({"seed": 2**32 - 1}, "x").seed == 2**32 - 1
+    message = refused(Settings.parse, {"seed": 1795861234567}, "x")
+    assert message == "x: seed=1795861234567 is not usable: Input should be less than or equal to 4294967295."
+
+
 @pytest.mark.parametrize("key", ["min_side", "min_letters"])
 def test_true_is_neither_a_whole_number_nor_a_fraction(key):
     message = refused(PrepareDataSettings.parse, {key: True}, "x")

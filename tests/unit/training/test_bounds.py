@@ -46,6 +46,7 @@ from tinygptv.training.stages import RECIPES, get_stage
         ({"beta2": 1.01}, "beta2 is 1.01; it must be a number from 0 to 1"),
         ({"template": "humane"}, r"stage 4 has template 'humane'; known: \['caption'"),
         ({"max_grad_norm": -1}, "max_grad_norm is -1"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0, .*null clips none"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),
         ({"schedule": {"epochs": 0}}, "schedule.epochs is 0"),
         ({"schedule": {"steps_per_epoch": 1.5}}, "schedule.steps_per_epoch is 1.5"),

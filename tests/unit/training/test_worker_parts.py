@@ -353,6 +353,10 @@ def test_a_vanishing_gradient_needs_no_computation(tmp_path):
     assert found == Diagnosis("lora/layer_01", "backward")
 
 
+def test_the_largest_seed_gives_one_that_torch_takes():
+    torch.Generator().manual_seed(_dropout_seed(2**32 - 1, 10**9, 10**5))
+
+
 def test_every_seed_step_and_rank_has_its_own_dropout():
     keys = [_dropout_seed(*key) for key in itertools.product(range(3), range(50), range(8))]
     assert len(set(keys)) == len(keys) and _dropout_seed(0, 0, 0) == 0
