@@ -169,35 +169,3 @@ def grounded_f1(prediction: str, truth: str, width: float, height: float, thresh
                 hits += 1
                 break
     return 2 * hits / (len(found) + len(wanted))
-
-
-# ---------------------------------------------------------------------- captions
-
-
-def rouge_l(prediction: str, references: Sequence[str], beta: float = 1.2) -> float:
-    """ROUGE-L as the COCO caption evaluation computes it: longest common subsequence of words.
-
-    Args:
-        prediction: generated caption.
-        references: true captions; best precision and best recall over them are combined.
-        beta: weight of recall over precision.
-    """
-    words = prediction.split()
-    if not words or not references:
-        return 0.0
-    lengths = [(_common_length(words, reference.split()), len(reference.split())) for reference in references]
-    best_precision = max(common / len(words) for common, _ in lengths)
-    best_recall = max(common / length if length else 0.0 for common, length in lengths)
-    if not best_precision or not best_recall:
-        return 0.0
-    return (1 + beta**2) * best_precision * best_recall / (best_recall + beta**2 * best_precision)
-
-
-def _common_length(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
-    row = [0] * (len(b) + 1)
-    for word in a:
-        diagonal = 0
-        for j, other in enumerate(b, start=1):
-            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
-    return row[-1]

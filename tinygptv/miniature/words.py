@@ -29,7 +29,6 @@ WORD_OF = {"size": "size", "colour": "color", "texture": "texture", "shape": "sh
 """Names of attributes in questions: the real data sets spell American English."""
 
 DIRECTIONS: tuple[Direction, ...] = ("left", "right", "above", "below")
-OPPOSITE: dict[Direction, Direction] = {"left": "right", "right": "left", "above": "below", "below": "above"}
 RELATION_WORDS: dict[Direction, tuple[str, ...]] = {
     "left": ("to the left of", "left of"),
     "right": ("to the right of", "right of"),

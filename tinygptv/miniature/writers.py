@@ -34,32 +34,6 @@ def mini_sources() -> tuple[str, ...]:
     return tuple(dict.fromkeys(source.name for stage in RECIPES["mini"] for source in stage.sources))
 
 
-def write_source(name: str, scenes: Sequence[Scene], out_dir: str | Path, seed: int = 0) -> dict[str, str | None]:
-    """Write one data set about the given scenes.
-
-    Args:
-        name: key of ``SOURCE_FORMATS`` or ``INVERSE``; an inverse set writes the files of the set that it reads.
-        scenes: what it is about; all of them are used.
-        out_dir: folder of the world.
-        seed: seed of what is said about the scenes.
-
-    Returns:
-        Its line in ``sources.json``: what a reader is given as ``input`` and ``images``, relative to ``out_dir``.
-
-    Raises:
-        ValueError: there is no such data set.
-    """
-    home = _home(name)
-    root = Path(out_dir)
-    entries: list[Entry] = []
-    for number, start in enumerate(range(0, len(scenes), CHUNK)):
-        entries += _write_chunk([home], scenes[start : start + CHUNK], number, root, seed)[home]
-    save = SOURCE_FORMATS[home].save
-    if save:
-        save(root, entries)
-    return {"input": SOURCE_FORMATS[home].input, "images": SOURCE_FORMATS[home].images}
-
-
 def write_world(
     out_dir: str | Path,
     train_scenes: int,
@@ -155,24 +129,18 @@ def _each(chunks: Sequence[_Chunk], workers: int) -> Iterable[Entries]:
 
 
 def _make_chunk(chunk: _Chunk) -> Entries:
+    """Write the images and tar shards of a chunk; returns the entries for the files that are written at the end."""
     scenes = [make_scene(chunk.seed, chunk.split, index) for index in range(chunk.start, chunk.stop)]
     if chunk.homes is None:
         return _write_benchmark_chunk(chunk, scenes)
-    return _write_chunk(chunk.homes, scenes, chunk.number, chunk.root, chunk.seed, thin=True)
-
-
-def _write_chunk(
-    homes: Sequence[str], scenes: Sequence[Scene], number: int, root: Path, seed: int, *, thin: bool = False
-) -> Entries:
-    """Write the images and tar shards of a chunk; ``thin`` keeps to every n-th scene of a set."""
-    entries: Entries = {home: [] for home in homes}
-    images = _ImageFiles(root)
-    for home in homes:
+    entries: Entries = {home: [] for home in chunk.homes}
+    images = _ImageFiles(chunk.root)
+    for home in chunk.homes:
         form = SOURCE_FORMATS[home]
-        chosen = [scene for scene in scenes if not thin or scene.key.index % form.every == 0]
-        described = [(scene, form.describe(scene, generator(scene.key, f"{home}:{seed}"))) for scene in chosen]
+        chosen = [scene for scene in scenes if scene.key.index % form.every == 0]
+        described = [(scene, form.describe(scene, generator(scene.key, f"{home}:{chunk.seed}"))) for scene in chosen]
         if form.save is None:
-            _write_shard(root / home / f"{number:05d}.tar", number, described, images)
+            _write_shard(chunk.root / home / f"{chunk.number:05d}.tar", chunk.number, described, images)
             continue
         for scene, found in described:
             entries[home] += found

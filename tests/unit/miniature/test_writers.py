@@ -20,8 +20,8 @@ from tinygptv.miniature import meaning, writers
 from tinygptv.miniature.entries import DESCRIBE
 from tinygptv.miniature.formats import INVERSE, SOURCE_FORMATS
 from tinygptv.miniature.question_files import BENCHMARK_SPLITS, BENCHMARKS
-from tinygptv.miniature.scenes import HELD_OUT, SHAPES, SceneKey, SceneObject, make_scene, make_scenes
-from tinygptv.miniature.writers import mini_sources, write_source, write_world
+from tinygptv.miniature.scenes import HELD_OUT, SHAPES, SceneKey, SceneObject, make_scene
+from tinygptv.miniature.writers import mini_sources, write_world
 from tinygptv.training.stages import RECIPES
 
 SCENES = 24
@@ -316,30 +316,19 @@ def test_without_test_scenes_there_are_no_benchmarks_and_without_a_choice_all_of
 
 
 def test_one_source_alone(tmp_path):
-    scenes = make_scenes(0, "train", 5)
-    place = write_source("invrefcoco", scenes, tmp_path)
-    assert place == {"input": "refs/refcoco", "images": "train2014"}
+    listed = write_world(tmp_path, 5, 0, sources=["invrefcoco"])
+    assert listed == {"invrefcoco": {"input": "refs/refcoco", "images": "train2014"}}
     assert len(list((tmp_path / "train2014").iterdir())) == 5
-    assert write_source("laion", scenes, tmp_path, seed=1) == {"input": "laion/*.tar", "images": None}
-    assert (tmp_path / "laion/00000.tar").is_file()
-
-
-def test_a_source_of_many_scenes_is_written_whole(tmp_path, sketches, monkeypatch):
-    monkeypatch.setattr(writers, "CHUNK", 2)
-    scenes = make_scenes(0, "test", 5, start=3)
-    write_source("laion", scenes, tmp_path)
-    assert [path.name for path in sorted((tmp_path / "laion").iterdir())] == [f"0000{n}.tar" for n in range(3)]
-    write_source("cc_sbu_align", scenes, tmp_path)
-    ids = [entry["image_id"] for entry in _read(tmp_path / "cc_sbu_align/filter_cap.json")["annotations"]]
-    assert ids == [str(scene.number) for scene in scenes], "all of them: no scene is left out"
+    listed = write_world(tmp_path / "laion", 5, 0, seed=1, sources=["laion"])
+    assert listed == {"laion": {"input": "laion/*.tar", "images": None}}
+    assert (tmp_path / "laion/laion/00000.tar").is_file()
 
 
 def test_what_is_said_follows_the_seed(tmp_path):
-    scenes = make_scenes(0, "train", 8)
     texts = []
-    for seed in (0, 0, 1):
-        write_source("coco_caption", scenes, tmp_path / str(len(texts)), seed=seed)
-        texts.append((tmp_path / str(len(texts)) / "coco_caption/coco_karpathy_train.json").read_text())
+    for number, seed in enumerate((0, 0, 1)):
+        write_world(tmp_path / str(number), 8, 0, seed=seed, sources=["coco_caption"])
+        texts.append((tmp_path / str(number) / "coco_caption/coco_karpathy_train.json").read_text())
     assert texts[0] == texts[1] != texts[2]
 
 
