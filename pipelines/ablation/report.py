@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -91,25 +91,33 @@ def text_table(rows: Sequence[AblationRow]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _Table:
+    """The rows of one precision, their columns, and the plots of them."""
+
+    precision: str
+    rows: list[AblationRow]
+    columns: list[str]
+    plots: list[Path]
+
+
 def write_report(output: Path, rows: Sequence[AblationRow], settings: AblateSettings, seconds: float) -> ReportFiles:
     """Write ``report.md``, ``report.html`` and the plots; returns their paths."""
-    precisions = list(dict.fromkeys(row.precision for row in rows))
-    plots = []
-    for precision in precisions:
-        own = [row for row in rows if row.precision == precision]
-        plots += [
-            draw_losses(output / f"losses_{precision}.png", own, precision),
-            draw_depths(output / f"gradients_{precision}.png", own, precision),
-        ]
-    text = _markdown(rows, precisions, plots, settings, seconds)
-    storage.write_atomically(str(output / "report.md"), text.encode())
-    page = _page(rows, precisions, plots, settings, seconds)
-    storage.write_atomically(str(output / "report.html"), page.encode())
+    tables = [_table(output, rows, precision) for precision in dict.fromkeys(row.precision for row in rows)]
+    storage.write_atomically(str(output / "report.md"), _markdown(tables, settings, seconds).encode())
+    storage.write_atomically(str(output / "report.html"), _page(tables, settings, seconds).encode())
     return {
         "report": str(output / "report.md"),
         "page": str(output / "report.html"),
-        "plots": [str(plot) for plot in plots],
+        "plots": [str(plot) for table in tables for plot in table.plots],
     }
+
+
+def _table(output: Path, rows: Sequence[AblationRow], precision: str) -> _Table:
+    own = [row for row in rows if row.precision == precision]
+    columns = list(dict.fromkeys(name for row in own for name in row.cells() if name != "precision"))
+    losses = draw_losses(output / f"losses_{precision}.png", own, precision)
+    return _Table(precision, own, columns, [losses, draw_depths(output / f"gradients_{precision}.png", own, precision)])
 
 
 DEFINITIONS = (
@@ -129,34 +137,17 @@ def _how(settings: AblateSettings, seconds: float) -> str:
     )
 
 
-def _tables(
-    rows: Sequence[AblationRow], precisions: Sequence[str]
-) -> Iterator[tuple[str, list[AblationRow], list[str]]]:
-    """One table per precision: its name, its rows, its columns."""
-    for precision in precisions:
-        own = [row for row in rows if row.precision == precision]
-        yield precision, own, _columns(own)
-
-
-def _columns(rows: Sequence[AblationRow]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row.cells() if name != "precision"))
-
-
-def _markdown(
-    rows: Sequence[AblationRow],
-    precisions: Sequence[str],
-    plots: Sequence[Path],
-    settings: AblateSettings,
-    seconds: float,
-) -> str:
+def _markdown(tables: Sequence[_Table], settings: AblateSettings, seconds: float) -> str:
     lines = ["# Ablation", "", _how(settings, seconds), "", DEFINITIONS]
-    for precision, own, columns in _tables(rows, precisions):
-        lines += ["", f"## {precision}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-        lines += ["| " + " | ".join(row.cells().get(name, "") for name in columns) + " |" for row in own]
-        lines += ["", *(f"![{plot.stem}]({plot.name})" for plot in plots if plot.stem.endswith(precision))]
+    for table in tables:
+        columns = table.columns
+        lines += ["", f"## {table.precision}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        lines += ["| " + " | ".join(row.cells().get(name, "") for name in columns) + " |" for row in table.rows]
+        lines += ["", *(f"![{plot.stem}]({plot.name})" for plot in table.plots)]
     notes = [
         f"- {row.variant.title} ({row.precision}), stage {outcome.stage}: {outcome.note}"
-        for row in rows
+        for table in tables
+        for row in table.rows
         for outcome in row.outcomes
         if outcome.note
     ]
@@ -165,23 +156,17 @@ def _markdown(
     return "\n".join(lines) + "\n"
 
 
-def _page(
-    rows: Sequence[AblationRow],
-    precisions: Sequence[str],
-    plots: Sequence[Path],
-    settings: AblateSettings,
-    seconds: float,
-) -> str:
+def _page(tables: Sequence[_Table], settings: AblateSettings, seconds: float) -> str:
     parts = []
-    for precision, own, columns in _tables(rows, precisions):
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-        body = "".join("<tr>" + "".join(_cell(row.cells().get(name, "")) for name in columns) + "</tr>" for row in own)
+    for table in tables:
+        cells = (map(_cell, (row.cells().get(name, "") for name in table.columns)) for row in table.rows)
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
+        body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
         images = "".join(
             f'<img alt="{plot.stem}" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">'
-            for plot in plots
-            if plot.stem.endswith(precision)
+            for plot in table.plots
         )
-        parts.append(f"<h2>{precision}</h2><table><tr>{head}</tr>{body}</table>{images}")
+        parts.append(f"<h2>{table.precision}</h2><table><tr>{head}</tr>{body}</table>{images}")
     definitions = html.escape(DEFINITIONS).replace("*G", "<i>G").replace("*N", "<i>N").replace("*:", "</i>:")
     return _PAGE.substitute(how=html.escape(_how(settings, seconds)), definitions=definitions, tables="".join(parts))
 
@@ -200,7 +185,7 @@ def draw_losses(path: Path, rows: Sequence[AblationRow], title: str) -> Path:
     Returns:
         ``path``.
     """
-    figure, axes = _panels(rows, title, height=3.6)
+    figure, axes = _panels(rows, title)
     for axis, outcome in zip(axes, rows[0].outcomes, strict=True):
         for colour, row in zip(_colours(len(rows)), rows, strict=True):
             records = [r for r in row.records.get(outcome.stage, []) if math.isfinite(r["loss"])]
@@ -220,7 +205,7 @@ def draw_depths(path: Path, rows: Sequence[AblationRow], title: str) -> Path:
     Returns:
         ``path``.
     """
-    figure, axes = _panels(rows, title, height=3.6)
+    figure, axes = _panels(rows, title)
     for index, axis in enumerate(axes):
         for colour, row in zip(_colours(len(rows)), rows, strict=True):
             depth = row.outcomes[index].depth
@@ -236,14 +221,14 @@ def draw_depths(path: Path, rows: Sequence[AblationRow], title: str) -> Path:
     return save_figure(figure, path)
 
 
-def _panels(rows: Sequence[AblationRow], title: str, height: float) -> tuple[Any, list[Any]]:
+def _panels(rows: Sequence[AblationRow], title: str) -> tuple[Any, list[Any]]:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     count = len(rows[0].outcomes)
-    figure, axes = plt.subplots(1, count, figsize=(3.1 * count + 1, height), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, count, figsize=(3.1 * count + 1, 3.6), layout="constrained", squeeze=False)
     figure.suptitle(title)
     return figure, list(axes[0])
 

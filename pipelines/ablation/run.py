@@ -243,8 +243,8 @@ def _shared_inputs(settings: AblateSettings, work: storage.WorkFolder, parent_ru
     )
 
 
-def _prepare_world(settings: AblateSettings, world: Path) -> Path:
-    """Draw a miniature world and prepare what the stages read; returns the folder of the shard sets."""
+def _prepare_world(settings: AblateSettings, world: Path) -> None:
+    """Draw a miniature world and prepare what the stages read, as shard sets."""
     from pipelines.miniature.world import draw_world, prepare_world
 
     common = {key: getattr(settings, key) for key in ("recipe", "seed", "quiet")} | {"tracking_uri": "none"}
@@ -252,7 +252,6 @@ def _prepare_world(settings: AblateSettings, world: Path) -> Path:
     draw_world(MiniatureSettings(output=str(world), train_scenes=scenes, test_scenes=max(1, scenes // 4), **common))
     sources = {source.name for number in settings.stages for source in resolve_stage(settings, number).sources}
     prepare_world(world, world / "shards", partial(PrepareDataSettings, **common), sources)
-    return world / "shards"
 
 
 def _feature_settings(settings: AblateSettings, shared: SharedInputs, **fields: Any) -> CacheFeaturesSettings:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 from pipelines import storage
 from pipelines.fetch.addresses import address, open_client
 from pipelines.fetch.data import describe, finish_sets, missing_by_hand
-from pipelines.fetch.datasets import DATA_GROUPS, all_sets, find_sets, with_needs
+from pipelines.fetch.datasets import DATA_GROUPS, DataSet, all_sets, find_sets, with_needs
 from pipelines.fetch.http import Remote, Retries
 from pipelines.fetch.results import LOCK_FILE, FetchResult
 from pipelines.fetch.sample import DEFAULT_ROWS, SAMPLE, Annotations, Record
@@ -44,21 +47,9 @@ def fetch_samples(settings: FetchSettings, retries: Retries) -> FetchResult:
         storage.locked(folder / ".fetch", f"another fetch is writing to {folder}: wait for it."),
         open_client() as client,
     ):
-
-        def locate(file: SourceFile) -> Remote:
-            url, headers = address(file, settings)
-            return Remote(url, headers=headers)
-
-        annotations = Annotations(settings, folder, client, retries, locate, record)
-        for each in [] if settings.dry_run else sets:
-            annotations.bring(each)
-            if each.sources and not settings.quiet:
-                print(f"{each.name}: first {rows:,} rows", flush=True)
         if not settings.dry_run:
-            links = [each for each in sets if each.links]
-            commands = finish_sets(links, folder, settings)
-            report = fetch_images(annotations, sets)
-            print(f"{report.found:,} images fetched, {report.lost:,} not there.", flush=True)
+            annotations = Annotations(settings, folder, client, retries, partial(_locate, settings), record)
+            commands, report = _bring(annotations, sets)
     by_hand = [
         f"{text} Or name the folder that holds it with local=." for text in missing_by_hand(sets, folder)
     ] + report.left
@@ -75,3 +66,20 @@ def fetch_samples(settings: FetchSettings, retries: Retries) -> FetchResult:
     )
     write_json(folder / "result.json", result)
     return result
+
+
+def _locate(settings: FetchSettings, file: SourceFile) -> Remote:
+    url, headers = address(file, settings)
+    return Remote(url, headers=headers)
+
+
+def _bring(annotations: Annotations, sets: Sequence[DataSet]) -> tuple[list[str], ImagesReport]:
+    """Annotations, then images; returns the commands that download lists of links, too."""
+    for each in sets:
+        annotations.bring(each)
+        if each.sources and not annotations.settings.quiet:
+            print(f"{each.name}: first {annotations.record.rows:,} rows", flush=True)
+    commands = finish_sets([each for each in sets if each.links], annotations.folder, annotations.settings)
+    report = fetch_images(annotations, sets)
+    print(f"{report.found:,} images fetched, {report.lost:,} not there.", flush=True)
+    return commands, report

@@ -214,6 +214,21 @@ def _replica_environment(settings: ServeSettings) -> dict[str, dict[str, str]]:
     return {"env_vars": {WAIT_POLICY: os.environ.get(WAIT_POLICY, "PASSIVE")}}
 
 
+def _replicas(settings: ServeSettings) -> dict[str, Any]:
+    """How many replicas, and how requests are shared out among several."""
+    is_one = max(settings.num_replicas, settings.max_replicas) == 1
+    router = RequestRouterConfig(request_router_class=AFFINITY)  # type: ignore[arg-type]
+    routing = {} if is_one else {"request_router_config": router}
+    if settings.max_replicas <= settings.num_replicas:
+        return {"num_replicas": settings.num_replicas, **routing}
+    scaling = AutoscalingConfig(
+        min_replicas=settings.num_replicas,
+        max_replicas=settings.max_replicas,
+        target_ongoing_requests=settings.max_batch_size,
+    )
+    return {"autoscaling_config": scaling, **routing}
+
+
 def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:
     """The Serve application; ``import_path`` of Serve configurations.
 
@@ -231,17 +246,6 @@ def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:
     settings = settings.model_copy(
         update={"api_keys": [], "tracking_uri": settings.tracking_uri if needs_registry else ""}
     )
-    replicas: dict[str, Any] = {"num_replicas": settings.num_replicas}
-    if settings.max_replicas > settings.num_replicas:
-        replicas = {
-            "autoscaling_config": AutoscalingConfig(
-                min_replicas=settings.num_replicas,
-                max_replicas=settings.max_replicas,
-                target_ongoing_requests=settings.max_batch_size,
-            )
-        }
-    if settings.num_replicas > 1 or settings.max_replicas > 1:
-        replicas["request_router_config"] = RequestRouterConfig(request_router_class=AFFINITY)  # type: ignore[arg-type]
     quiet = LoggingConfig(enable_access_log=False)
     model = serve.deployment(
         ModelReplica,
@@ -258,7 +262,7 @@ def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=settings.request_timeout_s,
         health_check_period_s=5,
         logging_config=quiet,
-        **replicas,
+        **_replicas(settings),
     )
     ingress = serve.deployment(
         Ingress,

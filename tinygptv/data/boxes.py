@@ -126,8 +126,8 @@ def parse_boxes(text: str) -> list[GroundedBox]:
         if not any(start <= match.start() < end for start, end in claimed):
             spans.append((match.start(), "", match.group()))
     for _, phrase, boxes in sorted(spans):
-        corners = [tuple(float(n) for n in m.groups()) for m in _BOX.finditer(boxes)]
-        found += [GroundedBox(phrase, corner, entity) for corner in corners]  # type: ignore[arg-type]
+        corners = [_corners(match) for match in _BOX.finditer(boxes)]
+        found += [GroundedBox(phrase, box, entity) for box in corners]
         entity += bool(corners)
     return found
 
@@ -151,7 +151,12 @@ def parse_answer_box(answer: str) -> Box | None:
     match = _BOX.match(kept)
     if match is None or len(re.findall(r"\d+", kept)) != 4:
         return None
-    return tuple(float(n) for n in match.groups())  # type: ignore[return-value]
+    return _corners(match)
+
+
+def _corners(match: re.Match[str]) -> Box:
+    x1, y1, x2, y2 = map(float, match.groups())
+    return x1, y1, x2, y2
 
 
 def to_pixels(box: Sequence[float], width: float, height: float) -> Box:

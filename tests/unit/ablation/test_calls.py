@@ -76,7 +76,7 @@ def test_a_quarter_as_many_scenes_are_held_out_and_only_what_the_stages_read_is_
     monkeypatch.setattr(world, "draw_world", done.append)
     monkeypatch.setattr(world, "prepare_world", lambda *given: done.append(given))
     settings = AblateSettings(recipe="mini", seed=5, quiet=True, stages=[1, 3], world_scenes=scenes)
-    assert _prepare_world(settings, tmp_path) == tmp_path / "shards"
+    _prepare_world(settings, tmp_path)
     drawn, (folder, target, make, sources) = done
     assert (drawn.output, drawn.train_scenes, drawn.test_scenes) == (str(tmp_path), scenes, test_scenes)
     assert (drawn.seed, drawn.quiet, drawn.recipe, drawn.tracking_uri) == (5, True, "mini", "none")
@@ -298,8 +298,10 @@ def test_pages_have_a_table_of_each_precision_and_mark_what_was_lost(tmp_path):
     vanished = AblationRow(
         Variant("c", "C"), "bf16", [StageOutcome(2, event=Event("vanishing", 4, "projector"))], {}, {}
     )
-    rows, settings = [row("a"), failed, vanished], AblateSettings()
-    page = report._page(rows, ["fp32", "bf16"], plots, settings, 60)
+    columns, settings = ["variant", "stage 2"], AblateSettings()
+    full = report._Table("fp32", [row("a")], columns, plots[:1])
+    tables = [full, report._Table("bf16", [failed, vanished], columns, plots[1:])]
+    page = report._page(tables, settings, 60)
     first, second = page.split("<h2>")[1:]
     assert first.startswith(
         "fp32</h2><table><tr><th>variant</th><th>stage 2</th></tr><tr><td>A</td><td>1.500</td></tr>"
@@ -310,12 +312,12 @@ def test_pages_have_a_table_of_each_precision_and_mark_what_was_lost(tmp_path):
     )
     assert base64.b64encode(b"gradients_bf16").decode() in second and '<img alt="gradients_bf16"' in second
     assert "<i>Gradient vanishing at step k (part)</i>:" in page and "<i>NaN at step k</i>:" in page
-    text = report._markdown(rows, ["fp32", "bf16"], plots, settings, 60)
+    text = report._markdown(tables, settings, 60)
     assert (
         "## fp32\n\n| variant | stage 2 |\n|---|---|\n| A | 1.500 |\n\n![losses_fp32](losses_fp32.png)\n\n## bf16"
         in text
     )
     assert text.endswith("## Notes\n\n- <b> (bf16), stage 2: no memory\n")
-    assert "Notes" not in report._markdown(rows[:1], ["fp32"], [], settings, 60)
+    assert "Notes" not in report._markdown([full], settings, 60)
     lost = [report._cell(text) for text in ("1.5", "NaN at step 3", "not run", "failed", "gradient vanishing")]
     assert ["lost" in cell for cell in lost] == [False, True, True, True, True]
