@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import errno
 import os
 import re
-import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pipelines import storage
 from pipelines.data.sources.base import Malformed, MissingImage, SourceInput, shorten
 from pipelines.settings import SettingsError
+from tinygptv.data.data_url import DataURL, DataURLError
 from tinygptv.data.images import without_file_scheme
 from tinygptv.lru import LRU
 
@@ -271,20 +269,14 @@ def _read_if_there(location: storage.Location, name: str) -> bytes | None:
 
 
 def _decode_data_url(url: str) -> bytes:
-    """Bytes of a ``data:`` URL (RFC 2397).
+    """The image in a ``data:`` URL.
 
     Raises:
-        Malformed: it is none.
+        Malformed: the URL is damaged, or holds no image.
     """
-    header, comma, body = url.partition(",")
-    if not comma:
-        raise Malformed("the image's data: URL has no comma before its data")
-    body = urllib.parse.unquote(body)
-    if not header.lower().endswith(";base64"):
-        raise Malformed("the image's data: URL is not base64")
     try:
-        data = base64.b64decode("".join(body.split()).translate(str.maketrans("-_", "+/")), validate=True)
-    except (binascii.Error, ValueError) as error:
+        data = DataURL.split(url).decode()
+    except DataURLError as error:
         raise Malformed(f"the image's data: URL cannot be decoded: {error}") from error
     check_image_name("of a data: URL", data)
     return data

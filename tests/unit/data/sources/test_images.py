@@ -68,8 +68,8 @@ def test_names_below_the_folder(folder):
         ("\ud800.jpg", "half a surrogate pair"),
         (".", "outside of the image folder"),
         ("data:image/jpeg;base64,!!!", "cannot be decoded"),
-        ("data:image/jpeg,abc", "is not base64"),
-        ("data:image/jpeg;base64", "no comma"),
+        ("data:image/jpeg,abc", "does not hold an image in a known format"),
+        ("data:image/jpeg;base64", "does not begin with data:"),
     ],
 )
 def test_names_that_cannot_be_read(folder, name, reason):

@@ -270,7 +270,7 @@ def test_images_that_cannot_be_read_are_named(folder):
     assert told("b.jpg", alternatives=lambda name: (name, "c", "d", "e")) == (
         f"image b.jpg is missing in {folder}; also looked for c and 2 more names"
     )
-    assert told("data:image/jpeg;base64,abc").startswith("the image's data: URL cannot be decoded: ")
+    assert told("data:image/jpeg;base64,abc!").startswith("the image's data: URL cannot be decoded: ")
     assert told("DATA:IMAGE/JPEG;BASE64,YWJj") == "image of a data: URL does not hold an image in a known format"
     (folder / "sub.jpg").mkdir()
     assert told("sub.jpg").startswith("image sub.jpg cannot be read: Cannot open for reading: path ")
