@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NotRequired, TypedDict, cast
+from typing import Annotated, Literal, NotRequired
 
 from pydantic import BaseModel, Field
+from typing_extensions import TypedDict  # typing's own is not known to pydantic before Python 3.12
 
-from pipelines.serving.backend import Failure, Item, PromptRead, TokenProbability, TokenRecord
+from pipelines.serving.backend import Failure, Item, PromptRead, TokenLogprob, TokenProbability
 from pipelines.serving.protocol import Coordinates
 from tinygptv.data.boxes import COLOURS, parse_boxes, to_pixels
 
+FinishReason = Literal["stop", "length"]
 
-class FoundBox(BaseModel):
+
+class FoundBox(TypedDict):
     """Extension: a box that the answer names.
 
     ``box`` is x1, y1, x2, y2 in pixels of the image as it was sent (upright); boxes of one phrase share ``entity``.
@@ -22,10 +25,10 @@ class FoundBox(BaseModel):
     box: Coordinates
     entity: int
     colour: str
-    image: int = Field(description="index of the image among those of the request")
+    image: Annotated[int, Field(description="index of the image among those of the request")]
 
 
-class Usage(BaseModel):
+class Usage(TypedDict):
     """Tokens; an image counts as its query tokens."""
 
     prompt_tokens: int
@@ -34,56 +37,67 @@ class Usage(BaseModel):
     prompt_tokens_details: dict[str, int]
 
 
-class TopLogprob(BaseModel):
-    """A probable token."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(TopLogprob):
-    """The token that was drawn."""
-
-    top_logprobs: list[TopLogprob]
-
-
-class Logprobs(BaseModel):
+class Logprobs(TypedDict):
     """Log-probabilities of an answer."""
 
     content: list[TokenLogprob]
 
 
-class AnswerMessage(BaseModel):
+class AnswerMessage(TypedDict):
     """The answer."""
 
-    role: Literal["assistant"] = "assistant"
+    role: Literal["assistant"]
     content: str
-    refusal: None = None
-    boxes: list[FoundBox] = []
+    refusal: None
+    boxes: list[FoundBox]
 
 
-FinishReason = Literal["stop", "length"]
-
-
-class Choice(BaseModel):
+class Choice(TypedDict):
     """One answer and why it ended."""
 
-    index: int = 0
+    index: int
     message: AnswerMessage
-    logprobs: Logprobs | None = None
-    finish_reason: FinishReason
+    logprobs: Logprobs | None
+    finish_reason: FinishReason | None
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(TypedDict):
     """Response of ``POST /v1/chat/completions``."""
 
     id: str
-    object: Literal["chat.completion"] = "chat.completion"
+    object: Literal["chat.completion"]
     created: int
     model: str
     choices: list[Choice]
     usage: Usage
+
+
+class Delta(TypedDict, total=False):
+    """What an event adds to the answer."""
+
+    role: Literal["assistant"]
+    content: str
+    boxes: list[FoundBox]
+
+
+class ChunkChoice(TypedDict):
+    """The one choice of an event."""
+
+    index: int
+    delta: Delta
+    logprobs: Logprobs | None
+    finish_reason: FinishReason | None
+
+
+class Chunk(TypedDict):
+    """An event of a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: NotRequired[Usage]
 
 
 class Model(BaseModel):
@@ -117,88 +131,6 @@ class ErrorBody(BaseModel):
     """Every error's body."""
 
     error: ErrorDetail
-
-
-class BoxRecord(TypedDict):
-    """``FoundBox`` in an event."""
-
-    label: str
-    box: Coordinates
-    entity: int
-    colour: str
-    image: int
-
-
-class UsageRecord(TypedDict):
-    """``Usage`` in an event."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: dict[str, int]
-
-
-class LogprobsRecord(TypedDict):
-    """``Logprobs`` in an event."""
-
-    content: list[TokenRecord]
-
-
-class Delta(TypedDict, total=False):
-    """What an event adds to the answer."""
-
-    role: Literal["assistant"]
-    content: str
-    boxes: list[BoxRecord]
-
-
-class ChunkChoice(TypedDict):
-    """The one choice of an event."""
-
-    index: int
-    delta: Delta
-    logprobs: LogprobsRecord | None
-    finish_reason: FinishReason | None
-
-
-class Chunk(TypedDict):
-    """An event of a stream."""
-
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: NotRequired[UsageRecord]
-
-
-class MessageRecord(TypedDict):
-    """``AnswerMessage`` in a response."""
-
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-    boxes: list[BoxRecord]
-
-
-class ChoiceRecord(TypedDict):
-    """``Choice`` in a response."""
-
-    index: int
-    message: MessageRecord
-    logprobs: LogprobsRecord | None
-    finish_reason: FinishReason | None
-
-
-class Completion(TypedDict):
-    """``ChatCompletion`` in a response."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChoiceRecord]
-    usage: UsageRecord
 
 
 @dataclass
@@ -246,7 +178,7 @@ class Answer:
         """Boxes of the text so far, in pixels."""
         return find_boxes(self.text, self.image_size, self.image_index)
 
-    def usage(self) -> UsageRecord:
+    def usage(self) -> Usage:
         """The ``usage`` field."""
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -265,7 +197,7 @@ class Answer:
 
     def last_chunk(self) -> Chunk:
         """The event that says why the answer ended, with its boxes."""
-        boxes = self._box_records()
+        boxes = self.boxes()
         return self._chunk({"boxes": boxes} if boxes else {}, finish_reason=self.finish_reason)
 
     def usage_chunk(self) -> Chunk:
@@ -274,15 +206,15 @@ class Answer:
         chunk["usage"] = self.usage()
         return chunk
 
-    def completion(self, logprobs: tuple[TokenProbability, ...]) -> Completion:
+    def completion(self, logprobs: tuple[TokenProbability, ...]) -> ChatCompletion:
         """The whole answer."""
-        choice: ChoiceRecord = {
+        choice: Choice = {
             "index": 0,
             "message": {
                 "role": "assistant",
                 "content": self.text,
                 "refusal": None,
-                "boxes": self._box_records(),
+                "boxes": self.boxes(),
             },
             "logprobs": self._logprobs(logprobs),
             "finish_reason": self.finish_reason,
@@ -300,7 +232,7 @@ class Answer:
         self,
         delta: Delta,
         *,
-        logprobs: LogprobsRecord | None = None,
+        logprobs: Logprobs | None = None,
         finish_reason: FinishReason | None = None,
     ) -> Chunk:
         choice: ChunkChoice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
@@ -315,11 +247,8 @@ class Answer:
             "choices": choices,
         }
 
-    def _logprobs(self, entries: tuple[TokenProbability, ...]) -> LogprobsRecord | None:
+    def _logprobs(self, entries: tuple[TokenProbability, ...]) -> Logprobs | None:
         return {"content": [entry.to_json() for entry in entries]} if self.with_logprobs else None
-
-    def _box_records(self) -> list[BoxRecord]:
-        return [cast(BoxRecord, box.model_dump()) for box in self.boxes()]
 
 
 def find_boxes(text: str, size: tuple[int, int] | None, image: int) -> list[FoundBox]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from typing import Literal, NotRequired, Protocol, TypedDict
+from typing import Literal, NotRequired, Protocol
+
+from typing_extensions import TypedDict  # the schema of the API is made from TokenLogprob
 
 from pipelines.serving.errors import ErrorType, ProtocolError
 from tinygptv.data.conversation import ChatImage, ChatMessage, image_number
@@ -71,13 +73,13 @@ class ModelInfo:
     scope: str = ""
 
 
-class TokenRecord(TypedDict):
+class TokenLogprob(TypedDict):
     """A token in OpenAI's shape; only the one that was drawn has ``top_logprobs``."""
 
     token: str
     logprob: float
     bytes: list[int]
-    top_logprobs: NotRequired[list[TokenRecord]]
+    top_logprobs: NotRequired[list[TokenLogprob]]
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ class TokenProbability:
     data: bytes
     alternatives: tuple[TokenProbability, ...] | None = None
 
-    def to_json(self) -> TokenRecord:
+    def to_json(self) -> TokenLogprob:
         """OpenAI's shape."""
-        entry: TokenRecord = {"token": self.token, "logprob": self.logprob, "bytes": list(self.data)}
+        entry: TokenLogprob = {"token": self.token, "logprob": self.logprob, "bytes": list(self.data)}
         if self.alternatives is not None:
             entry["top_logprobs"] = [other.to_json() for other in self.alternatives]
         return entry

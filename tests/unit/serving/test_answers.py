@@ -83,15 +83,16 @@ def test_a_failure_ends_an_answer_and_adds_nothing():
 
 def test_boxes_are_clipped_to_the_image_and_rounded():
     (found,) = find_boxes("{<0><33><110><101>}", (333, 77), 1)
-    assert (found.label, found.box, found.image) == ("", (0.0, 25.41, 333.0, 77.0), 1)
+    assert (found["label"], found["box"], found["image"]) == ("", (0.0, 25.41, 333.0, 77.0), 1)
     (found,) = find_boxes("{<13><7><57><91>}", (333, 777), 2)
-    assert found.box == (43.29, 54.39, 189.81, 707.07)
+    assert found["box"] == (43.29, 54.39, 189.81, 707.07)
     assert find_boxes("{<1><2><3><4>}", None, 0) == [] and find_boxes("no box", (9, 9), 0) == []
 
 
 def test_boxes_of_a_phrase_share_its_colour_and_colours_come_round():
     text = "".join(f"<p>n{n}</p> {{<1><2><3><{n + 4}>}}" for n in range(9)) + "<delim>{<5><6><7><8>}"
     found = find_boxes(text, (100, 100), 0)
-    assert [box.entity for box in found] == [*range(9), 8] and [box.label for box in found[-2:]] == ["n8", "n8"]
-    assert len(COLOURS) == 8 and found[8].colour == found[9].colour == found[0].colour != found[1].colour
-    assert [box.box[3] for box in found] == [*map(float, range(4, 13)), 8.0], "in the text's order"
+    assert [box["entity"] for box in found] == [*range(9), 8] and [box["label"] for box in found[-2:]] == ["n8", "n8"]
+    colours = [box["colour"] for box in found]
+    assert len(COLOURS) == 8 and colours[8] == colours[9] == colours[0] != colours[1]
+    assert [box["box"][3] for box in found] == [*map(float, range(4, 13)), 8.0], "in the text's order"
