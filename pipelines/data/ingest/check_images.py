@@ -8,8 +8,8 @@ that the loader uses (``tinygptv.data.image_orientation`` and ``image_structure`
 from __future__ import annotations
 
 import io
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import cv2
@@ -104,7 +104,8 @@ def decode_checked(data: bytes, header: Header, settings: PrepareDataSettings) -
         except ValueError:
             pass  # libjpeg warns; PIL decides below whether the image can be used, and it is then encoded again
     try:
-        image = open_image(data, "image")
+        with _without_pils_bound():
+            image = open_image(data, "image")
         return _encode(_shrink(np.asarray(image), settings.image_size), image.width, image.height, settings)
     except Exception as error:  # whatever a decoder raises on untrusted bytes must not stop the other samples
         raise Malformed(str(error).replace("\n", " ")) from error
@@ -126,11 +127,8 @@ def _read_plain_header(data: bytes, segments: Sequence[Segment], settings: Prepa
 
 def _read_header(data: bytes, settings: PrepareDataSettings) -> Header:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with _without_pils_bound():
             header = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise Malformed(f"decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
         raise Malformed("cannot decode image: it is damaged, or no JPEG, PNG, WebP, GIF, BMP or TIFF") from error
     except Exception as error:  # PIL's parsers raise many kinds of errors on damaged bytes
@@ -140,6 +138,17 @@ def _read_header(data: bytes, settings: PrepareDataSettings) -> Header:
     width, height = header.size if orientation < 5 else header.size[::-1]
     plain = orientation == 1 and header.format == "JPEG"
     return Header(width, height, {"RGB": "RGB", "L": "GRAY"}.get(header.mode, "") if plain else "")
+
+
+@contextmanager
+def _without_pils_bound() -> Iterator[None]:
+    """PIL refuses images of more than 179 megapixels; ``max_megapixels`` decides here, before anything is decoded."""
+    bound = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = bound
 
 
 def _check_area(width: int, height: int, settings: PrepareDataSettings) -> None:

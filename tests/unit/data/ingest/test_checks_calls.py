@@ -71,9 +71,18 @@ def test_what_a_decoder_says_is_one_line(monkeypatch):
     assert refused(read_header, b"x", SETTINGS) == "cannot decode image: first second"
     monkeypatch.setattr(check_images, "open_image", fail)
     assert refused(check_images.decode_checked, b"x", Header(9, 9), SETTINGS) == "first second"
-    bomb = check_images.Image.DecompressionBombError("so many")
-    monkeypatch.setattr(check_images.Image, "open", lambda *args, **options: (_ for _ in ()).throw(bomb))
-    assert refused(read_header, b"x", SETTINGS) == "decompression bomb: so many"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_the_bound_on_pixels_is_the_settings_own(monkeypatch, kind):
+    """PIL has one of its own, beyond which no setting reached: 179 megapixels, here 20."""
+    monkeypatch.setattr(check_images.Image, "MAX_IMAGE_PIXELS", 10)
+    exif = check_images.Image.Exif()
+    exif[0x0112] = 6
+    checked = check_images.check_image(encode(picture(0, (90, 64)), kind, exif=exif), SETTINGS)
+    assert (checked.width, checked.height) == (64, 90)
+    assert check_images.Image.MAX_IMAGE_PIXELS == 10, "other images have PIL's again"
+    assert "no JPEG, PNG" in refused(read_header, b"x", SETTINGS) and check_images.Image.MAX_IMAGE_PIXELS == 10
 
 
 def test_a_structure_that_a_decoder_is_spared_is_refused_first(monkeypatch):
