@@ -162,6 +162,10 @@ def _hold_out(settings: TrainSettings, shards: dict[str, ShardSet]) -> dict[str,
         raise SettingsError("eval_data and eval_fraction are both given: give the one that holds the held-out rows.")
     if settings.eval_data:
         refuse_no_folder("eval_data", settings.eval_data, "held-out shard sets")
+        if not any(len(ShardSet.open(folder)) for folder in find_shard_sets(settings.eval_data)):
+            raise SettingsError(
+                f"eval_data={settings.eval_data} holds no row, whose loss would always be 0: prepare some."
+            )
     if not settings.eval_fraction:
         return {}
     held = hold_out(shards, settings.eval_fraction)

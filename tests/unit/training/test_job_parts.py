@@ -190,9 +190,16 @@ def test_held_out_rows_are_asked_for_where_they_decide(changes, told):
 
 def test_either_kind_of_held_out_rows_decides_an_end(monkeypatch):
     asked = []
+    rows = {"x/a": 0, "x/b": 1}
     monkeypatch.setattr(module, "refuse_no_folder", lambda *given: asked.append(given))
+    monkeypatch.setattr(module, "find_shard_sets", lambda folder: list(rows))
+    monkeypatch.setattr(module, "ShardSet", SimpleNamespace(open=lambda folder: range(rows[folder])))
     assert _hold_out(TrainSettings(early_stop=2, use_best=True, eval_data="x"), SHARDS) == {}
     assert asked == [("eval_data", "x", "held-out shard sets")]
+    asked.clear()
+    rows["x/b"] = 0
+    with pytest.raises(SettingsError, match=r"^eval_data=x holds no row"):  # their loss would be 0
+        _hold_out(TrainSettings(use_best=True, eval_data="x"), SHARDS)
     held = {"a": np.array([1]), "b": np.array([2])}
     monkeypatch.setattr(module, "hold_out", lambda shards, fraction: held)
     assert _hold_out(TrainSettings(early_stop=2, use_best=True, eval_fraction=0.1), SHARDS) is held and len(asked) == 1
