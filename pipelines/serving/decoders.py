@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
 from pipelines.serving.decoder_process import READY, DecodeError, DecodeJob, receive_result
+from pipelines.serving.line import Line
 from tinygptv.data.conversation import ChatImage
 
 START_S = 30.0
@@ -36,25 +37,40 @@ class ImageDecoders:
         self._processes: set[_DecoderProcess] = set()
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(num_processes, thread_name_prefix="decoder")
+        self._line = Line(num_processes)
 
-    async def decode(self, job: DecodeJob, *, wait_s: float, timeout_s: float) -> ChatImage | DecodeError:
+    async def decode(
+        self, job: DecodeJob, *, wait_s: float, timeout_s: float, client: str = ""
+    ) -> ChatImage | DecodeError:
         """Decode an image.
 
         Args:
             job: the image and its bounds.
             wait_s: longest wait for a free decoder, in seconds.
             timeout_s: longest decoding, in seconds.
+            client: whose it is; clients that wait are served in turn.
 
         Raises:
             DecoderBusy: no decoder became free.
             TimeoutError: decoding took too long.
         """
-        future = self._threads.submit(self._decode, job, timeout_s)
-        waiting = asyncio.wrap_future(future)
-        await asyncio.wait({waiting}, timeout=wait_s)
-        if future.cancel():  # which a job that has begun refuses
-            raise DecoderBusy
-        return await waiting
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + wait_s
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._line.enter(client)
+        except TimeoutError:
+            raise DecoderBusy from None
+        try:
+            # A process may still be at the image of a caller that has left.
+            future = self._threads.submit(self._decode, job, timeout_s)
+            waiting = asyncio.wrap_future(future)
+            await asyncio.wait({waiting}, timeout=max(0, deadline - clock()))
+            if future.cancel():  # which a job that has begun refuses
+                raise DecoderBusy
+            return await waiting
+        finally:
+            self._line.leave()
 
     def close(self) -> None:
         """End all processes."""

@@ -1,4 +1,4 @@
-"""Who is next: admitted requests wait here for the model, and clients are called in turn.
+"""Who is next: admitted requests wait here for a decoder or the model, and clients are called in turn.
 
 The gate decides who is let in. Without a line, all requests of a client that sends many at once would be answered
 before the one request of a client that comes after it.
@@ -14,10 +14,10 @@ AT_MODEL = 2
 
 
 class Line:
-    """A number of places at the model; of the clients that wait, each is given one place before any is given two."""
+    """A number of places; of the clients that wait, each is given one place before any is given two."""
 
     def __init__(self, places: int) -> None:
-        """Set how many requests are at the model at the same time."""
+        """Set how many there are."""
         self.places = self._free = places
         self._waiting: OrderedDict[str, deque[asyncio.Event]] = OrderedDict()
 

@@ -37,12 +37,13 @@ class MediaLoader:
         self.max_pixels = int(settings.max_image_megapixels * _MEGA)
         self.decoders = decoders or ImageDecoders(settings.image_decoders)
 
-    async def load(self, images: Sequence[ImageReference], image_size: int) -> list[ChatImage]:
+    async def load(self, images: Sequence[ImageReference], image_size: int, client: str = "") -> list[ChatImage]:
         """Fetch, check and decode.
 
         Args:
             images: of one request.
             image_size: side R in pixels.
+            client: who sends them.
 
         Raises:
             ProtocolError: 400 or 413, naming the field and the bound; 503 where no decoder is free.
@@ -54,20 +55,20 @@ class MediaLoader:
                 param=images[self.settings.max_images].param,
                 code="too_many_images",
             )
-        tasks = [asyncio.create_task(self._load_one(image, image_size)) for image in images]
+        tasks = [asyncio.create_task(self._load_one(image, image_size, client)) for image in images]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
             for task in tasks:
                 task.cancel()  # where another one failed
 
-    async def _load_one(self, image: ImageReference, image_size: int) -> ChatImage:
+    async def _load_one(self, image: ImageReference, image_size: int, client: str) -> ChatImage:
         is_data = image.url[:5].lower() == "data:"
         source = self._split(image) if is_data else await self._fetch(image)
         job = DecodeJob(source, image_size, self.max_bytes, self.max_pixels)
         timeout_s = self.settings.image_timeout_s
         try:
-            result = await self.decoders.decode(job, wait_s=timeout_s, timeout_s=timeout_s)
+            result = await self.decoders.decode(job, client=client, wait_s=timeout_s, timeout_s=timeout_s)
         except DecoderBusy:
             raise ProtocolError(
                 503,

@@ -1,6 +1,6 @@
 """A chat request: from the body to the model, and from the model to JSON or events.
 
-key -> body within bounds -> a slot -> types -> a place in line -> images -> model -> JSON, or events
+key -> body within bounds -> a slot -> types -> images -> its turn -> model -> JSON, or events
 """
 
 from __future__ import annotations
@@ -105,18 +105,19 @@ class ChatService:
         """The response; a stream takes ``slot`` over and releases it at its end."""
         try:
             async with asyncio.timeout_at(call.deadline):
+                answer, job = await self._prepare(call)
                 await self.line.enter(call.client.name)
                 slot.callback(self.line.leave)
                 try:
-                    return await self._respond(call, slot)
+                    return await self._respond(call, answer, job, slot)
                 except StaleImage:  # a model with another image size has been deployed since we asked
                     await self.info(refresh=True)
-                    return await self._respond(call, slot)
+                    answer, job = await self._prepare(call)
+                    return await self._respond(call, answer, job, slot)
         except TimeoutError:
             raise _too_slow(self.settings) from None
 
-    async def _respond(self, call: _Call, slot: ExitStack) -> Response:
-        answer, job = await self._prepare(call)
+    async def _respond(self, call: _Call, answer: Answer, job: ChatJob, slot: ExitStack) -> Response:
         if not call.request.stream:
             return await self._complete(call, answer, job)
         items = self.backend.stream(job)
@@ -132,7 +133,7 @@ class ChatService:
         info = await self.info()
         turns = read_turns(call.request)
         request = turns.with_default_task(call.request, self.settings.default_task)
-        images = await self.media.load(turns.images, info.image_size)
+        images = await self.media.load(turns.images, info.image_size, call.client.name)
         answer = Answer(
             id=f"chatcmpl-{uuid.uuid4().hex}",
             model=request.model,

@@ -118,6 +118,20 @@ def test_waiting_for_a_decoder_has_an_end(decoders, begun):
     assert isinstance(asyncio.run(crowd()), ChatImage)
 
 
+def test_one_image_does_not_wait_for_all_those_of_another_client(decoders):
+    async def crowd():
+        ends = []
+
+        async def one(client):
+            assert isinstance(await decoders.decode(job(), wait_s=60, timeout_s=60, client=client), ChatImage)
+            ends.append(client)
+
+        await asyncio.gather(*[one("many") for _ in range(9)], one("single"))
+        return ends.index("single")
+
+    assert asyncio.run(crowd()) == 2, "behind the one that was being decoded and one that waited"
+
+
 def test_a_caller_that_leaves_hurts_nobody(decoders):
     async def leave_and_ask():
         leaving = [asyncio.create_task(decoders.decode(job(), wait_s=60, timeout_s=60)) for _ in range(5)]

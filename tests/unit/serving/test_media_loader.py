@@ -28,9 +28,9 @@ class Decoders:
 
     def __init__(self, answer: object = None) -> None:
         self.answer = answer
-        self.asked: list[tuple[DecodeJob, dict[str, float]]] = []
+        self.asked: list[tuple[DecodeJob, dict[str, object]]] = []
 
-    async def decode(self, job: DecodeJob, **options: float) -> object:
+    async def decode(self, job: DecodeJob, **options: object) -> object:
         self.asked.append((job, options))
         if isinstance(self.answer, Exception):
             raise self.answer
@@ -39,7 +39,7 @@ class Decoders:
 
 def load(decoders: Decoders, *urls: str, side: int = 16, **settings: object) -> list[object]:
     loader = MediaLoader(ServeSettings(**settings), decoders)
-    return asyncio.run(loader.load([ImageReference(f"field.{i}", url) for i, url in enumerate(urls)], side))
+    return asyncio.run(loader.load([ImageReference(f"field.{i}", url) for i, url in enumerate(urls)], side, "a"))
 
 
 def refusal(decoders: Decoders, *urls: str, **settings: object) -> ProtocolError:
@@ -57,7 +57,7 @@ def test_each_image_reaches_the_decoders_with_the_bounds_of_the_settings():
     settings = {"max_image_mb": 1.5, "max_image_megapixels": 2.25, "image_timeout_s": 7}
     assert load(decoders, PNG, "DATA:,%41", side=24, **settings) == [1, 2], "in the order of the request"
     bounds = (24, 1_500_000, 2_250_000)
-    options = {"wait_s": 7, "timeout_s": 7}
+    options = {"wait_s": 7, "timeout_s": 7, "client": "a"}
     assert decoders.asked == [
         (DecodeJob(DataURL("image/png", True, "QUJDRA=="), *bounds), options),
         (DecodeJob(DataURL("", False, "%41"), *bounds), options),

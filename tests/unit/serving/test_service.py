@@ -58,7 +58,7 @@ def test_settings_and_fields_make_the_job():
 
 
 def test_boxes_lie_on_the_last_image(monkeypatch):
-    async def load(self, references, side):
+    async def load(self, references, side, client):
         return [image(1, 100, 50), image(2, 400, 200)]
 
     monkeypatch.setattr(MediaLoader, "load", load)
@@ -200,6 +200,27 @@ def test_one_question_does_not_wait_for_all_those_of_another_client(stream):
     assert (single, last) == (4, 14)
 
 
+def test_who_waits_for_an_image_has_no_place_at_the_model(monkeypatch):
+    async def load(self, references, side, client):
+        await asyncio.sleep(100 if references else 0)
+        return [image(number, 1, 1) for number, _ in enumerate(references)]
+
+    monkeypatch.setattr(MediaLoader, "load", load)
+
+    async def run():
+        client = TimedClient(max_batch_size=1, max_queue=20)
+        started = asyncio.get_running_loop().time()
+        async with client.open() as http:
+            slow = [asyncio.create_task(http.post(CHAT, json=ask(words("hi"), IMAGE))) for _ in range(8)]
+            await asyncio.sleep(1)
+            assert (await http.post(CHAT, json=ask(words("hi")))).status_code == 200
+            waited = asyncio.get_running_loop().time() - started
+            assert [response.status_code for response in await asyncio.gather(*slow)] == [200] * 8
+        return waited
+
+    assert virtual_time.run(run()) == 1
+
+
 def test_the_time_in_line_is_of_the_answers_time():
     client = TimedClient(FakeBackend(READ, said("fine", "stop"), wait=2), max_batch_size=1, request_timeout_s=5)
 
@@ -233,7 +254,7 @@ def test_a_body_that_comes_slowly_takes_nothing_of_the_answers_time_and_is_count
 def test_a_task_is_about_the_last_image_of_the_conversation(monkeypatch):
     seen = []
 
-    async def load(self, references, side):
+    async def load(self, references, side, client):
         seen.extend(reference.param for reference in references)
         return [image(1, 100, 50), image(2, 400, 200)]
 
