@@ -38,7 +38,8 @@ class AdapterMixin:
     @peft_config.setter
     def peft_config(self, configs: dict[str, PeftConfigLike]) -> None:
         self._peft_config = configs
-        self.config.lora_rank = 0  # the model's own adapters are part of its weights now
+        # The model's own adapters are part of its weights now, and peft tells nobody when it adds a user's to them.
+        self.config.lora_rank, self.config.lora_merged = 0, True
         lora_module().freeze_below_adapters(self)
 
     @peft_config.deleter

@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -100,6 +101,13 @@ def test_merged_adapters_answer_alike_and_are_gone():
     assert not any(".lora_" in name or "base_layer" in name for name, _ in model.named_parameters())
     assert (model.config.lora_rank, model.config.lora_merged) == (0, True)
     assert merge_lora(model.language_model) == 0 and model.merge_lora() == 0 and model.config.lora_merged
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_weights_that_peft_merged_adapters_into_are_known_as_such(rank):
+    """A stage file of the release could not hold them: it has adapters beside Phi-2's own matrices."""
+    model = get_peft_model(make_model(rank=rank), LoraConfig(target_modules=["dense"])).merge_and_unload()
+    assert (model.config.lora_rank, model.config.lora_merged) == (0, True)
 
 
 def test_reset_adapters_change_nothing():
