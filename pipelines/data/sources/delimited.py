@@ -14,20 +14,32 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from pipelines import storage
-from pipelines.data.sources.base import Changes, ReadResult, Rejected, SourceInput, SourceUnit, find_input, shorten
+from pipelines.data.sources.base import (
+    ENTRIES_PER_UNIT,
+    Changes,
+    ReadResult,
+    Rejected,
+    SourceInput,
+    SourceUnit,
+    find_input,
+    shorten,
+)
 from pipelines.data.sources.drafts import read_drafts
 from pipelines.data.sources.images import BESIDE, ImageFolder, find_image_folder
 from pipelines.data.sources.json_entries import plain_name
 from pipelines.data.sources.own_rows import ROW_FIELDS, read_own_row
 from pipelines.settings import SettingsError
 from tinygptv.json_object import JsonObject
+
+if TYPE_CHECKING:
+    from _csv import Reader
 
 DELIMITED = (".csv", ".tsv")
 """Endings of the files' names."""
@@ -37,6 +49,22 @@ DelimitedRow = tuple[str, JsonObject | Rejected]
 
 _LONGEST_FIELD = 16 << 20
 _HEAD_BYTES = 4096
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+@dataclass(frozen=True)
+class TableSlice:
+    """What a slice of a table needs besides its bytes.
+
+    Attributes:
+        folder: of the images.
+        names: of the columns.
+        delimiter: between fields.
+    """
+
+    folder: storage.Location
+    names: tuple[str, ...]
+    delimiter: str
 
 
 @dataclass(frozen=True)
@@ -44,16 +72,20 @@ class DelimitedReader:
     """CSV and TSV files. Images are named relative to the file."""
 
     def plan(self, source: SourceInput) -> Iterator[SourceUnit]:
-        """One unit per file: quoted fields may hold line breaks, so a file cannot be cut."""
+        """One unit per ``ENTRIES_PER_UNIT`` rows; a file that is compressed or UTF-16 is one, as is a small one."""
         for file in find_input(source, "*.csv", "*.tsv"):
             if next(read_delimited(file.location), None) is None:
                 raise SettingsError(f"{file.location} holds no rows: is it the right file?")
-            yield SourceUnit.of_file(source, file, find_image_folder(source, file.location, BESIDE))
+            folder = find_image_folder(source, file.location, BESIDE)
+            unit = SourceUnit.of_file(source, file, folder)
+            slices = list(_slices(unit, folder))
+            yield from slices if len(slices) > 1 else [unit]
 
     def read(self, unit: SourceUnit, changes: Changes | None = None) -> Iterator[ReadResult]:
-        """Rows of a file; a broken one is set apart alone."""
-        images = ImageFolder(unit.details)
-        for key, fields in read_delimited(unit.file):
+        """Rows of a file, or of a slice; a broken one is set apart alone."""
+        part = unit.details if isinstance(unit.details, TableSlice) else None
+        images = ImageFolder(part.folder if part else unit.details)
+        for key, fields in _read_slice(unit, part) if part else read_delimited(unit.file):
             if isinstance(fields, Rejected):
                 yield fields
             else:
@@ -66,51 +98,108 @@ def read_delimited(location: storage.Location) -> Iterator[DelimitedRow]:
     Raises:
         SettingsError: there is no header, or it has no usable names.
     """
-    csv.field_size_limit(_LONGEST_FIELD)
     with storage.open_unpacked(location) as stream:
         try:
-            yield from _rows(location, _lines(stream))
+            reader, names = _behind_header(location, _lines(stream))
+            yield from _rows(location, reader, names)
         except storage.DamagedFileError as error:
             yield "", Rejected("", location.name, f"the compressed data is damaged or cut off: {error}")
 
 
-def _rows(location: storage.Location, lines: Iterator[str]) -> Iterator[DelimitedRow]:
+def _behind_header(location: storage.Location, lines: Iterator[str]) -> tuple[Reader, tuple[str, ...]]:
+    """A reader of the rows, and the columns' names."""
     before = []  # blank lines, and the header's first
     for line in lines:
         before.append(line)
         if line.strip("\r\n"):
             break
     header = "".join(before).strip("\r\n")
-    reader = csv.reader(itertools.chain(before, lines), delimiter=_delimiter(location.name, header), strict=True)
+    reader = _reader(itertools.chain(before, lines), _delimiter(location.name, header))
     try:
-        names = [name.strip() for name in next((values for values in reader if values), [])]
+        names = tuple(name.strip() for name in next((values for values in reader if values), []))
     except csv.Error as error:
         raise SettingsError(f"{location}: the header cannot be read: {error}.") from error
     if len(names) != len(set(names)) or not all(names):
         raise SettingsError(f"{location}: the first line must name every column once; it is {header[:100]!r}.")
+    return reader, names
+
+
+def _reader(lines: Iterator[str], delimiter: str) -> Reader:
+    csv.field_size_limit(_LONGEST_FIELD)
+    return csv.reader(lines, delimiter=delimiter, strict=True)
+
+
+def _rows(location: storage.Location, reader: Reader, names: Sequence[str], lines: int = 0) -> Iterator[DelimitedRow]:
+    """Rows of a table behind so many lines."""
     while True:
-        line_number = reader.line_num + 1
+        key = f"line {lines + reader.line_num + 1}"
         try:
             values = next(reader, None)
         except csv.Error as error:
-            yield f"line {line_number}", Rejected(f"line {line_number}", location.name, f"no valid row: {error}")
+            yield key, Rejected(key, location.name, f"no valid row: {error}")
             continue
         if values is None:
             break
         if values:
-            yield f"line {line_number}", _fields(f"line {line_number}", location.name, names, values)
+            yield key, _fields(key, location.name, names, values)
 
 
-def _lines(stream: BinaryIO) -> Iterator[str]:
-    r"""Lines with their ends (\n, \r\n or \r) as spreadsheets save them: UTF-8, or UTF-16 by its byte order mark. Odd
-    bytes cost their row later.
+def _slices(unit: SourceUnit, folder: storage.Location) -> Iterator[SourceUnit]:
+    """Slices of a file, none where it can only be read from its start. Rows end where the reader has taken whole lines:
+    a quoted field may hold line breaks."""
+    position = 0
+
+    def counted(lines: Iterator[str]) -> Iterator[str]:
+        nonlocal position
+        for line in lines:
+            position += len(line)
+            yield line
+
+    if storage.compression_of(unit.file):
+        return
+    with storage.open_file(unit.file) as stream:
+        head = stream.read(len(codecs.BOM_UTF8))
+        if head.startswith(_UTF16_MARKS):
+            return
+        position = len(head) if head == codecs.BOM_UTF8 else 0
+        stream.seek(position)
+        reader, names = _behind_header(unit.file, _lines(stream, "utf-8"))
+        part = TableSlice(folder, names, reader.dialect.delimiter)
+        stream.seek(position)
+        # Latin-1 has a character for each byte, and all that structures a table is ASCII.
+        reader, _ = _behind_header(unit.file, counted(_lines(stream, "latin-1")))
+        start, first, num_rows = position, reader.line_num, 0
+        while True:
+            try:
+                is_end = next(reader, None) is None
+            except csv.Error:
+                is_end = False
+            num_rows += not is_end
+            if num_rows and (is_end or num_rows == ENTRIES_PER_UNIT):
+                yield replace(unit, start=start, stop=position, first=first, details=part)
+                start, first, num_rows = position, reader.line_num, 0
+            if is_end:
+                return
+
+
+def _read_slice(unit: SourceUnit, part: TableSlice) -> Iterator[DelimitedRow]:
+    with storage.open_file(unit.file) as stream:
+        stream.seek(unit.start)
+        data = stream.read(unit.stop - unit.start)
+    reader = _reader(_lines(io.BytesIO(data), "utf-8"), part.delimiter)
+    yield from _rows(unit.file, reader, part.names, unit.first)
+
+
+def _lines(stream: BinaryIO, encoding: str = "") -> Iterator[str]:
+    r"""Lines with their ends (\n, \r\n or \r) as spreadsheets save them: UTF-8, or UTF-16 by its byte order mark, where no
+    encoding is given. Odd bytes cost their row later.
 
     Raises:
         DamagedFileError: the compressed data is damaged; whole lines before that come first.
     """
     chunk = stream.read(storage.COPY_BYTES)
-    utf16 = chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    encoding, errors = ("utf-16", "replace") if utf16 else ("utf-8-sig", "surrogateescape")
+    encoding = encoding or ("utf-16" if chunk.startswith(_UTF16_MARKS) else "utf-8-sig")
+    errors = "replace" if encoding == "utf-16" else "surrogateescape"
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(errors), translate=False)
     rest = ""
     while True:
@@ -145,7 +234,7 @@ def _delimiter(name: str, header: str) -> str:
     return ";" if ";" in header and "," not in header else ","
 
 
-def _fields(key: str, file: str, names: list[str], values: list[str]) -> JsonObject | Rejected:
+def _fields(key: str, file: str, names: Sequence[str], values: list[str]) -> JsonObject | Rejected:
     if len(values) != len(names):
         reason = f"{len(values)} fields, and the header names {len(names)}; fields with the separator need quotes"
         return Rejected(key, file, reason)

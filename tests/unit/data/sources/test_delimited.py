@@ -8,7 +8,7 @@ import gzip
 import pytest
 
 from pipelines import storage
-from pipelines.data.sources import SOURCES
+from pipelines.data.sources import SOURCES, delimited
 from pipelines.data.sources.base import Rejected, SourceInput
 from pipelines.data.sources.delimited import is_delimited, read_delimited
 from pipelines.settings import SettingsError
@@ -195,3 +195,32 @@ def test_a_row_with_broken_quotes_costs_itself_alone(tmp_path):
     (_, first), (key, broken), (_, last) = read(tmp_path / "a.csv")
     assert (first["image"], last["image"], key) == ("a", "f", "line 3")
     assert isinstance(broken, Rejected) and (broken.key, "no valid row" in broken.reason) == ("line 3", True)
+
+
+@pytest.mark.parametrize("size", [7, 1 << 20])
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_slices_of_a_table_are_its_rows(tmp_path, monkeypatch, end, mark, size):
+    """Cut where rows end: quoted fields hold line breaks and quotes, rows are broken, and lines keep their numbers."""
+    monkeypatch.setattr(storage, "COPY_BYTES", size)
+    monkeypatch.setattr(delimited, "ENTRIES_PER_UNIT", 3)
+    rows = [f'a{n}.jpg,"caf\u00e9 ""{n}""{end}{end}\u2028, {n}",voil\u00e0' if n % 3 else f"b{n},x" for n in range(11)]
+    rows[4:4] = ["", '"half" of a quote,x,y', "c,\ufeffd,e"]
+    path = tmp_path / "a.csv"
+    path.write_bytes(mark + end.join(["", "image,voil\u00e0,answer", *rows, ""]).encode() + b'd.jpg,"never closed')
+    whole = read(path)
+    source = SourceInput("csv", str(path), str(tmp_path), "own", "")
+    units = list(SOURCES["csv"].reader.plan(source))
+    assert len(units) == 5 and units[0].start and units[-1].stop == path.stat().st_size
+    assert [row for unit in units for row in delimited._read_slice(unit, unit.details)] == whole
+    assert len(whole) == 14 and sum(isinstance(fields, Rejected) for _, fields in whole) == 6
+
+
+@pytest.mark.parametrize(("name", "encoding"), [("a.csv", "utf-16"), ("a.csv.gz", "utf-8")])
+def test_a_table_that_can_only_be_read_from_its_start_is_one_unit(tmp_path, monkeypatch, name, encoding):
+    monkeypatch.setattr(delimited, "ENTRIES_PER_UNIT", 1)
+    data = "question,answer\n1,a\n2,b\n".encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    [unit] = SOURCES["csv"].reader.plan(SourceInput("csv", str(tmp_path), str(tmp_path), "own", ""))
+    assert [row.turns[0].answers for row in SOURCES["csv"].reader.read(unit)] == [("a",), ("b",)]
+    assert (unit.start, unit.stop, unit.first) == (0, 0, 0)
