@@ -191,8 +191,8 @@ def _read_slice(unit: SourceUnit, part: TableSlice) -> Iterator[DelimitedRow]:
 
 
 def _lines(stream: BinaryIO, encoding: str = "") -> Iterator[str]:
-    r"""Lines with their ends (\n, \r\n or \r) as spreadsheets save them: UTF-8, or UTF-16 by its byte order mark, where no
-    encoding is given. Odd bytes cost their row later.
+    r"""Lines with their ends (\n, \r\n or \r). Without an encoding they are UTF-8, or UTF-16 by its byte order mark, as
+    spreadsheets save them. Odd bytes cost their row later.
 
     Raises:
         DamagedFileError: the compressed data is damaged; whole lines before that come first.
