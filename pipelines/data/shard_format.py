@@ -208,11 +208,6 @@ class ShardWriter:
             self._sink = _HashingSink(location)
             self._writer = pa.ipc.new_file(pa.PythonFile(self._sink, "w"), SCHEMA)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes written so far."""
-        return self._sink.num_bytes
-
     def write(self, batch: pa.RecordBatch) -> None:
         """Append rows; they are cut into record batches of ``BATCH_ROWS`` whatever comes in."""
         self._waiting.append(batch)

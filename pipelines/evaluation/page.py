@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from pipelines.evaluation.answers import VIEWS
 from pipelines.evaluation.benchmarks.base import Truth
 from pipelines.evaluation.scoring import BenchmarkScore, PartScore, Prediction, format_number
-from tinygptv.data.boxes import parse_answer_box, parse_boxes, to_pixels
+from tinygptv.data.boxes import ordered, parse_answer_box, parse_boxes, to_pixels
 from tinygptv.data.drawing import draw_boxes
 from tinygptv.data.images import open_image
 
@@ -69,9 +69,7 @@ def _scale(box: Sequence[float], across: float, down: float) -> tuple[float, flo
 
 
 def _outline(image: Image.Image, box: Sequence[float], colour: tuple[int, int, int]) -> None:
-    x1, y1, x2, y2 = box
-    ordered = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
-    ImageDraw.Draw(image).rectangle(ordered, outline=colour, width=3)
+    ImageDraw.Draw(image).rectangle(ordered(box), outline=colour, width=3)
 
 
 def score_page(scores: Mapping[str, BenchmarkScore], lines: Sequence[Prediction], title: str, num_cases: int) -> str:

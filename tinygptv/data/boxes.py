@@ -90,7 +90,7 @@ def clip_box(box: Sequence[float], width: float, height: float) -> Box:
     Raises:
         ValueError: the box lies outside of the image, or covers less than a pixel of it.
     """
-    (x1, x2), (y1, y2) = sorted((float(box[0]), float(box[2]))), sorted((float(box[1]), float(box[3])))
+    x1, y1, x2, y2 = ordered([float(corner) for corner in box])
     if not (x2 > 0 and y2 > 0 and x1 < width and y1 < height):
         raise ValueError(f"the box {_in_words(box)} lies outside of the image of {width:g} x {height:g} pixels.")
     x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
@@ -190,6 +190,12 @@ def box_fault(box: Sequence[float], width: float, height: float) -> str:
 def box_in_words(box: Sequence[float]) -> str:
     """A box in a message."""
     return "box " + ", ".join(f"{corner:g}" for corner in box)
+
+
+def ordered(box: Sequence[float]) -> Box:
+    """A box with its top left corner first, whichever two opposite corners are given."""
+    x1, y1, x2, y2 = box
+    return (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
 
 
 def iou(a: Sequence[float], b: Sequence[float], *, pixel_grid: bool = True) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tinygptv.data.boxes import COLOURS, Box, parse_boxes, to_pixels
+from tinygptv.data.boxes import COLOURS, Box, ordered, parse_boxes, to_pixels
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -26,7 +26,7 @@ def draw_boxes(image: Image.Image, answer: str) -> Image.Image:
     taken: list[Box] = []
     for grounded in parse_boxes(answer):
         colour = COLOURS[grounded.entity % len(COLOURS)]
-        box = _ordered(to_pixels(grounded.box, *canvas.size))
+        box = ordered(to_pixels(grounded.box, *canvas.size))
         draw.rectangle(box, outline=colour, width=max(2, round(2 * scale)))
         if grounded.phrase:
             label = _place_label(draw, grounded.phrase, font, box, taken)
@@ -34,11 +34,6 @@ def draw_boxes(image: Image.Image, answer: str) -> Image.Image:
             draw.rectangle(label, fill=colour)
             draw.text((label[0] + 2, label[1] + 1), grounded.phrase, font=font, fill=_readable_on(colour))
     return canvas
-
-
-def _ordered(box: Box) -> Box:
-    x1, y1, x2, y2 = box
-    return (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
 
 
 def _place_label(draw: ImageDraw.ImageDraw, text: str, font: Font, box: Box, taken: list[Box]) -> Box:

@@ -52,10 +52,9 @@ def read_orientation(image: Image.Image) -> int:
 def _exif_orientation(image: Image.Image) -> int:
     """0 where there is none."""
     exif = image.info.get("exif")
-    if (
-        exif is None and "Raw profile type exif" in image.info
-    ):  # as ImageMagick writes it: three lines, then hexadecimal
-        exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
+    raw = image.info.get("Raw profile type exif")  # as ImageMagick writes it: three lines, then hexadecimal
+    if exif is None and raw is not None:
+        exif = bytes.fromhex("".join(raw.split("\n")[3:]))
     if not exif:
         return 0
     exif = exif.removeprefix(b"Exif\0\0")

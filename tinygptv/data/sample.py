@@ -21,7 +21,7 @@ from typing import Any, TypedDict, TypeVar
 import numpy as np
 
 from tinygptv.bounds import check_number
-from tinygptv.data.boxes import format_box
+from tinygptv.data.boxes import Box, format_box
 from tinygptv.data.prompt_layout import Exchange, PromptLayout, TurnIds
 from tinygptv.data.prompts import INSTRUCTIONS
 
@@ -83,7 +83,7 @@ class SampleRow:
     image: bytes | None = None
     width: int = 0
     height: int = 0
-    boxes: tuple[tuple[float, float, float, float], ...] = ()
+    boxes: tuple[Box, ...] = ()
 
     @classmethod
     def from_dict(cls, row: ArrowRow) -> SampleRow:

@@ -1,4 +1,4 @@
-"""What a JSON object of a file is: a row, or a container of rows."""
+"""What a JSON object of a file is: a row, or a container of rows; and its id."""
 
 from __future__ import annotations
 
@@ -30,3 +30,9 @@ def _lists_of_objects(value: Mapping[str, object]) -> list[list[Mapping[str, obj
 def is_container(value: Mapping[str, object]) -> bool:
     """Whether an object holds rows, and is none itself."""
     return bool(_lists_of_objects(value) or (value and all(isinstance(item, dict) for item in value.values())))
+
+
+def id_of(entry: Any, name: str) -> int | str | None:
+    """An id that can be looked up; None where an entry has none."""
+    value = entry.get(name) if isinstance(entry, Mapping) else None
+    return value if isinstance(value, int | str) else None

@@ -15,6 +15,7 @@ from pipelines import storage
 from pipelines.data.sources.base import Malformed, SourceInput, SourceUnit
 from pipelines.data.sources.json_entries import JsonForm, open_entries, plan_entries
 from pipelines.data.sources.json_items import Item, JsonDamage, iterate_items
+from pipelines.data.sources.json_rows import id_of
 from pipelines.settings import SettingsError
 
 _QUESTIONS, _ANNOTATIONS = "questions", "annotations"
@@ -57,7 +58,7 @@ def plan_questions(
     answers = _read_answers(_answers_file(source, file))
 
     def about(items: list[Item]) -> ImagesAndAnswers:
-        ids = [_id_of(item.value) for item in items]
+        ids = [id_of(item.value, "question_id") for item in items]
         return ImagesAndAnswers(folder, {number: answers[number] for number in ids if number in answers})
 
     yield from plan_entries(source, file, form, about=about)
@@ -71,9 +72,9 @@ def with_answers(entry: Any, extra: ImagesAndAnswers) -> Any:
     """
     if extra.answers is None:
         return entry
-    answers = extra.answers.get(_id_of(entry))
+    answers = extra.answers.get(id_of(entry, "question_id"))
     if answers is None:
-        raise Malformed(f"question {_id_of(entry)} has no answers in the annotations file")
+        raise Malformed(f"question {id_of(entry, 'question_id')} has no answers in the annotations file")
     return {**entry, "answers": answers}
 
 
@@ -102,7 +103,7 @@ def _read_answers(location: storage.Location) -> dict[Any, tuple[str, ...]]:
                 answers = item.value.get("answers") if isinstance(item.value, dict) else None
                 if isinstance(answers, list):
                     texts = (answer.get("answer") if isinstance(answer, dict) else answer for answer in answers)
-                    found[_id_of(item.value)] = tuple(
+                    found[id_of(item.value, "question_id")] = tuple(
                         sys.intern(_utf8(text)) for text in texts if isinstance(text, str)
                     )
     except (JsonDamage, storage.DamagedFileError) as error:
@@ -110,12 +111,6 @@ def _read_answers(location: storage.Location) -> dict[Any, tuple[str, ...]]:
     if not found:
         raise SettingsError(f"{location} holds no answers in {_ANNOTATIONS!r}: is it the right file?")
     return found
-
-
-def _id_of(entry: Any) -> Any:
-    """The question's id; None where it has none that can be compared."""
-    number = entry.get("question_id") if isinstance(entry, Mapping) else None
-    return number if isinstance(number, int | str) else None
 
 
 def _utf8(text: str) -> str:

@@ -25,6 +25,7 @@ from pipelines.data.sources.drafts import Draft, read_drafts
 from pipelines.data.sources.images import COCO, ImageFolder, ImageLayout, find_image_folder
 from pipelines.data.sources.json_entries import detect_form, open_entries, plan_entries, read_entries
 from pipelines.data.sources.json_items import Item, JsonDamage, iterate_items
+from pipelines.data.sources.json_rows import id_of
 from pipelines.data.sources.pickles import UnsafePickleError, load_plain_pickle
 from pipelines.settings import SettingsError
 from tinygptv.data.boxes import Box
@@ -75,7 +76,7 @@ class RefCocoReader:
         boxes = _boxes_of(instances)
         unit = SourceUnit.of_file(source, file)
         for first in range(0, len(refs), ENTRIES_PER_UNIT):
-            entries = [(_slim(ref), boxes.get(_id_of(ref, "ann_id"))) for ref in refs[first : first + ENTRIES_PER_UNIT]]
+            entries = [(_slim(ref), boxes.get(id_of(ref, "ann_id"))) for ref in refs[first : first + ENTRIES_PER_UNIT]]
             stop = first + len(entries)
             yield replace(unit, start=first, stop=stop, first=first, details=References(folder, entries))
 
@@ -83,7 +84,7 @@ class RefCocoReader:
         """One row per reference; its sentences are the phrases that name the box."""
         images = ImageFolder(unit.details.folder, COCO.alternatives)
         for number, (ref, bbox) in enumerate(unit.details.entries, start=unit.first):
-            ref_id = _id_of(ref, "ref_id")
+            ref_id = id_of(ref, "ref_id")
             key = f"number {number}" if ref_id is None else str(ref_id)
             yield from read_drafts(unit, key, partial(_reference, ref, bbox), images, changes)
 
@@ -108,18 +109,12 @@ def _slim(ref: Any) -> Any:
     return {name: ref[name] for name in fields if name in ref} if isinstance(ref, dict) else ref
 
 
-def _id_of(entry: Any, name: str) -> Any:
-    """An id that can be looked up; None where there is none."""
-    value = entry.get(name) if isinstance(entry, dict) else None
-    return value if isinstance(value, int | str) else None
-
-
 def _boxes_of(location: storage.Location) -> dict[Any, Any]:
     """Annotation id -> x, y, width, height."""
     try:
         with open_entries(location) as stream:
             entries = (item.value for item in iterate_items(stream, "annotations"))
-            return {_id_of(entry, "id"): entry.get("bbox") for entry in entries if isinstance(entry, dict)}
+            return {id_of(entry, "id"): entry.get("bbox") for entry in entries if isinstance(entry, dict)}
     except (FileNotFoundError, JsonDamage, storage.DamagedFileError) as error:
         raise SettingsError(f"{location} cannot be used: {error}.") from error
 
@@ -197,20 +192,20 @@ class VisualGenomeReader:
                 yield rejection(unit, key, error)
                 continue
             for number, region in enumerate(regions):
-                region_id = _id_of(region, "region_id")
+                region_id = id_of(region, "region_id")
                 region_key = f"{key}/{number}" if region_id is None else str(region_id)
-                image_id = _id_of(region, "image_id")
-                image_id = _id_of(entry, "id") if image_id is None else image_id
+                image_id = id_of(region, "image_id")
+                image_id = id_of(entry, "id") if image_id is None else image_id
                 drafts = partial(_region, region, extra.paths.get(image_id), image_id)
                 yield from read_drafts(unit, region_key, drafts, images, changes)
 
 
 def _ids_in(entry: Any) -> Iterator[Any]:
     """Image ids that an entry of region_descriptions.json names."""
-    yield _id_of(entry, "id")
+    yield id_of(entry, "id")
     regions = entry.get("regions") if isinstance(entry, dict) else None
     if isinstance(regions, list):
-        yield from (_id_of(region, "image_id") for region in regions)
+        yield from (id_of(region, "image_id") for region in regions)
 
 
 def _image_paths(location: storage.Location) -> dict[Any, str]:
@@ -221,7 +216,7 @@ def _image_paths(location: storage.Location) -> dict[Any, str]:
     except (FileNotFoundError, JsonDamage, storage.DamagedFileError) as error:
         raise SettingsError(f"{location} cannot be used: {error}.") from error
     return {
-        _id_of(entry, "image_id" if "image_id" in entry else "id"): "/".join(str(entry["url"]).split("/")[-2:])
+        id_of(entry, "image_id" if "image_id" in entry else "id"): "/".join(str(entry["url"]).split("/")[-2:])
         for entry in entries
         if isinstance(entry, dict) and "url" in entry
     }

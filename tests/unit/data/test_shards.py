@@ -169,15 +169,15 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path):
 
 def test_a_writer_tells_the_size_and_hash_of_its_file(tmp_path):
     writer = ShardWriter(str(tmp_path / "part-00003.arrow"))
-    sizes = [writer.num_bytes]
+    sizes = [writer._sink.num_bytes]
     for start, stop in ((0, 63), (63, 64), (64, 73)):
         writer.write(record_batch([make_row(n) for n in range(start, stop)]))
-        sizes.append(writer.num_bytes)
+        sizes.append(writer._sink.num_bytes)
     assert sizes[0] == sizes[1] < sizes[2] == sizes[3], "rows are written as soon as they are a batch"
     info = writer.close()
     data = (tmp_path / "part-00003.arrow").read_bytes()
     assert info == ShardInfo("part-00003.arrow", 73, len(data), hashlib.sha256(data).hexdigest())
-    assert writer.num_bytes == len(data)
+    assert writer._sink.num_bytes == len(data)
 
 
 def test_table_is_the_canonical_schema(uri):

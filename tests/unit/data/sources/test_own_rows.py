@@ -15,6 +15,7 @@ from pipelines import storage
 from pipelines.data.sources import SOURCES, own, questions, referring, table_files
 from pipelines.data.sources.base import Filtered, Malformed, Rejected, SourceInput, SourceUnit
 from pipelines.data.sources.json_entries import JsonForm
+from pipelines.data.sources.json_rows import id_of
 from pipelines.data.sources.own_rows import own_draft
 from pipelines.settings import SettingsError
 from pipelines.storage import Location
@@ -360,7 +361,7 @@ def test_answers_are_looked_up_by_ids_that_can_be_compared(tmp_path):
     entries = [{"question_id": 1, "answers": [{"answer": "a"}, "b"]}, 3, {"question_id": 2, "answers": "x"}]
     path.write_text(json.dumps({"annotations": entries}))
     assert questions._read_answers(Location.parse(str(path))) == {1: ("a", "b")}
-    ids = [questions._id_of(entry) for entry in ({"question_id": "7"}, {"question_id": [1]}, {}, 3)]
+    ids = [id_of(entry, "question_id") for entry in ({"question_id": "7"}, {"question_id": [1]}, {}, 3)]
     assert ids == ["7", None, None, None]
     assert [questions._utf8(text) for text in ("caf\u00c3\u00a9", "caf\u00e9", "\u4e2d")] == [
         "caf\u00e9",
@@ -434,7 +435,7 @@ def test_references_and_regions_one_by_one():
     (draft,) = referring._region({**region, "width": 3}, "VG_100K/7.jpg", 7)
     assert (draft.image, draft.boxes, draft.cleans_answers) == ("VG_100K/7.jpg", ((1.0, 2.0, 4.0, 130.0),), True)
     assert referring._slim({"a": 1, "split": "x"}) == {"split": "x"} and referring._slim(3) == 3
-    assert [referring._id_of(entry, "id") for entry in ({"id": 1}, {"id": [1]}, {}, 3)] == [1, None, None, None]
+    assert [id_of(entry, "id") for entry in ({"id": 1}, {"id": [1]}, {}, 3)] == [1, None, None, None]
 
 
 def test_images_of_visual_genome_by_their_last_two_folders(tmp_path):
