@@ -44,8 +44,8 @@ def _register_model() -> None:
     if config in auto.AutoModelForImageTextToText._model_mapping:
         return
     stand_in = _OnFirstUse("TinyGPTVForConditionalGeneration", (), {"config_class": config, "__module__": __name__})
-    for auto_class in (auto.AutoModel, auto.AutoModelForCausalLM, auto.AutoModelForImageTextToText):
-        auto_class.register(config, stand_in)
+    for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+        getattr(auto, name).register(config, stand_in)
 
 
 def _register_processors() -> None:

@@ -105,7 +105,7 @@ def test_the_hook_is_there_once_and_before_the_others(monkeypatch):
     assert isinstance(first, _AfterImport) and second is other and told == ["registered"] * 2
 
 
-def test_the_model_is_registered_once_with_three_classes(monkeypatch):
+def test_the_model_is_registered_once_with_each_class(monkeypatch):
     asked = []
 
     class Auto:
@@ -116,7 +116,7 @@ def test_the_model_is_registered_once_with_three_classes(monkeypatch):
             asked.append(self.name)
             self._model_mapping[config] = model
 
-    names = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
+    names = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
     auto = SimpleNamespace(**{name: Auto(name) for name in names})
     monkeypatch.setitem(sys.modules, AUTO + "modeling_auto", auto)
     auto_classes._register_model(), auto_classes._register_model()
