@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 
 import pyarrow.fs as pafs
 
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 _WILDCARD = re.compile(r"[*?\[]")
 _SPECIAL = re.compile(r"[*?\[{]")
+
+_Listed = Callable[[str], list[pafs.FileInfo]]
+"""What a folder holds."""
 
 
 @dataclass(frozen=True)
@@ -135,22 +139,24 @@ def _matching(filesystem: pafs.FileSystem, base: str, names: list[str]) -> Itera
     """Files below ``base`` that each name matches. Asks once for all names without wildcards."""
     plain = [name for name in names if not _WILDCARD.search(name)]
     infos = dict(zip(plain, filesystem.get_file_info([f"{base}/{name}" for name in plain]), strict=True))
+    # Once for all names: a folder of a hundred thousand objects is a hundred requests.
+    listed = cache(lambda folder: filesystem.get_file_info(pafs.FileSelector(folder or "/", allow_not_found=True)))
     for name in names:
         if name in infos:
             yield [infos[name]] if infos[name].type == pafs.FileType.File else []
         else:
-            yield list(_walk(filesystem, base, name.split("/")))
+            yield list(_walk(listed, base, name.split("/")))
 
 
-def _walk(filesystem: pafs.FileSystem, folder: str, parts: list[str]) -> Iterator[pafs.FileInfo]:
+def _walk(listed: _Listed, folder: str, parts: list[str]) -> Iterator[pafs.FileInfo]:
     """Files below ``folder`` whose path matches ``parts``, one pattern per level."""
-    infos = filesystem.get_file_info(pafs.FileSelector(folder or "/", allow_not_found=True))
+    infos = listed(folder)
     exact = [info for info in infos if info.base_name == parts[0]]
     for info in exact or infos:
         if not exact and not _matches(info.base_name, parts[0]):
             continue
         if len(parts) > 1 and info.type == pafs.FileType.Directory:
-            yield from _walk(filesystem, info.path, parts[1:])
+            yield from _walk(listed, info.path, parts[1:])
         elif len(parts) == 1 and info.type == pafs.FileType.File:
             yield info
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from pyarrow.fs import LocalFileSystem
+from pyarrow.fs import FileSelector, LocalFileSystem
 
 from pipelines import storage
 from pipelines.storage import Location, find, retry
@@ -83,6 +83,22 @@ def test_every_look_at_a_bucket_is_tried_again(tree, monkeypatch, look, pattern)
         calls.clear()
         assert look(Location("s3://bucket", pattern)) == expected
         assert len(pauses) == fails_at
+
+
+def test_a_folder_is_listed_once_for_all_alternatives(tree, monkeypatch):
+    """A folder of a hundred thousand objects is a hundred requests."""
+    listed = []
+
+    def get_file_info(asked):
+        if isinstance(asked, FileSelector):
+            listed.append(asked.base_dir)
+        return LocalFileSystem().get_file_info(asked)
+
+    asked_for = SimpleNamespace(get_file_info=get_file_info)
+    monkeypatch.setattr(find, "resolve", lambda location: (asked_for, f"{tree}/{location.path}"))
+    found = find_files(Location("s3://bucket", "*/*.{tar,tgz,txt}"))
+    assert [file.name for file in found] == ["a1/x.tar", "a2/x.tar", "b/x.tar", "b/y.txt"]
+    assert sorted(listed) == [f"{tree}{folder}" for folder in ("", "/a1", "/a2", "/b", "/c.tar")]
 
 
 def test_a_name_that_is_there_is_no_pattern_in_its_folder(tmp_path):
