@@ -10,8 +10,8 @@ from pipelines.settings import SECTIONS, AnswerSettings, Settings
 
 KEYS = {
     "": """
-        recipe='mini'; seed=0 ge 0; output=''; tracking_uri=''; experiment=''; ray_address=''; ray_loopback=True;
-        num_cpus=0 ge 0; object_store_mb=0 ge 0; quiet=False;
+        recipe='mini'; seed=0 ge 0 le 4294967295; output=''; tracking_uri=''; experiment=''; ray_address='';
+        ray_loopback=True; num_cpus=0 ge 0; object_store_mb=0 ge 0; quiet=False;
     """,
     "answers": """
         artifact=''; model_name='tinygpt-v' min_length 1; num_gpus=0 ge 0; threads=0 ge 0; max_batch_size=16 ge 1;
