@@ -23,6 +23,7 @@ class SamplingFields(TypedDict):
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
     repetition_penalty: float
     frequency_penalty: float
     presence_penalty: float

@@ -1,7 +1,7 @@
 """OpenAI's chat completions as types: requests, with this model's few extensions.
 
 Extensions are additional fields, which OpenAI's clients pass through: ``task``, ``box``, ``top_k``,
-``repetition_penalty`` and ``ignore_eos`` (answers: ``boxes``, see ``answers``).
+``min_p``, ``repetition_penalty`` and ``ignore_eos`` (answers: ``boxes``, see ``answers``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "audio": (),
     "web_search_options": (),
     "best_of": (1,),
-    "min_p": (0,),
     "typical_p": (1,),
     "mirostat": (0,),
     "dynatemp_range": (0,),
@@ -180,6 +179,7 @@ class ChatRequest(BaseModel):
         None, description="extension: x1, y1, x2, y2 in pixels of the last image, for task identify"
     )
     top_k: int | None = Field(None, ge=-1, description="extension: most probable tokens to draw from; 0 and -1 are all")
+    min_p: float | None = Field(None, ge=0, le=1, description="extension: least share of the most probable token's")
     repetition_penalty: float | None = Field(None, gt=0, le=10, description="extension")
     repeat_penalty: float | None = Field(None, gt=0, le=10, description="llama.cpp's name of repetition_penalty")
     ignore_eos: bool | None = Field(
@@ -240,6 +240,7 @@ class ChatRequest(BaseModel):
             "temperature": 0.0 if wanted < GREEDY_BELOW else wanted,
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "top_k": max(0, self.top_k or 0),
+            "min_p": self.min_p or 0.0,
             "repetition_penalty": self.repetition_penalty or self.repeat_penalty or 1.0,
             "frequency_penalty": self.frequency_penalty or 0.0,
             "presence_penalty": self.presence_penalty or 0.0,

@@ -1,8 +1,8 @@
 """Drawing the next tokens of a whole batch on the device, in static shapes: nothing is read back to the host.
 
 The same steps as ``sampling.Sampler``, with the same uniform numbers from the same seeds: penalties, temperature,
-top-k, top-p, inversion of the cumulative distribution. What each slot's request asked for is kept in tensors of G + 1
-rows; the last row belongs to nobody.
+top-k, top-p, min-p, inversion of the cumulative distribution. What each slot's request asked for is kept in tensors of
+G + 1 rows; the last row belongs to nobody.
 
 Notation: T sequences of a step, G slots, K vocabulary, L cache length, A alternatives of a token.
 """
@@ -20,7 +20,7 @@ from tinygptv.inference.sampling import SamplingParams
 MOST_ALTERNATIVES = 20
 """Alternatives per token that are read back where log-probabilities are asked for."""
 
-TEMPERATURE, TOP_P, TOP_K, REPETITION, FREQUENCY, PRESENCE = range(6)
+TEMPERATURE, TOP_P, TOP_K, MIN_P, REPETITION, FREQUENCY, PRESENCE = range(7)
 
 
 class DeviceSampling:
@@ -29,7 +29,7 @@ class DeviceSampling:
     def __init__(self, num_slots: int, length: int, vocab_size: int, device: torch.device) -> None:
         self.num_slots, self.length, self.vocab_size, self.device = num_slots, length, vocab_size, device
         rows = num_slots + 1
-        self.options = torch.zeros(rows, 6, device=device)
+        self.options = torch.zeros(rows, 7, device=device)
         self.uniforms = torch.zeros(rows, length, dtype=torch.float64, device=device)
         self.penalties: _Penalties | None = None
 
@@ -43,8 +43,8 @@ class DeviceSampling:
             num_positions: length S of the prompt; the token drawn after position S - 1 + i uses the i-th number.
         """
         p = params
-        options = [p.temperature, p.top_p, p.top_k, p.repetition_penalty, p.frequency_penalty, p.presence_penalty]
-        self.options[slot] = torch.tensor(options)
+        penalties = (p.repetition_penalty, p.frequency_penalty, p.presence_penalty)
+        self.options[slot] = torch.tensor([p.temperature, p.top_p, p.top_k, p.min_p, *penalties])
         if p.temperature > 0:
             draw = random.Random(p.seed).random
             count = min(p.max_tokens, self.length - num_positions)
@@ -125,11 +125,11 @@ def needs_penalties(params: SamplingParams) -> bool:
 
 
 def _draw(logits_TK: Tensor, options: Tensor, uniforms_T: Tensor) -> Tensor:
-    """Draw from top-k and top-p by inverting the cumulative distribution at one uniform number a row.
+    """Draw from top-k, top-p and min-p by inverting the cumulative distribution at one uniform number a row.
 
     Rows that keep every token are inverted in the vocabulary's order, the others from the most probable down.
     """
-    top_p, top_k = options[:, TOP_P, None], options[:, TOP_K, None]
+    top_p, top_k, min_p = (options[:, column, None] for column in (TOP_P, TOP_K, MIN_P))
     sorted_TK, ids_TK = torch.sort(logits_TK, dim=-1, descending=True, stable=True)
     rank_K = torch.arange(logits_TK.shape[-1], device=logits_TK.device)
     is_kept = (top_k == 0) | (rank_K < top_k)
@@ -137,7 +137,8 @@ def _draw(logits_TK: Tensor, options: Tensor, uniforms_T: Tensor) -> Tensor:
     probabilities = kept_TK.softmax(-1)  # after top-k the kept tokens are normalised among themselves
     before = probabilities.cumsum(-1) - probabilities
     is_kept &= (top_p >= 1) | (before < top_p) | (rank_K == 0)
-    keeps_all = (top_p >= 1) & (top_k == 0)
+    is_kept &= sorted_TK >= sorted_TK[:, :1] + min_p.log()  # all of them where it is 0
+    keeps_all = (top_p >= 1) & (top_k == 0) & (min_p == 0)
     chosen_TK = torch.where(keeps_all, logits_TK, sorted_TK.masked_fill(~is_kept, -torch.inf))
     cumulative = chosen_TK.softmax(-1).double().cumsum(-1)
     target = cumulative[:, -1:] * uniforms_T[:, None]

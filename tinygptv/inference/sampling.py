@@ -1,7 +1,7 @@
 """From logits to the next token: what a request may ask for, and how it is drawn.
 
-The steps and their order are those of transformers' logits processors: penalties, temperature, top-k, top-p, draw.
-Each request draws from a generator of its own, so its answer does not depend on who shares the batch.
+The steps and their order are those of transformers' logits processors: penalties, temperature, top-k, top-p, min-p,
+draw. Each request draws from a generator of its own, so its answer does not depend on who shares the batch.
 
 Notation: K vocabulary.
 """
@@ -28,6 +28,7 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_p: smallest set of tokens whose probabilities reach this sum; 1 keeps all, 0 one.
         top_k: so many most probable tokens; 0 keeps all.
+        min_p: tokens that are at least so many times as probable as the most probable one; 0 keeps all.
         repetition_penalty: divides (or multiplies, where negative) the logit of every token of the prompt and answer.
         frequency_penalty: taken off a token's logit for each time it stands in the answer.
         presence_penalty: taken off once if it stands there at all.
@@ -42,6 +43,7 @@ class SamplingParams:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
@@ -57,6 +59,7 @@ class SamplingParams:
             ("temperature", 0, math.inf),
             ("top_p", 0, 1),
             ("top_k", 0, math.inf),
+            ("min_p", 0, 1),
             ("repetition_penalty", 1e-6, math.inf),
         ):
             value = getattr(self, name)
@@ -149,21 +152,22 @@ class Sampler:
     def _draw_from(self, logits_K: Tensor) -> int:
         """Draw by inverting the cumulative distribution at one uniform number."""
         params = self.params
-        if params.top_k == 0 and params.top_p == 1:
+        if params.top_k == 0 and params.top_p == 1 and params.min_p == 0:
             return _invert(logits_K.softmax(-1), self._random.random())
         num_tokens = logits_K.shape[-1]
         logits, ids = logits_K.topk(min(params.top_k or NUCLEUS_CANDIDATES, num_tokens))
+        # After top-k the kept tokens are normalised among themselves, as transformers does.
+        total = logits.logsumexp(-1) if params.top_k else logits_K.logsumexp(-1)
+        probabilities = (logits - total).exp()
+        least = logits[0] + math.log(params.min_p) if params.min_p else -math.inf
+        if not params.top_k and float(probabilities.sum()) < params.top_p and float(logits[-1]) >= least:
+            logits, ids = logits_K.sort(descending=True)
+            probabilities = logits.softmax(-1)
+        is_kept = logits >= least
         if params.top_p < 1:
-            # After top-k the kept tokens are normalised among themselves, as transformers does.
-            total = logits.logsumexp(-1) if params.top_k else logits_K.logsumexp(-1)
-            probabilities = (logits - total).exp()
-            if not params.top_k and float(probabilities.sum()) < params.top_p:
-                logits, ids = logits_K.sort(descending=True)
-                probabilities = logits.softmax(-1)
-            before = probabilities.cumsum(-1) - probabilities
-            num_kept = max(1, int((before < params.top_p).sum()))
-            logits, ids = logits[:num_kept], ids[:num_kept]
-        return int(ids[_invert(logits.softmax(-1), self._random.random())])
+            is_kept &= probabilities.cumsum(-1) - probabilities < params.top_p
+        num_kept = max(1, int(is_kept.sum()))
+        return int(ids[_invert(logits[:num_kept].softmax(-1), self._random.random())])
 
 
 def _invert(probabilities: Tensor, uniform: float) -> int:

@@ -16,9 +16,9 @@ CPU = torch.device("cpu")
 
 def test_a_slot_has_the_options_and_the_numbers_of_its_request():
     sampling = DeviceSampling(3, 12, 20, CPU)
-    params = SamplingParams(5, 0.5, 0.75, 4, 1.5, 0.25, -0.5, seed=8)
+    params = SamplingParams(5, 0.5, 0.75, 4, 0.125, 1.5, 0.25, -0.5, seed=8)
     sampling.admit(1, params, np.array([2, 2, 7]), 4)
-    assert sampling.options[1].tolist() == [0.5, 0.75, 4, 1.5, 0.25, -0.5]
+    assert sampling.options[1].tolist() == [0.5, 0.75, 4, 0.125, 1.5, 0.25, -0.5]
     draw = random.Random(8).random
     assert sampling.uniforms[1].tolist() == [0] * 3 + [draw() for _ in range(5)] + [0] * 4, "to the last bit"
     assert not sampling.options[[0, 2, 3]].any() and not sampling.uniforms[[0, 2, 3]].any()
@@ -68,7 +68,7 @@ def test_temperatures_above_2_are_drawn_with():
     ("params", "needs"),
     [
         ({}, False),
-        ({"temperature": 1.0, "top_p": 0.5, "top_k": 3, "seed": 1}, False),
+        ({"temperature": 1.0, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "seed": 1}, False),
         ({"repetition_penalty": 0.9}, True),
         ({"frequency_penalty": -0.1}, True),
         ({"presence_penalty": 0.1}, True),

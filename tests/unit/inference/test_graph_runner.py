@@ -56,6 +56,8 @@ OPTIONS = [
     {"temperature": 1.3, "seed": 4, "top_p": 0.7},
     {"temperature": 1.0, "seed": 5, "top_k": 7},
     {"temperature": 1.0, "seed": 6, "top_k": 20, "top_p": 0.5},
+    {"temperature": 1.5, "seed": 7, "min_p": 0.4},
+    {"temperature": 1.5, "seed": 9, "min_p": 0.2, "top_p": 0.8},
     {"repetition_penalty": 1.4},
     {"frequency_penalty": 0.8, "presence_penalty": 0.4, "temperature": 0.7, "seed": 8},
     {"logit_bias": ((7, 3.0), (9, -100.0), (7, 1.0))},

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -40,6 +41,13 @@ def frequencies(params, logits, draws=250):
         ({"temperature": 1.0, "top_p": 0.7}, [TopPLogitsWarper(0.7)]),
         ({"temperature": 1.0, "top_p": 0.05}, [TopPLogitsWarper(0.05)]),
         ({"temperature": 1.0, "top_p": 0.0}, [TopPLogitsWarper(0.0)]),
+        ({"temperature": 1.0, "min_p": 0.3}, [MinPLogitsWarper(0.3)]),
+        ({"temperature": 1.0, "min_p": 0.01}, [MinPLogitsWarper(0.01)]),
+        ({"temperature": 1.0, "min_p": 1.0}, [MinPLogitsWarper(1.0)]),
+        ({"temperature": 1.5, "min_p": 0.05}, [TemperatureLogitsWarper(1.5), MinPLogitsWarper(0.05)]),
+        ({"temperature": 1.0, "top_p": 0.9, "min_p": 0.02}, [TopPLogitsWarper(0.9), MinPLogitsWarper(0.02)]),
+        ({"temperature": 1.0, "top_p": 0.7, "min_p": 0.3}, [TopPLogitsWarper(0.7), MinPLogitsWarper(0.3)]),
+        ({"temperature": 1.0, "top_k": 6, "min_p": 0.2}, [TopKLogitsWarper(6), MinPLogitsWarper(0.2)]),
         ({"temperature": 1.3, "top_p": 0.95}, [TemperatureLogitsWarper(1.3), TopPLogitsWarper(0.95)]),
         (
             {"temperature": 0.8, "top_k": 8, "top_p": 0.6},
@@ -68,7 +76,7 @@ def test_a_seed_gives_the_same_draws_and_none_gives_others():
 
 
 def test_what_a_request_leaves_out_is_256_tokens_drawn_greedily():
-    assert SamplingParams() == SamplingParams(256, 0.0, 1.0, 0, 1.0, 0.0, 0.0, (), None, (), None, False)
+    assert SamplingParams() == SamplingParams(256, 0.0, 1.0, 0, 0.0, 1.0, 0.0, 0.0, (), None, (), None, False)
 
 
 def test_repetition_penalty_is_that_of_transformers():
@@ -161,6 +169,8 @@ def test_without_a_seed_every_answer_is_drawn_anew():
         {"top_p": -0.1},
         {"top_p": 1.1},
         {"top_k": -1},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
         {"repetition_penalty": 0},
         {"stop": ("",)},
         {"stop": ("a", "")},

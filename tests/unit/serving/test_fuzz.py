@@ -58,6 +58,7 @@ LIKELY = {
     "temperature": st.floats(0, 2),
     "top_p": st.floats(0.001, 1),
     "top_k": st.integers(0, 1000),
+    "min_p": st.floats(0, 1),
     "max_tokens": st.integers(1, 10**9),
     "seed": st.integers(),
     "stop": TEXTS | st.lists(TEXTS, max_size=4),
