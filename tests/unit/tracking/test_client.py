@@ -12,9 +12,17 @@ from pipelines.tracking import client as module
 
 
 @pytest.fixture(autouse=True)
-def no_store(monkeypatch):
-    """No client opens a database."""
-    monkeypatch.setattr("mlflow.MlflowClient", lambda tracking_uri: None)
+def opened(monkeypatch, tmp_path_factory):
+    """What clients would open; nothing is left in the working directory."""
+    uris, folder = [], tmp_path_factory.mktemp("cwd")
+
+    def client(tracking_uri):
+        uris.append(tracking_uri)
+
+    monkeypatch.setattr("mlflow.MlflowClient", client)
+    monkeypatch.chdir(folder)
+    yield uris
+    assert not list(folder.iterdir())
 
 
 def built(monkeypatch, content=b"whole", error=None):
@@ -43,13 +51,14 @@ def test_a_database_that_cannot_be_opened_is_asked_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", [".", "new/folder"])
-def test_a_missing_database_is_made_whole(tmp_path, monkeypatch, folder):
+def test_a_missing_database_is_made_whole(tmp_path, monkeypatch, opened, folder):
     made = built(monkeypatch)
     path = tmp_path / folder / "mlflow.db"
     for _ in range(2):
         module.open_client(f"sqlite:///{path}")
     assert path.read_bytes() == b"whole" and len(made) == 1
     assert [each.name for each in path.parent.iterdir()] == ["mlflow.db"]
+    assert opened == [f"sqlite:///{path}"] * 2
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk full")])
@@ -78,11 +87,16 @@ def test_a_file_system_without_hard_links_has_its_database(tmp_path, monkeypatch
     assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("mlflow.db", b"whole")]
 
 
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:///:memory:", "sqlite:////x.db?mode=ro", "databricks"])
-def test_what_is_no_file_of_sqlite_is_not_made(monkeypatch, uri):
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:///:memory:", "sqlite:///x.db?mode=ro", "databricks"])
+def test_what_is_no_file_of_sqlite_is_not_made(monkeypatch, opened, uri):
     made = built(monkeypatch)
     module.open_client(uri)
-    assert not made
+    assert not made and opened == [uri]
+
+
+def test_a_database_is_made_by_opening_it(opened):
+    module._build("sqlite:////folder/mlflow.db")
+    assert opened == ["sqlite:////folder/mlflow.db"]
 
 
 def test_a_server_that_hangs_is_asked_once_a_minute(monkeypatch):
