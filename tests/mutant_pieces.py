@@ -232,6 +232,7 @@ _SERVING: dict[str, Piece] = {
     "serving_artifact": Piece("pipelines/serving/artifact.py", ("serving/test_artifact.py",)),
     "serving_clients": Piece("pipelines/serving/clients.py", ("serving/test_clients.py",)),
     "serving_connections": Piece("pipelines/serving/connections.py", ("serving/test_connections.py",)),
+    "serving_line": Piece("pipelines/serving/line.py", ("serving/test_line.py",)),
     "serving_app": Piece("pipelines/serving/app.py", ("serving/test_app.py",)),
     "serving_run": Piece("pipelines/serving/run.py", ("serving/test_start.py", "serving/test_run.py")),
     "model_backend": Piece("pipelines/serving/model_backend.py", ("serving/test_model_backend.py",)),
