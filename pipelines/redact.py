@@ -22,3 +22,9 @@ def redact(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(redact(item) for item in value)
     return value
+
+
+def one_line(error: BaseException, longest: int = 200) -> str:
+    """What an error says, in one line of so many characters, without passwords: they are taken out before it is cut,
+    because one that is cut in its middle would not be known as such."""
+    return str(redact(" ".join(str(error).split())))[:longest]

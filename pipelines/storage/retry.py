@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from pipelines.redact import redact
+from pipelines.redact import one_line
 from pipelines.storage.location import Location
 
 logger = logging.getLogger(__name__)
@@ -62,12 +62,12 @@ def with_retries(location: Location, action: Callable[[], T]) -> T:
                 raise StorageError(sentence) from error
             if attempt == TRIES:
                 raise StorageError(
-                    f"{location} failed {TRIES} times, last with: {_one_line(error)}. Check the network and the "
+                    f"{location} failed {TRIES} times, last with: {one_line(error, 300)}. Check the network and the "
                     "storage; the same command resumes."
                 ) from error
             pause = FIRST_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.7, 1.3)
             logger.warning(
-                "%s failed (try %d of %d), again in %.1f s: %s", location, attempt, TRIES, pause, _one_line(error)
+                "%s failed (try %d of %d), again in %.1f s: %s", location, attempt, TRIES, pause, one_line(error, 300)
             )
             time.sleep(pause)
     raise AssertionError("unreachable")
@@ -80,7 +80,7 @@ def refusal(location: Location, error: BaseException) -> str:
         return no_bucket(location)
     if isinstance(error, PermissionError) or _NO_ACCESS.search(text):
         return (
-            f"{location} refuses access ({_one_line(error)}): give every node credentials that may read and write "
+            f"{location} refuses access ({one_line(error, 300)}): give every node credentials that may read and write "
             "there: the machine's instance profile or service account, or the storage's environment variables "
             "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_ACCOUNT_NAME)."
         )
@@ -91,7 +91,3 @@ def no_bucket(location: Location) -> str:
     """The sentence for a bucket that is not there."""
     bucket = Location(location.root, "")
     return f"the bucket of {location} does not exist: check the name and the region of {bucket}, or create it."
-
-
-def _one_line(error: BaseException) -> str:
-    return str(redact(" ".join(str(error).split())))[:300]

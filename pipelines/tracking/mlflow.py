@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipelines.redact import redact
+from pipelines.redact import one_line, redact
 from pipelines.tracking.client import asking, open_client
 from pipelines.tracking.described import DataInput, source_tags
 from pipelines.tracking.identity import RunIdentity
@@ -91,7 +91,7 @@ class MLflowTracker:
             with asking(uri):
                 self._connect()
         except Exception as error:  # tracking never stops the job
-            told = _one_line(error)
+            told = one_line(error)
             logger.warning("entries for MLflow at %s wait: %s", redact(uri), told)
         self._outbox = Outbox(self._send, journal, told)
 
@@ -217,9 +217,9 @@ class MLflowTracker:
             except MlflowException as error:
                 if not _is_refusal(error):
                     raise
-                logger.warning("MLflow refused %r: %s", entries[0]["kind"], _one_line(error))
+                logger.warning("MLflow refused %r: %s", entries[0]["kind"], one_line(error))
             except (ValueError, TypeError, FileNotFoundError) as error:  # would fail again, and hold up all others
-                logger.warning("%r cannot be sent to MLflow: %s", entries[0]["kind"], _one_line(error))
+                logger.warning("%r cannot be sent to MLflow: %s", entries[0]["kind"], one_line(error))
 
     def _deliver(self, client: MlflowClient, entries: list[Entry]) -> None:
         entry, run_id = entries[0], self.run_id
@@ -281,7 +281,7 @@ class MLflowTracker:
             if not _is_refusal(error):
                 raise
             if len(items) == 1:
-                logger.warning("MLflow refused %s: %s", getattr(items[0], "key", "an entry"), _one_line(error))
+                logger.warning("MLflow refused %s: %s", getattr(items[0], "key", "an entry"), one_line(error))
                 return
             for item in items:
                 self._log_each(log, [item])
@@ -388,7 +388,3 @@ def _artifact_location(uri: str, experiment: str) -> str | None:
 
 def _parts(items: Sequence[T], size: int) -> Iterable[list[T]]:
     return (list(items[start : start + size]) for start in range(0, len(items), size))
-
-
-def _one_line(error: Exception) -> str:
-    return redact(" ".join(str(error).split()))[:200]  # a password that is cut in its middle would stay

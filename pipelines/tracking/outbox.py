@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from pipelines import storage
-from pipelines.redact import redact
+from pipelines.redact import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class Outbox:
             try:
                 self._send(entries)
             except Exception as error:  # a service that is down must not stop the work
-                reason = redact(" ".join(str(error).split()))[:200]
+                reason = one_line(error)
                 if reason != self._told:
                     logger.warning("%d entries wait for the tracking service: %s", len(self._queue), reason)
                 self._told = reason

@@ -92,18 +92,14 @@ def clip_box(box: Sequence[float], width: float, height: float) -> Box:
     """
     x1, y1, x2, y2 = ordered([float(corner) for corner in box])
     if not (x2 > 0 and y2 > 0 and x1 < width and y1 < height):
-        raise ValueError(f"the box {_in_words(box)} lies outside of the image of {width:g} x {height:g} pixels.")
+        raise ValueError(f"the box [{in_words(box)}] lies outside of the image of {width:g} x {height:g} pixels.")
     x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
     if x2 - x1 < 1 or y2 - y1 < 1:
         raise ValueError(
-            f"the box {_in_words(box)} covers less than a pixel of the image of {width:g} x {height:g} pixels: "
+            f"the box [{in_words(box)}] covers less than a pixel of the image of {width:g} x {height:g} pixels: "
             "give x1, y1, x2, y2 in pixels."
         )
     return x1, y1, x2, y2
-
-
-def _in_words(box: Sequence[float]) -> str:
-    return "[" + ", ".join(f"{v:g}" for v in box) + "]"
 
 
 def parse_boxes(text: str) -> list[GroundedBox]:
@@ -174,7 +170,7 @@ def box_fault(box: Sequence[float], width: float, height: float) -> str:
         height: the same for the height.
     """
     x1, y1, x2, y2 = box
-    what = box_in_words(box)
+    what = f"box {in_words(box)}"
     if not all(math.isfinite(corner) for corner in box):
         return f"{what} has a corner that is no number"
     if max(box) <= 1 and min(box) >= 0 and (width > 2 or height > 2):
@@ -187,9 +183,9 @@ def box_fault(box: Sequence[float], width: float, height: float) -> str:
     return ""
 
 
-def box_in_words(box: Sequence[float]) -> str:
-    """A box in a message."""
-    return "box " + ", ".join(f"{corner:g}" for corner in box)
+def in_words(box: Sequence[float]) -> str:
+    """A box's numbers in a message."""
+    return ", ".join(f"{corner:g}" for corner in box)
 
 
 def ordered(box: Sequence[float]) -> Box:

@@ -215,8 +215,8 @@ def test_nothing_is_larger_than_mlflow_takes(tracker, store):
 
 def test_errors_are_one_line_of_bounded_length_without_passwords():
     error = ValueError("a\n b http://me:secret@host " + "x" * 300)
-    assert module._one_line(error).startswith("a b http://***@host xxx") and len(module._one_line(error)) <= 200
-    cut = module._one_line(ValueError("x" * 180 + " http://me:secret@host"))
+    assert module.one_line(error).startswith("a b http://***@host xxx") and len(module.one_line(error)) <= 200
+    cut = module.one_line(ValueError("x" * 180 + " http://me:secret@host"))
     assert "secret" not in cut and len(cut) <= 200
 
 
