@@ -104,7 +104,7 @@ def unpack(archive: Path, *, quiet: bool = False) -> None:
     folder = archive.parent
     try:
         with zipfile.ZipFile(archive) as opened, storage.disk_full_as_error(folder):
-            members = [member for member in opened.infolist() if not member.is_dir()]
+            members = [member for member in opened.infolist() if not member.filename.endswith(("/", "\\"))]
             _check_room(members, folder)
             with Bar(f"unpacking {archive.name}", quiet=quiet) as bar:
                 for number, member in enumerate(members, 1):

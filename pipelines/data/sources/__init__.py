@@ -112,7 +112,9 @@ SOURCES: dict[str, Source] = {
     # one's own data
     "webdataset": Source(
         "",
-        TarReader(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tiff", "tif"), captions=("json", "txt")),
+        TarReader(
+            ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tiff", "tif", "jpe", "jfif", "mpo", "apng"), ("json", "txt")
+        ),
         web=True,
     ),
     "jsonl": Source("", JsonRowsReader()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pipelines.data.sources.base import Malformed, shorten
@@ -21,6 +21,9 @@ _SIDES: dict[str, Side] = {
 _MARK = r"(?:<Img>\s*)?<(?:image|ImageHere|image[ _]?\d+|\|image(?:_\d+)?\|)>(?:\s*</Img>)?"
 _MARK_AND_BREAK = re.compile(rf"{_MARK}[ \t]*\r?\n|\r?\n[ \t]*{_MARK}|{_MARK} ?", re.IGNORECASE)
 _ANY_MARK = re.compile(_MARK, re.IGNORECASE)
+_IMAGES_OF_PARTS = ("image", "image_url", "url", "path")
+"""Where a part of a message has its image, as OpenAI, Qwen and transformers write it."""
+
 _OTHER_MEDIA = re.compile(r"<(?:video|audio|speech)>", re.IGNORECASE)
 
 
@@ -31,12 +34,14 @@ class Conversation:
     Attributes:
         turns: questions and answers, marks of images taken out of the questions.
         num_marks: marks of images that were in the questions.
+        images: what parts of messages hold as images, or name.
         changes: what was changed: see docs/data_format.md.
     """
 
     turns: tuple[Turn, ...]
     num_marks: int
     changes: tuple[str, ...]
+    images: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,10 @@ def read_conversation(messages: Any, *, takes_marks: bool = True) -> Conversatio
         raise Malformed(f"the conversation is no list of messages but {type(messages).__name__}")
     changes: set[str] = set()
     system: list[str] = []
+    images: list[Any] = []
     joined: list[_Message] = []
     for number, message in enumerate(messages, start=1):
-        for part in _read_message(message, number):
+        for part in _read_message(message, number, images):
             if part.side == "system":
                 system.append(part.text)
                 changes.add("system_message_joined")
@@ -86,7 +92,7 @@ def read_conversation(messages: Any, *, takes_marks: bool = True) -> Conversatio
     if len(joined) < 2:
         raise Malformed("the conversation has no question with an answer")
     joined[0] = _Message("user", "\n".join([*filter(None, system), joined[0].text]))
-    return _pair(joined, changes, takes_marks=takes_marks)
+    return replace(_pair(joined, changes, takes_marks=takes_marks), images=tuple(images))
 
 
 def _pair(messages: Sequence[_Message], changes: set[str], *, takes_marks: bool) -> Conversation:
@@ -126,13 +132,13 @@ def refuse_marks_in_answer(answer: str) -> None:
         raise Malformed("an answer holds the mark of an image: an image can only be shown, not answered")
 
 
-def _read_message(message: Any, number: int) -> list[_Message]:
+def _read_message(message: Any, number: int, images: list[Any]) -> list[_Message]:
     if not isinstance(message, Mapping):
         raise Malformed(f"message {number} is no object but {type(message).__name__}")
     if "user" in message and "assistant" in message:  # both sides in one
         return [
-            _Message("user", _text(message["user"], number)),
-            _Message("assistant", _text(message["assistant"], number)),
+            _Message("user", _text(message["user"], number, images)),
+            _Message("assistant", _text(message["assistant"], number, images)),
         ]
     name = message.get("from", message.get("role"))
     if not isinstance(name, str):
@@ -142,12 +148,12 @@ def _read_message(message: Any, number: int) -> list[_Message]:
         raise Malformed(f"message {number} is from {shorten(name, 40)!r}; known: {', '.join(sorted(_SIDES))}")
     for field in ("value", "content", "text"):
         if message.get(field) is not None:
-            return [_Message(side, _text(message[field], number))]
+            return [_Message(side, _text(message[field], number, images))]
     raise Malformed(f"message {number} has no text: it has no 'value' or 'content'")
 
 
-def _text(content: Any, number: int) -> str:
-    """The words of a message; image parts in it become marks."""
+def _text(content: Any, number: int, images: list[Any]) -> str:
+    """The words of a message; image parts in it become marks, and what they hold goes to ``images``."""
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence) or isinstance(content, bytes):
@@ -161,6 +167,7 @@ def _text(content: Any, number: int) -> str:
             words.append(part["text"])
         elif kind in ("image", "image_url"):
             words.append("<image>")
+            images += [part[name] for name in _IMAGES_OF_PARTS if part.get(name)][:1]
         else:
             raise Malformed(f"message {number} has a part of kind {kind!r}; known: text, image")
     return "\n".join(words)

@@ -34,7 +34,7 @@ from pipelines.data.sources.base import (
 from pipelines.data.sources.drafts import read_drafts
 from pipelines.data.sources.images import BESIDE, ImageFolder, find_image_folder
 from pipelines.data.sources.json_entries import plain_name
-from pipelines.data.sources.own_rows import ROW_FIELDS, read_own_row
+from pipelines.data.sources.own_rows import CONVERSATIONS, ROW_FIELDS, read_own_row
 from pipelines.settings import SettingsError
 from tinygptv.json_object import JsonObject
 
@@ -119,7 +119,7 @@ def _behind_header(location: storage.Location, lines: Iterator[str]) -> tuple[Re
         names = tuple(name.strip() for name in next((values for values in reader if values), []))
     except csv.Error as error:
         raise SettingsError(f"{location}: the header cannot be read: {error}.") from error
-    if len(names) != len(set(names)) or not all(names):
+    if len(names) != len(set(names)) or not all(names[1:]) or names == ("",):  # pandas gives its index no name
         raise SettingsError(f"{location}: the first line must name every column once; it is {header[:100]!r}.")
     return reader, names
 
@@ -240,7 +240,7 @@ def _fields(key: str, file: str, names: Sequence[str], values: list[str]) -> Jso
         return Rejected(key, file, reason)
     fields: JsonObject = {}
     for name, value in zip(names, values, strict=True):
-        if not value:
+        if not value or not name:
             continue
         if not value.isascii() and any("\udc80" <= character <= "\udcff" for character in value):
             return Rejected(key, file, f"{shorten(name)} is not UTF-8 text: save the file as UTF-8")
@@ -251,4 +251,4 @@ def _fields(key: str, file: str, names: Sequence[str], values: list[str]) -> Jso
     return fields
 
 
-_LISTS = ("answers", "boxes", "turns", "conversations", "messages")
+_LISTS = ("answers", "boxes", "turns", *CONVERSATIONS)

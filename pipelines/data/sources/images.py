@@ -152,8 +152,15 @@ _NO_IMAGE: tuple[tuple[bytes, str], ...] = (
     (b"<html", "an HTML page: the download failed"),
     (b"<?xml", "XML, e.g. an error of an object storage or an SVG drawing"),
     (b"<svg", "an SVG drawing, which is no image of pixels"),
-    (b"\x00\x00\x00\x1cftypavif", "an AVIF image: convert it to JPEG or PNG"),
 )
+
+_BRANDS = {
+    **dict.fromkeys((b"ftypavif", b"ftypavis"), "an AVIF"),
+    **dict.fromkeys((b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"), "a HEIC"),
+    b"JXL \r\n\x87\n": "a JPEG XL",
+    b"jP  \r\n\x87\n": "a JPEG 2000",
+}
+"""Bytes 4 to 11 of images in boxes, whose first four are the size of the first box."""
 
 
 def check_image_name(name: str, data: bytes) -> None:
@@ -169,8 +176,8 @@ def check_image_name(name: str, data: bytes) -> None:
     if kind is None:
         head = data[:64].lstrip().lower()
         what = next((what for magic, what in _NO_IMAGE if head.startswith(magic)), None)
-        if b"ftypheic" in head or b"ftypheix" in head or b"ftypmif1" in head:
-            what = "a HEIC image: convert it to JPEG or PNG"
+        if name_of_brand := _BRANDS.get(data[4:12]):
+            what = f"{name_of_brand} image: convert it to JPEG or PNG"
         raise Malformed(f"image {name} is {what}" if what else f"image {name} does not hold an image in a known format")
     extension = name.rsplit(".", 1)[-1].lower()
     if extension in IMAGE_EXTENSIONS and not any(extension in names for label, _, names in _MAGIC if label == kind):

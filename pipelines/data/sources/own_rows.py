@@ -15,7 +15,7 @@ asks about one, and has none that can be read is malformed: it is never trained 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -67,8 +67,9 @@ def own_draft(fields: Any, default_task: str) -> Draft:
     """
     if not isinstance(fields, Mapping):
         raise Malformed(f"the row is no object but {type(fields).__name__}")
-    image = _own_image(fields)
     draft, form, num_marks = _own_turns(fields)
+    image = _own_image(fields)
+    image = draft.image if image is None else image
     draft = _with_system(draft, fields.get("system"))
     if num_marks > (image is not None):
         has = "1 image" if image is not None else "no image"
@@ -88,12 +89,13 @@ def _own_turns(fields: Mapping[str, Any]) -> tuple[Draft, str, int]:
     for name in CONVERSATIONS:
         if fields.get(name) is not None:
             conversation = read_conversation(fields[name])
-            return Draft(conversation.turns, changes=conversation.changes), "", conversation.num_marks
+            image = _one_image(conversation.images, name)
+            return Draft(conversation.turns, image, changes=conversation.changes), "", conversation.num_marks
     if fields.get("question") is not None:
         return _marked([(text_of(fields, "question"), _answers(fields))], "")
     for name in TEXTS:
         if fields.get(name) is not None:
-            return _marked([("", (text_of(fields, name),))], "caption")
+            return _marked([("", _texts_of(fields, name))], "caption")
     if fields.get("boxes") and (fields.get("answer") or fields.get("answers")):  # the phrases that name a box
         return _marked([("", _answers(fields))], "refer")
     names = shorten(", ".join(map(str, fields)) or "no fields")
@@ -131,17 +133,20 @@ def _marked(pairs: Sequence[tuple[str, tuple[str, ...]]], form: str) -> tuple[Dr
 
 
 def _answers(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    if fields.get("answers") is None:
-        return (text_of(fields, "answer"),)
-    answers = fields["answers"]
+    return _texts_of(fields, "answer" if fields.get("answers") is None else "answers")
+
+
+def _texts_of(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """A text, or the list of those that would do: LAVIS has one in ``answer``, Flickr30k's copies in ``caption``."""
+    texts = fields.get(name)
+    if name != "answers" and not isinstance(texts, list | tuple):
+        return (text_of(fields, name),)
     # An object of lists, as `datasets` may store a list of objects, would give the names of its fields as answers.
-    if not isinstance(answers, Sequence) or isinstance(answers, str | bytes):
-        raise Malformed("answers is not a list of texts")
-    texts = tuple(answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers)
-    found = tuple(text for text in texts if isinstance(text, str))
-    if len(found) < len(texts):
-        raise Malformed("answers is not a list of texts")
-    return found
+    if isinstance(texts, list | tuple):
+        words = [text.get("answer") if isinstance(text, Mapping) else text for text in texts]
+        if all(isinstance(word, str) for word in words):
+            return tuple(words)
+    raise Malformed(f"{name} is not a list of texts")
 
 
 def _own_box(box: Any) -> tuple[float, float, float, float]:
@@ -168,12 +173,16 @@ def _own_image(fields: Mapping[str, Any]) -> str | bytes | None:
         Malformed: there are several, or it is neither.
     """
     for name in _IMAGE_FIELDS:
-        found = [image for image in _flat(fields.get(name)) if not _is_empty(image)]
-        if len(found) > 1:
-            raise Malformed(f"{name} holds {len(found)} images; a sample has one")
-        if found:
-            return _image_of(found[0], name)
+        if (image := _one_image(_flat(fields.get(name)), name)) is not None:
+            return image
     return None
+
+
+def _one_image(images: Iterable[Any], field: str) -> str | bytes | None:
+    found = [image for image in images if not _is_empty(image)]
+    if len(found) > 1:
+        raise Malformed(f"{field} holds {len(found)} images; a sample has one")
+    return _image_of(found[0], field) if found else None
 
 
 def _flat(value: Any) -> Iterator[Any]:

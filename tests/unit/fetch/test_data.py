@@ -248,6 +248,14 @@ def test_hours_are_those_of_the_line_or_of_the_links_and_sum_up():
     ]
 
 
+def test_an_archive_may_be_made_on_windows(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as opened:
+        for name, content in (("images\\", ""), ("images\\a.jpg", "a"), ("images\\sub\\b.jpg", "b")):
+            opened.writestr(name, content)
+    unpack(tmp_path / "x.zip", quiet=True)
+    assert (tmp_path / "images/a.jpg").read_text() + (tmp_path / "images/sub/b.jpg").read_text() == "ab"
+
+
 def test_a_file_of_another_size_is_unpacked_again(tmp_path):
     (tmp_path / "x.zip").write_bytes(zip_of(a="longer", b="1"))
     (tmp_path / "a").write_text("short")

@@ -20,7 +20,7 @@ from pipelines.data.sources.base import (
     rejection,
     shorten,
 )
-from pipelines.data.sources.images import COCO
+from pipelines.data.sources.images import COCO, IMAGE_EXTENSIONS
 from pipelines.settings import PrepareDataSettings, SettingsError
 from pipelines.storage import DiskFullError, Location
 
@@ -84,9 +84,10 @@ def test_files_are_known_by_their_publishers_names():
     assert [name for name in files if SOURCES[name].reader.images is None] == ["unnatural_instruction"]
     web = SOURCES["webdataset"].reader
     assert (web.extensions, web.captions) == (
-        ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tiff", "tif"),
+        ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tiff", "tif", "jpe", "jfif", "mpo", "apng"),
         ("json", "txt"),
     )
+    assert set(web.extensions) == IMAGE_EXTENSIONS, "no sample is told to use the source that it uses"
     assert (SOURCES["laion"].reader.extensions, SOURCES["laion"].reader.captions) == (("jpg", "jpeg"), ("json",))
 
 

@@ -99,7 +99,7 @@ def test_lists_are_json_and_broken_rows_are_set_apart_alone(tmp_path):
         assert (rows[line].key, rows[line].shard, rows[line].filter) == (line, "a.csv", "")
 
 
-@pytest.mark.parametrize("name", ["answers", "boxes", "turns", "conversations", "messages"])
+@pytest.mark.parametrize("name", ["answers", "boxes", "turns", "conversations", "messages", "conversation", "texts"])
 def test_these_fields_are_lists_and_all_others_words(tmp_path, name):
     (tmp_path / "a.csv").write_text(f'image,{name},answer\n[1],"[2, ""3""]",[4]\n')
     assert read(tmp_path / "a.csv") == [("line 2", {"image": "[1]", name: [2, "3"], "answer": "[4]"})]
@@ -164,6 +164,7 @@ def test_a_table_is_known_by_its_header(tmp_path, text, is_table):
     [
         ("\ufeffimage,caption\na,b\n", {"image": "a", "caption": "b"}),
         ("image,caption;more\na,b;c\n", {"image": "a", "caption;more": "b;c"}),
+        (",image,caption\n0,a,b\n", {"image": "a", "caption": "b"}),  # pandas gives its index no name
         (" image , caption\na, b\n", {"image": "a", "caption": " b"}),
         ("image,caption,task\na, ,\n", {"image": "a", "caption": " "}),
     ],

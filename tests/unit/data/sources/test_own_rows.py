@@ -47,6 +47,17 @@ NO_FIELDS = "no turns, conversations, messages, conversation, texts, question, c
             ({"question": "q", "answers": answers}, "answers is not a list of texts")
             for answers in (["a", 3], "a", 3, b"a", {"text": ["a"], "start": [0]}, [{"text": "a"}], [{"answer": 3}])
         ),
+        *(({"caption": texts}, "caption is not a list of texts") for texts in (["a", None], [1])),
+        ({"answer": {"text": ["a"]}, "question": "q"}, "answer is no text but dict"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image", "image": name} for name in ("a.jpg", "b.jpg")]},
+                    {"role": "assistant", "content": "a"},
+                ]
+            },
+            "messages holds 2 images; a sample has one",
+        ),
         ({"system": 3, "question": "q", "answer": "a"}, "system is no text but int"),
         ({"turns": [5]}, "what should have 'question' is no object but int"),
         ({"caption": "x", "boxes": [[1, 2, 3]]}, "box [1, 2, 3] is not x1, y1, x2, y2"),
@@ -168,6 +179,31 @@ def test_a_system_text_beside_a_conversation_goes_before_its_first_question(syst
     for row in ({"image": "a.jpg", "caption": "c", "system": system}, {"question": "q", "answer": "a", "system": ""}):
         draft = own_draft(row, "")
         assert not draft.turns[0].question.startswith("S") and not draft.changes
+
+
+@pytest.mark.parametrize("field", ["answer", "caption", "text", "description"])
+def test_several_texts_that_would_do_may_stand_where_one_does(field):
+    row = {"image": "a.jpg", "question": "q"} if field == "answer" else {"image": "a.jpg"}
+    turn = Turn(row.get("question", ""), ("a dog", "a dog", "the dog"))
+    assert own_draft({**row, field: ["a dog", "a dog", "the dog"]}, "").turns == (turn,)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "a.jpg", "detail": "low"}},
+        {"type": "image_url", "image_url": "a.jpg"},
+        {"type": "image", "image": "a.jpg"},
+        {"type": "image", "url": "a.jpg", "text": None},
+        {"type": "image", "image": None, "path": "a.jpg"},
+    ],
+)
+def test_an_image_may_stand_in_a_message(part):
+    content = [{"type": "text", "text": "q"}, part]
+    row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]}
+    draft = own_draft(row, "")
+    assert (draft.image, draft.turns) == ("a.jpg", (Turn("q", ("a",)),))
+    assert own_draft({**row, "image": "b.jpg"}, "").image == "b.jpg", "the row's own comes first"
 
 
 def test_answers_may_be_as_the_hub_has_vqav2():
