@@ -144,8 +144,9 @@ def _texts_of(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
     # An object of lists, as `datasets` may store a list of objects, would give the names of its fields as answers.
     if isinstance(texts, list | tuple):
         words = [text.get("answer") if isinstance(text, Mapping) else text for text in texts]
-        if all(isinstance(word, str) for word in words):
-            return tuple(words)
+        found = tuple(word for word in words if isinstance(word, str))
+        if len(found) == len(words):
+            return found
     raise Malformed(f"{name} is not a list of texts")
 
 
