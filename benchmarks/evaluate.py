@@ -27,7 +27,8 @@ from PIL import Image
 from serving_common import make_checkpoint
 
 from pipelines.evaluation.benchmarks import BENCHMARKS, Question
-from pipelines.evaluation.worker import AnswerOptions, Unit, UnitAnswerer
+from pipelines.evaluation.benchmarks.files import DataFolder
+from pipelines.evaluation.worker import AnswerOptions, QuestionUnit, UnitAnswerer
 from tinygptv.inference.loading import load_for_inference
 from tinygptv.miniature.backbones import shipped_model
 from tinygptv.miniature.writers import write_world
@@ -72,7 +73,8 @@ class Evaluation:
         answers: list[str] = []
         for number, start in enumerate(range(0, len(questions), self.unit_size)):
             part = tuple(questions[start : start + self.unit_size])
-            answers += [row["answer"] for row in self.answerer.rows(Unit("", number, part, max_new_tokens, True, ""))]
+            unit = QuestionUnit("", number, part, max_new_tokens, generates=True, file="")
+            answers += [answer.views["answer"].text for answer in self.answerer.answers(unit)]
         return answers
 
 
@@ -102,7 +104,7 @@ def main() -> None:
         print("| benchmark | way | questions/s | times the loop | CPU ms per question | same answers as the loop |")
         print("|---|---|---|---|---|---|")
         for name in arguments.benchmarks:
-            measure(name, list(BENCHMARKS[name].read(world))[: arguments.count], ways, arguments.rounds)
+            measure(name, list(BENCHMARKS[name].read(DataFolder(world)))[: arguments.count], ways, arguments.rounds)
 
 
 def measure(name: str, questions: Sequence[Question], ways: dict[str, Way], rounds: int) -> None:

@@ -27,7 +27,7 @@ from pipelines.evaluation.benchmarks.vqa import ask
 from pipelines.evaluation.run import evaluate
 from pipelines.evaluation.scoring import score_table
 from pipelines.settings import PrepareDataSettings, ScoreSettings
-from tinygptv.metrics.metrics import exact_match, rouge_l, vqa_accuracy
+from tinygptv.metrics.metrics import exact_match, vqa_accuracy
 from tinygptv.miniature.backbones import shipped_model
 
 Entry = dict[str, Any]
@@ -133,6 +133,31 @@ def make_benchmarks() -> list[Benchmark]:
             max_new_tokens=64,
         ),
     ]
+
+
+def rouge_l(prediction: str, references: Sequence[str], beta: float = 1.2) -> float:
+    """ROUGE-L as the COCO caption evaluation computes it: longest common subsequence of words.
+
+    Args:
+        prediction: generated caption.
+        references: true captions; best precision and best recall over them are combined.
+        beta: weight of recall over precision.
+    """
+    words = prediction.split()
+    lengths = [(_common_length(words, reference.split()), len(reference.split())) for reference in references]
+    precision = max(common / max(len(words), 1) for common, _ in lengths)
+    recall = max(common / max(length, 1) for common, length in lengths)
+    return (1 + beta**2) * precision * recall / (recall + beta**2 * precision) if precision else 0.0
+
+
+def _common_length(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, start=1):
+            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
+    return row[-1]
 
 
 def ingest_tars(data: Path, output: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from note import LoadWatch, machine, peak_memory
 
-from benchmarks.note import LoadWatch, machine, peak_memory
 from pipelines.data.ingest.deduplicate import first_occurrences
 from pipelines.data.ingest.inputs import SetInputs
 from pipelines.data.shard_format import MANIFEST, Manifest, ShardInfo
