@@ -249,7 +249,7 @@ def _find_one_folder_down(
     return []
 
 
-_LFS_POINTER, _LARGEST_POINTER = b"version https://git-lfs", 1024
+LFS_POINTER, _LARGEST_POINTER = b"version https://git-lfs", 1024
 
 
 def refuse_unusable(files: list[storage.FoundFile]) -> None:
@@ -261,5 +261,5 @@ def refuse_unusable(files: list[storage.FoundFile]) -> None:
     for file in files:
         if file.name.lower().endswith((".zip", ".rar", ".7z")):
             raise SettingsError(f"{file.location} is an archive: unpack it, and give the unpacked file or folder.")
-        if 0 < file.num_bytes < _LARGEST_POINTER and storage.read_bytes(file.location).startswith(_LFS_POINTER):
+        if 0 < file.num_bytes < _LARGEST_POINTER and storage.read_bytes(file.location).startswith(LFS_POINTER):
             raise SettingsError(f"{file.location} is a Git LFS pointer, not the file: fetch it with `git lfs pull`.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipelines.data.sources.base import Malformed, shorten
@@ -92,10 +92,10 @@ def read_conversation(messages: Any, *, takes_marks: bool = True) -> Conversatio
     if len(joined) < 2:
         raise Malformed("the conversation has no question with an answer")
     joined[0] = _Message("user", "\n".join([*filter(None, system), joined[0].text]))
-    return replace(_pair(joined, changes, takes_marks=takes_marks), images=tuple(images))
+    return _pair(joined, changes, images, takes_marks=takes_marks)
 
 
-def _pair(messages: Sequence[_Message], changes: set[str], *, takes_marks: bool) -> Conversation:
+def _pair(messages: Sequence[_Message], changes: set[str], images: Sequence[Any], *, takes_marks: bool) -> Conversation:
     num_marks, turns = 0, []
     for question, answer in zip(messages[::2], messages[1::2], strict=True):
         text, marks = take_marks(question.text) if takes_marks else (question.text, 0)
@@ -103,7 +103,7 @@ def _pair(messages: Sequence[_Message], changes: set[str], *, takes_marks: bool)
         if takes_marks:
             refuse_marks_in_answer(answer.text)
         turns.append(Turn(text, (answer.text,)))
-    return Conversation(tuple(turns), num_marks, tuple(sorted(changes)))
+    return Conversation(tuple(turns), num_marks, tuple(sorted(changes)), tuple(images))
 
 
 def take_marks(question: str) -> tuple[str, int]:

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pipelines.data.sources.base import LFS_POINTER
 from pipelines.settings import SettingsError
 from tinygptv.json_object import JsonObject
 
@@ -160,6 +161,8 @@ class BenchmarkFiles:
         hint = ""
         if wrong:
             hint = f"; {wrong[0]} is another's: its entries have no {_lacking(wrong[0], fields)!r}"
+            if _head(wrong[0]).startswith(LFS_POINTER):
+                hint = f"; {wrong[0]} is a Git LFS pointer: fetch the file with `git lfs pull`"
         elif archives:
             hint = f"; {archives[0]} may hold it: unpack it first"
         raise FileNotFoundError(
@@ -247,9 +250,13 @@ def _lacking(path: Path, fields: Sequence[str]) -> str:
     """The first of the fields that a file's first entries do not have; empty where they have all."""
     if not fields or path.suffix == ".p":
         return ""
-    with path.open("rb") as stream:
-        head = stream.read(_HEAD_BYTES)
+    head = _head(path)
     return next((name for name in fields if json.dumps(name).encode() not in head), "")
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(_HEAD_BYTES)
 
 
 class Images:
@@ -302,7 +309,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> Iterator[JsonObject]:
-    """The objects of a JSON Lines file.
+    """The objects of a JSON Lines file, or of the list that somebody made of it.
 
     Raises:
         SettingsError: a line is no JSON; the message names it.
@@ -311,6 +318,9 @@ def read_lines(path: Path) -> Iterator[JsonObject]:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
+            if line.lstrip().startswith("["):
+                yield from read_json(path)
+                return
             try:
                 yield json.loads(line)
             except ValueError as error:

@@ -12,6 +12,7 @@ from pipelines.evaluation.benchmarks.files import (
     BenchmarkFiles,
     DataFolder,
     answers_of,
+    label_of,
     read_json,
     text_of,
     texts_of,
@@ -144,7 +145,7 @@ def read_aokvqa(data: DataFolder) -> Iterator[AOKVQAEntry]:
             choices=texts_of(entry["choices"]),
             correct=entry["correct_choice_idx"],
             direct_answers=texts_of(entry["direct_answers"]),
-            is_hard=entry.get("difficult_direct_answer", False),
+            is_hard=label_of(entry.get("difficult_direct_answer", False)) == 1,
         )
 
 

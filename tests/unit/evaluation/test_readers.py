@@ -354,6 +354,9 @@ def test_blank_lines_are_no_entries_and_count_as_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('\ufeff{"a": 1}\n\n  \n{"b": "\u2028"}\n', "utf-8")
     assert list(files.read_lines(path)) == [{"a": 1}, {"b": "\u2028"}]
+    for entries in ('\n[{"a": 1},\n {"b": 2}]', '[{"a": 1}, {"b": 2}]\n'):
+        path.write_text(entries)
+        assert list(files.read_lines(path)) == [{"a": 1}, {"b": 2}], "somebody made a list of them"
     path.write_text('{"a": 1}\n\n{"b"\n')
     with pytest.raises(ValueError, match=rf"^{path}, line 3, is no valid JSON: .*\.$"):
         list(files.read_lines(path))
@@ -457,6 +460,7 @@ def test_a_truth_that_is_none_is_refused_and_not_scored(tmp_path, name, write, o
         ("pope_random", "pope", '"no"', '"No "', {"answer": "no"}),
         ("hateful_memes", "hateful_memes", '"label": 0', '"label": "1"', {"label": 1}),
         ("vsr", "vsr", '"label": 0', '"label": true', {"answer": "true"}),
+        ("aokvqa_direct", "aokvqa", ": false", ': "False"', {"answers": ["c"] * 8 + ["b"] * 2}),
         ("vizwiz", "vizwiz", '{"answer_confidence": "yes", "answer": "basil"}', '"b"', {"answers": ["b"] * 10}),
         ("refcoco_val", "refcoco_as_lists", LISTED_BOX, '"6", "4", "12", "8"', LISTED),
     ],
