@@ -123,6 +123,7 @@ def build_api(
         info = await service.info()
         return Model(id=settings.model_name, created=info.created, context_length=info.context_length, scope=info.scope)
 
+    @app.get("/health", include_in_schema=False)  # vLLM's, SGLang's and llama.cpp's name, which GuideLLM asks for
     @app.get("/healthz", responses=_only(503))
     async def healthz() -> dict[str, str]:
         """Whether the model can answer."""

@@ -18,6 +18,7 @@ from starlette.middleware import Middleware
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pipelines.serving.client_headers import ClientHeaders
+from pipelines.serving.lost_answers import LostAnswers
 
 HEADERS_WITHIN_S = 15.0
 """Longest time from the first byte of a request, or from the connection, to the end of its headers."""
@@ -34,7 +35,7 @@ MAX_CONNECTIONS = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 def guard_connections() -> list[Middleware]:
     """Have uvicorn use ``GuardedProtocol`` in this process; returns what Serve's proxy puts before its own parts."""
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{GuardedProtocol.__name__}"
-    return [Middleware(ClientHeaders)]
+    return [Middleware(LostAnswers), Middleware(ClientHeaders)]
 
 
 class PatientTransport:

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pipelines.serving import connections
 from pipelines.serving.client_headers import ClientHeaders
+from pipelines.serving.lost_answers import LostAnswers
 from tests.serving_api import CHAT, Client
 
 pytestmark = pytest.mark.security
@@ -27,7 +28,7 @@ GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 def port(monkeypatch):
     monkeypatch.setattr(connections, "HEADERS_WITHIN_S", 600)
     monkeypatch.setitem(uvicorn.config.HTTP_PROTOCOLS, "auto", uvicorn.config.HTTP_PROTOCOLS["auto"])
-    assert [middleware.cls for middleware in connections.guard_connections()] == [ClientHeaders]
+    assert [middleware.cls for middleware in connections.guard_connections()] == [LostAnswers, ClientHeaders]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(Client(body_timeout_s=600).app, log_level="critical", lifespan="off"))

@@ -12,6 +12,7 @@ from uvicorn.server import ServerState
 from pipelines.serving import connections
 from pipelines.serving.client_headers import ClientHeaders
 from pipelines.serving.connections import GuardedProtocol
+from pipelines.serving.lost_answers import LostAnswers
 from tests.serving_api import Client
 
 pytestmark = pytest.mark.security
@@ -180,5 +181,5 @@ def test_so_many_connections_are_open(monkeypatch):
 def test_rays_proxy_takes_the_guard_by_its_path(monkeypatch):
     kinds = uvicorn.config.HTTP_PROTOCOLS
     monkeypatch.setitem(kinds, "auto", kinds["auto"])
-    assert [middleware.cls for middleware in connections.guard_connections()] == [ClientHeaders]
+    assert [middleware.cls for middleware in connections.guard_connections()] == [LostAnswers, ClientHeaders]
     assert kinds["auto"] == "pipelines.serving.connections:GuardedProtocol"
