@@ -51,7 +51,7 @@ def test_a_stream_that_is_cut_ends_with_an_error_event(messages):
     ("messages", "kind"),
     [
         ((START, EVENT, END), "http"),
-        (({**START, "headers": [(b"content-type", b"application/json")]}, EVENT), "http"),  # its length tells the client
+        (({**START, "headers": [(b"content-type", b"application/json")]}, EVENT), "http"),  # has its length
         ((), "lifespan"),
     ],
 )
