@@ -32,7 +32,8 @@ class LostAnswers:
             nonlocal has_begun, is_stream, is_whole
             if message["type"] == "http.response.start":
                 has_begun = True
-                is_stream = Headers(raw=list(message.get("headers", ()))).get("content-type", "").startswith("text/event-stream")
+                headers = Headers(raw=list(message.get("headers", ())))
+                is_stream = headers.get("content-type", "").startswith("text/event-stream")
             else:
                 is_whole = not message.get("more_body", False)
             await send(message)
