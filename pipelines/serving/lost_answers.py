@@ -1,7 +1,7 @@
 """An answer whose ingress dies (killed, out of memory) ends as the API's own errors do: clients try again.
 
-Ray Serve's proxy gives up such a request without a word: uvicorn then answers with a plain 500, and ends a stream in its
-middle, which clients take for a broken network.
+Ray Serve's proxy gives up such a request without a word: uvicorn then answers with a plain 500, and ends a stream in
+its middle, which clients take for a broken network.
 """
 
 from __future__ import annotations

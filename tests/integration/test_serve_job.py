@@ -104,6 +104,18 @@ def test_a_killed_proxy_is_replaced_soon(job, address):
     assert httpx.get(f"{address}/healthz", timeout=120, trust_env=False).status_code == 200
 
 
+def test_a_stream_whose_ingress_is_killed_ends_with_an_error_event(job, address):
+    children = psutil.Process(job.process.pid).children(recursive=True)
+    (ingress,) = [child for child in children if ":ingress" in "".join(child.cmdline())]
+    body = {**BODY, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=120, trust_env=False) as answer:
+        events = (event.removeprefix("data: ") for event in answer.iter_lines() if event)
+        next(events)
+        os.kill(ingress.pid, signal.SIGKILL)
+        assert json.loads(list(events)[-1])["error"]["code"] == "unavailable"
+    assert status_of(address) == 200
+
+
 LEAVE = {
     "at once": lambda connection: None,
     "a little later": lambda connection: time.sleep(0.03),
