@@ -153,15 +153,16 @@ class Service:
 
     async def engine(self, name: str) -> float:
         """Sum of an engine counter over the replicas."""
-        async with connection() as session, session.get(f"{self.address}/metrics") as response:
-            lines = (await response.text()).splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"tinygptv_engine_{name}{{"))
+        return sum(float(line.split()[-1]) for line in await self._metrics(f"tinygptv_engine_{name}"))
 
     async def replicas(self) -> list[int]:
         """Process ids of the replicas."""
+        return [int(line.split('"')[1]) for line in await self._metrics("tinygptv_engine_slots")]
+
+    async def _metrics(self, name: str) -> list[str]:
+        """Lines of a metric, one for each replica."""
         async with connection() as session, session.get(f"{self.address}/metrics") as response:
-            lines = (await response.text()).splitlines()
-        return [int(line.split('"')[1]) for line in lines if line.startswith("tinygptv_engine_slots{")]
+            return [line for line in (await response.text()).splitlines() if line.startswith(f"{name}{{")]
 
 
 def right_answers(checkpoint: Path, questions: list[Question]) -> list[str]:

@@ -25,12 +25,13 @@ from tinygptv.config import EvaVisionConfig, TinyGPTVConfig
 from tinygptv.convert.layouts import plain_key, release_key
 from tinygptv.model.meta import build_on_meta
 
-ROLES = {
-    "vision": ("vision_encoder.vit.", "eva_vit_g.pth"),
-    "qformer": ("qformer.", "blip2.pth"),
-    "language": ("language_model.", "phi-2/pytorch_model.bin"),
-    "checkpoint": ("", "stage.pth"),
+FILES = {
+    "vision": "eva_vit_g.pth",
+    "qformer": "blip2.pth",
+    "language": "phi-2/pytorch_model.bin",
+    "checkpoint": "stage.pth",
 }
+"""Role -> file."""
 TRAINED = ("projector.", ".lora_", "layernorm.weight", "rmsnorm.weight")
 
 
@@ -78,10 +79,10 @@ def write_files(config: TinyGPTVConfig, work: Path) -> dict[str, Path]:
     work.mkdir(parents=True, exist_ok=True)
     shapes = {plain_key(name): tuple(p.shape) for name, p in build_on_meta(config).named_parameters()}
     paths = {}
-    for role, (prefix, file) in ROLES.items():
+    for role, file in FILES.items():
         state = {}
         for name, shape in shapes.items():
-            trained = name.startswith("projector.") or any(mark in name for mark in TRAINED)
+            trained = any(mark in name for mark in TRAINED)
             if role == "checkpoint":
                 chosen = trained and name.startswith(("projector.", "language_model."))
             elif role == "qformer":
@@ -90,7 +91,7 @@ def write_files(config: TinyGPTVConfig, work: Path) -> dict[str, Path]:
                 added = "q_layernorm" in name or "k_layernorm" in name or "rmsnorm" in name
                 chosen = name.startswith(("language_model.", "lm_head.")) and ".lora_" not in name and not added
             else:
-                chosen = name.startswith(prefix)
+                chosen = name.startswith("vision_encoder.vit.")
             if chosen:
                 key = release_key(name, lora=role == "checkpoint")[0]
                 key = key.removeprefix("visual_encoder.") if role == "vision" else key

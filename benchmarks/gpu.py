@@ -15,26 +15,29 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import sys
 import traceback
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when torch is loaded
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import gpu_train  # first: it chooses the allocator before torch is loaded
 import torch
 from gpu_decode import answers_section, decode_section, first_token_section
 from gpu_kernels import kernels_section, products_section, tuning_section
+from gpu_memory import memory_section
 from gpu_rows import Row, table
 from gpu_small_card import small_card_section
+from gpu_train import train_section
+from note import versions
 
 Section = Callable[[float, str, str], list[Row]]
 SECTIONS: dict[str, tuple[Section, float]] = {
     "decode": (decode_section, 110),
-    "train": (gpu_train.train_section, 120),
-    "memory": (gpu_train.memory_section, 110),
+    "train": (train_section, 120),
+    "memory": (memory_section, 110),
     "small_card": (small_card_section, 60),
     "first_token": (first_token_section, 30),
     "answers": (answers_section, 60),
@@ -79,17 +82,10 @@ def main() -> int:
 def description(arguments: argparse.Namespace) -> str:
     """Command, date, card and versions."""
     card = torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device
-    found = []
-    for package in ("torch", "triton", "transformers", "timm", "peft"):
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"{package} not installed")
-    return "\n".join(
-        [
-            f"- Command: `{' '.join(['python benchmarks/gpu.py', *sys.argv[1:]])}`",
-            f"- {card}; {datetime.datetime.now(datetime.UTC):%Y-%m-%d}; {', '.join(found)}.",
-        ]
+    found = versions(("torch", "triton", "transformers", "timm", "peft"))
+    return (
+        f"- Command: `{' '.join(['python benchmarks/gpu.py', *sys.argv[1:]])}`\n"
+        f"- {card}; {datetime.datetime.now(datetime.UTC):%Y-%m-%d}; {found}."
     )
 
 

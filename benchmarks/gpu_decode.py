@@ -1,8 +1,6 @@
-#!/usr/bin/env python3
 """Answering on a GPU: the decoding step, the engine, the first token. Random weights, no Ray.
 
-    python benchmarks/gpu_decode.py                              # paper's size
-    python benchmarks/gpu_decode.py --size tiny --device cpu     # the same code in seconds
+    python benchmarks/gpu.py --only decode,first_token,answers
 
 ``decode`` compares the bare decoding step, replayed as a CUDA graph, with the engine that serves (a thread of its own,
 tokens delivered to one consumer per client). ``first_token`` takes an image to the first token of its answer.
@@ -13,24 +11,18 @@ The limit of a step is the time to read its weights once, and the cache of its s
 
 from __future__ import annotations
 
-import argparse
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from gpu_model import random_model as trainable_model
-from gpu_rows import GIB, Clock, Row, Rows, synchronize, table
+from gpu_rows import GIB, Clock, Row, Rows, sentence, synchronize
 from serving_common import make_tokenizer
+from torch import Tensor, nn
 
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.inference.decoder import FlatDecoder
@@ -351,36 +343,3 @@ def _logit_difference(
         expected = model(input_ids=torch.from_numpy(ids).to(device)[None]).logits[0, -1]
         worst = max(worst, float((logits[row] - expected).abs().max() / expected.std()))
     return worst
-
-
-def sentence(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {(str(error) or '-').splitlines()[0][:160]}"
-
-
-SECTIONS = {
-    "decode": decode_section,
-    "answers": answers_section,
-    "first_token": first_token_section,
-}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(SIZES), default="paper")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, by commas")
-    parser.add_argument("--limit-s", type=float, default=120, help="seconds of each section")
-    arguments = parser.parse_args()
-    rows = []
-    for name in arguments.only.split(","):
-        try:
-            rows += SECTIONS[name](arguments.limit_s, arguments.size, arguments.device)
-        except Exception:  # the other sections must still run
-            traceback.print_exc()
-    print(table(rows))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,30 +1,20 @@
-#!/usr/bin/env python3
 """Inside a decoding step on a GPU: single products in every format, and the kernels that a step spends its time in.
 
-    python benchmarks/gpu_kernels.py                              # paper's size
-    python benchmarks/gpu_kernels.py --size tiny --device cpu     # the same code in seconds
-    python benchmarks/gpu_kernels.py --only tuning                # other shapes of the kernels' programs
+    python benchmarks/gpu.py --only products,kernels,tuning
 
 ``products`` times one product of each of Phi-2's four matrices, for 1 to 64 tokens. ``kernels`` lists the kernels of a
-step.
+step. ``tuning`` tries other shapes of the kernels' programs.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from gpu_decode import (
     BITS,
     SIZES,
@@ -32,10 +22,10 @@ from gpu_decode import (
     pack_language,
     random_layer,
     random_model,
-    sentence,
     time_on_device,
 )
-from gpu_rows import Clock, Row, Rows, table
+from gpu_rows import Clock, Row, Rows, sentence
+from torch import Tensor, nn
 
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.inference.decoder import FlatDecoder
@@ -63,7 +53,7 @@ def products_section(deadline_s: float, size: str = "paper", device: str = "cuda
                 rows.put(f"{kind}, {tokens} tokens", None, "us", note=sentence(error))
                 continue
             weights = sum(o * i for o, i in shapes.values())
-            read = weights * BITS.get(kind, 4.5) / 8
+            read = weights * BITS[kind] / 8
             note = f"{', '.join(parts)} us; {read / total / rate:.0%} of the copy rate"
             rows.put(f"{kind}, {tokens} tokens", total * 1e6, "us", note=note)
     return rows
@@ -78,13 +68,9 @@ def product_shapes(config: TinyGPTVConfig) -> dict[str, tuple[int, int]]:
 def time_product(kind: str, shape: tuple[int, int], tokens: int, device: torch.device) -> float:
     """Seconds of one product; several matrices take turns, so that no cache holds them."""
     outputs, inputs = shape
-    count = max(2, int(160e6 / (outputs * inputs * BITS.get(kind, 4.5) / 8))) if device.type == "cuda" else 1
+    count = max(2, int(160e6 / (outputs * inputs * BITS[kind] / 8))) if device.type == "cuda" else 1
     x = torch.randn(tokens, inputs, device=device, dtype=torch.bfloat16)
-    makers: dict[str, Callable[[], Callable[[], Tensor]]] = {
-        "bf16": lambda: _plain(outputs, inputs, x),
-    }
-    make = makers.get(kind, lambda: _packed(kind, outputs, inputs, x))
-    functions = [make() for _ in range(count)]
+    functions = [_product(kind, outputs, inputs, x) for _ in range(count)]
 
     def run() -> Tensor:
         for function in functions:
@@ -94,12 +80,10 @@ def time_product(kind: str, shape: tuple[int, int], tokens: int, device: torch.d
     return time_on_device(run, device, rounds=5) / count
 
 
-def _plain(outputs: int, inputs: int, x: Tensor) -> Callable[[], Tensor]:
-    weight = torch.randn(outputs, inputs, device=x.device, dtype=x.dtype)
-    return lambda: nn.functional.linear(x, weight)
-
-
-def _packed(kind: str, outputs: int, inputs: int, x: Tensor) -> Callable[[], Tensor]:
+def _product(kind: str, outputs: int, inputs: int, x: Tensor) -> Callable[[], Tensor]:
+    if kind == "bf16":
+        weight = torch.randn(outputs, inputs, device=x.device, dtype=x.dtype)
+        return lambda: nn.functional.linear(x, weight)
     layer = random_layer(kind, outputs, inputs, None, x.device)
     return lambda: layer.partial_products(x)
 
@@ -198,24 +182,3 @@ def time_attention(clients: int, length: int, device: torch.device) -> float:
         return output
 
     return time_on_device(run, device, rounds=5) / layers
-
-
-SECTIONS = {"products": products_section, "kernels": kernels_section, "tuning": tuning_section}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(SIZES), default="paper")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, by commas")
-    parser.add_argument("--limit-s", type=float, default=60, help="seconds of each section")
-    arguments = parser.parse_args()
-    rows = []
-    for name in arguments.only.split(","):
-        rows += SECTIONS[name](arguments.limit_s, arguments.size, arguments.device)
-    print(table(rows))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

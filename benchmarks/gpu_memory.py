@@ -1,7 +1,7 @@
 """Does the memory plan hold? Each stage at the largest micro-batch that the plan allows, under a hard cap of 24 GiB.
 
 Samples are as long as the stage lets them be. Compared are the plan's peak and what torch's allocator took from the
-device, CUDA's own share assumed in both: the plan must not be below it, and at most 10 % above. Run by gpu_train.py.
+device, CUDA's own share assumed in both: the plan must not be below it, and at most 10 % above.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from gpu_model import CAP_BYTES, checkpointing, random_model, train_step
-from gpu_rows import GIB, Clock, Peak, Row, Rows, memory_cap
+from gpu_rows import GIB, Clock, Peak, Row, Rows, memory_cap, sentence
 
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.collate import MicroBatch
@@ -112,7 +112,7 @@ def measure(rows: Rows, case: Case, stage: Stage, step: TrainStep, most: int) ->
     except torch.cuda.OutOfMemoryError:
         error = "ran out of memory"
     except Exception as failure:  # the other cases must still run
-        error = f"{type(failure).__name__}: {str(failure).splitlines()[0][:150]}"
+        error = sentence(failure)
     what = f"{case}, {samples} samples of {memory.num_tokens} tokens: plan above the peak"
     note = (
         f"{error + '; ' if error else ''}planned {plan.peak / GIB:.2f} GiB (tensors {plan.allocated / GIB:.2f}); "

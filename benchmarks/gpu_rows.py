@@ -112,6 +112,11 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def sentence(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error) or '-').splitlines()[0][:160]}"
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device."""
     if device.type == "cuda":

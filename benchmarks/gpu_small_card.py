@@ -1,8 +1,6 @@
-#!/usr/bin/env python3
 """Answering on a small card: the whole system under a hard memory cap. Random weights, no Ray.
 
-    python benchmarks/gpu_small_card.py                              # paper's size, NF4, 8 GiB
-    python benchmarks/gpu_small_card.py --size tiny --device cpu     # the same code in seconds
+    python benchmarks/gpu.py --only small_card
 
 One and four conversations about 448 px images fill their contexts of 1,024 tokens; image encoder, CUDA graphs and
 cache are those of the server. Measured is the most that torch's allocator held, what it took from the device, and what
@@ -11,19 +9,13 @@ the device lacked in all, CUDA's own share included.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from gpu_decode import SIZES, pack_language, random_model, sentence
-from gpu_rows import GIB, Clock, Row, Rows, memory_cap, table
+from gpu_decode import SIZES, pack_language, random_model
+from gpu_rows import GIB, Clock, Row, Rows, memory_cap, sentence
 from serving_common import make_tokenizer
 
 from tinygptv.inference.engine import Engine
@@ -88,17 +80,3 @@ def fill(model: TinyGPTVForConditionalGeneration, clients: int, context: int) ->
             if delta.error:
                 raise RuntimeError(delta.error)
     return time.perf_counter() - started
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(SIZES), default="paper")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--limit-s", type=float, default=90)
-    arguments = parser.parse_args()
-    print(table(small_card_section(arguments.limit_s, arguments.size, arguments.device)))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

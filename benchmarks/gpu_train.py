@@ -1,38 +1,27 @@
-#!/usr/bin/env python3
 """Training on a GPU: speed against the plain recipe, and the memory plan against the card. Random weights, no Ray.
 
-    python benchmarks/gpu_train.py                              # paper's size, under a hard cap of 24 GiB
-    python benchmarks/gpu_train.py --size tiny --device cpu     # the same code in seconds
+    python benchmarks/gpu.py --only train,memory
 
-``train`` compares steps of 64 samples at 224 px, and of 6 samples of 20 to 800 tokens at 448 px, with the recipe
-written plainly (eager attention, float32 logits at every position, rows padded to the longest, autocast everywhere).
-``memory`` (gpu_memory.py) runs each stage at the largest micro-batch that the plan allows.
+Under a hard cap of 24 GiB: ``train`` compares steps of 64 samples at 224 px, and of 6 samples of 20 to 800 tokens at
+448 px, with the recipe written plainly (eager attention, float32 logits at every position, rows padded to the longest,
+autocast everywhere). ``memory`` (gpu_memory.py) runs each stage at the largest micro-batch that the plan allows.
 
 Cases are run in order of importance, each while the time limit allows it.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
-
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
-from gpu_memory import memory_section
 from gpu_model import CAP_BYTES, checkpointing, random_model, train_step
-from gpu_rows import GIB, Clock, Row, Rows, memory_cap, synchronize, table
+from gpu_rows import GIB, Clock, Row, Rows, memory_cap, sentence, synchronize
 from torch.profiler import ProfilerActivity, profile
 from train_step import make_samples, plain_batch
 
@@ -204,8 +193,7 @@ class TrainBench:
             yield
         except Exception as error:
             traceback.print_exc()
-            lines = str(error).splitlines() or [""]
-            self.rows.put(what, None, "", note=f"{type(error).__name__}: {lines[0][:150]}")
+            self.rows.put(what, None, "", note=sentence(error))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -304,26 +292,3 @@ def language_flops(config: TinyGPTVConfig, tokens: float, positions: float) -> f
     text = config.text_config
     layer = 4 * text.hidden_size**2 + 2 * text.hidden_size * text.intermediate_size
     return 4 * (tokens * text.num_hidden_layers * layer + positions * text.hidden_size * text.vocab_size)
-
-
-SECTIONS: dict[str, Callable[[float, str, str], list[Row]]] = {"train": train_section, "memory": memory_section}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(SIZES), default="paper")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, by commas")
-    parser.add_argument("--limit-s", type=float, default=120, help="seconds of each section")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda":
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    rows = []
-    for name in arguments.only.split(","):
-        rows += SECTIONS[name](arguments.limit_s, arguments.size, arguments.device)
-    print(table(rows))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

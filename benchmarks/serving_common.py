@@ -16,27 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from tinygptv import TinyGPTVConfig, TinyGPTVForConditionalGeneration, TinyGPTVProcessor
 
 WORDS = [
-    "what",
-    "where",
-    "how",
-    "many",
-    "red",
-    "blue",
-    "green",
-    "circle",
-    "square",
-    "star",
-    "left",
-    "right",
-    "of",
-    "the",
-    "is",
-    "are",
-    "there",
-    "in",
-    "this",
-    "picture",
-]
+    "what", "where", "how", "many", "red", "blue", "green", "circle", "square", "star", "left", "right", "of", "the",
+    "is", "are", "there", "in", "this", "picture",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

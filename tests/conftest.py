@@ -6,7 +6,7 @@ import atexit
 import gc
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import hypothesis
@@ -62,10 +62,10 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope="module")
-def gpu_train() -> Iterator[ModuleType]:
-    """The GPU benchmark's sections of training, imported as its command imports them."""
+def import_benchmark() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a module of the benchmarks by name, as their commands do."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        yield importlib.import_module("gpu_train")
+        yield importlib.import_module
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))

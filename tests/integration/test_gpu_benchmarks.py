@@ -31,8 +31,8 @@ def test_all_sections_run_on_a_cpu(tmp_path):
     assert "--size tiny" in text and "| decode | bf16, engine, 1 |" in text
 
 
-def test_every_case_of_training_runs(gpu_train, capsys):
-    rows = gpu_train.train_section(900, size="tiny", device="cpu")
+def test_every_case_of_training_runs(import_benchmark, capsys):
+    rows = import_benchmark("gpu_train").train_section(900, size="tiny", device="cpu")
     assert not [row for row in rows if row.value is None]
     what = {row.what: row for row in rows}
     assert what["ours, cached: times plain"].floor == 4.0 and what["ours, inline: times plain"].floor == 2.5
@@ -40,10 +40,10 @@ def test_every_case_of_training_runs(gpu_train, capsys):
     assert what["loss, compiled - uncompiled"].value < 0.01
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [line["what"] for line in printed] == [row.what for row in rows]
-    assert gpu_train.table(rows).count("\n") == len(rows) + 1
+    assert import_benchmark("gpu_rows").table(rows).count("\n") == len(rows) + 1
 
 
-def test_every_case_of_memory_runs(gpu_train):
-    rows = gpu_train.memory_section(900, size="tiny", device="cpu")
+def test_every_case_of_memory_runs(import_benchmark):
+    rows = import_benchmark("gpu_memory").memory_section(900, size="tiny", device="cpu")
     assert len(rows) == 10
     assert all("planned" in row.note and "Error" not in row.note and "memory;" not in row.note for row in rows)
