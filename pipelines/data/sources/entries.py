@@ -141,8 +141,9 @@ def unnatural(entry: Any, key: str) -> Iterator[Draft]:
 
 
 def llava_image(entry: Any) -> str:
-    """LLaVA's images are COCO's of 2014, by the entry's id."""
-    return f"COCO_train2014_{entry['id']}.jpg"
+    """LLaVA's images are COCO's of 2014, by the entry's id; its later mixtures have images of other data sets, too."""
+    given = entry.get("image")
+    return given if isinstance(given, str) and given else f"COCO_train2014_{entry['id']}.jpg"
 
 
 def llava_single(entry: Any, key: str) -> Iterator[Draft]:

@@ -49,7 +49,11 @@ class ImageLayout:
     splits: frozenset[str] = frozenset()
 
 
-_COCO_NUMBER = re.compile(r"(?:.*/)?(?:COCO_(?:train|val|test)\d{4}_)?0*(\d{1,12})\.jpe?g", re.IGNORECASE)
+_COCO_NUMBER = re.compile(
+    r"(?:(?:.*/)?(?:COCO_(?:train|val|test)\d{4}_|(?=\d{12}\.)))?(\d{1,12})\.jpe?g", re.IGNORECASE
+)
+"""A short number in a folder is another data set's: Visual Genome's ``VG_100K/9.jpg`` is not COCO's image 9."""
+
 _COCO_SPLITS = (
     ("train2014", "COCO_train2014_"),
     ("train2017", ""),

@@ -162,6 +162,20 @@ def test_what_an_entry_says(describe, entry, turns, image):
     assert (draft.turns, draft.image, draft.boxes, draft.task) == (turns, image, (), "")
 
 
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        ("gqa/images/498027.jpg", "gqa/images/498027.jpg"),
+        ("coco/train2017/000000000009.jpg", "coco/train2017/000000000009.jpg"),
+        *((none, "COCO_train2014_498027.jpg") for none in (None, "")),
+    ],
+)
+def test_an_entry_of_llavas_mixtures_names_its_image(image, found):
+    """COCO may have an image of the number that another data set's entry has for its id."""
+    (draft,) = entries.llava_conversation({**LLAVA, "id": "498027", "image": image}, "k")
+    assert draft.image == found
+
+
 def test_each_question_of_a_book_is_a_sample_with_its_answer():
     book = {"imageURL": "x/a.jpg", "questions": ["Q", "R"], "answers": ["A", "B"], "split": 1}
     assert [draft.turns for draft in entries.ocrvqa(book, "7")] == [(Turn("Q", ("A",)),), (Turn("R", ("B",)),)]

@@ -126,7 +126,14 @@ def test_a_folder_is_no_image(folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "names"), [("a.png", ("a.png",)), ("x/cat.jpg", ("cat.jpg", "x/cat.jpg")), ("1234567890123.jpg", None)]
+    ("name", "names"),
+    [
+        ("a.png", ("a.png",)),
+        ("x/cat.jpg", ("cat.jpg", "x/cat.jpg")),
+        ("1234567890123.jpg", None),
+        ("vg/VG_100K/9.jpg", ("9.jpg", "vg/VG_100K/9.jpg")),
+        ("gqa/images/498027.jpg", ("498027.jpg", "gqa/images/498027.jpg")),
+    ],
 )
 def test_names_that_are_no_number_of_coco_are_taken_as_they_are(name, names):
     assert coco_names(name) == (names or (name,))
