@@ -248,7 +248,7 @@ class ImageFolder:
             Malformed: it leads elsewhere.
         """
         assert self.folder is not None
-        path = without_file_scheme(name).replace("\\", "/")
+        path = image_path(name)
         inside = f"{self.folder.path.rstrip('/')}/"
         if self.folder.is_local and path.startswith(inside):
             path = path[len(inside) :]
@@ -258,6 +258,11 @@ class ImageFolder:
             fix = ": give the folder that holds it as images=" if path.startswith("/") else ""
             raise Malformed(f"image {shorten(name)} is outside of the image folder {self.folder}{fix}") from None
         return path.removeprefix("./")
+
+
+def image_path(name: str) -> str:
+    """The path that a row means: of a ``file://`` URL, or as Windows writes it."""
+    return without_file_scheme(name).replace("\\", "/")
 
 
 def _read_if_there(location: storage.Location, name: str) -> bytes | None:

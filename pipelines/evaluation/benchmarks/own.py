@@ -19,6 +19,7 @@ from pipelines import storage
 from pipelines.data.sources.base import Malformed, Rejected, SourceInput
 from pipelines.data.sources.delimited import DELIMITED, read_delimited
 from pipelines.data.sources.drafts import Draft
+from pipelines.data.sources.images import image_path
 from pipelines.data.sources.json_entries import plain_name, read_entries
 from pipelines.data.sources.own import JsonRowsReader
 from pipelines.data.sources.own_rows import own_draft
@@ -108,9 +109,13 @@ def _questions(path: Path, key: str, fields: Any, folder: Path) -> Iterator[Ques
         draft = own_draft(fields, "")
     except (Malformed, ValueError, TypeError) as error:
         raise SettingsError(f"{where}: {error}.") from error
-    if isinstance(draft.image, bytes):
+    if isinstance(draft.image, bytes) or (draft.image or "")[:5].lower() == "data:":
         raise SettingsError(f"{where}: the image is in the row; name a file.")
-    image = folder / draft.image if draft.image else None
+    image = folder / image_path(draft.image) if draft.image else None
+    turns = tuple(replace(turn, answers=tuple(filter(str.strip, turn.answers))) for turn in draft.turns)
+    if not all(turn.answers for turn in turns):
+        raise SettingsError(f"{where}: a question has no answer.")
+    draft = replace(draft, turns=turns)
     history: list[Exchange] = []
     for number, turn in enumerate(draft.turns):
         instruction, truth = _ask(where, draft, number, image)

@@ -191,12 +191,22 @@ def test_metrics(folder):
         ([{key: value for key, value in REFER.items() if key != "image"}], "iou", "image"),
         ([{"image": "0.jpg", "question": "a", "answer": "b", "task": "x"}], "exact", "task 'x' is unknown"),
         ([{"foo": 1}], "exact", "no turns, conversations"),
+        ([{"image": "0.jpg", "question": "a", "answers": []}], "exact", "line 1: a question has no answer"),
+        ([{"image": "0.jpg", "question": "a", "answers": ["", " "]}], "vqa", "line 1: a question has no answer"),
+        ([{"image": "data:image/png;base64,AAAA", "question": "a", "answer": "b"}], "exact", "in the row; name a file"),
     ],
 )
 def test_mistakes_name_file_and_line(folder, rows, metric, message):
     path = write(folder, *rows)
     with pytest.raises(SettingsError, match=message):
         questions(path, metric)
+
+
+@pytest.mark.parametrize("name", ["sub\\a b.jpg", "file://{}/sub/a%20b.jpg", "sub/a b.jpg", "./sub/a b.jpg"])
+def test_images_are_named_in_every_way_that_ingest_reads(tmp_path, name):
+    path = write(tmp_path, {"image": name.replace("{}", str(tmp_path)), "question": "q", "answers": ["", "a", " "]})
+    (question,) = own_rows(path)
+    assert (question.image, question.truth) == (tmp_path / "sub/a b.jpg", {"answers": ["a"]})
 
 
 def test_a_folder_with_no_rows(tmp_path):
