@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -106,6 +107,20 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin, Ad
         self.post_init()
 
     # ------------------------------------------------------------------ what transformers asks of a model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As in transformers, for checkpoints.
+
+        Raises:
+            ValueError: the folder is a quantized artifact.
+        """
+        if Path(str(pretrained_model_name_or_path), "quantization.json").is_file():  # checkpoint.folders' name
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a quantized artifact, which transformers does not read: give the "
+                "checkpoint that it was made from, or load it with tinygptv.inference.loading.load_for_inference."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @property
     def base_model(self) -> nn.Module:

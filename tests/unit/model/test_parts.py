@@ -108,6 +108,12 @@ def test_embeddings_can_be_read_and_replaced(model):
 
 @torch.no_grad()
 @torch.no_grad()
+def test_an_artifact_is_told_as_such(tmp_path):
+    (tmp_path / "quantization.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is a quantized artifact, .* give the checkpoint that it was made from"):
+        TinyGPTVForConditionalGeneration.from_pretrained(tmp_path)
+
+
 def test_the_base_model_is_all_but_the_head(model):
     """Trainers with a head of their own (TRL) call it with what they would give to the model."""
     queries = [model.config.image_token_id] * model.config.num_query_tokens
