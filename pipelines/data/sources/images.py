@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -229,7 +230,7 @@ class ImageFolder:
         if self.folder is None:
             raise Malformed(f"image {shorten(name)} is a path, and images= names no folder")
         relative = self._below_folder(name)
-        names = self._alternatives(relative)
+        names = tuple(dict.fromkeys(form for each in self._alternatives(relative) for form in unicode_forms(each)))
         order = [names[self._likeliest]] if self._likeliest < len(names) else []
         for candidate in dict.fromkeys([*order, *names]):
             data = _read_if_there(self.folder / candidate, name)
@@ -258,6 +259,11 @@ class ImageFolder:
             fix = ": give the folder that holds it as images=" if path.startswith("/") else ""
             raise Malformed(f"image {shorten(name)} is outside of the image folder {self.folder}{fix}") from None
         return path.removeprefix("./")
+
+
+def unicode_forms(name: str) -> tuple[str, ...]:
+    """A name, then as macOS writes it (an accent or a Korean letter apart) and as other systems do: they look alike."""
+    return (name,) if name.isascii() else (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
 
 
 def image_path(name: str) -> str:

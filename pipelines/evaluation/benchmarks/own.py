@@ -19,7 +19,7 @@ from pipelines import storage
 from pipelines.data.sources.base import Malformed, Rejected, SourceInput
 from pipelines.data.sources.delimited import DELIMITED, read_delimited
 from pipelines.data.sources.drafts import Draft
-from pipelines.data.sources.images import image_path
+from pipelines.data.sources.images import image_path, unicode_forms
 from pipelines.data.sources.json_entries import plain_name, read_entries
 from pipelines.data.sources.own import JsonRowsReader
 from pipelines.data.sources.own_rows import own_draft
@@ -111,7 +111,7 @@ def _questions(path: Path, key: str, fields: Any, folder: Path) -> Iterator[Ques
         raise SettingsError(f"{where}: {error}.") from error
     if isinstance(draft.image, bytes) or (draft.image or "")[:5].lower() == "data:":
         raise SettingsError(f"{where}: the image is in the row; name a file.")
-    image = folder / image_path(draft.image) if draft.image else None
+    image = _find(folder, image_path(draft.image)) if draft.image else None
     turns = tuple(replace(turn, answers=tuple(filter(str.strip, turn.answers))) for turn in draft.turns)
     if not all(turn.answers for turn in turns):
         raise SettingsError(f"{where}: a question has no answer.")
@@ -122,6 +122,11 @@ def _questions(path: Path, key: str, fields: Any, folder: Path) -> Iterator[Ques
         name = f"{key}/{number}" if number else key
         yield Question(name, instruction, image, truth, kind=draft.task, history=tuple(history))
         history.append(Exchange(instruction, turn.answers[0]))
+
+
+def _find(folder: Path, name: str) -> Path:
+    paths = [folder / form for form in unicode_forms(name)]
+    return next((path for path in paths[1:] if path.is_file()), paths[0])
 
 
 def _ask(where: str, draft: Draft, number: int, image: Path | None) -> tuple[str, Truth]:

@@ -209,6 +209,16 @@ def test_images_are_named_in_every_way_that_ingest_reads(tmp_path, name):
     assert (question.image, question.truth) == (tmp_path / "sub/a b.jpg", {"answers": ["a"]})
 
 
+def test_a_name_may_be_written_as_macos_does(tmp_path):
+    composed, apart = "caf\u00e9.jpg", "cafe\u0301.jpg"
+    for named, there in ((composed, apart), (apart, composed)):
+        (tmp_path / there).write_bytes(b"x")
+        (question,) = own_rows(write(tmp_path, {"image": named, "question": "q", "answer": "a"}))
+        assert question.image == tmp_path / there
+        (tmp_path / there).unlink()
+    assert own_rows(tmp_path / "rows.jsonl")[0].image == tmp_path / apart, "as it is named, where it is missing"
+
+
 def test_a_folder_with_no_rows(tmp_path):
     with pytest.raises(SettingsError, match=r"give data=rows\.jsonl"):
         questions(tmp_path)

@@ -119,6 +119,14 @@ def test_a_missing_image_is_named_with_the_names_that_were_tried(folder):
     )
 
 
+@pytest.mark.parametrize("forms", [("caf\u00e9.jpg", "cafe\u0301.jpg"), ("\ud55c.jpg", "\u1112\u1161\u11ab.jpg")])
+def test_a_name_is_found_as_macos_writes_it_and_as_others_do(folder, forms):
+    for named, there in (forms, forms[::-1]):
+        (folder / there).write_bytes(jpeg(7))
+        assert reader(folder).read(named) == jpeg(7)
+        (folder / there).unlink()
+
+
 def test_a_folder_is_no_image(folder):
     (folder / "b.jpg").mkdir()
     with pytest.raises(Malformed, match=r"^image b\.jpg cannot be read: "):
