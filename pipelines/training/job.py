@@ -84,6 +84,7 @@ RESULTS = (
     "unsent.jsonl",
     "worker_result.json",
     "progress.txt",
+    "failures.txt",
     "ray_train",
     "result.json",
 )

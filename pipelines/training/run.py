@@ -50,7 +50,7 @@ from tinygptv.checkpoint.config_file import read_config
 from tinygptv.checkpoint.folders import MANIFEST, CheckpointError, verify_folder
 
 if TYPE_CHECKING:
-    from ray.train import WorkerGroupError
+    from ray.train import TrainingFailedError
 
 logger = logging.getLogger(__name__)
 
@@ -231,8 +231,10 @@ def _run_inline(job: TrainJob) -> WorkerResult:
 
 
 def _run_on_ray(job: TrainJob) -> WorkerResult:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
+
+    from pipelines.training.worker_failures import WorkerFailures, told_failures
 
     settings = job.settings
     gpu_options: Any = {"worker_runtime_env": {"env_vars": dict(GPU_ENVIRONMENT)}} if settings.use_gpu else {}
@@ -259,12 +261,14 @@ def _run_on_ray(job: TrainJob) -> WorkerResult:
                 storage_filesystem=filesystem,
                 checkpoint_config=CheckpointConfig(num_to_keep=settings.keep_checkpoints),
                 failure_config=FailureConfig(max_failures=settings.max_failures),
+                callbacks=[WorkerFailures(job.storage)],  # type: ignore[list-item]  # annotated as Ray Tune's
                 **gpu_options,
             ),
         )
         try:
-            call_in_thread(trainer.fit)
-        except WorkerGroupError as error:
+            with told_failures(job.storage):
+                call_in_thread(trainer.fit)
+        except TrainingFailedError as error:
             raise _cause(error) from error
     outcome = json.loads(storage.read_bytes(storage.join(job.storage, WORKER_RESULT)))
     if "stopped" in outcome:
@@ -315,9 +319,9 @@ def call_in_thread(function: Callable[[], object]) -> None:
         raise failures[0]
 
 
-def _cause(error: WorkerGroupError) -> Exception:
-    """The first mistake of the user's that a worker met; Ray's own error where there is none."""
-    for failure in error.worker_failures.values():
+def _cause(error: TrainingFailedError) -> Exception:
+    """The first mistake of the user's that a worker met, or why the run ended; Ray's own error where there is none."""
+    for failure in getattr(error, "worker_failures", {0: getattr(error, "controller_failure", None)}).values():
         cause: BaseException | None = failure
         while cause is not None and not isinstance(cause, ValueError):
             cause = getattr(cause, "_base_exc", None) or cause.__cause__

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import ray.train
 import ray.train.torch
-from ray.train import WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
 
 from pipelines import storage
 from pipelines.data.loader import CutCount
@@ -93,6 +93,8 @@ def test_ray_train_is_asked_for_what_the_settings_say(trained, tmp_path, changes
     assert (run.name, run.storage_path) == ("ray_train", str(tmp_path))
     assert run.storage_filesystem == storage.resolve(str(tmp_path))[0] is not None
     assert (run.checkpoint_config.num_to_keep, run.failure_config.max_failures) == (4, 5)
+    (callback,) = run.callbacks
+    assert callback.path == str(tmp_path / "failures.txt")
     environment = run.worker_runtime_env or {}
     assert environment == ({"env_vars": module.GPU_ENVIRONMENT} if job.settings.use_gpu else {})
 
@@ -201,3 +203,7 @@ def test_a_users_mistake_that_a_worker_met_is_the_drivers_error(trained):
         trained(failure)
     with pytest.raises(WorkerGroupError):
         trained(WorkerGroupError("workers failed", {0: RuntimeError("killed")}))
+    with pytest.raises(TrainingStopped, match=r"^5 starts failed$"):
+        trained(ControllerError(ValueError("5 starts failed")))  # of our callback, in Ray Train's controller
+    with pytest.raises(ControllerError):
+        trained(ControllerError(RuntimeError("no workers")))

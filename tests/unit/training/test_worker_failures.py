@@ -1,0 +1,51 @@
+"""Failures of workers are told, and those of the training itself do not repeat for ever; there is no cluster here."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from pipelines import storage
+from pipelines.training.worker_failures import FAILURES_FILE, WorkerFailures, told_failures
+
+LOST = WorkerHealthCheckFailedError("A worker health check failed.", RayActorError())
+BROKEN = RuntimeError("CUDA out of memory\nat http://me:secret@host/x")
+
+
+def test_each_failure_is_written_down_and_told(tmp_path, caplog):
+    (tmp_path / FAILURES_FILE).write_text("of an earlier run\n")
+    with caplog.at_level(logging.WARNING), told_failures(str(tmp_path)):
+        failures = WorkerFailures(str(tmp_path))
+        failures.after_exception(None, {1: LOST, 0: BROKEN})
+        failures.after_exception(None, {2: BROKEN, 3: BROKEN})
+    again = "; the workers start again from the newest training state"
+    assert caplog.messages == [
+        f"worker 1 was lost{again}",
+        f"worker 2 failed: RuntimeError: CUDA out of memory at http://***@host/x{again}",
+    ]
+
+
+def test_own_errors_end_a_run_that_gets_no_further(tmp_path):
+    failures = WorkerFailures(str(tmp_path))
+    for _ in range(20):
+        failures.after_exception(None, {0: LOST})  # machines may be lost without end
+    for step in (20, 40):
+        for _ in range(4):
+            failures.after_exception(None, {0: BROKEN})
+        failures.after_report(None, [{"next_step": step}, {"next_step": step}], None)
+    for _ in range(4):
+        failures.after_exception(None, {0: BROKEN})
+        failures.after_report(None, [{"next_step": 40}], None)  # the same steps, done again
+    with pytest.raises(ValueError, match=r"^training ended, because 5 starts .*: worker 0 failed: RuntimeError: CUDA"):
+        failures.after_exception(None, {0: BROKEN})
+
+
+def test_a_full_disk_does_not_hide_the_failure(tmp_path, monkeypatch):
+    def full(*_):
+        raise storage.DiskFullError("full")
+
+    monkeypatch.setattr(storage, "write_atomically", full)
+    WorkerFailures(str(tmp_path)).after_exception(None, {0: BROKEN})
