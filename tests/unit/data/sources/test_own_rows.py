@@ -314,6 +314,17 @@ def test_tables_are_read_in_small_batches(tmp_path, monkeypatch):
         assert [cell for batch in batches for cell in batch["question"].to_pylist()] == [f"q{n}" for n in range(5)]
 
 
+@pytest.mark.parametrize(
+    "kind", [pa.timestamp("us"), pa.timestamp("us", "Nowhere/City"), pa.date64(), pa.time64("us"), pa.duration("us")]
+)
+def test_times_that_python_does_not_know_cost_nothing(tmp_path, monkeypatch, kind):
+    times = pa.Array.from_buffers(kind, 1, [None, pa.py_buffer((2**62).to_bytes(8, "little"))])
+    batch = pa.record_batch([times, pa.array(["q"]), pa.array(["a"])], names=["made", "question", "answer"])
+    monkeypatch.setattr(own, "_batches", lambda unit: iter([batch]))
+    (row,) = SOURCES["parquet"].reader.read(unit_of(tmp_path / "a.parquet", details=own.TableDetails(True)))
+    assert row.turns == (Turn("q", ("a",)),)
+
+
 def test_offsets_that_point_out_of_a_table_are_damage(tmp_path, monkeypatch):
     offsets = pa.py_buffer(b"\0\0\0\0\xff\xff\0\0\3\0\0\0")
     text = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"abc")])
