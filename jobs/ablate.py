@@ -15,7 +15,7 @@ from pipelines.settings import AblateSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all variants, print the table, and the path of result.json last."""
+    """Run all variants, print the table, and the path of result.json last; a variant that failed ends it with 2."""
     settings = AblateSettings.from_command_line(argv, __doc__)
 
     def work() -> None:
@@ -25,6 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(result["text"])
         print(f"report: {result['report']}\npage: {result['page']}")
         print(result["result"])
+        rows = result["rows"]
+        failed = [row["variant"] for row in rows if any(o["status"] == "failed" for o in row["stages"].values())]
+        if failed:
+            names = ", ".join(failed)
+            raise ValueError(
+                f"{len(failed)} of {len(rows)} variants failed ({names}): the same command tries them again."
+            )
 
     return run_main(work)
 

@@ -12,7 +12,7 @@ from pipelines.settings import SECTIONS, ServeSettings, TrainSettings
 from tests.paths import ROOT
 
 JOBS = {
-    "ablate": ("pipelines.ablation.run.ablate", {"text": "table", "report": "r.md", "page": "r.html"}),
+    "ablate": ("pipelines.ablation.run.ablate", {"text": "table", "report": "r.md", "page": "r.html", "rows": []}),
     "cache_features": ("pipelines.data.features.cache_features", {}),
     "fetch": ("pipelines.fetch.run.fetch", {}),
     "miniature": ("pipelines.miniature.jobs.run_miniature", {}),
@@ -51,6 +51,17 @@ def test_a_job_is_given_its_settings_and_prints_its_result_last(monkeypatch, cap
     assert rest == ([str(config)] if name == "recipe" else [])
     before = {"ablate": "table\nreport: r.md\npage: r.html\n", "plan_memory": "fits\n"}.get(name, "")
     assert capsys.readouterr().out == f"{before}/out/result.json\n"
+
+
+def test_an_ablation_in_which_a_variant_failed_says_so_behind_its_table(monkeypatch, capsys):
+    stages = ({"1": {"status": "trained"}, "2": {"status": "failed"}}, {"1": {"status": "trained"}})
+    rows = [{"variant": name, "stages": each} for name, each in zip(("no_lora", "full"), stages, strict=True)]
+    result = {"text": "table", "report": "r.md", "page": "r.html", "result": "/out/result.json", "rows": rows}
+    monkeypatch.setattr("pipelines.ablation.run.ablate", lambda settings: result)
+    assert job("ablate")([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == "/out/result.json"
+    assert printed.err == "error: 1 of 2 variants failed (no_lora): the same command tries them again.\n"
 
 
 WORK = {
