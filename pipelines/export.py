@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from pipelines.settings.folders import refuse_no_folder
 from pipelines.tracking.base import NullTracker, open_tracker
 from pipelines.tracking.described import markdown_table, run_title
 from pipelines.tracking.registry import register_model
-from tinygptv.checkpoint.folders import MANIFEST, QUANTIZATION_FILE, CheckpointError, verify_folder
+from tinygptv.checkpoint.folders import MANIFEST, QUANTIZATION_FILE, is_whole
 from tinygptv.quantization.metadata import (
     ArtifactMetadata,
     DriftRecord,
@@ -41,6 +41,7 @@ from tinygptv.quantization.metadata import (
 if TYPE_CHECKING:
     import torch
 
+    from tinygptv.data.processing import TinyGPTVProcessor
     from tinygptv.data.sample import SampleRow
     from tinygptv.inference.drift import Drift, HeldOut
     from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
@@ -186,9 +187,7 @@ def _finished_result(
     if overwrite:
         return None
     refuse_others(str(output), fingerprint, read_json_object(folder / FINGERPRINT_FILE) or {})
-    try:
-        verify_folder(folder, hashes=False)
-    except CheckpointError:
+    if not is_whole(folder):
         return None
     return cast(ExportResult, read_json_object((output / RESULT_FILE).uri) or {}) or None
 
@@ -231,7 +230,7 @@ def _write(
     from tinygptv.checkpoint.checkpoint import load_checkpoint
     from tinygptv.checkpoint.folders import write_folder
     from tinygptv.checkpoint.stored_weights import take_stored
-    from tinygptv.inference.drift import compare, measure
+    from tinygptv.inference.drift import compare
     from tinygptv.quantization.artifact import load_artifact, write_artifact
 
     device = _device(settings)
@@ -241,7 +240,7 @@ def _write(
     if model.config.lora_rank and not settings.keep_lora:
         model.merge_lora()
     nn.Module.to(model, _measuring_device(model, device))
-    full = _measured("full", measure, model, processor, rows, settings.seed)
+    full = _measured("full", model, processor, rows, settings.seed)
     nn.Module.to(model, "cpu")
     take_stored(model, checkpoint)
 
@@ -251,7 +250,7 @@ def _write(
         metadata = write_artifact(staging, model, processor, settings.method, device, encoder=settings.encoder)
         model = None  # both at once would need the memory of both
         quantized, _, _ = load_artifact(staging, device, verify=False)
-        drift = compare(full, _measured(settings.method, measure, quantized, processor, rows, settings.seed))
+        drift = compare(full, _measured(settings.method, quantized, processor, rows, settings.seed))
         _accept(drift, settings)
         metadata["bits_per_weight"] = round(bits_per_weight(metadata), 3)
         metadata["drift"] = {**drift.to_dict(), "max_loss": settings.max_drift, "data": data, "seed": settings.seed}
@@ -286,9 +285,17 @@ def _measuring_device(model: TinyGPTVForConditionalGeneration, device: torch.dev
     return device
 
 
-def _measured(name: str, measure: Any, *arguments: Any) -> HeldOut:
+def _measured(
+    name: str,
+    model: TinyGPTVForConditionalGeneration,
+    processor: TinyGPTVProcessor,
+    rows: Sequence[SampleRow],
+    seed: int,
+) -> HeldOut:
+    from tinygptv.inference.drift import measure
+
     started = time.perf_counter()
-    held_out: HeldOut = measure(*arguments)
+    held_out = measure(model, processor, rows, seed)
     logger.info(
         "%s model: held-out loss %.4f nats per token over %d tokens (%.1f s)",
         name,

@@ -23,7 +23,7 @@ from pipelines.json_files import read_json_object, write_json
 from pipelines.settings import FetchSettings, QuantizeSettings, ReleasedSettings, ServeSettings, SettingsError
 from pipelines.settings.memory_size import parse_bytes
 from pipelines.storage import DiskFullError
-from tinygptv.checkpoint.folders import CheckpointError, verify_folder
+from tinygptv.checkpoint.folders import is_whole
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.convert.sources import all_parts
 from tinygptv.quantization.artifact import METHODS
@@ -289,16 +289,7 @@ def _finished(output: Path, inputs: ReleasedInputs) -> ReleasedResult | None:
     result = read_json_object(output / "result.json")
     if result is None or result.get("inputs") != inputs:
         return None
-    return cast(ReleasedResult, result) if _is_whole(result["artifact"]) else None
-
-
-def _is_whole(folder: str | Path) -> bool:
-    """Whether every file of a folder's manifest is there in its size."""
-    try:
-        verify_folder(folder, hashes=False)
-    except CheckpointError:
-        return False
-    return True
+    return cast(ReleasedResult, result) if is_whole(result["artifact"]) else None
 
 
 def _fetch(settings: ReleasedSettings, output: Path) -> dict[str, str]:
@@ -323,7 +314,7 @@ def _convert(settings: ReleasedSettings, output: Path, files: dict[str, str]) ->
     checkpoint, record = output / "checkpoint", output / "checkpoint.json"
     stage = get_stage("released", settings.stage)
     inputs = dict(Fingerprint.of("convert", files=files, stage=settings.stage).inputs)
-    if read_json_object(record) == inputs and _is_whole(checkpoint):
+    if read_json_object(record) == inputs and is_whole(checkpoint):
         print(f"The checkpoint is converted already: {checkpoint}", flush=True)
         return checkpoint
     from tinygptv.convert.match import match_release

@@ -85,9 +85,9 @@ def answer(dtype):
     for tokens, parts in ((1, 8), (32, 1)):
         kind = dtype if parts == 1 else torch.float32
         stream, norm = torch.empty(tokens, D), torch.empty(D)
-        branches = [Branch(torch.empty(parts, tokens, D, dtype=kind), norm, rms) for rms in (norm, None)]
-        fused.add_norm(stream, *branches, norm, norm, 1e-5, dtype)
-        fused.add_norm(stream, None, None, norm, norm, 1e-5, dtype)
+        branches = tuple(Branch(torch.empty(parts, tokens, D, dtype=kind), norm, rms) for rms in (norm, None))
+        fused.add_norm(stream, branches, norm, norm, 1e-5, dtype)
+        fused.add_norm(stream, None, norm, norm, 1e-5, dtype)
         fused.bias_gelu(torch.empty(parts, tokens, MLP, dtype=kind), torch.empty(MLP), dtype)
         cache = Cache(*(torch.empty(tokens, N, CONTEXT, H, dtype=dtype) for _ in range(2)))
         qkv, rows = torch.empty(parts, tokens, 3 * N * H, dtype=kind), torch.zeros(tokens, dtype=torch.int64)

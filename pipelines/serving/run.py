@@ -249,8 +249,9 @@ def _claim_port(host: str, port: int) -> int:
 
 
 def _url(host: str | None, port: int) -> str:
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]", None: "127.0.0.1"}.get(host, host)
-    return f"http://{f'[{reachable}]' if ':' in str(reachable) and '[' not in str(reachable) else reachable}:{port}"
+    """An address that this machine reaches, also where Serve listens on every interface."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host or "0.0.0.0", host)
+    return f"http://[{name}]:{port}" if ":" in str(name) else f"http://{name}:{port}"
 
 
 def _wait_until_healthy(address: str) -> None:

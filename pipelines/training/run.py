@@ -47,7 +47,7 @@ from pipelines.training.states import StateStore
 from pipelines.training.worker import train_loop
 from tinygptv.checkpoint.checkpoint import read_stage
 from tinygptv.checkpoint.config_file import read_config
-from tinygptv.checkpoint.folders import MANIFEST, CheckpointError, verify_folder
+from tinygptv.checkpoint.folders import MANIFEST, is_whole
 
 if TYPE_CHECKING:
     from ray.train import TrainingFailedError
@@ -206,11 +206,7 @@ def _finished_result(output: Path, num_steps: int) -> StageResult | None:
     checkpoint = result["checkpoint"]
     if not storage.is_local(checkpoint):
         return result if storage.exists(storage.join(checkpoint, MANIFEST)) else None
-    try:
-        verify_folder(checkpoint, hashes=False)
-    except CheckpointError:
-        return None
-    return result
+    return result if is_whole(checkpoint) else None
 
 
 def _run_inline(job: TrainJob) -> WorkerResult:

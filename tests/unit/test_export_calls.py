@@ -241,8 +241,10 @@ def test_a_card_that_is_too_small_for_the_full_model_is_told(monkeypatch, caplog
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * 10**9 if device.type == "cuda" else 0, 0))
     assert module._measuring_device(model, torch.device("cuda")).type == "cpu"
     assert caplog.messages == ["the full model (6.4 GB) is measured on the CPU: the GPU has 7.0 GB free"]
-    measured = module._measured("full", lambda *given: SimpleNamespace(losses=np.array([1.0, 2.0]), given=given), 1, 2)
-    assert measured.given == (1, 2)
+    monkeypatch.setattr(
+        "tinygptv.inference.drift.measure", lambda *given: SimpleNamespace(losses=np.array([1.0, 2.0]), given=given)
+    )
+    assert module._measured("full", 1, 2, 3, 4).given == (1, 2, 3, 4)
     assert caplog.messages[1].startswith("full model: held-out loss 1.5000 nats per token over 2 tokens (0.")
 
 

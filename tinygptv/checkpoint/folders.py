@@ -269,6 +269,15 @@ def verify_folder(folder: str | Path, *, hashes: bool = True) -> Manifest:
     return manifest
 
 
+def is_whole(folder: str | Path) -> bool:
+    """Whether a folder has a manifest, and every file that it names in its size; hashes are not compared."""
+    try:
+        verify_folder(folder, hashes=False)
+    except CheckpointError:
+        return False
+    return True
+
+
 def check_weight_file(path: Path) -> None:
     """Refuse a weight file that is none.
 

@@ -1,12 +1,4 @@
-r"""Foreign weights -> our model, strictly; and back.
-
-``match`` decides which tensor of which file goes where; here they are read and the model is built.
-
-    python -m tinygptv.convert release --vision eva_vit_g.pth --qformer blip2_pretrained_flant5xxl.pth \
-        --language phi-2/ --checkpoint TinyGPT-V_for_Stage4.pth --image-size 448 --output checkpoint/
-    python -m tinygptv.convert to-release checkpoint/ --output TinyGPT-V_for_Stage4.pth
-    python -m tinygptv.convert to-phi2 checkpoint/ --output phi-2-split/
-"""
+"""Foreign weights -> our model, strictly: ``match`` says which tensor of which file goes where; here they are read."""
 
 from __future__ import annotations
 

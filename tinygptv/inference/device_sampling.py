@@ -50,7 +50,7 @@ class DeviceSampling:
             count = min(p.max_tokens, self.length - num_positions)
             numbers = torch.tensor([draw() for _ in range(count)], dtype=torch.float64)
             self.uniforms[slot, num_positions - 1 : num_positions - 1 + count] = numbers.to(self.device)
-        if needs_penalties(p) or self.penalties is not None:
+        if p.has_penalties or self.penalties is not None:
             if self.penalties is None:
                 self.penalties = _Penalties(self.num_slots + 1, self.vocab_size, self.device)
             self.penalties.admit(slot, p, prompt_ids)
@@ -116,12 +116,6 @@ class _Penalties:
         places_T = slots_T * self.seen.shape[1] + tokens_T
         self.seen.view(-1).index_fill_(0, places_T, True)
         self.counts.view(-1).index_add_(0, places_T, torch.ones_like(places_T, dtype=torch.float32))
-
-
-def needs_penalties(params: SamplingParams) -> bool:
-    """Whether a request asks for a penalty or a bias."""
-    has_penalty = params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty
-    return bool(has_penalty or params.logit_bias)
 
 
 def _draw(logits_TK: Tensor, options: Tensor, uniforms_T: Tensor) -> Tensor:

@@ -343,7 +343,7 @@ class Engine:
         return Delta(finish_reason="error", error=message)
 
     def _fail_all(self, message: str) -> list[tuple[int, Delta]]:
-        """End every sequence that has a slot; those that wait are not to blame."""
+        """End every sequence that has a slot; those that wait were in no step, and stay."""
         failed = [s for s in self._by_id.values() if s.slot >= 0]
         results = [(s.id, self._fail(s, message)) for s in failed]
         self._reading, self._answering = [], []

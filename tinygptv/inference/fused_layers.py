@@ -10,7 +10,8 @@ Notation: T tokens of a step, D width, N heads, H head width, G slots, L cache l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, cast
@@ -72,16 +73,16 @@ class FusedLayers:
             Logits float32 [T, K]; those of nobody's rows mean nothing.
         """
         hidden_TD = self.decoder.embed(tokens_G.index_select(0, slots_T)).float()
-        attention = mlp = None
+        branches = None
         for layer in self.layers:
-            normed_TD = self._add_norm(hidden_TD, attention, mlp, layer.norm)
+            normed_TD = self._add_norm(hidden_TD, branches, layer.norm)
             with _beside(self._side):
                 mlp = layer.mlp(normed_TD)
             qkv = layer.qkv.partials(normed_TD)
             attended = self.ops.attend(qkv, layer.attention, layer.cache, slots_T, lengths_G)
-            attention = layer.attention_branch(attended)
+            branches = layer.attention_branch(attended), mlp
             _join(self._side)
-        return self._logits(self._add_norm(hidden_TD, attention, mlp, self.final_norm))
+        return self._logits(self._add_norm(hidden_TD, branches, self.final_norm))
 
     @torch.inference_mode()
     def prefill(self, inputs_embeds_TD: Tensor, spans: Sequence[Span], output_rows: Sequence[int]) -> Tensor:
@@ -99,21 +100,20 @@ class FusedLayers:
         positions_T = torch.cat([torch.arange(span.start, span.end, device=device) for span in spans])
         slots_T = torch.cat([torch.full((s.end - s.start,), s.slot, device=device) for s in spans])
         hidden_TD = inputs_embeds_TD.to(torch.float32, copy=True)
-        attention = mlp = None
+        branches = None
         for layer in self.layers:
-            normed_TD = self._add_norm(hidden_TD, attention, mlp, layer.norm)
+            normed_TD = self._add_norm(hidden_TD, branches, layer.norm)
             qkv = layer.qkv.partials(normed_TD)
             query_TNH = self.ops.rotate_and_store(qkv, layer.attention, layer.cache, slots_T, positions_T)
-            attention = layer.attention_branch(layer.attend_to_spans(query_TNH, spans))
-            mlp = layer.mlp(normed_TD)
-        normed_TD = self._add_norm(hidden_TD, attention, mlp, self.final_norm)
+            branches = layer.attention_branch(layer.attend_to_spans(query_TNH, spans)), layer.mlp(normed_TD)
+        normed_TD = self._add_norm(hidden_TD, branches, self.final_norm)
         if not output_rows:
             return hidden_TD.new_empty(0, self.decoder.model.config.text_config.vocab_size)
         return self._logits(torch.stack([normed_TD[row] for row in output_rows]))
 
-    def _add_norm(self, hidden_TD: Tensor, attention: Branch | None, mlp: Branch | None, norm: NormWeights) -> Tensor:
+    def _add_norm(self, hidden_TD: Tensor, branches: tuple[Branch, Branch] | None, norm: NormWeights) -> Tensor:
         dtype = self.decoder.matrix_dtype
-        return self.ops.add_norm(hidden_TD, attention, mlp, norm.weight, norm.bias, norm.eps, dtype)
+        return self.ops.add_norm(hidden_TD, branches, norm.weight, norm.bias, norm.eps, dtype)
 
     def _logits(self, normed_TD: Tensor) -> Tensor:
         return self.decoder.model.compute_logits(normed_TD)
@@ -192,21 +192,15 @@ class Projection:
         return self._module(x_TI).unsqueeze(0)
 
 
-class _beside:
+@contextmanager
+def _beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
     """Run a block on another stream while a CUDA graph is captured; elsewhere it runs where it stands."""
-
-    def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self._stream = stream if stream is not None and torch.cuda.is_current_stream_capturing() else None
-
-    def __enter__(self) -> None:
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            self._context = torch.cuda.stream(self._stream)
-            self._context.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        if self._stream is not None:
-            self._context.__exit__(*error)
+    if stream is None or not torch.cuda.is_current_stream_capturing():
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
 
 
 def _join(stream: torch.cuda.Stream | None) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tinygptv.inference.cuda_graphs import capture_graph
 from tinygptv.inference.decoder import FlatDecoder
-from tinygptv.inference.device_sampling import DeviceSampling, needs_penalties, read_back
+from tinygptv.inference.device_sampling import DeviceSampling, read_back
 from tinygptv.inference.fused_layers import FusedLayers, Span
 from tinygptv.inference.runner import Drawn, Launch, Piece, Row
 from tinygptv.inference.sampling import SamplingParams, TokenLogprobs
@@ -74,7 +74,6 @@ class GraphRunner:
         self._rows: list[int] = []
         self._steps: dict[int, _Step] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
-        self._results = _HostBuffers(self.device)
         self.copy_prefix, self.clear = decoder.copy_prefix, decoder.clear
 
     def warm_up(self) -> None:
@@ -99,12 +98,12 @@ class GraphRunner:
             slots = [row.slot for row in rows]
             self._place(slots)
             result = self._step(bucket_of(len(rows))).run(self._ask(slots))
-            reads.append((slots, self._results.copy(result)))
+            reads.append((slots, _to_host(result)))
         if pieces:
             complete = [piece.slot for piece in pieces if piece.is_last]
             result = self._prefill(pieces, complete)
             if complete:
-                reads.append((complete, self._results.copy(result)))
+                reads.append((complete, _to_host(result)))
         return _Reads([(slots, [self._params[slot] for slot in slots], buffer) for slots, buffer in reads])
 
     # ------------------------------------------------------------------ decoding
@@ -143,7 +142,7 @@ class GraphRunner:
 
     def _ask(self, slots: Sequence[int]) -> _Ask:
         params = [self._params[slot] for slot in slots]
-        penalises = any(needs_penalties(p) for p in params)
+        penalises = any(p.has_penalties for p in params)
         return _Ask(
             samples=penalises or any(p.temperature > 0 for p in params),
             penalises=penalises,
@@ -215,24 +214,10 @@ class _Step:
         return self.runner.slots_T[: self.bucket]
 
 
-class _HostBuffers:
-    """Results on their way to the host: a copy and an event each."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
-
-    def copy(self, result: Tensor) -> _HostBuffer:
-        if not self._is_cuda:
-            return _HostBuffer(result.clone(), None)
-        host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
-        host.copy_(result, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return _HostBuffer(host, event)
-
-
 @dataclass(frozen=True)
 class _HostBuffer:
+    """A result on its way to the host: the copy, and the event after it."""
+
     values: Tensor
     event: torch.cuda.Event | None
 
@@ -240,6 +225,16 @@ class _HostBuffer:
         if self.event is not None:
             self.event.synchronize()
         return self.values.tolist()
+
+
+def _to_host(result: Tensor) -> _HostBuffer:
+    if not result.is_cuda:
+        return _HostBuffer(result.clone(), None)
+    host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+    host.copy_(result, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return _HostBuffer(host, event)
 
 
 @dataclass(frozen=True)

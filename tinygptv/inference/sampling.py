@@ -69,15 +69,15 @@ class SamplingParams:
             raise ValueError("stop holds an empty string, which would end every answer at once: leave it out.")
 
     @property
+    def has_penalties(self) -> bool:
+        """Whether logits are changed, by a penalty or a bias, before a token is drawn."""
+        has_penalty = self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty
+        return bool(has_penalty or self.logit_bias)
+
+    @property
     def is_plain_greedy(self) -> bool:
         """Whether the next token is simply the largest logit."""
-        return (
-            self.temperature == 0
-            and self.repetition_penalty == 1
-            and self.frequency_penalty == 0
-            and self.presence_penalty == 0
-            and not self.logit_bias
-        )
+        return self.temperature == 0 and not self.has_penalties
 
 
 @dataclass(frozen=True)

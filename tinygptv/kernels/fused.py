@@ -26,8 +26,7 @@ MOST_CONTEXT_PARTS = 8
 
 def add_norm(
     hidden_TD: Tensor,
-    attention: Branch | None,
-    mlp: Branch | None,
+    branches: tuple[Branch, Branch] | None,
     weight_D: Tensor | None,
     bias_D: Tensor | None,
     eps: float,
@@ -37,27 +36,27 @@ def add_norm(
     num_tokens, width = hidden_TD.shape
     normed_TD = torch.empty(num_tokens, width, dtype=dtype, device=hidden_TD.device)
     none = hidden_TD
-    has_branches = attention is not None and mlp is not None
+    attention, mlp = branches or (Branch(none, None), Branch(none, None))
     _add_norm_kernel[(num_tokens,)](
         hidden_TD,
-        attention.partials if attention else none,
-        _or(attention.bias if attention else None, none),
-        _or(attention.rms_weight if attention else None, none),
-        mlp.partials if mlp else none,
-        _or(mlp.bias if mlp else None, none),
+        attention.partials,
+        _or(attention.bias, none),
+        _or(attention.rms_weight, none),
+        mlp.partials,
+        _or(mlp.bias, none),
         _or(weight_D, none),
         _or(bias_D, none),
         normed_TD,
         num_tokens,
-        attention.rms_eps if attention else 0.0,
+        attention.rms_eps,
         eps,
         D=width,
         BLOCK=triton.next_power_of_2(width),
-        ATTENTION_PARTS=len(attention.partials) if attention and has_branches else 0,
-        MLP_PARTS=len(mlp.partials) if mlp and has_branches else 0,
-        HAS_ATTENTION_BIAS=attention is not None and attention.bias is not None,
-        HAS_RMS=attention is not None and attention.rms_weight is not None,
-        HAS_MLP_BIAS=mlp is not None and mlp.bias is not None,
+        ATTENTION_PARTS=len(attention.partials) if branches else 0,
+        MLP_PARTS=len(mlp.partials) if branches else 0,
+        HAS_ATTENTION_BIAS=attention.bias is not None,
+        HAS_RMS=attention.rms_weight is not None,
+        HAS_MLP_BIAS=mlp.bias is not None,
         HAS_NORM=weight_D is not None,
         HAS_NORM_BIAS=bias_D is not None,
         num_warps=8 if width > 1024 else 4,

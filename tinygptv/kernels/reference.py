@@ -16,8 +16,7 @@ from tinygptv.kernels.shapes import AttentionWeights, Branch, Cache, PackedWeigh
 
 def add_norm(
     hidden_TD: Tensor,
-    attention: Branch | None,
-    mlp: Branch | None,
+    branches: tuple[Branch, Branch] | None,
     weight_D: Tensor | None,
     bias_D: Tensor | None,
     eps: float,
@@ -27,8 +26,7 @@ def add_norm(
 
     Args:
         hidden_TD: residual stream [T, D] float32; changed in place where there are branches.
-        attention: output of the attention branch, with its RMSNorm; None before the first layer.
-        mlp: output of the MLP branch; None before the first layer.
+        branches: outputs of the attention branch, with its RMSNorm, and of the MLP branch; None before the first layer.
         weight_D: LayerNorm weight; None casts without normalising.
         bias_D: LayerNorm bias.
         eps: of the LayerNorm.
@@ -37,8 +35,8 @@ def add_norm(
     Returns:
         The normalised stream [T, D] in ``dtype``.
     """
-    if attention is not None and mlp is not None:
-        hidden_TD += _branch(attention) + _branch(mlp)
+    if branches is not None:
+        hidden_TD += _branch(branches[0]) + _branch(branches[1])
     if weight_D is None:
         return hidden_TD.to(dtype)
     return nn.functional.layer_norm(hidden_TD, hidden_TD.shape[-1:], weight_D, bias_D, eps).to(dtype)

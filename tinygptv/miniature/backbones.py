@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tinygptv.checkpoint.checkpoint import load_checkpoint, read_stage, save_checkpoint
-from tinygptv.checkpoint.folders import hash_file, verify_folder
+from tinygptv.checkpoint.folders import hash_file, is_whole, verify_folder
 from tinygptv.checkpoint.stage_record import StageRecord
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
@@ -73,11 +73,8 @@ def write_checkpoint(folder: Path, stage: int = 0) -> Path:
     Raises:
         ValueError: that stage is not shipped.
     """
-    try:
-        verify_folder(folder, hashes=False)
+    if is_whole(folder):
         return folder
-    except ValueError:
-        pass
     if stage and stage not in shipped_stages():
         raise ValueError(f"stage {stage} of the miniature is not shipped; shipped: {shipped_stages() or 'none'}.")
     model, processor, metadata = load_checkpoint(BACKBONES, dtype=torch.float32)

@@ -14,6 +14,7 @@ from tinygptv.miniature.scenes import Scene, pick
 from tinygptv.miniature.words import (
     ATTRIBUTES,
     DIRECTIONS,
+    ONE_OF_TWO,
     RELATION_WORDS,
     VALUES,
     WORD_OF,
@@ -38,7 +39,6 @@ DETAIL_QUESTIONS = (
 )
 _ITS = ("and what is its {word}?", "what {word} is it?", "what is its {word}?")
 _LATER = ("and {question}", "{question}")
-_ONE_OF_TWO = {"left": "left", "right": "right", "above": "upper", "below": "lower"}
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _open_count(scene: Scene, rng: np.random.Generator, index: int) -> Opening:
     direction = pick(rng, sides)
     asked = pick(rng, [attribute for attribute in ATTRIBUTES if attribute != named])
     xs = plural(name_of(scene.objects[index], (named,)))
-    question = f"what {WORD_OF[asked]} is the {_ONE_OF_TWO[direction]} one?"
+    question = f"what {WORD_OF[asked]} is the {ONE_OF_TWO[direction]} one?"
     answer = getattr(scene.objects[index], asked)
     return (Turn(f"how many {xs} are there?", "2"), Turn(_later(rng, question), answer)), index
 

@@ -33,10 +33,10 @@ from tinygptv.data.sample import SampleEncoder, TextLimits
 from tinygptv.miniature.documents import LANGUAGE_MIX, LOOKUP_MIX, Document, make_document
 from tinygptv.miniature.pretrain_vision import cell_index
 from tinygptv.miniature.scenes import CELLS, Scene, generator, make_scene
+from tinygptv.miniature.tiny import BOS
 from tinygptv.miniature.words import box_text
 from tinygptv.model.language_model import LanguageModel
 
-BOS = "<|endoftext|>"
 PACKED_NOISE = 0.15
 BUCKETS = 8
 LOOKUP_WEIGHT = 4.0

@@ -17,6 +17,7 @@ from tinygptv.miniature.scenes import SceneObject, pick
 from tinygptv.miniature.words import (
     ATTRIBUTES,
     DIRECTIONS,
+    ONE_OF_TWO,
     RELATION_WORDS,
     Direction,
     Style,
@@ -41,10 +42,7 @@ _NAME_WEIGHTS = {
 }
 
 _SIDE = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
-_SIDE_UNSEEN = {
-    d: f"in the {word} half" for d, word in zip(DIRECTIONS, ("left", "right", "upper", "lower"), strict=True)
-}
-_ONE = {"left": "left", "right": "right", "above": "upper", "below": "lower"}
+_SIDE_UNSEEN = {direction: f"in the {word} half" for direction, word in ONE_OF_TWO.items()}
 _EXTREME = {
     "left": ("leftmost", "left"),
     "right": ("rightmost", "right"),
@@ -152,7 +150,7 @@ def _side(meant: _Meant, rng: np.random.Generator, style: Style) -> str | None:
 def _pair(meant: _Meant, rng: np.random.Generator, style: Style) -> str | None:
     if len(meant.rivals) != 1:
         return None
-    one = _ONE[pick(rng, meant.clear_directions())]
+    one = ONE_OF_TWO[pick(rng, meant.clear_directions())]
     if style == "usual":
         return f"{one} one of the two {plural(meant.name)}"
     return f"one of the two {plural(meant.name)} that is the {one} one"

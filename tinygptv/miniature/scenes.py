@@ -177,7 +177,8 @@ class Scene:
 
     def cell_of(self, item: SceneObject) -> tuple[int, int]:
         """Row and column of the grid cell (``CELLS`` x ``CELLS``) that holds the object's centre."""
-        return cell_of(item)
+        x, y = item.centre
+        return (int(y * CELLS), int(x * CELLS))
 
     def pixel_box(self, item: SceneObject) -> tuple[float, float, float, float]:
         """The object's box in pixels: x1, y1, x2, y2."""
@@ -226,12 +227,6 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
 def make_scenes(seed: int, split: str, count: int, start: int = 0) -> list[Scene]:
     """``count`` scenes of a split, from index ``start``."""
     return [make_scene(seed, split, index) for index in range(start, start + count)]
-
-
-def cell_of(item: SceneObject) -> tuple[int, int]:
-    """Row and column of the grid cell that holds the object's centre."""
-    x, y = item.centre
-    return (int(y * CELLS), int(x * CELLS))
 
 
 def _image_size(rng: np.random.Generator, double: bool) -> tuple[int, int]:

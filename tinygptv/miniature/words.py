@@ -35,6 +35,8 @@ RELATION_WORDS: dict[Direction, tuple[str, ...]] = {
     "above": ("above",),
     "below": ("below",),
 }
+ONE_OF_TWO: dict[Direction, str] = {"left": "left", "right": "right", "above": "upper", "below": "lower"}
+"""The one of two objects that lies there, and the half of the image."""
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 
 MARGIN = 0.1

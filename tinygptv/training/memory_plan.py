@@ -4,7 +4,7 @@ Parameters are counted on the meta device. What autograd keeps for the backward 
 ``language_model``, in bytes per token; ``tests/unit/training/test_memory_plan.py`` holds it against the tensors that
 autograd, and the compiler's partition of a layer, really save. What lives for a moment only is counted from the largest
 buffers of the phases of a step. What CUDA, its libraries and the allocator's rounding take is assumed, with a margin:
-measured on an H100 in ``benchmarks/gpu_train.py``.
+measured on an H100 in ``benchmarks/gpu_memory.py``.
 
 Notation: D language width, I its MLP width, N heads, K vocabulary, r LoRA rank, Q query tokens, F Q-Former width,
 V vision width, R image side, T tokens of a forward pass.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TypedDict, cast
@@ -180,8 +180,7 @@ class TrainingMemory:
 
     def computed(self, **changes: bool | str) -> TrainingMemory:
         """The same stage, computed otherwise: fields of ``Computation``."""
-        other = object.__new__(TrainingMemory)
-        other.__dict__.update(self.__dict__)
+        other = copy(self)
         other.computation = replace(self.computation, **changes)  # type: ignore[arg-type]
         if other.computation.half != self.computation.half:
             other.__dict__.pop("_parameters", None)

@@ -172,7 +172,8 @@ class TrainStep:
     @contextmanager
     def as_written(self) -> Iterator[None]:
         """Inside, every module of the language model is called one by one: for hooks that look at them."""
-        (scorer, self.scorer), (fused, self.fused) = (self.scorer, None), (self.fused, False)
+        scorer, fused = self.scorer, self.fused
+        self.scorer, self.fused = None, False
         try:
             with run_eagerly():
                 yield

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinygptv.inference.device_sampling import DeviceSampling, needs_penalties, read_back
+from tinygptv.inference.device_sampling import DeviceSampling, read_back
 from tinygptv.inference.sampling import SamplingParams
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def test_temperatures_above_2_are_drawn_with():
     ],
 )
 def test_which_requests_need_penalties(params, needs):
-    assert needs_penalties(SamplingParams(**params)) is needs
+    assert SamplingParams(**params).has_penalties is needs
 
 
 def test_what_a_step_reads_back():

@@ -12,7 +12,7 @@ from tests.unit.inference.test_engine import random_prompts, request, run
 from tinygptv.inference.decoder import FlatDecoder
 from tinygptv.inference.device_sampling import DeviceSampling, read_back
 from tinygptv.inference.engine import Engine
-from tinygptv.inference.graph_runner import BUCKETS, GraphRunner, _Ask, _drawn, _HostBuffers, _Step, bucket_of
+from tinygptv.inference.graph_runner import BUCKETS, GraphRunner, _Ask, _drawn, _Step, _to_host, bucket_of
 from tinygptv.inference.graphed_encoder import GraphedEncoder
 from tinygptv.inference.runner import Drawn, Piece, Row
 from tinygptv.inference.sampling import Sampler, SamplingParams, TokenLogprobs
@@ -45,7 +45,7 @@ def test_a_step_computes_what_any_of_its_requests_asks_for(options, asked):
 def test_what_is_read_of_a_step_is_that_of_its_own_launch():
     """The device's tensor is the next step's by then."""
     result = torch.tensor([[1.0, 2.0]])
-    kept = _HostBuffers(torch.device("cpu")).copy(result)
+    kept = _to_host(result)
     result.zero_()
     assert kept.read() == [[1.0, 2.0]]
 

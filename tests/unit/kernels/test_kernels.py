@@ -43,7 +43,7 @@ def test_add_norm(dtype, parts, rms, norm):
     results = []
     for ops in (reference, fused):
         stream = hidden.clone()
-        results.append((ops.add_norm(stream, attention, mlp, weight, bias, 0.25, dtype), stream))
+        results.append((ops.add_norm(stream, (attention, mlp), weight, bias, 0.25, dtype), stream))
     _close(results[1][0], results[0][0], dtype)
     _close(results[1][1], results[0][1])
 
@@ -58,19 +58,19 @@ def test_both_branches_are_summed_biased_scaled_and_added_to_the_stream():
     mlp = Branch(of([[1.0, 2.0]]), of(0.5, 0.0))
     for ops in (reference, fused):
         stream = of([100.0, 200.0])
-        found = ops.add_norm(stream, attention, mlp, None, None, 0.0, torch.float32)
+        found = ops.add_norm(stream, (attention, mlp), None, None, 0.0, torch.float32)
         _close(found, of([102.1, 210.0]))
         _close(stream, of([102.1, 210.0]))
         # the mean is 156.05, the half of the difference 53.95
-        normed = ops.add_norm(stream, None, None, of(1.0, 2.0), of(0.0, 1.0), 53.95**2, torch.float32)
+        normed = ops.add_norm(stream, None, of(1.0, 2.0), of(0.0, 1.0), 53.95**2, torch.float32)
         _close(normed, of([-(0.5**0.5), 1 + 2 * 0.5**0.5]))
 
 
 def test_add_norm_before_the_first_layer():
     hidden, weight, bias = _random(2, D), _random(D), _random(D)
     kept = hidden.clone()
-    expected = reference.add_norm(hidden, None, None, weight, bias, 0.25, torch.float32)
-    _close(fused.add_norm(hidden, None, None, weight, bias, 0.25, torch.float32), expected)
+    expected = reference.add_norm(hidden, None, weight, bias, 0.25, torch.float32)
+    _close(fused.add_norm(hidden, None, weight, bias, 0.25, torch.float32), expected)
     assert torch.equal(hidden, kept)
 
 
