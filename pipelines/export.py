@@ -96,7 +96,6 @@ def export(settings: QuantizeSettings) -> ExportResult:
         raise SettingsError("give checkpoint=DIR, the checkpoint folder to quantize.")
     if settings.register_as and settings.tracking_uri == "none":
         raise SettingsError("register_as needs MLflow, but tracking_uri=none switches it off: drop one of the two.")
-    _refuse_unknown_method(settings)
     started, began = time.perf_counter(), time.time()
     checkpoint = storage.absolute(settings.checkpoint)
     output = storage.Location.parse(settings.output_location(f"outputs/{settings.recipe}/artifact"))
@@ -149,13 +148,6 @@ def _earlier_artifact(output: storage.Location) -> Path | None:
     if names and QUANTIZATION_FILE not in names:
         raise SettingsError(f"output={output} holds something that is no artifact: give an empty or a new folder.")
     return None
-
-
-def _refuse_unknown_method(settings: QuantizeSettings) -> None:
-    from tinygptv.quantization.artifact import METHODS
-
-    if settings.method not in METHODS:
-        raise SettingsError(f"method={settings.method!r} is unknown; there are: {', '.join(METHODS)}.")
 
 
 def _fingerprint(settings: QuantizeSettings, checkpoint: Path) -> Fingerprint:

@@ -201,13 +201,7 @@ def plan_released(settings: ReleasedSettings) -> Plan:
 
 
 def needed_bytes(config: TinyGPTVConfig, device: str, method: str) -> int:
-    """Memory of the device while it answers one request.
-
-    Raises:
-        SettingsError: there is no such method.
-    """
-    if method not in METHODS:
-        raise SettingsError(f"method={method!r} is unknown; there are: {', '.join(METHODS)}.")
+    """Memory of the device while it answers one request."""
     memory = inference_memory(config, vars(METHODS[method]), num_tokens=CONTEXT_TOKENS)
     return memory.peak if device == "cuda" else memory.allocated + SERVER_BYTES
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from pipelines.settings.base import Settings
+from pipelines.settings.jobs import QuantizationMethod
 
 
 class FetchSettings(Settings):
@@ -51,7 +52,7 @@ class ReleasedSettings(Settings):
 
     stage: int = Field(4, ge=1, le=4, description="which of the released stages")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="where it answers; auto: a GPU where it fits")
-    method: Literal["", "nf4", "int8", "int4", "cpu", "cpu4"] = Field(
+    method: Literal["", QuantizationMethod] = Field(
         "", description="low-bit weights; empty: what fits the device's memory, the most exact first"
     )
     memory: str = Field("", description="the machine's memory, e.g. 16GB; empty: what is free now")

@@ -10,6 +10,9 @@ from pydantic import Field, field_validator
 
 from pipelines.settings.base import Settings
 
+QuantizationMethod = Literal["nf4", "int4", "int8", "cpu", "cpu4"]
+"""Keys of ``tinygptv.quantization.artifact.METHODS``, which need torch to be imported."""
+
 
 class PrepareDataSettings(Settings):
     """``jobs/prepare_data.py``: source files -> Arrow shards."""
@@ -204,7 +207,9 @@ class QuantizeSettings(Settings):
     section = "quantize"
 
     checkpoint: str = Field("", description="checkpoint folder")
-    method: str = Field("cpu", description="nf4 or int8 (bitsandbytes), cpu (8 bits) or cpu4 (4 bits)")
+    method: QuantizationMethod = Field(
+        "cpu", description="nf4, int4 or int8 for a GPU, cpu (8 bits) or cpu4 (4 bits) for a CPU (docs/quantization.md)"
+    )
     encoder: Literal["", "half", "int8"] = Field(
         "", description="image encoder in half precision or int8; empty: int8 for CPUs, half for GPUs"
     )

@@ -100,8 +100,6 @@ def test_settings_that_cannot_be_used_are_refused_before_work(checkpoint, tmp_pa
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(SettingsError, match="holds something that is no artifact"):
         export(settings(checkpoint, tmp_path / "mine"))
-    with pytest.raises(SettingsError, match="method='gguf' is unknown"):
-        export(settings(checkpoint, tmp_path / "a", method="gguf"))
     with pytest.raises(SettingsError, match="register_as needs MLflow"):
         export(settings(checkpoint, tmp_path / "a", register_as="tinygptv"))
     with pytest.raises(SettingsError, match="give checkpoint=DIR"):

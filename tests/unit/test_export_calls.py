@@ -50,7 +50,6 @@ def test_what_cannot_be_done_is_refused_before_any_work(calls, monkeypatch):
             {"checkpoint": "c", "register_as": "x", "tracking_uri": "none"},
             "register_as needs MLflow, but tracking_uri=none switches it off: drop one of the two.",
         ),
-        ({"checkpoint": "c", "method": "int3"}, "method='int3' is unknown; there are: nf4, int4, int8, cpu"),
     ):
         with pytest.raises(SettingsError) as error:
             export(QuantizeSettings(**given))

@@ -94,7 +94,8 @@ KEYS = {
 CHOICES = {
     "images": ["print", "run"],
     "device": ["auto", "cuda", "cpu"],
-    "method": ["", "nf4", "int8", "int4", "cpu", "cpu4"],
+    "method": ["nf4", "int4", "int8", "cpu", "cpu4"],
+    "released.method": ["", "nf4", "int4", "int8", "cpu", "cpu4"],
     "language": ["phi-2", "phi-2-susnato"],
     "duplicates": ["drop", "keep"],
     "dtype": ["float32", "float16"],

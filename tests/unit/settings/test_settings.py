@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from pydantic import SecretStr
 
@@ -11,6 +13,8 @@ from pipelines.settings import (
     CacheFeaturesSettings,
     PlanMemorySettings,
     PrepareDataSettings,
+    QuantizeSettings,
+    ReleasedSettings,
     ScoreSettings,
     ServeSettings,
     Settings,
@@ -18,6 +22,7 @@ from pipelines.settings import (
     TrainSettings,
 )
 from pipelines.settings.command_line import _value
+from tinygptv.quantization.artifact import METHODS
 
 
 def write(tmp_path, text, encoding="utf-8"):
@@ -61,6 +66,20 @@ def test_numbers_booleans_and_choices_are_read_from_the_command_line():
     assert TrainSettings.load(None, ["encoder_precision=bf16"]).encoder_precision == "bf16"
     assert TrainSettings.load(None, ["guard=off"]).guard == "off"
     assert TrainSettings.load(None, ["encoder_precision="]).encoder_precision is None
+
+
+@pytest.mark.parametrize("kind", [QuantizeSettings, ReleasedSettings])
+def test_methods_are_those_of_the_library(kind):
+    for method in METHODS:
+        assert kind.load(None, [f"method={method}"]).method == method
+    with pytest.raises(SettingsError) as error:
+        kind.load(None, ["method=gguf"])
+    assert str(error.value).startswith("the command line: method='gguf' is not usable: Input should be ")
+    assert all(f"'{method}'" in str(error.value) for method in METHODS)
+
+
+def test_help_says_what_each_method_is_for():
+    assert set(METHODS) <= set(re.findall(r"\w+", QuantizeSettings.model_fields["method"].description or ""))
 
 
 @pytest.mark.parametrize(
