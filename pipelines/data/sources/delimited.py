@@ -34,7 +34,7 @@ from pipelines.data.sources.base import (
 from pipelines.data.sources.drafts import read_drafts
 from pipelines.data.sources.images import BESIDE, ImageFolder, find_image_folder
 from pipelines.data.sources.json_entries import plain_name
-from pipelines.data.sources.own_rows import CONVERSATIONS, ROW_FIELDS, read_own_row
+from pipelines.data.sources.own_rows import CONVERSATIONS, KNOWN_BY, read_own_row
 from pipelines.settings import SettingsError
 from tinygptv.json_object import JsonObject
 
@@ -225,7 +225,7 @@ def is_delimited(location: storage.Location) -> bool:
     if header[:1] in ("", "{", "["):
         return False
     names = {name.strip().strip('"') for name in header.split(_delimiter(location.name, header))}
-    return len(names) > 1 and bool(names & set(ROW_FIELDS))
+    return len(names) > 1 and bool(names & set(KNOWN_BY))
 
 
 def _delimiter(name: str, header: str) -> str:

@@ -23,7 +23,7 @@ from pipelines.data.sources.delimited import is_delimited
 from pipelines.data.sources.drafts import read_drafts
 from pipelines.data.sources.images import BESIDE, ImageFolder, find_image_folder
 from pipelines.data.sources.json_entries import detect_form, plan_entries, read_entries
-from pipelines.data.sources.own_rows import ROW_FIELDS, read_own_row
+from pipelines.data.sources.own_rows import KNOWN_BY, read_own_row
 from pipelines.data.sources.table_files import find_tables
 from pipelines.settings import SettingsError
 
@@ -42,7 +42,7 @@ class JsonRowsReader:
                     f"{file.location} is a table with separators (CSV or TSV), not JSON: use source=csv."
                 )
             folder = find_image_folder(source, file.location, BESIDE)
-            yield from plan_entries(source, file, detect_form(file, row_fields=ROW_FIELDS), folder)
+            yield from plan_entries(source, file, detect_form(file, row_fields=KNOWN_BY), folder)
 
     def read(self, unit: SourceUnit, changes: Changes | None = None) -> Iterator[ReadResult]:
         """Rows of a slice; a broken line is set apart alone."""

@@ -29,7 +29,10 @@ from tinygptv.data.sample import Turn
 CONVERSATIONS = ("conversations", "messages", "conversation", "texts")
 TEXTS = ("caption", "text", "description")
 ROW_FIELDS = ("turns", *CONVERSATIONS, "question", *TEXTS)
-"""Fields that a row has one of."""
+"""Fields that a row has one of, or else ``boxes`` with answers."""
+
+KNOWN_BY = (*ROW_FIELDS, "boxes")
+"""Fields that tell a row from a container of rows."""
 
 _TEXT_FIELDS = frozenset((*ROW_FIELDS, "answer", "answers", "system"))
 

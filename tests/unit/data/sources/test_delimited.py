@@ -149,6 +149,7 @@ def test_a_table_with_the_name_of_json_lines_is_told(tmp_path, text):
         ("caption\na\n", False),  # of one column
         ("a,b\nimage,caption\n", False),  # none of a row's fields
         ("image,caption\n", True),
+        ("image,answers,boxes\n", True),
         (' "image" ;"caption"\n', True),
         ("\ufeffconversations\timage", True),
     ],

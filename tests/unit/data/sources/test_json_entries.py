@@ -21,7 +21,7 @@ from pipelines.data.sources import json_entries, json_items
 from pipelines.data.sources.base import Rejected, SourceInput, SourceUnit
 from pipelines.data.sources.drafts import Draft, read_drafts
 from pipelines.data.sources.json_entries import detect_form, plan_entries, read_entries
-from pipelines.data.sources.own_rows import ROW_FIELDS
+from pipelines.data.sources.own_rows import KNOWN_BY
 from pipelines.settings import SettingsError
 from tinygptv.data.sample import Turn
 
@@ -104,12 +104,13 @@ def test_one_row_is_a_row_and_no_container(tmp_path, indent):
         {"image": "a.jpg", "conversations": [{"from": "human", "value": "q"}]},
         {"image": "a.jpg", "turns": [{"question": "q", "answers": ["a"]}]},
         {"caption": "q", "objects": [{"name": "cat"}]},
+        {"image": "a.jpg", "answers": ["the cat"], "boxes": [[1, 2, 3, 4]]},
     ):
-        found, _ = read(tmp_path / "own.json", json.dumps(row, indent=indent), row_fields=ROW_FIELDS)
+        found, _ = read(tmp_path / "own.json", json.dumps(row, indent=indent), row_fields=KNOWN_BY)
         assert [entry for _, entry in found] == [row]
     rows = [{"image": "a.jpg", "conversations": [{"from": "human", "value": "q"}]}]
     for container in ({"description": "mine", "rows": rows}, {"conversations": rows}):
-        found, _ = read(tmp_path / "own.json", json.dumps(container, indent=indent), row_fields=ROW_FIELDS)
+        found, _ = read(tmp_path / "own.json", json.dumps(container, indent=indent), row_fields=KNOWN_BY)
         assert [entry for _, entry in found] == rows
     if not indent:
         found, _ = read(tmp_path / "one.jsonl", json.dumps({"a": 1}))
