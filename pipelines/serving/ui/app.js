@@ -97,10 +97,10 @@ for (const input of BOX_INPUTS) {
 
 // ---------------------------------------------------------------- images and scenes
 
-/** Show an image and start over; false where it is none. */
-async function openImage(file, name, { isOwn = true } = {}) {
+/** Show an image and start over; false where it is none, or another one has been chosen. */
+async function openImage(file, name, { isOwn = true, numOthers = 0 } = {}) {
   try {
-    await image.load(file, name);
+    if (!(await image.load(file, name))) return false;
   } catch (error) {
     conversation.error(error.message);
     return false;
@@ -111,6 +111,7 @@ async function openImage(file, name, { isOwn = true } = {}) {
   $("stage").hidden = false;
   $("caption").textContent = `${name ? `${name} · ` : ""}${image.fileWidth} × ${image.fileHeight} pixels`;
   chooseTask(chosenTask().id);
+  if (numOthers) conversation.note(`One image at a time: ${name} is shown, ${numOthers} more of what was dropped ${numOthers === 1 ? "is" : "are"} not.`);
   if (isOwn && model.scope === DRAWN) {
     conversation.note(
       "This model knows drawn scenes only: what it says about a photograph is wrong. The released model knows photographs (8.6 GB, docs/weights.md):",

@@ -18,6 +18,7 @@ export class ImageView {
     this.fileWidth = 0; // of the file, which a person knows
     this.fileHeight = 0;
     this.drawn = null;
+    this.numLoads = 0;
     this.listenForDrawing();
   }
 
@@ -25,8 +26,11 @@ export class ImageView {
     return this.url !== "";
   }
 
-  /** Show a file; it is sent as it is, unless it is very large or of a kind that only browsers read. Throws where the browser cannot. */
+  /** Show a file; it is sent as it is, unless it is very large or of a kind that only browsers read. Throws where the browser cannot.
+   *  False where another one was chosen before this one was read. */
   async load(file, name) {
+    this.numLoads += 1;
+    const number = this.numLoads;
     let url = await readAsDataUrl(file);
     let bitmap;
     try {
@@ -38,7 +42,7 @@ export class ImageView {
     const [fileWidth, fileHeight] = [width, height];
     if (Math.max(width, height) > LARGEST_SIDE || file.size > LARGEST_BYTES || !SERVER_READS.includes(file.type)) {
       const scale = Math.min(1, LARGEST_SIDE / Math.max(width, height));
-      [width, height] = [Math.round(width * scale), Math.round(height * scale)];
+      [width, height] = [width, height].map((side) => Math.max(1, Math.round(side * scale)));
       const canvas = Object.assign(document.createElement("canvas"), { width, height });
       const context = canvas.getContext("2d");
       context.fillStyle = "#fff"; // what the server lays transparent images on; JPEG would make it black
@@ -47,16 +51,24 @@ export class ImageView {
       url = canvas.toDataURL("image/jpeg", 0.92);
     }
     bitmap.close();
+    if (number !== this.numLoads) return false;
     Object.assign(this, { url, width, height, fileWidth, fileHeight });
     this.image.src = url;
     this.image.alt = name ? `Your image: ${name}` : "Your image";
-    await this.image.decode();
+    try {
+      await this.image.decode();
+    } catch (error) {
+      if (number === this.numLoads) throw error;
+    }
+    if (number !== this.numLoads) return false;
     this.overlay.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.showBoxes([]);
     this.setDrawn(null);
+    return true;
   }
 
   clear() {
+    this.numLoads += 1;
     this.url = "";
     this.image.removeAttribute("src");
     this.showBoxes([]);

@@ -12,7 +12,7 @@ export function startTheme(button) {
   });
 }
 
-/** Call `onImage(file, name)` for a file that is chosen, pasted or dropped anywhere on the page. */
+/** Call `onImage(file, name)` for a file that is chosen, pasted or dropped anywhere on the page: of several, for the first image. */
 export function listenForImages({ input, drop, onImage }) {
   input.addEventListener("change", () => {
     const [file] = input.files;
@@ -21,8 +21,10 @@ export function listenForImages({ input, drop, onImage }) {
   });
 
   document.addEventListener("paste", (event) => {
-    const file = [...event.clipboardData.files].find(({ type }) => type.startsWith("image/"));
-    if (file) {
+    const { files, types } = event.clipboardData;
+    const file = [...files].find(isImage);
+    const isText = types.includes("text/plain") && types.includes("text/html"); // office programs add a picture of it
+    if (file && !isText) {
       event.preventDefault();
       onImage(file, "pasted image");
     }
@@ -43,9 +45,13 @@ export function listenForImages({ input, drop, onImage }) {
     event.preventDefault();
     depth = 0;
     drop.hidden = true;
-    const [file] = event.dataTransfer.files;
-    if (file) onImage(file, file.name);
+    const [file, ...others] = [...event.dataTransfer.files].sort((a, b) => isImage(b) - isImage(a));
+    if (file) onImage(file, file.name, { numOthers: others.filter(isImage).length });
   });
+}
+
+function isImage({ type }) {
+  return type.startsWith("image/");
 }
 
 /** Make a text field as high as its text. */

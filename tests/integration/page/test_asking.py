@@ -82,20 +82,59 @@ def test_what_a_browser_shows_is_what_the_model_gets(page, server, kind, side):
     assert (abs(pixels[:, 8, 2].astype(int) - [255, 0, 0]) < 10).all() and (pixels[:, 8, 13] > 245).all()
 
 
-def test_pasted_and_dropped_images_are_taken(page):
-    data = base64.b64encode(make_image(width=50, height=30)).decode()
-    for kind in ("paste", "drop"):
-        page.evaluate(
-            """([kind, data]) => {
-            const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0)), transfer = new DataTransfer();
-            transfer.items.add(new File([bytes], 'cat.png', {type: 'image/png'}));
-            const event = kind === 'paste' ? new ClipboardEvent('paste', {clipboardData: transfer, bubbles: true})
-                                           : new DragEvent('drop', {dataTransfer: transfer, bubbles: true});
-            document.body.dispatchEvent(event); }""",
-            [kind, data],
-        )
-        page.wait_for_selector("#stage:not([hidden])")
-        assert "50 × 30" in page.locator("#caption").inner_text()
+def give(page, kind, files, texts=()):
+    """Paste or drop files of (name, type, bytes) and texts of (type, text); whether the page took them."""
+    files = [(name, mime, base64.b64encode(data).decode()) for name, mime, data in files]
+    return page.evaluate(
+        """([kind, files, texts]) => {
+        const transfer = new DataTransfer();
+        for (const [name, type, data] of files)
+            transfer.items.add(new File([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], name, {type}));
+        for (const [type, text] of texts) transfer.setData(type, text);
+        const options = {bubbles: true, cancelable: true};
+        const event = kind === 'paste' ? new ClipboardEvent('paste', {clipboardData: transfer, ...options})
+                                       : new DragEvent('drop', {dataTransfer: transfer, ...options});
+        return !document.body.dispatchEvent(event); }""",
+        [kind, files, texts],
+    )
+
+
+CAT = ("cat.png", "image/png", make_image(width=50, height=30))
+
+
+@pytest.mark.parametrize("kind", ["paste", "drop"])
+def test_pasted_and_dropped_images_are_taken(page, kind):
+    assert give(page, kind, [CAT])
+    page.wait_for_selector("#stage:not([hidden])")
+    assert "50 × 30" in page.locator("#caption").inner_text()
+
+
+def test_a_pasted_text_stays_text_though_an_office_program_adds_its_picture(page):
+    assert not give(page, "paste", [CAT], [("text/plain", "a cell"), ("text/html", "<td>a cell</td>")])
+    assert give(page, "paste", [CAT], [("text/plain", "cat.png")]), "a file that was copied in a file manager"
+
+
+def test_of_several_dropped_files_the_first_image_is_shown_and_the_others_are_told(page):
+    give(page, "drop", [("notes.pdf", "application/pdf", b"%PDF"), CAT, CAT, CAT])
+    page.wait_for_selector("#stage:not([hidden])")
+    assert page.locator("#caption").inner_text().startswith("cat.png")
+    assert "One image at a time: cat.png is shown, 2 more" in page.locator(".message.note").first.inner_text()
+
+
+def test_the_image_that_was_chosen_last_is_shown(page):
+    give(page, "drop", [("large.png", "image/png", make_image(width=4000, height=3000))])
+    give(page, "drop", [CAT])
+    page.wait_for_selector("#stage:not([hidden])")
+    page.wait_for_timeout(1500)  # the large one is read by then
+    assert page.locator("#caption").inner_text().startswith("cat.png") and page.locator(".error").count() == 0
+
+
+def test_a_line_of_pixels_is_an_image(page, server):
+    upload(page, 9000, 2)
+    ask(page, "what is it?")
+    assert wait_for_answer(page) == "hello"
+    image = server.model.jobs[0].messages[0].images[0]
+    assert (image.width, image.height) == (2048, 1)
 
 
 def test_what_is_no_image_is_refused_with_a_sentence(page):
