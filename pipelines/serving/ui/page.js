@@ -23,7 +23,7 @@ export function listenForImages({ input, drop, onImage }) {
   document.addEventListener("paste", (event) => {
     const { files, types } = event.clipboardData;
     const file = [...files].find(isImage);
-    const isText = types.includes("text/plain") && types.includes("text/html"); // office programs add a picture of it
+    const isText = types.includes("text/plain") && types.includes("text/html"); // office programs add an image of it
     if (file && !isText) {
       event.preventDefault();
       onImage(file, "pasted image");

@@ -109,7 +109,7 @@ def test_pasted_and_dropped_images_are_taken(page, kind):
     assert "50 × 30" in page.locator("#caption").inner_text()
 
 
-def test_a_pasted_text_stays_text_though_an_office_program_adds_its_picture(page):
+def test_a_pasted_text_stays_text_though_an_office_program_adds_its_image(page):
     assert not give(page, "paste", [CAT], [("text/plain", "a cell"), ("text/html", "<td>a cell</td>")])
     assert give(page, "paste", [CAT], [("text/plain", "cat.png")]), "a file that was copied in a file manager"
 
