@@ -22,9 +22,14 @@ def contains_answer(prediction: str, answer: str) -> float:
     return float(answer in prediction.lower())
 
 
+def _cut_answer(prediction: str) -> str:
+    """Text up to ``###``, from the last ``Assistant:`` on."""
+    return prediction.partition("###")[0].rpartition("Assistant:")[2]
+
+
 def released_vizwiz(prediction: str, answers: Sequence[str]) -> float:
     """VizWiz: an annotator agrees where either answer contains the other, so an empty answer agrees with everybody."""
-    text = prediction.partition("###")[0].rpartition("Assistant:")[2].strip().lower()
+    text = _cut_answer(prediction).strip().lower()
     # Annotators' answers are joined with "_" and split again, so an answer that holds one counts as two.
     truths = "_".join(answers).lower().split("_")
     return min(sum(text in truth or truth in text for truth in truths) / 3, 1.0)
@@ -32,7 +37,7 @@ def released_vizwiz(prediction: str, answers: Sequence[str]) -> float:
 
 def released_hateful(prediction: str, label: int) -> float:
     """Hateful Memes: ``yes`` anywhere counts as hateful, else ``no`` anywhere as not; accuracy."""
-    text = prediction.partition("###")[0].lower()
+    text = _cut_answer(prediction).lower()
     predicted = 1 if "yes" in text else 0 if "no" in text else None
     return float(predicted == label)
 

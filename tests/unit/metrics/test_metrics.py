@@ -236,6 +236,7 @@ def test_released_scores_show_their_defects():
     assert released_vizwiz("", ["dog"] * 10) == 1.0 and vizwiz_accuracy("", ["dog"] * 10) == 0.0
     assert released_vizwiz("Assistant: a DOG###Human: x", ["dog", "cat", "a_b"]) == pytest.approx(2 / 3)
     assert released_hateful("yes and no", 1) == 1.0 and released_hateful("I know", 0) == 1.0
+    assert released_hateful("yes Assistant: no", 0) == 1.0 and released_hateful("yes assistant: no", 0) == 0.0
     assert released_hateful("maybe", 0) == 0.0 and released_hateful("###yes", 1) == 0.0
     assert released_okvqa("Two### three", ["2"] * 5 + ["4"] * 5) == 1.0
     assert released_okvqa("two ###3### 4", ["2"] * 5 + ["4"] * 5) == 1.0, "cut at the first"
