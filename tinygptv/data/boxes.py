@@ -180,6 +180,8 @@ def box_fault(box: Sequence[float], width: float, height: float) -> str:
     near_x, near_y = (max(_LEAST_TOLERANCE, BOX_TOLERANCE * side) for side in (width, height))
     if x1 < -near_x or y1 < -near_y or x2 > width + near_x or y2 > height + near_y:
         return f"{what} reaches out of the image of {width} x {height} pixels"
+    if min(x2, width) <= max(x1, 0) or min(y2, height) <= max(y1, 0):
+        return f"{what} has no area in the image of {width} x {height} pixels"
     return ""
 
 

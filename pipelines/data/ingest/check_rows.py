@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from pipelines.data.sources.base import Changes, Filtered, Malformed, shorten
 from pipelines.settings import PrepareDataSettings
-from tinygptv.data.boxes import Box, box_fault, in_words
+from tinygptv.data.boxes import Box, box_fault
 from tinygptv.data.prompts import INSTRUCTIONS, TEMPLATES, escape_markers
 from tinygptv.data.sample import SampleRow, Turn
 
@@ -141,10 +141,7 @@ def _check_box(box: Box, width: int, height: int) -> Box:
     if fault := box_fault(box, width, height):
         raise Malformed(fault)
     x1, y1, x2, y2 = box
-    clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
-    if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
-        raise Malformed(f"box {in_words(box)} has no area in the image of {width} x {height} pixels")
-    return clipped
+    return max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
 
 
 def _filter_caption(caption: str, settings: PrepareDataSettings) -> None:

@@ -143,7 +143,11 @@ def test_colours_are_apart():
     [
         ((0, 0, 60, 40), ""),
         ((-2, -2, 62, 42), ""),
-        ((5, 5, 5, 5), ""),
+        ((5, 5, 6, 6), ""),
+        ((5, 5, 5, 6), "box 5, 5, 5, 6 has no area in the image of 60 x 40 pixels"),
+        ((5, 5, 6, 5), "box 5, 5, 6, 5 has no area"),
+        ((60, 5, 62, 9), "box 60, 5, 62, 9 has no area"),
+        ((5, -2, 9, 0), "box 5, -2, 9, 0 has no area"),
         ((0, 0, 63, 40), "box 0, 0, 63, 40 reaches out of the image of 60 x 40 pixels"),
         ((0, -3, 9, 9), "box 0, -3, 9, 9 reaches out of the image of 60 x 40 pixels"),
         ((0.1, 0.2, 1, 1), "box 0.1, 0.2, 1, 1 is given in shares of the image: give pixels, of 60 x 40"),

@@ -114,7 +114,12 @@ def test_of_several_answers_and_boxes_the_first_is_said_and_all_are_kept(folder)
 @pytest.mark.parametrize("task", ["refer", "identify"])
 @pytest.mark.parametrize(
     ("box", "told"),
-    [([0.1, 0.1, 0.5, 0.5], "in shares"), ([4, 3, 2, 2], "turned round"), ([20, 20, 50, 60], "reaches out")],
+    [
+        ([0.1, 0.1, 0.5, 0.5], "in shares"),
+        ([4, 3, 2, 2], "turned round"),
+        ([20, 20, 50, 60], "reaches out"),
+        ([4, 3, 4, 9], "has no area"),
+    ],
 )
 def test_a_box_that_ingest_refuses_is_not_scored_either(folder, task, box, told):
     path = write(folder, {**REFER, "task": task, "boxes": [box]}, name="box.jsonl")
@@ -207,6 +212,12 @@ def test_images_are_named_in_every_way_that_ingest_reads(tmp_path, name):
     path = write(tmp_path, {"image": name.replace("{}", str(tmp_path)), "question": "q", "answers": ["", "a", " "]})
     (question,) = own_rows(path)
     assert (question.image, question.truth) == (tmp_path / "sub/a b.jpg", {"answers": ["a"]})
+
+
+def test_line_breaks_of_windows_are_those_that_training_sees(tmp_path):
+    path = write(tmp_path, {"question": "a\r\nb", "answers": ["c\r\nd"]})
+    (question,) = own_rows(path)
+    assert (question.instruction, question.truth) == ("a\nb", {"answers": ["c\nd"]})
 
 
 def test_a_name_may_be_written_as_macos_does(tmp_path):
