@@ -26,13 +26,10 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from pipelines.cluster import ENVIRONMENT  # noqa: E402
-from pipelines.data.features import cache_features  # noqa: E402
-from pipelines.miniature.tiny_training import as_words, make_world, train_settings  # noqa: E402
-from pipelines.settings import CacheFeaturesSettings  # noqa: E402
+from pipelines.cluster import ENVIRONMENT
+from pipelines.data.features import cache_features
+from pipelines.miniature.tiny_training import as_words, make_world, train_settings
+from pipelines.settings import ROOT, CacheFeaturesSettings
 
 MODES = {
     "1 worker": {"num_workers": 1},

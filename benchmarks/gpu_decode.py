@@ -138,7 +138,7 @@ def copy_rate(device: torch.device, size: int) -> float:
 # ---------------------------------------------------------------------------------------------------- decoding
 
 
-def decode_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
+def decode_section(deadline_s: float, size: str, device: str) -> list[Row]:
     """The bare step and the engine, for each format and number of clients."""
     rows, where = Rows("decode"), torch.device(device)
     clock, sizes = Clock(rows, deadline_s), SIZES[size]
@@ -245,7 +245,7 @@ def serve(loop: EngineLoop, clients: int, sizes: Size) -> float:
 # ---------------------------------------------------------------------------------------------------- first token
 
 
-def first_token_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
+def first_token_section(deadline_s: float, size: str, device: str) -> list[Row]:
     """From an image of the model's size to the first token of an answer about it."""
     rows, where = Rows("first_token"), torch.device(device)
     sizes = SIZES[size]
@@ -283,7 +283,7 @@ PROMPTS, ANSWER = 4, 12
 """Prompts, and tokens of each answer."""
 
 
-def answers_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
+def answers_section(deadline_s: float, size: str, device: str) -> list[Row]:
     """Greedy answers of the engine and of ``generate``; logits of a step in static shapes and of the model."""
     rows, where = Rows("answers"), torch.device(device)
     sizes = SIZES[size]

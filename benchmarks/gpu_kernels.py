@@ -32,7 +32,7 @@ from tinygptv.inference.decoder import FlatDecoder
 from tinygptv.inference.graph_runner import GraphRunner, bucket_of
 
 
-def products_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
+def products_section(deadline_s: float, size: str, device: str) -> list[Row]:
     """Time of single products: microseconds, and the share of the memory's rate."""
     rows, where = Rows("products"), torch.device(device)
     clock = Clock(rows, deadline_s)
@@ -88,7 +88,7 @@ def _product(kind: str, outputs: int, inputs: int, x: Tensor) -> Callable[[], Te
     return lambda: layer.partial_products(x)
 
 
-def kernels_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
+def kernels_section(deadline_s: float, size: str, device: str) -> list[Row]:
     """Which kernels a decoding step spends its time in."""
     rows, where = Rows("kernels"), torch.device(device)
     if where.type != "cuda":
@@ -119,7 +119,7 @@ def kernels_section(deadline_s: float, size: str = "paper", device: str = "cuda"
     return rows
 
 
-def tuning_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
+def tuning_section(deadline_s: float, size: str, device: str) -> list[Row]:
     """Other shapes of the kernels' programs: what the constants in ``kernels`` were chosen from."""
     rows, where = Rows("tuning"), torch.device(device)
     if where.type != "cuda":

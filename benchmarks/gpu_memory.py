@@ -51,7 +51,7 @@ CASES = (
 """Most important first; stages that share a model stand together."""
 
 
-def memory_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
+def memory_section(deadline_s: float, size: str, device: str) -> list[Row]:
     """The plan against the card.
 
     Args:

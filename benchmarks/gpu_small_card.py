@@ -29,7 +29,7 @@ MOST_GIB = 4.5
 """For one conversation."""
 
 
-def small_card_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
+def small_card_section(deadline_s: float, size: str, device: str) -> list[Row]:
     """Peak memory of one and four full contexts."""
     rows, where = Rows("small card"), torch.device(device)
     clock = Clock(rows, deadline_s)

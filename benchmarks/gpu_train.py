@@ -68,7 +68,7 @@ SIZES = {
 MIXED_SAMPLES = 6
 
 
-def train_section(deadline_s: float, size: str = "paper", device: str = "cuda") -> list[Row]:
+def train_section(deadline_s: float, size: str, device: str) -> list[Row]:
     """Speed of training steps.
 
     Args:

@@ -21,16 +21,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 class LoadWatch(threading.Thread):
     """Load average while a benchmark runs, so that a noisy run can be told from a quiet one."""
 
-    def __init__(self, every_s: float = 5.0) -> None:
+    def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.every_s = every_s
         self.samples: list[float] = []
         self.start()
 
     def run(self) -> None:
         while True:
             self.samples.append(os.getloadavg()[0])
-            time.sleep(self.every_s)
+            time.sleep(5)
 
     def __str__(self) -> str:
         return f"Load average while it ran: median {statistics.median(self.samples):.1f}, most {max(self.samples):.1f}."

@@ -24,14 +24,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from note import LoadWatch, peak_memory, versions, write_note
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.collate import LoadedSample, MicroBatch, collate

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from pipelines.redact import redact
+
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 """Errors of wrong settings, missing folders and damaged files: shown as one sentence. Others show their trace."""
 
@@ -34,7 +36,7 @@ def run_main(work: Callable[[], object]) -> int:
     except Exception as error:
         if os.environ.get("TINYGPTV_TRACE") or not _is_users(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print("Interrupted. Run the same command to resume.", file=sys.stderr)

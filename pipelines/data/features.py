@@ -104,7 +104,9 @@ def cache_features(settings: CacheFeaturesSettings) -> FeatureResult:
     work = storage.WorkFolder(settings.output_location("outputs/features"))
     storage.check_access(work.location, writes=True)
     storage.check_access(settings.data, writes=True)
-    checkpoint, settings = _absolute(settings)
+    # Actors have other working directories.
+    checkpoint = storage.absolute(settings.checkpoint)
+    settings = settings.model_copy(update={"data": storage.absolute(settings.data)})
     refuse_no_folder("data", settings.data, "prepared shard sets (jobs/prepare_data.py)")
     start = checked_checkpoint(checkpoint)
     image_size = settings.image_size or _image_size(start)
@@ -143,12 +145,6 @@ def _tell_other_sizes(recipe: str, image_size: int) -> None:
             recipe,
             ", ".join(f"{size} px in stage {number}" for number, size in others.items()),
         )
-
-
-def _absolute(settings: CacheFeaturesSettings) -> tuple[str, CacheFeaturesSettings]:
-    """Checkpoint and data as actors in other working directories need them."""
-    data = storage.absolute(settings.data)
-    return storage.absolute(settings.checkpoint), settings.model_copy(update={"data": data})
 
 
 def _image_size(checkpoint: Path) -> int:

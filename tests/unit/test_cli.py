@@ -44,6 +44,11 @@ def test_a_users_mistake_is_one_sentence(capsys, error):
     assert capsys.readouterr().err == "error: no\n"
 
 
+def test_a_mistake_is_told_without_the_password_of_its_uri(capsys):
+    assert cli.run_main(raising(ValueError("MLflow at http://me:secret@host:5000 has no models:/x"))) == 2
+    assert capsys.readouterr().err == "error: MLflow at http://***@host:5000 has no models:/x\n"
+
+
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG])
 def test_a_disk_that_cannot_be_written_is_one_sentence(capsys, number):
     assert cli.run_main(raising(OSError(number, os.strerror(number), "/data/part.npy"))) == 2

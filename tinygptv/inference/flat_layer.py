@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers.activations import GELUTanh, NewGELUActivation
 
 from tinygptv.inference.layer_weights import attention_weights, rms_norm
-from tinygptv.kernels.host_attention import BLOCK, HostAttention, add_branches, gelu_rows, norm_rows
+from tinygptv.kernels.host_attention import HostAttention, add_branches, gelu_rows, norm_rows
+from tinygptv.kernels.host_library import BLOCK
 from tinygptv.kernels.shapes import Cache
 from tinygptv.model.language_model import LanguageModel, PhiDecoderLayer, matrix_input
 

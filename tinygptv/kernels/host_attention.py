@@ -10,17 +10,16 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
-from tinygptv.kernels.host_library import address, host_library, loaded_library
+from tinygptv.kernels.host_library import BLOCK, address, host_library, loaded_library
 from tinygptv.kernels.host_structs import Attention
 from tinygptv.kernels.shapes import AttentionWeights, Cache
 
-BLOCK, MOST_WIDTH = 16, 256
-"""Widths of heads are multiples of the one up to the other; so are all widths of the one."""
+MAX_HEAD_WIDTH = 256
 
 
 def has_host_attention(head_dim: int, width: int) -> bool:
     """Whether models of this size have these kernels on this machine."""
-    return head_dim % BLOCK == 0 and head_dim <= MOST_WIDTH and width % BLOCK == 0 and host_library() is not None
+    return head_dim % BLOCK == 0 and head_dim <= MAX_HEAD_WIDTH and width % BLOCK == 0 and host_library() is not None
 
 
 class HostAttention:

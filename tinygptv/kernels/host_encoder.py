@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tinygptv.kernels.host_library import address, host_library, loaded_library
+from tinygptv.kernels.host_library import BLOCK, address, host_library, loaded_library
 
-LANES = 16
-"""Widths of rows are multiples of it."""
 MAX_HEAD_WIDTH = 96
 
 
@@ -31,7 +29,7 @@ class RoundedRows:
 
 def has_host_encoder(width: int) -> bool:
     """Whether rows of this width have a kernel on this machine."""
-    return width % LANES == 0 and hasattr(host_library(), "encoder_rows")
+    return width % BLOCK == 0 and hasattr(host_library(), "encoder_rows")
 
 
 def has_encoder_attention(head_width: int) -> bool:

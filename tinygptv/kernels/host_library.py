@@ -35,6 +35,8 @@ COMPILERS = ("cc", "gcc", "clang")
 """Tried in this order, after the one that the environment variable ``CC`` names."""
 OPTIONS = ("-O3", "-std=c11", "-pthread", "-fPIC", "-shared")
 COMPILE_SECONDS = 120
+BLOCK = 16
+"""Widths of rows, of heads (but the image encoder's) and of matrices are multiples of it."""
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES = {

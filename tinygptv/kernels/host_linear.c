@@ -210,7 +210,7 @@ INLINE void tile4(const Product *p, int64_t m, int64_t b, int64_t apart, int til
             store_sums(p, m + t, (b + v / PARTS * apart) * BLOCK + v % PARTS * LANES, sum[v * tile + t]);
 }
 
-/* The blocks of an item lie a quarter of the matrix apart, so that the next item goes on reading where this one ends. What
+/* The blocks of an item lie a quarter of the matrix apart, so that the next item reads from where this one ends. What
  * four do not divide is items of one block. */
 static int64_t quarter(const Matrix *matrix) { return matrix->outputs / OUTPUTS; }
 

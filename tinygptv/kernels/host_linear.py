@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 
 from tinygptv.kernels.host_encoder import RoundedRows
-from tinygptv.kernels.host_library import address, host_library, loaded_library
+from tinygptv.kernels.host_library import BLOCK, address, host_library, loaded_library
 from tinygptv.kernels.host_structs import Matrix
 from tinygptv.kernels.pages import huge_zeros
-
-BLOCK = 16
-"""The kernels compute so many outputs at once, and round so many inputs."""
 
 
 def has_host_linear(outputs: int, inputs: int) -> bool:

@@ -1,4 +1,4 @@
-"""Endless text for pretraining the small language model: scenes as text, and what can be said about them.
+"""Text for pretraining the small language model: scenes as text, and what can be said about them.
 
 A document has the layout of training, with the scene's listing where the image's vectors will stand later:
 
@@ -9,9 +9,8 @@ So a language model learns here to read a scene from between the image marks, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 
 import numpy as np
 
@@ -23,7 +22,7 @@ from tinygptv.miniature.conversations import DETAIL_QUESTIONS, conversation, mul
 from tinygptv.miniature.instructions import text_instruction
 from tinygptv.miniature.questions import questions
 from tinygptv.miniature.referring import refer_to
-from tinygptv.miniature.scenes import Scene, generator, make_scene, pick
+from tinygptv.miniature.scenes import Scene, pick
 from tinygptv.miniature.words import box_text, list_scene
 
 
@@ -95,20 +94,6 @@ def _with_listing(rendered: Sequence[Exchange], listing: str) -> list[Exchange]:
         replace(e, instruction=mark * e.num_images + (e.instruction or "") + template.after_instruction, num_images=0)
         for e in rendered
     ]
-
-
-def documents(seed: int, split: str = "train", start: int = 0, bos_token: str = "") -> Iterator[str]:
-    """Endless documents, one per scene of a split, in the order of the scenes.
-
-    Args:
-        seed: seed of the world.
-        split: which scenes to speak of.
-        start: index of the first scene.
-        bos_token: see ``Document.text``.
-    """
-    for index in count(start):
-        scene = make_scene(seed, split, index)
-        yield make_document(scene, generator(scene.key, "document")).text(bos_token)
 
 
 def _row(scene: Scene, task: str, *turns: tuple[str, str], item: int | None = None) -> SampleRow:

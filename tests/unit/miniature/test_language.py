@@ -24,7 +24,7 @@ from tinygptv.miniature.conversations import (
 )
 from tinygptv.miniature.conversations import KINDS as CONVERSATION_KINDS
 from tinygptv.miniature.documents import KINDS as DOCUMENT_KINDS
-from tinygptv.miniature.documents import LANGUAGE_MIX, LOOKUP_MIX, documents, make_document
+from tinygptv.miniature.documents import LANGUAGE_MIX, LOOKUP_MIX, make_document
 from tinygptv.miniature.instructions import text_instruction
 from tinygptv.miniature.scenes import HELD_OUT, Scene, SceneObject, generator, make_scene, make_scenes
 from tinygptv.miniature.words import VALUES, VOCABULARY, box_text, list_scene, plural
@@ -372,13 +372,9 @@ def _carry_out(instruction: str) -> str | None:
     return None
 
 
-def test_documents_are_endless_and_repeatable():
-    assert list(islice(documents(4), 20)) == list(islice(documents(4), 20))
-    assert next(documents(4, start=7)) == list(islice(documents(4), 8))[7]
-    assert next(documents(4)) != next(documents(5))
+def test_each_turn_of_a_document_begins_with_the_token():
     scene = make_scene(4, "test", 7)
     document = make_document(scene, generator(scene.key, "document"))
-    assert next(documents(4, "test", 7, "<b>")) == document.text("<b>")
     assert document.text("<b>").count("<b>") == len(document.exchanges) and "<b>" not in document.text()
 
 
