@@ -2,8 +2,7 @@
 
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...], ...}}
 
-Each request passes the API as it would over HTTP: the same bounds, tasks, boxes and errors. Beside data URLs, an image
-may be a path, relative to the file.
+Each request passes the API as over HTTP: same bounds, tasks, boxes, errors. Images may be paths, relative to the file.
 """
 
 from __future__ import annotations
@@ -13,13 +12,14 @@ import base64
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -37,6 +37,8 @@ from pipelines.serving.model_backend import ModelBackend
 from pipelines.settings import AnswerSettings, BatchSettings, ServeSettings, SettingsError
 from tinygptv.data.images import without_file_scheme
 from tinygptv.json_object import JsonObject
+
+logger = logging.getLogger(__name__)
 
 ANSWERS, RESULT = "answers.jsonl", "result.json"
 _PUBLISH_S = 30.0
@@ -215,11 +217,8 @@ def read_requests(path: Path) -> Iterator[BatchRequest]:
                     _body_of(data)
                 except ValueError as caught:
                     error = f"line {number} {caught}."
-                if identity in seen:
-                    raise SettingsError(
-                        f"{path}: lines {seen[identity]} and {number} have the same custom_id {identity!r}."
-                    )
-                seen[identity] = number
+                if (first := seen.setdefault(identity, number)) != number:
+                    raise SettingsError(f"{path}: lines {first} and {number} have the same custom_id {identity!r}.")
                 yield BatchRequest(identity, hashlib.sha256(line.strip()).hexdigest(), start, len(line), error)
             start += len(line)
 
@@ -266,16 +265,18 @@ def _body_of(data: JsonObject) -> JsonObject:
 
 
 def finished_answers(path: Path) -> dict[tuple[str, str], int]:
-    """Status of the last answer by id and digest; a line that was cut off by a kill is removed from the file."""
-    if not path.is_file():
-        return {}
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    rows = [json.loads(line) for line in whole.splitlines()]
-    return {(row["custom_id"], row["request_sha256"]): int(row["response"]["status_code"]) for row in rows}
+    """Status of the last answer by id and digest. Lines that are no answers, cut off or damaged, leave the file."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    statuses, whole = {}, []
+    for line in lines:
+        with suppress(ValueError, LookupError, TypeError):
+            row = json.loads(line if line.endswith(b"\n") else b"")
+            statuses[row["custom_id"], row["request_sha256"]] = int(row["response"]["status_code"])
+            whole.append(line)
+    if num_damaged := len(lines) - len(whole):
+        logger.warning("%s: %d damaged lines are removed; their requests are asked again.", path, num_damaged)
+        storage.write_atomically(str(path), b"".join(whole))
+    return statuses
 
 
 def _is_finished(request: BatchRequest, statuses: Mapping[tuple[str, str], int]) -> bool:

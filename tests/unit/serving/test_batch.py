@@ -126,6 +126,21 @@ def test_a_killed_run_continues(files):
     assert files.run().answered == 6 and not files.backend.jobs, "nothing is left to do"
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 400, b"\xff\xfe", b'{"custom_id": "1", "resp', b"{}", b"[]", b""])
+def test_damaged_answers_are_asked_again(files, caplog, damage):
+    """A disk that was full, or a machine that lost power: the lines before and behind stay."""
+    files.write(*({"custom_id": str(i), "body": body(words(f"question {i}"))} for i in range(3)))
+    files.run()
+    path = files.output / ANSWERS
+    first, _, last = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + damage + b"\n" + last)
+    files.backend.jobs.clear()
+    result = files.run()
+    assert len(files.backend.jobs) == 1 and (result.answered, result.earlier) == (3, 2)
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 3
+    assert "answers.jsonl: 1 damaged lines are removed" in caplog.text
+
+
 def test_a_changed_request_is_asked_again(files):
     files.write({"custom_id": "a", "body": body(words("one"))})
     files.run()
