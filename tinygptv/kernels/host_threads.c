@@ -104,7 +104,7 @@ static void start_workers(Pool *pool, int wanted) {
     }
 }
 
-/* A forked process has none of the workers, and locks that they may have held. */
+/* A forked process has none of the workers, and locks that they may have held; their loop is its parent's. */
 static void forget_workers(void) {
     for (Pool *pool = pools; pool < pools + POOLS; pool++) {
         pthread_mutex_init(&pool->caller, NULL);
@@ -112,6 +112,7 @@ static void forget_workers(void) {
         pthread_cond_init(&pool->wake, NULL);
         atomic_store(&pool->sleeping, 0);
         atomic_store(&pool->workers, 0);
+        for (int i = 0; i <= MOST_WORKERS; i++) atomic_store(&pool->shares[i].next, 0);
     }
 }
 

@@ -253,3 +253,31 @@ def test_a_forked_process_has_threads_of_its_own():
         share(within, None, 2, 2)
         os._exit(both.broken)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_compiler
+def test_a_process_that_is_forked_within_a_loop_takes_none_of_its_items():
+    share = host_library.host_library().share_items
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+    share.argtypes = [kind, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    parent, begun, forked = os.getpid(), threading.Event(), threading.Event()
+    items = []
+
+    def of_parent(_, item):
+        items.append(-1)
+        begun.set()
+        if os.getpid() == parent:
+            forked.wait(timeout=60)
+
+    loop = kind(of_parent)
+    caller = threading.Thread(target=share, args=(loop, None, 200, 2))
+    caller.start()
+    begun.wait(timeout=60)
+    child = os.fork()
+    if not child:
+        items.clear()
+        share(kind(lambda _, item: items.append(item)), None, 200, 64)
+        os._exit(sorted(items) != list(range(200)))
+    forked.set()
+    caller.join()
+    assert os.waitpid(child, 0)[1] == 0
