@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -28,6 +28,7 @@ from pipelines.data.sources.table_files import find_tables
 from pipelines.settings import SettingsError
 
 _BATCH_ROWS = 64
+_READ_AT_ONCE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _batches(unit: SourceUnit) -> Iterator[pa.RecordBatch]:
     with storage.open_file(unit.file) as file:
         if unit.details.is_parquet:
             groups = list(range(unit.start, unit.stop))
-            yield from pq.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS, row_groups=groups)
+            yield from _open_parquet(file, groups).iter_batches(batch_size=_BATCH_ROWS, row_groups=groups)
             return
         try:
             reader = pa.ipc.open_file(file)
@@ -166,6 +167,15 @@ def _batches(unit: SourceUnit) -> Iterator[pa.RecordBatch]:
         for index in range(reader.num_record_batches):
             batch = reader.get_batch(index)
             yield from (batch.slice(i, _BATCH_ROWS) for i in _starts(batch))
+
+
+def _open_parquet(file: pa.NativeFile, groups: Sequence[int]) -> pq.ParquetFile:
+    """A file to read some row groups of: at once where they are small, since that is few requests in a bucket, else in
+    pieces. pandas writes a million rows into one group, with their images."""
+    metadata = pq.read_metadata(file)
+    if sum(metadata.row_group(group).total_byte_size for group in groups) < _READ_AT_ONCE:
+        return pq.ParquetFile(file, metadata=metadata)
+    return pq.ParquetFile(file, metadata=metadata, pre_buffer=False, buffer_size=storage.COPY_BYTES)
 
 
 def _without_times(batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -325,6 +325,20 @@ def test_times_that_python_does_not_know_cost_nothing(tmp_path, monkeypatch, kin
     assert row.turns == (Turn("q", ("a",)),)
 
 
+def test_a_large_group_of_rows_is_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(own, "_READ_AT_ONCE", 4 << 20)
+    monkeypatch.setattr(storage, "COPY_BYTES", 1 << 16)
+    images = [number.to_bytes(2, "big") * 5000 for number in range(800)]
+    table = pa.table({"image": images, "caption": ["x"] * len(images)})
+    pq.write_table(table, tmp_path / "a", compression="none", use_dictionary=False, write_batch_size=16)
+    (unit,) = own._plan_table(unit_of(tmp_path / "a"))
+    before, found = pa.total_allocated_bytes(), []
+    for batch in own._batches(unit):
+        found += batch["image"].to_pylist()
+        assert pa.total_allocated_bytes() - before < 4 << 20, "of 8 MB"
+    assert found == images
+
+
 def test_offsets_that_point_out_of_a_table_are_damage(tmp_path, monkeypatch):
     offsets = pa.py_buffer(b"\0\0\0\0\xff\xff\0\0\3\0\0\0")
     text = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"abc")])
