@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -48,9 +48,6 @@ from pipelines.training.worker import train_loop
 from tinygptv.checkpoint.checkpoint import read_stage
 from tinygptv.checkpoint.config_file import read_config
 from tinygptv.checkpoint.folders import MANIFEST, is_whole
-
-if TYPE_CHECKING:
-    from ray.train import TrainingFailedError
 
 logger = logging.getLogger(__name__)
 
@@ -227,10 +224,11 @@ def _run_inline(job: TrainJob) -> WorkerResult:
 
 
 def _run_on_ray(job: TrainJob) -> WorkerResult:
+    from ray.exceptions import RayActorError
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
-    from pipelines.training.worker_failures import WorkerFailures, told_failures
+    from pipelines.training.worker_failures import WorkerFailures, cause_of, told_failures
 
     settings = job.settings
     gpu_options: Any = {"worker_runtime_env": {"env_vars": dict(GPU_ENVIRONMENT)}} if settings.use_gpu else {}
@@ -264,8 +262,8 @@ def _run_on_ray(job: TrainJob) -> WorkerResult:
         try:
             with told_failures(job.storage):
                 call_in_thread(trainer.fit)
-        except TrainingFailedError as error:
-            raise _cause(error) from error
+        except (TrainingFailedError, RayActorError) as error:
+            raise cause_of(error) from error
     outcome = json.loads(storage.read_bytes(storage.join(job.storage, WORKER_RESULT)))
     if "stopped" in outcome:
         raise TrainingStopped(outcome["stopped"])
@@ -313,17 +311,6 @@ def call_in_thread(function: Callable[[], object]) -> None:
         thread.join(timeout=0.5)  # a wait without end would not hear Ctrl-C on every system
     if failures:
         raise failures[0]
-
-
-def _cause(error: TrainingFailedError) -> Exception:
-    """The first mistake of the user's that a worker met, or why the run ended; Ray's own error where there is none."""
-    for failure in getattr(error, "worker_failures", {0: getattr(error, "controller_failure", None)}).values():
-        cause: BaseException | None = failure
-        while cause is not None and not isinstance(cause, ValueError):
-            cause = getattr(cause, "_base_exc", None) or cause.__cause__
-        if cause is not None:
-            return TrainingStopped(str(cause))
-    return error
 
 
 def _collect(job: TrainJob, work: storage.WorkFolder) -> None:

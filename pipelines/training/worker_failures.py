@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from ray.exceptions import RayActorError
-from ray.train import Checkpoint, UserCallback
+from ray.train import Checkpoint, TrainingFailedError, UserCallback
 from ray.train.v2.api.exceptions import RayTrainError
 
 from pipelines import storage
@@ -72,6 +72,27 @@ class WorkerFailures(UserCallback):
 def _is_lost(error: Exception) -> bool:
     """Whether a process or its machine is gone, rather than the training's code having raised something."""
     return isinstance(error, RayTrainError | RayActorError)
+
+
+def cause_of(error: TrainingFailedError | RayActorError) -> Exception:
+    """Why a run ended, as one sentence: a mistake of the user's that a worker met, or a process that was lost.
+
+    Ray's own error where there is none.
+    """
+    from pipelines.training.guard import TrainingStopped  # heavy
+
+    if isinstance(error, RayActorError):
+        return TrainingStopped(
+            f"the process that leads the training was lost, perhaps with its node ({one_line(error)}): "
+            "the same command resumes from the newest training state."
+        )
+    for failure in getattr(error, "worker_failures", {0: getattr(error, "controller_failure", None)}).values():
+        cause: BaseException | None = failure
+        while cause is not None and not isinstance(cause, ValueError):
+            cause = getattr(cause, "_base_exc", None) or cause.__cause__
+        if cause is not None:
+            return TrainingStopped(str(cause))
+    return error
 
 
 @contextmanager

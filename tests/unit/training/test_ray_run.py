@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import ray.train
 import ray.train.torch
+from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
 
 from pipelines import storage
@@ -207,3 +208,5 @@ def test_a_users_mistake_that_a_worker_met_is_the_drivers_error(trained):
         trained(ControllerError(ValueError("5 starts failed")))  # of our callback, in Ray Train's controller
     with pytest.raises(ControllerError):
         trained(ControllerError(RuntimeError("no workers")))
+    with pytest.raises(TrainingStopped, match=r"^the process that leads the training was lost, .*: the same command"):
+        trained(ActorDiedError())
