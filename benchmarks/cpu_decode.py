@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from note import peak_memory
+from note import peak_memory, seconds_of
 from serving_common import make_questions, make_tokenizer
 from torch import Tensor, nn
 
@@ -49,14 +49,8 @@ Product = Callable[[Tensor], object]
 def read_bandwidth(repeats: int = 7) -> float:
     """Bytes per second that all threads together read: the best of some sums over 1 GB."""
     numbers = torch.ones(2**27, dtype=torch.int64)
-    best = min(_seconds(numbers.sum) for _ in range(repeats))
+    best = min(seconds_of(numbers.sum) for _ in range(repeats))
     return numbers.nbytes / best
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 # ---------------------------------------------------------------------------------------------------- linear layers
@@ -191,9 +185,9 @@ def _time(products: list[Product], weights: list[Tensor], rows: int) -> float:
             product(x)
 
     once()
-    times = [_seconds(once)]
+    times = [seconds_of(once)]
     while len(times) < 9 and sum(times) < 2:
-        times.append(_seconds(once))
+        times.append(seconds_of(once))
     return float(np.median(times))
 
 
@@ -238,7 +232,7 @@ def bench_encoder(options: argparse.Namespace) -> None:
         drift = {name: ((way(pixels) - exact).norm() / exact.norm()).item() for name, way in ways.items()}
         for _ in range(5):
             for name, way in ways.items():
-                seconds[name].append(_seconds(functools.partial(way, pixels)) * depth / TIMED_BLOCKS)
+                seconds[name].append(seconds_of(functools.partial(way, pixels)) * depth / TIMED_BLOCKS)
     for name, found in seconds.items():
         print(
             f"{name}: {np.median(found):.2f} s for {depth} blocks (least {min(found):.2f}); features of {TIMED_BLOCKS} "
@@ -279,7 +273,7 @@ def bench_system(options: argparse.Namespace) -> None:
             metadata = write_artifact(staging, model, processor, options.method)
             print(f"{options.method}: {metadata['bytes'] / 1e9:.2f} GB stored", flush=True)
 
-        print(f"written in {_seconds(lambda: write_folder(folder, fill)):.0f} s", flush=True)
+        print(f"written in {seconds_of(lambda: write_folder(folder, fill)):.0f} s", flush=True)
         child = [sys.executable, __file__, "ask", "--folder", str(folder)]
         for name in ("threads", "batch", "image_size", "context", "kv_cache_dtype"):
             child += [f"--{name.replace('_', '-')}", str(getattr(options, name))]

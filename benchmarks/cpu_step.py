@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from cpu_decode import LAYER_WEIGHTS, LAYERS, VOCABULARY, WIDTH
 from torch import Tensor, nn
 
 from tinygptv import TinyGPTVConfig, TinyGPTVForConditionalGeneration
@@ -35,7 +36,7 @@ from tinygptv.inference.runner import FlatRunner, Piece, Row
 from tinygptv.inference.sampling import SamplingParams
 from tinygptv.quantization.linear_cpu import Int4Linear, Int8Linear
 
-FULL_LAYERS, CONTEXT, SLOTS = 32, 1024, 4
+CONTEXT, SLOTS = 1024, 4
 PROMPT, PAST = 64, 100
 TOKENS = 6
 """Steps in a row that one timing of decoding covers, of each way."""
@@ -155,7 +156,7 @@ def llama_job(executable: str, kind: str, threads: int, folder: str) -> Callable
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", nargs="+", type=int, default=[8], choices=(8, 4))
-    parser.add_argument("--layers", type=int, default=FULL_LAYERS, help="fewer are scaled to Phi-2's 32")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="fewer are scaled to Phi-2's 32")
     parser.add_argument("--group", type=int, default=64, help="4 bits: weights that share a scale")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--turns", type=int, default=9)
@@ -164,8 +165,8 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=["Q8_0", "Q4_0"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    head = 51200 * 2560 / (12 * 2560**2)  # in layers
-    scale = (FULL_LAYERS + head) / (options.layers + head)
+    head = VOCABULARY * WIDTH / LAYER_WEIGHTS  # in layers
+    scale = (LAYERS + head) / (options.layers + head)
     jobs: dict[str, dict[str, Callable[[], object]]] = {}
     for bits in options.bits:
         way = f"{bits} bits"

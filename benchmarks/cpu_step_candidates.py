@@ -31,8 +31,8 @@ from unittest import mock
 import numpy as np
 import psutil
 import torch
-from cpu_decode import ALL_WEIGHTS, LAYER_WEIGHTS, VOCABULARY, WIDTH, read_bandwidth
-from cpu_step import FULL_LAYERS, PAST, PROMPT, TOKENS, build_model, build_runner
+from cpu_decode import ALL_WEIGHTS, LAYER_WEIGHTS, LAYERS, VOCABULARY, WIDTH, read_bandwidth
+from cpu_step import PAST, PROMPT, TOKENS, build_model, build_runner
 from cpu_step_onnx import OnnxStep
 from cpu_step_openvino import OpenvinoStep
 from torch import Tensor
@@ -188,7 +188,7 @@ def _prompt(step: Step, tokens: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], help="candidates whose names have one of these in them")
-    parser.add_argument("--layers", type=int, default=FULL_LAYERS, help="fewer are scaled to Phi-2's 32")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="fewer are scaled to Phi-2's 32")
     parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: 2 narrow layers, in seconds")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--turns", type=int, default=9)

@@ -9,7 +9,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -33,6 +33,13 @@ class LoadWatch(threading.Thread):
 
     def __str__(self) -> str:
         return f"Load average while it ran: median {statistics.median(self.samples):.1f}, most {max(self.samples):.1f}."
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Time of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def peak_memory() -> int:

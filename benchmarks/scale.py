@@ -9,12 +9,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from note import LoadWatch, machine, peak_memory
+from note import LoadWatch, machine, peak_memory, seconds_of
 
 from pipelines.data.ingest.deduplicate import first_occurrences
 from pipelines.data.ingest.inputs import SetInputs
@@ -29,18 +27,11 @@ STEPS = 200
 STATISTICS = {"words": {"mean": 9.1, "most": 64}, "sides": {"mean": 353.0, "most": 448}}
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Time of one call."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def step_ms(shards: int, rows: int) -> tuple[float, float]:
     """Milliseconds of the first step, which lays out an epoch, and the median of those after it."""
     mixture = Mixture((MixtureSource("laion", 1.0, 64, (rows,) * shards),), seed=0)
-    first = seconds(lambda: mixture.step(10_000))
-    later = [seconds(lambda k=k: mixture.step(k)) for k in range(10_001, 10_001 + STEPS)]
+    first = seconds_of(lambda: mixture.step(10_000))
+    later = [seconds_of(lambda k=k: mixture.step(k)) for k in range(10_001, 10_001 + STEPS)]
     return 1e3 * first, 1e3 * statistics.median(later)
 
 
@@ -55,9 +46,9 @@ def plan_seconds(folder: Path, tars: int) -> tuple[float, float]:
         source, given = locate(settings)
         units.extend(source.reader.plan(given))
 
-    planning = seconds(plan)
+    planning = seconds_of(plan)
     assert len(units) == tars
-    return planning, seconds(lambda: SetInputs.of(locate(settings)[1], units, settings))
+    return planning, seconds_of(lambda: SetInputs.of(locate(settings)[1], units, settings))
 
 
 def main() -> None:
@@ -79,8 +70,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Manifest("laion", infos).to_json()
         Path(folder, MANIFEST).write_bytes(data)
-        reading = seconds(lambda: Manifest.read(folder))
-        opening = seconds(lambda: ShardSet(folder, Manifest("laion", infos)))
+        reading = seconds_of(lambda: Manifest.read(folder))
+        opening = seconds_of(lambda: ShardSet(folder, Manifest("laion", infos)))
     lines.append(
         f"manifest of {options.shards:,} shards, {len(data) / 1e6:.0f} MB | read {reading:.2f} s, set {opening:.2f} s"
     )
@@ -89,7 +80,7 @@ def main() -> None:
     lines.append(f"ingest of {options.shards:,} tars | units {planning:.2f} s, compared with before {comparing:.2f} s")
     hashes = np.random.default_rng(0).integers(0, 2**63, size=(options.hashes, 2), dtype=np.uint64)
     before = peak_memory()
-    spent = seconds(lambda: first_occurrences(hashes))
+    spent = seconds_of(lambda: first_occurrences(hashes))
     more = (peak_memory() - before) / options.hashes
     lines.append(f"duplicates among {options.hashes:,} rows | {spent:.1f} s, {more:.0f} bytes more per row at the peak")
     print(machine(), load, *lines, sep="\n")

@@ -27,7 +27,13 @@ from tinygptv.data.processing import load_tokenizer
 from tinygptv.data.prompts import TEMPLATES
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_ROLES = ("vision", "qformer", "language", "projection", "checkpoint")
+_ROLES = {
+    "vision": "eva_vit_g.pth",
+    "qformer": "BLIP-2's file: Q-Former, query tokens, ln_vision",
+    "language": "Phi-2, a folder or file in any of its four layouts",
+    "projection": "MiniGPT-4's projection, for a start at stage 1",
+    "checkpoint": "a stage file of the release",
+}
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m tinygptv.convert") -> int:
@@ -49,17 +55,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     release = commands.add_parser("release", help="files in the original layouts -> checkpoint folder")
-    for role, text in zip(
-        _ROLES,
-        (
-            "eva_vit_g.pth",
-            "BLIP-2's file: Q-Former, query tokens, ln_vision",
-            "Phi-2, a folder or file in any of its four layouts",
-            "MiniGPT-4's projection, for a start at stage 1",
-            "a stage file of the release",
-        ),
-        strict=True,
-    ):
+    for role, text in _ROLES.items():
         release.add_argument(f"--{role}", help=text)
     release.add_argument("--tokenizer", help="tokenizer folder [the language folder]")
     release.add_argument("--image-size", type=int, help="side of the input in pixels [that of the position embedding]")

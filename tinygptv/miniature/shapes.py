@@ -26,19 +26,8 @@ def _base_outline(shape: str) -> np.ndarray:
     if shape == "cross":
         a, b = 1.0, 0.38
         corners = [
-            (-b, -a),
-            (b, -a),
-            (b, -b),
-            (a, -b),
-            (a, b),
-            (b, b),
-            (b, a),
-            (-b, a),
-            (-b, b),
-            (-a, b),
-            (-a, -b),
-            (-b, -b),
-        ]
+            (-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b),
+        ]  # fmt: skip
         return np.array(corners)
     x = 16 * np.sin(turn) ** 3
     y = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)

@@ -52,12 +52,8 @@ def fused_layer(
         The next residual stream [1, S, D].
     """
     parts, attention = cast(Any, layer), cast(Any, layer).self_attn
-    q_norm, k_norm, norm, rms_norm = (
-        attention.q_layernorm,
-        attention.k_layernorm,
-        parts.input_layernorm,
-        parts.attention_rmsnorm,
-    )
+    q_norm, k_norm = attention.q_layernorm, attention.k_layernorm
+    norm, rms_norm = parts.input_layernorm, parts.attention_rmsnorm
     residual, for_attention, for_mlp, *dropped = NormAndDrop.apply(
         hidden_states,
         norm.weight,
