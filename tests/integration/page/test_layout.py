@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.page import GROUNDED, Server, ask, new_context, open_page, upload, wait_for_answer
+from tests.page import GROUNDED, Server, ask, expect, new_context, open_page, upload, wait_for_answer
 
 
 def test_the_dot_follows_the_server(browser):
@@ -68,6 +68,16 @@ def test_a_phone_shows_everything_without_scrolling_sideways(browser, server):
         for selector in ("#new-chat", "#theme", "#send", "#remove-image"):
             box = page.locator(selector).bounding_box()
             assert box["x"] >= 0 and box["x"] + box["width"] <= 360, selector
+
+
+def test_the_temperature_that_is_shown_is_the_one_that_is_used(page, server):
+    """A browser that goes back to the page fills its fields in again, but not what the page wrote beside them."""
+    page.click("summary")
+    page.fill("#temperature", "0.7")
+    expect(page.locator("#temperature-value")).to_have_text("0.7")
+    page.click("footer a")
+    page.go_back()
+    expect(page.locator("#temperature-value")).to_have_text(page.input_value("#temperature"))
 
 
 def test_the_api_page_shows_the_schema(browser, server):
