@@ -177,7 +177,7 @@ def _own_image(fields: Mapping[str, Any]) -> str | bytes | None:
         Malformed: there are several, or it is neither.
     """
     for name in _IMAGE_FIELDS:
-        if (image := _one_image(_flat(fields.get(name)), name)) is not None:
+        if (given := fields.get(name)) is not None and (image := _one_image(_flat(given), name)) is not None:
             return image
     return None
 
