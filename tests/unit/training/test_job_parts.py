@@ -34,6 +34,7 @@ from pipelines.training.ray_entry import WORKER_RESULT
 from pipelines.training.record import WORKER_FILES
 from pipelines.training.result import RESULT_FILE
 from pipelines.training.run import LOSS_PLOT
+from pipelines.training.worker_failures import FAILURES_FILE
 from tinygptv.miniature.tiny import tiny_config
 from tinygptv.training.stages import get_stage
 
@@ -52,7 +53,16 @@ def test_a_job_names_itself_and_knows_whether_it_evaluates(changes, evaluates):
 
 def test_files_of_the_workers_and_of_the_driver_are_results():
     assert DRIVER_FILES == (RUN_FILE, RESULT_FILE, JOURNAL_FILE)
-    others = ("checkpoint", "states", "config.yaml", "ray_train", LOSS_PLOT, PROGRESS_FILE, WORKER_RESULT)
+    others = (
+        "checkpoint",
+        "states",
+        "config.yaml",
+        "ray_train",
+        LOSS_PLOT,
+        PROGRESS_FILE,
+        WORKER_RESULT,
+        FAILURES_FILE,
+    )
     assert set(RESULTS) == {*WORKER_FILES, *DRIVER_FILES, *others} and len(set(RESULTS)) == len(RESULTS)
 
 
