@@ -81,6 +81,8 @@ class Client:
     """Requests against the application, without a socket."""
 
     run = staticmethod(asyncio.run)
+    prefix = ""
+    """Ray Serve's ``route_prefix``."""
 
     def __init__(self, backend=None, **settings):
         self.backend = backend or FakeBackend()
@@ -88,7 +90,7 @@ class Client:
         self.app = build_api(ServeSettings(**settings), self.backend, self.metrics, decoders=decoders())
 
     def open(self, address=("127.0.0.1", 123)):
-        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False, client=address)
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False, client=address, root_path=self.prefix)
         return httpx.AsyncClient(transport=transport, base_url="http://server")
 
     def request(self, method, path, **options):

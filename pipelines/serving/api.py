@@ -141,7 +141,7 @@ def build_api(
 
     def operator_page(request: Request) -> None:
         """Pages for operators: behind the key, unless the settings open them."""
-        if request.url.path not in settings.open_paths:
+        if _path_of(request.scope) not in settings.open_paths:
             clients.identify_browser(request)
 
     @app.get(
@@ -208,10 +208,16 @@ class SlashesAsOne:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http":
-            names = [name for name in scope["path"].split("/") if name]
+            names = [name for name in _path_of(scope).split("/") if name]
             if names[:1] == ["v1"]:
-                scope = {**scope, "path": "/" + "/".join(names)}
+                scope = {**scope, "path": scope.get("root_path", "") + "/" + "/".join(names)}
         await self.app(scope, receive, send)
+
+
+def _path_of(scope: Scope) -> str:
+    """The path below the application's own, Ray Serve's ``route_prefix``."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 async def _within(seconds: float, result: Awaitable[T], source: str, default: T) -> T:
@@ -227,10 +233,10 @@ async def _within(seconds: float, result: Awaitable[T], source: str, default: T)
 def _add_errors(app: FastAPI, service: ChatService) -> None:
     @app.exception_handler(ProtocolError)
     async def protocol_error(request: Request, error: ProtocolError) -> Response:
-        if request.url.path == CHAT:
+        if _path_of(request.scope) == CHAT:
             service.metrics.requests.labels(error.status).inc()
         headers = error.headers()
-        if error.status == 401 and not request.url.path.startswith("/v1"):
+        if error.status == 401 and not _path_of(request.scope).startswith("/v1"):
             headers["WWW-Authenticate"] = 'Basic realm="API key as password"'
         return JSONResponse(error.body(), error.status, headers)
 

@@ -196,6 +196,20 @@ def test_unknown_paths_and_methods_are_told_as_they_were_asked():
     assert response.headers["allow"] == "GET"
 
 
+def test_two_models_of_one_cluster_have_a_prefix_each():
+    """Everything that looks at the path looks at what is below the prefix."""
+    client = Client(api_keys=["key"], open_paths=["/metrics"])
+    client.prefix = "/one"
+    key = {"Authorization": "Bearer key"}
+    for path in ("/v1/models", "/v1//models", "/v1/models/"):
+        assert client.request("GET", f"/one{path}", headers=key).json()["object"] == "list"
+    assert client.request("POST", f"/one{CHAT}/", headers=key, json=ask(words("hi"))).status_code == 200
+    assert client.request("POST", f"/one{CHAT}", headers=key, json={}).status_code == 400
+    assert client.metrics.registry.get_sample_value("tinygptv_requests_total", {"status": "400"}) == 1
+    assert client.request("GET", "/one/metrics").status_code == 200
+    assert client.request("GET", "/one/v1/models").headers["www-authenticate"] == "Bearer", "no dialog of a browser"
+
+
 @pytest.mark.parametrize("prefix", ["/v1", "//v1", "/v1/"])
 def test_a_slash_too_many_in_a_base_url_is_none(prefix):
     client = Client(model_name="org/name", api_keys=["key"])
