@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -26,8 +27,11 @@ _hung: dict[str, tuple[float, str]] = {}
 def open_client(uri: str) -> MlflowClient:
     """A client of a tracking server or database; a file of SQLite is made where it is missing.
 
-    MLflow would ask a database that it cannot open nine times more, which takes 100 s: the outbox does that, meanwhile.
+    Each call is one quick try: MLflow itself would ask a server that is away for minutes, and a database that it cannot
+    open nine times more, which takes 100 s. The outbox does that, meanwhile.
     """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     from mlflow import MlflowClient
     from mlflow.store.db import utils
 

@@ -73,9 +73,6 @@ class MLflowTracker:
             journal: folder that keeps what could not be sent.
             started: when the work of a new run began, in seconds since the epoch; None is now.
         """
-        # One quick try per call: the outbox waits and retries.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         if redact(uri) != uri:  # MLflow would print the URI with each run that ends
             os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"

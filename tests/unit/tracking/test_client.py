@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,16 @@ def test_a_database_that_cannot_be_opened_is_asked_once(tmp_path, monkeypatch):
     with pytest.raises(Exception, match="unable to open database file"):
         module.open_client("http://127.0.0.1:9")
         utils.create_sqlalchemy_engine_with_retry(f"sqlite:///{tmp_path}")
+
+
+def test_mlflow_tries_once_unless_the_environment_says_otherwise(monkeypatch, opened):
+    """The model registry, too: the default is minutes for a server that is away."""
+    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    for name in wanted:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "99")
+    module.open_client("http://127.0.0.1:9")
+    assert {name: os.environ[name] for name in wanted} == {**wanted, "MLFLOW_HTTP_REQUEST_TIMEOUT": "99"}
 
 
 @pytest.mark.parametrize("folder", [".", "new/folder"])

@@ -180,17 +180,13 @@ def test_experiments_that_were_deleted_are_passed_over_until_there_are_too_many(
         tracker._find_experiment(store)
 
 
-def test_mlflow_tries_once_unless_the_environment_says_otherwise(store, monkeypatch):
-    wanted = {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    }
-    for name in wanted:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "99")
+@pytest.mark.parametrize(("given", "used"), [(None, "false"), ("true", "true")])
+def test_mlflow_draws_no_bars_unless_the_environment_says_otherwise(store, monkeypatch, given, used):
+    monkeypatch.delenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", raising=False)
+    if given:
+        monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", given)
     open_tracker(Settings(tracking_uri="one"), "x").close()
-    assert {name: os.environ[name] for name in wanted} == {**wanted, "MLFLOW_HTTP_REQUEST_TIMEOUT": "99"}
+    assert os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] == used
 
 
 def test_a_server_that_does_not_answer_is_told_without_its_password(monkeypatch, caplog):
