@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -195,3 +197,19 @@ def test_a_hash_is_of_the_whole_file_and_its_folder_is_closed(tmp_path):
     before = len(list(Path("/proc/self/fd").iterdir()))
     folders._sync(tmp_path)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.ENOSYS, True), (errno.EIO, False)])
+def test_a_file_system_that_cannot_write_out_a_folder_is_no_fault(tmp_path, monkeypatch, number, passes):
+    fsync = os.fsync
+
+    def of_files(descriptor):
+        if Path(f"/proc/self/fd/{descriptor}").resolve().is_dir():
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(folders.os, "fsync", of_files)
+    (tmp_path / "a").write_bytes(b"abc")
+    with contextlib.nullcontext() if passes else pytest.raises(OSError, match="Input/output"):
+        folders.write_manifest(tmp_path)
+    folders.verify_folder(tmp_path)
