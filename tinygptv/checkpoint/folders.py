@@ -298,7 +298,7 @@ def hash_file(path: Path) -> str:
 
 
 _NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP)
-"""Answers of file systems (some of FUSE, SMB) that cannot write out a folder; its files are written out all the same."""
+"""Answers of file systems (some of FUSE, SMB) that cannot write out a folder; its files are written out as ever."""
 
 
 def _sync(folder: Path) -> None:
