@@ -41,8 +41,7 @@ from tinygptv.json_object import JsonObject
 logger = logging.getLogger(__name__)
 
 ANSWERS, RESULT = "answers.jsonl", "result.json"
-_PUBLISH_S = 30.0
-"""How often the answers so far go to an output in a bucket."""
+_PUBLISH_S = 30.0  # how often the answers so far go to an output in a bucket
 TRIES = 5
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 CHANGES_ANSWERS = ("context_length", "default_task", "kv_cache_dtype", "max_tokens", "temperature")
