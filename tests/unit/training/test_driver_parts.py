@@ -12,7 +12,6 @@ import torch
 from pipelines import storage
 from pipelines.settings import SettingsError
 from pipelines.training import run as module
-from pipelines.training.guard import TrainingStopped
 from pipelines.training.record import WORKER_FILES
 from pipelines.training.result import WorkerResult, print_result
 from tests.unit.training.test_driver import job_of
@@ -48,27 +47,6 @@ def test_what_workers_could_not_send_moves_behind_what_the_driver_could_not(tmp_
     assert not storage.exists(f"{shared}/unsent.jsonl")
     module._collect(job, work)
     assert (work.path / "unsent.jsonl").read_bytes() == b"driver\nworker\n"
-
-
-def test_the_mistake_behind_a_workers_death_is_told():
-    class GroupError(Exception):
-        def __init__(self, failures):
-            self.worker_failures = failures
-
-    def caused(by, cause):
-        by.__cause__ = cause
-        return by
-
-    wrapped = RuntimeError("task failed")
-    wrapped._base_exc = ValueError("a wrong setting")
-    for failures, told in (
-        ({0: RuntimeError("killed"), 1: caused(RuntimeError("x"), ValueError("why"))}, "why"),
-        ({0: wrapped, 1: ValueError("second")}, "a wrong setting"),
-    ):
-        found = module._cause(GroupError(failures))
-        assert isinstance(found, TrainingStopped) and str(found) == told
-    unknown = GroupError({0: RuntimeError("killed")})
-    assert module._cause(unknown) is unknown
 
 
 def test_a_call_in_a_thread_is_waited_for_and_its_error_raised_here():

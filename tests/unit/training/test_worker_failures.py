@@ -9,7 +9,8 @@ from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from pipelines import storage
-from pipelines.training.worker_failures import FAILURES_FILE, WorkerFailures, told_failures
+from pipelines.training.guard import TrainingStopped
+from pipelines.training.worker_failures import FAILURES_FILE, WorkerFailures, cause_of, told_failures
 
 LOST = WorkerHealthCheckFailedError("A worker health check failed.", RayActorError())
 BROKEN = RuntimeError("CUDA out of memory\nat http://me:secret@host/x")
@@ -49,3 +50,40 @@ def test_a_full_disk_does_not_hide_the_failure(tmp_path, monkeypatch):
 
     monkeypatch.setattr(storage, "write_atomically", full)
     WorkerFailures(str(tmp_path)).after_exception(None, {0: BROKEN})
+
+
+class RunError(Exception):
+    """As Ray Train raises it: with its workers' failures, or its controller's."""
+
+    def __init__(self, **failures):
+        super().__init__("training failed")
+        vars(self).update(failures)
+
+
+def _caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+WRAPPED = RuntimeError("task failed")
+WRAPPED._base_exc = ValueError("a wrong setting")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RunError(worker_failures={0: BROKEN, 1: _caused(RuntimeError("x"), ValueError("why"))}), "why"),
+        (RunError(worker_failures={0: WRAPPED, 1: ValueError("second")}), "a wrong setting"),
+        (RunError(controller_failure=_caused(RuntimeError("x"), ValueError("ended"))), "ended"),
+        (RayActorError(), "the process that leads the training was lost, perhaps with its node (The actor "),
+    ],
+)
+def test_why_a_run_ended_is_one_sentence(error, told):
+    found = cause_of(error)
+    assert isinstance(found, TrainingStopped) and str(found).startswith(told)
+
+
+@pytest.mark.parametrize("failures", [{"worker_failures": {0: BROKEN}}, {"controller_failure": BROKEN}, {}])
+def test_an_end_without_a_known_cause_stays_rays_own_error(failures):
+    error = RunError(**failures)
+    assert cause_of(error) is error
