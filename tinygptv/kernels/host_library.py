@@ -79,11 +79,16 @@ def _load() -> ctypes.CDLL | None:
     processor = processor_options()
     if not processor or os.environ.get(SWITCH, "").lower() == "off":
         return None
+    path = None
     try:
-        return _declare(ctypes.CDLL(str(compiled_library(processor))))
+        path = compiled_library(processor)
+        return _declare(ctypes.CDLL(str(path)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning("low-bit products on this CPU use torch's kernels, which are slower: %s", error)
         return None
+    finally:
+        if path and path.parent != CACHE_DIR.expanduser():
+            shutil.rmtree(path.parent, ignore_errors=True)  # of this process alone; what is loaded stays
 
 
 def processor_options() -> tuple[str, ...]:
@@ -125,7 +130,7 @@ def compiled_library(processor: tuple[str, ...]) -> Path:
         _compile(compiler, [*OPTIONS, *processor], work / name)
         (work / name).replace(folder / name)  # processes that start together see all of it or nothing
     finally:
-        if work != folder:
+        if work != folder or not (work / name).is_file():
             shutil.rmtree(work, ignore_errors=True)
     return folder / name
 

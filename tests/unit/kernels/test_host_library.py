@@ -10,6 +10,7 @@ import re
 import shlex
 import stat
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +72,25 @@ def test_where_the_cache_cannot_be_written_the_library_is_the_processs_own(comma
     assert len(caplog.messages) == 2 and caplog.messages[0].startswith(
         f"compiled kernels cannot be kept in {tmp_path}/cache ("
     )
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_a_library_of_one_process_is_removed_once_it_is_loaded(commands, tmp_path, monkeypatch, loads):
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(host_library, "processor_options", lambda: ("-mavx2",))
+
+    def load(path):
+        assert Path(path).is_file()
+        if not loads:
+            raise OSError("failed to map segment from shared object")
+        return SimpleNamespace()
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert (host_library._load.__wrapped__() is not None) == loads
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "no"))
+    assert host_library._load.__wrapped__() is None
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_compilers_are_looked_for_by_name(monkeypatch):
