@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 from pipelines.data.sources.base import Changes, Filtered, Malformed, shorten
+from pipelines.data.sources.drafts import tidy_turn
 from pipelines.settings import PrepareDataSettings
 from tinygptv.data.boxes import Box, box_fault
 from tinygptv.data.prompts import INSTRUCTIONS, TEMPLATES, escape_markers
@@ -60,17 +61,17 @@ def check_row(row: SampleRow, *, web: bool, settings: PrepareDataSettings, chang
 
 
 def _check_turn(row: SampleRow, turn: Turn, changes: set[str]) -> Turn:
-    question = escape_markers(turn.question.replace("\r\n", "\n"))
+    tidied = tidy_turn(turn)
+    question = escape_markers(tidied.question)
     if row.image is None and not question.strip():
         raise Malformed("a question is empty, and there is no image to ask about")
-    kept = [answer for answer in turn.answers if answer.strip()]
-    if not kept:
+    if not tidied.answers:
         raise Malformed("an answer is empty")
-    if len(kept) < len(turn.answers):
+    if len(tidied.answers) < len(turn.answers):
         changes.add("empty_answer_dropped")
     answers = []
-    for answer in kept:
-        plain = escape_markers(answer.replace("\r\n", "\n"))
+    for answer in tidied.answers:
+        plain = escape_markers(answer)
         harmless = _escape_end_symbols(row.task, plain)
         if harmless != plain:
             changes.add("end_symbol_escaped")

@@ -42,6 +42,12 @@ Describe = Callable[[Any, str], Iterator[Draft]]
 """An entry and its key (its number in a list) -> drafts. May raise whatever reading a wrong entry raises."""
 
 
+def tidy_turn(turn: Turn) -> Turn:
+    """A turn as it is trained on and scored: line breaks of Windows are plain ones, empty answers are none."""
+    answers = (answer.replace("\r\n", "\n") for answer in turn.answers if answer.strip())
+    return Turn(turn.question.replace("\r\n", "\n"), tuple(answers))
+
+
 def read_drafts(
     unit: SourceUnit,
     key: str,

@@ -18,7 +18,7 @@ from PIL import Image
 from pipelines import storage
 from pipelines.data.sources.base import Malformed, Rejected, SourceInput
 from pipelines.data.sources.delimited import DELIMITED, read_delimited
-from pipelines.data.sources.drafts import Draft
+from pipelines.data.sources.drafts import Draft, tidy_turn
 from pipelines.data.sources.images import image_path, unicode_forms
 from pipelines.data.sources.json_entries import plain_name, read_entries
 from pipelines.data.sources.own import JsonRowsReader
@@ -31,7 +31,6 @@ from tinygptv.data.boxes import box_fault, format_box
 from tinygptv.data.image_orientation import read_orientation
 from tinygptv.data.prompt_layout import Exchange
 from tinygptv.data.prompts import EVALUATION_INSTRUCTIONS, INSTRUCTIONS
-from tinygptv.data.sample import Turn
 from tinygptv.metrics.metrics import exact_match, vqa_accuracy
 from tinygptv.metrics.vqa_text import normalise_answer
 
@@ -113,7 +112,7 @@ def _questions(path: Path, key: str, fields: Any, folder: Path) -> Iterator[Ques
     if isinstance(draft.image, bytes) or (draft.image or "")[:5].lower() == "data:":
         raise SettingsError(f"{where}: the image is in the row; name a file.")
     image = _find(folder, image_path(draft.image)) if draft.image else None
-    turns = tuple(_as_trained(turn) for turn in draft.turns)
+    turns = tuple(tidy_turn(turn) for turn in draft.turns)
     if not all(turn.answers for turn in turns):
         raise SettingsError(f"{where}: a question has no answer.")
     draft = replace(draft, turns=turns)
@@ -123,12 +122,6 @@ def _questions(path: Path, key: str, fields: Any, folder: Path) -> Iterator[Ques
         name = f"{key}/{number}" if number else key
         yield Question(name, instruction, image, truth, kind=draft.task, history=tuple(history))
         history.append(Exchange(instruction, turn.answers[0]))
-
-
-def _as_trained(turn: Turn) -> Turn:
-    """A turn without empty answers, with line breaks as ingest keeps them."""
-    answers = (answer.replace("\r\n", "\n") for answer in turn.answers if answer.strip())
-    return Turn(turn.question.replace("\r\n", "\n"), tuple(answers))
 
 
 def _find(folder: Path, name: str) -> Path:
