@@ -52,9 +52,10 @@ class ChatJob:
 
     @property
     def conversation(self) -> str:
-        """Session key of a conversation: its first image, or its first words."""
+        """Session key of a conversation: its first image, or the user's first words."""
         numbers = [image.number for message in self.messages for image in message.images]
-        return str(numbers[0] if numbers else image_number(self.messages[0].text.encode()))
+        words = next((m.text for m in self.messages if m.role == "user" and m.text), "")
+        return str(numbers[0] if numbers else image_number(words.encode()))
 
 
 @dataclass(frozen=True)

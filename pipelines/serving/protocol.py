@@ -1,7 +1,7 @@
 """OpenAI's chat completions as types: requests, with this model's few extensions.
 
 Extensions are additional fields, which OpenAI's clients pass through: ``task``, ``box``, ``top_k``,
-``min_p``, ``repetition_penalty`` and ``ignore_eos`` (answers: ``boxes``, see ``answers``).
+``min_p``, ``repetition_penalty``, ``ignore_eos`` and ``continue_final_message`` (answers: ``boxes``, see ``answers``).
 """
 
 from __future__ import annotations
@@ -49,8 +49,6 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "bad_words": ([],),
     "allowed_token_ids": ([],),
     "echo": (False,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "chat_template": (),
     "prompt_logprobs": (),
     "guided_json": (),
@@ -184,6 +182,10 @@ class ChatRequest(BaseModel):
     repeat_penalty: float | None = Field(None, gt=0, le=10, description="llama.cpp's name of repetition_penalty")
     ignore_eos: bool | None = Field(
         None, description="extension: write max_tokens tokens, past the end; for benchmarks"
+    )
+
+    continue_final_message: bool | None = Field(
+        None, description="extension: continue the last message, the assistant's; else another answer follows it"
     )
 
     @model_validator(mode="after")

@@ -23,7 +23,8 @@ class Turns:
     """A request's messages, regrouped.
 
     Attributes:
-        turns: user and assistant in turn; each image is its index in ``images``.
+        turns: user and assistant in turn, the assistant last where its answer is to be continued; each image is its
+            index in ``images``.
         images: in order.
     """
 
@@ -32,7 +33,7 @@ class Turns:
 
     def with_default_task(self, request: ChatRequest, default: TaskName | Literal[""]) -> ChatRequest:
         """The request, worded as the server's task where it is about an image and names no task."""
-        text = self.turns[-1].text
+        text = [turn.text for turn in self.turns if turn.role == "user"][-1]
         is_wordless = not text and default not in ("caption", "grounding")
         if not default or request.task is not None or not self.images or is_wordless or task_of(text) is not None:
             return request
@@ -54,12 +55,13 @@ class Turns:
         messages = [ChatMessage(turn.role, turn.text, tuple(images[i] for i in turn.images)) for turn in self.turns]
         if request.box is not None and request.task != "identify":
             raise ProtocolError(400, "a box goes with task 'identify'.", param="box")
-        text = messages[-1].text
+        at = len(messages) - 1 - (messages[-1].role == "assistant")
+        text = messages[at].text
         if request.task is not None:
             text = _instruction(request, text, images)
         if task_of(text) is None:
             return tuple(messages)
-        return (ChatMessage("user", text, messages[-1].images or tuple(images[-1:])),)
+        return (ChatMessage("user", text, messages[at].images or tuple(images[-1:])), *messages[at + 1 :])
 
 
 def _instruction(request: ChatRequest, text: str, images: Sequence[ChatImage]) -> str:
@@ -76,8 +78,11 @@ def _instruction(request: ChatRequest, text: str, images: Sequence[ChatImage]) -
 def read_turns(request: ChatRequest) -> Turns:
     """Regroup (``conversation.join_messages``).
 
+    After a last message of the assistant another one is asked for by an empty question, as OpenAI and vLLM do, unless
+    the request continues it; an empty one stands for the answer to be written.
+
     Raises:
-        ProtocolError: 400: the conversation does not end with a question, or starts with an answer.
+        ProtocolError: 400: the last message is empty, or is not the one to be continued.
     """
     messages: list[ChatMessage[int]] = []
     images: list[ImageReference] = []
@@ -96,9 +101,14 @@ def read_turns(request: ChatRequest) -> Turns:
         turns = join_messages(messages)
     except ValueError as error:
         raise ProtocolError(400, str(error), param="messages") from None
-    if not turns or turns[-1].role != "user":
-        raise ProtocolError(400, "the last message must be a question of the user.", param="messages")
+    if request.continue_final_message and turns[-1].role != "assistant":
+        told = "the last message must be the assistant's, which is to be continued."
+        raise ProtocolError(400, told, param="continue_final_message")
+    if turns[-1].role == "assistant" and not turns[-1].text:
+        turns.pop()
     last = turns[-1]
     if request.task is None and not last.text and not last.images:
         raise ProtocolError(400, "the last message is empty.", param=f"messages.{len(request.messages) - 1}.content")
+    if last.role == "assistant" and not request.continue_final_message:
+        turns.append(ChatMessage("user", ""))
     return Turns(turns, images)

@@ -10,6 +10,7 @@ from functools import cache
 from tinygptv.data.prompts import IMAGE_PLACEHOLDER, Template
 
 _GROUP_MESSAGES = """
+{%- set NO_QUESTION = {'role': 'user', 'texts': [], 'images': 0} -%}
 {%- set chat = namespace(turns=[], system=[]) -%}
 {%- for message in messages -%}
   {%- set found = namespace(texts=[], images=0) -%}
@@ -37,12 +38,16 @@ _GROUP_MESSAGES = """
     {%- set last = chat.turns[-1] -%}
     {%- set joined = {'role': role, 'texts': last['texts'] + found.texts, 'images': last['images'] + found.images} -%}
     {%- set chat.turns = chat.turns[:-1] + [joined] -%}
-  {%- elif role == 'assistant' and not chat.turns -%}
-    {{- raise_exception('the conversation must start with the user.') -}}
   {%- else -%}
     {%- set chat.turns = chat.turns + [{'role': role, 'texts': found.texts, 'images': found.images}] -%}
   {%- endif -%}
 {%- endfor -%}
+{%- if messages and (not chat.turns or chat.turns[0]['role'] != 'user') -%}
+  {%- set chat.turns = [NO_QUESTION] + chat.turns -%}
+{%- endif -%}
+{%- if add_generation_prompt and chat.turns and chat.turns[-1]['role'] != 'user' -%}
+  {%- set chat.turns = chat.turns + [NO_QUESTION] -%}
+{%- endif -%}
 """
 
 _WRITE_TURNS = """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
@@ -85,10 +85,11 @@ def join_messages(messages: Sequence[ChatMessage[ImageT]]) -> list[ChatMessage[I
     """Regroup messages into what a model was trained on: user and assistant in turn.
 
     System (or developer) messages go before the first question, neighbouring messages of one role become one; their
-    texts are joined by line breaks, and empty ones are dropped.
+    texts are joined by line breaks, and empty ones are dropped. Where the user does not speak first, an empty question
+    stands there.
 
     Raises:
-        ValueError: a role is unknown, the assistant sends an image, or the conversation starts with the assistant.
+        ValueError: a role is unknown, or another one than the user sends an image.
     """
     system: list[str] = []
     turns: list[tuple[Role, list[str], list[ImageT]]] = []
@@ -104,8 +105,8 @@ def join_messages(messages: Sequence[ChatMessage[ImageT]]) -> list[ChatMessage[I
             turns.append((message.role, [], []))
         turns[-1][1].append(message.text)
         turns[-1][2].extend(message.images)
-    if turns and turns[0][0] != "user":
-        raise ValueError("the conversation must start with the user.")
+    if messages and (not turns or turns[0][0] != "user"):
+        turns.insert(0, ("user", [], []))
     if turns:
         turns[0][1][:0] = system
     return [ChatMessage(role, "\n".join(t for t in texts if t), tuple(images)) for role, texts, images in turns]
@@ -127,20 +128,20 @@ def conversation_exchanges(messages: Sequence[ChatMessage[Any]]) -> list[Exchang
 def encode_conversation(
     messages: Sequence[ChatMessage[ChatImage]], layout: PromptLayout
 ) -> tuple[np.ndarray, list[ChatImage]]:
-    """Lay out a conversation that waits for an answer.
+    """Lay out a conversation that waits for an answer, or for the rest of one.
 
     A ``caption`` checkpoint (stages 1 and 2) knows no questions: its prompt is BOS, the images and the words, if any,
     that the caption should begin with.
 
     Args:
-        messages: user and assistant in turn, user first and last.
+        messages: user and assistant in turn, user first; where the assistant is last, its answer is continued.
         layout: the checkpoint's (``processor.layout``).
 
     Returns:
         Ids [S] with ``image_token_id`` at image positions, and the images in order.
 
     Raises:
-        ValueError: the roles do not alternate from user to user, or a text is no Unicode.
+        ValueError: the roles do not alternate, or a text is no Unicode.
     """
     exchanges = conversation_exchanges(messages)
     for message in messages:
@@ -148,8 +149,7 @@ def encode_conversation(
             message.text.encode()
         except UnicodeEncodeError:
             raise ValueError("a message holds half of a surrogate pair, which is no character.") from None
-    if exchanges[-1].answer is not None:
-        raise ValueError("the last message is the assistant's: it must be a question of the user.")
+    exchanges[-1] = replace(exchanges[-1], is_complete=False)
     images = [image for message in messages for image in message.images]
     return np.array(layout.encode_prompt(exchanges), dtype=np.int64), images
 

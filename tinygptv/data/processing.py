@@ -222,8 +222,8 @@ class TinyGPTVProcessor(ProcessorMixin):
             chat_template: a Jinja template of one's own; the rest is then as in transformers.
             tokenize: give ids; False gives text with ``<ImageHere>`` for each image.
             return_dict: with ``tokenize``, give ``input_ids``, ``attention_mask`` and ``pixel_values``, not ids alone.
-            add_generation_prompt: the conversation must end with a question. (The prompt is the same without: the
-                words that call for an answer belong to the question's wrapping.)
+            add_generation_prompt: after an answer, ask for another one by an empty question. (After a question the
+                prompt is the same without: the words that call for an answer belong to the question's wrapping.)
             continue_final_message: leave the last answer open, for the model to continue.
             return_assistant_tokens_mask: with ``return_dict``, also give ``assistant_masks`` [B, S]: 1 on the tokens of
                 answers and their end symbols.
@@ -313,15 +313,15 @@ class TinyGPTVProcessor(ProcessorMixin):
 def _turns(
     messages: Sequence[ChatMessage[Any]], add_generation_prompt: bool, continue_final_message: bool
 ) -> list[Exchange]:
-    """Exchanges of one conversation, after checking that it ends as the caller says."""
+    """Exchanges of one conversation, which ends as the caller says."""
     exchanges = conversation_exchanges(messages)
     has_answer = exchanges[-1].answer is not None
-    if add_generation_prompt and has_answer:
-        raise ValueError("the last message is the assistant's: it must be a question of the user.")
-    if continue_final_message and not has_answer:
-        raise ValueError("continue_final_message needs a last message of the assistant.")
+    if continue_final_message and (add_generation_prompt or not has_answer):
+        raise ValueError("continue_final_message needs a last message of the assistant, without add_generation_prompt.")
     if continue_final_message:
         exchanges[-1] = replace(exchanges[-1], is_complete=False)
+    if add_generation_prompt and has_answer:
+        exchanges.append(Exchange(""))
     return exchanges
 
 

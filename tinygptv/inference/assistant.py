@@ -139,7 +139,7 @@ class Assistant:
         """Encode a conversation, off the event loop.
 
         Args:
-            messages: user and assistant in turn.
+            messages: user and assistant in turn; an answer at the end is continued.
             params: how to answer.
             salt: requests share encoded images and prompts only where this number is equal.
 
@@ -151,7 +151,8 @@ class Assistant:
         run = asyncio.get_running_loop().run_in_executor
         ids, images, pending = await run(self._tokenizing, self._encode, messages, salt)
         embeds = await asyncio.gather(*(asyncio.wrap_future(future) for future in pending))
-        return await run(self._tokenizing, self._build, ids, images, embeds, params, salt)
+        continues = messages[-1].role == "assistant"
+        return await run(self._tokenizing, self._build, ids, images, embeds, params, salt, continues)
 
     async def stream(self, request: Request, interval_s: float = 0.0) -> AsyncGenerator[Delta, None]:
         """Answer a prepared request (``EngineLoop.stream``)."""
@@ -165,7 +166,9 @@ class Assistant:
         """Answer a conversation, for code without asyncio; raises as ``prepare`` does."""
         ids, images, pending = self._tokenizing.submit(self._encode, messages).result()
         embeds = [future.result() for future in pending]
-        return self.loop.iterate(self._build(ids, images, embeds, params or SamplingParams()))
+        continues = messages[-1].role == "assistant"
+        request = self._build(ids, images, embeds, params or SamplingParams(), continues=continues)
+        return self.loop.iterate(request)
 
     def answer(self, messages: Sequence[ChatMessage[ChatImage]], params: SamplingParams | None = None) -> str:
         """The whole answer to a conversation.
@@ -207,6 +210,7 @@ class Assistant:
         embeds: Sequence[Tensor],
         params: SamplingParams,
         salt: int = 0,
+        continues: bool = False,
     ) -> Request:
         device = self.engine.device
         inputs_embeds = self.model.embed(
@@ -215,6 +219,6 @@ class Assistant:
         named = ids.copy()
         is_image = ids == self.processor.image_token_id
         named[is_image] = np.repeat([image.number for image in images], self.processor.num_query_tokens)
-        request = Request(named, inputs_embeds[0], params, salt)
+        request = Request(named, inputs_embeds[0], params, salt, continues)
         self.engine.check(request)
         return request

@@ -179,7 +179,9 @@ class Engine:
         sequence = _Sequence(
             id=next(self._ids),
             request=request,
-            stream=TextStream(self.token_bytes, params.stop if params.ignore_end else (*self.stop, *params.stop)),
+            stream=TextStream(
+                self.token_bytes, params.stop if params.ignore_end else (*self.stop, *params.stop), request.continues
+            ),
             max_tokens=min(params.max_tokens, self.context_length - len(request.ids)),
         )
         self._by_id[sequence.id] = sequence

@@ -26,12 +26,14 @@ class Request:
         inputs_embeds: [S, D].
         params: how to answer.
         salt: requests reuse each other's prompts only where this number is equal.
+        continues: the prompt ends within an answer: white space at the start of its rest belongs to it.
     """
 
     ids: np.ndarray
     inputs_embeds: Tensor
     params: SamplingParams = field(default_factory=SamplingParams)
     salt: int = 0
+    continues: bool = False
 
 
 @dataclass

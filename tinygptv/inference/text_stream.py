@@ -47,7 +47,8 @@ class TokenBytes:
 class TextStream:
     """Text of one answer: push tokens, take what may be shown.
 
-    White space at both ends of the answer is left out, as ``TinyGPTVProcessor.decode_answer`` does.
+    White space at both ends of the answer is left out, as ``TinyGPTVProcessor.decode_answer`` does; where the text
+    continues another, only at its end.
 
     Attributes:
         text: everything that was given out so far.
@@ -56,9 +57,10 @@ class TextStream:
         num_kept: so many of them certainly stand before a stop string.
     """
 
-    def __init__(self, token_bytes: TokenBytes, stop: Sequence[str] = ()) -> None:
+    def __init__(self, token_bytes: TokenBytes, stop: Sequence[str] = (), continues: bool = False) -> None:
         self.token_bytes = token_bytes
         self.stop = tuple(stop)
+        self.continues = continues
         self.text = ""
         self.stopped = False
         self.num_characters = 0
@@ -77,7 +79,7 @@ class TextStream:
         free = self._release(self._decoder.decode(b"", final=True))
         if self.stopped:
             return free
-        rest = (self._held if self.text else self._held.lstrip()).rstrip()
+        rest = (self._held if self.text or self.continues else self._held.lstrip()).rstrip()
         self._held = ""
         self.text += rest
         return free + rest
@@ -96,7 +98,7 @@ class TextStream:
             end = len(held[:num_sure].rstrip())
             free, self._held = held[:end], held[end:]
         self.num_kept = num_released + num_sure
-        if not self.text:
+        if not self.text and not self.continues:
             free = free.lstrip()
         self.text += free
         return free

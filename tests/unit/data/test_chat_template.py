@@ -56,7 +56,19 @@ def test_neighbours_are_joined_and_the_system_goes_before_the_first_question():
         user("e"),
     ]
     assert rendered(talk) == "<b>!Q [<ImageHere>][<ImageHere>]s\nt\na\nb~ A c\nd##<b>Q e~ A "
-    assert rendered([{"role": "system", "content": "s"}]) == ""
+
+
+def test_an_empty_question_stands_before_a_greeting_and_asks_for_another_answer():
+    system = {"role": "system", "content": "s"}
+    assert rendered([assistant("hi"), user("a")]) == "<b>!Q  A hi##<b>Q a A "
+    assert rendered([system, assistant("hi")]) == "<b>!Q s A hi##" and rendered([system]) == "<b>!Q s A "
+    (text,), _ = render_jinja_template(
+        [[user("a", IMAGE), assistant("b")]],
+        chat_template=jinja_template(TEMPLATE),
+        add_generation_prompt=True,
+        **TOKENS,
+    )
+    assert text == "<b>!Q [<ImageHere>]a~ A b##<b>Q ~ A " and rendered([]) == ""
 
 
 def test_answers_and_their_end_symbols_are_what_trainers_mark_as_generated():
@@ -81,7 +93,6 @@ def test_marks_special_tokens_and_end_symbols_become_words():
             [{"role": "tool", "content": "x"}],
             "a message has the role tool; roles are system, developer, user, assistant.",
         ),
-        ([assistant("x")], "the conversation must start with the user."),
         *[
             ([user("x"), {"role": role, "content": [IMAGE]}], f"a message of the {role} holds an image; only the user")
             for role in ("system", "developer", "assistant")

@@ -263,7 +263,6 @@ def test_the_jinja_template_groups_messages_as_serving_does():
     ("messages", "reason"),
     [
         ([{"role": "tool", "content": "x"}], "role"),
-        ([{"role": "assistant", "content": "x"}], "start with the user"),
         ([{"role": "user", "content": [{"type": "video"}]}], "part"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "image"}]}], "holds an image"),
     ],
@@ -286,8 +285,29 @@ def test_assistant_tokens_and_open_answers():
     assert processor.tokenizer.decode(answer) == "good day###"
     text = processor.apply_chat_template(conversation, continue_final_message=True)
     assert text.endswith("###Assistant: good day")
-    with pytest.raises(ValueError, match="must be a question"):
-        processor.apply_chat_template(conversation, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("says_more", [True, False])
+def test_a_conversation_that_the_assistant_begins_and_ends_has_one_layout(template, says_more):
+    processor = processor_of(template)
+    conversation = [
+        {"role": "assistant", "content": "hi"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+    turns = [Exchange("", "hi"), Exchange("a", "b", is_complete=not says_more), *([] if says_more else [Exchange("")])]
+    wanted = processor.layout().encode_prompt(turns)
+    fields = {"continue_final_message": True} if says_more else {}
+    request = ChatRequest.model_validate({"model": "m", "messages": conversation, **fields})
+    served, _ = encode_conversation(read_turns(request).messages([], request), processor.layout())
+    end = {"continue_final_message": says_more, "add_generation_prompt": not says_more}
+    assert served.tolist() == wanted
+    assert processor.apply_chat_template(conversation, tokenize=True, **end)[0].tolist() == wanted
+    (text,), _ = render_jinja_template(
+        [conversation], chat_template=processor.chat_template, **processor.tokenizer.special_tokens_map, **end
+    )
+    assert text == processor.apply_chat_template(conversation, **end) == processor.layout().render(turns)
 
 
 def test_joined_messages_are_what_serving_reads():

@@ -45,6 +45,14 @@ def test_answer_equals_generate(assistant):
     assert wanted
 
 
+@pytest.mark.parametrize("said", ["yes, a", None])
+def test_space_before_the_rest_of_an_answer_is_kept(assistant, monkeypatch, said):
+    messages = [ChatMessage("user", "what is it?"), *([ChatMessage("assistant", said)] if said else [])]
+    monkeypatch.setattr(assistant.loop, "iterate", lambda request: request)
+    requests = [assistant.iterate(messages), asyncio.run(assistant.prepare(messages, SamplingParams()))]
+    assert [request.continues for request in requests] == [said is not None] * 2
+
+
 def test_turns_reuse_image_and_history(assistant):
     image = assistant.open(make_image(5))
     before = dataclasses.replace(assistant.loop.stats), assistant.images.num_encoded

@@ -186,6 +186,15 @@ def test_why_an_answer_ends(model, script, reason, count):
     assert words == [1] * script.count(WORD) + [0] * script.count(END), "the end has no text, so no probability"
 
 
+def test_the_rest_of_an_answer_begins_with_its_space(model):
+    engine = make(model)
+    ids = [make_tokenizer().encode(text, add_special_tokens=False)[0] for text in (" ", "a", "b", "c")]
+    whole, rest = request(prompt(10)), request(prompt(20))
+    rest.continues = True
+    streams = [engine._by_id[engine.add(one)].stream for one in (whole, rest)]
+    assert ["".join(stream.push(token) for token in ids) for stream in streams] == ["abc", " abc"]
+
+
 def test_the_engines_stop_strings_hold_beside_the_requests(model):
     (mark,), (word,) = (make_tokenizer().encode(text, add_special_tokens=False) for text in ("#", "x"))
     script = {10: [word, mark], 20: [mark, word], 30: [word, mark], 40: [mark, word]}

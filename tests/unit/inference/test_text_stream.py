@@ -31,6 +31,13 @@ def test_pieces_add_up_to_the_decoded_text(ids):
     assert stream.text == wanted.strip()
 
 
+@pytest.mark.parametrize(("text", "shown"), [("  a b ", "  a b"), (" ", ""), ("a", "a"), (" a### b", " a")])
+def test_the_rest_of_an_answer_keeps_its_space_before(text, shown):
+    stream = TextStream(TOKENS, ("###",), continues=True)
+    pieces = [stream.push(token) for token in make_tokenizer().encode(text, add_special_tokens=False)]
+    assert "".join(pieces) + stream.finish() == stream.text == shown
+
+
 @given(st.text(max_size=40), st.lists(st.sampled_from(["###", "\n", "ab", "aab", "é!", "b"]), max_size=3, unique=True))
 @settings(max_examples=100)
 def test_no_part_of_a_stop_string_is_shown(text, stops):

@@ -169,6 +169,8 @@ def test_a_conversation_stays_with_its_first_image():
     assert ChatJob(tuple(turns), {}).conversation == "7"
     other = [ChatJob((ChatMessage("user", text, ()),), {}).conversation for text in ("a", "a", "b")]
     assert other[0] == other[1] != other[2]
+    greeted = [ChatMessage("user", ""), ChatMessage("assistant", "hi"), ChatMessage("user", "a")]
+    assert ChatJob(tuple(greeted), {}).conversation == other[0], "a greeting is common to all"
 
 
 def test_the_time_limit_is_of_the_whole_answer():

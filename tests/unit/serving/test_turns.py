@@ -59,9 +59,13 @@ def test_texts_and_images_keep_their_order_and_their_turn():
 @pytest.mark.parametrize(
     ("messages", "fields", "param", "message"),
     [
-        ([("assistant", "b"), ("user", "a")], {}, "messages", "the conversation must start with the user."),
-        ([("user", "a"), ("assistant", "b")], {}, "messages", "the last message must be a question of the user."),
-        ([("system", "a")], {}, "messages", "the last message must be a question of the user."),
+        ([("assistant", "")], {}, "messages.0.content", "the last message is empty."),
+        (
+            [("user", "a")],
+            {"continue_final_message": True},
+            "continue_final_message",
+            "the last message must be the assistant's, which is to be continued.",
+        ),
         ([("user", "a"), ("assistant", "b"), ("user", "")], {}, "messages.2.content", "the last message is empty."),
         ([("user", "a"), ("assistant", "b"), ("user", [])], {}, "messages.2.content", "the last message is empty."),
         (
@@ -72,8 +76,34 @@ def test_texts_and_images_keep_their_order_and_their_turn():
         ),
     ],
 )
-def test_a_conversation_ends_with_a_question(messages, fields, param, message):
+def test_a_conversation_ends_with_something_to_be_answered(messages, fields, param, message):
     assert refusal(lambda: read_turns(request(*messages, **fields))) == (400, param, None, message)
+
+
+@pytest.mark.parametrize(
+    ("said", "fields", "added"),
+    [
+        ([("user", "a"), ("assistant", "b")], {}, [("user", "", ())]),
+        ([("user", "a"), ("assistant", "b")], {"continue_final_message": False}, [("user", "", ())]),
+        ([("user", "a"), ("assistant", "b")], {"continue_final_message": True, "add_generation_prompt": False}, []),
+        ([("assistant", "a"), ("user", "b"), ("assistant", "")], {}, []),
+        ([("assistant", "a"), ("user", "b"), ("assistant", None)], {"continue_final_message": True}, []),
+    ],
+)
+def test_after_an_answer_another_one_is_asked_for_unless_it_is_to_be_continued(said, fields, added):
+    greeting = [("user", "", ())] if said[0][0] == "assistant" else []
+    kept = [(role, text, ()) for role, text in said if text]
+    assert shown(read_turns(request(*said, **fields)).turns) == [*greeting, *kept, *added]
+
+
+def test_an_answer_that_is_continued_follows_its_worded_question():
+    asked = EVALUATION_INSTRUCTIONS["vqa"].replace("{}", "c")
+    said = (*HISTORY, ("user", "c"), ("assistant", "it is a"))
+    given = request(*said, task="vqa", continue_final_message=True)
+    assert messages(given, pixels(1), pixels(2)) == [("user", asked, [2]), ("assistant", "it is a", [])]
+    tagged = request(*said[:-2], ("user", "[vqa] c"), said[-1], continue_final_message=True)
+    assert messages(tagged, pixels(1), pixels(2)) == [("user", "[vqa] c", [2]), ("assistant", "it is a", [])]
+    assert read_turns(tagged).with_default_task(tagged, "refer").task is None
 
 
 def test_a_question_may_be_an_image_or_a_task_alone():
