@@ -79,6 +79,7 @@ def _score(
     _refuse_unlike_predictions(settings, chosen, work)
     checkpoint = _find_checkpoint(settings)
     asked = {benchmark.name: _read(settings, benchmark, data) for benchmark in chosen}
+    _refuse_other_file(data.root, asked)
     questions = {name: read.questions for name, read in asked.items()}
     claim(
         work.uri(),
@@ -267,6 +268,15 @@ def _read(settings: ScoreSettings, benchmark: Benchmark, data: DataFolder) -> _A
     questions = questions[: settings.limit] if settings.limit else questions
     _check_images(benchmark.name, questions, data)
     return _Asked(questions, _used(data))
+
+
+def _refuse_other_file(root: Path, asked: Mapping[str, _Asked]) -> None:
+    """Refuse a file as ``data=`` that no benchmark read: they found their own beside it."""
+    used = [path for read in asked.values() for path in read.files]
+    if root.is_file() and root not in used:
+        raise SettingsError(
+            f"data={root} is not what {', '.join(asked)} would read, which is {_names(used)}: give that, or its folder."
+        )
 
 
 def _used(data: DataFolder) -> list[Path]:

@@ -144,6 +144,8 @@ def publish(settings: PrepareDataSettings, source: str, output: str, staging: St
 
 
 def _nothing_kept(source: str, output: str, counts: RowCounts, totals: Totals) -> str:
+    if not counts["rows_in"]:
+        return f"the input of {source} holds no samples: is it the right one?"
     if counts["quarantined"] >= counts["filtered"] and totals.examples:
         reason, number = totals.reasons.most_common(1)[0]
         most = f"{number:,} of them, e.g.: {totals.examples[reason]}"

@@ -226,7 +226,8 @@ def find_input(source: SourceInput, *defaults: str) -> list[storage.FoundFile]:
     if patterns[0] != given and (files := _find_one_folder_down(source, given, names)):
         return files
     looked = ", ".join(str(given / default) for default in defaults) if patterns[0] != given else str(given)
-    raise SettingsError(f"input={source.input!r} matches no file (looked for {looked}); check the path.")
+    hint = unpack_hint(given) or "; check the path"
+    raise SettingsError(f"input={source.input!r} matches no file (looked for {looked}){hint}.")
 
 
 def _find_one_folder_down(
@@ -249,6 +250,15 @@ def _find_one_folder_down(
     return []
 
 
+def unpack_hint(folder: storage.Location | None) -> str:
+    """The end of a sentence about a file that is not in a folder: an archive there that may hold it; or nothing."""
+    if folder is None or not storage.is_folder(folder):
+        return ""
+    archives = [name for name in sorted(storage.list_names(folder)) if name.lower().endswith(ARCHIVES)]
+    return f"; {folder / archives[0]} may hold it: unpack it first" if archives else ""
+
+
+ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".tar.gz", ".tgz")
 LFS_POINTER, _LARGEST_POINTER = b"version https://git-lfs", 1024
 
 

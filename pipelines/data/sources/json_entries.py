@@ -226,7 +226,7 @@ def plan_entries(
         where = f" in {form.member!r}" if form.member else ""
         raise SettingsError(f"{file.location} holds no entries{where}: {damage or 'is it the right file?'}")
     if damage:
-        yield SourceUnit.of_file(source, file, JsonDetails(form, extra, damage))
+        yield SourceUnit.of_file(source, file, JsonDetails(form, about([]) if about else extra, damage))
 
 
 def _iterate(stream: BinaryIO, form: JsonForm, *, keep_data: bool = False) -> Iterator[Item]:

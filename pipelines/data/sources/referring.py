@@ -20,6 +20,7 @@ from pipelines.data.sources.base import (
     find_input,
     rejection,
     shorten,
+    unpack_hint,
 )
 from pipelines.data.sources.drafts import Draft, read_drafts
 from pipelines.data.sources.images import COCO, ImageFolder, ImageLayout, find_image_folder
@@ -33,6 +34,9 @@ from tinygptv.data.sample import Turn
 
 LARGEST_REGION = 16384
 """Regions of Visual Genome of this many square pixels and more are left out, as in the release."""
+
+_FOLDERS = ("refcoco", "refcoco+", "refcocog")
+"""Official folders: RefCOCO and RefCOCO+ have files of the same names."""
 
 IMAGES_PER_UNIT = 50
 """Images of a unit of Visual Genome: each has about fifty regions."""
@@ -96,10 +100,15 @@ class RefCocoReader:
             candidates = [given] if given.name.endswith(".p") else [given / name, given / self.folder / name]
         for candidate in candidates:
             if storage.exists(candidate):
+                if (owner := candidate.parent.name) in _FOLDERS and owner != self.folder:
+                    raise SettingsError(
+                        f"{candidate} is of {owner}: source={source.source} needs the folder {self.folder}."
+                    )
                 return storage.find_files(candidate)[0], candidate.parent / "instances.json"
         raise SettingsError(
             f"source={source.source} needs input=: the folder with {name} and instances.json; looked for "
-            f"{' and '.join(str(candidate) for candidate in candidates) or 'none: input= is empty'}."
+            f"{' and '.join(str(candidate) for candidate in candidates) or 'none: input= is empty'}"
+            f"{unpack_hint(given)}."
         )
 
 
@@ -179,13 +188,12 @@ class VisualGenomeReader:
 
     def read(self, unit: SourceUnit, changes: Changes | None = None) -> Iterator[ReadResult]:
         """One row per region."""
-        extra: ImagePaths | None = unit.details.extra
-        images = ImageFolder(extra.folder if extra else None, GENOME.alternatives)
+        extra: ImagePaths = unit.details.extra
+        images = ImageFolder(extra.folder, GENOME.alternatives)
         for key, entry in read_entries(unit):
             if isinstance(entry, Rejected):
                 yield entry
                 continue
-            assert extra is not None
             try:
                 regions = list(entry["regions"])
             except Exception as error:  # whatever is in an entry costs that entry alone

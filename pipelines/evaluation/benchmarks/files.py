@@ -7,6 +7,7 @@ another's file of the same name.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -160,11 +161,11 @@ class BenchmarkFiles:
         archives = [path for path in self.data.files if path.name.endswith(_ARCHIVES) and self._is_near(path)]
         hint = ""
         if wrong:
-            hint = f"; {wrong[0]} is another's: its entries have no {_lacking(wrong[0], fields)!r}"
-            if _head(wrong[0]).startswith(LFS_POINTER):
-                hint = f"; {wrong[0]} is a Git LFS pointer: fetch the file with `git lfs pull`"
+            lacking = f"another's: its entries have no {_lacking(wrong[0], fields)!r}"
+            hint = f"; {wrong[0]} is {_fault(wrong[0]) or lacking}"
         elif archives:
-            hint = f"; {archives[0]} may hold it: unpack it first"
+            likely = next((path for path in archives if path.name.startswith(tuple(names))), archives[0])
+            hint = f"; {likely} may hold it: unpack it first"
         raise FileNotFoundError(
             f"the benchmark needs {self.data_set}'s {' or '.join(names)} below data={self.data.root}; "
             f"there is none{hint}."
@@ -252,6 +253,16 @@ def _lacking(path: Path, fields: Sequence[str]) -> str:
         return ""
     head = _head(path)
     return next((name for name in fields if json.dumps(name).encode() not in head), "")
+
+
+def _fault(path: Path) -> str:
+    """What a file is that is no JSON at all; empty where it may be."""
+    head = _head(path)
+    if head.startswith(LFS_POINTER):
+        return "a Git LFS pointer: fetch the file with `git lfs pull`"
+    if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"["):
+        return ""
+    return "no JSON but begins with " + repr(head[:20].decode("latin-1")) if head else "empty: download it again"
 
 
 def _head(path: Path) -> bytes:

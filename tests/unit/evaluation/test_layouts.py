@@ -360,6 +360,11 @@ def test_a_file_of_the_right_name_without_a_field_is_anothers(tmp_path, build, b
         path.write_text(whole.replace(f'"{field}": ', '"other": '))
         with pytest.raises(FileNotFoundError, match=f"{path} is another's: its entries have no '{field}'"):
             list(BENCHMARKS[benchmark].read(DataFolder(tmp_path)))
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
-    with pytest.raises(FileNotFoundError, match=f"{path} is a Git LFS pointer: fetch the file with `git lfs pull`"):
-        list(BENCHMARKS[benchmark].read(DataFolder(tmp_path)))
+    for content, told in (
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "a Git LFS pointer: fetch the file"),
+        ("", "empty: download it again"),
+        ("<!DOCTYPE html><html>Quota exceeded", "no JSON but begins with '<!DOCTYPE html><html'"),
+    ):
+        path.write_text(content)
+        with pytest.raises(FileNotFoundError, match=f"{path} is {told}"):
+            list(BENCHMARKS[benchmark].read(DataFolder(tmp_path)))

@@ -322,6 +322,14 @@ def test_files_that_are_not_official_are_named(checkpoint, tmp_path):
         evaluate(settings(checkpoint, tmp_path, tmp_path / "out", benchmark="vsr"))
 
 
+def test_another_file_than_the_one_that_was_given_is_not_scored(checkpoint, tmp_path):
+    benchmark_files.hateful_memes(tmp_path)
+    (tmp_path / "train.jsonl").write_bytes((tmp_path / "dev.jsonl").read_bytes())
+    told = r"train\.jsonl is not what hateful_memes would read, which is .*/dev\.jsonl: give that, or its folder"
+    with pytest.raises(SettingsError, match=told):
+        evaluate(settings(checkpoint, tmp_path / "train.jsonl", tmp_path / "out", benchmark="hateful_memes"))
+
+
 @pytest.mark.parametrize("name", ["predictions.jsonl", "report.html", "result.json", ".jsonl"])
 def test_a_full_disk_leaves_nothing_truncated(checkpoint, world, tmp_path, monkeypatch, name):
     """The last name stands for the answers of a unit."""

@@ -228,7 +228,7 @@ def test_what_is_told_of_an_ingest(caplog):
         "input? /out/quarantine.jsonl lists all."
     )
     empty = publish._nothing_kept("laion", "/out", counts(rows_in=0, quarantined=0, filtered=0, filters={}), Totals())
-    assert empty.startswith("none of the 0 samples of laion could be kept")
+    assert empty == "the input of laion holds no samples: is it the right one?"
     filtered = publish._nothing_kept("laion", "/out", counts(quarantined=1, filtered=2), totals)
     assert "(filter min_side: 1,500, filter min_words: 2)" in filtered and filtered.endswith(
         "/out/removed.jsonl lists all."

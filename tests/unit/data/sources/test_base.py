@@ -211,6 +211,9 @@ def test_official_files_are_looked_for_in_order_in_the_folder_and_one_below(tmp_
         found(tmp_path, "b.json")
     with pytest.raises(SettingsError, match=r"matches no file \(looked for .*/x\.json, .*/y\.json\); check the path"):
         found(tmp_path, "x.json", "y.json")
+    (tmp_path / "Questions.zip").touch()
+    with pytest.raises(SettingsError, match=r"y\.json\); .*/Questions\.zip may hold it: unpack it first\.$"):
+        found(tmp_path, "x.json", "y.json")
     with pytest.raises(SettingsError, match=r"source=x needs input=: a\.json, or its folder"):
         find_input(SourceInput("x", "", "", "x", ""), "a.json")
     with pytest.raises(SettingsError, match=r"source=x needs input=: an annotation file, or its folder"):

@@ -81,6 +81,14 @@ def test_a_file_of_questions_is_known_by_its_first_entry(tmp_path, content, alon
     assert not has_questions_alone(file, JsonForm("member", "annotations")), "as captions are: they have no answers"
 
 
+def test_a_file_of_questions_that_is_cut_off_gives_what_is_before(tmp_path):
+    write(tmp_path)
+    (tmp_path / QUESTIONS).write_bytes((tmp_path / QUESTIONS).read_bytes()[:-9])
+    reader, units = plan(tmp_path)
+    *rows, rest = [found for unit in units for found in reader.read(unit)]
+    assert len(rows) == 4 and isinstance(rest, Rejected) and "the file is cut off" in rest.reason
+
+
 @pytest.mark.parametrize("damage", [b'{"questions": [', gzip.compress(b'{"questions": [{}]}', mtime=0)[:14]])
 def test_a_damaged_file_is_told_when_it_is_read(tmp_path, damage):
     (tmp_path / "a.json.gz").write_bytes(damage)

@@ -93,6 +93,12 @@ def test_references_are_looked_for_in_their_folder_and_in_the_official_one(tmp_p
         assert broken.key == "number 3" and "malformed" in broken.reason
 
 
+def test_references_of_another_data_set_are_not_taken(tmp_path):
+    refcoco(tmp_path / "refcoco", [REF])
+    with pytest.raises(SettingsError, match=r"is of refcoco: source=invrefcocop needs the folder refcoco\+\.$"):
+        read("invrefcocop", tmp_path / "refcoco", tmp_path)
+
+
 def test_a_thousand_references_are_a_unit(tmp_path):
     refcoco(tmp_path, [REF] * 1001)
     units = read("refcoco", tmp_path, tmp_path)[0]
