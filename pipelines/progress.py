@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from pipelines import storage
 
@@ -110,12 +110,16 @@ class Bar:
 
 @contextmanager
 def poll(action: Callable[[], None], every_s: float = _POLL_S) -> Iterator[None]:
-    """Call ``action`` again and again in a thread while the block runs, and once at its end."""
+    """Call ``action`` again and again in a thread while the block runs, and once at its end.
+
+    A storage that fails on the way is asked again at the next call; retries tell of it.
+    """
     stop = threading.Event()
 
     def repeat() -> None:
         while not stop.wait(every_s):
-            action()
+            with suppress(OSError):
+                action()
 
     thread = threading.Thread(target=repeat, name="progress", daemon=True)
     thread.start()

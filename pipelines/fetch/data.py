@@ -105,14 +105,14 @@ def unpack(archive: Path, *, quiet: bool = False) -> None:
     try:
         with zipfile.ZipFile(archive) as opened, storage.disk_full_as_error(folder):
             members = [member for member in opened.infolist() if not member.filename.endswith(("/", "\\"))]
-            _check_room(members, folder)
+            targets = {folder / _safe_name(member.filename, archive): member for member in members}
+            left = [(m, t) for t, m in targets.items() if not (t.is_file() and t.stat().st_size == m.file_size)]
+            _check_room([m for m, _ in left], folder)
             with Bar(f"unpacking {archive.name}", quiet=quiet) as bar:
-                for number, member in enumerate(members, 1):
-                    target = folder / _safe_name(member.filename, archive)
-                    if not (target.is_file() and target.stat().st_size == member.file_size):
-                        _extract(opened, member, target)
-                    if number % 100 == 0 or number == len(members):
-                        bar.update(number, len(members), "files")
+                for number, (member, target) in enumerate(left, 1):
+                    _extract(opened, member, target)
+                    if number % 100 == 0 or number == len(left):
+                        bar.update(number, len(left), "files")
     except _ZIP_ERRORS as error:
         raise DownloadError(f"{archive} is no whole zip archive: {error}. Remove it to download it again.") from error
     note.touch()

@@ -301,8 +301,8 @@ async def _answer_all(
     app = build_api(_serve_settings(settings), backend, digests=())
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     waiting, num_done, num_failed = iter(requests), 0, 0
-    async with httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None) as client:
-        with answers.open("a") as file, Bar("answering", quiet=settings.quiet) as bar:
+    with storage.disk_full_as_error(answers), answers.open("a") as file, Bar("answering", quiet=settings.quiet) as bar:
+        async with httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None) as client:
 
             async def work() -> None:
                 nonlocal num_done, num_failed

@@ -61,15 +61,16 @@ class ImageDecoders:
                 await self._line.enter(client)
         except TimeoutError:
             raise DecoderBusy from None
+        # A process may still be at the image of a caller that has left.
+        future = self._threads.submit(self._decode, job, timeout_s)
+        waiting = asyncio.wrap_future(future)
         try:
-            # A process may still be at the image of a caller that has left.
-            future = self._threads.submit(self._decode, job, timeout_s)
-            waiting = asyncio.wrap_future(future)
             await asyncio.wait({waiting}, timeout=max(0, deadline - clock()))
             if future.cancel():  # which a job that has begun refuses
                 raise DecoderBusy
             return await waiting
         finally:
+            waiting.cancel()  # of a caller that leaves: a job that has not begun is left out
             self._line.leave()
 
     def close(self) -> None:

@@ -56,8 +56,8 @@ def train_loop(job: TrainJob, reports: RunReports | None = None) -> WorkerResult
         TrainingStopped: the guard found a fault that its settings do not allow.
     """
     worker = TrainWorker(job, reports or NoReports())
-    next_step = worker.resume()
     try:
+        next_step = worker.resume()
         while next_step < worker.end:
             next_step = worker.train(next_step)  # to the end, or back to a state where the guard rolls back
         return worker.finish()

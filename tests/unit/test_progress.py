@@ -9,6 +9,7 @@ import pytest
 
 from pipelines import progress, storage
 from pipelines.progress import Bar, Line, StepProgress, follow, format_seconds, poll
+from pipelines.storage import StorageError
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,8 @@ def test_poll_calls_until_the_end():
         calls.append(threading.current_thread())
         if len(calls) == 2:
             twice.set()
+        if len(calls) == 1:
+            raise StorageError("away for a while")
 
     with poll(action, every_s=0.001):
         assert twice.wait(60)

@@ -278,6 +278,11 @@ def test_an_archive_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
             with pytest.raises(DiskFullError, match="the archive unpacks to"):
                 unpack(tmp_path / "x.zip", quiet=True)
         assert (tmp_path / "a").exists() is fits
+    (tmp_path / ".x.zip.unpacked").unlink()
+    (tmp_path / "b").unlink()
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=3))
+    unpack(tmp_path / "x.zip", quiet=True)  # an interrupted run has the rest
+    assert (tmp_path / "b").read_text() == "678"
 
 
 def test_a_drive_is_no_name_in_an_archive(tmp_path):

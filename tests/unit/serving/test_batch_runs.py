@@ -15,6 +15,7 @@ from pipelines.serving import batch
 from pipelines.serving.batch import finished_answers, read_requests, run_batch
 from pipelines.serving.clients import KEYS_VARIABLE
 from pipelines.settings import BatchSettings, SettingsError
+from pipelines.storage import DiskFullError
 from tests.serving_api import FakeBackend
 
 BODY = {"messages": [{"role": "user", "content": "hi"}]}
@@ -132,6 +133,15 @@ def test_answers_are_written_and_counted_one_by_one(tmp_path, run, monkeypatch, 
     run(FakeBackend(), max_batch_size=1)
     assert [note for _, _, note, _ in shown[1:-1]] == ["", "", ""]
     assert '"custom_id": "\u00fc"' in (tmp_path / "out/answers.jsonl").read_text(), "letters as they are"
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, run):
+    lines(tmp_path / "r.jsonl", {"custom_id": "a", **BODY})
+    run()
+    (tmp_path / "out/answers.jsonl").unlink()
+    (tmp_path / "out/answers.jsonl").symlink_to("/dev/full")
+    with pytest.raises(DiskFullError, match=r"while writing .*/out/answers.jsonl: free some, and run the same command"):
+        run()
 
 
 def test_answers_in_a_bucket_are_brought_continued_and_sent_now_and_then(tmp_path, run, monkeypatch):

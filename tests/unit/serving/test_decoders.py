@@ -144,6 +144,25 @@ def test_a_caller_that_leaves_hurts_nobody(decoders):
     assert isinstance(asyncio.run(leave_and_ask()), ChatImage)
 
 
+def test_images_of_callers_that_left_before_their_turn_are_not_decoded(monkeypatch):
+    decoders, decoded, released = ImageDecoders(1), [], threading.Event()
+    monkeypatch.setattr(decoders, "_decode", lambda one, timeout_s: decoded.append(one) or released.wait(60))
+
+    async def ask_and_leave():
+        asked = [asyncio.create_task(decoders.decode(n, wait_s=60, timeout_s=60)) for n in range(3)]
+        while not decoded:
+            await asyncio.sleep(0.001)
+        for task in asked[:2]:  # the second enters when the first, whose image is being decoded, has left
+            task.cancel()
+            await asyncio.sleep(0.01)
+        released.set()
+        await asked[2]
+
+    asyncio.run(ask_and_leave())
+    decoders.close()
+    assert decoded == [0, 2]
+
+
 def test_a_decoder_knows_no_secrets(decoders, monkeypatch):
     monkeypatch.setenv("TINYGPTV_API_KEYS", "secret-key")
     run(decoders, job())

@@ -72,6 +72,14 @@ def test_an_error_closes_everything_and_stays_the_one_that_is_told(begun, error)
     assert caught.value is error and worker.notes == ABORTED
 
 
+def test_an_error_while_it_resumes_closes_everything_too(begun, monkeypatch):
+    worker = begun()
+    monkeypatch.setattr(worker, "resume", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_loop(worker.job)
+    assert worker.notes == ABORTED
+
+
 @pytest.mark.parametrize("failure", [OSError("the disk is gone"), DiskFullError("no space left")])
 def test_a_state_that_could_not_be_written_hides_no_other_error(begun, monkeypatch, caplog, failure):
     worker = begun(ValueError("why"))
