@@ -21,6 +21,9 @@ _SIDES: dict[str, Side] = {
 _MARK = r"(?:<Img>\s*)?<(?:image|ImageHere|image[ _]?\d+|\|image(?:_\d+)?\|)>(?:\s*</Img>)?"
 _MARK_AND_BREAK = re.compile(rf"{_MARK}[ \t]*\r?\n|\r?\n[ \t]*{_MARK}|{_MARK} ?", re.IGNORECASE)
 _ANY_MARK = re.compile(_MARK, re.IGNORECASE)
+_NAMED_IMAGE = re.compile(r"(?:Picture \d+: *)?<img>([^<>\n]+)</img>", re.IGNORECASE)
+"""Qwen-VL's files for fine-tuning name an image within the text, with its number before it."""
+
 _IMAGES_OF_PARTS = ("image", "image_url", "url", "path")
 """Where a part of a message has its image, as OpenAI, Qwen and transformers write it."""
 
@@ -155,7 +158,8 @@ def _read_message(message: Any, number: int, images: list[Any]) -> list[_Message
 def _text(content: Any, number: int, images: list[Any]) -> str:
     """The words of a message; image parts in it become marks, and what they hold goes to ``images``."""
     if isinstance(content, str):
-        return content
+        images += _NAMED_IMAGE.findall(content)
+        return _NAMED_IMAGE.sub("<image>", content)
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise Malformed(f"message {number} is no text but {type(content).__name__}")
     words = []

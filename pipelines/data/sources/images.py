@@ -212,7 +212,8 @@ class ImageFolder:
         """Bytes of an image.
 
         Args:
-            name: as the annotation gives it: a path below the folder, an absolute path into it, or a ``data:`` URL.
+            name: as the annotation gives it: a path below the folder, an absolute path into it, a ``data:`` URL, or
+                base64.
 
         Raises:
             Malformed: the name leads out of the folder, or the file is missing, empty, or of another format.
@@ -223,8 +224,8 @@ class ImageFolder:
     def _read(self, name: str) -> bytes:
         if not name.strip():
             raise Malformed("the image's name is empty")
-        if name[:5].lower() == "data:":
-            return _decode_data_url(name)
+        if url := data_url_of(name):
+            return _decode_data_url(url)
         if "://" in name[:12] and not name.startswith("file://"):
             raise Malformed(f"image {shorten(name)} is a URL: download it, and name the file")
         if self.folder is None:
@@ -269,6 +270,18 @@ def unicode_forms(name: str) -> tuple[str, ...]:
 def image_path(name: str) -> str:
     """The path that a row means: of a ``file://`` URL, or as Windows writes it."""
     return without_file_scheme(name).replace("\\", "/")
+
+
+_BASE64_IMAGE = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{100,}")
+"""How JPEG, PNG, GIF and WebP begin in base64."""
+
+
+def data_url_of(name: str) -> str:
+    """The image that stands in place of a name, as a ``data:`` URL: tables have it in bare base64, too; empty for a
+    path."""
+    if name[:5].lower() == "data:":
+        return name
+    return f"data:image/jpeg;base64,{name}" if _BASE64_IMAGE.fullmatch(name) else ""
 
 
 def _read_if_there(location: storage.Location, name: str) -> bytes | None:

@@ -16,15 +16,24 @@ def first_value(text: bytes) -> Any:
 
 
 def is_row(value: Any, row_fields: Collection[str]) -> bool:
-    """Whether a value is an entry: it has a field of one, and no list of objects that hold such lists themselves."""
+    """Whether a value is an entry: it has a field of one, and no list of objects that hold such lists themselves.
+
+    The messages of an entry may have lists, of their parts; where these are entries themselves, so is none of this.
+    """
     if not isinstance(value, dict) or not (named := set(value) & set(row_fields)):
         return False
     nested = _lists_of_objects(value)
-    return not any(_lists_of_objects(items[0]) for items in nested) and (not nested or named != {"description"})
+    for name, items in nested.items():
+        below = _lists_of_objects(items[0])
+        if below and (name not in named or set(below) & set(row_fields)):
+            return False
+    return not nested or named != {"description"}
 
 
-def _lists_of_objects(value: Mapping[str, object]) -> list[list[Mapping[str, object]]]:
-    return [items for items in value.values() if isinstance(items, list) and items and isinstance(items[0], dict)]
+def _lists_of_objects(value: Mapping[str, object]) -> dict[str, list[Mapping[str, object]]]:
+    return {
+        name: items for name, items in value.items() if isinstance(items, list) and items and isinstance(items[0], dict)
+    }
 
 
 def is_container(value: Mapping[str, object]) -> bool:

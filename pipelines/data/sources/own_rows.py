@@ -4,6 +4,8 @@
     {"image": "a.jpg", "conversations": [{"from": "human", "value": ".."}, {"from": "gpt", "value": ".."}]}
     {"image": "a.jpg", "messages": [{"role": "user", "content": ".."}, {"role": "assistant", "content": ".."}]}
     {"image": "a.jpg", "question": "what is it?", "answer": "a dog"}
+    {"images": ["a.jpg"], "query": "what is it?", "response": "a dog"}
+    {"images": ["a.jpg"], "instruction": "name it", "input": "in one word", "output": "a dog"}
     {"image": "a.jpg", "caption": "a dog"}
     {"image": "a.jpg", "answer": "the dog", "boxes": [[10, 20, 90, 80]], "task": "refer"}
 
@@ -28,13 +30,16 @@ from tinygptv.data.sample import Turn
 
 CONVERSATIONS = ("conversations", "messages", "conversation", "texts")
 TEXTS = ("caption", "text", "description")
-ROW_FIELDS = ("turns", *CONVERSATIONS, "question", *TEXTS)
+_PAIRS = (("query", "response"), ("instruction", "output"))
+"""Question and answer as ms-swift and Alpaca call them; both may have ``history``, a list of earlier pairs."""
+
+ROW_FIELDS = ("turns", *CONVERSATIONS, "question", *(asked for asked, _ in _PAIRS), *TEXTS)
 """Fields that a row has one of, or else ``boxes`` with answers."""
 
 KNOWN_BY = (*ROW_FIELDS, "boxes")
 """Fields that tell a row from a container of rows."""
 
-_TEXT_FIELDS = frozenset((*ROW_FIELDS, "answer", "answers", "system"))
+_TEXT_FIELDS = frozenset((*ROW_FIELDS, "answer", "answers", "response", "input", "output", "system"))
 
 _IMAGE_FIELDS = (
     "image",
@@ -79,6 +84,7 @@ def own_draft(fields: Any, default_task: str) -> Draft:
         raise Malformed(f"the questions have {num_marks} marks of images (<image>), and the row has {has}")
     if image is None:
         _refuse_lost_image(fields)
+    _refuse_lost_box(fields)
     boxes = tuple(_own_box(box) for box in _list_of(fields, "boxes"))
     if not (task := fields.get("task") or default_task):
         task = form or ("text" if image is None else "conversation" if len(draft.turns) > 1 else "instruct")
@@ -95,7 +101,15 @@ def _own_turns(fields: Mapping[str, Any]) -> tuple[Draft, str, int]:
             image = _one_image(conversation.images, name)
             return Draft(conversation.turns, image, changes=conversation.changes), "", conversation.num_marks
     if fields.get("question") is not None:
+        _refuse_bare_choice(fields)
         return _marked([(text_of(fields, "question"), _answers(fields))], "")
+    for asked, answered in _PAIRS:
+        if fields.get(asked) is not None and fields.get(answered) is not None:
+            earlier = [(question, (answer,)) for question, answer in _list_of(fields, "history")]
+            question = text_of(fields, asked)
+            if asked == "instruction" and fields.get("input"):
+                question = f"{question}\n{text_of(fields, 'input')}"
+            return _marked([*earlier, (question, _texts_of(fields, answered))], "")
     for name in TEXTS:
         if fields.get(name) is not None:
             return _marked([("", _texts_of(fields, name))], "caption")
@@ -103,6 +117,42 @@ def _own_turns(fields: Mapping[str, Any]) -> tuple[Draft, str, int]:
         return _marked([("", _answers(fields))], "refer")
     names = shorten(", ".join(map(str, fields)) or "no fields")
     raise Malformed(f"no {', '.join(ROW_FIELDS[:-1])} or {ROW_FIELDS[-1]} among {names}")
+
+
+def _refuse_bare_choice(fields: Mapping[str, Any]) -> None:
+    """Refuse an answer that stands for a choice that the question does not show, as ``B`` of columns A to D.
+
+    Raises:
+        Malformed: it does.
+    """
+    answer, question = fields.get("answer"), str(fields["question"])
+    choices = fields.get("choices") or fields.get("options")
+    if not isinstance(answer, str):
+        return
+    if answer.strip() in tuple("ABCDEFGH") and fields.get(answer.strip()):
+        choices = [fields[answer.strip()]]
+    if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
+        return
+    is_one = answer.strip().lower() in {choice.strip().lower() for choice in choices}
+    if choices and not is_one and not all(choice in question for choice in choices):
+        raise Malformed(
+            f"answer {shorten(answer, 40)!r} stands for one of the row's choices: write its words, or the choices into "
+            "the question"
+        )
+
+
+def _refuse_lost_box(fields: Mapping[str, Any]) -> None:
+    """Refuse a phrase or a question with a ``bbox``: whether it is corners or COCO's x, y, width, height is not said.
+
+    Raises:
+        Malformed: it has one, and no ``boxes``.
+    """
+    in_turns = any(fields.get(name) is not None for name in ("turns", *CONVERSATIONS))
+    if not in_turns and not _is_empty(fields.get("bbox")) and _is_empty(fields.get("boxes")):
+        raise Malformed(
+            "the row has 'bbox' but no 'boxes': give its corners as 'boxes', [[x1, y1, x2, y2]] in pixels (COCO's bbox "
+            "is x, y, width, height)"
+        )
 
 
 def _with_system(draft: Draft, system: Any) -> Draft:

@@ -19,7 +19,7 @@ from pipelines import storage
 from pipelines.data.sources.base import Malformed, Rejected, SourceInput
 from pipelines.data.sources.delimited import DELIMITED, read_delimited
 from pipelines.data.sources.drafts import Draft, tidy_turn
-from pipelines.data.sources.images import image_path, unicode_forms
+from pipelines.data.sources.images import data_url_of, image_path, unicode_forms
 from pipelines.data.sources.json_entries import plain_name, read_entries
 from pipelines.data.sources.own import JsonRowsReader
 from pipelines.data.sources.own_rows import own_draft
@@ -109,7 +109,7 @@ def _questions(path: Path, key: str, fields: Any, folder: Path) -> Iterator[Ques
         draft = own_draft(fields, "")
     except (Malformed, ValueError, TypeError) as error:
         raise SettingsError(f"{where}: {error}.") from error
-    if isinstance(draft.image, bytes) or (draft.image or "")[:5].lower() == "data:":
+    if isinstance(draft.image, bytes) or data_url_of(draft.image or ""):
         raise SettingsError(f"{where}: the image is in the row; name a file.")
     image = _find(folder, image_path(draft.image)) if draft.image else None
     turns = tuple(tidy_turn(turn) for turn in draft.turns)

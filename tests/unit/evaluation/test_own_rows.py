@@ -198,7 +198,10 @@ def test_metrics(folder):
         ([{"foo": 1}], "exact", "no turns, conversations"),
         ([{"image": "0.jpg", "question": "a", "answers": []}], "exact", "line 1: a question has no answer"),
         ([{"image": "0.jpg", "question": "a", "answers": ["", " "]}], "vqa", "line 1: a question has no answer"),
-        ([{"image": "data:image/png;base64,AAAA", "question": "a", "answer": "b"}], "exact", "in the row; name a file"),
+        *(
+            ([{"image": image, "question": "a", "answer": "b"}], "exact", "in the row; name a file")
+            for image in ("data:image/png;base64,AAAA", "iVBORw0KGgo" + "A" * 100)
+        ),
     ],
 )
 def test_mistakes_name_file_and_line(folder, rows, metric, message):

@@ -94,7 +94,7 @@ def test_data_urls_hold_the_image(folder):
     for body in (text, wrapped, text.replace("+", "-"), text.replace("/", "_"), quoted):
         assert reader(folder).read(f"data:;base64,{body}") == jpeg(4)
     assert {"+", "/"} < set(text) and "%" in quoted
-    for url in (f"data:image/jpeg;base64,{text}", f"DATA:image/jpeg;a=b;BASE64,{text}"):
+    for url in (f"data:image/jpeg;base64,{text}", f"DATA:image/jpeg;a=b;BASE64,{text}", text, wrapped):
         assert reader(folder).read(url) == jpeg(4)
 
 

@@ -105,6 +105,7 @@ def test_one_row_is_a_row_and_no_container(tmp_path, indent):
         {"image": "a.jpg", "turns": [{"question": "q", "answers": ["a"]}]},
         {"caption": "q", "objects": [{"name": "cat"}]},
         {"image": "a.jpg", "answers": ["the cat"], "boxes": [[1, 2, 3, 4]]},
+        {"image": "a.jpg", "messages": [{"role": "user", "content": [{"type": "image"}]}]},
     ):
         found, _ = read(tmp_path / "own.json", json.dumps(row, indent=indent), row_fields=KNOWN_BY)
         assert [entry for _, entry in found] == [row]

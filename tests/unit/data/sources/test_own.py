@@ -178,7 +178,7 @@ def test_examples_of_the_guide_are_read(folder):
     lines = re.search(r"```json\n(.*?)```", guide, re.DOTALL)[1]
     (folder / "own.jsonl").write_text(lines)
     found = read("jsonl", folder / "own.jsonl", name="own")
-    assert [row.task for row in found] == ["vqa", *["instruct"] * 3, "caption", "refer", "refer", "text"]
+    assert [row.task for row in found] == ["vqa", *["instruct"] * 5, "caption", "refer", "refer", "text"]
     code = re.search(r"```python\n(.*?def vizwiz.*?)```", guide, re.DOTALL)[1]
     names = dict(vars(entries))
     exec(textwrap.dedent(code), names)

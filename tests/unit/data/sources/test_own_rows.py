@@ -29,7 +29,10 @@ def refused(kind, call, *arguments, **more):
     return str(caught.value)
 
 
-NO_FIELDS = "no turns, conversations, messages, conversation, texts, question, caption, text or description"
+NO_FIELDS = (
+    "no turns, conversations, messages, conversation, texts, question, query, instruction, caption, text or description"
+)
+BARE_CHOICE = "stands for one of the row's choices: write its words, or the choices into the question"
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,17 @@ NO_FIELDS = "no turns, conversations, messages, conversation, texts, question, c
             "messages holds 2 images; a sample has one",
         ),
         ({"system": 3, "question": "q", "answer": "a"}, "system is no text but int"),
+        ({"query": "q", "response": "a", "history": "h"}, "history is no list but str"),
+        ({"question": "q", "answer": "B", "A": "a dog", "B": "a cat"}, f"answer 'B' {BARE_CHOICE}"),
+        ({"question": "q", "answer": "1", "options": ["a dog", "a cat"]}, f"answer '1' {BARE_CHOICE}"),
+        *(
+            (
+                {"image": "i", "bbox": [1, 2, 3, 4], **row},
+                "the row has 'bbox' but no 'boxes': give its corners as 'boxes', [[x1, y1, x2, y2]] in pixels (COCO's "
+                "bbox is x, y, width, height)",
+            )
+            for row in ({"caption": "x"}, {"question": "q", "answer": ["a"]})
+        ),
         ({"turns": [5]}, "what should have 'question' is no object but int"),
         ({"caption": "x", "boxes": [[1, 2, 3]]}, "box [1, 2, 3] is not x1, y1, x2, y2"),
         ({"caption": "x", "boxes": [5]}, "box 5 is not x1, y1, x2, y2"),
@@ -122,6 +136,34 @@ def test_the_task_is_the_rows_own_or_the_inputs_or_that_of_its_form(row, default
 def test_an_image_is_a_name_or_bytes_in_any_form(image, found):
     draft = own_draft({"image": image, "caption": "x", 7: "odd key", "url_of_page": "p"}, "")
     assert draft.image == found
+
+
+@pytest.mark.parametrize(
+    ("row", "image", "turns"),
+    [
+        ({"query": "<image>q", "response": "a", "images": ["i.jpg"]}, "i.jpg", [("q", "a")]),
+        ({"query": "q", "response": "a", "history": [["q1", "a1"]]}, None, [("q1", "a1"), ("q", "a")]),
+        ({"instruction": "q", "input": "", "output": "a", "text": "all of it"}, None, [("q", "a")]),
+        ({"instruction": "q", "input": "x", "output": "a", "image": "i.jpg"}, "i.jpg", [("q\nx", "a")]),
+        ({"question": "q: dog or cat?", "answer": "A", "A": "dog"}, None, [("q: dog or cat?", "A")]),
+        ({"question": "q", "answer": "Yes", "choices": ["yes", "no"]}, None, [("q", "Yes")]),
+        ({"question": "q", "answer": "a", "options": [{"text": "a"}], "bbox": []}, None, [("q", "a")]),
+        ({"turns": [{"question": "q", "answer": "a"}], "bbox": [1, 2, 3, 4]}, None, [("q", "a")]),
+        (
+            {
+                "conversations": [
+                    {"from": "user", "value": "Picture 1: <img>d/i.jpg</img>\nq"},
+                    {"from": "assistant", "value": "a"},
+                ]
+            },
+            "d/i.jpg",
+            [("q", "a")],
+        ),
+    ],
+)
+def test_forms_of_other_tools_are_read(row, image, turns):
+    draft = own_draft(row, "")
+    assert (draft.image, draft.turns) == (image, tuple(Turn(question, (answer,)) for question, answer in turns))
 
 
 def test_the_field_of_the_image_has_many_names():
