@@ -88,7 +88,7 @@ def export(settings: QuantizeSettings) -> ExportResult:
 
     Raises:
         OtherInputsError: the folder holds an artifact of other inputs.
-        SettingsError: a setting cannot be used.
+        SettingsError: a setting cannot be used, or another run is writing there.
         CheckpointError: the checkpoint is incomplete.
         ExportError: the drift is above ``settings.max_drift``; no artifact is left.
     """
@@ -103,17 +103,18 @@ def export(settings: QuantizeSettings) -> ExportResult:
     start = checked_checkpoint(checkpoint)
     refuse_inputs([output.uri], [checkpoint, settings.data])
     fingerprint = _fingerprint(settings, start)
-    folder = _earlier_artifact(output)
-    finished = _finished_result(folder, output, fingerprint, overwrite=settings.overwrite) if folder else None
-    if finished and (finished["version"] is not None or not settings.register_as):
-        logger.info("the artifact is finished already: %s", output)
-        return finished
-    with ExitStack() as drafts:  # of an artifact that goes to a bucket
+    with ExitStack() as held:  # the lock, and the draft of an artifact that goes to a bucket
+        held.enter_context(storage.alone(output.uri, is_replaced=True))
+        folder = _earlier_artifact(output)
+        finished = _finished_result(folder, output, fingerprint, overwrite=settings.overwrite) if folder else None
+        if finished and (finished["version"] is not None or not settings.register_as):
+            logger.info("the artifact is finished already: %s", output)
+            return finished
         if not finished or not folder:
             if output.is_local:
                 folder = Path(output.path)
             else:
-                folder = Path(drafts.enter_context(tempfile.TemporaryDirectory(prefix="artifact-")), "artifact")
+                folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="artifact-")), "artifact")
             rows, data = held_out_rows(settings)
             _write(settings, start, folder, rows, data, fingerprint)
             if not output.is_local:

@@ -75,12 +75,13 @@ def locked(path: Path, busy: str = "", mode: int = 0o600, *, wait: bool = False)
 
 
 @contextmanager
-def alone(output: str, *, wait: bool = False) -> Iterator[None]:
+def alone(output: str, *, wait: bool = False, is_replaced: bool = False) -> Iterator[None]:
     """Keep other runs from writing into an output folder while the block runs; buckets have no locks.
 
     Args:
         output: folder, made where it is missing; or a URI.
         wait: wait for another run to end.
+        is_replaced: the run puts a new folder in its place: the lock is a file beside it, and it is not made.
 
     Raises:
         SettingsError: another run has it, or it cannot be made.
@@ -90,10 +91,14 @@ def alone(output: str, *, wait: bool = False) -> Iterator[None]:
         yield
         return
     folder = Path(location.path)
-    make_local_folder(folder, "output", "Give another output=.")
+    lock = folder / LOCK
+    if is_replaced:
+        folder = folder.resolve()  # a link stays a link
+        lock = folder.with_name(f".{folder.name}{LOCK}")
+    make_local_folder(lock.parent, "output", "Give another output=.")
     busy = f"another run is writing into output={location.path!r}: wait for it, or choose another."
     if wait:
         busy = f"another run is writing into {folder}: waiting for it."
     # Mode less the umask: those who share the folder share the lock.
-    with locked(folder / LOCK, busy, mode=0o666, wait=wait):
+    with locked(lock, busy, mode=0o666, wait=wait):
         yield

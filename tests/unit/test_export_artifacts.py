@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from pipelines import storage
 from pipelines.export import ExportError, export
 from pipelines.fingerprint import OtherInputsError
 from pipelines.settings import QuantizeSettings, SettingsError
@@ -87,7 +88,7 @@ def test_a_drift_above_the_bound_leaves_no_artifact(checkpoint, tmp_path, monkey
     monkeypatch.setattr(tinygptv.inference.drift, "measure", measured_as(1.0, float("nan")))
     with pytest.raises(ExportError, match="nan"):
         export(settings(checkpoint, tmp_path / "artifact", max_drift=0.5))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".artifact.lock"]
 
 
 def measured_as(*losses):
@@ -100,6 +101,8 @@ def test_settings_that_cannot_be_used_are_refused_before_work(checkpoint, tmp_pa
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(SettingsError, match="holds something that is no artifact"):
         export(settings(checkpoint, tmp_path / "mine"))
+    with storage.alone(str(tmp_path / "a"), is_replaced=True), pytest.raises(SettingsError, match="another run is"):
+        export(settings(checkpoint, tmp_path / "a"))
     with pytest.raises(SettingsError, match="register_as needs MLflow"):
         export(settings(checkpoint, tmp_path / "a", register_as="tinygptv"))
     with pytest.raises(SettingsError, match="give checkpoint=DIR"):

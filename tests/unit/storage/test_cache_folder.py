@@ -75,6 +75,16 @@ def test_a_run_has_its_output_folder_alone(tmp_path):
         assert [path.name for path in folder.iterdir()] == [LOCK]
 
 
+def test_a_folder_that_is_replaced_is_locked_by_a_file_beside_it(tmp_path):
+    folder, link = tmp_path / "a", tmp_path / "link"
+    link.symlink_to(folder)
+    for order in ((folder, link), (link, folder)):
+        first, second = (alone(str(place), is_replaced=True) for place in order)
+        with first, pytest.raises(SettingsError, match="another run is writing into"):
+            second.__enter__()
+    assert not folder.exists() and (tmp_path / f".a{LOCK}").is_file()
+
+
 def test_a_run_may_wait_for_another_to_end(tmp_path, caplog):
     entered, left = threading.Event(), []
 
