@@ -19,6 +19,7 @@ import numpy as np
 from pipelines import storage
 from pipelines.cluster import quiet_ray_data
 from pipelines.data.held_out import kept_counts, kept_row
+from pipelines.data.shard_format import ShardError
 from pipelines.data.shards import ShardSet
 from pipelines.node_cache import local_checkpoint
 from tinygptv.data.collate import LoadedSample, MicroBatch, collate, cut
@@ -59,6 +60,7 @@ class LoadPlan:
         pack_length: 0, or tokens of a packed row.
         feature_key: name of the cached features to read; empty decodes images.
         held_out: ascending row numbers of each source that are not trained on.
+        digests: of the shard set of each source; one that has another was prepared again.
         rank: this worker.
         world_size: number of workers.
     """
@@ -75,6 +77,7 @@ class LoadPlan:
     pack_length: int = 0
     feature_key: str = ""
     held_out: Mapping[str, np.ndarray] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
     rank: int = 0
     world_size: int = 1
 
@@ -166,6 +169,12 @@ class BatchMaker:
 
         self.plan = plan
         self.shards = open_shards(plan.data, plan.stage)
+        for name, digest in plan.digests.items():
+            if self.shards[name].manifest.digest != digest:
+                raise ShardError(
+                    f"{self.shards[name].uri} was prepared again while it was trained on: prepare it as it was and run "
+                    "the same command again to resume, or begin again with another output=."
+                )
         self.names = [source.name for source in plan.stage.sources]
         self.mixture = build_mixture(plan.stage, self.shards, plan.seed, plan.held_out)
         self.tokenizer = load_tokenizer(str(local_checkpoint(plan.tokenizer, weights=False)))

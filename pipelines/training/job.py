@@ -131,13 +131,14 @@ def resolve_job(
     config = read_config(start)
     stage = with_start_adapters(stage, config)
     refuse_other_model(stage, config)
-    plan = dataclasses.replace(_load_plan(settings, stage, start, config), held_out=held)
+    digests = {name: each.manifest.digest for name, each in shards.items()}
+    plan = dataclasses.replace(_load_plan(settings, stage, start, config), held_out=held, digests=digests)
     if plan.feature_key:
         for shard_set in shards.values():
             FeatureSet.open(shard_set.uri, plan.feature_key)
     num_steps = min(settings.max_steps or stage.schedule.num_steps, stage.schedule.num_steps)
     job = TrainJob(settings, stage, plan, num_steps, output)
-    fingerprint = training_fingerprint(settings, stage, start, {name: s.manifest.digest for name, s in shards.items()})
+    fingerprint = training_fingerprint(settings, stage, start, digests)
     for folder in dict.fromkeys((job.storage, job.output)):
         if locks is not None:
             locks.enter_context(storage.alone(folder))

@@ -12,6 +12,7 @@ import pytest
 
 from pipelines.data import loader
 from pipelines.data.loader import BatchMaker, CutCount, LoadPlan, StepBatch, build_mixture, iterate_steps
+from pipelines.data.shard_format import ShardError
 from pipelines.miniature.tiny_training import make_rows, write_shard_set
 from tinygptv.data import processing
 from tinygptv.data.sample import SampleRow, Turn
@@ -63,6 +64,15 @@ def test_samples_are_named_by_the_rows_that_are_not_held_out(plan):
             loaded = bare_maker(maker.plan, shards={name: shards}, features={}, mixture=maker.mixture, encoder=encoder)
             assert loaded.load(ref).source == ref.source and read == [kept[ref.row]], "what is read is what is named"
         assert maker.sample_ids(step) == expected
+
+
+def test_data_that_was_prepared_again_is_not_taken_for_the_trainings(plan):
+    """A worker that starts again opens its shards again."""
+    shards = loader.open_shards(plan.data, plan.stage)
+    digests = {name: each.manifest.digest for name, each in shards.items()}
+    assert BatchMaker(replace(plan, digests=digests)).sample_ids(0)
+    with pytest.raises(ShardError, match="questions was prepared again while it was trained on: prepare it as it was"):
+        BatchMaker(replace(plan, digests={**digests, "questions": digests["pairs"]}))
 
 
 def test_cut_samples_are_counted_by_source(plan):

@@ -218,6 +218,14 @@ def test_files_that_grew_are_refused_and_all_that_changed_are_named(tmp_path, ur
         ShardSet.open(str(changed)).verify()
 
 
+def test_a_file_that_is_written_again_after_the_set_was_opened_is_refused(tmp_path, uri):
+    shutil.copytree(uri, tmp_path / "set")
+    shards = ShardSet.open(str(tmp_path / "set"))
+    (tmp_path / "set" / "part-00001.arrow").rename(tmp_path / "set" / "part-00000.arrow")
+    with pytest.raises(ShardError, match=r"part-00000\.arrow cannot be read \(it has \d+ bytes, not \d+: it was written"):
+        shards.row(0)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "footer", "zeros"])
 def test_damaged_shards_are_named(tmp_path, uri, damage):
     copy = tmp_path / "set"
