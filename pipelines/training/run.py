@@ -255,7 +255,7 @@ def _run_on_ray(job: TrainJob) -> WorkerResult:
                 storage_filesystem=filesystem,
                 checkpoint_config=CheckpointConfig(num_to_keep=settings.keep_checkpoints),
                 failure_config=FailureConfig(max_failures=settings.max_failures),
-                callbacks=[WorkerFailures(job.storage)],  # type: ignore[list-item]  # annotated as Ray Tune's
+                callbacks=[WorkerFailures(job.storage, settings.max_failures)],  # type: ignore[list-item]  # annotated as Ray Tune's
                 **gpu_options,
             ),
         )

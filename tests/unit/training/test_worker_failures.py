@@ -29,6 +29,17 @@ def test_each_failure_is_written_down_and_told(tmp_path, caplog):
     ]
 
 
+def test_the_last_failure_is_not_said_to_be_followed_by_a_start(tmp_path):
+    failures = WorkerFailures(str(tmp_path), 1)
+    for _ in range(2):
+        failures.after_exception(None, {0: RuntimeError("bad.")})
+    lines = (tmp_path / FAILURES_FILE).read_text().splitlines()
+    what = "worker 0 failed: RuntimeError: bad; the workers"
+    assert lines == [f"{what} start again from the newest training state", f"{what} end"]
+    with pytest.raises(ValueError, match=r"^training ended, because worker 3 was lost, and .* of max_failures=0 are"):
+        WorkerFailures(str(tmp_path), 0).after_exception(None, {3: LOST})
+
+
 def test_own_errors_end_a_run_that_gets_no_further(tmp_path):
     failures = WorkerFailures(str(tmp_path))
     for _ in range(20):
@@ -87,3 +98,4 @@ def test_why_a_run_ended_is_one_sentence(error, told):
 def test_an_end_without_a_known_cause_stays_rays_own_error(failures):
     error = RunError(**failures)
     assert cause_of(error) is error
+    assert error.__notes__[0].startswith("The same command resumes from the newest training state.")
