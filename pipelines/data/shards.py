@@ -6,10 +6,10 @@ into a cache of bounded size.
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import cast
 
 import pyarrow as pa
@@ -169,7 +169,7 @@ class ShardSet:
         location = self._folder / info.file
         try:
             path = location.path if location.is_local else self._cache.fetch(location, info.sha256)
-            if (size := os.path.getsize(path)) != info.bytes:
+            if (size := Path(path).stat().st_size) != info.bytes:
                 raise self._unreadable(shard, f"it has {size} bytes, not {info.bytes}: it was written again or cut off")
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
         except (pa.ArrowInvalid, OSError) as error:
