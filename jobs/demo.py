@@ -6,10 +6,9 @@ python jobs/demo.py --config configs/mini.yaml output=outputs/demo
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
-from pipelines.cli import run_main
+from pipelines.cli import config_of, run_main
 from pipelines.settings import DemoSettings
 
 
@@ -24,15 +23,12 @@ def start_line(settings: DemoSettings) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the whole pipeline and print the summary; its last line is the path of result.json."""
     settings = DemoSettings.from_command_line(argv, __doc__)
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config")
-    config = parser.parse_known_args(argv)[0].config
 
     def work() -> None:
         print(start_line(settings), flush=True)
         from pipelines.miniature.demo import run_demo, summary
 
-        print(summary(run_demo(settings, config)))
+        print(summary(run_demo(settings, config_of(argv))))
 
     return run_main(work)
 

@@ -10,24 +10,20 @@ interrupted one is resumed by the same command.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
-from pipelines.cli import run_main
+from pipelines.cli import config_of, run_main
 from pipelines.settings import RecipeSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe; the path of result.json, which a dry run does not write, is printed last."""
     settings = RecipeSettings.from_command_line(argv, __doc__)
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config")
-    config = parser.parse_known_args(argv)[0].config
 
     def work() -> None:
         from pipelines.recipe import run_recipe
 
-        result = run_recipe(settings, config)["result"]
+        result = run_recipe(settings, config_of(argv))["result"]
         if not settings.dry_run:
             print(result)
 

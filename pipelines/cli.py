@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import logging
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from contextlib import suppress
 from pathlib import Path
 
 from pipelines.redact import redact
@@ -118,10 +119,19 @@ def quiet_libraries() -> None:
 
 def _names_the_hub(argv: Sequence[str]) -> bool:
     """Whether a word, or the configuration file, names a repository of the hub."""
-    files = [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
-    files += [value for word, value in pairwise(argv) if word == "--config"]
-    try:
-        texts = [Path(file).read_text("utf-8", "replace") for file in files]
-    except OSError:  # the job says so itself
-        texts = []
-    return any("hf://" in text for text in (*argv, *texts))
+    text = ""
+    with suppress(OSError):  # the job says so itself
+        text = Path(config_of(argv) or os.devnull).read_text("utf-8", "replace")
+    return any("hf://" in word for word in (*argv, text))
+
+
+def config_of(argv: Sequence[str] | None) -> str | None:
+    """The configuration file that ``--config FILE`` names, as ``Settings.from_command_line`` reads it; None for none.
+
+    Args:
+        argv: words of the command line; None takes the process's own.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?")
+    config: str | None = parser.parse_known_args(argv)[0].config
+    return config

@@ -94,8 +94,9 @@ def _find_nan(records: Sequence[StepEntry]) -> Event | None:
 
 def _find_vanishing(records: Sequence[StepEntry], reference: dict[str, float]) -> Event | None:
     found: list[Event] = []
+    norms = [depth_norms(record) for record in records]
     for part, typical in reference.items():
-        small = [depth_norms(record).get(part, math.inf) < VANISHED * typical for record in records]
+        small = [each.get(part, math.inf) < VANISHED * typical for each in norms]
         step = _first_run(records, small)
         if step is not None:
             found.append(Event("vanishing", step, part))

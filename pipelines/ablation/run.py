@@ -13,7 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,7 @@ def _rows(
     outcomes: dict[str, VariantOutcome],
 ) -> list[AblationRow]:
     """Judge every stage of every variant; gradients are compared with the full model at the same precision."""
+    record_of = cache(partial(_record, shared))  # a file may be in a bucket
     rows = []
     for variant in variants:
         full = with_precision(find_variant("full"), variant.train["precision"])
@@ -195,15 +196,15 @@ def _rows(
             if stage.status != "trained":
                 stages.append(StageOutcome(number, stage.status, note=stage.note))
                 continue
-            record = _record(shared, variant.name, number)
-            reference = typical_norms(_record(shared, full.name, number)) or typical_norms(record)
+            record = record_of(variant.name, number)
+            reference = typical_norms(record_of(full.name, number)) or typical_norms(record)
             stages.append(outcome_of(number, record, reference, stage.note))
         rows.append(
             AblationRow(
                 variant=variant,
                 precision=variant.train["precision"],
                 outcomes=stages,
-                records={number: _record(shared, variant.name, number) for number in settings.stages},
+                records={number: record_of(variant.name, number) for number in settings.stages},
                 scores=outcomes[variant.name].scores,
             )
         )

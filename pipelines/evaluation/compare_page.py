@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from string import Template
 
 from pipelines.evaluation.compare import Comparison, same_questions
-from pipelines.evaluation.page import STYLE, data_url, drawn_case, truth_text
+from pipelines.evaluation.page import STYLE, data_url, drawn_case, html_table, truth_text
 from pipelines.evaluation.scoring import Prediction
 
 COMPARISON_PAGE = "comparison.html"
@@ -49,9 +49,8 @@ def comparison_page(
 
 def _table(compared: Mapping[str, Comparison]) -> str:
     head = ("benchmark", "before", "after", "difference", "95% interval", "p", "better", "worse", "questions")
-    body = []
-    for name, found in compared.items():
-        cells = (
+    rows = [
+        (
             f'<a href="#{html.escape(name)}">{html.escape(name)}</a>',
             f"{found['theirs']:.1f}",
             f"<b>{found['ours']:.1f}</b>",
@@ -62,8 +61,9 @@ def _table(compared: Mapping[str, Comparison]) -> str:
             str(found["worse"]),
             f"{found['n']:,}",
         )
-        body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return "<table><tr>" + "".join(f"<th>{name}</th>" for name in head) + f"</tr>{''.join(body)}</table>"
+        for name, found in compared.items()
+    ]
+    return html_table(head, rows)
 
 
 def _section(name: str, pairs: Sequence[Pair], num_cases: int) -> str:

@@ -9,7 +9,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 
@@ -107,9 +107,8 @@ def _section(name: str, score: BenchmarkScore, worst: Sequence[Prediction], best
 
 def _score_table(scores: Mapping[str, BenchmarkScore]) -> str:
     head = ("benchmark", "metric", "score", "95% interval", "blind", "shuffled", "questions", "unanswered")
-    body = []
-    for name, score in scores.items():
-        cells = (
+    rows = [
+        (
             f'<a href="#{name}">{html.escape(name)}</a>',
             html.escape(score["metric"]),
             f"<b>{format_number(score['value'])}</b>",
@@ -119,19 +118,25 @@ def _score_table(scores: Mapping[str, BenchmarkScore]) -> str:
             f"{score['n']:,}",
             str(score["unanswered"] or ""),
         )
-        body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return "<table><tr>" + "".join(f"<th>{name}</th>" for name in head) + f"</tr>{''.join(body)}</table>"
+        for name, score in scores.items()
+    ]
+    return html_table(head, rows)
+
+
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are HTML."""
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>{body}</table>"
 
 
 def _parts(parts: Mapping[str, PartScore]) -> str:
     if not parts:
         return ""
-    body = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{format_number(part['value'])}</td>"
-        f"<td>{format_number(part['low'])} – {format_number(part['high'])}</td><td>{part['n']:,}</td></tr>"
-        for name, part in parts.items()
-    )
-    table = f"<table><tr><th>part</th><th>score</th><th>95% interval</th><th>questions</th></tr>{body}</table>"
+    rows = []
+    for name, part in parts.items():
+        interval = f"{format_number(part['low'])} – {format_number(part['high'])}"
+        rows.append((html.escape(name), format_number(part["value"]), interval, f"{part['n']:,}"))
+    table = html_table(("part", "score", "95% interval", "questions"), rows)
     return f"<details><summary>Parts</summary>{table}</details>"
 
 

@@ -177,11 +177,8 @@ class _Fetch:
             folder = Path(text).expanduser()
             if not folder.is_dir():
                 raise SettingsError(f"local={text} is no folder.")
-            names = (
-                [file.path]
-                if "/" in file.path and folder.name != Path(file.path).parent.name
-                else [file.path, file.name]
-            )
+            is_flat = "/" not in file.path or folder.name == Path(file.path).parent.name
+            names = [file.path, file.name] if is_flat else [file.path]
             yield from (folder / name for name in names if (folder / name).is_file())
         if file.repo:
             from huggingface_hub import try_to_load_from_cache

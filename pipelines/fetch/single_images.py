@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -143,10 +144,7 @@ def _fetch_one(annotations: Annotations, target: Path, image: Wanted) -> bool:
     )
     for url in () if settings.offline else image.urls:
         remote = Remote(on_mirror(url, settings.mirror))
-
-        def get(remote: Remote = remote) -> bytes | None:
-            return _get(annotations.client, remote, target.name)
-
+        get = partial(_get, annotations.client, remote, target.name)
         try:
             content = retries.run(f"{target.name} from {remote.shown}", get)
         except DownloadError as error:

@@ -97,7 +97,7 @@ class StateStore:
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        tensors, record = self._read(storage.join(self.location, f"step-{step:08d}"))
+        tensors, record = self._read(self.folder(step))
         return step, tensors, record
 
     def save(self, next_step: int, tensors: dict[str, torch.Tensor], record: StateRecord) -> None:

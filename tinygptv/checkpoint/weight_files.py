@@ -126,7 +126,7 @@ def _open_safetensors(file: Path) -> Iterator[LazyTensor]:
             return opened.get_tensor(key)
 
     for key, shape in shapes.items():
-        yield LazyTensor(file, key, shape, lambda key=key: load(key))
+        yield LazyTensor(file, key, shape, partial(load, key))
 
 
 def _open_torch(file: Path) -> Iterator[LazyTensor]:

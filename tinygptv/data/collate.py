@@ -8,8 +8,10 @@ Notation: B rows, S sequence, N images, R image side, Q query tokens, F Q-Former
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -135,21 +137,19 @@ def cut(lengths: Sequence[int], most_samples: int, most_tokens: int = 0, *, padd
     """
     if not most_tokens:
         return [slice(i, i + most_samples) for i in range(0, len(lengths), most_samples)]
+    before = list(accumulate(lengths, initial=0))
 
     def pieces(limit: int) -> list[slice]:
         found, start = [], 0
         for i, length in enumerate(lengths):
-            tokens = (i - start + 1) * length if padded else sum(lengths[start : i + 1])
+            tokens = (i - start + 1) * length if padded else before[i + 1] - before[start]
             if i > start and (i - start == most_samples or tokens > limit):
                 found.append(slice(start, i))
                 start = i
         return [*found, slice(start, len(lengths))] if lengths else []
 
-    fewest, low, high = len(pieces(most_tokens)), 0, most_tokens
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if len(pieces(middle)) > fewest else (low, middle)
-    return pieces(high)
+    fewest = len(pieces(most_tokens))
+    return pieces(bisect_left(range(most_tokens), True, key=lambda limit: len(pieces(limit)) <= fewest))
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

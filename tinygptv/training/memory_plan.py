@@ -13,6 +13,7 @@ V vision width, R image side, T tokens of a forward pass.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable
 from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -388,11 +389,5 @@ def _built(config_json: str) -> TinyGPTVForConditionalGeneration:
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number from 0 to ``limit`` that fits, where smaller ones fit too."""
-    low, high = 0, 1
-    while high < limit and fits(high):
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    """The largest number from 0 to before ``limit`` that fits, where smaller ones fit too."""
+    return bisect_left(range(1, limit), True, key=lambda size: not fits(size))

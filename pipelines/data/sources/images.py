@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pipelines import storage
-from pipelines.data.sources.base import Malformed, MissingImage, SourceInput, shorten
+from pipelines.data.sources.base import LFS_POINTER, Malformed, MissingImage, SourceInput, shorten
 from pipelines.settings import SettingsError
 from tinygptv.data.data_url import DataURL, DataURLError
 from tinygptv.data.images import without_file_scheme
@@ -152,7 +152,7 @@ _MAGIC: tuple[tuple[str, bytes, frozenset[str]], ...] = (
 IMAGE_EXTENSIONS = frozenset().union(*(names for _, _, names in _MAGIC))
 
 _NO_IMAGE: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "a Git LFS pointer: fetch it with `git lfs pull`"),
+    (LFS_POINTER, "a Git LFS pointer: fetch it with `git lfs pull`"),
     (b"<!doctype html", "an HTML page: the download failed"),
     (b"<html", "an HTML page: the download failed"),
     (b"<?xml", "XML, e.g. an error of an object storage or an SVG drawing"),

@@ -249,12 +249,15 @@ def _all_items(file: storage.FoundFile, form: JsonForm) -> list[Item]:
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    rest = b""
+    parts: list[bytes] = []  # of a line that spans chunks; joined once, since it may hold an image
     while chunk := stream.read(_LINE_CHUNK):
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
+        *lines, rest = chunk.split(b"\n")
+        for line in lines:
+            yield b"".join([*parts, line])
+            parts = []
+        parts.append(rest)
+    if last := b"".join(parts):
+        yield last
 
 
 def _plan_lines(unit: SourceUnit, entries_per_unit: int) -> Iterator[SourceUnit]:
@@ -337,6 +340,19 @@ def _encoding_of(location: storage.Location) -> str:
     with storage.open_unpacked(location) as stream:
         head = stream.read(4)
     return next((encoding for mark, encoding in _ENCODINGS if head.startswith(mark)), "")
+
+
+def read_beside(location: storage.Location, member: str = "") -> Iterator[Any]:
+    """Entries of a file that others refer to, as ``iterate_items`` gives their values.
+
+    Raises:
+        SettingsError: it is missing or damaged.
+    """
+    try:
+        with open_entries(location) as stream:
+            yield from (item.value for item in iterate_items(stream, member))
+    except (FileNotFoundError, JsonDamage, storage.DamagedFileError) as error:
+        raise SettingsError(f"{location} cannot be used: {error}.") from error
 
 
 @contextmanager

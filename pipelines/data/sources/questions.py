@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.data.sources.base import Malformed, SourceInput, SourceUnit
-from pipelines.data.sources.json_entries import JsonForm, open_entries, plan_entries
+from pipelines.data.sources.json_entries import JsonForm, open_entries, plan_entries, read_beside
 from pipelines.data.sources.json_items import Item, JsonDamage, iterate_items
 from pipelines.data.sources.json_rows import id_of
 from pipelines.settings import SettingsError
@@ -97,17 +97,12 @@ def _answers_file(source: SourceInput, file: storage.FoundFile) -> storage.Locat
 
 def _read_answers(location: storage.Location) -> dict[Any, tuple[str, ...]]:
     found: dict[Any, tuple[str, ...]] = {}
-    try:
-        with open_entries(location) as stream:
-            for item in iterate_items(stream, _ANNOTATIONS):
-                answers = item.value.get("answers") if isinstance(item.value, dict) else None
-                if isinstance(answers, list):
-                    texts = (answer.get("answer") if isinstance(answer, dict) else answer for answer in answers)
-                    found[id_of(item.value, "question_id")] = tuple(
-                        sys.intern(_utf8(text)) for text in texts if isinstance(text, str)
-                    )
-    except (JsonDamage, storage.DamagedFileError) as error:
-        raise SettingsError(f"{location} cannot be used: {error}.") from error
+    for entry in read_beside(location, _ANNOTATIONS):
+        answers = entry.get("answers") if isinstance(entry, dict) else None
+        if isinstance(answers, list):
+            texts = (answer.get("answer") if isinstance(answer, dict) else answer for answer in answers)
+            interned = (sys.intern(_utf8(text)) for text in texts if isinstance(text, str))
+            found[id_of(entry, "question_id")] = tuple(interned)
     if not found:
         raise SettingsError(f"{location} holds no answers in {_ANNOTATIONS!r}: is it the right file?")
     return found

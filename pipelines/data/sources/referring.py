@@ -24,8 +24,8 @@ from pipelines.data.sources.base import (
 )
 from pipelines.data.sources.drafts import Draft, read_drafts
 from pipelines.data.sources.images import COCO, ImageFolder, ImageLayout, find_image_folder
-from pipelines.data.sources.json_entries import detect_form, open_entries, plan_entries, read_entries
-from pipelines.data.sources.json_items import Item, JsonDamage, iterate_items
+from pipelines.data.sources.json_entries import detect_form, plan_entries, read_beside, read_entries
+from pipelines.data.sources.json_items import Item
 from pipelines.data.sources.json_rows import id_of
 from pipelines.data.sources.pickles import UnsafePickleError, load_plain_pickle
 from pipelines.settings import SettingsError
@@ -120,12 +120,8 @@ def _slim(ref: Any) -> Any:
 
 def _boxes_of(location: storage.Location) -> dict[Any, Any]:
     """Annotation id -> x, y, width, height."""
-    try:
-        with open_entries(location) as stream:
-            entries = (item.value for item in iterate_items(stream, "annotations"))
-            return {id_of(entry, "id"): entry.get("bbox") for entry in entries if isinstance(entry, dict)}
-    except (FileNotFoundError, JsonDamage, storage.DamagedFileError) as error:
-        raise SettingsError(f"{location} cannot be used: {error}.") from error
+    entries = read_beside(location, "annotations")
+    return {id_of(entry, "id"): entry.get("bbox") for entry in entries if isinstance(entry, dict)}
 
 
 def _reference(ref: Any, bbox: Any) -> Iterator[Draft]:
@@ -218,14 +214,9 @@ def _ids_in(entry: Any) -> Iterator[Any]:
 
 def _image_paths(location: storage.Location) -> dict[Any, str]:
     """Image id -> folder and file, the last two parts of its URL."""
-    try:
-        with open_entries(location) as stream:
-            entries = [item.value for item in iterate_items(stream)]
-    except (FileNotFoundError, JsonDamage, storage.DamagedFileError) as error:
-        raise SettingsError(f"{location} cannot be used: {error}.") from error
     return {
         id_of(entry, "image_id" if "image_id" in entry else "id"): "/".join(str(entry["url"]).split("/")[-2:])
-        for entry in entries
+        for entry in read_beside(location)
         if isinstance(entry, dict) and "url" in entry
     }
 

@@ -76,12 +76,10 @@ class TarReader:
     Attributes:
         extensions: image members that are used; others are set apart.
         captions: where the caption is, first usable one wins: ``json`` (field ``caption``) or ``txt``.
-        task: task of the rows.
     """
 
     extensions: tuple[str, ...] = ("jpg", "jpeg")
     captions: tuple[str, ...] = ("json",)
-    task: str = "pair"
 
     def plan(self, source: SourceInput) -> Iterator[SourceUnit]:
         """One unit per tar, or per folder of files."""
@@ -131,7 +129,7 @@ class TarReader:
         caption = self._caption(group)
         image = group.members[extension]()
         check_image_name(f"{shorten(group.key)}.{extension}", image)
-        draft = Draft((Turn("", (caption,)),), image, task=unit.source.task or self.task, cleans_answers=True)
+        draft = Draft((Turn("", (caption,)),), image, task=unit.source.task or "pair", cleans_answers=True)
         return make_row(unit, group.key, draft, None, changes)
 
     def _caption(self, group: Group) -> str:

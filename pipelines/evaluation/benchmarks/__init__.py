@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-
 from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question
 from pipelines.evaluation.benchmarks.choices import CHOICES
 from pipelines.evaluation.benchmarks.grounding import DATA_SETS, REFERRING
 from pipelines.evaluation.benchmarks.miniature import MINIATURE
 from pipelines.evaluation.benchmarks.vqa import SHORT_ANSWERS
 from pipelines.settings import SettingsError
+from pipelines.settings.near_match import near_match
 
 BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (*SHORT_ANSWERS, *CHOICES, *REFERRING, *MINIATURE)}
 """Every benchmark."""
@@ -38,11 +37,7 @@ def find_benchmarks(names: str | list[str]) -> list[Benchmark]:
         if name not in BENCHMARKS:
             if name == "own":
                 raise SettingsError("benchmark=own is scored alone: give it no other benchmarks beside.")
-            near = difflib.get_close_matches(name, ["own", *GROUPS, *BENCHMARKS], n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise SettingsError(
-                f"benchmark {name!r} is unknown; {hint}known: own, {', '.join([*GROUPS, *BENCHMARKS])}."
-            )
+            raise SettingsError(f"benchmark {name!r} is unknown; {near_match(name, ['own', *GROUPS, *BENCHMARKS])}")
     return [BENCHMARKS[name] for name in dict.fromkeys(wanted)]
 
 

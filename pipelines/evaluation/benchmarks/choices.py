@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question, Statistics, Truth, each
+from pipelines.evaluation.benchmarks.base import Benchmark, Outcome, Question, Read, Statistics, Truth, each
 from pipelines.evaluation.benchmarks.files import (
     COCO_FOLDERS,
     DataFolder,
@@ -19,8 +18,8 @@ from pipelines.evaluation.benchmarks.files import (
     text_of,
     texts_of,
 )
-from pipelines.evaluation.benchmarks.vqa import ask, read_aokvqa
-from tinygptv.metrics.metrics import auroc, exact_match, f1, pope_answer, precision, recall, yes_no
+from pipelines.evaluation.benchmarks.vqa import ask, read_aokvqa, score_exact
+from tinygptv.metrics.metrics import auroc, f1, pope_answer, precision, recall, yes_no
 from tinygptv.metrics.released import contains_answer, released_hateful
 
 
@@ -58,7 +57,7 @@ def _read_vsr(data: DataFolder) -> Iterator[Question]:
         yield Question(str(number), ask("true_false", entry["caption"]), image, truth, kind=entry.get("relation", ""))
 
 
-def _read_pope(kind: str) -> Any:
+def _read_pope(kind: str) -> Read:
     def read(data: DataFolder) -> Iterator[Question]:
         files = data.of("pope")
         path = files.find(f"coco_pope_{kind}.json", fields=("question_id", "image", "text", "label"))
@@ -151,7 +150,7 @@ CHOICES = (
         "vsr",
         "exact match",
         _read_vsr,
-        lambda answer, truth: exact_match(answer, truth["answer"]),
+        score_exact,
         released=each(lambda answer, truth: contains_answer(answer, truth["answer"])),
     ),
     *(

@@ -10,9 +10,9 @@ from pipelines.data.sources.referring import corners
 from pipelines.evaluation.benchmarks.base import Benchmark, Question, Truth
 from pipelines.evaluation.benchmarks.files import DataFolder, read_json
 from pipelines.evaluation.benchmarks.grounding import OVERLAPS, score_refer
-from pipelines.evaluation.benchmarks.vqa import ask
+from pipelines.evaluation.benchmarks.vqa import ask, score_exact
 from tinygptv.data.prompt_layout import Exchange
-from tinygptv.metrics.metrics import exact_match, grounded_f1
+from tinygptv.metrics.metrics import grounded_f1
 from tinygptv.miniature.meaning import NotUnderstood, check_caption, find
 from tinygptv.miniature.question_files import (
     CaptionRecord,
@@ -121,15 +121,11 @@ def _singular(text: str) -> str:
     return text
 
 
-def _score_exact(answer: str, truth: Truth) -> float:
-    return exact_match(answer, truth["answer"])
-
-
 MINIATURE = (
-    Benchmark("miniature_vqa", "exact match", _reader("vqa", _vqa), _score_exact, 8),
+    Benchmark("miniature_vqa", "exact match", _reader("vqa", _vqa), score_exact, 8),
     Benchmark("miniature_refer", "IoU > 0.5", _reader("refer", _refer), score_refer, statistics=OVERLAPS),
     Benchmark("miniature_identify", "means the object", _reader("identify", _identify), _score_identify, 24),
     Benchmark("miniature_caption", "all facts right", _reader("caption", _caption), _score_caption, 64),
     Benchmark("miniature_grounding", "F1 at IoU 0.5", _reader("grounding", _grounding), _score_grounding, 128),
-    Benchmark("miniature_conversation", "exact match", _reader("conversation", _conversation), _score_exact, 24),
+    Benchmark("miniature_conversation", "exact match", _reader("conversation", _conversation), score_exact, 24),
 )

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from pipelines import storage
-from pipelines.data.sources.base import Malformed, Rejected, SourceInput
+from pipelines.data.sources.base import Rejected, SourceInput
 from pipelines.data.sources.delimited import DELIMITED, read_delimited
 from pipelines.data.sources.drafts import Draft, tidy_turn
 from pipelines.data.sources.images import data_url_of, image_path, unicode_forms
@@ -107,7 +107,7 @@ def _questions(path: Path, key: str, fields: Any, folder: Path) -> Iterator[Ques
         raise SettingsError(f"{where}: {fields.reason}.")
     try:
         draft = own_draft(fields, "")
-    except (Malformed, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise SettingsError(f"{where}: {error}.") from error
     if isinstance(draft.image, bytes) or data_url_of(draft.image or ""):
         raise SettingsError(f"{where}: the image is in the row; name a file.")

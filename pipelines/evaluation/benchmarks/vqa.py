@@ -161,7 +161,8 @@ def _score_vqa(answer: str, truth: Truth) -> float:
     return vqa_accuracy(answer, truth["answers"])
 
 
-def _score_gqa(answer: str, truth: Truth) -> float:
+def score_exact(answer: str, truth: Truth) -> float:
+    """1 where the answer is the true one, but for case and surrounding space."""
     return exact_match(answer, truth["answer"])
 
 
@@ -205,7 +206,7 @@ SHORT_ANSWERS = (
         "gqa",
         "exact match",
         _read_gqa,
-        _score_gqa,
+        score_exact,
         released=each(lambda answer, truth: contains_answer(answer, truth["answer"])),
     ),
 )
