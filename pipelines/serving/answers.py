@@ -108,6 +108,7 @@ class Model(BaseModel):
     created: int
     owned_by: str = "tinygptv"
     context_length: int = Field(description="extension: most tokens of prompt and answer")
+    max_model_len: int = Field(description="extension: the same by vLLM's name, which clients read")
     scope: str = Field(description="extension: images that the model knows")
 
 

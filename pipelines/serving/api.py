@@ -121,7 +121,13 @@ def build_api(
 
     async def _model() -> Model:
         info = await service.info()
-        return Model(id=settings.model_name, created=info.created, context_length=info.context_length, scope=info.scope)
+        return Model(
+            id=settings.model_name,
+            created=info.created,
+            context_length=info.context_length,
+            max_model_len=info.context_length,
+            scope=info.scope,
+        )
 
     @app.get("/health", include_in_schema=False)  # vLLM's, SGLang's and llama.cpp's name, which GuideLLM asks for
     @app.get("/healthz", responses=_only(503))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipelines.serving.backend import SamplingFields
@@ -79,7 +79,7 @@ class TextPart(BaseModel):
 class ImageURL(BaseModel):
     """Where an image is: a ``data:`` URL, or http(s) where the server allows the host."""
 
-    url: str = Field(min_length=1)
+    url: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
     detail: str | None = Field(None, description="not used: the model has one resolution")
 
 

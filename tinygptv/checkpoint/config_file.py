@@ -33,6 +33,11 @@ def read_config(folder: Path) -> TinyGPTVConfig:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(f"{folder} {what}: give a checkpoint folder of a stage, or an exported artifact.")
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds a peft adapter, which is not applied here: load it with peft, merge it "
+            "(merge_and_unload), and save model and processor to a folder of their own (save_pretrained)."
+        )
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} is no TinyGPT-V checkpoint: it has no config.json.")

@@ -266,7 +266,7 @@ def verify_folder(folder: str | Path, *, hashes: bool = True) -> Manifest:
             kind = wrong_kind(path) or ("cut off" if size < entry.bytes else "another file")
             raise CheckpointError(f"{path} is {kind} ({size} bytes; its manifest says {entry.bytes}).")
         if hashes and hash_file(path) != entry.sha256:
-            raise CheckpointError(f"{path} does not match the hash in its manifest: the file is corrupted.")
+            raise CheckpointError(f"{path} does not match the hash in its manifest: damaged or written over.")
     return manifest
 
 

@@ -164,3 +164,6 @@ def test_a_configuration_is_bounded_and_its_refusals_name_field_and_file(tmp_pat
             read_config(tmp_path)
         assert str(caught.value) == f"{tmp_path} is no TinyGPT-V checkpoint: it has no config.json."
         path.mkdir(exist_ok=True)  # nor is a folder of that name one
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(CheckpointError, match=r"holds a peft adapter, which is not applied here: .* merge it"):
+        read_config(tmp_path)

@@ -159,14 +159,14 @@ def test_refusals_of_a_folder_word_for_word(tmp_path, monkeypatch):
     assert read_manifest(ours).files["sub/a.bin"] == folders.FileEntry(0, "x"), "an empty file has a size"
     (ours / "sub/a.bin").write_bytes(b"")
     assert refused(verify_folder, ours).endswith(
-        "a.bin does not match the hash in its manifest: the file is corrupted."
+        "a.bin does not match the hash in its manifest: damaged or written over."
     )
     (ours / "sub/a.bin").write_bytes(b"a")
     manifest.write_text(text)
     assert list(verify_folder(ours).files) == ["b.bin", "sub/a.bin"]
     (ours / "sub/a.bin").write_bytes(b"x")
     assert refused(verify_folder, ours) == (
-        f"{ours / 'sub/a.bin'} does not match the hash in its manifest: the file is corrupted."
+        f"{ours / 'sub/a.bin'} does not match the hash in its manifest: damaged or written over."
     )
     (ours / "sub/a.bin").write_bytes(b"long")
     assert refused(verify_folder, ours) == f"{ours / 'sub/a.bin'} is another file (4 bytes; its manifest says 1)."

@@ -324,7 +324,7 @@ def test_every_sampling_field_reaches_the_model():
 def test_an_image_url_may_be_a_string_and_its_detail_any(detail):
     client = Client()
     url = data_url(make_image())
-    image_url = url if detail is None else {"url": url, "detail": detail}
+    image_url = url if detail is None else {"url": f" {url}\n", "detail": detail}  # as it may come from a file
     assert client.chat(ask(words("hi"), {"type": "image_url", "image_url": image_url})).status_code == 200
     (image,) = client.backend.jobs[0].messages[0].images
     assert (image.width, image.height) == (60, 40)

@@ -27,6 +27,7 @@ def test_the_served_model_and_what_it_can_do():
         "created": 100,
         "owned_by": "tinygptv",
         "context_length": 512,
+        "max_model_len": 512,
         "scope": "s",
     }
 
