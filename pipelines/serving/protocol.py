@@ -116,6 +116,7 @@ class AssistantMessage(BaseModel):
 
     role: Literal["assistant"]
     content: str | TextParts | None = None
+    prefix: bool | None = Field(None, description="Mistral's and DeepSeek's word for continue_final_message")
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
@@ -223,6 +224,12 @@ class ChatRequest(BaseModel):
             if not _is_token_id(token) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
                 raise ValueError(f"logit_bias maps token ids such as '11' to numbers in -100..100, not {token[:20]!r}")
         return value
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer is the rest of the last message."""
+        last = self.messages[-1]
+        return bool(self.continue_final_message or (isinstance(last, AssistantMessage) and last.prefix))
 
     @property
     def ignored_fields(self) -> list[str]:

@@ -101,7 +101,7 @@ def read_turns(request: ChatRequest) -> Turns:
         turns = join_messages(messages)
     except ValueError as error:
         raise ProtocolError(400, str(error), param="messages") from None
-    if request.continue_final_message and turns[-1].role != "assistant":
+    if request.continues and turns[-1].role != "assistant":
         told = "the last message must be the assistant's, which is to be continued."
         raise ProtocolError(400, told, param="continue_final_message")
     if turns[-1].role == "assistant" and not turns[-1].text:
@@ -109,6 +109,6 @@ def read_turns(request: ChatRequest) -> Turns:
     last = turns[-1]
     if request.task is None and not last.text and not last.images:
         raise ProtocolError(400, "the last message is empty.", param=f"messages.{len(request.messages) - 1}.content")
-    if last.role == "assistant" and not request.continue_final_message:
+    if last.role == "assistant" and not request.continues:
         turns.append(ChatMessage("user", ""))
     return Turns(turns, images)

@@ -96,6 +96,14 @@ def test_after_an_answer_another_one_is_asked_for_unless_it_is_to_be_continued(s
     assert shown(read_turns(request(*said, **fields)).turns) == [*greeting, *kept, *added]
 
 
+def test_a_message_may_say_itself_that_it_is_to_be_continued():
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "prefix": True}]
+    kept = [("user", "a", ()), ("assistant", "b", ())]
+    for messages, wanted in ((said, kept), ([*said, said[0]], [*kept, kept[0]])):
+        given = ChatRequest.model_validate({"model": "m", "messages": messages})
+        assert shown(read_turns(given).turns) == wanted
+
+
 def test_an_answer_that_is_continued_follows_its_worded_question():
     asked = EVALUATION_INSTRUCTIONS["vqa"].replace("{}", "c")
     said = (*HISTORY, ("user", "c"), ("assistant", "it is a"))
