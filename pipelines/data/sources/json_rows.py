@@ -7,6 +7,9 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
+_OF_FILES_TOO = frozenset({"description", "query", "response", "instruction", "output"})
+"""Fields that a file of rows may have for itself, one of them beside its list."""
+
 
 def first_value(text: bytes) -> Any:
     """The first value of a text; None where it is not whole, or no JSON."""
@@ -27,7 +30,7 @@ def is_row(value: Any, row_fields: Collection[str]) -> bool:
         below = _lists_of_objects(items[0])
         if below and (name not in named or set(below) & set(row_fields)):
             return False
-    return not nested or named != {"description"}
+    return not nested or bool(named - _OF_FILES_TOO) or len(named - {"description"}) > 1
 
 
 def _lists_of_objects(value: Mapping[str, object]) -> dict[str, list[Mapping[str, object]]]:

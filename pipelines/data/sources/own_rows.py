@@ -36,10 +36,10 @@ _PAIRS = (("query", "response"), ("instruction", "output"))
 ROW_FIELDS = ("turns", *CONVERSATIONS, "question", *(asked for asked, _ in _PAIRS), *TEXTS)
 """Fields that a row has one of, or else ``boxes`` with answers."""
 
-KNOWN_BY = (*ROW_FIELDS, "boxes")
+KNOWN_BY = (*ROW_FIELDS, *(answered for _, answered in _PAIRS), "boxes")
 """Fields that tell a row from a container of rows."""
 
-_TEXT_FIELDS = frozenset((*ROW_FIELDS, "answer", "answers", "response", "input", "output", "system"))
+_TEXT_FIELDS = frozenset((*KNOWN_BY, "answer", "answers", "input", "system"))
 
 _IMAGE_FIELDS = (
     "image",

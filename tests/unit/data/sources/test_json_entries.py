@@ -106,13 +106,20 @@ def test_one_row_is_a_row_and_no_container(tmp_path, indent):
         {"caption": "q", "objects": [{"name": "cat"}]},
         {"image": "a.jpg", "answers": ["the cat"], "boxes": [[1, 2, 3, 4]]},
         {"image": "a.jpg", "messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        {"query": "q", "response": "a", "images": [{"path": "a.jpg"}]},
     ):
         found, _ = read(tmp_path / "own.json", json.dumps(row, indent=indent), row_fields=KNOWN_BY)
         assert [entry for _, entry in found] == [row]
     rows = [{"image": "a.jpg", "conversations": [{"from": "human", "value": "q"}]}]
-    for container in ({"description": "mine", "rows": rows}, {"conversations": rows}):
+    plain = [{"image": "a.jpg", "question": "q", "answer": "a"}]
+    for container, within in (
+        ({"description": "mine", "rows": rows}, rows),
+        ({"conversations": rows}, rows),
+        ({"description": "mine", "instruction": "all", "data": plain}, plain),
+        ({"output": plain}, plain),
+    ):
         found, _ = read(tmp_path / "own.json", json.dumps(container, indent=indent), row_fields=KNOWN_BY)
-        assert [entry for _, entry in found] == rows
+        assert [entry for _, entry in found] == within
     if not indent:
         found, _ = read(tmp_path / "one.jsonl", json.dumps({"a": 1}))
         assert [entry for _, entry in found] == [{"a": 1}]
