@@ -114,7 +114,9 @@ def quiet_libraries() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     for name in ("httpx", "httpx2", "alembic", "bitsandbytes", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each try of MLflow's; its error is told once
+    # Each try of MLflow's, with a page of trace where a database is full or locked; its error is told once.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def _names_the_hub(argv: Sequence[str]) -> bool:

@@ -131,7 +131,9 @@ def test_a_job_quiets_libraries_unless_the_environment_says_otherwise(monkeypatc
         monkeypatch.setenv(name, "before")  # so that it is restored
         monkeypatch.delenv(name)
     warn = ("httpx", "httpx2", "alembic", "bitsandbytes", "matplotlib")
-    levels = {name: logging.getLogger(name).level for name in (*warn, "urllib3.connectionpool")}
+    levels = {
+        name: logging.getLogger(name).level for name in (*warn, "urllib3.connectionpool", "mlflow.store.db.utils")
+    }
     configured = []
     monkeypatch.setattr(cli.logging, "basicConfig", lambda **options: configured.append(options))
     monkeypatch.setattr(cli.sys, "argv", words)
@@ -142,7 +144,8 @@ def test_a_job_quiets_libraries_unless_the_environment_says_otherwise(monkeypatc
         quiet_libraries()
         assert {name: os.environ.get(name) for name in QUIET} == {**QUIET, "MLFLOW_LOGGING_LEVEL": "DEBUG"}
         assert os.environ.get("HF_HUB_OFFLINE") == offline
-        assert [logging.getLogger(name).level for name in levels] == [logging.WARNING] * 5 + [logging.ERROR]
+        found = [logging.getLogger(name).level for name in levels]
+        assert found == [logging.WARNING] * 5 + [logging.ERROR, logging.CRITICAL]
         assert configured == [{"level": logging.INFO, "format": "%(levelname)s %(name)s: %(message)s"}]
     finally:
         for name, level in levels.items():
@@ -154,7 +157,9 @@ def test_what_the_environment_says_stays(monkeypatch):
     for name in names:
         monkeypatch.setenv(name, "mine")
     quiet = SimpleNamespace(setLevel=lambda level: None)
-    fake = SimpleNamespace(basicConfig=lambda **_: None, getLogger=lambda name: quiet, INFO=20, WARNING=30, ERROR=40)
+    fake = SimpleNamespace(
+        basicConfig=lambda **_: None, getLogger=lambda name: quiet, INFO=20, WARNING=30, ERROR=40, CRITICAL=50
+    )
     monkeypatch.setattr(cli, "logging", fake)
     monkeypatch.setattr(cli.sys, "argv", ["job"])
     quiet_libraries()
