@@ -26,8 +26,9 @@ Graph = Mapping[str, set[str]]
 
 @cache
 def modules() -> dict[str, Path]:
-    """Dotted name -> file."""
-    return {_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+    """Dotted name -> file; of the tests those that they share."""
+    patterns = {package: "**/*.py" for package in PACKAGES} | {"tests": "*.py"}
+    return {_name(path): path for package in PACKAGES for path in sorted((ROOT / package).glob(patterns[package]))}
 
 
 def _name(path: Path) -> str:

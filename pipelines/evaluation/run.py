@@ -24,7 +24,14 @@ from pipelines.evaluation.benchmarks.own import METRICS, OWN, own_benchmark
 from pipelines.evaluation.compare import Comparison, compare, read_predictions, refuse_other_rules
 from pipelines.evaluation.compare_page import COMPARISON_PAGE, comparison_page
 from pipelines.evaluation.page import score_page
-from pipelines.evaluation.scoring import PREDICTIONS, Prediction, metric_of, score_benchmark, write_predictions
+from pipelines.evaluation.scoring import (
+    PREDICTIONS,
+    BenchmarkScore,
+    Prediction,
+    metric_of,
+    score_benchmark,
+    write_predictions,
+)
 from pipelines.evaluation.track import ScoreResult, track_scores
 from pipelines.evaluation.worker import AnswerOptions, QuestionUnit, UnitAnswerer
 from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim, digest_of
@@ -81,14 +88,7 @@ def _score(
     asked = {benchmark.name: _read(settings, benchmark, data) for benchmark in chosen}
     _refuse_other_file(data.root, asked)
     questions = {name: read.questions for name, read in asked.items()}
-    claim(
-        work.uri(),
-        _score_fingerprint(settings, checkpoint, questions),
-        RESULTS,
-        overwrite=settings.overwrite,
-        inputs=[settings.checkpoint, settings.data, settings.images],
-    )
-    work.fetch(RUN_FILE, JOURNAL_FILE)
+    _claim_output(settings, work, _score_fingerprint(settings, checkpoint, questions))
     options = _options(settings, checkpoint, data, work.uri("answers"))
     units = [unit for benchmark in chosen for unit in _units(options, benchmark, questions[benchmark.name])]
     answering = time.perf_counter()
@@ -112,18 +112,28 @@ def _score(
         "result": work.uri("result.json"),
     }
     if settings.compare_with:
-        result["comparison"] = _compare(
-            settings, output, lines, {name: score["metric"] for name, score in scores.items()}
-        )
+        metrics = {name: score["metric"] for name, score in scores.items()}
+        result["comparison"] = _compare(settings, output, lines, metrics)
         result["comparison_page"] = work.uri(COMPARISON_PAGE)
     write_json(output / "result.json", result)
     track_scores(settings, output, result, lines, parent_run_id, began)
     pages = ["report.html", COMPARISON_PAGE] if settings.compare_with else ["report.html"]
     work.publish(PREDICTIONS, *pages, RUN_FILE, JOURNAL_FILE, "result.json")
+    _tell_problems(scores)
+    return result
+
+
+def _claim_output(settings: ScoreSettings, work: storage.WorkFolder, fingerprint: Fingerprint) -> None:
+    """Take the output folder for these inputs, and continue the tracker's run of an earlier command."""
+    given = [settings.checkpoint, settings.data, settings.images]
+    claim(work.uri(), fingerprint, RESULTS, overwrite=settings.overwrite, inputs=given)
+    work.fetch(RUN_FILE, JOURNAL_FILE)
+
+
+def _tell_problems(scores: Mapping[str, BenchmarkScore]) -> None:
     for name, score in scores.items():
         for problem in score["problems"][:3]:
             logger.warning("%s, no answer to question %s", name, problem)
-    return result
 
 
 def _refuse_unlike_predictions(settings: ScoreSettings, chosen: Sequence[Benchmark], work: storage.WorkFolder) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.params import Depends as DependsParam
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
@@ -100,7 +101,34 @@ def build_api(
         openapi_url=None,
     )
     app.state.gate = service.gate
-    keyed = [Depends(clients.identify)]
+
+    def operator_page(request: Request) -> None:
+        """Pages for operators: behind the key, unless the settings open them."""
+        if _path_of(request.scope) not in settings.open_paths:
+            clients.identify_browser(request)
+
+    _add_chat(app, service, [Depends(clients.identify)])
+    _add_health(app, service)
+    _add_metrics(app, service, operator_page, all_metrics)
+
+    @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(operator_page)])
+    async def openapi() -> JSONResponse:
+        return JSONResponse(_schema(app, settings.model_name))
+
+    add_pages(app, operator_page)
+    _add_errors(app, service)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    app.add_middleware(HeadAsGet)
+    app.add_middleware(SlashesAsOne)
+    return app
+
+
+def _add_chat(app: FastAPI, service: ChatService, keyed: Sequence[DependsParam]) -> None:
+    """OpenAI's routes, and the scenes of the web page."""
+    served = service.settings.model_name
 
     @app.post(CHAT, response_model=ChatCompletion, responses=CHAT_RESPONSES, openapi_extra=REQUEST_BODY)
     async def chat_completions(request: Request) -> Response:
@@ -115,20 +143,28 @@ def build_api(
     @app.get("/v1/models/{model_id:path}", response_model=Model, responses=_only(401, 404, 503), dependencies=keyed)
     async def get_model(model_id: str) -> Model:
         """One model."""
-        if model_id != settings.model_name:
-            raise unknown_model(model_id, settings.model_name)
+        if model_id != served:
+            raise unknown_model(model_id, served)
         return await _model()
 
     async def _model() -> Model:
         info = await service.info()
         return Model(
-            id=settings.model_name,
+            id=served,
             created=info.created,
             context_length=info.context_length,
             max_model_len=info.context_length,
             scope=info.scope,
         )
 
+    @app.get("/ui/scene", response_model=DrawnScene, include_in_schema=False, dependencies=keyed)
+    async def new_scene() -> DrawnScene:
+        if (await service.info()).scope != "drawn scenes":
+            raise ProtocolError(404, "the served model does not know drawn scenes.")
+        return await asyncio.to_thread(draw_scene)
+
+
+def _add_health(app: FastAPI, service: ChatService) -> None:
     @app.get("/health", include_in_schema=False)  # vLLM's, SGLang's and llama.cpp's name, which GuideLLM asks for
     @app.get("/healthz", responses=_only(503))
     async def healthz() -> dict[str, str]:
@@ -137,7 +173,7 @@ def build_api(
             raise server_stops()
         try:
             async with asyncio.timeout(5):
-                await backend.check_health()
+                await service.backend.check_health()
         except Exception:
             logger.warning("the model cannot answer", exc_info=True)
             raise ProtocolError(
@@ -145,43 +181,25 @@ def build_api(
             ) from None
         return {"status": "ok"}
 
-    def operator_page(request: Request) -> None:
-        """Pages for operators: behind the key, unless the settings open them."""
-        if _path_of(request.scope) not in settings.open_paths:
-            clients.identify_browser(request)
 
+def _add_metrics(
+    app: FastAPI,
+    service: ChatService,
+    guard: Callable[[Request], None],
+    all_metrics: Callable[[], Awaitable[Sequence[IngressMetrics]]] | None,
+) -> None:
     @app.get(
         "/metrics",
         response_class=Response,
         responses={200: {"content": {"text/plain": {}}}, **_only(401)},
-        dependencies=[Depends(operator_page)],
+        dependencies=[Depends(guard)],
     )
     async def show_metrics() -> Response:
         """Counters, for Prometheus."""
-        replicas = await _within(3, backend.stats(), "the model", [])
-        own = [metrics.snapshot()]
+        replicas = await _within(3, service.backend.stats(), "the model", [])
+        own = [service.metrics.snapshot()]
         ingresses = await _within(3, all_metrics(), "other ingresses", own) if all_metrics else own
         return Response(render(ingresses, replicas), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(operator_page)])
-    async def openapi() -> JSONResponse:
-        return JSONResponse(_schema(app, settings.model_name))
-
-    @app.get("/ui/scene", response_model=DrawnScene, include_in_schema=False, dependencies=keyed)
-    async def new_scene() -> DrawnScene:
-        if (await service.info()).scope != "drawn scenes":
-            raise ProtocolError(404, "the served model does not know drawn scenes.")
-        return await asyncio.to_thread(draw_scene)
-
-    add_pages(app, operator_page)
-    _add_errors(app, service)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
-        )
-    app.add_middleware(HeadAsGet)
-    app.add_middleware(SlashesAsOne)
-    return app
 
 
 class HeadAsGet:
