@@ -229,7 +229,7 @@ def _parse(line: bytes) -> JsonObject:
         ValueError: the line has none.
     """
     try:
-        data = json.loads(line, parse_float=_finite, parse_constant=_finite)
+        data = json.loads(line.decode("utf-8-sig"), parse_float=_finite, parse_constant=_finite)
     except ValueError as error:
         raise ValueError(f"is not valid JSON: {error}") from None
     except RecursionError:

@@ -69,6 +69,14 @@ def test_a_pair_of_surrogates_is_a_character_and_half_of_one_is_none(tmp_path):
     assert (half.id, half.error) == ("line-1", "line 1 holds half of a surrogate pair, which is no character.")
 
 
+def test_a_file_is_utf_8_with_its_mark_or_without(tmp_path):
+    text = (json.dumps(BODY) + "\n") * 3
+    for encoding, reason in (("utf-8-sig", None), ("utf-16", "is not valid JSON"), ("utf-16-be", "is not valid JSON")):
+        (tmp_path / "r.jsonl").write_bytes(text.encode(encoding))
+        errors = [request.error for request in read_requests(tmp_path / "r.jsonl")]
+        assert all(reason in error if reason else not error for error in errors) and len(errors) >= 3
+
+
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
 def test_a_number_that_is_not_finite_costs_its_line(tmp_path, number):
     """Python reads it and cannot send it: the run ended with a trace."""
