@@ -39,7 +39,7 @@ class ImageLayout:
 
     Attributes:
         folders: image folders relative to the annotation file's folder and those above it, as publishers and read-mes
-            name them; tried in order where no ``images=`` is given. ``.`` is the folder itself.
+            name them; tried in order where no ``images=`` is given. ``.`` is the annotation file's own, where none is.
         alternatives: a name as the annotation gives it -> names under which the file may be in the image folder, the
             likeliest first.
         splits: names of folders that hold one split each. Where one is found, the image folder is the one above it.
@@ -126,14 +126,15 @@ def find_image_folder(source: SourceInput, file: storage.Location, layout: Image
     looked = []
     above = file.parent
     for _ in range(3):
-        for name in layout.folders:
-            folder = above if name == "." else above / name
+        for folder in [above / name for name in layout.folders if name != "."]:
             looked.append(folder)
             if storage.is_folder(folder):
                 return folder.parent if folder.name in layout.splits else folder
         if above == above.parent:
             break
         above = above.parent
+    if "." in layout.folders:
+        return file.parent
     where = f"; looked for {', '.join(str(folder) for folder in looked[:6])} and the same in the folders above"
     raise SettingsError(
         f"source={source.source} needs images=: the folder that holds its images{where if looked else ''}."

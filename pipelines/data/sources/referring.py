@@ -160,7 +160,8 @@ def _genome_names(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys([name, *(f"{folder}/{base}" for folder in folders), base]))
 
 
-GENOME = ImageLayout((".",), _genome_names)
+_GENOME_FOLDERS = ("VG_100K", "VG_100K_2")
+GENOME = ImageLayout((*_GENOME_FOLDERS, "."), _genome_names, frozenset(_GENOME_FOLDERS))
 
 
 @dataclass(frozen=True)

@@ -301,7 +301,8 @@ def test_the_nearest_folder_counts_and_of_several_beside_it_the_first(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         assert found() == str(tmp_path / name)
     assert found(str(tmp_path / "one")) == str(tmp_path / "one"), "the settings win"
-    assert found(layout=ImageLayout((".", "one"))) == str(tmp_path / "far/up/here")
+    assert found(layout=ImageLayout((".", "one"))) == str(tmp_path / "far/up/one")
+    assert found(layout=ImageLayout((".", "none"))) == str(tmp_path / "far/up/here"), "where none of the others is"
 
 
 def test_an_image_of_several_entries_is_read_once(folder, monkeypatch):

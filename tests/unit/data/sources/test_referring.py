@@ -124,6 +124,16 @@ def test_images_of_visual_genome_are_looked_for_in_both_archives():
     assert names == (*(f"{folder}/2.jpg" for folder in folders), "2.jpg")
 
 
+def test_images_of_visual_genome_are_looked_for_above_the_annotations(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "VG_100K").mkdir()
+    (tmp_path / "VG_100K/1.jpg").write_bytes(jpeg(1))
+    region = {"region_id": 7, "phrase": "p", "x": 1, "y": 2, "width": 10, "height": 20}
+    (tmp_path / "annotations/region_descriptions.json").write_text(json.dumps([{"id": 1, "regions": [region]}]))
+    (tmp_path / "annotations/image_data.json").write_text('[{"image_id": 1, "url": "https://h/VG_100K/1.jpg"}]')
+    assert read("refvg", tmp_path, "")[1][0].image == jpeg(1)
+
+
 def test_regions_have_the_image_that_they_name_and_large_ones_are_left_out(tmp_path):
     for name in ("VG_100K/1.jpg", "VG_100K_2/2.jpg"):
         (tmp_path / name).parent.mkdir()
