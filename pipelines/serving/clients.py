@@ -125,9 +125,11 @@ def key_digests(settings: ServeSettings) -> tuple[bytes, ...]:
     if settings.api_keys_file:
         path = Path(settings.api_keys_file).expanduser()
         try:
-            lines = path.read_text().splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except OSError as error:
             raise SettingsError(f"api_keys_file={path} cannot be read: {error.strerror}.") from error
+        except UnicodeDecodeError:
+            raise SettingsError(f"api_keys_file={path} is no text in UTF-8.") from None
         found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not found:
             raise SettingsError(f"api_keys_file={path} holds no key: write one per line, or leave the setting empty.")

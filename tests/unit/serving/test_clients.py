@@ -166,6 +166,8 @@ def test_keys_come_from_settings_file_and_environment(tmp_path, monkeypatch):
     settings = ServeSettings(api_keys=["plain"], api_keys_file=str(path))
     wanted = ["plain", "from-file", "another", "from-env", "second-env"]
     assert key_digests(settings) == tuple(digest_of(key) for key in wanted)
+    path.write_bytes(b"\xef\xbb\xbffrom-file\r\nanother\r\n")  # as Windows' editors write it
+    assert key_digests(settings) == tuple(digest_of(key) for key in wanted)
 
 
 def test_sources_without_a_key_are_refused_instead_of_opening_the_server(tmp_path, monkeypatch):
@@ -174,6 +176,9 @@ def test_sources_without_a_key_are_refused_instead_of_opening_the_server(tmp_pat
         key_digests(ServeSettings(api_keys_file=str(path)))
     path.write_text("\n# nothing\n")
     with pytest.raises(SettingsError, match="holds no key"):
+        key_digests(ServeSettings(api_keys_file=str(path)))
+    path.write_text("key", encoding="utf-16")
+    with pytest.raises(SettingsError, match="is no text in UTF-8"):
         key_digests(ServeSettings(api_keys_file=str(path)))
     monkeypatch.setenv(KEYS_VARIABLE, " , ")
     with pytest.raises(SettingsError, match="holds no key"):
