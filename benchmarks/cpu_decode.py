@@ -72,9 +72,9 @@ def _dense(dtype: torch.dtype) -> Callable[[Tensor], Product]:
 
 def _ours(name: str) -> Callable[[Tensor], Product]:
     def build(weight: Tensor) -> Product:
-        from tinygptv.quantization.artifact import _format_class
+        from tinygptv.quantization.artifact import format_class
 
-        kind = _format_class(name)
+        kind = format_class(name)
         return kind.restore(kind.pack(_linear(weight), "cpu"), "cpu", torch.float32)
 
     return build

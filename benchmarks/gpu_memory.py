@@ -18,8 +18,9 @@ from gpu_rows import GIB, Clock, Peak, Row, Rows, memory_cap, sentence
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.collate import MicroBatch
 from tinygptv.training.compilation import run_eagerly
-from tinygptv.training.memory_plan import CUDA_CONTEXT_BYTES, Computation, TrainingMemory
+from tinygptv.training.memory_plan import CUDA_CONTEXT_BYTES, TrainingMemory
 from tinygptv.training.stages import Stage, get_stage
+from tinygptv.training.step_memory import Computation
 from tinygptv.training.train_step import FUSED_LAYERS, TrainStep
 
 

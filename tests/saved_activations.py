@@ -17,7 +17,7 @@ from tinygptv.config import TinyGPTVConfig
 from tinygptv.model.language_model import LanguageModel
 from tinygptv.model.lora import add_lora
 from tinygptv.model.tinygptv import FLOAT32_NAMES
-from tinygptv.training.memory_plan import layer_activation_bytes
+from tinygptv.training.step_memory import layer_activation_bytes
 
 TOKENS = 256
 

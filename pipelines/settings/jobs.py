@@ -89,6 +89,9 @@ class TrainSettings(Settings):
     features: Literal["inline", "cached"] = Field(
         "inline", description="inline encodes images in every step; cached reads cache_features' files"
     )
+    frozen_weights: Literal["full", "int8", "nf4"] = Field(
+        "full", description="frozen matrices of the language layers: as precision, or in 8 or 4 bits (QLoRA), smaller"
+    )
     packing: bool = Field(False, description="several samples in one sequence, attention kept apart")
     gradient_checkpointing: bool = Field(False, description="recompute language layers in the backward pass")
     attention: Literal["eager", "sdpa", "flex_attention"] = Field("sdpa", description="eager, sdpa or flex_attention")

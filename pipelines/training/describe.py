@@ -68,6 +68,7 @@ def _stage_lines(settings: TrainSettings, stage: Stage) -> list[str]:
         "optimizer": f"AdamW, weight decay {stage.weight_decay}, beta2 {stage.beta2}, clip {stage.max_grad_norm}",
         "LoRA": lora if stage.lora_rank else "none",
         "precision": f"{settings.precision}, encoder {settings.encoder_precision or settings.precision}, "
+        f"frozen weights {settings.frozen_weights}, "
         f"attention {settings.attention}, features {settings.features}, "
         f"packing {settings.packing}, gradient checkpointing {settings.gradient_checkpointing}, "
         f"compile {settings.compile}",

@@ -15,7 +15,8 @@ from pipelines.training.job import TrainJob
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.model.varlen_attention import runs_flash_attention
 from tinygptv.training.compilation import wants_compilation
-from tinygptv.training.memory_plan import CUDA_CONTEXT_BYTES, GIB, Computation, TrainingMemory
+from tinygptv.training.memory_plan import CUDA_CONTEXT_BYTES, GIB, TrainingMemory
+from tinygptv.training.step_memory import Computation
 from tinygptv.training.train_step import FUSED_LAYERS
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ def computation_of(settings: TrainSettings, card: Card | None = None) -> Computa
     device = torch.device("cuda" if settings.use_gpu else "cpu")
     return Computation(
         precision=settings.precision,
+        frozen_weights=settings.frozen_weights,
         features=settings.features,
         compiled=wants_compilation(settings.compile, device),
         fused=FUSED_LAYERS,
@@ -136,6 +138,7 @@ def _does_not_fit(memory: TrainingMemory, card: Card) -> str:
         "compile=on": memory.computed(compiled=True),
         "features=cached": memory.computed(features="cached"),
         f"precision={half}": memory.computed(precision=half),
+        "frozen_weights=nf4": memory.computed(frozen_weights="nf4"),
     }
     helps = [name for name, other in savers.items() if other.computation != how and other.plan(1).peak <= capacity]
     fix = f"try {' or '.join(helps)}" if helps else "use a larger GPU, or a smaller stage.limits.max_text_tokens"

@@ -131,6 +131,7 @@ def resolve_job(
     config = read_config(start)
     stage = with_start_adapters(stage, config)
     refuse_other_model(stage, config)
+    refuse_frozen_weights(settings, stage)
     digests = {name: each.manifest.digest for name, each in shards.items()}
     plan = dataclasses.replace(_load_plan(settings, stage, start, config), held_out=held, digests=digests)
     if plan.feature_key:
@@ -206,6 +207,7 @@ def training_fingerprint(settings: TrainSettings, stage: Stage, start: Path, dat
         start=checkpoint_digest(start),
         data=data,
         stage=fields,
+        **({} if settings.frozen_weights == "full" else {"frozen_weights": settings.frozen_weights}),
         **_held_out_inputs(settings),
     )
 
@@ -283,6 +285,19 @@ def refuse_other_model(stage: Stage, config: TinyGPTVConfig) -> None:
         raise SettingsError(
             "stage.trainable names lora, and neither the start nor the stage has adapters: give stage.lora_rank=64, or "
             "leave lora out."
+        )
+
+
+def refuse_frozen_weights(settings: TrainSettings, stage: Stage) -> None:
+    """Raise where there would be no frozen matrix to keep in low bits.
+
+    Raises:
+        SettingsError: the whole language model trains.
+    """
+    if settings.frozen_weights != "full" and "language_model" in stage.trainable:
+        raise SettingsError(
+            f"frozen_weights={settings.frozen_weights}: stage.trainable names language_model, so its matrices are not "
+            "frozen: leave one of the two out."
         )
 
 

@@ -7,16 +7,22 @@ from typing import Any
 import torch
 
 from pipelines.node_cache import local_checkpoint
+from pipelines.training.guard import TrainingStopped
 from pipelines.training.job import TrainJob
 from tinygptv.checkpoint.checkpoint import load_checkpoint
 from tinygptv.checkpoint.stored_weights import restore_rounded
 from tinygptv.data.processing import TinyGPTVImageProcessor, TinyGPTVProcessor
+from tinygptv.quantization.frozen_linear import pack_frozen
 from tinygptv.training.stages import set_trainable
 from tinygptv.training.train_step import PRECISIONS, set_dtypes
 
 
 def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
-    """Load the start checkpoint, set the stage's image size, add LoRA where the stage has it, freeze the rest."""
+    """Load the start checkpoint, set the stage's image size, add LoRA where the stage has it, freeze the rest.
+
+    Raises:
+        TrainingStopped: ``frozen_weights`` cannot be had.
+    """
     settings, stage = job.settings, job.stage
     device = torch.device("cuda", torch.cuda.current_device()) if settings.use_gpu else torch.device("cpu")
     start = local_checkpoint(settings.init_from)
@@ -30,6 +36,11 @@ def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
     set_trainable(model, stage.trainable)
     set_dtypes(model, device, settings.encoder_precision or settings.precision)
     restore_rounded(model, start, dtype)
+    if settings.frozen_weights != "full":
+        try:
+            pack_frozen(model, settings.frozen_weights, device)
+        except ValueError as error:
+            raise TrainingStopped(f"frozen_weights={settings.frozen_weights}: {error}") from error
     torch.nn.Module.to(model, device).train()
     if settings.gradient_checkpointing:
         # transformers 5.20 renamed it and warns about the old name

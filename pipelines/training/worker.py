@@ -36,6 +36,7 @@ from tinygptv.checkpoint.checkpoint import save_checkpoint
 from tinygptv.checkpoint.folders import MANIFEST
 from tinygptv.checkpoint.stage_record import StageRecord
 from tinygptv.checkpoint.stored_weights import unrounded_encoder
+from tinygptv.quantization.frozen_linear import unpack_frozen
 from tinygptv.training.optim import build_optimizer
 from tinygptv.training.train_step import StepResult, TrainStep
 
@@ -346,7 +347,9 @@ class TrainWorker:
         """Write the whole model; returns its folder or URI."""
         folder = self.work.path / "checkpoint"
         with storage.disk_full_as_error(folder):
-            encoder = unrounded_encoder(self.model, local_checkpoint(self.job.settings.init_from))
+            start = local_checkpoint(self.job.settings.init_from)
+            unpack_frozen(self.model, start)
+            encoder = unrounded_encoder(self.model, start)
             save_checkpoint(folder, self.model, self.processor, self._stage_record(), encoder)
             if not self.work.location.is_local:
                 storage.upload_folder(folder, self.work.location / "checkpoint", MANIFEST)

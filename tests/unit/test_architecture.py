@@ -39,7 +39,7 @@ _LIBRARY: dict[str, set[str]] = {
     "data": {"json_object", "config", "lru", "bounds"},
     "metrics": {"data"},
     "model": {"config", "data", "kernels"},
-    "training": {"bounds", "config", "data", "kernels", "model", "folder_fault"},
+    "training": {"bounds", "config", "data", "kernels", "model", "quantization", "folder_fault"},
     "checkpoint": {"json_object", "config", "data", "model", "folder_fault"},
     "convert": {"json_object", "config", "data", "model", "training", "checkpoint"},
     "convert.sources": set(),

@@ -103,12 +103,14 @@ def unrounded_encoder(model: TinyGPTVForConditionalGeneration, start: str | Path
     for name, stored in stored_encoder(start, model.config.vision_config.image_size):
         if name not in frozen:
             continue
-        if not _is_rounding(stored.float(), frozen[name].detach().float().cpu()):
+        if not is_rounding(stored, frozen[name].detach().cpu(), _ROUNDING):
             logger.warning("%s of %s has changed since training began: the values in memory are written.", name, start)
             return {}
         found[name] = stored
     return found
 
 
-def _is_rounding(stored: Tensor, used: Tensor) -> bool:
-    return stored.shape == used.shape and bool((stored - used).abs().max() <= _ROUNDING * stored.abs().max())
+def is_rounding(stored: Tensor, used: Tensor, tolerance: float) -> bool:
+    """Whether two tensors differ by no more than a share of the first one's largest value."""
+    stored, used = stored.float(), used.float()
+    return stored.shape == used.shape and bool((stored - used).abs().max() <= tolerance * stored.abs().max())

@@ -106,6 +106,8 @@ def _is_adapted(linear: nn.Module) -> TypeGuard[AdaptedLinear]:
 
 
 def _matrix_dtype(linear: nn.Module, x: Tensor) -> torch.dtype:
-    """The dtype that a linear layer computes in."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else cast(Tensor, linear.weight).dtype
+    """The dtype that a linear layer reads; packed low-bit weights cast their input themselves."""
+    device, weight = x.device.type, cast(Tensor, linear.weight)
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype if weight.is_floating_point() else x.dtype

@@ -161,7 +161,7 @@ def _packed_modules(
     for prefix, module in model.named_modules():
         if is_packed(prefix, module, formats):
             with torch.inference_mode():
-                packed = _format_class(formats[prefix.partition(".")[0]]).pack(cast(nn.Linear, module), device)
+                packed = format_class(formats[prefix.partition(".")[0]]).pack(cast(nn.Linear, module), device)
             stored = {f"{prefix}.{name}": _in_memory(tensor) for name, tensor in packed.items()}
         else:
             own = module.named_parameters(prefix, recurse=False)
@@ -203,7 +203,15 @@ def _shards(modules: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]
         yield shard
 
 
-def _format_class(name: str) -> type[LowBitLinear]:
+def format_class(name: str) -> type[LowBitLinear]:
+    """The class of a format.
+
+    Args:
+        name: key of ``FORMATS``.
+
+    Raises:
+        ValueError: it needs a library that is not installed.
+    """
     module, _, class_name = FORMATS[name].rpartition(".")
     try:
         return getattr(import_module(module), class_name)
@@ -301,7 +309,7 @@ def _fill(
         form = formats[part]
         if device.type != "cpu":
             return PACKED[form](stored, device, dtype)
-        kind = Int8EncoderLinear if (part, form) == ("vision_encoder", "int8") else _format_class(form)
+        kind = Int8EncoderLinear if (part, form) == ("vision_encoder", "int8") else format_class(form)
         return kind.restore(stored, device, dtype)
 
     # Kernels for CPUs want weights in an order of their own, which one thread makes slowly.

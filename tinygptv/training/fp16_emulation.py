@@ -17,6 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.quantization.linear_packed import PackedLinear
 
 HALF_RANGE_ATTENTION = "half_range"
 
@@ -83,7 +84,7 @@ def emulate_half_range(model: TinyGPTVForConditionalGeneration) -> None:
     """
     for part in (model.projector, model.language_model, model.lm_head):
         for module in part.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear | PackedLinear):
                 module.register_forward_pre_hook(_round_input)
                 module.register_forward_hook(_round_output)
     model.language_model.set_attn_implementation(HALF_RANGE_ATTENTION)

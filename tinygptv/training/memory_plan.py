@@ -1,13 +1,7 @@
 """Memory plan: will this stage, batch and precision fit this GPU? Counted from the configuration; no GPU is touched.
 
-Parameters are counted on the meta device. What autograd keeps for the backward pass is a sum over the operations of
-``language_model``, in bytes per token; ``tests/unit/training/test_memory_plan.py`` holds it against the tensors that
-autograd, and the compiler's partition of a layer, really save. What lives for a moment only is counted from the largest
-buffers of the phases of a step. What CUDA, its libraries and the allocator's rounding take is assumed, with a margin:
-measured on an H100 in ``benchmarks/gpu_memory.py``.
-
-Notation: D language width, I its MLP width, N heads, K vocabulary, r LoRA rank, Q query tokens, F Q-Former width,
-V vision width, R image side, T tokens of a forward pass.
+Parameters are counted on the meta device, activations and work areas by ``step_memory``. What CUDA, its libraries and
+the allocator's rounding take is assumed, with a margin: measured on an H100 in ``benchmarks/gpu_memory.py``.
 """
 
 from __future__ import annotations
@@ -22,13 +16,22 @@ from typing import TypedDict, cast
 
 import torch
 
-from tinygptv.config import TinyGPTVConfig, TinyGPTVTextConfig
-from tinygptv.data.flatten import SEQUENCES_MULTIPLE, TOKENS_MULTIPLE
+from tinygptv.config import TinyGPTVConfig
+from tinygptv.data.flatten import TOKENS_MULTIPLE
 from tinygptv.model.fused_layer import can_fuse
-from tinygptv.model.head_loss import CHUNK_ROWS
 from tinygptv.model.meta import build_on_meta
 from tinygptv.model.tinygptv import FLOAT32_NAMES, TinyGPTVForConditionalGeneration
 from tinygptv.training.stages import Stage, set_trainable
+from tinygptv.training.step_memory import (
+    BatchSize,
+    Computation,
+    attention_workspace_bytes,
+    encoder_workspace_bytes,
+    head_workspace_bytes,
+    layer_activation_bytes,
+    layer_workspace_bytes,
+    mask_bytes,
+)
 from tinygptv.training.train_step import images_at_a_time
 
 GIB = 2**30
@@ -44,6 +47,8 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4 with double quantization: 4 bits, a scale byte per 64, a float per 256 scales."""
 WEIGHT_BYTES = {"full": 4.0, "half": 2.0, "bf16": 2.0, "int8": 1.0, "llm_int8": 1.0, "int4": 0.5625, "nf4": NF4_BYTES}
 """Format of a linear layer -> bytes of a weight; the 8-bit formats add a float per row."""
+FROZEN_BYTES = {"int8": 1.0, "nf4": 0.5 + 2 / 64}
+"""``frozen_weights`` -> bytes of a weight as it is kept in memory: NF4 with a float16 scale per 64."""
 PARTS = ("vision_encoder", "qformer", "projector", "language_model", "lm_head")
 
 
@@ -95,61 +100,6 @@ class MemoryPlan:
         return cast("PlanBytes", {**asdict(self), "cuda_context": CUDA_CONTEXT_BYTES, "peak": self.peak})
 
 
-@dataclass(frozen=True)
-class Computation:
-    """Parameters of a step that decide its memory.
-
-    Attributes:
-        precision: key of ``train_step.PRECISIONS``; the 16-bit ones keep what trains in float32.
-        features: ``inline`` encodes images in each step, ``cached`` does not (the encoder stays loaded).
-        compiled: language layers are compiled: less is kept.
-        fused: layers of batches without padding are computed with fused kernels (``model.fused_layer``): still less.
-        gradient_checkpointing: language layers are computed again in the backward pass.
-        on_gpu: as on a GPU: no logits kept where the language head is frozen.
-        flat: batches are computed without padding where a GPU does that, in 16 bits (``train_step.is_flat``).
-    """
-
-    precision: str = "bf16"
-    features: str = "inline"
-    compiled: bool = True
-    fused: bool = False
-    gradient_checkpointing: bool = False
-    on_gpu: bool = True
-    flat: bool = True
-
-    @property
-    def has_no_padding(self) -> bool:
-        """Whether sequences lie one after the other, without padding and masks."""
-        return self.flat and self.half and self.on_gpu
-
-    @property
-    def half(self) -> bool:
-        """Whether matrices are 16-bit."""
-        return self.precision in ("bf16", "fp16")
-
-    def __str__(self) -> str:
-        checkpointing = "with" if self.gradient_checkpointing else "without"
-        compiled = "compiled" if self.compiled else "not compiled"
-        return f"{self.precision}, features {self.features}, layers {compiled}, {checkpointing} gradient checkpointing"
-
-
-@dataclass(frozen=True)
-class BatchSize:
-    """Size of one forward pass.
-
-    Attributes:
-        samples: sequences.
-        tokens: of all sequences together, padding included where there is any.
-        positions: supervised tokens.
-        images: number of images.
-    """
-
-    samples: int
-    tokens: int
-    positions: int
-    images: int
-
-
 class TrainingMemory:
     """Plans for one stage; parameters are counted once."""
 
@@ -183,7 +133,8 @@ class TrainingMemory:
         """The same stage, computed otherwise: fields of ``Computation``."""
         other = copy(self)
         other.computation = replace(self.computation, **changes)  # type: ignore[arg-type]
-        if other.computation.half != self.computation.half:
+        kinds = [(how.half, how.frozen_weights) for how in (other.computation, self.computation)]
+        if kinds[0] != kinds[1]:
             other.__dict__.pop("_parameters", None)
         return other
 
@@ -194,11 +145,19 @@ class TrainingMemory:
         set_trainable(model, self.stage.trainable)
         weights = dict.fromkeys(PARTS, 0)
         for name, parameter in model.named_parameters():
-            wide = not self.computation.half or FLOAT32_NAMES.match(name) or parameter.requires_grad
-            weights[name.partition(".")[0]] += parameter.numel() * (4 if wide else 2)
+            weights[name.partition(".")[0]] += int(parameter.numel() * self._bytes_of(name, parameter))
         trained = [p for p in model.parameters() if p.requires_grad]
         in_matrices = sum(p.numel() for p in trained if p.ndim > 1)
         return weights, sum(p.numel() for p in trained), in_matrices, model.lm_head.weight.requires_grad
+
+    def _bytes_of(self, name: str, parameter: torch.nn.Parameter) -> float:
+        """Bytes of each number of a parameter while it trains, or is frozen."""
+        how = self.computation
+        if parameter.requires_grad or FLOAT32_NAMES.match(name):
+            return 4
+        if how.frozen_weights != "full" and parameter.ndim == 2 and name.startswith("language_model.layers."):
+            return FROZEN_BYTES[how.frozen_weights]
+        return 2 if how.half else 4
 
     def longest(self, samples: int) -> BatchSize:
         """So many samples, each of the stage's greatest length, in one forward pass."""
@@ -234,6 +193,8 @@ class TrainingMemory:
             + (in_matrices * 2 if how.half else 0)  # 16-bit copies of what trains
         )
         backward = tokens * layer_workspace_bytes(text) + (attention_workspace_bytes(text, batch) if how.on_gpu else 0)
+        if how.frozen_weights != "full":
+            backward += text.hidden_size * text.intermediate_size * element * 2  # one matrix while it is unpacked
         if how.gradient_checkpointing:
             kept += text.num_hidden_layers * residual
             backward += layer
@@ -298,88 +259,6 @@ def _stored_bytes(name: str, parameter: torch.nn.Parameter, form: str) -> float:
     if not is_linear:
         return 2.0
     return WEIGHT_BYTES[form] + (4 / parameter.shape[1] if form in ("int8", "llm_int8") else 0)
-
-
-def layer_activation_bytes(
-    text: TinyGPTVTextConfig, lora_rank: int, lora_dropout: float, *, half: bool, compiled: bool, fused: bool = False
-) -> int:
-    """Activations that one language layer keeps for its backward pass, in bytes per token, with fused attention.
-
-    Frozen linear layers keep nothing: the gradient of their input needs their weight alone. A compiled layer computes
-    float32 copies and normalised values again, a fused one masks of dropout and means of heads, too.
-
-    Args:
-        text: sizes, and which norms there are.
-        lora_rank: 0 without adapters.
-        lora_dropout: dropout on the adapters' input; keeps a mask and the input.
-        half: 16-bit matrices under autocast; else float32.
-        compiled: as the compiler's partition of the layer saves.
-        fused: as the operations of ``kernels.training_functions`` save.
-    """
-    width, heads, element = text.hidden_size, text.num_attention_heads, 2 if half else 4
-    total = 4 * width  # the residual
-    total += 3 * width * element + width * element + 4 * heads  # fused q, k, v; attention's output and its sums
-    total += text.intermediate_size * element  # the activation function's input
-    if text.input_layernorm:
-        total += 8
-    if text.qk_layernorm:
-        total += 2 * width * element  # q and k after rotation
-        total += 0 if fused else 16 * heads  # mean and deviation of each head
-        total += 8 * width if half and not compiled and not fused else 0  # float32 copies
-    else:
-        total += 2 * width * element
-    if text.attention_rmsnorm:
-        total += 4
-        total += width * element if compiled or fused else 8 * width
-    if text.resid_pdrop and not fused:
-        total += 2 * width  # a byte per element and branch
-    if lora_rank:
-        total += 2 * lora_rank * element + width * element  # both narrow activations; the input of q, k and v
-        if lora_dropout:
-            total += width * element  # the other adapter's input
-            total += 0 if fused else 2 * width  # masks
-    return total
-
-
-def layer_workspace_bytes(text: TinyGPTVTextConfig) -> int:
-    """Peak of one layer's backward pass beyond what was kept, in bytes per token.
-
-    The residual's gradient before and after it, and both gradients around the MLP's activation function.
-    """
-    return 8 * text.hidden_size + 2 * 2 * text.intermediate_size
-
-
-def attention_workspace_bytes(text: TinyGPTVTextConfig, batch: BatchSize) -> int:
-    """FlashAttention's float32 sums of query gradients: 128 rows more for each sequence, heads of 32, 64, 96, 128."""
-    sequences = -(-(batch.samples + 1) // SEQUENCES_MULTIPLE) * SEQUENCES_MULTIPLE
-    head = -(-(text.hidden_size // text.num_attention_heads) // 32) * 32
-    return 4 * (batch.tokens + 128 * sequences) * text.num_attention_heads * (head + 1)
-
-
-def mask_bytes(batch: BatchSize, element: int) -> int:
-    """The mask that attention in padded batches keeps for its backward pass, one number for each pair of positions."""
-    return -(-(batch.tokens**2) // batch.samples) * element
-
-
-def head_workspace_bytes(
-    text: TinyGPTVTextConfig, positions: int, computation: Computation, *, head_trains: bool
-) -> int:
-    """Logits, probabilities and their gradient: of a few rows on a GPU with a frozen head, else of all positions."""
-    hidden = positions * text.hidden_size * 6  # supervised rows in float32, their gradient in 16 bits
-    if computation.on_gpu and not head_trains:
-        per_logit = 8 if computation.compiled else 14
-        return hidden + min(positions, CHUNK_ROWS) * text.vocab_size * per_logit
-    return hidden + positions * text.vocab_size * (12 if computation.half else 8)
-
-
-def encoder_workspace_bytes(config: TinyGPTVConfig, element: int) -> int:
-    """Peak memory of encoding an image without gradients; an estimate.
-
-    The residual, a normalised copy (autocast: float32 and again cast), and the MLP before and after its activation.
-    """
-    vision = config.vision_config
-    per_patch = element * (2 * vision.hidden_size + 2 * vision.intermediate_size) + 4 * vision.hidden_size
-    return (vision.num_patches + 1) * per_patch + 2 * 4 * 3 * vision.image_size**2
 
 
 @lru_cache(maxsize=8)

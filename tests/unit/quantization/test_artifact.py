@@ -24,13 +24,13 @@ from tinygptv.quantization import artifact
 from tinygptv.quantization.artifact import (
     METHODS,
     PACKED,
-    _format_class,
     _formats,
     _packed_modules,
     _rounded,
     _shards,
     _StoredTensors,
     compute_dtype,
+    format_class,
     is_artifact,
     is_packed,
     load_artifact,
@@ -197,7 +197,7 @@ def test_weights_are_rounded_on_the_device_that_was_named(monkeypatch):
             asked.append((linear.weight.shape, device, torch.is_inference_mode_enabled()))
             return {"weight": linear.weight.detach()}
 
-    monkeypatch.setattr("tinygptv.quantization.artifact._format_class", lambda name: Format)
+    monkeypatch.setattr("tinygptv.quantization.artifact.format_class", lambda name: Format)
     model = torch.nn.ModuleDict({"language_model": torch.nn.Linear(4, 2), "projector": torch.nn.Linear(2, 2)})
     stored = list(_packed_modules(model, {"language_model": "nf4", "projector": "full"}, "the device"))
     assert asked == [((2, 4), "the device", True)]
@@ -290,7 +290,7 @@ def test_a_format_without_its_package_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(artifact, "import_module", missing)
     with pytest.raises(ValueError, match=r"^weights of format nf4 need bitsandbytes, which is not installed\.$"):
-        _format_class("nf4")
+        format_class("nf4")
 
 
 def test_an_unknown_method_is_one_sentence(tmp_path):
@@ -356,7 +356,7 @@ def test_damaged_artifacts_are_refused(tmp_path):
 def test_a_layer_for_gpus_computes_what_the_one_for_cpus_does(name, tokens):
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(128, 96).requires_grad_(False), torch.randn(tokens, 128)
-    kind = _format_class(name)
+    kind = format_class(name)
     stored = kind.pack(linear, "cpu")
     packed = PACKED[name]({key: tensor.clone() for key, tensor in stored.items()}, "cpu", torch.float32)
     expected = kind.restore(stored, "cpu", torch.float32)(x)

@@ -18,7 +18,6 @@ from tinygptv.quantization.artifact import (
     SHARD_BYTES,
     Method,
     _check_shape,
-    _format_class,
     _formats,
     _in_memory,
     _rounded,
@@ -26,6 +25,7 @@ from tinygptv.quantization.artifact import (
     _split,
     _StoredTensors,
     compute_dtype,
+    format_class,
     is_packed,
     load_artifact,
 )
@@ -44,7 +44,7 @@ def test_methods_and_formats_are_those_of_the_files_that_are_about():
     }
     assert methods == METHODS
     kinds = {"int8": Int8Linear, "int4": Int4Linear, "nf4": NF4Linear, "llm_int8": LLMInt8Linear}
-    assert {name: _format_class(name) for name in FORMATS} == kinds and PACKED.keys() == kinds.keys()
+    assert {name: format_class(name) for name in FORMATS} == kinds and PACKED.keys() == kinds.keys()
     assert SHARD_BYTES == 2**28, "docs/quantization.md counts on small files"
 
 

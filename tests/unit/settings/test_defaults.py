@@ -45,8 +45,9 @@ KEYS = {
     "train": """
         data=''; init_from=''; max_steps=0 ge 0; num_workers=1 ge 0; min_workers=0 ge 0; use_gpu=False;
         cpus_per_worker=1.0 gt 0; threads_per_worker=0 ge 0; micro_batch_size='auto'; precision='fp32';
-        encoder_precision=None; features='inline'; packing=False; gradient_checkpointing=False; attention='sdpa';
-        compile='auto'; loader_workers=1 ge 0; prefetch_steps=8 ge 1; checkpoint_every=500 ge 1;
+        encoder_precision=None; features='inline'; frozen_weights='full'; packing=False;
+        gradient_checkpointing=False; attention='sdpa'; compile='auto'; loader_workers=1 ge 0;
+        prefetch_steps=8 ge 1; checkpoint_every=500 ge 1;
         keep_checkpoints=3 ge 1; keep_best=True; storage_path=''; guard='skip'; guard_spike=8.0 ge 0;
         guard_vanishing=1e-09 ge 0; guard_patience=5 ge 1; max_failures=3 ge -1; log_every=10 ge 1; eval_data='';
         eval_fraction=0.0 ge 0 lt 1; eval_rows=256 ge 1; eval_questions=32 ge 0; eval_every=0 ge 0; early_stop=0 ge 0;
@@ -109,6 +110,7 @@ CHOICES = {
     "whole_recipe.features": ["auto", "cached", "inline"],
     "attention": ["eager", "sdpa", "flex_attention"],
     "compile": ["auto", "on", "off"],
+    "frozen_weights": ["full", "int8", "nf4"],
     "guard": ["skip", "rollback", "stop", "off"],
     "metric": ["official", "released", "exact", "vqa", "iou"],
     "encoder": ["", "half", "int8"],

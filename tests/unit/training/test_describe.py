@@ -67,8 +67,8 @@ def test_what_a_stage_does_line_by_line():
         "learning rate": "warmup_decay: peak 0.002, minimum 0.0001, warmup_start 0.0003, warm-up 30 steps",
         "optimizer": "AdamW, weight decay 0.07, beta2 0.97, clip 0.9",
         "LoRA": "rank 6, alpha 5, dropout 0.25",
-        "precision": "bf16, encoder fp32, attention eager, features cached, packing True, gradient checkpointing True, "
-        "compile off",
+        "precision": "bf16, encoder fp32, frozen weights full, attention eager, features cached, packing True, "
+        "gradient checkpointing True, compile off",
         "checkpoints": "every 40 steps in s3://bucket",
         "guard": "rollback",
     }

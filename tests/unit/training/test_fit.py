@@ -100,6 +100,7 @@ SAVERS = {
     "compile=on": ("compiled", True),
     "features=cached": ("features", "cached"),
     "precision=bf16": ("precision", "bf16"),
+    "frozen_weights=nf4": ("frozen_weights", "nf4"),
 }
 
 

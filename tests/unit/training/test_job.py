@@ -75,6 +75,8 @@ def test_numbers_and_sources_that_are_not_named_stay():
         ({"early_stop": 2, "checkpoint_every": 7}, False),
         ({"use_best": True}, False),
         ({"encoder_precision": "fp32"}, True),
+        ({"frozen_weights": "full"}, True),
+        ({"frozen_weights": "nf4"}, False),
         ({"max_steps": 3, "packing": True, "guard": "off", "keep_best": False, "eval_questions": 0}, True),
     ],
 )

@@ -25,6 +25,7 @@ from pipelines.training.job import (
     TrainJob,
     _hold_out,
     _load_plan,
+    refuse_frozen_weights,
     refuse_other_model,
     resolve_paths,
     training_fingerprint,
@@ -270,6 +271,19 @@ def test_a_start_that_cannot_be_the_stages_model_is_refused(stage, start_rank, m
     given = replace(STAGE, **{"image_size": 28, **stage})
     with pytest.raises(SettingsError, match=message) if message else nullcontext():
         refuse_other_model(given, tiny_config(lora_rank=start_rank))
+
+
+@pytest.mark.parametrize(
+    ("form", "trainable", "message"),
+    [
+        ("nf4", ("language_model", "lora"), "frozen_weights=nf4: stage.trainable names language_model"),
+        ("full", ("language_model",), ""),
+        ("int8", ("projector", "lora"), ""),
+    ],
+)
+def test_frozen_weights_need_matrices_that_are_frozen(form, trainable, message):
+    with pytest.raises(SettingsError, match=message) if message else nullcontext():
+        refuse_frozen_weights(TrainSettings(frozen_weights=form), replace(STAGE, trainable=trainable))
 
 
 @pytest.mark.parametrize(("encoder", "precision"), [(None, "bf16"), ("fp32", "fp32")])

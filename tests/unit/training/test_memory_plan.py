@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from pipelines.settings import PlanMemorySettings, SettingsError
 from pipelines.training.memory_plan import INFERENCE_FORMATS, plan_memory, recipe_config
@@ -14,19 +15,18 @@ from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.flatten import TOKENS_MULTIPLE
 from tinygptv.data.sample import TextLimits
 from tinygptv.miniature.tiny import tiny_config
-from tinygptv.training.memory_plan import (
-    GIB,
-    LIBRARY_BYTES,
+from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv.quantization.frozen_linear import FrozenLinear, pack_frozen
+from tinygptv.training.memory_plan import GIB, LIBRARY_BYTES, TrainingMemory, inference_memory
+from tinygptv.training.stages import get_stage, set_trainable
+from tinygptv.training.step_memory import (
     BatchSize,
     Computation,
-    TrainingMemory,
     attention_workspace_bytes,
     encoder_workspace_bytes,
-    inference_memory,
     layer_activation_bytes,
     layer_workspace_bytes,
 )
-from tinygptv.training.stages import get_stage
 
 TEXT = TinyGPTVConfig.phi2().text_config
 
@@ -97,6 +97,36 @@ def test_what_saves_memory_saves_it():
     assert half.peak < full.peak and half.gradients == half.optimizer == 0
 
 
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_frozen_matrices_in_low_bits_take_what_they_take_packed(form):
+    """On a model whose rows are whole blocks of codes, as those of Phi-2 are."""
+    text = {**tiny_config().text_config.to_dict(), "hidden_size": 128, "intermediate_size": 256}
+    model = TinyGPTVForConditionalGeneration(tiny_config(text_config=text))
+    stage = replace(get_stage("paper", 2), image_size=28)
+    set_trainable(model, stage.trainable)
+    memory = TrainingMemory(model.config, stage, Computation("fp32"))
+    full, packed = memory.plan(1), memory.computed(frozen_weights=form).plan(1)
+    assert pack_frozen(model, form, torch.device("cpu")) == 4 * text["num_hidden_layers"]
+    stored = [
+        *model.language_model.parameters(),
+        *(b for n, b in model.language_model.named_buffers() if "rotary" not in n),
+    ]
+    scales = sum(m.out_features * 4 for m in model.modules() if isinstance(m, FrozenLinear))  # and a table of 64 bytes
+    assert sum(t.nbytes for t in stored) == pytest.approx(packed.weights["language_model"], abs=scales + 64 * 8)
+    others = full.weights.keys() - {"language_model"}
+    assert all(packed.weights[name] == full.weights[name] for name in others)
+    assert packed.workspace == full.workspace + 2 * 4 * 128 * 256 and packed.activations == full.activations
+    assert "frozen weights " + form in str(memory.computed(frozen_weights=form).computation)
+
+
+def test_eight_gib_are_enough_for_frozen_matrices_of_4_bits():
+    """Of stages 1 to 3, and of stage 4 with checkpointing; with full ones, 8 GiB hold not one sample."""
+    for number in (1, 2, 3, 4):
+        way = {"features": "cached", "fused": True, "gradient_checkpointing": number == 4}
+        assert not paper(number, **way).largest_micro_batch(8 * GIB)
+        assert paper(number, **way, frozen_weights="nf4").largest_micro_batch(8 * GIB)
+
+
 def test_what_encoding_an_image_holds():
     """224 px: 257 tokens of 1408 and 6144 numbers, and the image twice in float32."""
     config = TinyGPTVConfig.phi2(image_size=224)
@@ -148,6 +178,7 @@ def test_the_plan_reads_how_the_stages_will_be_trained(tmp_path):
         "on_gpu": True,
         "fused": True,
         "flat": True,
+        "frozen_weights": "full",
     }
     assert [entry["micro_batch_size"] for entry in plan["stages"].values()] == [16, 16, 6, 3]
     first = plan["table"].splitlines()[0]

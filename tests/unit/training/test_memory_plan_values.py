@@ -14,22 +14,25 @@ from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.sample import TextLimits
 from tinygptv.miniature.tiny import tiny_config
 from tinygptv.training import memory_plan as module
+from tinygptv.training import step_memory
 from tinygptv.training.memory_plan import (
     CUDA_CONTEXT_BYTES,
     GIB,
     LIBRARY_BYTES,
-    BatchSize,
-    Computation,
     MemoryPlan,
     TrainingMemory,
     _largest,
+    inference_memory,
+)
+from tinygptv.training.stages import get_stage
+from tinygptv.training.step_memory import (
+    BatchSize,
+    Computation,
     attention_workspace_bytes,
     head_workspace_bytes,
-    inference_memory,
     layer_activation_bytes,
     layer_workspace_bytes,
 )
-from tinygptv.training.stages import get_stage
 
 PHI = TinyGPTVConfig.phi2().text_config
 STAGE = replace(get_stage("paper", 2), image_size=28, limits=TextLimits(30), lora_rank=4, lora_dropout=0.0)
@@ -66,7 +69,7 @@ def test_a_computation_in_words(precision, half):
 
 
 def test_attention_holds_128_rows_more_per_sequence_and_heads_of_whole_32s(monkeypatch):
-    monkeypatch.setattr(module, "SEQUENCES_MULTIPLE", 8)
+    monkeypatch.setattr(step_memory, "SEQUENCES_MULTIPLE", 8)
     text = SimpleNamespace(hidden_size=400, num_attention_heads=10)  # heads of 40 numbers: counted as 64
     for samples, sequences in ((7, 8), (8, 16)):
         batch = BatchSize(samples, tokens=1000, positions=3, images=2)
@@ -86,7 +89,7 @@ def test_attention_holds_128_rows_more_per_sequence_and_heads_of_whole_32s(monke
     ],
 )
 def test_logits_of_a_few_rows_are_held_on_a_gpu_with_a_frozen_head(monkeypatch, changes, head_trains, rows, per_logit):
-    monkeypatch.setattr(module, "CHUNK_ROWS", 100)
+    monkeypatch.setattr(step_memory, "CHUNK_ROWS", 100)
     text = SimpleNamespace(hidden_size=7, vocab_size=11)
     for positions in (99, 101):
         held = min(positions, 100) if rows == "few" else positions

@@ -64,6 +64,19 @@ def test_the_same_run_gives_the_same_bits(straight, world, tmp_path):
     assert_same_weights(tmp_path, straight[1])
 
 
+def test_frozen_matrices_in_4_bits_are_handed_on_as_they_were(straight, world, tmp_path, monkeypatch):
+    """Interrupted and resumed: the packed matrices are made anew, to the same bits."""
+    settings = train_settings(world, tmp_path / "a", frozen_weights="nf4")
+    result = run_stage(settings, 4)
+    assert result["last_loss"] < result["first_loss"] and losses(tmp_path / "a") != losses(straight[1])
+    test_only_the_stages_parts_change((result, tmp_path / "a"), world)
+    again = train_settings(world, tmp_path / "b", frozen_weights="nf4")
+    run_until(monkeypatch, 4, again)
+    run_stage(again, 4)
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+    assert_same_weights(tmp_path / "b", tmp_path / "a")
+
+
 def test_a_finished_stage_is_not_trained_again(straight, world):
     result, output = straight
     before = (output / "checkpoint/model.safetensors").stat().st_mtime_ns

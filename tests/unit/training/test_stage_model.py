@@ -11,9 +11,11 @@ import torch
 from pipelines.settings import TrainSettings
 from pipelines.training import fit
 from pipelines.training import stage_model as module
+from pipelines.training.guard import TrainingStopped
 from pipelines.training.job import TrainJob
-from tinygptv.training.memory_plan import CUDA_CONTEXT_BYTES, GIB, Computation
+from tinygptv.training.memory_plan import CUDA_CONTEXT_BYTES, GIB
 from tinygptv.training.stages import get_stage
+from tinygptv.training.step_memory import Computation
 
 
 class Model(torch.nn.Module):
@@ -93,6 +95,22 @@ def test_adapters_are_added_once_and_their_dropout_is_the_stages(built, start_ra
     ]
     options = {"num_query_tokens": 5, "image_token_id": 9, "template": stage.template}
     assert processor == (("images", stage.image_size), "tokenizer", options)
+
+
+def test_frozen_matrices_are_packed_last_and_where_they_will_be(built, monkeypatch):
+    def pack(model, form, device):
+        model.notes.append((form, str(device)))
+
+    monkeypatch.setattr(module, "pack_frozen", pack)
+    notes, *_ = built(0, 4, frozen_weights="nf4")
+    assert notes[-3:] == [("restore", "local start", torch.float32), ("nf4", "cpu"), ("train", True)]
+
+    def fail(*given):
+        raise ValueError("weights of format nf4 need bitsandbytes, which is not installed.")
+
+    monkeypatch.setattr(module, "pack_frozen", fail)
+    with pytest.raises(TrainingStopped, match=r"^frozen_weights=nf4: weights of format nf4 need bits"):
+        built(0, 4, frozen_weights="nf4")
 
 
 def test_the_encoder_has_a_precision_of_its_own_and_layers_are_computed_again_where_asked(built):
@@ -177,7 +195,14 @@ def test_a_stage_that_does_not_fit_names_what_helps(sizes, fix):
     """``compile=on`` and ``precision=bf16`` are what it has already, so they cannot help."""
     checkpointed, compiled, cached, half = sizes
     memory = Memory(
-        {"": 10.25, "gradient_checkpointing": checkpointed, "compiled": compiled, "features": cached, "precision": half}
+        {
+            "": 10.25,
+            "gradient_checkpointing": checkpointed,
+            "compiled": compiled,
+            "features": cached,
+            "precision": half,
+            "frozen_weights": 9,
+        }
     )
     assert fit._does_not_fit(memory, fit.Card("card", 8 * GIB)) == (
         f"stage 3: one sample of 200 tokens takes 10.2 GiB and the GPU has 8.0 GiB ({memory.computation}): {fix}."

@@ -376,13 +376,18 @@ def test_the_checkpoint_lies_in_the_folder_or_in_the_bucket_alone(tmp_path, monk
 
     monkeypatch.setattr(module, "save_checkpoint", save)
     monkeypatch.setattr(module, "local_checkpoint", lambda location: f"local {location}")
-    monkeypatch.setattr(module, "unrounded_encoder", lambda model, start: f"encoder of {model} from {start}")
+    unpacked = []
+    monkeypatch.setattr(module, "unpack_frozen", lambda *given: unpacked.append(given))
+    monkeypatch.setattr(
+        module, "unrounded_encoder", lambda model, start: unpacked and f"encoder of {model} from {start}"
+    )
     worker = Scripted(tmp_path)
     worker.model, worker.processor = "model", "processor"
     if remote:
         worker.work = storage.WorkFolder(f"memory://bucket/{tmp_path.name}")
     found = worker._save_checkpoint()
     encoder = f"encoder of model from local {worker.job.settings.init_from}"
+    assert unpacked == [("model", f"local {worker.job.settings.init_from}")]
     assert saved == [("model", "processor", worker._stage_record(), encoder)]
     assert found == (f"memory://bucket/{tmp_path.name}/checkpoint" if remote else str(tmp_path / "checkpoint"))
     assert storage.exists(f"{found}/manifest.json")
