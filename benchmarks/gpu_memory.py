@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ from gpu_rows import GIB, Clock, Peak, Row, Rows, memory_cap, sentence
 
 from tinygptv.config import TinyGPTVConfig
 from tinygptv.data.collate import MicroBatch
+from tinygptv.quantization.frozen_linear import FrozenFormat, pack_frozen
 from tinygptv.training.compilation import run_eagerly
 from tinygptv.training.memory_plan import CUDA_CONTEXT_BYTES, TrainingMemory
-from tinygptv.training.stages import Stage, get_stage
+from tinygptv.training.stages import Stage, get_stage, set_trainable
 from tinygptv.training.step_memory import Computation
 from tinygptv.training.train_step import FUSED_LAYERS, TrainStep
 
@@ -31,10 +33,12 @@ class Case:
     stage: int
     compiled: bool = True
     gradient_checkpointing: bool = False
+    frozen_weights: Literal["full", "int8", "nf4"] = "full"
 
     def __str__(self) -> str:
         compiled = "compiled" if self.compiled else "not compiled"
-        return f"stage {self.stage}, {compiled}{', checkpointing' if self.gradient_checkpointing else ''}"
+        frozen = "" if self.frozen_weights == "full" else f", frozen weights {self.frozen_weights}"
+        return f"stage {self.stage}, {compiled}{frozen}{', checkpointing' if self.gradient_checkpointing else ''}"
 
 
 CASES = (
@@ -48,6 +52,9 @@ CASES = (
     Case(3),
     Case(1),
     Case(1, compiled=False),
+    Case(4, gradient_checkpointing=True, frozen_weights="nf4"),
+    Case(2, frozen_weights="nf4"),
+    Case(2, frozen_weights="int8"),
 )
 """Most important first; stages that share a model stand together."""
 
@@ -67,23 +74,27 @@ def memory_section(deadline_s: float, size: str, device: str) -> list[Row]:
     clock = Clock(rows, deadline_s)
     recipe = "paper" if size == "paper" else "mini"
     step: TrainStep | None = None
-    trained: tuple[str, ...] = ()
+    built: tuple[tuple[str, ...], str] | None = None
     for case in CASES:
         if not clock.allows(str(case), 20 if size == "paper" else 0):
             continue
         stage = get_stage(recipe, case.stage)
-        if step is None or stage.trainable != trained:
+        if step is None or built != (stage.trainable, case.frozen_weights):
             step = None
             gc.collect()
-            step, trained = build(recipe, stage, torch.device(device)), stage.trainable
+            step = build(recipe, stage, torch.device(device), case.frozen_weights)
+            built = stage.trainable, case.frozen_weights
         measure(rows, case, stage, step, most=1 << 20 if size == "paper" else 2)
     return rows
 
 
-def build(recipe: str, stage: Stage, device: torch.device) -> TrainStep:
+def build(recipe: str, stage: Stage, device: torch.device, frozen_weights: str) -> TrainStep:
     """The stage's step on random weights."""
-    config = recipe_config(recipe, stage)
-    return train_step(random_model(config, device), stage.trainable)
+    model = random_model(recipe_config(recipe, stage), device)
+    set_trainable(model, stage.trainable)
+    if frozen_weights != "full":
+        pack_frozen(model, cast(FrozenFormat, frozen_weights), device)
+    return train_step(model, stage.trainable)
 
 
 def recipe_config(recipe: str, stage: Stage) -> TinyGPTVConfig:
@@ -97,7 +108,10 @@ def measure(rows: Rows, case: Case, stage: Stage, step: TrainStep, most: int) ->
     model = step.model
     model.set_image_size(stage.image_size)
     computation = Computation(
-        compiled=case.compiled, gradient_checkpointing=case.gradient_checkpointing, fused=FUSED_LAYERS
+        compiled=case.compiled,
+        gradient_checkpointing=case.gradient_checkpointing,
+        fused=FUSED_LAYERS,
+        frozen_weights=case.frozen_weights,
     )
     memory = TrainingMemory(model.config, stage, computation)
     samples = min(memory.largest_micro_batch(CAP_BYTES), most)

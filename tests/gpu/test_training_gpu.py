@@ -9,6 +9,7 @@ import torch
 from tests.training_batches import TRAINED, loss_and_gradient, make_sample, mixed_samples, relative, tiny_model
 from tinygptv.data.collate import collate
 from tinygptv.model.varlen_attention import runs_flash_attention
+from tinygptv.quantization.frozen_linear import FrozenLinear, pack_frozen
 from tinygptv.training.compilation import run_eagerly
 from tinygptv.training.stages import set_trainable
 from tinygptv.training.train_step import TrainStep, set_dtypes
@@ -55,6 +56,24 @@ def test_sixteen_bits_padded_packed_and_flat(reference, dtype, pack_length, flat
     losses.mean().backward()
     assert float(losses.mean()) == pytest.approx(reference[0], abs=0.03)
     assert relative(step.gradient, reference[1]) < (0.05 if dtype == torch.bfloat16 else 0.02)
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+@pytest.mark.parametrize("options", [{}, {"flat": True}, {"flat": True, "compile": "on"}])
+def test_frozen_matrices_in_low_bits_are_as_their_unpacked_ones(form, options):
+    if options and not runs_flash_attention(torch.device("cuda")):
+        pytest.skip("the card has no FlashAttention")
+    packed, full = wide_model("cuda", torch.bfloat16), wide_model("cuda", torch.bfloat16)
+    pack_frozen(packed, form, torch.device("cuda"))
+    for name, layer in packed.named_modules():
+        if isinstance(layer, FrozenLinear):
+            full.get_submodule(name).weight.data.copy_(layer.unpacked())
+    results = []
+    for model in (packed, full):
+        torch.manual_seed(7)
+        results.append(loss_and_gradient(model, batch(), precision="bf16", **options))
+    assert results[0][0] == pytest.approx(results[1][0], abs=0.01)
+    assert relative(results[0][1], results[1][1]) < 0.02
 
 
 def make_step(model, precision, lr=0.0, **options):
