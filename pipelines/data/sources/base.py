@@ -271,5 +271,7 @@ def refuse_unusable(files: list[storage.FoundFile]) -> None:
     for file in files:
         if file.name.lower().endswith((".zip", ".rar", ".7z")):
             raise SettingsError(f"{file.location} is an archive: unpack it, and give the unpacked file or folder.")
+        if file.name.lower().endswith((".xlsx", ".xls", ".ods")):
+            raise SettingsError(f"{file.location} is a spreadsheet: save it as CSV in UTF-8, and use source=csv.")
         if 0 < file.num_bytes < _LARGEST_POINTER and storage.read_bytes(file.location).startswith(LFS_POINTER):
             raise SettingsError(f"{file.location} is a Git LFS pointer, not the file: fetch it with `git lfs pull`.")

@@ -95,16 +95,24 @@ def detect_form(file: storage.FoundFile, member: str = "", row_fields: Collectio
     if _is_lines(file.name, text, is_whole, row_fields):
         return JsonForm("lines", is_packed=is_packed)
     if text[:1] != b"{":
-        hint = "it begins with a zero byte: is it UTF-16 without a byte order mark?" if text[:1] == b"\0" else ""
         raise SettingsError(
             f"{file.location} does not start as JSON with a list or an object of entries "
-            f"but with {shorten(text[:20].decode('latin-1'))!r}; {hint or 'is it the right file?'}"
+            f"but with {shorten(text[:20].decode('latin-1'))!r}; {_other_kind(text)}"
         )
     if is_row(first_value(text), row_fields):
         return JsonForm("objects", is_packed=is_packed)
     with open_entries(file.location) as stream:
         members = outline(stream)
     return replace(_form_of_object(file, members, member), is_packed=is_packed)
+
+
+def _other_kind(text: bytes) -> str:
+    """What a file may be that is no JSON."""
+    if text[:1] == b"\0":
+        return "it begins with a zero byte: is it UTF-16 without a byte order mark?"
+    if text[257:262] == b"ustar" or text.startswith(b"PK\x03\x04"):
+        return "it is an archive: unpack it, and give the unpacked file"
+    return "is it the right file?"
 
 
 def _read_head(stream: BinaryIO) -> tuple[bytes, bool]:

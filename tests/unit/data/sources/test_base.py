@@ -225,6 +225,9 @@ def test_archives_are_to_be_unpacked(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(SettingsError, match="is an archive: unpack it"):
         found(tmp_path / name)
+    (tmp_path / "a.xlsx").touch()
+    with pytest.raises(SettingsError, match="is a spreadsheet: save it as CSV"):
+        found(tmp_path / "a.xlsx")
 
 
 def test_files_are_units_with_their_size_and_time(tmp_path):

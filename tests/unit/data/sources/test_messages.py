@@ -83,6 +83,14 @@ def form_of(path, data, **more):
             "does not start as JSON with a list or an object of entries but with '\\x00[\\x00]'; it begins with a zero "
             "byte: is it UTF-16 without a byte order mark?",
         ),
+        *(
+            (
+                data,
+                "does not start as JSON with a list or an object of entries but with 'PK\\x03\\x04own.json'; it is an "
+                "archive: unpack it, and give the unpacked file",
+            )
+            for data in (b"PK\x03\x04own.json", b"PK\3\4own.json".ljust(257, b" ") + b"ustar")
+        ),
         (b'{"a": 1, "b": "x"}', "holds no entries: its members are a, b. Is it the right file?"),
         (
             b'{"x": [{"a": 1}], "y": [{"a": 2}], "z": 3}',
