@@ -24,6 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 _JOB_FOLDER = "working_dir_files"
 """Ray unpacks the working directories of submitted jobs below a folder of this name."""
 
+
+def is_in_job_folder(path: Path) -> bool:
+    """Whether an absolute path lies in the working directory of a submitted job, which Ray removes afterwards."""
+    return _JOB_FOLDER in path.parts
+
+
 SECTIONS: dict[str, type[Settings]] = {}
 """Section of a configuration file -> settings of the job that reads it."""
 
@@ -149,7 +155,7 @@ class Settings(BaseModel):
         if "://" in given:
             return given.rstrip("/")
         path = Path(given).expanduser()
-        if not path.is_absolute() and _JOB_FOLDER in Path.cwd().parts:
+        if not path.is_absolute() and is_in_job_folder(Path.cwd()):
             raise SettingsError(
                 f"output={self.output or default} is relative, and Ray removes the working directory of a submitted "
                 "job after it: give an absolute path that stays, e.g. output=/data/run1, or a URI, e.g. s3://bucket/run1."

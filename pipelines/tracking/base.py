@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipelines import storage
 from pipelines.redact import redact
+from pipelines.settings.base import is_in_job_folder
 from pipelines.storage import is_local
 from pipelines.tracking.described import DataInput
 from pipelines.tracking.identity import RunIdentity, read_identity, write_identity
@@ -160,11 +162,15 @@ def open_tracker(
         started: when the work of a new run began, in seconds since the epoch; None is now.
 
     Returns:
-        An MLflow tracker, or a null one where tracking is off or MLflow is not installed (with a warning).
+        An MLflow tracker, or a null one where tracking is off; with a warning where MLflow is not installed, or its
+        database would go with the folder of a submitted job.
     """
     if settings.tracking_uri == "none":
         return NullTracker()
-    uri = settings.tracking_uri or default_uri(Path.cwd())
+    uri = absolute_uri(settings.tracking_uri)
+    if is_in_job_folder(Path(uri.removeprefix("sqlite:///"))):
+        _warn_of_job_folder(uri)
+        return NullTracker()
     experiment = settings.experiment or f"tinygptv-{settings.recipe}"
     try:
         known = identity or RunIdentity(parent=parent_run_id)
@@ -172,6 +178,15 @@ def open_tracker(
     except ImportError as error:
         logger.warning("this run is not tracked: %s", error)
         return NullTracker()
+
+
+@cache  # a job opens several trackers
+def _warn_of_job_folder(uri: str) -> None:
+    logger.warning(
+        "this run is not tracked: %s would lie in the folder of a submitted job, which Ray removes after it; give "
+        "tracking_uri=http://HOST:5000, or a file that stays: tracking_uri=sqlite:////data/mlflow.db.",
+        uri,
+    )
 
 
 def continue_tracker(

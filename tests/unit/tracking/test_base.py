@@ -70,6 +70,18 @@ def test_tracking_that_is_off_has_every_method_and_does_nothing(tmp_path):
     assert inspect.signature(Tracker.artifact).parameters["folder"].default == ""
 
 
+def test_a_database_that_ray_removes_after_a_job_is_not_begun(opened, tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "working_dir_files" / "_ray_pkg_1"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    for uri in ("", "", "sqlite:///mine.db"):
+        assert isinstance(open_tracker(Settings(tracking_uri=uri), "title"), NullTracker)
+    assert [text.partition(":")[0] for text in caplog.messages] == ["this run is not tracked"] * 2, "once for each"
+    for uri in (f"sqlite:///{tmp_path}/mlflow.db", "http://mlflow"):
+        open_tracker(Settings(tracking_uri=uri), "title")
+    assert [given[0] for given in opened] == [f"sqlite:///{tmp_path}/mlflow.db", "http://mlflow"]
+
+
 def test_what_is_not_tracked_is_told_with_the_way_to_track_it(monkeypatch, caplog):
     assert reachable_uri("sqlite:////data/m.db", "s3://bucket/run") == "none"
 
