@@ -40,13 +40,16 @@ def local_folder(name: str | Path, output: str | Path | None = None, *, hashes: 
             the folder compares the hashes anyway.
 
     Raises:
-        CheckpointError: the repository cannot be had, is no checkpoint folder, or does not match its manifest.
+        CheckpointError: the repository cannot be had, is no checkpoint folder, or does not match its manifest, or
+            ``output`` holds other files.
     """
     if not is_hub(name):
         return Path(name)
     repo, _, revision = str(name).removeprefix(PREFIX).partition("@")
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise CheckpointError(f"{name} names no repository: write hf://org/name or hf://org/name@revision.")
+    if output is not None:
+        _check_target(Path(output))
     from huggingface_hub import snapshot_download
 
     try:
@@ -57,6 +60,15 @@ def local_folder(name: str | Path, output: str | Path | None = None, *, hashes: 
     if (folder / MANIFEST).is_file():
         verify_folder(folder, hashes=hashes)
     return folder
+
+
+def _check_target(folder: Path) -> None:
+    """Refuse a folder with other files: the hub's library would replace those that have a name of the repository's."""
+    was_pulled = (folder / ".cache/huggingface/download").is_dir()
+    if not was_pulled and folder.is_dir() and any(folder.iterdir()):
+        raise CheckpointError(
+            f"--output {folder} holds files that a download might replace: give a new or empty folder."
+        )
 
 
 def push_folder(folder: str | Path, repo: str, *, private: bool = False, message: str = "") -> str:

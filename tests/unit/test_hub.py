@@ -89,6 +89,17 @@ def test_the_revision_that_is_named_is_downloaded(downloads, tmp_path, capsys):
     ]
 
 
+def test_files_of_others_are_not_replaced_by_a_download(downloads, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    local_folder("hf://org/tiny", tmp_path / "mine")
+    (tmp_path / "mine/README.md").write_text("mine")
+    assert main(["pull", "org/tiny", "--output", str(tmp_path / "mine")]) == 2 and len(downloads) == 1
+    assert capsys.readouterr().err.startswith(f"error: --output {tmp_path}/mine holds files that a download might rep")
+    (tmp_path / "mine/.cache/huggingface/download").mkdir(parents=True)  # of an earlier pull, perhaps cut off
+    local_folder("hf://org/tiny", tmp_path / "mine")
+    assert len(downloads) == 2
+
+
 def test_what_comes_is_compared_with_its_manifest(downloads, folder, tmp_path, monkeypatch, capsys):
     card = folder / "README.md"
     text = card.read_text()
