@@ -105,7 +105,7 @@ def _own_turns(fields: Mapping[str, Any]) -> tuple[Draft, str, int]:
         return _marked([(text_of(fields, "question"), _answers(fields))], "")
     for asked, answered in _PAIRS:
         if fields.get(asked) is not None and fields.get(answered) is not None:
-            earlier = [(question, (answer,)) for question, answer in _list_of(fields, "history")]
+            earlier = [(question, (answer,)) for question, answer in _history(fields)]
             question = text_of(fields, asked)
             if asked == "instruction" and fields.get("input"):
                 question = f"{question}\n{text_of(fields, 'input')}"
@@ -117,6 +117,18 @@ def _own_turns(fields: Mapping[str, Any]) -> tuple[Draft, str, int]:
         return _marked([("", _answers(fields))], "refer")
     names = shorten(", ".join(map(str, fields)) or "no fields")
     raise Malformed(f"no {', '.join(ROW_FIELDS[:-1])} or {ROW_FIELDS[-1]} among {names}")
+
+
+def _history(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Earlier questions and answers.
+
+    Raises:
+        Malformed: they are no pairs of texts.
+    """
+    for pair in _list_of(fields, "history"):
+        if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
+            raise Malformed(f"history holds {shorten(repr(pair), 60)}, which is no pair of question and answer")
+        yield pair[0], pair[1]
 
 
 def _refuse_bare_choice(fields: Mapping[str, Any]) -> None:

@@ -32,6 +32,7 @@ def refused(kind, call, *arguments, **more):
 NO_FIELDS = (
     "no turns, conversations, messages, conversation, texts, question, query, instruction, caption, text or description"
 )
+QA = "question and answer"
 BARE_CHOICE = "stands for one of the row's choices: write its words, or the choices into the question"
 
 
@@ -63,6 +64,10 @@ BARE_CHOICE = "stands for one of the row's choices: write its words, or the choi
         ),
         ({"system": 3, "question": "q", "answer": "a"}, "system is no text but int"),
         ({"query": "q", "response": "a", "history": "h"}, "history is no list but str"),
+        *(
+            ({"query": "q", "response": "a", "history": [pair]}, f"history holds {pair!r}, which is no pair of {QA}")
+            for pair in ({"q": "q", "a": "a"}, "qa", ["q"], ["q", 3])
+        ),
         ({"question": "q", "answer": "B", "A": "a dog", "B": "a cat"}, f"answer 'B' {BARE_CHOICE}"),
         ({"question": "q", "answer": "1", "options": ["a dog", "a cat"]}, f"answer '1' {BARE_CHOICE}"),
         *(
