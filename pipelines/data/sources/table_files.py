@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from pipelines import storage
-from pipelines.data.sources.base import SourceInput, find_input, refuse_unusable, shorten
+from pipelines.data.sources.base import SourceInput, find_input, refuse_unusable, shorten, unpack_hint
 from pipelines.settings import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ def find_tables(source: SourceInput) -> list[storage.FoundFile]:
         below = storage.find_files(folder / "*/*.{parquet,arrow}", tells_missing=False)
         folders = sorted({file.location.parent.name for file in below})
         where = f" itself, but in {shorten(', '.join(folders))}: name one of these folders" if folders else ""
+        where = where or unpack_hint(folder)
         raise SettingsError(f"input={source.input!r} holds neither .arrow nor .parquet files{where}.")
     refuse_unusable(files)
     return _training_split(source, sorted(files, key=lambda file: file.location))

@@ -30,6 +30,7 @@ from pipelines.data.sources.base import (
     find_input,
     rejection,
     shorten,
+    unpack_hint,
 )
 from pipelines.data.sources.drafts import Draft, make_row
 from pipelines.data.sources.images import IMAGE_EXTENSIONS, check_image_name
@@ -88,7 +89,8 @@ class TarReader:
             folders = list(_sample_folders(given))
             if not folders:
                 raise SettingsError(
-                    f"input={source.input!r} holds neither tars nor images with captions (key.jpg beside key.json)."
+                    f"input={source.input!r} holds neither tars nor images with captions (key.jpg beside key.json)"
+                    f"{unpack_hint(given)}."
                 )
             for folder, name in folders:
                 yield SourceUnit(source, folder, f"{name}.files", num_bytes=sum(storage.list_names(folder).values()))

@@ -121,6 +121,15 @@ def test_a_folder_without_tables_is_told(tmp_path):
     with pytest.raises(SettingsError) as error:
         read("hf", tmp_path)
     assert str(error.value) == f"input={str(tmp_path)!r} holds neither .arrow nor .parquet files."
+    (tmp_path / "all.zip").touch()
+    told = f"{tmp_path}/all.zip may hold it: unpack it first"
+    for source, lacks in (
+        ("hf", "arrow nor .parquet files"),
+        ("laion", "images with captions (key.jpg beside key.json)"),
+    ):
+        with pytest.raises(SettingsError) as error:
+            read(source, tmp_path)
+        assert str(error.value).endswith(f"{lacks}; {told}.")
     for name in ("vqa/train-0.parquet", "captions/train-0.parquet", "captions/train-1.parquet"):
         write(tmp_path / name, name)
     with pytest.raises(SettingsError) as error:
