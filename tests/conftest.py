@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -41,7 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Collect garbage again, of what tests make."""
+    """Collect garbage again, of what tests make; and let every logger hand on its records.
+
+    pytest adds its handlers to each logger that does not, six times per test; torch and Ray have a hundred of them.
+    """
+    for logger in logging.Logger.manager.loggerDict.values():
+        logger.propagate = True  # placeholders of loggers take it, too
     gc.freeze()
     gc.enable()
     atexit.register(gc.unfreeze)  # C++ libraries report what is never freed as leaked
