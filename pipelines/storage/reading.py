@@ -63,7 +63,7 @@ class _RemoteFile(ReadOnlyStream):
     def _read_at_position(self, size: int) -> bytes:
         try:
             data = bytes(self._file().read_at(size, self._position))
-        except OSError:
+        except Exception:  # of the storage's client
             self._opened = None
             raise
         if len(data) < min(size, self._num_bytes - self._position):

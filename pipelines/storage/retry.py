@@ -54,8 +54,8 @@ def with_retries(location: Location, action: Callable[[], T]) -> T:
             return action()
         except (*_LASTING, StorageError):
             raise
-        except OSError as error:
-            if error.errno in _NO_ROOM:
+        except Exception as error:
+            if not _is_fault(error) or getattr(error, "errno", None) in _NO_ROOM:
                 raise
             sentence = refusal(location, error)
             if sentence:
@@ -71,6 +71,13 @@ def with_retries(location: Location, action: Callable[[], T]) -> T:
             )
             time.sleep(pause)
     raise AssertionError("unreachable")
+
+
+def _is_fault(error: Exception) -> bool:
+    """Whether an error is of the disk or the network. Clients that fsspec uses have their own kinds for the latter:
+    httpx (Hugging Face), aiohttp (web servers), Azure and paramiko (SFTP)."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"OSError", "TransportError", "ClientError", "AzureError", "SSHException"})
 
 
 def refusal(location: Location, error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+import httpx
 import pytest
 
 from pipelines.storage import Location, StorageError, retry
@@ -41,6 +42,16 @@ def test_a_fault_that_passes_is_tried_again_after_doubled_pauses(pauses, caplog)
         f"s3://bucket/folder/file failed (try {n} of 6), again in {pause} s: connection reset"
         for n, pause in enumerate(pauses, 1)
     ]
+
+
+def test_faults_of_other_clients_are_tried_again_and_mistakes_are_not(pauses):
+    action, calls = failing(2, httpx.ReadTimeout("too slow"))
+    assert with_retries(REMOTE, action) == "done" and len(calls) == 3
+    for error in (ValueError("a mistake"), httpx.InvalidURL("a mistake")):
+        action, calls = failing(2, error)
+        with pytest.raises(type(error), match="a mistake"):
+            with_retries(REMOTE, action)
+        assert len(calls) == 1
 
 
 def test_a_fault_that_stays_is_told_after_the_last_try(pauses):
