@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 
+from pipelines.fingerprint import checkpoint_digest
 from pipelines.node_cache import local_checkpoint
 from pipelines.settings import SettingsError, TrainSettings
 from pipelines.settings.near_match import near_match
@@ -142,6 +143,7 @@ def write_start(variant: Variant, init_from: str, folder: Path) -> Path:
     metadata: StageRecord = {
         "title": f"start of the ablation {variant.title}",
         "init_from": init_from,
+        "init_digest": checkpoint_digest(given),
         "changes": variant.config,
     }
     try:

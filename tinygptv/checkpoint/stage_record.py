@@ -18,6 +18,7 @@ class StageRecord(TypedDict, total=False):
         steps: optimizer steps of the stage that the weights were trained for.
         seed: of the run.
         init_from: folder or URI of the checkpoint that it started from, without passwords.
+        init_digest: short hash of that checkpoint's content, of an ablation's start.
         tracking_parent: the tracker's run that the stages of one training nest under.
         changes: fields of the configuration that an ablation changed, by dotted name.
         vision_steps: pretraining steps of the vision backbone.
@@ -31,6 +32,7 @@ class StageRecord(TypedDict, total=False):
     steps: int
     seed: int
     init_from: str
+    init_digest: str
     tracking_parent: str
     changes: dict[str, Any]
     vision_steps: int

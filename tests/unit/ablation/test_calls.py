@@ -169,7 +169,8 @@ def test_what_is_sent_begins_with_the_table():
 
 
 def test_a_start_is_written_once_for_its_changes(tmp_path, monkeypatch):
-    written, stages = [], {}
+    written, stages, digests = [], {}, iter("aaab")
+    monkeypatch.setattr(variants, "checkpoint_digest", lambda start: next(digests) if start.name == "given" else "")
     monkeypatch.setattr(variants, "local_checkpoint", {"s": tmp_path / "given", "t": tmp_path / "given"}.__getitem__)
     monkeypatch.setattr(variants, "read_stage", lambda start: stages.get("stage", {}) if start == folder else {})
 
@@ -199,11 +200,12 @@ def test_a_start_is_written_once_for_its_changes(tmp_path, monkeypatch):
     folder = tmp_path / "start"
     for name in ("full", "stage.lora_rank=4", "train.packing=true"):  # the model starts as it is given
         assert write_start(find_variant(name), "s", folder) == tmp_path / "given" and written == []
-    for init_from, count in (("s", 1), ("s", 1), ("t", 2)):
+    for init_from, count in (("s", 1), ("s", 1), ("t", 2), ("t", 3)):  # another folder, other content
         assert write_start(variant, init_from, folder) == folder and len(written) == count
     assert written[0][1] == {
         "title": "start of the ablation without QK norm",
         "init_from": "s",
+        "init_digest": "a",
         "changes": {"text_config.qk_layernorm": False},
     }
 
