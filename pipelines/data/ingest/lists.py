@@ -50,13 +50,6 @@ class Staging:
         for number in range(self.num_units):
             yield from self.record(number).rejected
 
-    def changes(self) -> dict[str, int]:
-        """Rows that were kept, but changed, by the kind of change."""
-        found: Counter[str] = Counter()
-        for number in range(self.num_units):
-            found.update(self.record(number).changes)
-        return dict(sorted(found.items()))
-
     def missing(self) -> list[tuple[str, str]]:
         """Locations of missing images, the first ones of each unit."""
         return [at for number in range(self.num_units) for at in self.record(number).missing]

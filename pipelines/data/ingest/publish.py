@@ -131,7 +131,7 @@ def publish(settings: PrepareDataSettings, source: str, output: str, staging: St
         quarantined=num_quarantined,
         near_duplicates=len(near),
         filters=filters,
-        changes=staging.changes(),
+        changes=dict(sorted(totals.changes.items())),
     )
     _remove_stale_shards(output, {shard.file for shard in shards})
     if num_kept == 0:
@@ -265,6 +265,7 @@ def _plan_shards(
             start += info.rows
             row += info.rows
         totals.add_rejected(record.rejected)
+        totals.changes.update(record.changes)
     close()
     return plans, totals
 

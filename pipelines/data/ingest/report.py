@@ -64,6 +64,7 @@ class Totals:
         images: rows with an image.
         reasons: quarantine reason, with names and numbers taken out -> samples.
         examples: the same -> the first such reason as it was.
+        changes: kind of change -> rows that were kept, but changed so.
         shard_statistics: least, mean and most of each column, per shard.
     """
 
@@ -74,6 +75,7 @@ class Totals:
     images: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    changes: Counter[str] = field(default_factory=Counter)
     shard_statistics: list[dict[str, Spread]] = field(default_factory=list)
     _waiting: list[pa.Table] = field(default_factory=list)
 

@@ -20,7 +20,6 @@ def run(tmp_path) -> tuple[Staging, list[UnitRecord]]:
     for number in range(3):
         rejected = [Rejected(f"{number}/{n}", f"{number}.tar", "bad") for n in range(number + 1)]
         record = UnitRecord("f", f"{number}.tar", f"{number}/", rows_in=9, rejected=rejected)
-        record.changes = {"cut": number + 1, "a": 10} if number else {"cut": 5, "box_clipped": 1}
         record.missing = [("s3://b", f"{number}.jpg")] * (number + 1)
         (tmp_path / f"unit-{number:06d}.json").write_text(json.dumps(asdict(record)))
         entries = [IndexEntry(f"{number}/{n}", bytes(16), words=n) for n in range(number + 2)]
@@ -41,5 +40,4 @@ def test_units_are_read_by_their_number(run):
 def test_all_units_together_and_none_of_another_run(run):
     staging, records = run
     assert list(staging.rejected()) == [*records[0].rejected, *records[1].rejected]
-    assert list(staging.changes().items()) == [("a", 10), ("box_clipped", 1), ("cut", 7)]
     assert staging.missing() == [("s3://b", "0.jpg"), ("s3://b", "1.jpg"), ("s3://b", "1.jpg")]

@@ -35,9 +35,7 @@ class Staged:
 
     folder = "/staging"
 
-    def __init__(self, *units, rejected=((),), changes=None):
-        if changes is None:
-            changes = ({},)
+    def __init__(self, *units, rejected=((),), changes=()):
         self.units, self.num_units = units, len(units)
         self.found, self.changed = rejected, changes
         self.asked = []
@@ -54,14 +52,12 @@ class Staged:
             for n, part in enumerate(self.units[number])
         ]
         rejected = self.found[number] if number < len(self.found) else ()
-        return UnitRecord("f", f"{number}.tar", f"{number}/", files=files, rejected=list(rejected))
+        changes = self.changed[number] if number < len(self.changed) else {}
+        return UnitRecord("f", f"{number}.tar", f"{number}/", files=files, rejected=list(rejected), changes=changes)
 
     def rejected(self):
         for number in range(self.num_units):
             yield from self.record(number).rejected
-
-    def changes(self):
-        return self.changed[0]
 
 
 def settings(**changes):
@@ -143,16 +139,16 @@ def test_every_sample_is_counted_once_and_the_manifest_comes_last(monkeypatch, t
     """Rows 0 and 2 are the same; row 3 is a near duplicate of row 1; row 2, where it stays, is like none."""
     rows = [line("a", 1, 11, 0b1), line("b", 2, 12, 0xFF00), line("c", 1, 13, 0xFF01), line("d", 4, 14, 0xFF03)]
     rejected = [Rejected("e", "0.tar", "broken"), Rejected("f", "0.tar", "tiny", "min_side")]
-    staged = Staged(
-        [rows[:2]], [rows[2:]], rejected=(rejected, [Rejected("g", "1.tar", "few", "min_words")]), changes=({"x": 2},)
-    )
+    rejected = (rejected, [Rejected("g", "1.tar", "few", "min_words")])
+    staged = Staged([rows[:2]], [rows[2:]], rejected=rejected, changes=({"x": 2}, {"b": 3, "x": 1}))
     for name in ("part-00009.arrow", "part-00000.txt", "notes.arrow", "part-00000.arrow"):
         (tmp_path / name).touch()
     counts, done = publish_all(monkeypatch, tmp_path, staged, duplicates=duplicates)
     kept = 4 if duplicates == "keep" else 3
     near = [{"id": "d", "near": "b", "bits": 2}]
     near = [{"id": "c", "near": "b", "bits": 1}, *near] if duplicates == "keep" else near
-    assert counts == all_counts(7, kept, 4 - kept, 2, 1, len(near), {"min_side": 1, "min_words": 1}, {"x": 2})
+    assert counts == all_counts(7, kept, 4 - kept, 2, 1, len(near), {"min_side": 1, "min_words": 1}, {"b": 3, "x": 3})
+    assert list(counts["changes"]) == ["b", "x"], "in one order in every run"
     assert [json.loads(text) for text in (tmp_path / "near_duplicates.jsonl").read_text().splitlines()] == near
     assert done[0] == "shards" and done[-1] == "manifest.json" and done[-2][0] == "report"
     assert caplog.messages == [
