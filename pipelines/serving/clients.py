@@ -41,10 +41,10 @@ class ClientIdentifier:
 
         Args:
             key_digests: ``digest_of`` each accepted key; none accepts everybody.
-            trusted_proxies: addresses whose ``X-Forwarded-For`` names the client.
+            trusted_proxies: addresses or networks whose ``X-Forwarded-For`` names the client.
         """
         self.key_digests = tuple(key_digests)
-        self.trusted_proxies = frozenset(_ip_of(proxy) for proxy in trusted_proxies) - {None}
+        self.trusted_proxies = tuple(ipaddress.ip_network(proxy, strict=False) for proxy in trusted_proxies)
 
     def identify(self, request: Request) -> Client:
         """Check the bearer token, in constant time whatever it is.
@@ -87,8 +87,9 @@ class ClientIdentifier:
 
     def _address_of(self, request: Request) -> str:
         ip = _ip_of(request.client.host if request.client else "")
+        is_proxy = ip is not None and any(ip in network for network in self.trusted_proxies)
         # The proxy's own entry is the last: some proxies add to a header that the client sent, some add a header.
-        if ip in self.trusted_proxies and (forwarded := request.headers.getlist("x-forwarded-for")):
+        if is_proxy and (forwarded := request.headers.getlist("x-forwarded-for")):
             ip = _ip_of(forwarded[-1].rpartition(",")[2])
         if ip is None:
             return "unknown"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -48,6 +50,14 @@ class AnswerSettings(Settings):
     image_decoders: int = Field(2, ge=1, description="processes that decode images; each decodes one at a time")
     kept_images: int = Field(256, ge=1, description="images whose embeddings a replica keeps for later turns")
 
+    @field_validator("allowed_image_hosts")
+    @classmethod
+    def _hosts_are_names(cls, value: list[str]) -> list[str]:
+        for host in value:
+            if not host or re.search(r"[/*@\s]", host):
+                raise ValueError(f"{host!r} is no host: write images.example, or images.example:8080")
+        return [host.encode("idna").decode() for host in value]
+
 
 class ServeSettings(AnswerSettings):
     """``jobs/serve_http.py``: artifact -> HTTP."""
@@ -65,7 +75,8 @@ class ServeSettings(AnswerSettings):
         0, ge=0, description="requests in flight of one API key or address; 0: all slots, while nobody else asks"
     )
     trusted_proxies: list[str] = Field(
-        default_factory=list, description="addresses of reverse proxies whose X-Forwarded-For names the client"
+        default_factory=list,
+        description="addresses or networks of proxies whose X-Forwarded-For names the client",
     )
     stream_interval_ms: float = Field(25, ge=0, description="shortest time between two events of a stream")
     api_keys: list[SecretStr] = Field(
@@ -102,6 +113,25 @@ class ServeSettings(AnswerSettings):
         if not all(isinstance(text, str) and text.strip() == text != "" for text in texts):
             raise ValueError("an API key must be a text, not empty, without white space at its ends")
         return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _proxies_are_addresses(cls, value: list[str]) -> list[str]:
+        for proxy in value:
+            try:
+                ipaddress.ip_network(proxy, strict=False)
+            except ValueError:
+                raise ValueError(f"{proxy!r} is no address: write 10.0.0.1, or a network such as 10.0.0.0/8") from None
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_those_of_browsers(cls, value: list[str]) -> list[str]:
+        origins = [origin.lower().removesuffix("/") for origin in value]
+        for origin in origins:
+            if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/*\s]+", origin):
+                raise ValueError(f"{origin!r} is no origin: write https://site.example, or * for all sites")
+        return origins
 
 
 class BatchSettings(AnswerSettings):

@@ -315,3 +315,29 @@ def test_a_key_that_is_no_key_is_refused_and_a_sound_one_taken():
     for keys in (["a", ""], [" a"], ["a\n"], [3], "a"):
         with pytest.raises(SettingsError, match="api_keys"):
             ServeSettings.parse({"api_keys": keys}, "x")
+
+
+@pytest.mark.security
+@pytest.mark.parametrize(
+    ("name", "good", "kept", "bad"),
+    [
+        ("trusted_proxies", ["10.0.0.1", "10.0.0.0/8", "2001:db8::/64"], None, ["nginx", "*", "10.0.0.1:80", ""]),
+        (
+            "cors_origins",
+            ["*", "null", "https://A.example/", "http://localhost:3000", "chrome-extension://ab"],
+            ["*", "null", "https://a.example", "http://localhost:3000", "chrome-extension://ab"],
+            ["a.example", "https://a.example/app", "https://*.a.example", ""],
+        ),
+        (
+            "allowed_image_hosts",
+            ["a.example", "a.example:8080", "m\u00fcnchen.example"],
+            ["a.example", "a.example:8080", "xn--mnchen-3ya.example"],
+            ["https://a.example", "a.example/", "*.a.example", "*", "user@a.example", ""],
+        ),
+    ],
+)
+def test_an_entry_that_would_match_nobody_is_refused(name, good, kept, bad):
+    assert getattr(ServeSettings.parse({name: good}, "x"), name) == (kept or good)
+    for entry in bad:
+        with pytest.raises(SettingsError, match=rf"^x: {name}=.* {re.escape(repr(entry))} is no "):
+            ServeSettings.parse({name: [entry]}, "x")
