@@ -242,10 +242,10 @@ class _Fetch:
         for each in wanted:
             size = _gigabytes(each.bytes_left) if each.remote.num_bytes else "unknown size"
             print(f"  {each.source.path}: {'here' if each.is_here else f'{size}, {each.remote.shown}'}", flush=True)
-        left = sum(each.bytes_left for each in missing)
+        left, unknown = sum(each.bytes_left for each in missing), sum(not each.remote.num_bytes for each in missing)
         print(
-            f"{len(wanted) - len(missing)} of {len(wanted)} files are in {self.folder}; "
-            f"{_gigabytes(left)} to download.",
+            f"{len(wanted) - len(missing)} of {len(wanted)} files are in {self.folder}; {_gigabytes(left)} to download"
+            f"{f', and {unknown} of unknown size' if unknown else ''}.",
             flush=True,
         )
 

@@ -222,7 +222,7 @@ def test_disk_rows_and_hours_are_told_before(server, tmp_path, capsys):
     out = capsys.readouterr().out
     line = next(row for row in out.splitlines() if row.startswith("laion "))
     assert "2100" in line and "115,000,000" in line and " 23.0 " in line
-    assert out.index("together") < out.index("to download.")
+    assert out.index("together") < out.index("to download")
 
 
 # ---------------------------------------------------------------- values

@@ -219,7 +219,7 @@ def test_what_is_here_and_what_is_left_is_told(tmp_path, capsys):
         "  c: unknown size, https://***@h/c",
         "  d: here",
         "  e: 0.000 MB, https://***@h/e",
-        f"1 of 5 files are in {tmp_path}; 0.01 GB to download.",
+        f"1 of 5 files are in {tmp_path}; 0.01 GB to download, and 1 of unknown size.",
     ]
     published = Wanted(replace(FILE, num_bytes=7), tmp_path / "f", Remote("u"), False)
     assert (published.num_bytes, replace(published, remote=Remote("u", 9)).num_bytes) == (7, 9), "its server knows"
