@@ -22,6 +22,7 @@ from pipelines.feature_plan import FeaturePlan, plan_features, source_names
 from pipelines.fetch.datasets import set_of
 from pipelines.fetch.run import named_files
 from pipelines.json_files import read_json_object, write_json
+from pipelines.redact import redact
 from pipelines.settings import CacheFeaturesSettings, RecipeSettings, SettingsError, TrainSettings
 from tinygptv.convert.sources import all_parts, find_parts
 from tinygptv.training.stages import RECIPES
@@ -45,8 +46,8 @@ class Step:
 
     @property
     def shown(self) -> str:
-        """As a shell takes it."""
-        return f"python {shlex.join(self.words)}"
+        """As a shell takes it, without passwords of URIs."""
+        return redact(f"python {shlex.join(self.words)}")
 
 
 class RecipeError(ValueError):
@@ -111,7 +112,8 @@ class _Recipe:
 
     def __init__(self, settings: RecipeSettings, config: str | None, output: Path) -> None:
         self.settings, self.output = settings, output
-        self.config = ["--config", config] if config else []
+        given = [f"{key}={_text(value)}" for key, value in settings.given_beside(config).items()]
+        self.config = [*(["--config", config] if config else []), *given]
         self.stages = RECIPES[settings.recipe]
         self.train = TrainSettings.load(config)
         self.features = CacheFeaturesSettings.load(config)

@@ -128,6 +128,7 @@ class Demo:
     def load(self, kind: type[Settings], **fields: Any) -> Any:
         """Settings of a phase: its section of the configuration, and what the demo decides."""
         common = {
+            **self.settings.given_beside(self.config),
             "quiet": self.settings.quiet,
             "tracking_uri": self.settings.tracking_uri,
         }

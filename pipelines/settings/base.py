@@ -121,6 +121,15 @@ class Settings(BaseModel):
             name = str(first["loc"][0]) if first["loc"] else ""
             raise SettingsError(cls._describe(first, (locations or {}).get(name, location))) from None
 
+    def given_beside(self, config: str | Path | None) -> dict[str, Any]:
+        """Keys of every job, but ``output``, whose values are not those of the configuration file.
+
+        A job that runs others, which read the same file, hands them on.
+        """
+        of_file = self.load(config)
+        names = [name for name in Settings.model_fields if name in self.model_fields_set and name != "output"]
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(of_file, name)}
+
     @classmethod
     def from_command_line(cls, argv: Sequence[str] | None, description: str | None) -> Self:
         """Parse ``--config FILE [key=value ...]``; a mistake ends the program with one sentence on stderr.

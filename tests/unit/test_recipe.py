@@ -243,6 +243,15 @@ def test_words_of_the_steps(tmp_path, jobs):
     assert caches[1][4] == "image_size=224" and caches[1][6] == f"output={out}/features3"
 
 
+def test_keys_of_every_job_reach_the_steps(jobs, tmp_path):
+    """Those that the command line gives beside the file: without them a stage of another recipe would be trained."""
+    given = RecipeSettings(recipe="paper", raw="DATA", output=str(tmp_path), dry_run=True, tracking_uri="none", seed=42)
+    for config, words in ((None, ["recipe=paper", "seed=42", "tracking_uri=none"]), (PAPER, ["tracking_uri=none"])):
+        (stage,) = [s for s in recipe._Recipe(given, config, tmp_path).steps() if s.title.startswith("stage 1")]
+        assert stage.words[0] == "jobs/stage1.py" and stage.words[-4].startswith("data=")
+        assert [word for word in stage.words[1:-4] if word not in ("--config", PAPER)] == words
+
+
 def test_each_step_is_done_where_its_own_file_is(tmp_path, jobs, monkeypatch):
     """The files that say so; the service, which never ends by itself, has none."""
     given = RecipeSettings(recipe="paper", raw=str(tmp_path), weights="/w", data="/d", benchmarks="/b", serve=True)

@@ -175,7 +175,9 @@ def test_a_phase_of_the_demo_reads_its_section_and_what_the_demo_decides(tmp_pat
     train = state.load(TrainSettings, data="shards")
     assert (train.max_steps, train.data, train.overwrite) == (7, "shards", True)
     assert (train.quiet, train.tracking_uri) == (True, "none")
-    state.settings = DemoSettings(tracking_uri="none")
+    assert train.seed == 0
+    state.settings = DemoSettings(tracking_uri="none", seed=7, num_cpus=3)
+    assert [(each.seed, each.num_cpus) for each in map(state.load, (TrainSettings, ScoreSettings))] == [(7, 3)] * 2
     assert (state.load(ScoreSettings).limit, state.load(ScoreSettings).overwrite) == (9, False)
     with state.phase("one"):
         pass
