@@ -47,7 +47,7 @@ class Step:
     @property
     def shown(self) -> str:
         """As a shell takes it, without passwords of URIs."""
-        return redact(f"python {shlex.join(self.words)}")
+        return str(redact(f"python {shlex.join(self.words)}"))
 
 
 class RecipeError(ValueError):
