@@ -121,7 +121,7 @@ class Settings(BaseModel):
             name = str(first["loc"][0]) if first["loc"] else ""
             raise SettingsError(cls._describe(first, (locations or {}).get(name, location))) from None
 
-    def given_beside(self, config: str | Path | None) -> dict[str, Any]:
+    def given_beside(self, config: str | Path | None) -> dict[str, object]:
         """Keys of every job, but ``output``, whose values are not those of the configuration file.
 
         A job that runs others, which read the same file, hands them on.
