@@ -85,6 +85,7 @@ def own_draft(fields: Any, default_task: str) -> Draft:
     if image is None:
         _refuse_lost_image(fields)
     _refuse_lost_box(fields)
+    _refuse_marks_of_objects(fields, draft)
     boxes = tuple(_own_box(box) for box in _list_of(fields, "boxes"))
     if not (task := fields.get("task") or default_task):
         task = form or ("text" if image is None else "conversation" if len(draft.turns) > 1 else "instruct")
@@ -164,6 +165,21 @@ def _refuse_lost_box(fields: Mapping[str, Any]) -> None:
         raise Malformed(
             "the row has 'bbox' but no 'boxes': give its corners as 'boxes', [[x1, y1, x2, y2]] in pixels (COCO's bbox "
             "is x, y, width, height)"
+        )
+
+
+def _refuse_marks_of_objects(fields: Mapping[str, Any], draft: Draft) -> None:
+    """Refuse words with ms-swift's marks ``<bbox>`` and ``<ref-object>``, which stand for entries of ``objects``.
+
+    Raises:
+        Malformed: there are both.
+    """
+    words = " ".join(text for turn in draft.turns for text in (turn.question, *turn.answers))
+    mark = next((mark for mark in ("<bbox>", "<ref-object>") if mark in words), None)
+    if mark and not _is_empty(fields.get("objects")):
+        raise Malformed(
+            f"{mark} stands for an entry of 'objects': write a row for each box, its phrase as 'answer' and its corners "
+            "as 'boxes', [[x1, y1, x2, y2]] in pixels"
         )
 
 

@@ -78,6 +78,14 @@ BARE_CHOICE = "stands for one of the row's choices: write its words, or the choi
             )
             for row in ({"caption": "x"}, {"question": "q", "answer": ["a"]})
         ),
+        *(
+            (
+                {"query": f"find {asked}", "response": answer, "objects": {"ref": ["a dog"], "bbox": [[1, 2, 3, 4]]}},
+                f"{mark} stands for an entry of 'objects': write a row for each box, its phrase as 'answer' and its "
+                "corners as 'boxes', [[x1, y1, x2, y2]] in pixels",
+            )
+            for asked, answer, mark in (("it", "<bbox>", "<bbox>"), ("<ref-object>", "a", "<ref-object>"))
+        ),
         ({"turns": [5]}, "what should have 'question' is no object but int"),
         ({"caption": "x", "boxes": [[1, 2, 3]]}, "box [1, 2, 3] is not x1, y1, x2, y2"),
         ({"caption": "x", "boxes": [5]}, "box 5 is not x1, y1, x2, y2"),
@@ -154,6 +162,8 @@ def test_an_image_is_a_name_or_bytes_in_any_form(image, found):
         ({"question": "q", "answer": "Yes", "choices": ["yes", "no"]}, None, [("q", "Yes")]),
         ({"question": "q", "answer": "a", "options": [{"text": "a"}], "bbox": []}, None, [("q", "a")]),
         ({"turns": [{"question": "q", "answer": "a"}], "bbox": [1, 2, 3, 4]}, None, [("q", "a")]),
+        ({"query": "q", "response": "a", "objects": {"bbox": [[1, 2, 3, 4]]}}, None, [("q", "a")]),
+        ({"query": "what is <bbox>?", "response": "a"}, None, [("what is <bbox>?", "a")]),
         (
             {
                 "conversations": [
