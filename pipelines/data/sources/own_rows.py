@@ -178,8 +178,8 @@ def _refuse_marks_of_objects(fields: Mapping[str, Any], draft: Draft) -> None:
     mark = next((mark for mark in ("<bbox>", "<ref-object>") if mark in words), None)
     if mark and not _is_empty(fields.get("objects")):
         raise Malformed(
-            f"{mark} stands for an entry of 'objects': write a row for each box, its phrase as 'answer' and its corners "
-            "as 'boxes', [[x1, y1, x2, y2]] in pixels"
+            f"{mark} stands for an entry of 'objects': write a row for each box, its phrase as 'answer' and its "
+            "corners as 'boxes', [[x1, y1, x2, y2]] in pixels"
         )
 
 
