@@ -158,11 +158,14 @@ class StateStore:
         if self.keep_best:
             losses = {folder: self._loss(folder) for folder in folders}
             kept.add(min(folders, key=lambda folder: losses[folder]))
-        for folder in set(folders) - kept:
-            storage.remove_folder(folder)
+        removed = sorted(set(folders) - kept)
         if storage.is_local(self.location):
-            for leftover in Path(storage.absolute(self.location)).glob(".*.tmp"):
-                storage.remove_folder(str(leftover))
+            removed += [str(leftover) for leftover in Path(storage.absolute(self.location)).glob(".*.tmp")]
+        for folder in removed:
+            try:
+                storage.remove_folder(folder)
+            except OSError as error:  # the next save tries again
+                logger.warning("an older training state cannot be removed: %s", error)
 
     def _loss(self, folder: str) -> tuple[bool, float]:
         """Key of the best state, least first: a held-out loss, else the mean loss of training."""

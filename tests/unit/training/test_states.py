@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipelines import storage
 from pipelines.storage import DiskFullError
 from pipelines.training.states import StateStore, collect_state, restore_parameters, restore_state
 from tests.training_batches import mixed_samples, tiny_model
@@ -39,6 +40,23 @@ def test_the_newest_states_are_kept(tmp_path):
     assert names(tmp_path) == ["step-00000009", "step-00000012"]
     save(store_in(tmp_path, keep=1), [15])
     assert names(tmp_path) == ["step-00000015"]
+
+
+def test_a_state_that_cannot_be_removed_ends_nothing_and_is_tried_again(tmp_path, monkeypatch, caplog):
+    store, remove, asked = store_in(tmp_path, keep=1), storage.remove_folder, []
+
+    def busy(folder):
+        asked.append(Path(folder).name)
+        if len(asked) == 1:
+            raise OSError(errno.EBUSY, "Device or resource busy", folder)
+        remove(folder)
+
+    monkeypatch.setattr(storage, "remove_folder", busy)
+    save(store, [3, 6])
+    assert names(tmp_path) == ["step-00000003", "step-00000006"] and store.whole_step == 6
+    assert "an older training state cannot be removed: [Errno 16] Device or resource busy: " in caplog.text
+    save(store, [9])
+    assert names(tmp_path) == ["step-00000009"] and sorted(asked[1:]) == ["step-00000003", "step-00000006"]
 
 
 def test_the_best_state_is_the_one_of_least_mean_loss(tmp_path):
