@@ -53,7 +53,8 @@ def test_a_state_that_cannot_be_removed_ends_nothing_and_is_tried_again(tmp_path
 
     monkeypatch.setattr(storage, "remove_folder", busy)
     save(store, [3, 6])
-    assert names(tmp_path) == ["step-00000003", "step-00000006"] and store.whole_step == 6
+    assert names(tmp_path) == ["step-00000003", "step-00000006"]
+    assert store.whole_step == 6 == store.newest_step()
     assert "an older training state cannot be removed: [Errno 16] Device or resource busy: " in caplog.text
     save(store, [9])
     assert names(tmp_path) == ["step-00000009"] and sorted(asked[1:]) == ["step-00000003", "step-00000006"]
@@ -215,19 +216,6 @@ def test_a_state_that_was_not_written_counts_for_nothing(tmp_path, monkeypatch):
     with pytest.raises(DiskFullError, match=rf"while writing the training state of step 6 in {tmp_path}: free some"):
         store.wait()
     assert store.whole_step == 3 and store.newest_step() == 3
-
-
-def test_a_state_is_whole_even_where_older_ones_cannot_be_removed(tmp_path, monkeypatch):
-    store = store_in(tmp_path, keep=1)
-    save(store, [3])
-
-    def refuse(folder):
-        raise OSError("no permission")
-
-    monkeypatch.setattr("pipelines.storage.remove_folder", refuse)
-    with pytest.raises(OSError, match="no permission"):
-        save(store, [6])
-    assert store.whole_step == 6 == store.newest_step()
 
 
 def test_the_best_state_is_kept_only_where_that_is_asked_for(tmp_path):
