@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, NotRequired
 
@@ -9,6 +11,7 @@ from pydantic import BaseModel, Field
 from typing_extensions import TypedDict  # typing's own is not known to pydantic before Python 3.12
 
 from pipelines.serving.backend import Failure, Item, PromptRead, TokenLogprob, TokenProbability
+from pipelines.serving.errors import ProtocolError
 from pipelines.serving.protocol import Coordinates
 from tinygptv.data.boxes import COLOURS, parse_boxes, to_pixels
 
@@ -207,7 +210,24 @@ class Answer:
         chunk["usage"] = self.usage()
         return chunk
 
-    def completion(self, logprobs: tuple[TokenProbability, ...]) -> ChatCompletion:
+    def first_events(self) -> list[str]:
+        """What opens a stream, as it is sent."""
+        return [to_event(self.first_chunk())]
+
+    def text_event(self, text: str, logprobs: tuple[TokenProbability, ...]) -> str:
+        """What adds text to a stream."""
+        return to_event(self.text_chunk(text, logprobs))
+
+    def last_events(self, with_usage: bool) -> list[str]:
+        """What ends a stream."""
+        usage = [to_event(self.usage_chunk())] if with_usage else []
+        return [to_event(self.last_chunk()), *usage, "data: [DONE]\n\n"]
+
+    def error_events(self, error: ProtocolError) -> list[str]:
+        """What ends a stream without the rest of its answer."""
+        return [to_event(error.body())]
+
+    def completion(self, logprobs: tuple[TokenProbability, ...]) -> ChatCompletion | Mapping[str, object]:
         """The whole answer."""
         choice: Choice = {
             "index": 0,
@@ -250,6 +270,16 @@ class Answer:
 
     def _logprobs(self, entries: tuple[TokenProbability, ...]) -> Logprobs | None:
         return {"content": [entry.to_json() for entry in entries]} if self.with_logprobs else None
+
+
+def to_event(data: Mapping[str, object], name: str = "") -> str:
+    """A server-sent event.
+
+    Args:
+        data: sent as JSON.
+        name: of the event, where it has one.
+    """
+    return (f"event: {name}\n" if name else "") + f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 def find_boxes(text: str, size: tuple[int, int] | None, image: int) -> list[FoundBox]:

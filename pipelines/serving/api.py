@@ -16,6 +16,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.params import Depends as DependsParam
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,6 +28,8 @@ from pipelines.serving.errors import ProtocolError, server_failed, server_stops
 from pipelines.serving.metrics import IngressMetrics, Metrics, render
 from pipelines.serving.pages import add_pages
 from pipelines.serving.protocol import ChatRequest
+from pipelines.serving.response_answers import ResponseObject
+from pipelines.serving.responses import ResponsesRequest
 from pipelines.serving.scenes import DrawnScene, draw_scene
 from pipelines.serving.service import ChatService, unknown_model
 from pipelines.settings import ServeSettings
@@ -36,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 CHAT = "/v1/chat/completions"
+RESPONSES = "/v1/responses"
 
 Responses = dict[int | str, dict[str, Any]]
 """FastAPI's ``responses``: status -> its description and the type of its body."""
@@ -59,12 +63,14 @@ CHAT_RESPONSES: Responses = {
     200: {"description": "the answer", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
     **ERRORS,
 }
-REQUEST_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}},
-    }
-}
+CHAT_ONLY = {"messages", "max_tokens", "max_completion_tokens", "n", "stream_options", "logprobs", "response_format"}
+"""Fields of a chat request that the Responses API names otherwise or not at all; it takes the others."""
+
+
+def _body_of(kind: type[BaseModel]) -> dict[str, object]:
+    """What the schema says of a body that is read by hand."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def build_api(
@@ -94,7 +100,7 @@ def build_api(
     service = ChatService(settings, backend, metrics, clients, decoders)
     app = FastAPI(
         title="TinyGPT-V",
-        description="Chat about images, in the shape of OpenAI's chat completions.",
+        description="Chat about images, in the shape of OpenAI's chat completions and responses.",
         version=__version__,
         docs_url=None,
         redoc_url=None,
@@ -130,10 +136,20 @@ def _add_chat(app: FastAPI, service: ChatService, keyed: Sequence[DependsParam])
     """OpenAI's routes, and the scenes of the web page."""
     served = service.settings.model_name
 
-    @app.post(CHAT, response_model=ChatCompletion, responses=CHAT_RESPONSES, openapi_extra=REQUEST_BODY)
+    @app.post(CHAT, response_model=ChatCompletion, responses=CHAT_RESPONSES, openapi_extra=_body_of(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation; with stream, as server-sent events."""
         return await service.chat(request)
+
+    @app.post(
+        RESPONSES,
+        response_model=ResponseObject,
+        responses=CHAT_RESPONSES,
+        openapi_extra=_body_of(ResponsesRequest),
+    )
+    async def responses(request: Request) -> Response:
+        """The same in the shape of OpenAI's Responses API; nothing is stored."""
+        return await service.chat(request, ResponsesRequest)
 
     @app.get("/v1/models", response_model=ModelList, responses=_only(401, 503), dependencies=keyed)
     async def list_models() -> ModelList:
@@ -257,7 +273,7 @@ async def _within(seconds: float, result: Awaitable[T], source: str, default: T)
 def _add_errors(app: FastAPI, service: ChatService) -> None:
     @app.exception_handler(ProtocolError)
     async def protocol_error(request: Request, error: ProtocolError) -> Response:
-        if _path_of(request.scope) == CHAT:
+        if _path_of(request.scope) in (CHAT, RESPONSES):
             service.metrics.requests.labels(error.status).inc()
         headers = error.headers()
         if error.status == 401 and not _path_of(request.scope).startswith("/v1"):
@@ -283,11 +299,15 @@ def _endpoints(app: FastAPI) -> str:
 
 
 def _schema(app: FastAPI, model_name: str) -> dict[str, Any]:
-    """The OpenAPI schema with ``ChatRequest``: the body is read by hand, so FastAPI does not know its type."""
+    """The OpenAPI schema with the types of the bodies: they are read by hand, so FastAPI does not know them."""
     schema = copy.deepcopy(app.openapi())
-    request = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    request["properties"]["model"]["enum"] = [model_name]
-    schema["components"]["schemas"].update({**request.pop("$defs"), "ChatRequest": request})
+    template = "#/components/schemas/{model}"
+    chat, response = (kind.model_json_schema(ref_template=template) for kind in (ChatRequest, ResponsesRequest))
+    options = {name: field for name, field in chat["properties"].items() if name not in CHAT_ONLY}
+    response["properties"] = {**options, **response["properties"]}
+    for request in (chat, response):
+        request["properties"]["model"]["enum"] = [model_name]
+        schema["components"]["schemas"].update({**request.pop("$defs"), request["title"]: request})
     return schema
 
 

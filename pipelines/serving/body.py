@@ -1,4 +1,4 @@
-"""Request bodies: bytes from the network -> ``ChatRequest``, each bound checked before the work that it bounds."""
+"""Request bodies: bytes from the network -> a typed request, each bound checked before the work that it bounds."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from pydantic import ValidationError
 
 from pipelines.serving.errors import ProtocolError, too_busy
 from pipelines.serving.protocol import ChatRequest
+from pipelines.serving.responses import ResponsesRequest
 from pipelines.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
+
+Kind = type[ChatRequest] | type[ResponsesRequest]
 
 MAX_VALUES = 200_000
 """JSON values of a request, counted by the characters that separate them; parsing so many takes some 20 ms."""
@@ -105,17 +108,21 @@ class BodyReader:
         if total > self.max_held or (self._held[client] > CLIENT_SHARE * self.max_held):
             raise too_busy("the server is reading too many large requests; try again soon.", 2)
 
-    async def parse(self, body: bytes) -> ChatRequest:
+    async def parse(self, body: bytes, kind: Kind = ChatRequest) -> ChatRequest | ResponsesRequest:
         """Validate a body.
+
+        Args:
+            body: JSON.
+            kind: the type of request.
 
         Raises:
             ProtocolError: 400, naming the first field that is wrong.
         """
         if len(body) < OFF_LOOP_BYTES:
-            return self._parse(body)
-        return await asyncio.to_thread(self._parse, body)
+            return self._parse(body, kind)
+        return await asyncio.to_thread(self._parse, body, kind)
 
-    def _parse(self, body: bytes) -> ChatRequest:
+    def _parse(self, body: bytes, kind: Kind) -> ChatRequest | ResponsesRequest:
         num_values = sum(body.count(mark) for mark in (b",", b"[", b"{"))
         if num_values > MAX_VALUES:
             raise ProtocolError(
@@ -128,16 +135,17 @@ class BodyReader:
             data = pydantic_core.from_json(body.removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
         except ValueError as error:
             raise ProtocolError(400, f"the request is not valid JSON: {error}.", code="invalid_json") from None
-        messages = data.get("messages") if isinstance(data, dict) else None
+        name = "messages" if kind is ChatRequest else "input"
+        messages = data.get(name) if isinstance(data, dict) else None
         if isinstance(messages, list) and len(messages) > self.max_messages:
             raise ProtocolError(
                 400,
                 f"the conversation has {len(messages)} messages; this server takes {self.max_messages}.",
-                param="messages",
+                param=name,
                 code="too_many_messages",
             )
         try:
-            request = ChatRequest.model_validate(data)
+            request = kind.model_validate(data)
         except ValidationError as error:
             raise _first_error(error) from None
         self._log_ignored(request.ignored_fields)

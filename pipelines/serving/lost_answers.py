@@ -27,15 +27,17 @@ class LostAnswers:
             await self.app(scope, receive, send)
             return
         has_begun = is_stream = is_whole = False
+        num_events = 0
 
         async def watch(message: Message) -> None:
-            nonlocal has_begun, is_stream, is_whole
+            nonlocal has_begun, is_stream, is_whole, num_events
             if message["type"] == "http.response.start":
                 has_begun = True
                 headers = Headers(raw=list(message.get("headers", ())))
                 is_stream = headers.get("content-type", "").startswith("text/event-stream")
             else:
                 is_whole = not message.get("more_body", False)
+                num_events += message.get("body", b"").count(b"\n\n")
             await send(message)
 
         await self.app(scope, receive, watch)
@@ -43,5 +45,9 @@ class LostAnswers:
         if not has_begun:
             await JSONResponse(error.body(), error.status, error.headers())(scope, receive, send)
         elif is_stream and not is_whole:
-            event = f"data: {json.dumps(error.body())}\n\n"
+            told = error.body()
+            event = f"data: {json.dumps(told)}\n\n"
+            if scope["path"].rstrip("/").endswith("/responses"):
+                named = {**told["error"], **told, "type": "error", "sequence_number": num_events}
+                event = f"event: error\ndata: {json.dumps(named)}\n\n"
             await send({"type": "http.response.body", "body": event.encode()})

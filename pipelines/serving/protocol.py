@@ -6,6 +6,7 @@ Extensions are additional fields, which OpenAI's clients pass through: ``task``,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
@@ -83,13 +84,14 @@ class ImageURL(BaseModel):
     detail: str | None = Field(None, description="not used: the model has one resolution")
 
 
+ImageSource = Annotated[ImageURL, BeforeValidator(lambda value: {"url": value} if isinstance(value, str) else value)]
+
+
 class ImagePart(BaseModel):
     """An image."""
 
     type: Literal["image_url"]
-    image_url: Annotated[
-        ImageURL, BeforeValidator(lambda value: {"url": value} if isinstance(value, str) else value)
-    ] = Field(description="an object with url, or the URL itself")
+    image_url: ImageSource = Field(description="an object with url, or the URL itself")
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
@@ -129,7 +131,7 @@ class StreamOptions(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """The form of the answer: text. Boxes come as ``message.boxes`` whatever the form."""
+    """The form of the answer: text. Boxes come as the message's ``boxes`` whatever the form."""
 
     type: Literal["text"]
 
@@ -139,7 +141,7 @@ class ResponseFormat(BaseModel):
         if value in ("json_object", "json_schema"):
             raise ValueError(
                 f"{value} is not supported: this model writes text. Boxes come as numbers in message.boxes, "
-                "without a response_format"
+                "without another format"
             )
         return value
 
@@ -191,13 +193,7 @@ class ChatRequest(BaseModel):
 
     @model_validator(mode="after")
     def _nothing_that_would_change_the_answer(self) -> ChatRequest:
-        for name, value in (self.model_extra or {}).items():
-            if name in UNSUPPORTED and value is not None and not _is_one_of(value, UNSUPPORTED[name]):
-                if name == "tools" and (self.model_extra or {}).get("tool_choice") == "none":
-                    continue
-                raise PydanticCustomError(
-                    "unsupported", "{field} is not supported by this server: leave it out", {"field": name}
-                )
+        refuse_unsupported(self.model_extra or {}, UNSUPPORTED)
         return self
 
     @field_validator("max_tokens", "max_completion_tokens", mode="before")
@@ -259,6 +255,25 @@ class ChatRequest(BaseModel):
             "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
             "ignore_end": bool(self.ignore_eos),
         }
+
+
+def refuse_unsupported(fields: Mapping[str, object], unsupported: Mapping[str, tuple[object, ...]]) -> None:
+    """Refuse the first field that would change the answer.
+
+    Args:
+        fields: that a request brings and no type describes.
+        unsupported: name -> values that do not change the answer.
+
+    Raises:
+        PydanticCustomError: of type ``unsupported``.
+    """
+    for name, value in fields.items():
+        if name in unsupported and value is not None and not _is_one_of(value, unsupported[name]):
+            if name == "tools" and fields.get("tool_choice") == "none":
+                continue
+            raise PydanticCustomError(
+                "unsupported", "{field} is not supported by this server: leave it out", {"field": name}
+            )
 
 
 def _is_token_id(text: object) -> bool:

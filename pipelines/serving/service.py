@@ -6,11 +6,10 @@ key -> body within bounds -> a slot -> types -> images -> its turn -> model -> J
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 
@@ -30,6 +29,8 @@ from pipelines.serving.line import AT_MODEL, Line
 from pipelines.serving.media import MediaLoader
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.protocol import ChatRequest
+from pipelines.serving.response_answers import ResponseAnswer
+from pipelines.serving.responses import ResponsesRequest
 from pipelines.serving.turns import read_turns
 from pipelines.settings import ServeSettings
 
@@ -41,10 +42,14 @@ CLIENT_CLOSED_REQUEST = 499
 
 @dataclass(frozen=True)
 class _Call:
-    """One request in flight: who asks what, since when and until when (clock of the event loop, in seconds)."""
+    """One request in flight: who asks what, since when and until when (clock of the event loop, in seconds).
+
+    ``asked`` is what ``request`` was made of, where the client spoke the Responses API and is answered in it.
+    """
 
     client: Client
     request: ChatRequest
+    asked: ResponsesRequest | None
     started: float
     deadline: float
 
@@ -74,8 +79,14 @@ class ChatService:
             self._info = await self.backend.describe()
         return self._info
 
-    async def chat(self, http_request: Request) -> Response:
-        """``POST /v1/chat/completions``.
+    async def chat(
+        self, http_request: Request, kind: type[ChatRequest] | type[ResponsesRequest] = ChatRequest
+    ) -> Response:
+        """``POST /v1/chat/completions``, or ``/v1/responses``.
+
+        Args:
+            http_request: its body is not read yet.
+            kind: the type of request.
 
         Raises:
             ProtocolError: why there is no answer.
@@ -87,9 +98,10 @@ class ChatService:
             body = await self.bodies.read(http_request, client.name)
             with ExitStack() as slot:
                 slot.enter_context(self.gate.admit(client.name))
-                request = await self.bodies.parse(body)
+                parsed = await self.bodies.parse(body, kind)
+                asked, request = (None, parsed) if isinstance(parsed, ChatRequest) else (parsed, parsed.chat)
                 self._check_model(request)
-                call = _Call(client, request, started, clock() + self.settings.request_timeout_s)
+                call = _Call(client, request, asked, started, clock() + self.settings.request_timeout_s)
                 return await self._answer(call, slot)
         except (ClientDisconnect, asyncio.CancelledError) as error:
             self.metrics.requests.labels(CLIENT_CLOSED_REQUEST).inc()
@@ -116,6 +128,10 @@ class ChatService:
                     return await self._respond(call, answer, job, slot)
         except TimeoutError:
             raise _too_slow(self.settings) from None
+        except ProtocolError as error:
+            if call.asked:
+                error.param = call.asked.field_of(error.param)
+            raise
 
     async def _respond(self, call: _Call, answer: Answer, job: ChatJob, slot: ExitStack) -> Response:
         if not call.request.stream:
@@ -134,17 +150,22 @@ class ChatService:
         turns = read_turns(call.request)
         request = turns.with_default_task(call.request, self.settings.default_task)
         images = await self.media.load(turns.images, info.image_size, call.client.name)
+        sampling = request.sampling(self.settings.max_tokens, self.settings.temperature)
+        name = uuid.uuid4().hex
         answer = Answer(
-            id=f"chatcmpl-{uuid.uuid4().hex}",
+            id=f"chatcmpl-{name}",
             model=request.model,
             created=int(time.time()),
             with_logprobs=bool(request.logprobs),
             image_size=(images[-1].width, images[-1].height) if images else None,
             image_index=max(0, len(images) - 1),
         )
+        if call.asked:
+            fields = {**vars(answer), "id": f"resp_{name}"}
+            answer = ResponseAnswer(**fields, asked=call.asked, sampling=sampling)
         job = ChatJob(
             turns.messages(images, request),
-            request.sampling(self.settings.max_tokens, self.settings.temperature),
+            sampling,
             self.settings.stream_interval_ms / 1000,
             call.client.salt,
         )
@@ -172,23 +193,26 @@ class ChatService:
                     answer.add(item)
                     if not has_begun:  # not before: benchmark clients take this event for the first token
                         has_begun = True
-                        yield _event(answer.first_chunk())
+                        for event in answer.first_events():
+                            yield event
                     if is_first and answer.text:
                         self.metrics.first_token.observe(clock() - call.started)
                     if isinstance(item, Piece) and (item.text or item.logprobs):
-                        yield _event(answer.text_chunk(item.text, item.logprobs))
-                yield _event(answer.last_chunk())
-                if call.request.stream_options and call.request.stream_options.include_usage:
-                    yield _event(answer.usage_chunk())
-                yield "data: [DONE]\n\n"
+                        yield answer.text_event(item.text, item.logprobs)
+                options = call.request.stream_options
+                for event in answer.last_events(with_usage=bool(options and options.include_usage)):
+                    yield event
                 self._count(call, answer)
-        except ProtocolError as error:
-            yield _event(error.body())
+                return
+        except ProtocolError as refusal:
+            error = refusal
         except TimeoutError:
-            yield _event(_too_slow(self.settings).body())
+            error = _too_slow(self.settings)
         except Exception:
             logger.exception("a stream failed")
-            yield _event(server_failed().body())
+            error = server_failed()
+        for event in answer.error_events(error):
+            yield event
 
     def _count(self, call: _Call, answer: Answer) -> None:
         self.metrics.seconds.observe(asyncio.get_running_loop().time() - call.started)
@@ -227,10 +251,6 @@ def unknown_model(name: str, served: str) -> ProtocolError:
         param="model",
         code="model_not_found",
     )
-
-
-def _event(data: Mapping[str, object]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 def _too_slow(settings: ServeSettings) -> ProtocolError:

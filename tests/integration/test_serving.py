@@ -103,6 +103,23 @@ def test_openais_client_over_http(address):
         client.chat.completions.create(**BODY, temperature=9)
 
 
+def test_openais_client_asks_the_responses_api_the_same(address):
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    text, image = (part for part in BODY["messages"][0]["content"])
+    content = [
+        {"type": "input_text", "text": text["text"]},
+        {"type": "input_image", "image_url": image["image_url"]["url"]},
+    ]
+    body = {"model": BODY["model"], "max_output_tokens": 12, "input": [{"role": "user", "content": content}]}
+    whole = client.responses.create(**body)
+    assert whole.output_text == text_of(post(address)) and whole.usage.output_tokens == 12
+    *found, last = client.responses.create(**body, stream=True)
+    pieces = [event.delta for event in found if event.type == "response.output_text.delta"]
+    assert "".join(pieces) == last.response.output_text == whole.output_text and last.type == "response.incomplete"
+    with pytest.raises(openai.BadRequestError, match="previous_response_id is not supported"):
+        client.responses.create(**body, previous_response_id=whole.id)
+
+
 def test_a_stream_comes_in_pieces(address):
     body = {**BODY, "max_tokens": 200, "stream": True}
 

@@ -15,6 +15,7 @@ import pytest
 from pipelines.serving import body as bodies
 from pipelines.serving.body import BodyReader
 from pipelines.serving.errors import ProtocolError
+from pipelines.serving.protocol import ChatRequest
 from pipelines.serving.service import CLIENT_CLOSED_REQUEST
 from pipelines.settings import ServeSettings
 from tests import virtual_time
@@ -322,7 +323,7 @@ def test_room_for_bodies_is_32_of_the_largest_and_three_quarters_of_it_for_one_c
 @pytest.mark.parametrize(("size", "in_thread"), [(99_999, False), (100_000, True)])
 def test_a_large_body_is_parsed_in_a_thread(monkeypatch, size, in_thread):
     reading = reader()
-    monkeypatch.setattr(reading, "_parse", lambda body: (len(body), threading.current_thread()))
+    monkeypatch.setattr(reading, "_parse", lambda body, kind: (len(body), threading.current_thread()))
     length, thread = asyncio.run(reading.parse(b"x" * size))
     assert length == size and (thread is not threading.main_thread()) is in_thread
 
@@ -369,7 +370,7 @@ def about(content=None, **fields):
 )
 def test_the_field_that_is_wrong_is_named_as_the_request_has_it(data, param, message):
     with pytest.raises(ProtocolError) as caught:
-        reader()._parse(json.dumps(data).encode())
+        reader()._parse(json.dumps(data).encode(), ChatRequest)
     error = caught.value
     assert (error.status, error.param) == (400, param) and error.message.startswith(message)
     assert error.code == ("unsupported_parameter" if param == "tools" else "invalid_value")

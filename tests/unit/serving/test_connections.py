@@ -98,9 +98,9 @@ def post(size, *, path=CHAT, version="1.1", header="Accept: */*"):
     [
         (post(20_000_000), b"413", False),
         (post(8_000_000, header="Content-Encoding: gzip"), b"415", False),
-        (post(8_000_000, path="/v1/responses"), b"404", True),
-        (post(8_000_000, path="/v1/responses", version="1.0"), b"404", False),
-        (post(8_000_000, path="/v1/responses", header="Connection: close"), b"404", False),
+        (post(8_000_000, path="/v1/nothing"), b"404", True),
+        (post(8_000_000, path="/v1/nothing", version="1.0"), b"404", False),
+        (post(8_000_000, path="/v1/nothing", header="Connection: close"), b"404", False),
     ],
 )
 def test_a_client_that_sends_its_whole_request_first_finds_its_refusal(port, head, status, is_kept):
@@ -114,7 +114,7 @@ def test_a_client_that_sends_its_whole_request_first_finds_its_refusal(port, hea
         assert answers(client) if is_kept else is_closed(client)
 
 
-@pytest.mark.parametrize("path", [CHAT, "/v1/responses"])
+@pytest.mark.parametrize("path", [CHAT, "/v1/nothing"])
 def test_the_rest_of_a_refused_body_has_its_time(port, path, monkeypatch):
     monkeypatch.setattr(connections, "REST_WITHIN_S", 0.1)
     with connect(port, post(99_999_999_999, path=path)) as client:
@@ -124,7 +124,7 @@ def test_the_rest_of_a_refused_body_has_its_time(port, path, monkeypatch):
 
 
 def test_headers_behind_a_refused_body_have_their_own_time(port, monkeypatch):
-    with connect(port, post(len(REST), path="/v1/responses")) as client:
+    with connect(port, post(len(REST), path="/v1/nothing")) as client:
         assert client.recv(10_000).startswith(b"HTTP/1.1 404")
         monkeypatch.setattr(connections, "HEADERS_WITHIN_S", 0.1)
         client.sendall(REST + GET[:-2])

@@ -16,7 +16,7 @@ EVENT = {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": Tru
 END = {"type": "http.response.body", "body": b""}
 
 
-def sent(*messages, kind="http"):
+def sent(*messages, kind="http", path="/v1/chat/completions"):
     """What a client gets of an application that sends these and returns."""
     got = []
 
@@ -27,7 +27,7 @@ def sent(*messages, kind="http"):
     async def note(message):
         got.append(message)
 
-    asyncio.run(LostAnswers(app)({"type": kind}, None, note))
+    asyncio.run(LostAnswers(app)({"type": kind, "path": path}, None, note))
     return got
 
 
@@ -45,6 +45,14 @@ def test_a_stream_that_is_cut_ends_with_an_error_event(messages):
     name, event = last["body"].decode().split(": ", 1)
     assert (name, json.loads(event), event[-2:]) == ("data", model_unavailable().body(), "\n\n")
     assert not last.get("more_body", False)
+
+
+def test_a_stream_of_named_events_ends_with_one():
+    *_, last = sent(START, EVENT, EVENT, path="/v1/responses/")
+    name, data = last["body"].decode().removesuffix("\n\n").split("\n")
+    told = model_unavailable().body()
+    assert name == "event: error"
+    assert json.loads(data.removeprefix("data: ")) == {**told["error"], **told, "type": "error", "sequence_number": 2}
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_a_form_that_is_not_text_says_where_boxes_are(kind):
     else:
         assert message == (
             f"Value error, {kind} is not supported: this model writes text. Boxes come as numbers in message.boxes, "
-            "without a response_format"
+            "without another format"
         )
 
 

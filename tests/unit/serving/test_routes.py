@@ -158,7 +158,20 @@ def test_the_schema_names_the_served_model_and_each_refusal():
     for status, text in words.items():
         assert text in chat["responses"][status]["description"]
     assert body["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorBody")
-    assert set(schema["paths"]) == {CHAT, "/v1/models", "/v1/models/{model_id}", "/healthz", "/metrics"}
+    other = schema["components"]["schemas"]["ResponsesRequest"]["properties"]
+    assert other["model"]["enum"] == ["name"] and {"input", "task", "temperature"} <= set(other)
+    assert not {"messages", "max_tokens", "response_format"} & set(other)
+    responses = schema["paths"]["/v1/responses"]["post"]
+    assert responses["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/ResponsesRequest")
+    assert set(responses["responses"]) == told
+    assert set(schema["paths"]) == {
+        CHAT,
+        "/v1/responses",
+        "/v1/models",
+        "/v1/models/{model_id}",
+        "/healthz",
+        "/metrics",
+    }
     assert set(schema["paths"]["/v1/models/{model_id}"]["get"]["responses"]) >= {"401", "404", "503"}
     assert set(schema["paths"]["/healthz"]["get"]["responses"]) == {"200", "503"}
 
@@ -180,12 +193,12 @@ def test_unknown_paths_and_methods_are_told_as_they_were_asked():
     client = Client()
     wanted = {"type": "invalid_request_error", "param": None, "code": None}
     has = (
-        " This server has POST /v1/chat/completions, GET /v1/models, GET /v1/models/{model_id}, GET /healthz,"
-        " GET /metrics."
+        " This server has POST /v1/chat/completions, POST /v1/responses, GET /v1/models, GET /v1/models/{model_id},"
+        " GET /healthz, GET /metrics."
     )
     for method, path in (
         ("GET", "/v2/x?y=1"),
-        ("POST", "/v1/responses"),
+        ("GET", "/v1/responses/resp_1"),
         ("POST", "/chat/completions"),
         ("GET", "/v1"),
     ):
