@@ -149,7 +149,8 @@ def test_ctrl_c_ends_it_in_peace(job, address):
         assert [event for event in events if event][-1] == "data: [DONE]"
     assert job.process.wait(300) == 0
     job.reader.join(60)
-    assert job.lines[-1].startswith("Stopping when the answers in flight are finished")
+    own = [line for line in job.lines if "(raylet)" not in line]  # on a busy machine Ray tells how its workers ended
+    assert own[-1].startswith("Stopping when the answers in flight are finished")
     for noise in ("graceful_shutdown", "Traceback", "Exception"):
         assert noise not in job.output
     with pytest.raises(httpx.HTTPError):
