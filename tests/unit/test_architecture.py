@@ -178,6 +178,26 @@ def test_benchmarks_import_names_that_exist():
     assert not [entry for entry in ours if not re.search(rf"\b{entry[2]}\b", modules()[entry[1]].read_text())]
 
 
+def test_the_documented_tree_is_the_code():
+    """Every folder, and every file of those whose files are listed by name."""
+    block = (ROOT / "docs/architecture.md").read_text().split("```\ntinygptv/")[1].split("\njobs/")[0]
+    tree = re.sub(r"\n {18}", " ", f"tinygptv/{block}")
+    listed, path = {}, []
+    for indent, name, words in re.findall(r"^( *)(\w+)/ +(.+)$", tree, re.MULTILINE):
+        path = [*path[: len(indent) // 2], name]
+        listed["/".join(path)] = set(words.split())
+    found = {}
+    for file in modules().values():
+        folder = file.relative_to(ROOT).parent.as_posix()
+        if folder.startswith(("tinygptv", "pipelines")):
+            found.setdefault(folder, set()).add(file.stem)
+    assert listed.keys() == found.keys()
+    in_words = {folder for folder, words in listed.items() if words & {"of", "and", "by", "for"}}
+    assert len(in_words) == 5
+    for folder in found.keys() - in_words:
+        assert listed[folder] == found[folder] - {"__init__"}, folder
+
+
 def test_mlflow_is_imported_in_one_folder():
     users = [
         p.parent.name
