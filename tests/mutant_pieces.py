@@ -225,6 +225,8 @@ _SERVING: dict[str, Piece] = {
     "serving_service": Piece("pipelines/serving/service.py", ("serving/test_service.py",)),
     "serving_answers": Piece("pipelines/serving/answers.py", ("serving/test_answers.py",)),
     "serving_turns": Piece("pipelines/serving/turns.py", ("serving/test_turns.py",)),
+    "serving_responses": Piece("pipelines/serving/responses.py", ("serving/test_responses.py",)),
+    "response_answers": Piece("pipelines/serving/response_answers.py", ("serving/test_response_answers.py",)),
     "serving_body": Piece("pipelines/serving/body.py", ("serving/test_body.py",)),
     "serving_metrics": Piece("pipelines/serving/metrics.py", ("serving/test_metrics.py",)),
     "serving_batch": Piece("pipelines/serving/batch.py", ("serving/test_batch_parts.py", "serving/test_batch_runs.py")),

@@ -23,11 +23,12 @@ INPUT = [
     }
 ]
 PROBABLE = (TokenProbability("b", -0.5, b"b", (TokenProbability("c", -1.0, b"c"),)),)
+FIRST = (TokenProbability("a", -0.25, b"a", ()),)
 TEXT = "<p>a dog</p> {<10><20><50><60>}\n\nyes"
 ITEMS = (
     PromptRead(5),
     Piece("", num_tokens=1, cached_tokens=3),
-    Piece(TEXT[:9], num_tokens=2),
+    Piece(TEXT[:9], num_tokens=2, logprobs=FIRST),
     Piece(TEXT[9:], num_tokens=1, logprobs=PROBABLE),
     Piece("", num_tokens=4, finish_reason="stop"),
 )
@@ -72,6 +73,10 @@ def test_an_answer_is_the_one_of_a_chat():
     assert (read.status, read.output[0].status, read.incomplete_details) == ("completed", "completed", None)
     told = (read.metadata, read.instructions, read.temperature, read.top_p, answer["store"], read.truncation)
     assert told == ({"a": "b"}, "i", 0.5, 1.0, False, "disabled")
+    assert answer["parallel_tool_calls"] is True and answer["reasoning"] == {"effort": None, "summary": None}
+    assert answer["text"] == {"format": {"type": "text"}} and answer["top_logprobs"] == 0
+    assert answer["usage"]["input_tokens_details"] == {"cached_tokens": 3, "cache_write_tokens": 0}
+    assert answer["usage"]["output_tokens_details"] == {"reasoning_tokens": 0}
     value = client.metrics.registry.get_sample_value
     assert value("tinygptv_requests_total", {"status": "200"}) == 2 == value("tinygptv_request_seconds_count")
     assert value("tinygptv_tokens_total", {"kind": "answer"}) == 16
@@ -97,10 +102,15 @@ def test_a_stream_ends_with_the_whole_answer(reason, include):
     assert "".join(event["delta"] for event in found if "delta" in event) == found[-4]["text"] == TEXT
     entry = {"token": "b", "logprob": -0.5, "bytes": [98]}
     entry["top_logprobs"] = [{"token": "c", "logprob": -1.0, "bytes": [99]}]
+    first = {"token": "a", "logprob": -0.25, "bytes": [97], "top_logprobs": []}
     told = whole["output"][0]["content"][0]["logprobs"]
-    assert told == found[5]["logprobs"] == found[-4]["logprobs"] == ([entry] if include else [])
-    started = found[0]["response"]
+    assert told == found[-4]["logprobs"] == ([first, entry] if include else [])
+    assert [found[4]["logprobs"], found[5]["logprobs"]] == ([[first], [entry]] if include else [[], []])
+    started, item = found[0]["response"], found[2]["item"]
     assert (started["status"], started["output"], started["usage"]) == ("in_progress", [], None)
+    assert (item["status"], item["content"], item["boxes"]) == ("in_progress", [], [])
+    assert found[3]["part"] == {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+    assert {event["output_index"] for event in found if "output_index" in event} == {0}
 
 
 @pytest.mark.parametrize(

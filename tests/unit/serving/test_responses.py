@@ -122,6 +122,36 @@ def test_a_refusal_names_the_field_that_the_request_has(fields, param, code, tol
     assert client.metrics.registry.get_sample_value("tinygptv_requests_total", {"status": status}) == 1
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "where"),
+    [
+        ({}, None, None),
+        ({}, "box", "box"),
+        ({}, "messages", "input"),
+        ({}, "messages.0.content", "input"),
+        ({"instructions": "i"}, "messages", "input"),
+        ({"instructions": "i"}, "messages.0.content", "instructions"),
+        ({"instructions": "i"}, "messages.1.content", "input"),
+        ({"input": [{"role": "user", "content": "x"}]}, "messages", "input"),
+        ({"input": [{"role": "user", "content": "x"}]}, "messages.0", "input.0"),
+        ({"input": [{"role": "user", "content": "x"}], "instructions": "i"}, "messages", "input"),
+        ({"input": [{"role": "user", "content": "x"}], "instructions": "i"}, "messages.0.content", "instructions"),
+        (
+            {"input": [{"role": "user", "content": "x"}] * 2, "instructions": "i"},
+            "messages.2.content",
+            "input.1.content",
+        ),
+    ],
+)
+def test_a_field_of_the_chat_request_is_named_as_the_client_wrote_it(fields, param, where):
+    assert ResponsesRequest.model_validate({"model": "m", "input": "hi", **fields}).field_of(param) == where
+
+
+def test_an_item_that_is_no_object_is_refused_in_a_sentence():
+    error = respond(Client(), input=["hi"]).json()["error"]
+    assert error["param"] == "input.0" and "dictionary" in error["message"]
+
+
 @pytest.mark.parametrize("fields", [{}, {"instructions": "i"}, {"input": [{"role": "user", "content": "x"}]}])
 def test_a_conversation_that_does_not_fit_is_an_input_that_does_not(fields):
     response = respond(Client(FakeBackend(Failure("too long.", "too_long"))), **fields)
