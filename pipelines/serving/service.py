@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
+from functools import partial
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -151,18 +152,17 @@ class ChatService:
         request = turns.with_default_task(call.request, self.settings.default_task)
         images = await self.media.load(turns.images, info.image_size, call.client.name)
         sampling = request.sampling(self.settings.max_tokens, self.settings.temperature)
-        name = uuid.uuid4().hex
-        answer = Answer(
-            id=f"chatcmpl-{name}",
+        begin: Callable[..., Answer] = Answer
+        if call.asked:
+            begin = partial(ResponseAnswer, asked=call.asked, sampling=sampling)
+        answer = begin(
+            id=f"{'resp_' if call.asked else 'chatcmpl-'}{uuid.uuid4().hex}",
             model=request.model,
             created=int(time.time()),
             with_logprobs=bool(request.logprobs),
             image_size=(images[-1].width, images[-1].height) if images else None,
             image_index=max(0, len(images) - 1),
         )
-        if call.asked:
-            fields = {**vars(answer), "id": f"resp_{name}"}
-            answer = ResponseAnswer(**fields, asked=call.asked, sampling=sampling)
         job = ChatJob(
             turns.messages(images, request),
             sampling,

@@ -31,9 +31,14 @@ class Turns:
     turns: list[ChatMessage[int]]
     images: list[ImageReference]
 
+    @property
+    def _at(self) -> int:
+        """Number of the last question: the last turn, or the one before an answer that is to be continued."""
+        return len(self.turns) - 1 - (self.turns[-1].role == "assistant")
+
     def with_default_task(self, request: ChatRequest, default: TaskName | Literal[""]) -> ChatRequest:
         """The request, worded as the server's task where it is about an image and names no task."""
-        text = [turn.text for turn in self.turns if turn.role == "user"][-1]
+        text = self.turns[self._at].text
         is_wordless = not text and default not in ("caption", "grounding")
         if not default or request.task is not None or not self.images or is_wordless or task_of(text) is not None:
             return request
@@ -55,13 +60,13 @@ class Turns:
         messages = [ChatMessage(turn.role, turn.text, tuple(images[i] for i in turn.images)) for turn in self.turns]
         if request.box is not None and request.task != "identify":
             raise ProtocolError(400, "a box goes with task 'identify'.", param="box")
-        at = len(messages) - 1 - (messages[-1].role == "assistant")
-        text = messages[at].text
+        text = messages[self._at].text
         if request.task is not None:
             text = _instruction(request, text, images)
         if task_of(text) is None:
             return tuple(messages)
-        return (ChatMessage("user", text, messages[at].images or tuple(images[-1:])), *messages[at + 1 :])
+        question = ChatMessage("user", text, messages[self._at].images or tuple(images[-1:]))
+        return (question, *messages[self._at + 1 :])
 
 
 def _instruction(request: ChatRequest, text: str, images: Sequence[ChatImage]) -> str:
