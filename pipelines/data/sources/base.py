@@ -254,11 +254,12 @@ def unpack_hint(folder: storage.Location | None) -> str:
     """The end of a sentence about a file that is not in a folder: an archive there that may hold it; or nothing."""
     if folder is None or not storage.is_folder(folder):
         return ""
-    archives = [name for name in sorted(storage.list_names(folder)) if name.lower().endswith(ARCHIVES)]
+    archives = [name for name in sorted(storage.list_names(folder)) if name.lower().endswith(_ARCHIVES)]
     return f"; {folder / archives[0]} may hold it: unpack it first" if archives else ""
 
 
-ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".tar.gz", ".tgz")
+_NOT_READ = (".zip", ".rar", ".7z")
+_ARCHIVES = (*_NOT_READ, ".tar", ".tar.gz", ".tgz")
 LFS_POINTER, _LARGEST_POINTER = b"version https://git-lfs", 1024
 
 
@@ -269,7 +270,7 @@ def refuse_unusable(files: list[storage.FoundFile]) -> None:
         SettingsError: one is an archive, or what a clone without Git LFS has in place of the file.
     """
     for file in files:
-        if file.name.lower().endswith((".zip", ".rar", ".7z")):
+        if file.name.lower().endswith(_NOT_READ):
             raise SettingsError(f"{file.location} is an archive: unpack it, and give the unpacked file or folder.")
         if file.name.lower().endswith((".xlsx", ".xls", ".ods")):
             raise SettingsError(f"{file.location} is a spreadsheet: save it as CSV in UTF-8, and use source=csv.")

@@ -174,9 +174,10 @@ def _refuse_marks_of_objects(fields: Mapping[str, Any], draft: Draft) -> None:
     Raises:
         Malformed: there are both.
     """
+    if _is_empty(fields.get("objects")):
+        return
     words = " ".join(text for turn in draft.turns for text in (turn.question, *turn.answers))
-    mark = next((mark for mark in ("<bbox>", "<ref-object>") if mark in words), None)
-    if mark and not _is_empty(fields.get("objects")):
+    if mark := next((mark for mark in ("<bbox>", "<ref-object>") if mark in words), None):
         raise Malformed(
             f"{mark} stands for an entry of 'objects': write a row for each box, its phrase as 'answer' and its "
             "corners as 'boxes', [[x1, y1, x2, y2]] in pixels"
