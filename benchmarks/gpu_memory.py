@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class Case:
     stage: int
     compiled: bool = True
     gradient_checkpointing: bool = False
-    frozen_weights: Literal["full", "int8", "nf4"] = "full"
+    frozen_weights: FrozenFormat | Literal["full"] = "full"
 
     def __str__(self) -> str:
         compiled = "compiled" if self.compiled else "not compiled"
@@ -88,12 +88,12 @@ def memory_section(deadline_s: float, size: str, device: str) -> list[Row]:
     return rows
 
 
-def build(recipe: str, stage: Stage, device: torch.device, frozen_weights: str) -> TrainStep:
+def build(recipe: str, stage: Stage, device: torch.device, frozen_weights: FrozenFormat | Literal["full"]) -> TrainStep:
     """The stage's step on random weights."""
     model = random_model(recipe_config(recipe, stage), device)
     set_trainable(model, stage.trainable)
     if frozen_weights != "full":
-        pack_frozen(model, cast(FrozenFormat, frozen_weights), device)
+        pack_frozen(model, frozen_weights, device)
     return train_step(model, stage.trainable)
 
 

@@ -133,8 +133,7 @@ class TrainingMemory:
         """The same stage, computed otherwise: fields of ``Computation``."""
         other = copy(self)
         other.computation = replace(self.computation, **changes)  # type: ignore[arg-type]
-        kinds = [(how.half, how.frozen_weights) for how in (other.computation, self.computation)]
-        if kinds[0] != kinds[1]:
+        if changes.keys() & {"precision", "frozen_weights"}:
             other.__dict__.pop("_parameters", None)
         return other
 

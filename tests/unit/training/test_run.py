@@ -65,7 +65,7 @@ def test_the_same_run_gives_the_same_bits(straight, world, tmp_path):
 
 
 def test_frozen_matrices_in_4_bits_are_handed_on_as_they_were(straight, world, tmp_path, monkeypatch):
-    """Interrupted and resumed: the packed matrices are made anew, to the same bits."""
+    """Interrupted and resumed: the matrices are packed again, to the same bits."""
     settings = train_settings(world, tmp_path / "a", frozen_weights="nf4")
     result = run_stage(settings, 4)
     assert result["last_loss"] < result["first_loss"] and losses(tmp_path / "a") != losses(straight[1])
