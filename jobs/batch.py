@@ -3,7 +3,8 @@
 
 python jobs/batch.py artifact=outputs/demo/artifact input=requests.jsonl output=outputs/batch
 
-A line is a request of OpenAI's batch API, or its body alone; images may be paths, relative to the file:
+A line is a request of OpenAI's batch API for /v1/chat/completions or /v1/responses, or the body of a chat request
+alone; images may be paths, relative to the file:
 
 {"custom_id": "1", "body": {"task": "refer", "messages": [{"role": "user", "content": [
     {"type": "text", "text": "the red star"}, {"type": "image_url", "image_url": "photo.jpg"}]}]}}

@@ -1,6 +1,7 @@
 """Answer a file of requests, in the form of OpenAI's batch API, without a server; a killed run continues.
 
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...], ...}}
+    {"custom_id": "b", "method": "POST", "url": "/v1/responses", "body": {"input": "...", ...}}
 
 Each request passes the API as over HTTP: same bounds, tasks, boxes, errors. Images may be paths, relative to the file.
 """
@@ -8,13 +9,10 @@ Each request passes the API as over HTTP: same bounds, tasks, boxes, errors. Ima
 from __future__ import annotations
 
 import asyncio
-import base64
-import errno
 import hashlib
 import json
 import logging
 import math
-import os
 import re
 import tempfile
 import time
@@ -30,12 +28,12 @@ from pipelines import storage
 from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim
 from pipelines.json_files import write_json
 from pipelines.progress import Bar, poll
-from pipelines.serving.api import CHAT, build_api
+from pipelines.serving.api import CHAT, RESPONSES, build_api
 from pipelines.serving.artifact import resolve_artifact
 from pipelines.serving.backend import Backend
+from pipelines.serving.batch_images import with_files
 from pipelines.serving.model_backend import ModelBackend
 from pipelines.settings import AnswerSettings, BatchSettings, ServeSettings, SettingsError
-from tinygptv.data.images import without_file_scheme
 from tinygptv.json_object import JsonObject
 
 logger = logging.getLogger(__name__)
@@ -43,6 +41,8 @@ logger = logging.getLogger(__name__)
 ANSWERS, RESULT = "answers.jsonl", "result.json"
 _PUBLISH_S = 30.0  # how often the answers so far go to an output in a bucket
 TRIES = 5
+CONVERSATIONS = {CHAT: "messages", RESPONSES: "input"}
+"""Path of the API -> the field in which its requests have the conversation."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 CHANGES_ANSWERS = ("context_length", "default_task", "kv_cache_dtype", "max_tokens", "temperature")
 """Settings that the same request gets another answer with."""
@@ -213,7 +213,7 @@ def read_requests(path: Path) -> Iterator[BatchRequest]:
                 try:
                     data = _parse(line)
                     identity = str(data.get("custom_id", identity))
-                    _body_of(data)
+                    _request_of(data)
                 except ValueError as caught:
                     error = f"line {number} {caught}."
                 if (first := seen.setdefault(identity, number)) != number:
@@ -251,16 +251,17 @@ def _finite(text: str) -> float:
     return number
 
 
-def _body_of(data: JsonObject) -> JsonObject:
-    """The request's body, which may be wrapped.
+def _request_of(data: JsonObject) -> tuple[str, JsonObject]:
+    """The path of the API that a line is for, and the request's body, which may be wrapped.
 
     Raises:
         ValueError: it has none.
     """
     body = data.get("body", data)
-    if not isinstance(body, dict) or "messages" not in body or data.get("url", CHAT) != CHAT:
-        raise ValueError(f"is no request for {CHAT}")
-    return {key: value for key, value in body.items() if key != "custom_id"}
+    path = "/v1/" + str(data.get("url", CHAT)).removeprefix("/v1").strip("/")  # Azure's have no /v1
+    if not isinstance(body, dict) or CONVERSATIONS.get(path) not in body:
+        raise ValueError(f"is no request for {' or '.join(CONVERSATIONS)}")
+    return path, {key: value for key, value in body.items() if key not in ("custom_id", "method", "url")}
 
 
 def finished_answers(path: Path) -> dict[tuple[str, str], int]:
@@ -325,8 +326,9 @@ async def _answer(client: httpx.AsyncClient, request: BatchRequest, model: str, 
         try:
             with files.requests.open("rb") as file:
                 file.seek(request.start)
-                body = _body_of(_parse(file.read(request.size)))
-            status, content = await _post(client, {"model": model, **_with_files(body, files.images), "stream": False})
+                path, body = _request_of(_parse(file.read(request.size)))
+            body = {**body, CONVERSATIONS[path]: with_files(body[CONVERSATIONS[path]], files.images)}
+            status, content = await _post(client, path, {"model": model, **body, "stream": False})
         except RecursionError:
             content = _error_body("the request is nested too deep.")
         except OSError as error:
@@ -341,9 +343,9 @@ async def _answer(client: httpx.AsyncClient, request: BatchRequest, model: str, 
     }
 
 
-async def _post(client: httpx.AsyncClient, body: JsonObject) -> tuple[int, JsonObject]:
+async def _post(client: httpx.AsyncClient, path: str, body: JsonObject) -> tuple[int, JsonObject]:
     for attempt in range(1, TRIES + 1):
-        response = await client.post(CHAT, json=body)
+        response = await client.post(path, json=body)
         if response.status_code not in (429, 503) or attempt == TRIES:
             break
         await asyncio.sleep(float(response.headers.get("retry-after", 1)))
@@ -352,49 +354,3 @@ async def _post(client: httpx.AsyncClient, body: JsonObject) -> tuple[int, JsonO
 
 def _error_body(message: str) -> JsonObject:
     return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}}
-
-
-def _with_files(body: JsonObject, folder: storage.Location) -> JsonObject:
-    """The request with the images that it names by path as data URLs.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
-    messages = body["messages"]
-    if not isinstance(messages, list):
-        return body  # the API says what is wrong
-    return {**body, "messages": [_message_with_files(message, folder) for message in messages]}
-
-
-def _message_with_files(message: Any, folder: storage.Location) -> Any:
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list):
-        return message
-    return {**message, "content": [_part_with_file(part, folder) for part in content]}
-
-
-def _part_with_file(part: Any, folder: storage.Location) -> Any:
-    image = part.get("image_url") if isinstance(part, dict) else None
-    url = image.get("url") if isinstance(image, dict) else image
-    if not isinstance(url, str) or "://" in url.removeprefix("file://") or url[:5].lower() == "data:":
-        return part
-    data = _read_image(folder, without_file_scheme(url))
-    return {"type": "image_url", "image_url": {"url": "data:;base64," + base64.b64encode(data).decode()}}
-
-
-def _read_image(folder: storage.Location, name: str) -> bytes:
-    """An image that a request names: a path relative to the file of requests, or absolute on this machine.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    try:
-        if folder.is_local:
-            return Path(folder.path, name).read_bytes()
-        location = folder / name
-    except ValueError as error:  # a zero byte, or a path that climbs out
-        raise FileNotFoundError(errno.ENOENT, str(error), name) from error
-    try:
-        return storage.read_bytes(location)
-    except FileNotFoundError as error:  # storages leave out its name
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(location)) from error

@@ -1,4 +1,4 @@
-// The API page: the schema that the server gives, as two tables, and two ways to call it.
+// The API page: the schema that the server gives, as tables, and two ways to call it.
 
 const base = new URL("v1", location.href).href;
 const schema = await (await fetch("openapi.json")).json();
@@ -37,9 +37,11 @@ for (const [path, methods] of Object.entries(schema.paths)) {
   }
 }
 
-const request = schema.components.schemas.ChatRequest;
-for (const [name, field] of Object.entries(request.properties)) {
-  const types = (field.anyOf ?? [field]).map((type) => type.type ?? type.$ref?.split("/").pop() ?? "").filter((type) => type !== "null");
-  const required = request.required.includes(name) ? "required" : "";
-  addRow(document.getElementById("fields"), cell(name, "th"), cell(types.join(" or ")), cell(field.description ?? required));
+for (const [id, kind] of Object.entries({ fields: "ChatRequest", "responses-fields": "ResponsesRequest" })) {
+  const request = schema.components.schemas[kind];
+  for (const [name, field] of Object.entries(request.properties)) {
+    const types = (field.anyOf ?? [field]).map((type) => type.type ?? type.$ref?.split("/").pop() ?? "").filter((type) => type !== "null");
+    const required = request.required.includes(name) ? "required" : "";
+    addRow(document.getElementById(id), cell(name, "th"), cell(types.join(" or ")), cell(field.description ?? required));
+  }
 }

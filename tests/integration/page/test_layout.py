@@ -86,4 +86,5 @@ def test_the_api_page_shows_the_schema(browser, server):
     page.goto(server.url + "docs")
     page.wait_for_selector("#fields tr")
     assert "repetition_penalty" in page.locator("#fields").inner_text()
+    assert "max_output_tokens" in page.locator("#responses-fields").inner_text()
     context.close()

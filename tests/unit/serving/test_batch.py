@@ -12,13 +12,11 @@ from pipelines.serving.backend import Failure
 from pipelines.serving.batch import (
     ANSWERS,
     CHANGES_ANSWERS,
-    _part_with_file,
     finished_answers,
     read_requests,
     run_batch,
 )
 from pipelines.settings import AnswerSettings, BatchSettings, SettingsError
-from pipelines.storage import Location
 from tests.serving_api import READ, FakeBackend, decoders, said, words
 from tests.serving_model import data_url, make_image, save_checkpoint
 
@@ -62,15 +60,18 @@ def test_requests_are_answered_in_openais_form(files):
         {"custom_id": "wrapped", "method": "POST", "url": "/v1/chat/completions", "body": body(words("hi"), image)},
         {"custom_id": "path", "body": body(words("it"), {"type": "image_url", "image_url": "a.png"}, task="refer")},
         body(words("bare"), stream=True),
+        {"custom_id": "responses", "method": "POST", "url": "/v1/responses", "body": {"input": "hi", "store": True}},
     )
     result = files.run()
-    assert (result.requests, result.answered, result.failed) == (3, 3, 0)
-    assert set(files.answers()) == {"wrapped", "path", "line-3"}
+    assert (result.requests, result.answered, result.failed) == (4, 4, 0)
+    assert set(files.answers()) == {"wrapped", "path", "line-3", "responses"}
+    answer = files.answers()["responses"]["body"]
+    assert (answer["object"], answer["output"][0]["content"][0]["text"]) == ("response", "fine")
     answer = files.answers()["path"]
     assert answer["status_code"] == 200 and answer["body"]["choices"][0]["message"]["content"] == "fine"
     texts = {job.messages[-1].text: job for job in files.backend.jobs}
     assert texts["[refer] give me the location of it"].messages[0].images[0].width == 60
-    assert json.loads((files.output / "result.json").read_text())["answered"] == 3
+    assert json.loads((files.output / "result.json").read_text())["answered"] == 4
 
 
 def test_wrong_lines_are_answered_with_their_error_and_stop_nothing(files):
@@ -177,27 +178,6 @@ def test_the_last_answer_to_a_request_counts(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"custom_id"')
     assert finished_answers(path) == {("a", "x"): 200, ("b", "x"): 404, ("a", "y"): 400}
     assert len(path.read_text().splitlines()) == len(rows)
-
-
-@pytest.mark.parametrize(
-    ("url", "read"),
-    [
-        ("a.png", True),
-        ("file://{folder}/a.png", True),
-        ("file://{folder}/%61.png", True),
-        ("file://localhost{folder}/a.png", True),
-        ("{folder}/a.png", True),
-        ("data:image/png;base64,eA==", False),
-        ("DATA:image/png;base64,eA==", False),
-        ("https://host/a.png", False),
-    ],
-)
-def test_paths_of_images_become_data_urls_and_urls_stay(tmp_path, url, read):
-    (tmp_path / "a.png").write_bytes(b"x")
-    for image in (url.format(folder=tmp_path), {"url": url.format(folder=tmp_path), "detail": "low"}):
-        part = {"type": "image_url", "image_url": image}
-        found = _part_with_file(part, Location.parse(str(tmp_path)))
-        assert found == ({"type": "image_url", "image_url": {"url": "data:;base64,eA=="}} if read else part)
 
 
 def test_earlier_answers_are_those_of_this_file(files):

@@ -15,22 +15,20 @@ from pipelines.serving.batch import (
     BatchRequest,
     RequestFiles,
     _answer,
-    _body_of,
     _local_file,
-    _message_with_files,
     _post,
-    _read_image,
     _refuse_no_requests,
+    _request_of,
     _serve_settings,
-    _with_files,
     finished_answers,
     read_requests,
 )
 from pipelines.settings import AnswerSettings, BatchSettings, SettingsError
 from pipelines.storage import Location, StorageError
 
-CHAT = "/v1/chat/completions"
+CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 BODY = {"messages": [{"role": "user", "content": "hi"}]}
+ASKED = {"input": "hi"}
 
 
 def lines(path, *rows):
@@ -49,9 +47,24 @@ def test_a_line_says_why_it_is_no_request(tmp_path):
         {"custom_id": "b", "body": [1]},
         {"custom_id": "m", "body": {"prompt": "x"}},
         {**BODY, "url": CHAT},
+        {"custom_id": "r", "url": RESPONSES, "body": ASKED},
+        {"custom_id": "w", "url": RESPONSES, "body": BODY},
+        {"input": "", "instruction": "a row of Alpaca", "output": "x"},
     )
-    assert [request.id for request in found] == ["line-1", "line-2", "line-3", "7", "u", "b", "m", "line-8"]
-    none = f"is no request for {CHAT}."
+    assert [request.id for request in found] == [
+        "line-1",
+        "line-2",
+        "line-3",
+        "7",
+        "u",
+        "b",
+        "m",
+        "line-8",
+        "r",
+        "w",
+        "line-11",
+    ]
+    none = f"is no request for {CHAT} or {RESPONSES}."
     assert found[0].error.startswith("line 1 is not valid JSON: Expecting property name")
     assert [request.error for request in found[1:]] == [
         "line 2 is a list, not an object.",
@@ -59,6 +72,8 @@ def test_a_line_says_why_it_is_no_request(tmp_path):
         "",
         *(f"line {number} {none}" for number in (5, 6, 7)),
         "",
+        "",
+        *(f"line {number} {none}" for number in (10, 11)),
     ]
 
 
@@ -97,12 +112,18 @@ def test_two_lines_of_one_id_are_named_by_their_numbers(tmp_path):
         lines(tmp_path / "r.jsonl", {"custom_id": "a", **BODY}, {"custom_id": "a"})  # which is no request
 
 
-def test_the_body_is_the_wrapped_one_or_the_line_without_its_id():
-    assert _body_of({"custom_id": "a", "method": "POST", "url": CHAT, "body": {**BODY, "seed": 1}}) == {
-        **BODY,
-        "seed": 1,
-    }
-    assert _body_of({"custom_id": "a", **BODY, "seed": 2}) == {**BODY, "seed": 2}
+@pytest.mark.parametrize(
+    ("line", "path", "body"),
+    [
+        ({"custom_id": "a", "method": "POST", "url": CHAT, "body": {**BODY, "seed": 1}}, CHAT, {**BODY, "seed": 1}),
+        ({"custom_id": "a", "method": "POST", "url": CHAT, **BODY, "seed": 2}, CHAT, {**BODY, "seed": 2}),
+        ({"url": "/chat/completions", "body": BODY}, CHAT, BODY),  # Azure's
+        ({"url": RESPONSES, "body": {**ASKED, "messages": []}}, RESPONSES, {**ASKED, "messages": []}),
+        ({"url": "/responses", "body": ASKED}, RESPONSES, ASKED),
+    ],
+)
+def test_a_request_is_the_wrapped_one_or_the_line_without_its_envelope(line, path, body):
+    assert _request_of(line) == (path, body)
 
 
 def test_a_file_without_requests_is_refused_by_its_name():
@@ -159,7 +180,7 @@ def slept(monkeypatch):
 )
 def test_a_busy_api_is_asked_five_times(slept, answers, found, waits):
     api = Api(*answers)
-    assert asyncio.run(_post(api, BODY)) == found and slept == waits
+    assert asyncio.run(_post(api, CHAT, BODY)) == found and slept == waits
     assert api.posted == [(CHAT, BODY)] * found[1]["n"]
 
 
@@ -186,6 +207,16 @@ def test_an_answer_belongs_to_its_request(tmp_path):
     assert api.posted[0][1] == {**BODY, "model": "other", "seed": 3, "stream": False}
 
 
+def test_a_line_for_responses_is_asked_there_with_its_image(tmp_path):
+    (tmp_path / "a").write_bytes(b"a")
+    image = {"type": "input_image", "detail": "low", "image_url": "a"}
+    body = {"input": [{"role": "user", "content": [image]}], "seed": 4}
+    (request,) = lines(tmp_path / "r.jsonl", {"url": RESPONSES, "body": body})
+    sent = [{"role": "user", "content": [{**image, "image_url": "data:;base64,YQ=="}]}]
+    _, api = answer(request, tmp_path, tmp_path / "r.jsonl")
+    assert api.posted == [(RESPONSES, {"model": "tinygpt-v", "input": sent, "seed": 4, "stream": False})]
+
+
 def test_a_line_that_is_none_and_a_missing_image_are_refused_without_the_api(tmp_path):
     path = tmp_path / "r.jsonl"
     image = {"role": "user", "content": [{"type": "image_url", "image_url": "none.png"}]}
@@ -200,43 +231,7 @@ def test_a_line_that_is_none_and_a_missing_image_are_refused_without_the_api(tmp
         assert found["response"]["status_code"] == 400
 
 
-# ------------------------------------------------------------------------------------------------------- images
-
-
-def part(url):
-    return {"type": "image_url", "image_url": url}
-
-
-def test_images_of_all_messages_are_read_and_what_is_wrong_is_left_to_the_api(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).write_bytes(name.encode())
-    folder = Location.parse(str(tmp_path))
-    text = {"type": "text", "text": "a"}
-    body = {
-        "seed": 1,
-        "messages": [
-            {"role": "user", "content": [part("a"), text, part({"url": "file://b"})]},
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "name": "x", "content": [text]},
-            "nothing",
-            {"role": "user", "content": [5, part(None), part({"detail": "low"}), part("http://h/a"), part("Data:,a")]},
-        ],
-    }
-    read = {name: part({"url": f"data:;base64,{code}"}) for name, code in (("a", "YQ=="), ("b", "Yg=="))}
-    first, *others = _with_files(body, folder)["messages"]
-    assert first == {"role": "user", "content": [read["a"], text, read["b"]]} and others == body["messages"][1:]
-    assert _with_files(body, folder)["seed"] == 1 and body["messages"][0]["content"][0] == part("a"), "a copy"
-    assert _with_files({"messages": "x"}, folder) == {"messages": "x"}
-    assert _message_with_files({"role": "user", "content": None}, folder) == {"role": "user", "content": None}
-
-
-def test_an_image_of_a_bucket_is_below_the_folder_of_the_requests(monkeypatch):
-    bucket = Location.parse("s3://bucket/folder")
-    monkeypatch.setattr(batch.storage, "read_bytes", lambda location: location.uri.encode())
-    assert _read_image(bucket, "images/a.png") == b"s3://bucket/folder/images/a.png"
-    with pytest.raises(FileNotFoundError) as caught:
-        _read_image(bucket, "../secret")
-    assert caught.value.filename == "../secret" and caught.value.errno == 2
+# ------------------------------------------------------------------------------------------------------- buckets
 
 
 @pytest.mark.parametrize(
@@ -251,7 +246,7 @@ def test_an_image_that_a_bucket_does_not_give_is_named(tmp_path, monkeypatch, er
         raise error
 
     path = tmp_path / "r.jsonl"
-    (request,) = lines(path, {"messages": [{"role": "user", "content": [part("a.png")]}]})
+    (request,) = lines(path, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "a.png"}]}]})
     monkeypatch.setattr(batch.storage, "read_bytes", refuse)
     found = asyncio.run(_answer(Api(), request, "m", RequestFiles(path, Location.parse("s3://bucket"))))
     assert (found["response"]["status_code"], found["response"]["body"]["error"]["message"]) == (400, message)
