@@ -26,6 +26,9 @@ class PrepareDataSettings(Settings):
     images: str = Field("", description="image folder, for sources whose annotations are elsewhere")
     name: str = Field("", description="name of own data in the rows; empty is the source's")
     task: str = Field("", description="task of own data that names none (key of tinygptv.data.prompts.INSTRUCTIONS)")
+    split: str = Field(
+        "train", description="own rows with a field split: train leaves out val, dev, test; else this one; empty: all"
+    )
     image_size: int = Field(448, ge=14, description="shrink images whose shorter side is larger than this, in pixels")
     jpeg_quality: int = Field(90, ge=1, le=100, description="quality of images that had to be encoded again")
     shard_rows: int = Field(10_000, ge=1, description="most rows of an Arrow shard")

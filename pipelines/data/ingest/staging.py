@@ -118,9 +118,12 @@ def unit_name(number: int) -> str:
 
 def fingerprint(unit: SourceUnit, settings: PrepareDataSettings) -> str:
     """Hash of everything that decides what a unit gives, but for the images that it names."""
+    fields = asdict(replace(unit, details=None))
+    if fields["source"]["split"] == "train":  # as before there was the key: finished sets stay known
+        del fields["source"]["split"]
     known = {
         "version": STAGING_VERSION,
-        "unit": asdict(replace(unit, details=None)),
+        "unit": fields,
         "details": repr(unit.details),
         "settings": content_settings(settings),
     }

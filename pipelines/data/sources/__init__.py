@@ -139,5 +139,7 @@ def locate(settings: PrepareDataSettings) -> tuple[Source, SourceInput]:
         raise SettingsError(f"task={settings.task!r} is only for own data; source={name} has the task {source.task!r}.")
     if settings.task and settings.task not in INSTRUCTIONS:
         raise SettingsError(f"task={settings.task!r} is unknown; known: {', '.join(INSTRUCTIONS)}.")
+    if settings.split != "train" and source.task:
+        raise SettingsError(f"split={settings.split!r} is only for own data; source={name} reads what is for training.")
     task = settings.task or source.task
-    return source, SourceInput(name, settings.input, settings.images, settings.name or name, task)
+    return source, SourceInput(name, settings.input, settings.images, settings.name or name, task, settings.split)

@@ -34,6 +34,7 @@ class SourceInput:
         images: image folder; empty where the input holds the images, or where they are looked for beside it.
         name: data set name of the rows.
         task: task of rows that name none.
+        split: of own rows that have a field of this name, which are read; empty is all.
     """
 
     source: str
@@ -41,6 +42,7 @@ class SourceInput:
     images: str
     name: str
     task: str
+    split: str = "train"
 
 
 @dataclass(frozen=True)

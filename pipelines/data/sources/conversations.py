@@ -157,6 +157,8 @@ def _read_message(message: Any, number: int, images: list[Any]) -> list[_Message
 
 def _text(content: Any, number: int, images: list[Any]) -> str:
     """The words of a message; image parts in it become marks, and what they hold goes to ``images``."""
+    if type(content) is int:
+        return str(content)
     if isinstance(content, str):
         images += _NAMED_IMAGE.findall(content)
         return _NAMED_IMAGE.sub("<image>", content)

@@ -59,6 +59,11 @@ _IMAGE_FIELDS = (
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _IMAGE_WORD = re.compile(r"(?:image|img|picture|photo|video)(?:s|(?:file)?(?:id|url|path|name)s?|file)?")
 _IMAGE_FILE = re.compile(rf".{{1,500}}\.(?:{'|'.join(sorted(IMAGE_EXTENSIONS))})", re.IGNORECASE)
+_LETTER = re.compile(r"\(?([A-H])\)?\.?")
+_CHOICE_COLUMNS = ("choice_", "option_", "choice", "option", "op")
+"""Columns of choices before their letters: SEED-Bench's ``choice_a``, MedMCQA's ``opa``."""
+_QUOTED = re.compile(r"""(['"])(.*?)\1""")
+_HELD_OUT = re.compile(r"(?:mini)?(?:val|dev|test|eval|hold.?out|held.?out)", re.IGNORECASE)
 _LINK_FIELDS = ("url", "image_url", "img_url", "link", "coco_url", "flickr_url")
 
 
@@ -95,7 +100,7 @@ def own_draft(fields: Any, default_task: str) -> Draft:
 def _own_turns(fields: Mapping[str, Any]) -> tuple[Draft, str, int]:
     """A draft with the turns, the task that the form stands for, and the number of marks of images."""
     if fields.get("turns") is not None:
-        return _marked([(text_of(turn, "question"), _answers(turn)) for turn in _list_of(fields, "turns")], "")
+        return _marked([(_text_of(turn, "question"), _answers(turn)) for turn in _list_of(fields, "turns")], "")
     for name in CONVERSATIONS:
         if fields.get(name) is not None:
             conversation = read_conversation(fields[name])
@@ -103,13 +108,13 @@ def _own_turns(fields: Mapping[str, Any]) -> tuple[Draft, str, int]:
             return Draft(conversation.turns, image, changes=conversation.changes), "", conversation.num_marks
     if fields.get("question") is not None:
         _refuse_bare_choice(fields)
-        return _marked([(text_of(fields, "question"), _answers(fields))], "")
+        return _marked([(_text_of(fields, "question"), _answers(fields))], "")
     for asked, answered in _PAIRS:
         if fields.get(asked) is not None and fields.get(answered) is not None:
             earlier = [(question, (answer,)) for question, answer in _history(fields)]
-            question = text_of(fields, asked)
+            question = _text_of(fields, asked)
             if asked == "instruction" and fields.get("input"):
-                question = f"{question}\n{text_of(fields, 'input')}"
+                question = f"{question}\n{_text_of(fields, 'input')}"
             return _marked([*earlier, (question, _texts_of(fields, answered))], "")
     for name in TEXTS:
         if fields.get(name) is not None:
@@ -138,19 +143,26 @@ def _refuse_bare_choice(fields: Mapping[str, Any]) -> None:
     Raises:
         Malformed: it does.
     """
-    answer, question = fields.get("answer"), str(fields["question"])
+    if type(given := fields.get("answer")) not in (str, int):
+        return
+    answer, question = str(given).strip(), str(fields["question"])
     choices = fields.get("choices") or fields.get("options")
-    if not isinstance(answer, str):
+    letter = _LETTER.fullmatch(answer)
+    if isinstance(choices, str):  # a cell of a CSV, or Python's text of a list, as in MMMU's tables
+        choices = [word for _, word in _QUOTED.findall(choices)] or (
+            [choices] if letter and choices.strip("[] ") else []
+        )
+    if letter:
+        columns = (letter[1], *(f"{name}{letter[1].lower()}" for name in _CHOICE_COLUMNS))
+        choices = [fields[name] for name in columns if fields.get(name)] or choices
+    if not isinstance(choices, list | tuple) or not all(isinstance(choice, str | int) for choice in choices):
         return
-    if answer.strip() in tuple("ABCDEFGH") and fields.get(answer.strip()):
-        choices = [fields[answer.strip()]]
-    if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
-        return
-    is_one = answer.strip().lower() in {choice.strip().lower() for choice in choices}
-    if choices and not is_one and not all(choice in question for choice in choices):
+    words = [str(choice).strip() for choice in choices]
+    is_one = isinstance(given, str) and answer.lower() in {word.lower() for word in words}
+    if words and not is_one and not all(word in question for word in words):
         raise Malformed(
-            f"answer {shorten(answer, 40)!r} stands for one of the row's choices: write its words, or the choices into "
-            "the question"
+            f"answer {shorten(repr(given), 40)} stands for one of the row's choices: write its words, or the choices "
+            "into the question"
         )
 
 
@@ -222,14 +234,24 @@ def _texts_of(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
     """A text, or the list of those that would do: LAVIS has one in ``answer``, Flickr30k's copies in ``caption``."""
     texts = fields.get(name)
     if name != "answers" and not isinstance(texts, list | tuple):
-        return (text_of(fields, name),)
+        return (_text_of(fields, name),)
     # An object of lists, as `datasets` may store a list of objects, would give the names of its fields as answers.
     if isinstance(texts, list | tuple):
         words = [text.get("answer") if isinstance(text, Mapping) else text for text in texts]
-        found = tuple(word for word in words if isinstance(word, str))
+        found = tuple(str(word) for word in words if type(word) in (str, int))
         if len(found) == len(words):
             return found
     raise Malformed(f"{name} is not a list of texts")
+
+
+def _text_of(fields: Any, name: str) -> str:
+    """A text, or a whole number in its digits, as a CSV has it. How 0.5 or true would be written is not known.
+
+    Raises:
+        Malformed: it is missing, or something else.
+    """
+    number = fields.get(name) if isinstance(fields, Mapping) else None
+    return str(number) if type(number) is int else text_of(fields, name)
 
 
 def _own_box(box: Any) -> tuple[float, float, float, float]:
@@ -329,5 +351,15 @@ def _is_empty(value: Any) -> bool:
 
 
 def read_own_row(unit: SourceUnit, fields: Any) -> Iterator[Draft]:
-    """The drafts of a row, as ``read_drafts`` asks for them."""
+    """The drafts of a row, as ``read_drafts`` asks for them.
+
+    Raises:
+        Malformed: see ``own_draft``.
+        Filtered: the same, or the row's field ``split`` says that it is of another split than the wanted one.
+    """
+    split, wanted = fields.get("split") if isinstance(fields, Mapping) else None, unit.source.split
+    if isinstance(split, str) and split.strip() and wanted:
+        held_out = _HELD_OUT.match(split.strip())
+        if held_out if wanted == "train" else split.strip().lower() != wanted.lower():
+            raise Filtered("split", f"the row's split {shorten(split, 40)!r} is not split={wanted}")
     yield own_draft(fields, unit.source.task)

@@ -33,8 +33,9 @@ KEYS = {
         fetch={}; dry_run=False;
     """,
     "prepare_data": """
-        source=''; input=''; images=''; name=''; task=''; image_size=448 ge 14; jpeg_quality=90 ge 1 le 100;
-        shard_rows=10000 ge 1; shard_mb=256 ge 1; min_side=8 ge 1; max_aspect_ratio=20.0 ge 1;
+        source=''; input=''; images=''; name=''; task=''; split='train'; image_size=448 ge 14;
+        jpeg_quality=90 ge 1 le 100; shard_rows=10000 ge 1; shard_mb=256 ge 1; min_side=8 ge 1;
+        max_aspect_ratio=20.0 ge 1;
         max_megapixels=100.0 gt 0; min_words=1 ge 0; min_letters=0.3 ge 0 le 1; max_repetition=0.7 gt 0 le 1;
         duplicates='drop'; near_duplicate_bits=4 ge 0 le 7; num_workers=None ge 0; overwrite=False;
     """,

@@ -263,7 +263,15 @@ CHANGED = {
 
 @pytest.mark.parametrize("key", sorted(PrepareDataSettings.model_fields))
 def test_every_setting_is_known_to_change_the_content_or_not_to(key):
-    where = {"source", "input", "images", "output", "name", "task"}  # part of the input, or of where the set is
+    where = {
+        "source",
+        "input",
+        "images",
+        "output",
+        "name",
+        "task",
+        "split",
+    }  # part of the input, or of where the set is
     how = {
         "recipe",
         "seed",

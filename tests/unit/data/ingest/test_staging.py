@@ -214,6 +214,7 @@ def test_a_units_fingerprint_changes_with_everything_that_it_gives(unit_and_sett
     fields = {"start": 1, "stop": 2, "first": 3, "num_bytes": 4, "modified_ns": 5, "shard": "x", "details": b"images"}
     others = [replace(unit, **{name: value}) for name, value in fields.items()]
     others.append(replace(unit, source=replace(unit.source, task="caption")))
+    others.append(replace(unit, source=replace(unit.source, split="val")))
     marks = {staging.fingerprint(each, settings) for each in (unit, *others)}
     marks.add(staging.fingerprint(unit, settings.model_copy(update={"jpeg_quality": 1})))
     monkeypatch.setattr(staging, "STAGING_VERSION", 0)

@@ -65,7 +65,7 @@ def test_sides_are_known_by_the_names_that_data_sets_give_them(user, assistant):
         (talk(("human", "q"), ("tool", "x"), ("gpt", "a")), "message 2 is from 'tool'"),
         ([{"value": "q"}, {"value": "a"}], "message 1 does not say who it is from"),
         ([{"from": "human"}, {"from": "gpt", "value": "a"}], "message 1 has no text"),
-        (talk(("human", 3), ("gpt", "a")), "message 1 is no text but int"),
+        (talk(("human", 0.5), ("gpt", "a")), "message 1 is no text but float"),
         (["q", "a"], "message 1 is no object but str"),
         ("q", "no list of messages but str"),
         (talk(("human", "q"), ("gpt", "see <image>")), "an answer holds the mark of an image"),

@@ -34,6 +34,7 @@ def test_a_source_and_a_task_that_do_not_fit():
         return refused(SettingsError, locate, PrepareDataSettings(**given))
 
     assert told(source="lion") == "source='lion' is no known data set; did you mean 'laion'?"
+    assert told(source="gqa", split="val") == "split='val' is only for own data; source=gqa reads what is for training."
     assert told(source="gqa", task="vqa") == "task='vqa' is only for own data; source=gqa has the task 'vqa'."
     assert told(source="csv", task="paint").startswith("task='paint' is unknown; known: ")
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import json
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -16,7 +19,7 @@ from pipelines.data.sources import SOURCES, own, questions, referring, table_fil
 from pipelines.data.sources.base import Filtered, Malformed, Rejected, SourceInput, SourceUnit
 from pipelines.data.sources.json_entries import JsonForm
 from pipelines.data.sources.json_rows import id_of
-from pipelines.data.sources.own_rows import own_draft
+from pipelines.data.sources.own_rows import own_draft, read_own_row
 from pipelines.settings import SettingsError
 from pipelines.storage import Location
 from tests.source_files import encode, jpeg, picture
@@ -49,9 +52,21 @@ BARE_CHOICE = "stands for one of the row's choices: write its words, or the choi
         ({"photo": ["a", None, "b", "c"], "caption": "x"}, "photo holds 3 images; a sample has one"),
         *(
             ({"question": "q", "answers": answers}, "answers is not a list of texts")
-            for answers in (["a", 3], "a", 3, b"a", {"text": ["a"], "start": [0]}, [{"text": "a"}], [{"answer": 3}])
+            for answers in (
+                ["a", 0.5],
+                "a",
+                3,
+                b"a",
+                {"text": ["a"], "start": [0]},
+                [{"text": "a"}],
+                [{"answer": True}],
+            )
         ),
-        *(({"caption": texts}, "caption is not a list of texts") for texts in (["a", None], [1])),
+        *(({"caption": texts}, "caption is not a list of texts") for texts in (["a", None], [0.5])),
+        *(
+            ({"question": "q", "answer": one}, f"answer is no text but {kind}")
+            for one, kind in ((True, "bool"), (0.5, "float"))
+        ),
         ({"answer": {"text": ["a"]}, "question": "q"}, "answer is no text but dict"),
         (
             {
@@ -69,7 +84,13 @@ BARE_CHOICE = "stands for one of the row's choices: write its words, or the choi
             for pair in ({"q": "q", "a": "a"}, "qa", ["q"], ["q", 3])
         ),
         ({"question": "q", "answer": "B", "A": "a dog", "B": "a cat"}, f"answer 'B' {BARE_CHOICE}"),
-        ({"question": "q", "answer": "1", "options": ["a dog", "a cat"]}, f"answer '1' {BARE_CHOICE}"),
+        ({"question": "q", "answer": "A", "choice_a": "a dog", "choice_b": "a cat"}, f"answer 'A' {BARE_CHOICE}"),
+        ({"question": "q", "answer": "(B).", "options": "['a dog', \"a cat's\"]"}, f"answer '(B).' {BARE_CHOICE}"),
+        ({"question": "q", "answer": "B", "options": "a dog, a cat"}, f"answer 'B' {BARE_CHOICE}"),
+        *(
+            ({"question": "q", "answer": one, "options": ["a dog", "a cat"]}, f"answer {one!r} {BARE_CHOICE}")
+            for one in ("1", 1)
+        ),
         *(
             (
                 {"image": "i", "bbox": [1, 2, 3, 4], **row},
@@ -160,7 +181,12 @@ def test_an_image_is_a_name_or_bytes_in_any_form(image, found):
         ({"instruction": "q", "input": "x", "output": "a", "image": "i.jpg"}, "i.jpg", [("q\nx", "a")]),
         ({"question": "q: dog or cat?", "answer": "A", "A": "dog"}, None, [("q: dog or cat?", "A")]),
         ({"question": "q", "answer": "Yes", "choices": ["yes", "no"]}, None, [("q", "Yes")]),
-        ({"question": "q", "answer": "a", "options": [{"text": "a"}], "bbox": []}, None, [("q", "a")]),
+        ({"question": "q", "answer": "dog", "options": "['cat', 'dog']"}, None, [("q", "dog")]),
+        ({"question": "q", "answer": "B", "options": "[]"}, None, [("q", "B")]),
+        ({"question": "q", "answer": "a", "options": [{"text": "a"}]}, None, [("q", "a")]),
+        ({"question": "q", "answer": "B", "options": ["A", "B"], "bbox": []}, None, [("q", "B")]),
+        ({"question": 1, "answer": 3}, None, [("1", "3")]),
+        ({"messages": [{"role": "user", "content": 1}, {"role": "bot", "content": 3}]}, None, [("1", "3")]),
         ({"turns": [{"question": "q", "answer": "a"}], "bbox": [1, 2, 3, 4]}, None, [("q", "a")]),
         ({"query": "q", "response": "a", "objects": {"bbox": [[1, 2, 3, 4]]}}, None, [("q", "a")]),
         ({"query": "what is <bbox>?", "response": "a"}, None, [("what is <bbox>?", "a")]),
@@ -266,6 +292,60 @@ def test_an_image_may_stand_in_a_message(part):
 def test_answers_may_be_as_the_hub_has_vqav2():
     given = [{"answer": "yes", "answer_confidence": "maybe", "answer_id": 1}, {"answer": "no"}]
     assert own_draft({"question": "q", "answers": given}, "").turns == (Turn("q", ("yes", "no")),)
+    assert own_draft({"question": "q", "answers": [3, {"answer": 4}]}, "").turns == (Turn("q", ("3", "4")),)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "taken"),
+    [
+        ("train", ["train", "restval", "trainval", 1, None, ""]),
+        ("test", ["test", "TEST ", 1, None, ""]),
+        (
+            "",
+            [
+                "train",
+                "restval",
+                "trainval",
+                "val",
+                "test",
+                "TEST ",
+                "testA",
+                "dev",
+                "minival",
+                "held-out",
+                1,
+                None,
+                "",
+            ],
+        ),
+    ],
+)
+def test_rows_of_another_split_are_left_out(wanted, taken):
+    """Flickr30k on the hub has train, val and test in one table."""
+    unit = unit_of(Path("a.parquet"))
+    unit = replace(unit, source=replace(unit.source, split=wanted))
+    found = []
+    for split in [
+        "train",
+        "restval",
+        "trainval",
+        "val",
+        "test",
+        "TEST ",
+        "testA",
+        "dev",
+        "minival",
+        "held-out",
+        1,
+        None,
+        "",
+    ]:
+        with suppress(Filtered):
+            found += [split for _ in read_own_row(unit, {"image": "a.jpg", "caption": "c", "split": split})]
+    assert found == taken
+    assert unit_of(Path("a.parquet")).source.split == "train", "of whoever says nothing else"
+    told = refused(Filtered, list, read_own_row(unit_of(Path("a")), {"caption": "c", "split": "val"}))
+    assert told == "the row's split 'val' is not split=train"
 
 
 @pytest.mark.parametrize(
