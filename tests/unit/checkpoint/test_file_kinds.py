@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 
 import pytest
@@ -106,7 +107,7 @@ def test_a_file_that_is_no_json_object_is_one_sentence(tmp_path, monkeypatch):
         ("1.5", "a number"),
     ):
         assert refused(text) == f"{path} holds {kind} where an object {{...}} is expected."
-    assert refused("[" * 100_000).startswith(f"{path} is no valid JSON: maximum recursion depth exceeded")
+    assert re.fullmatch(r".* is no valid JSON: .* while decoding a JSON array .*\.", refused("[" * 100_000))
     assert file_kinds._LARGEST_JSON == 2**26, "tokenizers have tens of megabytes"
     monkeypatch.setattr(file_kinds, "_LARGEST_JSON", 8)
     path.write_text('{"é":1}')
