@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 
 from pipelines import storage
-from pipelines.fetch.http import DownloadError, Remote, Retries, TryAgainError, refuse_bad_answer
+from pipelines.fetch.http import DownloadError, Remote, Retries, TryAgainError, is_encoded, refuse_bad_answer
 from pipelines.json_files import read_json_object, write_json
 
 CHUNK_BYTES = 1 << 20
@@ -112,20 +112,22 @@ def _receive(client: httpx.Client, remote: Remote, target: Path, report: Callabl
             raise TryAgainError("the server has another version than the one begun", 0.0)
         refuse_bad_answer(response, remote, target.name)
         resumed = response.status_code == httpx.codes.PARTIAL_CONTENT
-        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+        encoded = is_encoded(response, target.name)
+        if resumed and (encoded or not _is_rest(response, start, headers.get("If-Range", ""))):
             part.unlink(missing_ok=True)
-            raise TryAgainError("the server sent another range than the one asked for", 0.0)
+            raise TryAgainError("the server sent another range, or version, than the one asked for", 0.0)
         done = start if resumed else 0
-        total = _total(response, done)
+        total = 0 if encoded else _total(response, done)
         if total and remote.num_bytes and total != remote.num_bytes:
             raise DownloadError(
                 f"{remote.shown} offers {total:,} bytes, but {remote.num_bytes:,} are stated by {remote.stated_by}: "
                 "nothing was downloaded. Check the mirror; accept_changed=true takes the file as it is."
             )
-        write_json(_notes(target), {"url": remote.shown, "version": _version(response)})
+        write_json(_notes(target), {"url": remote.shown, "version": "" if encoded else _version(response)})
         with part.open("ab" if start and resumed else "wb") as stream:
             report(done, total)
-            for chunk in response.iter_raw():  # as it comes: with a chunk size, what a cut leaves over would be lost
+            # as it comes: with a chunk size, what a cut leaves over would be lost
+            for chunk in response.iter_bytes() if encoded else response.iter_raw():
                 stream.write(chunk)
                 done += len(chunk)
                 report(done, total)
@@ -149,6 +151,14 @@ def _resume_headers(remote: Remote, target: Path) -> tuple[int, dict[str, str]]:
     return start, headers
 
 
+def _is_rest(response: httpx.Response, start: int, version: str) -> bool:
+    """Whether a range begins where it should, and is of the version: some servers do not look at ``If-Range``."""
+    if not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+        return False
+    told_by = "ETag" if version.startswith('"') else "Last-Modified"
+    return not version or response.headers.get(told_by, version) == version
+
+
 def _total(response: httpx.Response, start: int) -> int:
     """Bytes of the whole file; 0 where the server does not say."""
     ranged = response.headers.get("Content-Range", "").rpartition("/")[2]
@@ -165,7 +175,12 @@ def _version(response: httpx.Response) -> str:
 
 
 def _stated_md5(response: httpx.Response) -> str:
-    """MD5 in hexadecimal of the whole file, as Google Cloud Storage states it (``x-goog-hash``)."""
+    """MD5 in hexadecimal of the whole file, as Google Cloud Storage states it (``x-goog-hash``).
+
+    Of what is stored compressed, it states that of the compressed bytes.
+    """
+    if response.headers.get("x-goog-stored-content-encoding", "identity") != "identity":
+        return ""
     for entry in response.headers.get("x-goog-hash", "").split(","):
         name, _, value = entry.strip().partition("=")
         if name == "md5":

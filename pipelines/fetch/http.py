@@ -148,7 +148,7 @@ def ask(client: httpx.Client, remote: Remote, name: str, retries: Retries) -> St
         if response.status_code in _ASKED_OTHERWISE:
             return Stated()
         refuse_bad_answer(response, remote, name)
-        return _stated(response)
+        return Stated() if is_encoded(response, name) else _stated(response)
 
     return retries.run(f"{name} from {remote.shown}", request)
 
@@ -163,6 +163,15 @@ def _stated(response: httpx.Response) -> Stated:
         sha256=digest if of_hub and re.fullmatch("[0-9a-f]{64}", digest) else "",
         git_sha1=digest if of_hub and re.fullmatch("[0-9a-f]{40}", digest) else "",
     )
+
+
+def is_encoded(response: httpx.Response, name: str) -> bool:
+    """Whether the body is the file compressed for the way, though that was not asked for.
+
+    Of a file that is gzip itself, servers say the same and mean the file.
+    """
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    return encoding not in ("", "identity") and not name.lower().endswith((".gz", ".tgz"))
 
 
 def refuse_bad_answer(response: httpx.Response, remote: Remote, name: str) -> None:

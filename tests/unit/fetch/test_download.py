@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
 from dataclasses import replace
@@ -102,6 +103,8 @@ def test_a_server_that_sends_all_again_begins_the_file_again(target):
         rest(5, ETag='"v1"'),
         (206, {"ETag": '"v1"'}, DATA[4:]),
         (206, {"ETag": '"v1"', "Content-Range": "bytes 40-45/46"}, DATA[4:]),
+        rest(4, ETag='"v2"'),  # If-Range is not looked at
+        rest(4, ETag='"v1"', **{"Content-Encoding": "gzip"}),
     ],
 )
 def test_another_range_than_the_one_asked_for_is_not_joined(target, answer):
@@ -109,6 +112,35 @@ def test_another_range_than_the_one_asked_for_is_not_joined(target, answer):
     server = Server(answer, whole())
     fetch(server, target)
     assert server.asked == [("bytes=4-", '"v1"'), (None, None)] and target.read_bytes() == DATA
+
+
+PACKED = gzip.compress(DATA)
+
+
+def packed(body=PACKED, **headers):
+    return 200, {"Content-Encoding": "gzip", "Content-Length": str(len(PACKED)), "ETag": '"g"', **headers}, body
+
+
+def test_a_body_that_is_packed_although_nobody_asked_for_it_is_unpacked(target):
+    md5 = base64.b64encode(hashlib.md5(PACKED).digest()).decode()
+    of_storage = {"x-goog-stored-content-encoding": "gzip", "x-goog-hash": f"md5={md5}"}
+    server = Server(packed(b"junk"), packed(**of_storage))
+    fetch(server, target, Remote(URL, num_bytes=10))
+    assert target.read_bytes() == DATA
+    assert server.asked == [(None, None)] * 2, "its pieces are not those of the file"
+    named = target.with_name("f.gz")
+    fetch(Server(packed(**{"Content-Encoding": "x-gzip"})), named)
+    assert named.read_bytes() == PACKED, "Apache says so of a file that is gzip itself"
+
+
+@pytest.mark.parametrize("version", ['"v1"', "Sat, 28 Nov 2026 10:00:00 GMT", ""])
+def test_a_range_tells_its_version_as_it_did_or_not_at_all(target, version):
+    known = Remote(URL, sha256=hashlib.sha256(DATA).hexdigest())
+    for headers in ({"ETag": '"v1"', "Last-Modified": "Sat, 28 Nov 2026 10:00:00 GMT"}, {}):
+        begin(target, version=version)
+        server = Server(rest(4, **headers))
+        fetch(server, target, known)
+        assert len(server.asked) == 1 and target.read_bytes() == DATA
 
 
 def test_pieces_that_nobody_asked_for_are_not_joined(target):
@@ -239,7 +271,7 @@ def test_a_wrong_file_leaves_nothing_to_be_resumed(target):
     [
         ((416, {"Content-Range": "bytes */3"}, b""), "the server has another version than the one begun", 0),
         ((416, {"Content-Length": "0"}, b""), "the server has another version than the one begun", 0),
-        (rest(5), "the server sent another range than the one asked for", 0),
+        (rest(5), "the server sent another range, or version, than the one asked for", 0),
         ((200, {"Content-Length": "10"}, DATA[:9]), "the connection ended after 9 of 10 bytes", 1),
         ((503, {"Retry-After": "7"}, b""), "HTTP 503 Service Unavailable", 7),
     ],

@@ -100,6 +100,7 @@ def client(answers, asked):
     ("headers", "stated"),
     [
         ({"Content-Length": "5"}, Stated(5)),
+        ({"Content-Length": "5", "Content-Encoding": "gzip"}, Stated()),
         (
             {
                 "X-Linked-Size": "7",
