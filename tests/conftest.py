@@ -8,12 +8,11 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from types import ModuleType
 
 import hypothesis
-import numpy as np
 import pytest
-import torch
 
 from tests.paths import GOLDEN, REALDATA, ROOT
 
@@ -26,9 +25,6 @@ hypothesis.settings.register_profile(
     "alike", derandomize=True, database=None, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("alike")
-
-# torch.manual_seed formats its callers three times where there is no GPU: a third of the time of a small test.
-_SEED_TORCH = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
 
 # What test modules import lives as long as the process: no collection of garbage has to look at it.
 gc.disable()
@@ -59,8 +55,20 @@ def pytest_runtest_setup() -> None:
 
     Python's own stay random: Ray Serve names the versions of a deployment by them, and takes equal names for no change.
     """
-    np.random.seed(0)
-    _SEED_TORCH(0)
+    for seed in _seeds():
+        seed(0)
+
+
+@cache
+def _seeds() -> tuple[Callable[[int], object], ...]:
+    """Imported by the processes that run tests; the one that hands them out needs neither, and waits for no import.
+
+    torch.manual_seed formats its callers three times where there is no GPU: a third of the time of a small test.
+    """
+    import numpy as np
+    import torch
+
+    return np.random.seed, torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
 
 
 def pytest_report_header() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,7 @@ def make_rows(source: str, count: int) -> list[SampleRow]:
     rng = np.random.default_rng(len(source))
     rows = []
     for i in range(count):
-        scene = make_scene(3, "train", i)
-        image = (encode_jpeg(scene), scene.width, scene.height)
+        image = _drawn(i)
         words = " ".join(rng.choice(["red", "blue", "dog", "cat", "big"], size=int(rng.integers(1, 6))))
         if source == "pairs":
             rows.append(SampleRow(f"p{i}", source, "pair", (Turn("", (words,)),), *image))
@@ -59,6 +59,12 @@ def make_rows(source: str, count: int) -> list[SampleRow]:
         else:
             rows.append(SampleRow(f"q{i}", source, "vqa", (Turn("what?", (words, "yes")),), *image))
     return rows
+
+
+@cache
+def _drawn(number: int) -> tuple[bytes, int, int]:
+    scene = make_scene(3, "train", number)
+    return encode_jpeg(scene), scene.width, scene.height
 
 
 def make_world(folder: Path, rows: int = 30) -> dict[str, str]:

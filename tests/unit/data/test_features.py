@@ -104,7 +104,7 @@ def test_a_part_that_is_not_whole_is_computed_again_and_no_other(world, tmp_path
 
 
 def test_features_of_other_data_are_not_taken_for_these(world, tmp_path):
-    shutil.rmtree(Path(world["data"], "questions"), ignore_errors=False, onerror=None)
+    shutil.rmtree(Path(world["data"], "questions"))
     shutil.copytree(Path(world["data"], "pairs"), Path(world["data"], "questions"))
     key = feature_key(world["init_from"], 28)
     FeatureSet.open(f"{world['data']}/questions", key)

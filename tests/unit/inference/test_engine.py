@@ -65,7 +65,7 @@ def test_greedy_equals_generate_while_requests_join_and_leave(lora):
     model = make_model(lora=lora)
     engine = Engine(model, make_tokenizer(), max_batch_size=5, prefill_tokens=16)
     rng = np.random.default_rng(7)
-    wanted, got, waiting = {}, {}, random_prompts(24, seed=1)
+    wanted, got, waiting = {}, {}, random_prompts(16, seed=1)
     while waiting or engine.has_work:
         for _ in range(int(rng.integers(0, 3))):
             if waiting:
@@ -74,7 +74,7 @@ def test_greedy_equals_generate_while_requests_join_and_leave(lora):
         for key, delta in engine.step():
             got.setdefault(key, []).extend(delta.token_ids)
     assert got == wanted
-    assert len({tuple(ids) for ids in wanted.values()}) > 18, "a test of one answer proves nothing"
+    assert len({tuple(ids) for ids in wanted.values()}) > 12, "a test of one answer proves nothing"
     assert engine.stats.reused_tokens > 0
     assert engine.prefix_cache.num_free == 5
 

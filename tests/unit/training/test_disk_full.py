@@ -40,19 +40,19 @@ def test_a_state_that_does_not_fit(world, straight, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(DiskFullError, match=r"training state of step 6 in .*/states"):
         patch.setattr(safetensors.torch, "save_file", second_fails)
-        run_stage(train_settings(world, tmp_path), 4)
+        run_stage(train_settings(world, tmp_path, max_steps=7), 4)
     assert [path.name for path in (tmp_path / "states").iterdir()] == ["step-00000003"] and not leftovers(tmp_path)
-    run_stage(train_settings(world, tmp_path), 4)
-    assert losses(tmp_path) == losses(straight[1])
+    run_stage(train_settings(world, tmp_path, max_steps=7), 4)
+    assert losses(tmp_path) == losses(straight[1])[:7]
 
 
 def test_a_checkpoint_that_does_not_fit(world, straight, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(DiskFullError, match=f"while writing {tmp_path}/checkpoint"):
         patch.setattr(worker, "save_checkpoint", full)
-        run_stage(train_settings(world, tmp_path), 4)
+        run_stage(train_settings(world, tmp_path, max_steps=5), 4)
     assert not (tmp_path / "checkpoint").exists() and not (tmp_path / "result.json").exists()
-    assert run_stage(train_settings(world, tmp_path), 4)["steps"] == 12
-    assert losses(tmp_path) == losses(straight[1])
+    assert run_stage(train_settings(world, tmp_path, max_steps=5), 4)["steps"] == 5
+    assert losses(tmp_path) == losses(straight[1])[:5]
 
 
 def test_a_record_that_does_not_fit(world, straight, tmp_path, monkeypatch):
@@ -64,19 +64,18 @@ def test_a_record_that_does_not_fit(world, straight, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(DiskFullError, match=r"metrics\.jsonl: free some"):
         patch.setattr("pipelines.training.record.StepRecord.flush", flush)
-        run_stage(train_settings(world, tmp_path), 4)
-    run_stage(train_settings(world, tmp_path), 4)
-    assert losses(tmp_path) == losses(straight[1])
+        run_stage(train_settings(world, tmp_path, max_steps=5), 4)
+    run_stage(train_settings(world, tmp_path, max_steps=5), 4)
+    assert losses(tmp_path) == losses(straight[1])[:5]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_plots_are_written_whole_or_not_at_all(straight, tmp_path, monkeypatch, code):
+def test_plots_are_written_whole_or_not_at_all(straight, tmp_path, monkeypatch):
     path = tmp_path / "loss.png"
     loss_curve(straight[1] / "metrics.jsonl", path, get_stage("mini", 4), "mini")
     before = path.read_bytes()
 
     def write(self, data):
-        raise OSError(code, os.strerror(code))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(AtomicFile, "write", write)
     with pytest.raises(DiskFullError, match=r"loss\.png"):

@@ -158,8 +158,8 @@ def test_half_precision_is_advised_as_the_card_has_it(world, tmp_path):
 
 
 def test_auto_trains_as_the_default_size_does(world, tmp_path):
-    one = run_stage(train_settings(world, tmp_path / "a", micro_batch_size="auto"), 4)
-    other = run_stage(train_settings(world, tmp_path / "b", micro_batch_size=64), 4)
+    one = run_stage(train_settings(world, tmp_path / "a", micro_batch_size="auto", max_steps=3), 4)
+    other = run_stage(train_settings(world, tmp_path / "b", micro_batch_size=64, max_steps=3), 4)
     assert one["last_loss"] == other["last_loss"]
 
 

@@ -298,23 +298,23 @@ def test_skipping_and_rolling_back_end_alike(world, tmp_path, monkeypatch):
     planted = plant(monkeypatch, BAD_STEP, nan_features)
     weights = []
     for action in ("skip", "rollback"):
-        result = run_stage(settings(world, tmp_path / action, guard=action), 4)
+        result = run_stage(settings(world, tmp_path / action, guard=action, max_steps=BAD_STEP + 2), 4)
         (fault,) = faults(tmp_path / action)
         assert (fault["step"], fault["kind"], fault["action"]) == (BAD_STEP, "nonfinite_loss", action)
         assert fault["samples"] == planted and fault["layer"].startswith("projector.")
         assert [e["step"] for e in record(tmp_path / action) if e["skipped"]] == [BAD_STEP]
         weights.append(load_checkpoint(result["checkpoint"])[0].state_dict())
     skipped, rolled_back = ([e["loss_hex"] for e in record(tmp_path / a)] for a in ("skip", "rollback"))
-    assert skipped == rolled_back and len(skipped) == 12 and skipped[BAD_STEP] == "nan"
+    assert skipped == rolled_back and len(skipped) == BAD_STEP + 2 and skipped[BAD_STEP] == "nan"
     assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
 
 
 def test_steps_that_were_left_out_stay_left_out_after_another_roll_back(world, tmp_path, monkeypatch):
     plant(monkeypatch, 2, nan_features), plant(monkeypatch, 5, nan_features)
-    run_stage(settings(world, tmp_path, guard="rollback", log_every=1, checkpoint_every=100), 4)
+    run_stage(settings(world, tmp_path, guard="rollback", log_every=1, checkpoint_every=100, max_steps=7), 4)
     assert [fault["step"] for fault in faults(tmp_path)] == [2, 5], "each is found once"
     assert [e["step"] for e in record(tmp_path) if e["skipped"]] == [2, 5]
-    assert [e["step"] for e in record(tmp_path)] == list(range(12))
+    assert [e["step"] for e in record(tmp_path)] == list(range(7))
 
 
 def test_stopping_says_where_and_by_what(world, tmp_path, monkeypatch):
@@ -350,14 +350,14 @@ def test_a_spike_leaves_its_step_out_and_names_the_sample(world, tmp_path, monke
 
     monkeypatch.setattr(TrainStep, "forward", exaggerating)
 
-    planted = plant(monkeypatch, 25, garbage)
+    planted = plant(monkeypatch, 22, garbage)
     schedule = {"steps_per_epoch": 7, "epochs": 4, "peak": 3e-2, "minimum": 1e-2, "warmup_start": 1e-3}
     stage = {"schedule": schedule, "sources": {"pairs": {"weight": 1, "batch_size": 4}}}
-    run_stage(settings(world, tmp_path, stage=stage, micro_batch_size=8), 4)
+    run_stage(settings(world, tmp_path, stage=stage, micro_batch_size=8, max_steps=24), 4)
     (fault,) = faults(tmp_path)
-    assert (fault["step"], fault["kind"]) == (25, "spike") and fault["samples"][0] == planted[0]
+    assert (fault["step"], fault["kind"]) == (22, "spike") and fault["samples"][0] == planted[0]
     entries = record(tmp_path)
-    assert entries[25]["loss"] > entries[24]["loss"] + 0.2 and entries[25]["skipped"]
+    assert entries[22]["loss"] > entries[21]["loss"] + 0.2 and entries[22]["skipped"]
 
 
 def test_fp16_trains_with_a_scaler_and_recovers_from_overflow(world, tmp_path):

@@ -207,17 +207,17 @@ def test_resumed_runs_stay_the_same_to_the_last_bit(straight, settings_of, tmp_p
 
 
 def test_evaluating_changes_no_step(straight, settings_of, tmp_path):
-    run_stage(settings_of(tmp_path, eval_every=1, eval_rows=3, max_steps=5), 4)
-    assert losses(tmp_path) == losses(straight[1])[:5]
+    run_stage(settings_of(tmp_path, eval_every=1, eval_rows=3, max_steps=3), 4)
+    assert losses(tmp_path) == losses(straight[1])[:3]
     shutil.rmtree(tmp_path)
-    run_stage(settings_of(tmp_path, eval_every=1, eval_questions=0, max_steps=5), 4)
-    assert losses(tmp_path) == losses(straight[1])[:5]
+    run_stage(settings_of(tmp_path, eval_every=1, eval_questions=0, max_steps=3), 4)
+    assert losses(tmp_path) == losses(straight[1])[:3]
 
 
 def test_own_held_out_data_leaves_training_as_it_was(world, tmp_path):
     write_shard_set(tmp_path / "held/pairs", make_rows("pairs", 35)[30:])
     plain, evaluated = tmp_path / "plain", tmp_path / "evaluated"
-    changes = {"max_steps": 5, "eval_every": 2}
+    changes = {"max_steps": 3, "eval_every": 2}
     run_stage(train_settings(world, plain, **changes), 4)
     result = run_stage(train_settings(world, evaluated, eval_data=str(tmp_path / "held"), **changes), 4)
     assert losses(plain) == losses(evaluated) and result["held_out"]["rows"] == {"pairs": 5}

@@ -58,19 +58,13 @@ def test_only_the_stages_parts_change(straight, world):
         assert torch.equal(old, tensor) != trained, name
 
 
-def test_the_same_run_gives_the_same_bits(straight, world, tmp_path):
-    run_stage(train_settings(world, tmp_path), 4)
-    assert losses(tmp_path) == losses(straight[1])
-    assert_same_weights(tmp_path, straight[1])
-
-
 def test_frozen_matrices_in_4_bits_are_handed_on_as_they_were(straight, world, tmp_path, monkeypatch):
     """Interrupted and resumed: the matrices are packed again, to the same bits."""
-    settings = train_settings(world, tmp_path / "a", frozen_weights="nf4")
+    settings = train_settings(world, tmp_path / "a", frozen_weights="nf4", max_steps=6)
     result = run_stage(settings, 4)
-    assert result["last_loss"] < result["first_loss"] and losses(tmp_path / "a") != losses(straight[1])
+    assert result["last_loss"] < result["first_loss"] and losses(tmp_path / "a") != losses(straight[1])[:6]
     test_only_the_stages_parts_change((result, tmp_path / "a"), world)
-    again = train_settings(world, tmp_path / "b", frozen_weights="nf4")
+    again = settings.model_copy(update={"output": str(tmp_path / "b")})
     run_until(monkeypatch, 4, again)
     run_stage(again, 4)
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
@@ -94,8 +88,7 @@ def test_interrupted_runs_go_on_bit_for_bit(straight, world, tmp_path, monkeypat
 
 
 def test_damaged_states_are_passed_over(straight, world, tmp_path, caplog):
-    settings = train_settings(world, tmp_path, keep_checkpoints=9)
-    run_stage(settings, 4)
+    shutil.copytree(straight[1], tmp_path, dirs_exist_ok=True)
     newest = sorted((tmp_path / "states").glob("step-*"))[-1]
     damaged = newest / "state.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-7] + b"garbage")
@@ -105,14 +98,17 @@ def test_damaged_states_are_passed_over(straight, world, tmp_path, caplog):
     next_step, _, _ = store.newest()
     assert next_step == int(sorted((tmp_path / "states").glob("step-0*"))[-2].name.removeprefix("step-"))
     assert "does not match the hash" in caplog.text and "never finished" in caplog.text
-    run_stage(settings, 4)
+    run_stage(train_settings(world, tmp_path, keep_checkpoints=9), 4)
     assert losses(tmp_path) == losses(straight[1])
 
 
-@pytest.mark.parametrize(("every", "keep", "steps"), [(3, 9, [3, 6, 9]), (5, 9, [5, 10]), (3, 2, [6, 9]), (100, 2, [])])
-def test_states_are_saved_at_their_steps_and_the_newest_are_kept(world, tmp_path, every, keep, steps):
+@pytest.mark.parametrize(
+    ("every", "keep", "last", "steps"), [(2, 9, 6, [2, 4]), (2, 9, 5, [2, 4]), (1, 2, 5, [3, 4]), (100, 2, 2, [])]
+)
+def test_states_are_saved_at_their_steps_and_the_newest_are_kept(world, tmp_path, every, keep, last, steps):
     """Every so many steps; at the end of the stage the whole checkpoint takes their place."""
-    run_stage(train_settings(world, tmp_path, checkpoint_every=every, keep_checkpoints=keep), 4)
+    settings = train_settings(world, tmp_path, checkpoint_every=every, keep_checkpoints=keep, max_steps=last)
+    run_stage(settings, 4)
     assert sorted(path.name for path in (tmp_path / "states").glob("*")) == [f"step-{step:08d}" for step in steps]
     if not steps:
         return
@@ -137,7 +133,7 @@ def test_the_record_in_object_storage_is_never_behind_a_state(world, tmp_path, m
         return save(self, next_step, *arguments)
 
     monkeypatch.setattr(StateStore, "save", saving)
-    run_stage(train_settings(world, tmp_path, storage_path=location, checkpoint_every=4), 4)
+    run_stage(train_settings(world, tmp_path, storage_path=location, checkpoint_every=4, max_steps=9), 4)
     assert published == {4: 4, 8: 8}
 
 
@@ -158,10 +154,10 @@ def test_fresh_adapters_follow_from_the_seed_alone(world, tmp_path):
 def test_dropout_draws_alike_after_an_interruption(straight, world, tmp_path, monkeypatch):
 
     def settings(name):
-        return train_settings(world, tmp_path / name, stage={"lora_dropout": 0.5})
+        return train_settings(world, tmp_path / name, stage={"lora_dropout": 0.5}, max_steps=6)
 
     run_stage(settings("straight"), 4)
-    assert losses(tmp_path / "straight") != losses(straight[1]), "dropout does something"
+    assert losses(tmp_path / "straight") != losses(straight[1])[:6], "dropout does something"
     run_until(monkeypatch, 4, settings("broken"))
     run_stage(settings("broken"), 4)
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
@@ -169,26 +165,26 @@ def test_dropout_draws_alike_after_an_interruption(straight, world, tmp_path, mo
 
 
 def test_micro_batches_change_rounding_only(straight, world, tmp_path):
-    run_stage(train_settings(world, tmp_path, micro_batch_size=1), 4)
-    for a, b in zip(record(tmp_path), record(straight[1]), strict=True):
+    run_stage(train_settings(world, tmp_path, micro_batch_size=1, max_steps=4), 4)
+    for a, b in zip(record(tmp_path), record(straight[1])[:4], strict=True):
         assert a["sample_ids"] == b["sample_ids"]
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
 
 
 def test_packing_gives_the_padded_losses(straight, world, tmp_path):
-    run_stage(train_settings(world, tmp_path, packing=True), 4)
-    for a, b in zip(record(tmp_path), record(straight[1]), strict=True):
+    run_stage(train_settings(world, tmp_path, packing=True, max_steps=4), 4)
+    for a, b in zip(record(tmp_path), record(straight[1])[:4], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
 
 
 def test_gradient_checkpointing_changes_nothing(straight, world, tmp_path):
-    run_stage(train_settings(world, tmp_path, gradient_checkpointing=True), 4)
-    assert losses(tmp_path) == losses(straight[1])
+    run_stage(train_settings(world, tmp_path, gradient_checkpointing=True, max_steps=4), 4)
+    assert losses(tmp_path) == losses(straight[1])[:4]
 
 
 def test_an_encoder_in_half_precision_rounds_features_and_no_weight(straight, world, tmp_path):
-    run_stage(train_settings(world, tmp_path, encoder_precision="bf16"), 4)
-    assert losses(tmp_path) != losses(straight[1])
+    run_stage(train_settings(world, tmp_path, encoder_precision="bf16", max_steps=2), 4)
+    assert losses(tmp_path) != losses(straight[1])[:2]
     assert record(tmp_path)[0]["loss"] == pytest.approx(record(straight[1])[0]["loss"], rel=5e-3)
     ours, theirs = weights(tmp_path), weights(straight[1])
     frozen = [name for name in theirs if name.startswith(("vision_encoder.", "qformer."))]
@@ -205,8 +201,8 @@ def test_cached_features_train_to_the_same_losses(straight, world, tmp_path):
     assert cache_features(cache)["rows"] == 52
     again = cache_features(cache)
     assert again["parts"] == 0 and again["reused"] == 7
-    run_stage(train_settings(world, tmp_path / "b", features="cached"), 4)
-    for a, b in zip(record(tmp_path / "b"), record(straight[1]), strict=True):
+    run_stage(train_settings(world, tmp_path / "b", features="cached", max_steps=4), 4)
+    for a, b in zip(record(tmp_path / "b"), record(straight[1])[:4], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
 
 

@@ -238,14 +238,15 @@ def sound(tmp_path) -> bytes:
     return write_web_tar(tmp_path / "sound.tar", 0, 2).read_bytes().rstrip(b"\0").ljust(10240, b"\0")
 
 
+# 1,200: more than Python nests calls, as tarfile does for each.
 HOSTILE = {
     "negative size": raw_header(b"evil.jpg", b"\xff" * 12),
     "most negative size": raw_header(b"evil.jpg", b"\x80" + b"\0" * 11),
     "negative size of a pax header": raw_header(b"evil.jpg", b"\xff" * 12, b"x"),
     "giant pax header": raw_header(b"evil.jpg", b"77777777777", b"x"),
     "giant long name": raw_header(b"././@LongLink", b"77777777777", b"L"),
-    "2,000 long names in a row": long_name(b"a" * 200) * 2000,
-    "2,000 pax headers in a row": raw_header(b"p", b"00000000000", b"x") * 2000,
+    "1,200 long names in a row": long_name(b"a" * 200) * 1200,
+    "1,200 pax headers in a row": raw_header(b"p", b"00000000000", b"x") * 1200,
     "pax sizes that lie": raw_header(b"p", f"{20:011o}".encode(), b"x") + b"20 size=-99999999999\n".ljust(512, b"\0"),
 }
 
