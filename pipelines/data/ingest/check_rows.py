@@ -28,7 +28,7 @@ def check_row(row: SampleRow, *, web: bool, settings: PrepareDataSettings, chang
 
     Args:
         row: as its source gives it.
-        web: its captions are from the open web: filters for captions apply.
+        web: its captions are from the open web, as those of the task ``pair`` are: filters for captions apply.
         settings: bounds of those filters.
         changes: counts what is changed.
 
@@ -50,7 +50,7 @@ def check_row(row: SampleRow, *, web: bool, settings: PrepareDataSettings, chang
         raise Malformed(f"task {row.task} needs a box, and there is none")
     for text in _texts(row):
         _check_text(text)
-    if web:
+    if web or row.task == "pair":
         for turn in row.turns:
             _filter_caption(turn.answers[0], settings)
     found: set[str] = set()

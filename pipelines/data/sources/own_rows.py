@@ -9,9 +9,10 @@
     {"image": "a.jpg", "caption": "a dog"}
     {"image": "a.jpg", "answer": "the dog", "boxes": [[10, 20, 90, 80]], "task": "refer"}
 
-Words are kept as they are written; only the mark of the image is taken out of questions. A row whose image is empty
-(none of its fields, null, "", [], an empty cell of a table) has no image and is text. A row that names an image, or
-asks about one, and has none that can be read is malformed: it is never trained on as text.
+Words are kept as they are written, but for captions of the task ``pair``, which are cleaned like those of tars; the
+mark of the image is taken out of questions. A row whose image is empty (none of its fields, null, "", [], an empty cell
+of a table) has no image and is text. A row that names an image, or asks about one, and has none that can be read is
+malformed: it is never trained on as text.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def own_draft(fields: Any, default_task: str) -> Draft:
     boxes = tuple(_own_box(box) for box in _list_of(fields, "boxes"))
     if not (task := fields.get("task") or default_task):
         task = form or ("text" if image is None else "conversation" if len(draft.turns) > 1 else "instruct")
-    return replace(draft, image=image, boxes=boxes, task=str(task))
+    return replace(draft, image=image, boxes=boxes, task=str(task), cleans_answers=task == "pair")
 
 
 def _own_turns(fields: Mapping[str, Any]) -> tuple[Draft, str, int]:

@@ -59,15 +59,16 @@ def test_markers_in_texts_are_made_harmless():
     ],
 )
 def test_caption_filters_know_no_language(caption, name):
-    given = row(task="pair", turns=(Turn("", (caption,)),))
     if caption:
-        check_row(given, web=False, settings=SETTINGS)
-    if not name:
-        check_row(given, web=True, settings=SETTINGS)
-        return
-    with pytest.raises(Filtered) as error:
-        check_row(given, web=True, settings=SETTINGS)
-    assert error.value.filter == name
+        check_row(row(task="caption", turns=(Turn("", (caption,)),)), web=False, settings=SETTINGS)
+    for task, web in (("caption", True), ("pair", False)):
+        given = row(task=task, turns=(Turn("", (caption,)),))
+        if not name:
+            check_row(given, web=web, settings=SETTINGS)
+            continue
+        with pytest.raises(Filtered) as error:
+            check_row(given, web=web, settings=SETTINGS)
+        assert error.value.filter == name
 
 
 @pytest.mark.parametrize(

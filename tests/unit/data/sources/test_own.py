@@ -76,7 +76,11 @@ def test_every_form_of_a_json_line(folder):
 
 def test_task_of_rows_that_name_none(folder):
     path = write_lines(folder / "own.jsonl", [{"image": "a.jpg", "caption": "x"}])
-    assert [row.task for row in read("jsonl", path, task="pair")] == ["pair"]
+    path.write_text('{"image": "a.jpg", "caption": "A \\"Red\\"  star."}\n')
+    [row] = read("jsonl", path, task="pair")
+    assert (row.task, row.turns[0].answers) == ("pair", ("a red star",)), "cleaned as in the tars of LAION"
+    [row] = read("jsonl", path, task="align")
+    assert (row.task, row.turns[0].answers) == ("align", ('A "Red"  star.',))
     path.write_text('{"image": "a.jpg", "caption": "x", "task": "align"}\n')
     assert [row.task for row in read("jsonl", path, task="pair")] == ["align"], "a row's own task wins"
     with pytest.raises(SettingsError, match="task='painting' is unknown"):
