@@ -139,7 +139,7 @@ def publish(settings: PrepareDataSettings, source: str, output: str, staging: St
     manifest = Manifest(source, shards, counts, content_settings(settings))
     write_report(output, ShardSet(output, manifest), totals)
     storage.write_atomically(storage.join(output, MANIFEST), manifest.to_json())
-    _warn(source, output, counts, totals)
+    _tell(source, output, counts, totals)
     return counts
 
 
@@ -159,8 +159,13 @@ def _nothing_kept(source: str, output: str, counts: RowCounts, totals: Totals) -
     )
 
 
-def _warn(source: str, output: str, counts: RowCounts, totals: Totals) -> None:
-    """Say so where much was set apart, or texts were cut."""
+def _tell(source: str, output: str, counts: RowCounts, totals: Totals) -> None:
+    """Count rows in and out, and say so where much was set apart, or texts were cut."""
+    names = ("rows_in", "rows_out", "duplicates", "filtered", "quarantined")
+    rows_in, rows_out, *left_out = (f"{counts[name]:,}" for name in names)
+    logger.info(
+        "%s: %s rows in, %s out; duplicates %s, filtered %s, quarantined %s", source, rows_in, rows_out, *left_out
+    )
     if counts["quarantined"] > _MUCH * counts["rows_in"]:
         reason, number = totals.reasons.most_common(1)[0]
         logger.warning(

@@ -210,10 +210,13 @@ def test_what_is_told_of_an_ingest(caplog):
     totals.add_rejected(
         [Rejected("a", "x", "image a.jpg is bad"), Rejected("b", "x", "image b.jpg is bad"), Rejected("c", "x", "odd")]
     )
-    publish._warn("laion", "/out", counts(rows_in=30), totals)
-    assert caplog.messages == [], "a tenth is not much"
-    publish._warn("laion", "/out", counts(rows_in=1200, quarantined=1000, changes={"cut": 2000, "x": 1}), totals)
-    assert caplog.messages == [
+    publish._tell("laion", "/out", counts(rows_in=30), totals)
+    assert caplog.messages == ["laion: 30 rows in, 5 out; duplicates 0, filtered 2, quarantined 3"], (
+        "a tenth is not much"
+    )
+    publish._tell("laion", "/out", counts(rows_in=1200, quarantined=1000, changes={"cut": 2000, "x": 1}), totals)
+    assert caplog.messages[1:] == [
+        "laion: 1,200 rows in, 5 out; duplicates 0, filtered 2, quarantined 1,000",
         "laion: 1,000 of 1,200 samples (83 %) are quarantined; the commonest reason (2): image a.jpg is bad. "
         "/out/quarantine.jsonl lists all.",
         "laion: rows that were kept, but changed: cut 2,000, x 1 (docs/data_format.md)",
