@@ -132,6 +132,10 @@ def resolve_job(
     stage = with_start_adapters(stage, config)
     refuse_other_model(stage, config)
     refuse_frozen_weights(settings, stage)
+    if settings.attention == "flex_attention" and not settings.use_gpu:
+        raise SettingsError(
+            "attention=flex_attention: torch has its gradient on GPUs only. Give use_gpu=true, or sdpa."
+        )
     digests = {name: each.manifest.digest for name, each in shards.items()}
     plan = dataclasses.replace(_load_plan(settings, stage, start, config), held_out=held, digests=digests)
     if plan.feature_key:
@@ -319,7 +323,7 @@ def apply_stage_settings(stage: Stage, changes: dict[str, Any]) -> Stage:
     """Change fields of a stage by ``stage.*`` settings; ``limits`` and ``schedule`` take mappings of what changes.
 
     ``sources`` as a list of ``{name, weight, batch_size}``, or as a mapping from names to both values, replaces the
-    stage's; a mapping with only one of the values changes the sources that it names.
+    stage's; a mapping with only one of the values changes the sources that it names. A weight of 0 leaves a source out.
 
     Raises:
         SettingsError: a field is unknown.
@@ -341,7 +345,7 @@ def apply_stage_settings(stage: Stage, changes: dict[str, Any]) -> Stage:
 
 def _stage_value(stage: Stage, key: str, value: Any) -> Any:
     if key == "sources":
-        return _sources_value(stage, value)
+        return tuple(source for source in _sources_value(stage, value) if source.weight)
     if key in ("schedule", "limits"):
         return _with_fields(getattr(stage, key), value)
     if key == "trainable":
@@ -369,11 +373,13 @@ def _with_fields(whole: Any, changes: Any) -> Any:
 def _sources_value(stage: Stage, value: Any) -> tuple[StageSource, ...]:
     known = {"weight", "batch_size"}
     if isinstance(value, list) and all(isinstance(f, dict) and set(f) == {"name", *known} for f in value):
-        return tuple(StageSource(**fields) for fields in value)
+        return tuple(
+            StageSource(**{**fields, "name": str(fields["name"])}) for fields in value
+        )  # 2024 is a number in YAML
     if not isinstance(value, dict) or not all(isinstance(f, dict) and set(f) <= known for f in value.values()):
         raise ValueError("write {NAME: {weight: 1, batch_size: 1}} or [{name: NAME, weight: 1, batch_size: 1}]")
     if all(known <= set(fields) for fields in value.values()):
-        return tuple(StageSource(name, **fields) for name, fields in value.items())
+        return tuple(StageSource(str(name), **fields) for name, fields in value.items())
     unknown = sorted(set(value) - {source.name for source in stage.sources})
     if unknown:
         raise ValueError(f"source {unknown[0]!r} is not one of the stage's; a new one needs weight and batch_size")

@@ -170,6 +170,8 @@ class TextLimits:
     def __post_init__(self) -> None:
         for name in ("max_text_tokens", "max_context_tokens"):
             check_number(f"limits.{name}", getattr(self, name), 1, whole=True)
+        if not isinstance(self.mask_inner_bos, bool):
+            raise ValueError(f"limits.mask_inner_bos is {self.mask_inner_bos!r}; it must be true or false.")
 
 
 @dataclass

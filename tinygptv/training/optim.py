@@ -42,4 +42,4 @@ def build_optimizer(model: nn.Module, schedule: Schedule, weight_decay: float, b
     if not groups:
         raise ValueError("no parameter is trainable: choose the stage's trainable parts first.")
     fused = all(p.is_cuda for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, lr=schedule.learning_rate(0), betas=(0.9, beta2), fused=fused or None)
+    return torch.optim.AdamW(groups, lr=schedule.learning_rate(0), betas=(0.9, float(beta2)), fused=fused or None)

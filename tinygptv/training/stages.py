@@ -105,7 +105,7 @@ class Stage:
             raise ValueError(
                 f"stage {self.number} trains unknown parts {sorted(unknown)}; known: {sorted(TRAINABLE_PARTS)}."
             )
-        if self.template not in TEMPLATES:
+        if not isinstance(self.template, str) or self.template not in TEMPLATES:
             raise ValueError(f"stage {self.number} has template {self.template!r}; known: {sorted(TEMPLATES)}.")
         names = [source.name for source in self.sources]
         if twice := [name for name in names if names.count(name) > 1]:
@@ -117,6 +117,8 @@ class Stage:
         check_number("lora_dropout", self.lora_dropout, 0, 1)
         check_number("weight_decay", self.weight_decay, 0)
         check_number("beta2", self.beta2, 0, 1)
+        if self.beta2 == 1:
+            raise ValueError("beta2 is 1, with which AdamW never learns how large gradients are; it must be below.")
         if self.max_grad_norm is not None:
             check_number("max_grad_norm", self.max_grad_norm, 0)
             if not self.max_grad_norm:

@@ -123,6 +123,9 @@ def test_what_a_stage_needs_is_told_with_its_number(changes, told):
             "={'peak': -1} is not usable: schedule.peak is -1; it must be a number of at least 0.",
         ),
         ({"beta2": 7}, "beta2"),
+        ({"beta2": 1}, "beta2 is 1, with which AdamW"),
+        ({"template": ["human"]}, "template ['human']; known: "),
+        ({"limits": {"mask_inner_bos": "off"}}, "limits.mask_inner_bos is 'off'; it must be true or false."),
     ],
 )
 def test_a_wrong_field_of_a_stage_is_named_with_the_right_one(changes, told):
@@ -148,6 +151,16 @@ def test_fields_are_changed_at_any_depth():
     for given in (both, [{"name": name, **fields} for name, fields in both.items()]):
         sources = module.apply_stage_settings(STAGE, {"sources": given}).sources
         assert [(s.name, s.weight, s.batch_size) for s in sources] == [("x", 2, 3), ("a", 1, 4)], "in the given order"
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_source_of_weight_0_is_left_out_and_a_number_can_be_its_name(as_list):
+    given = {2024: {"weight": 1, "batch_size": 2}, "a": {"weight": 0, "batch_size": 1}}
+    given = [{"name": name, **fields} for name, fields in given.items()] if as_list else given
+    (source,) = module.apply_stage_settings(STAGE, {"sources": given}).sources
+    assert (source.name, source.weight, source.batch_size) == ("2024", 1, 2)
+    changed = module.apply_stage_settings(STAGE, {"sources": {"gqa": {"weight": 0}}})
+    assert changed.sources == tuple(source for source in STAGE.sources if source.name != "gqa")
 
 
 def test_the_configuration_that_is_kept_has_no_password():
@@ -402,6 +415,9 @@ def test_a_stage_has_a_folder_of_its_own_and_a_start(resolved, tmp_path, monkeyp
     assert resolved(output="").job.output == f"{tmp_path}/outputs/mini/stage4"
     with pytest.raises(SettingsError, match=r"^stage 4 needs a start"):
         resolved(init_from="")
+    with pytest.raises(SettingsError, match=r"^attention=flex_attention: torch has its gradient on GPUs only"):
+        resolved(attention="flex_attention")
+    assert resolved(attention="flex_attention", use_gpu=True).job.settings.attention == "flex_attention"
 
 
 def test_both_folders_are_checked_and_claimed_where_the_storage_is_another(resolved, tmp_path):

@@ -79,6 +79,7 @@ def test_matrices_decay_and_vectors_do_not():
         (["0.weight"], 0.3, 1e-3, (0.9, 0.75)),
         (["0.bias", "1.weight", "1.bias"], 0.0, 1e-3, (0.9, 0.75)),
     ]
+    assert build_optimizer(model, schedule, 0.3, 0).param_groups[0]["betas"] == (0.9, 0.0), "as 0 is read from YAML"
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter is trainable"):
         build_optimizer(model, schedule, 0.3, 0.75)
