@@ -161,10 +161,9 @@ def _nothing_kept(source: str, output: str, counts: RowCounts, totals: Totals) -
 
 def _tell(source: str, output: str, counts: RowCounts, totals: Totals) -> None:
     """Count rows in and out, and say so where much was set apart, or texts were cut."""
-    names = ("rows_in", "rows_out", "duplicates", "filtered", "quarantined")
-    rows_in, rows_out, *left_out = (f"{counts[name]:,}" for name in names)
+    numbers = (counts["rows_in"], counts["rows_out"], counts["duplicates"], counts["filtered"], counts["quarantined"])
     logger.info(
-        "%s: %s rows in, %s out; duplicates %s, filtered %s, quarantined %s", source, rows_in, rows_out, *left_out
+        "%s: %s rows in, %s out; duplicates %s, filtered %s, quarantined %s", source, *(f"{n:,}" for n in numbers)
     )
     if counts["quarantined"] > _MUCH * counts["rows_in"]:
         reason, number = totals.reasons.most_common(1)[0]
