@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tinygptv.data.boxes import Box, iou, parse_answer_box, parse_boxes, to_pixels
-from tinygptv.metrics.vqa_text import normalise_answer
+from tinygptv.metrics.vqa_text import VIZWIZ_CONTRACTIONS, normalise_answer
 
 REC_THRESHOLD = 0.5
 
@@ -39,7 +39,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 def vizwiz_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """VizWiz accuracy: as ``vqa_accuracy``, but the prediction alone is normalised, and always."""
-    return _leave_one_out(normalise_answer(prediction), list(answers))
+    return _leave_one_out(normalise_answer(prediction, VIZWIZ_CONTRACTIONS), list(answers))
 
 
 def direct_answer_accuracy(prediction: str, answers: Sequence[str]) -> float:

@@ -7,6 +7,7 @@ period rule removes every period that no digit follows, and a few of its contrac
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBER_WORDS = {
@@ -39,6 +40,15 @@ CONTRACTIONS = {word.replace("'", ""): word for word in _PLAIN.split()} | {
     "y'alld've": "y'all'd've", "y'all'dve": "y'all'd've", "youd've": "you'd've", "you'dve": "you'd've",
 }  # fmt: skip
 
+_CURLY = str.maketrans("'", "\u2019")
+_STRAIGHT_KEYS = ("couldn'tve", "hadn'tve")
+_STRAIGHT_WORDS = ("aint", "arent", "cant", "couldve", "couldnt", "weve", "wheres", "whove")
+VIZWIZ_CONTRACTIONS = {
+    key if key in _STRAIGHT_KEYS else key.translate(_CURLY): word if key in _STRAIGHT_WORDS else word.translate(_CURLY)
+    for key, word in CONTRACTIONS.items()
+}
+"""As VizWiz's script has the table, with typographic apostrophes in most places: "dont" is not an annotator's "don't"."""
+
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 _COMMA_IN_NUMBER = re.compile(r"(\d)(,)(\d)")
 
@@ -55,12 +65,13 @@ def remove_punctuation(text: str) -> str:
     return _PERIOD.sub("", out)
 
 
-def normalise_words(text: str) -> str:
+def normalise_words(text: str, contractions: Mapping[str, str] = CONTRACTIONS) -> str:
     """Lower-case; number words to digits; articles away; contractions with their apostrophe."""
     words = [NUMBER_WORDS.get(word, word) for word in text.lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    return " ".join(contractions.get(word, word) for word in words if word not in ARTICLES)
 
 
-def normalise_answer(text: str) -> str:
+def normalise_answer(text: str, contractions: Mapping[str, str] = CONTRACTIONS) -> str:
     """Both steps, on text without newlines and tabs."""
-    return normalise_words(remove_punctuation(text.replace("\n", " ").replace("\t", " ").strip()))
+    plain = text.replace("\n", " ").replace("\t", " ").strip()
+    return normalise_words(remove_punctuation(plain), contractions)

@@ -123,6 +123,15 @@ def test_the_released_vizwiz_reads_the_last_turn_and_no_case():
 def test_vizwiz_normalises_the_prediction_alone_and_always():
     assert vizwiz_accuracy("The Dog.", ["dog"] * 10) == 1.0
     assert vizwiz_accuracy("dog", ["The Dog"] * 10) == 0.0
+    curly = "don\u2019t"  # as the published script writes most of its contractions
+    for prediction, answer, score in (
+        ("dont", "don't", 0.0),
+        ("dont", curly, 1.0),
+        ("don't", "don't", 1.0),
+        ("cant", "can't", 1.0),
+        ("hadn'tve", "hadn\u2019t\u2019ve", 1.0),
+    ):
+        assert vizwiz_accuracy(prediction, [answer] * 10) == score
     assert vizwiz_accuracy("unanswerable", ["unanswerable"] * 3 + ["a"] * 7) == pytest.approx((3 * 2 / 3 + 7) / 10)
 
 
