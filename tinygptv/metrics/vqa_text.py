@@ -42,12 +42,12 @@ CONTRACTIONS = {word.replace("'", ""): word for word in _PLAIN.split()} | {
 
 _CURLY = str.maketrans("'", "\u2019")
 _STRAIGHT_KEYS = ("couldn'tve", "hadn'tve")
-_STRAIGHT_WORDS = ("aint", "arent", "cant", "couldve", "couldnt", "weve", "wheres", "whove")
+_STRAIGHT_WORDS = ("ain't", "aren't", "can't", "could've", "couldn't", "we've", "where's", "who've")
 VIZWIZ_CONTRACTIONS = {
-    key if key in _STRAIGHT_KEYS else key.translate(_CURLY): word if key in _STRAIGHT_WORDS else word.translate(_CURLY)
+    key if key in _STRAIGHT_KEYS else key.translate(_CURLY): word if word in _STRAIGHT_WORDS else word.translate(_CURLY)
     for key, word in CONTRACTIONS.items()
 }
-"""As VizWiz's script has the table, with typographic apostrophes in most places: "dont" is not an annotator's "don't"."""
+"""The table in VizWiz's script: most apostrophes are typographic, so that "dont" is not an annotator's "don't"."""
 
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 _COMMA_IN_NUMBER = re.compile(r"(\d)(,)(\d)")
