@@ -102,7 +102,7 @@ class _Penalties:
         if params.logit_bias:
             ids, values = zip(*params.logit_bias, strict=True)
             device = self.bias.device
-            self.bias[slot].index_add_(0, torch.tensor(ids, device=device), torch.tensor(values, device=device))
+            self.bias[slot].index_add_(0, torch.tensor(ids, device=device), self.bias.new_tensor(values))
 
     def apply(self, logits_TK: Tensor, slots_T: Tensor, options: Tensor) -> Tensor:
         repetition = options[:, REPETITION, None]

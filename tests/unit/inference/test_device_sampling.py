@@ -33,7 +33,7 @@ def test_penalties_are_kept_from_the_first_request_on_that_asks_for_any():
     sampling = DeviceSampling(2, 8, 6, CPU)
     sampling.admit(0, SamplingParams(), np.array([1]), 1)
     assert sampling.state == [] and sampling.penalties is None
-    bias = SamplingParams(logit_bias=((3, 1.5), (3, 0.5), (4, -2.0)))
+    bias = SamplingParams(logit_bias=((3, 3), (3, -1), (4, -2)))
     sampling.admit(1, bias, np.array([1, 5]), 2)
     seen, counts = sampling.state
     assert seen[1].tolist() == [False, True, False, False, False, True] and not seen[[0, 2]].any()
