@@ -124,11 +124,13 @@ def upload(page, width=WIDTH, height=HEIGHT):
     return data
 
 
-def upload_image(page, image, kind):
-    """Choose a PIL image, written in a format."""
+def upload_image(page, image, kind, called=""):
+    """Choose a PIL image, written in a format, perhaps called another one."""
     file = io.BytesIO()
     image.save(file, kind)
-    page.set_input_files("#file", {"name": "dog", "mimeType": f"image/{kind.lower()}", "buffer": file.getvalue()})
+    page.set_input_files(
+        "#file", {"name": "dog", "mimeType": f"image/{(called or kind).lower()}", "buffer": file.getvalue()}
+    )
     page.wait_for_selector("#stage:not([hidden])")
 
 

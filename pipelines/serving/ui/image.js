@@ -3,7 +3,7 @@
 const SVG = "http://www.w3.org/2000/svg";
 const LARGEST_SIDE = 2048; // more than the model can use; larger photographs are shrunk before they are sent
 const LARGEST_BYTES = 6_000_000;
-const SERVER_READS = ["image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", ""]; // browsers know more, such as AVIF
+const SERVER_READS = ["image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", ""]; // browsers know more
 
 export class ImageView {
   /** @param {{frame: HTMLElement, image: HTMLImageElement, overlay: SVGElement, onBox: (box: number[]|null) => void}} parts */
@@ -39,8 +39,9 @@ export class ImageView {
       throw new Error(`${name || "This file"} is not an image that this browser can read (JPEG, PNG, WebP, GIF, BMP).`);
     }
     let { width, height } = bitmap;
+    const isAvifOrHeic = (await file.slice(4, 8).text()) === "ftyp"; // also one that is called photo.jpg
     const [fileWidth, fileHeight] = [width, height];
-    if (Math.max(width, height) > LARGEST_SIDE || file.size > LARGEST_BYTES || !SERVER_READS.includes(file.type)) {
+    if (Math.max(width, height) > LARGEST_SIDE || file.size > LARGEST_BYTES || isAvifOrHeic || !SERVER_READS.includes(file.type)) {
       const scale = Math.min(1, LARGEST_SIDE / Math.max(width, height));
       [width, height] = [width, height].map((side) => Math.max(1, Math.round(side * scale)));
       const canvas = Object.assign(document.createElement("canvas"), { width, height });

@@ -70,12 +70,14 @@ def test_a_connection_that_breaks_is_told_and_can_be_tried_again(page, server):
     assert wait_for_answer(page) == "one two six"
 
 
-@pytest.mark.parametrize(("kind", "side"), [("PNG", 2600), ("PNG", 60), ("AVIF", 60)])
-def test_what_a_browser_shows_is_what_the_model_gets(page, server, kind, side):
+@pytest.mark.parametrize(
+    ("kind", "side", "called"), [("PNG", 2600, ""), ("PNG", 60, ""), ("AVIF", 60, ""), ("AVIF", 60, "jpeg")]
+)
+def test_what_a_browser_shows_is_what_the_model_gets(page, server, kind, side, called):
     """Also a format that the server does not read; and transparency is white, whoever lays it on something."""
     image = Image.new("RGBA", (side, 40), (0, 0, 0, 0))
     image.paste((255, 0, 0, 255), (0, 0, side // 2, 40))
-    upload_image(page, image, kind)
+    upload_image(page, image, kind, called)
     ask(page, "what is it?")
     assert wait_for_answer(page) == "hello"
     pixels = server.model.jobs[0].messages[0].images[0].pixels  # 16 x 16
