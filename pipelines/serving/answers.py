@@ -191,37 +191,20 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
-    def first_chunk(self) -> Chunk:
-        """The event that opens a stream."""
-        return self._chunk({"role": "assistant", "content": ""})
-
-    def text_chunk(self, text: str, logprobs: tuple[TokenProbability, ...]) -> Chunk:
-        """An event with text."""
-        return self._chunk({"content": text}, logprobs=self._logprobs(logprobs) if logprobs else None)
-
-    def last_chunk(self) -> Chunk:
-        """The event that says why the answer ended, with its boxes."""
-        boxes = self.boxes()
-        return self._chunk({"boxes": boxes} if boxes else {}, finish_reason=self.finish_reason)
-
-    def usage_chunk(self) -> Chunk:
-        """The event that ``stream_options.include_usage`` asks for."""
-        chunk = self._event([])
-        chunk["usage"] = self.usage()
-        return chunk
-
     def first_events(self) -> list[str]:
         """What opens a stream, as it is sent."""
-        return [to_event(self.first_chunk())]
+        return [self._event({"role": "assistant", "content": ""})]
 
     def text_event(self, text: str, logprobs: tuple[TokenProbability, ...]) -> str:
         """What adds text to a stream."""
-        return to_event(self.text_chunk(text, logprobs))
+        return self._event({"content": text}, logprobs=self._logprobs(logprobs) if logprobs else None)
 
     def last_events(self, with_usage: bool) -> list[str]:
-        """What ends a stream."""
-        usage = [to_event(self.usage_chunk())] if with_usage else []
-        return [to_event(self.last_chunk()), *usage, "data: [DONE]\n\n"]
+        """What ends a stream: why the answer ended, its boxes, and what ``stream_options.include_usage`` asks for."""
+        boxes = self.boxes()
+        last = self._event({"boxes": boxes} if boxes else {}, finish_reason=self.finish_reason)
+        usage = [to_event({**self._chunk([]), "usage": self.usage()})] if with_usage else []
+        return [last, *usage, "data: [DONE]\n\n"]
 
     def error_events(self, error: ProtocolError) -> list[str]:
         """What ends a stream without the rest of its answer."""
@@ -249,17 +232,13 @@ class Answer:
             "usage": self.usage(),
         }
 
-    def _chunk(
-        self,
-        delta: Delta,
-        *,
-        logprobs: Logprobs | None = None,
-        finish_reason: FinishReason | None = None,
-    ) -> Chunk:
+    def _event(
+        self, delta: Delta, *, logprobs: Logprobs | None = None, finish_reason: FinishReason | None = None
+    ) -> str:
         choice: ChunkChoice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return self._event([choice])
+        return to_event(self._chunk([choice]))
 
-    def _event(self, choices: list[ChunkChoice]) -> Chunk:
+    def _chunk(self, choices: list[ChunkChoice]) -> Chunk:
         return {
             "id": self.id,
             "object": "chat.completion.chunk",

@@ -315,9 +315,8 @@ async def _answer_all(
                     num_failed += row["response"]["status_code"] != 200
                     bar.update(num_done, len(requests), f"{num_failed} failed" if num_failed else "")
 
-            async with asyncio.TaskGroup() as workers:
-                for _ in range(min(2 * settings.max_batch_size, len(requests))):
-                    workers.create_task(work())
+            # The first error is the run's, and ends the others; a group of tasks would wrap it.
+            await asyncio.gather(*(work() for _ in range(min(2 * settings.max_batch_size, len(requests)))))
 
 
 async def _answer(client: httpx.AsyncClient, request: BatchRequest, model: str, files: RequestFiles) -> BatchAnswer:

@@ -56,16 +56,19 @@ def server_failed() -> ProtocolError:
     return ProtocolError(500, "the server failed to answer; its log says why.", kind="server_error")
 
 
+def unavailable(message: str, param: str | None = None) -> ProtocolError:
+    """Nothing is wrong with the request: asked again in seconds, it may have its answer."""
+    return ProtocolError(503, message, kind="server_error", param=param, code="unavailable", retry_after_s=5)
+
+
 def model_unavailable() -> ProtocolError:
     """No replica answers."""
-    return ProtocolError(
-        503, "the model is not available; try again soon.", kind="server_error", code="unavailable", retry_after_s=5
-    )
+    return unavailable("the model is not available; try again soon.")
 
 
 def server_stops() -> ProtocolError:
     """The server answers what it has begun and takes nothing new."""
-    return ProtocolError(503, "the server stops.", kind="server_error", code="unavailable", retry_after_s=5)
+    return unavailable("the server stops.")
 
 
 def too_busy(message: str, retry_after_s: int) -> ProtocolError:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from pipelines.serving.decoder_process import DecodeError, DecodeJob, too_many_bytes
 from pipelines.serving.decoders import DecoderBusy, ImageDecoders
-from pipelines.serving.errors import ProtocolError
+from pipelines.serving.errors import ProtocolError, unavailable
 from pipelines.serving.fetch import FetchError, fetch
 from pipelines.serving.turns import ImageReference
 from pipelines.settings import ServeSettings
@@ -70,14 +70,7 @@ class MediaLoader:
         try:
             result = await self.decoders.decode(job, client=client, wait_s=timeout_s, timeout_s=timeout_s)
         except DecoderBusy:
-            raise ProtocolError(
-                503,
-                "every image decoder is busy; try again soon.",
-                kind="server_error",
-                param=image.param,
-                code="unavailable",
-                retry_after_s=5,
-            ) from None
+            raise unavailable("every image decoder is busy; try again soon.", image.param) from None
         except TimeoutError:
             raise ProtocolError(
                 400,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from pipelines.serving.answers import Answer, find_boxes
@@ -41,20 +43,27 @@ def event(delta, logprobs=None, finish_reason=None):
     return {**HEAD, "choices": [choice]}
 
 
+def sent(text):
+    """The JSON of an event."""
+    return json.loads(text.removeprefix("data: "))
+
+
 def test_each_event_of_a_stream():
     made = answer(with_logprobs=True)
-    assert made.first_chunk() == event({"role": "assistant", "content": ""})
-    assert made.text_chunk("b", ()) == event({"content": "b"})
-    assert made.text_chunk("b", (PROBABLE,)) == event({"content": "b"}, {"content": CONTENT})
-    assert answer().text_chunk("b", (PROBABLE,)) == event({"content": "b"})
-    assert made.last_chunk() == event({"boxes": [BOX]}, finish_reason="length")
-    assert made.usage_chunk() == {**HEAD, "choices": [], "usage": USAGE}
+    assert [sent(each) for each in made.first_events()] == [event({"role": "assistant", "content": ""})]
+    assert sent(made.text_event("b", ())) == event({"content": "b"})
+    assert sent(made.text_event("b", (PROBABLE,))) == event({"content": "b"}, {"content": CONTENT})
+    assert sent(answer().text_event("b", (PROBABLE,))) == event({"content": "b"})
+    *events, done = made.last_events(with_usage=True)
+    last = event({"boxes": [{**BOX, "box": [*BOX["box"]]}]}, finish_reason="length")
+    assert [sent(each) for each in events] == [last, {**HEAD, "choices": [], "usage": USAGE}]
+    assert made.last_events(with_usage=False) == [events[0], done] and done == "data: [DONE]\n\n"
 
 
 def test_the_last_event_of_an_answer_without_boxes_is_empty():
     made = Answer("chatcmpl-1", "name", 7, False, (200, 50), 0)
     made.add(Piece("words", finish_reason="stop"))
-    assert made.last_chunk() == event({}, finish_reason="stop")
+    assert sent(made.last_events(with_usage=False)[0]) == event({}, finish_reason="stop")
     assert made.completion(())["choices"][0]["message"]["boxes"] == []
 
 
