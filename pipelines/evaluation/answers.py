@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NotRequired, Self, TypedDict, cast
+from typing import Any, Literal, NotRequired, Self, TypedDict, cast
 
 from pipelines import storage
 from pipelines.evaluation.benchmarks.base import Question
@@ -78,15 +78,12 @@ class Answers:
     @classmethod
     def from_dict(cls, values: AnswerRecord) -> Self:
         """The inverse of ``to_dict``."""
-        views: dict[View, ViewAnswer] = {}
-        found = (
-            (values.get("answer"), values.get("answer_losses")),
-            (values.get("blind"), values.get("blind_losses")),
-            (values.get("shuffled"), values.get("shuffled_losses")),
-        )
-        for view, (text, losses) in zip(VIEWS, found, strict=True):
-            if text is not None:
-                views[view] = ViewAnswer(text, tuple(_loss(value) for value in losses or ()))
+        found: Any = values
+        views = {
+            view: ViewAnswer(found[view], tuple(_loss(value) for value in found.get(f"{view}_losses") or ()))
+            for view in VIEWS
+            if found.get(view) is not None
+        }
         return cls(values["id"], values["problem"], views)
 
 

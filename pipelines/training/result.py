@@ -97,17 +97,7 @@ class WorkerResult:
 
     def to_stage_result(self, result: str, seconds: float) -> StageResult:
         """Add what the driver knows: the location of ``result.json``, and the time of the command."""
-        return StageResult(
-            checkpoint=self.checkpoint,
-            first_loss=self.first_loss,
-            last_loss=self.last_loss,
-            steps=self.steps,
-            cut={name: asdict(count) for name, count in self.cut.items()},
-            held_out=self.held_out,
-            stopped_early=self.stopped_early,
-            seconds=round(seconds, 1),
-            result=result,
-        )
+        return cast(StageResult, {**asdict(self), "seconds": round(seconds, 1), "result": result})
 
 
 def write_result(output: Path, result: StageResult) -> None:

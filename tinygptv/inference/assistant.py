@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +115,7 @@ class Assistant:
     @property
     def stats(self) -> EngineStats:
         """The engine's counters."""
-        return self.loop.stats
+        return self.engine.stats
 
     @property
     def token_bytes(self) -> TokenBytes:
@@ -151,14 +150,11 @@ class Assistant:
         run = asyncio.get_running_loop().run_in_executor
         ids, images, pending = await run(self._tokenizing, self._encode, messages, salt)
         embeds = await asyncio.gather(*(asyncio.wrap_future(future) for future in pending))
-        continues = messages[-1].role == "assistant"
-        return await run(self._tokenizing, self._build, ids, images, embeds, params, salt, continues)
+        return await run(self._tokenizing, self._build, messages, ids, images, embeds, params, salt)
 
-    async def stream(self, request: Request, interval_s: float = 0.0) -> AsyncGenerator[Delta, None]:
+    def stream(self, request: Request, interval_s: float = 0.0) -> AsyncGenerator[Delta, None]:
         """Answer a prepared request (``EngineLoop.stream``)."""
-        async with aclosing(self.loop.stream(request, interval_s)) as deltas:
-            async for delta in deltas:
-                yield delta
+        return self.loop.stream(request, interval_s)
 
     def iterate(
         self, messages: Sequence[ChatMessage[ChatImage]], params: SamplingParams | None = None
@@ -166,9 +162,7 @@ class Assistant:
         """Answer a conversation, for code without asyncio; raises as ``prepare`` does."""
         ids, images, pending = self._tokenizing.submit(self._encode, messages).result()
         embeds = [future.result() for future in pending]
-        continues = messages[-1].role == "assistant"
-        request = self._build(ids, images, embeds, params or SamplingParams(), continues=continues)
-        return self.loop.iterate(request)
+        return self.loop.iterate(self._build(messages, ids, images, embeds, params or SamplingParams()))
 
     def answer(self, messages: Sequence[ChatMessage[ChatImage]], params: SamplingParams | None = None) -> str:
         """The whole answer to a conversation.
@@ -205,12 +199,12 @@ class Assistant:
     @torch.inference_mode()
     def _build(
         self,
+        messages: Sequence[ChatMessage[ChatImage]],
         ids: np.ndarray,
         images: Sequence[ChatImage],
         embeds: Sequence[Tensor],
         params: SamplingParams,
         salt: int = 0,
-        continues: bool = False,
     ) -> Request:
         device = self.engine.device
         inputs_embeds = self.model.embed(
@@ -219,6 +213,6 @@ class Assistant:
         named = ids.copy()
         is_image = ids == self.processor.image_token_id
         named[is_image] = np.repeat([image.number for image in images], self.processor.num_query_tokens)
-        request = Request(named, inputs_embeds[0], params, salt, continues)
+        request = Request(named, inputs_embeds[0], params, salt, continues=messages[-1].role == "assistant")
         self.engine.check(request)
         return request

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 
 from tinygptv.inference.engine import Engine
-from tinygptv.inference.request import Delta, EngineStats, Request
+from tinygptv.inference.request import Delta, Request
 from tinygptv.inference.watch import WatchedThread
 
 logger = logging.getLogger(__name__)
@@ -61,16 +61,6 @@ class EngineLoop:
         self._closed = False
         self.thread = WatchedThread(self._run, "engine")
         self.thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the engine's thread runs."""
-        return self.thread.is_alive()
-
-    @property
-    def stats(self) -> EngineStats:
-        """The engine's counters."""
-        return self.engine.stats
 
     def close(self) -> None:
         """Stop the thread; what is still being answered ends as cancelled."""

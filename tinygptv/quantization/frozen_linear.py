@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,13 @@ from tinygptv.checkpoint.weight_files import open_weights
 from tinygptv.kernels import lowbit_ops
 from tinygptv.kernels.shapes import PackedWeight
 from tinygptv.model.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv.quantization.artifact import format_class
-from tinygptv.quantization.linear_packed import PackedLinear, from_int8, from_nf4
+from tinygptv.quantization.artifact import PACKED, format_class
+from tinygptv.quantization.linear_packed import PackedLinear
 
 logger = logging.getLogger(__name__)
 
 FrozenFormat = Literal["int8", "nf4"]
 """Formats that frozen matrices may have while adapters train."""
-
-_RESTORE = {"int8": from_int8, "nf4": from_nf4}
 
 _ROUNDING = 0.2
 """Largest difference that rounding makes, relative to a matrix's largest value: half of NF4's widest gap is 0.15."""
@@ -119,7 +117,7 @@ def pack_frozen(model: TinyGPTVForConditionalGeneration, form: FrozenFormat, dev
     found = [(name, module) for name, module in layers.named_modules() if _is_frozen(module, name)]
     for name, linear in found:
         with torch.no_grad():
-            packed = _RESTORE[form](kind.pack(linear, device), device, linear.weight.dtype)
+            packed = cast(PackedLinear, PACKED[form](kind.pack(linear, device), device, linear.weight.dtype))
         layers.set_submodule(name, FrozenLinear(packed.packed, packed.bias, packed.dtype))
     return len(found)
 

@@ -55,13 +55,13 @@ def test_space_before_the_rest_of_an_answer_is_kept(assistant, monkeypatch, said
 
 def test_turns_reuse_image_and_history(assistant):
     image = assistant.open(make_image(5))
-    before = dataclasses.replace(assistant.loop.stats), assistant.images.num_encoded
+    before = dataclasses.replace(assistant.stats), assistant.images.num_encoded
     messages = [ChatMessage("user", "[vqa] what is it?", (image,))]
     answer = assistant.answer(messages, SamplingParams(max_tokens=8))
     messages += [ChatMessage("assistant", answer), ChatMessage("user", "sure?")]
     assistant.answer(messages, SamplingParams(max_tokens=8))
     assert assistant.images.num_encoded - before[1] == 1
-    assert assistant.loop.stats.reused_tokens - before[0].reused_tokens >= 10
+    assert assistant.stats.reused_tokens - before[0].reused_tokens >= 10
 
 
 def test_async_front_gives_the_same(assistant):

@@ -19,6 +19,8 @@ from tinygptv.inference.watch import ThreadFailure, WatchedThread
 
 IMAGE = 99
 
+TURN = [ChatMessage("user", "hi")]
+
 
 class Parts:
     """Engine, images and loop of an assistant in one; notes what they are asked."""
@@ -70,7 +72,9 @@ def test_the_positions_of_an_image_name_it_and_each_image_has_its_own(made):
     assistant, parts = made
     ids, images, pending = assistant._encode([ChatMessage("user", "hi")], 7)
     assert parts.notes == ["layout", ("length", 7), ("encode", -5, 7), ("encode", -8, 7)], "checked, then encoded"
-    request = assistant._build(ids, images, [future.result() for future in pending], SamplingParams(max_tokens=3), 7)
+    request = assistant._build(
+        TURN, ids, images, [future.result() for future in pending], SamplingParams(max_tokens=3), 7
+    )
     assert request.ids.tolist() == [1, -5, -5, 2, -8, -8, 3] and ids.tolist()[1] == IMAGE
     assert (request.params.max_tokens, request.salt, request.inputs_embeds.shape) == (3, 7, (7, 1))
     (_, given, embeds), checked = parts.notes[-2:]
@@ -80,7 +84,7 @@ def test_the_positions_of_an_image_name_it_and_each_image_has_its_own(made):
 
 def test_text_alone_has_no_embeddings_of_images(made):
     assistant, parts = made
-    request = assistant._build(np.array([1, 2]), [], [], SamplingParams())
+    request = assistant._build(TURN, np.array([1, 2]), [], [], SamplingParams())
     assert parts.notes[0][2] is None and request.ids.tolist() == [1, 2] and request.salt == 0
 
 
@@ -143,7 +147,7 @@ def test_what_is_given_reaches_engine_and_encoder(monkeypatch):
     assert (found.images, found.engine, found.loop, found.max_batch_size) == ("images", "engine", "loop of engine", 3)
     assert made["images"] == ("model", 9) and made["engine"] == ("model", "tokenizer")
     assert made["options"] == {**options, "stop": ("###",)} and found._layout == "layout"
-    found.engine, found.loop = SimpleNamespace(context_length=77), SimpleNamespace(stats="counters")
+    found.engine = SimpleNamespace(context_length=77, stats="counters")
     assert (found.context_length, found.stats) == (77, "counters")
 
 

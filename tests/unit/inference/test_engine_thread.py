@@ -80,7 +80,7 @@ def test_closing_wakes_a_thread_that_waits_for_work_and_waits_for_its_end(loop, 
     join, waited = loop.thread.join, []
     monkeypatch.setattr(loop.thread, "join", lambda timeout: waited.append(timeout) or join(min(timeout, 5)))
     loop.close()
-    assert waited == [30] and not loop.is_alive
+    assert waited == [30] and not loop.thread.is_alive()
 
 
 def test_a_thread_without_work_sleeps(loop):
@@ -106,7 +106,7 @@ def test_leaving_a_stream_frees_its_slot(loop, steps):
     asyncio.run(leave())
     steps.release(1000)
     list(loop.iterate(request([3], max_tokens=1)))
-    assert loop.stats.cancelled == 1
+    assert loop.engine.stats.cancelled == 1
     assert loop.engine.prefix_cache.num_free == 4
 
 
@@ -127,7 +127,7 @@ def test_a_cancelled_task_frees_its_slot(loop, steps):
     asyncio.run(cancel())
     steps.release(1000)
     list(loop.iterate(request([3], max_tokens=1)))
-    assert loop.stats.cancelled == 1
+    assert loop.engine.stats.cancelled == 1
 
 
 def test_a_dead_event_loop_does_not_hurt_the_engine(loop, steps):
@@ -141,7 +141,7 @@ def test_a_dead_event_loop_does_not_hurt_the_engine(loop, steps):
     event_loop.close()
     steps.release(1000)
     assert answer(loop, [5, 6], max_tokens=10)[1]
-    assert loop.is_alive and loop.stats.cancelled == 1, "nobody waits for the answer"
+    assert loop.thread.is_alive() and loop.engine.stats.cancelled == 1, "nobody waits for the answer"
 
 
 def test_leaving_an_iterator_frees_its_slot(loop, steps):
@@ -150,7 +150,7 @@ def test_leaving_an_iterator_frees_its_slot(loop, steps):
     deltas.close()
     steps.release(1000)
     list(loop.iterate(request([3], max_tokens=1)))
-    assert loop.stats.cancelled == 1 and loop.engine.prefix_cache.num_free == 4
+    assert loop.engine.stats.cancelled == 1 and loop.engine.prefix_cache.num_free == 4
 
 
 def test_deltas_that_wait_become_one():

@@ -6,7 +6,7 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Literal, NotRequired, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 Kind = Literal["model", "space", "dataset", ""]
 
@@ -129,18 +129,14 @@ def find_parts(name: str) -> tuple[Part, ...]:
 
 def _part(name: str, table: _PartTable) -> Part:
     folder = table.get("folder", "")
+    of_all: Any = {key: value for key, value in table.items() if key in SourceFile.__annotations__}
     entries = tuple(
         SourceFile(
             path=f"{folder}/{file['name']}" if folder else file["name"],
             name=file["name"],
             num_bytes=file["bytes"],
             sha256=file["sha256"],
-            stated_by=table.get("stated_by", ""),
-            base=table.get("base", ""),
-            repo=table.get("repo", ""),
-            kind=table.get("kind", ""),
-            revision=table.get("revision", ""),
-            license=table.get("license", ""),
+            **of_all,
         )
         for file in table["files"]
     )
