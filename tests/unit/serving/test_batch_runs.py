@@ -144,6 +144,16 @@ def test_a_full_disk_is_one_sentence(tmp_path, run):
         run()
 
 
+def test_an_error_of_one_request_at_work_is_shown_as_itself(tmp_path, run, monkeypatch):
+    async def broken(*given):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(batch, "_answer", broken)
+    lines(tmp_path / "r.jsonl", *({"custom_id": name, **BODY} for name in "abc"))
+    with pytest.raises(PermissionError, match="not yours"):
+        run()
+
+
 def test_answers_in_a_bucket_are_brought_continued_and_sent_now_and_then(tmp_path, run, monkeypatch):
     done = []
 
