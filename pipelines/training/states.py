@@ -164,6 +164,13 @@ class StateStore:
         for folder in removed:
             try:
                 storage.remove_folder(folder)
+            except FileNotFoundError:
+                logger.warning(
+                    "%s was removed by another process: is a second run writing into %s? Stop one of the two: what they "
+                    "write may mix.",
+                    folder,
+                    self.location,
+                )
             except OSError as error:  # the next save tries again
                 logger.warning("an older training state cannot be removed: %s", error)
 

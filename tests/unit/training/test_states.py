@@ -42,20 +42,30 @@ def test_the_newest_states_are_kept(tmp_path):
     assert names(tmp_path) == ["step-00000015"]
 
 
-def test_a_state_that_cannot_be_removed_ends_nothing_and_is_tried_again(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.EBUSY, "busy"), "an older training state cannot be removed: [Errno 16] busy"),
+        (
+            FileNotFoundError(errno.ENOENT, "gone"),
+            "step-00000003 was removed by another process: is a second run writing",
+        ),
+    ],
+)
+def test_a_state_that_cannot_be_removed_ends_nothing_and_is_tried_again(tmp_path, monkeypatch, caplog, error, told):
     store, remove, asked = store_in(tmp_path, keep=1), storage.remove_folder, []
 
     def busy(folder):
         asked.append(Path(folder).name)
         if len(asked) == 1:
-            raise OSError(errno.EBUSY, "Device or resource busy", folder)
+            raise error
         remove(folder)
 
     monkeypatch.setattr(storage, "remove_folder", busy)
     save(store, [3, 6])
     assert names(tmp_path) == ["step-00000003", "step-00000006"]
     assert store.whole_step == 6 == store.newest_step()
-    assert "an older training state cannot be removed: [Errno 16] Device or resource busy: " in caplog.text
+    assert told in caplog.text
     save(store, [9])
     assert names(tmp_path) == ["step-00000009"] and sorted(asked[1:]) == ["step-00000003", "step-00000006"]
 
