@@ -221,7 +221,7 @@ def _write(
     from torch import nn
 
     from tinygptv.checkpoint.checkpoint import load_checkpoint
-    from tinygptv.checkpoint.folders import write_folder
+    from tinygptv.checkpoint.folders import remove_leftovers, write_folder
     from tinygptv.checkpoint.stored_weights import take_stored
     from tinygptv.inference.drift import compare
     from tinygptv.quantization.artifact import load_artifact, write_artifact
@@ -251,6 +251,7 @@ def _write(
         write_metadata(staging, metadata)
         write_json(staging / FINGERPRINT_FILE, dict(fingerprint.inputs))
 
+    remove_leftovers(folder)
     with storage.disk_full_as_error(str(folder)):
         write_folder(folder, fill, also_ours=(RESULT_FILE,))
 

@@ -33,7 +33,7 @@ from pipelines.training.run_reports import NoReports, RunReports
 from pipelines.training.stage_model import build_model
 from pipelines.training.states import StateStore, collect_state, restore_parameters, restore_state
 from tinygptv.checkpoint.checkpoint import save_checkpoint
-from tinygptv.checkpoint.folders import MANIFEST
+from tinygptv.checkpoint.folders import MANIFEST, remove_leftovers
 from tinygptv.checkpoint.stage_record import StageRecord
 from tinygptv.checkpoint.stored_weights import unrounded_encoder
 from tinygptv.quantization.frozen_linear import unpack_frozen
@@ -346,6 +346,7 @@ class TrainWorker:
     def _save_checkpoint(self) -> str:
         """Write the whole model; returns its folder or URI."""
         folder = self.work.path / "checkpoint"
+        remove_leftovers(folder)
         with storage.disk_full_as_error(folder):
             start = local_checkpoint(self.job.settings.init_from)
             unpack_frozen(self.model, start)

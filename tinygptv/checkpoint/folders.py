@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -83,6 +84,13 @@ def write_folder(folder: str | Path, fill: Callable[[Path], None], *, also_ours:
         raise
     _move_into_place(staging, folder)
     return given
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what killed writers of a folder left beside it; only where no other process can be writing it."""
+    folder = Path(os.path.realpath(folder))
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _move_into_place(new: Path, folder: Path) -> None:

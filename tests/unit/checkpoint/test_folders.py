@@ -18,6 +18,7 @@ from tinygptv.checkpoint.folders import (
     check_weight_file,
     is_whole,
     read_object,
+    remove_leftovers,
     verify_folder,
     write_folder,
     write_manifest,
@@ -172,6 +173,14 @@ def test_an_interrupt_between_the_renames_restores_the_old_folder(folder, monkey
     with pytest.raises(KeyboardInterrupt):
         write_folder(folder, fill(b"second"))
     assert [path.name for path in folder.parent.iterdir()] == ["ours"] and (folder / "a.bin").read_bytes() == b"first"
+
+
+def test_what_killed_writers_left_of_a_folder_is_removed_and_nothing_else(tmp_path):
+    others = ["run[1]", ".run[1].lock", ".other.12345678.tmp", ".run1.12345678.tmp"]
+    for name in (*others, ".run[1].12345678.tmp", ".run[1].87654321.tmp"):
+        (tmp_path / name / "inside").mkdir(parents=True)
+    remove_leftovers(tmp_path / "run[1]")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
 def failing_for_folders(error, but=None, rename=Path.rename):

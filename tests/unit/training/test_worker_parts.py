@@ -385,7 +385,10 @@ def test_the_checkpoint_lies_in_the_folder_or_in_the_bucket_alone(tmp_path, monk
     worker.model, worker.processor = "model", "processor"
     if remote:
         worker.work = storage.WorkFolder(f"memory://bucket/{tmp_path.name}")
+    leftover = worker.work.path / ".checkpoint.12345678.tmp"
+    leftover.mkdir()
     found = worker._save_checkpoint()
+    assert not leftover.exists(), "of a run that was killed: as large as the model"
     encoder = f"encoder of model from local {worker.job.settings.init_from}"
     assert unpacked == [("model", f"local {worker.job.settings.init_from}")]
     assert saved == [("model", "processor", worker._stage_record(), encoder)]
