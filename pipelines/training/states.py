@@ -166,8 +166,8 @@ class StateStore:
                 storage.remove_folder(folder)
             except FileNotFoundError:
                 logger.warning(
-                    "%s was removed by another process: is a second run writing into %s? Stop one of the two: what they "
-                    "write may mix.",
+                    "%s was removed by another process: is a second run writing into %s? Stop one of the two: what "
+                    "they write may mix.",
                     folder,
                     self.location,
                 )
