@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 _WILDCARD = re.compile(r"[*?\[]")
 _SPECIAL = re.compile(r"[*?\[{]")
+
+_MOST_ASKED = 100
+"""Names in one folder that are asked for one by one; where there are more, the folder is listed."""
 
 _Listed = Callable[[str], list[pafs.FileInfo]]
 """What a folder holds."""
@@ -136,14 +140,22 @@ def _split_existing(filesystem: pafs.FileSystem, path: str) -> tuple[str, str]:
 
 
 def _matching(filesystem: pafs.FileSystem, base: str, names: list[str]) -> Iterator[list[pafs.FileInfo]]:
-    """Files below ``base`` that each name matches. Asks once for all names without wildcards."""
-    plain = [name for name in names if not _WILDCARD.search(name)]
-    infos = dict(zip(plain, filesystem.get_file_info([f"{base}/{name}" for name in plain]), strict=True))
+    """Files below ``base`` that each name matches."""
     # Once for all names: a folder of a hundred thousand objects is a hundred requests.
     listed = cache(lambda folder: filesystem.get_file_info(pafs.FileSelector(folder or "/", allow_not_found=True)))
+    plain = [name for name in names if not _WILDCARD.search(name)]
+    per_folder = Counter(name.rpartition("/")[0] for name in plain)
+    # In a bucket, each name that is asked for is a request of its own, and a listing has a thousand.
+    asked = [name for name in plain if per_folder[name.rpartition("/")[0]] <= _MOST_ASKED]
+    infos = dict(zip(asked, filesystem.get_file_info([f"{base}/{name}" for name in asked]), strict=True))
+    for folder in per_folder if len(asked) < len(plain) else ():
+        if per_folder[folder] > _MOST_ASKED:
+            found = listed(f"{base}/{folder}".rstrip("/"))
+            infos |= {f"{folder}/{info.base_name}".lstrip("/"): info for info in found}
+    known = set(plain)
     for name in names:
-        if name in infos:
-            yield [infos[name]] if infos[name].type == pafs.FileType.File else []
+        if name in known:
+            yield [infos[name]] if name in infos and infos[name].type == pafs.FileType.File else []
         else:
             yield list(_walk(listed, base, name.split("/")))
 

@@ -101,6 +101,26 @@ def test_a_folder_is_listed_once_for_all_alternatives(tree, monkeypatch):
     assert sorted(listed) == [f"{tree}{folder}" for folder in ("", "/a1", "/a2", "/b", "/c.tar")]
 
 
+@pytest.mark.parametrize(("pattern", "num_names"), [("b/{x.tar,y.txt,deep,z}", 4), ("{c.tar,d.tar,e.tar,f.tar}", 4)])
+def test_many_names_in_a_folder_are_looked_up_in_its_listing(tree, monkeypatch, caplog, pattern, num_names):
+    """In a bucket, ten thousand names of tars were ten thousand requests, one after the other."""
+    asked = []
+
+    def get_file_info(look):
+        asked.extend(look if isinstance(look, list) else [])
+        return LocalFileSystem().get_file_info(look)
+
+    monkeypatch.setattr(
+        find, "resolve", lambda loc: (SimpleNamespace(get_file_info=get_file_info), f"{tree}/{loc.path}")
+    )
+    both = []
+    for bound in (num_names, num_names - 1):
+        monkeypatch.setattr(find, "_MOST_ASKED", bound)
+        both.append((find_files(Location("s3://bucket", pattern)), caplog.messages))
+        caplog.clear()
+    assert both[0] == both[1] and both[0][0] and len(asked) == num_names
+
+
 def test_a_name_that_is_there_is_no_pattern_in_its_folder(tmp_path):
     for name in ("b/x[1].tar", "b/x1.tar", "e/x1.tar", "e/x2.tar", "f/[y]/1", "f/y/1"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
