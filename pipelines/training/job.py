@@ -46,6 +46,7 @@ class TrainJob:
         num_steps: optimizer steps to reach.
         output: output folder, absolute, or its URI.
         run: the tracker's run to log into; None for none.
+        start: digest of the start's files; a start that has another was replaced.
     """
 
     settings: TrainSettings
@@ -54,6 +55,7 @@ class TrainJob:
     num_steps: int
     output: str
     run: RunIdentity | None = None
+    start: str = ""
 
     @property
     def storage(self) -> str:
@@ -142,7 +144,7 @@ def resolve_job(
         for shard_set in shards.values():
             FeatureSet.open(shard_set.uri, plan.feature_key)
     num_steps = min(settings.max_steps or stage.schedule.num_steps, stage.schedule.num_steps)
-    job = TrainJob(settings, stage, plan, num_steps, output)
+    job = TrainJob(settings, stage, plan, num_steps, output, start=checkpoint_digest(start))
     fingerprint = training_fingerprint(settings, stage, start, digests)
     for folder in dict.fromkeys((job.storage, job.output)):
         if locks is not None:

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from pipelines.fingerprint import checkpoint_digest
 from pipelines.node_cache import local_checkpoint
+from pipelines.redact import redact
 from pipelines.training.guard import TrainingStopped
 from pipelines.training.job import TrainJob
 from tinygptv.checkpoint.checkpoint import load_checkpoint
@@ -21,11 +23,16 @@ def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
     """Load the start checkpoint, set the stage's image size, add LoRA where the stage has it, freeze the rest.
 
     Raises:
-        TrainingStopped: ``frozen_weights`` cannot be had.
+        TrainingStopped: the start was replaced since training began, or ``frozen_weights`` cannot be had.
     """
     settings, stage = job.settings, job.stage
     device = torch.device("cuda", torch.cuda.current_device()) if settings.use_gpu else torch.device("cpu")
     start = local_checkpoint(settings.init_from)
+    if job.start and checkpoint_digest(start) != job.start:
+        raise TrainingStopped(
+            f"init_from={redact(settings.init_from)} was replaced since training began: put back what it was, or begin "
+            "again with overwrite=true."
+        )
     dtype = PRECISIONS[settings.precision]
     model, processor, _ = load_checkpoint(start, dtype=dtype, attn_implementation=settings.attention)
     model.set_image_size(stage.image_size)

@@ -369,6 +369,7 @@ def resolved(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "_load_plan", note("plan", plan))
         monkeypatch.setattr(module.FeatureSet, "open", note("features"))
         monkeypatch.setattr(module, "training_fingerprint", note("fingerprint", "print"))
+        monkeypatch.setattr(module, "checkpoint_digest", lambda start: f"{start} digest")
         monkeypatch.setattr(module, "claim", note("claim"))
         fields = {"output": str(tmp_path), "init_from": "/start", "data": "/data", "recipe": "mini", "max_steps": 5}
         job, work = module.resolve_job(TrainSettings(**{**fields, **changes}), 4)
@@ -401,7 +402,7 @@ def test_everything_is_checked_before_the_folder_is_claimed(resolved, tmp_path):
     assert found.asked["claim"] == (str(tmp_path), "print", RESULTS, claimed)
     job = found.job
     assert (job.num_steps, job.output, job.plan.held_out["a"].tolist(), job.run) == (5, str(tmp_path), [1], None)
-    assert found.work.path == tmp_path
+    assert found.work.path == tmp_path and job.start == "local digest"
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert (written["seed"], written["stage"]["number"], next(iter(written))) == (
         3,

@@ -38,7 +38,7 @@ class Model(torch.nn.Module):
 
 @pytest.fixture
 def built(monkeypatch):
-    def build(start_rank, stage_rank, **changes):
+    def build(start_rank, stage_rank, start="", **changes):
         notes = []
         model = Model(start_rank, notes)
         processor = SimpleNamespace(tokenizer="tokenizer")
@@ -66,7 +66,7 @@ def built(monkeypatch):
         monkeypatch.setattr(module, "TinyGPTVProcessor", lambda *a, **k: (*a, k))
         stage = replace(get_stage("mini", 4), lora_rank=stage_rank, lora_alpha=7, lora_dropout=0.25)
         settings = TrainSettings(**{"init_from": "start", "attention": "eager", **changes})
-        found, processor = module.build_model(TrainJob(settings, stage, None, 12, "out"))
+        found, processor = module.build_model(TrainJob(settings, stage, None, 12, "out", start=start))
         assert found is model
         return notes, processor, stage
 
@@ -111,6 +111,13 @@ def test_frozen_matrices_are_packed_last_and_where_they_will_be(built, monkeypat
     monkeypatch.setattr(module, "pack_frozen", fail)
     with pytest.raises(TrainingStopped, match=r"^frozen_weights=nf4: weights of format nf4 need bits"):
         built(0, 4, frozen_weights="nf4")
+
+
+def test_a_start_that_was_replaced_is_told_before_it_is_loaded(built, monkeypatch):
+    monkeypatch.setattr(module, "checkpoint_digest", {"local start": "as now"}.get)
+    assert built(0, 4, start="as now")
+    with pytest.raises(TrainingStopped, match=r"^init_from=start was replaced since training began"):
+        built(0, 4, start="as before")
 
 
 def test_the_encoder_has_a_precision_of_its_own_and_layers_are_computed_again_where_asked(built):
