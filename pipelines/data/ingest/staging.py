@@ -158,7 +158,7 @@ def stage_unit(unit: SourceUnit, number: int, settings: PrepareDataSettings, sta
     cv2.setNumThreads(1)  # a task owns one CPU
     record = UnitRecord(mark, unit.shard, unit.row_id(""))
     changes: Changes = Changes()
-    output = _StagedFiles(storage.join(staging, unit_name(number)), settings)
+    output = _StagedFiles(staging, unit_name(number), settings)
     try:
         for found in checked_rows(unit, settings, changes):
             record.rows_in += 1
@@ -209,8 +209,8 @@ def any_exists(locations: Iterable[tuple[str, str]]) -> bool:
 class _StagedFiles:
     """Shard files of one unit, each within the bounds, and the index of their rows."""
 
-    def __init__(self, stem: str, settings: PrepareDataSettings) -> None:
-        self.stem = stem
+    def __init__(self, folder: str, name: str, settings: PrepareDataSettings) -> None:
+        self.folder, self.name = folder, name
         self.max_rows = settings.shard_rows
         self.max_bytes = settings.shard_mb << 20
         self.index: list[IndexEntry] = []
@@ -242,7 +242,8 @@ class _StagedFiles:
     def _flush(self) -> None:
         if self._rows:
             if self._writer is None:
-                self._writer = ShardWriter(f"{self.stem}-{len(self._done):03d}.arrow")
+                file = f"{self.name}-{len(self._done):03d}.arrow"
+                self._writer = ShardWriter(storage.join(self.folder, file))
             self._writer.write(record_batch(self._rows))
             self._rows = []
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, replace
+from unittest.mock import MagicMock
 
 import pyarrow as pa
 import pytest
@@ -165,13 +166,23 @@ def text_row(number, image=None):
     ],
 )
 def test_a_units_files_are_filled_up_to_their_bounds(tmp_path, count, num_bytes, settings, files):
-    staged = staging._StagedFiles(str(tmp_path / "unit"), PrepareDataSettings(**settings))
+    staged = staging._StagedFiles(str(tmp_path), "unit", PrepareDataSettings(**settings))
     for number in range(count):
         staged.add(text_row(number, bytes(num_bytes) or None), staging.IndexEntry(str(number), bytes(16)))
         assert len(staged._rows) < BATCH_ROWS, "no more than a record batch waits in memory"
     found = staged.close()
     assert [(info.file, info.rows) for info in found] == [(f"unit-{n:03d}.arrow", rows) for n, rows in enumerate(files)]
     assert [entry.id for entry in staged.index] == [str(number) for number in range(count)]
+
+
+def test_a_units_files_lie_below_a_uri_with_options(monkeypatch):
+    """As of a storage of one's own: ``s3://bucket/data?endpoint_override=minio:9000``."""
+    places = []
+    monkeypatch.setattr(staging, "ShardWriter", lambda place: places.append(place) or MagicMock(rows=0))
+    staged = staging._StagedFiles("s3://bucket/set?endpoint_override=h:9000", "unit", PrepareDataSettings())
+    staged.add(text_row(0), staging.IndexEntry("0", bytes(16)))
+    staged.close()
+    assert places == ["s3://bucket/set/unit-000.arrow?endpoint_override=h:9000"]
 
 
 @pytest.mark.parametrize("count", [0, 100])
