@@ -63,11 +63,15 @@ _INFERENCE: dict[str, Piece] = {
 }
 
 _QUANTIZATION: dict[str, Piece] = {
+    "frozen_linear": Piece(
+        "tinygptv/quantization/frozen_linear.py", ("quantization/test_frozen_linear.py",), "not compiled_layer"
+    ),
     "quantization_metadata": Piece("tinygptv/quantization/metadata.py", ("quantization/test_metadata.py",)),
 }
 
 _LIBRARY_TRAINING: dict[str, Piece] = {
     "schedule": Piece("tinygptv/training/schedule.py", ("training/test_schedule.py", "training/test_bounds.py")),
+    "step_memory": Piece("tinygptv/training/step_memory.py", ("training/test_memory_plan_values.py",)),
     "train_step": Piece(
         "tinygptv/training/train_step.py", ("training/test_train_step_calls.py", "training/test_update_calls.py")
     ),

@@ -23,7 +23,6 @@ from tinygptv.training.step_memory import (
     BatchSize,
     Computation,
     attention_workspace_bytes,
-    encoder_workspace_bytes,
     layer_activation_bytes,
     layer_workspace_bytes,
 )
@@ -125,15 +124,6 @@ def test_eight_gib_are_enough_for_frozen_matrices_of_4_bits():
         way = {"features": "cached", "fused": True, "gradient_checkpointing": number == 4}
         assert not paper(number, **way).largest_micro_batch(8 * GIB)
         assert paper(number, **way, frozen_weights="nf4").largest_micro_batch(8 * GIB)
-
-
-def test_what_encoding_an_image_holds():
-    """224 px: 257 tokens of 1408 and 6144 numbers, and the image twice in float32."""
-    config = TinyGPTVConfig.phi2(image_size=224)
-    assert encoder_workspace_bytes(config, 2) == 257 * (2 * (2 * 1408 + 2 * 6144) + 4 * 1408) + 2 * 4 * 3 * 224**2
-    assert encoder_workspace_bytes(config, 4) == 257 * (4 * (2 * 1408 + 2 * 6144) + 4 * 1408) + 2 * 4 * 3 * 224**2
-    larger = TinyGPTVConfig.phi2(image_size=448)
-    assert encoder_workspace_bytes(larger, 2) == 1025 * (2 * (2 * 1408 + 2 * 6144) + 4 * 1408) + 2 * 4 * 3 * 448**2
 
 
 def test_checkpointing_keeps_a_residual_per_layer_and_holds_one_layer_for_a_moment():

@@ -29,6 +29,7 @@ from tinygptv.training.step_memory import (
     BatchSize,
     Computation,
     attention_workspace_bytes,
+    encoder_workspace_bytes,
     head_workspace_bytes,
     layer_activation_bytes,
     layer_workspace_bytes,
@@ -66,6 +67,8 @@ def test_a_computation_in_words(precision, half):
     assert how.half is half
     words = "layers compiled, with" if half else "layers not compiled, without"
     assert str(how) == f"{precision}, features cached, {words} gradient checkpointing"
+    frozen = replace(how, frozen_weights="nf4")
+    assert str(frozen) == f"{precision}, frozen weights nf4, features cached, {words} gradient checkpointing"
 
 
 def test_attention_holds_128_rows_more_per_sequence_and_heads_of_whole_32s(monkeypatch):
@@ -137,6 +140,19 @@ PLAIN = 40 + 80 + 8 + 60 + 40
 def test_what_a_layer_keeps_of_a_token(changes, rank, dropout, how, total):
     options = {"half": True, "compiled": True, **how}
     assert layer_activation_bytes(text_of(**changes), rank, dropout, **options) == total
+
+
+def test_a_layers_backward_pass_holds_two_gradients_of_the_residual_and_two_of_the_mlp():
+    assert layer_workspace_bytes(PHI) == 2 * 4 * 2560 + 2 * 2 * 10240
+
+
+def test_what_encoding_an_image_holds():
+    """224 px: 257 tokens of 1408 and 6144 numbers, and the image twice in float32."""
+    config = TinyGPTVConfig.phi2(image_size=224)
+    assert encoder_workspace_bytes(config, 2) == 257 * (2 * (2 * 1408 + 2 * 6144) + 4 * 1408) + 2 * 4 * 3 * 224**2
+    assert encoder_workspace_bytes(config, 4) == 257 * (4 * (2 * 1408 + 2 * 6144) + 4 * 1408) + 2 * 4 * 3 * 224**2
+    larger = TinyGPTVConfig.phi2(image_size=448)
+    assert encoder_workspace_bytes(larger, 2) == 1025 * (2 * (2 * 1408 + 2 * 6144) + 4 * 1408) + 2 * 4 * 3 * 448**2
 
 
 # ---------------------------------------------------------------------- a whole step
