@@ -43,8 +43,21 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_config(**overrides) -> TinyGPTVConfig:
     return TinyGPTVConfig.mini(
-        image_size=IMAGE_SIZE,
-        vocab_size=VOCAB_SIZE,
+        vision_config={
+            "image_size": IMAGE_SIZE,
+            "patch_size": 8,
+            "hidden_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 192,
+        },
+        qformer_config={
+            "hidden_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+            "encoder_hidden_size": 128,
+        },
         text_config={
             "vocab_size": VOCAB_SIZE,
             "hidden_size": 64,
@@ -64,7 +77,7 @@ def make_config(**overrides) -> TinyGPTVConfig:
 
 
 def make_model(seed: int = 0, lora: bool = False) -> TinyGPTVForConditionalGeneration:
-    """A copy of the model with random weights, large enough that the next token depends on the whole prompt."""
+    """A copy of the model with random weights, large enough that the next token depends on all of the prompt."""
     return copy.deepcopy(_model(seed, lora))
 
 
@@ -80,6 +93,10 @@ def _model(seed: int, lora: bool) -> TinyGPTVForConditionalGeneration:
                 parameter.normal_(0, 0.1)
         model.lm_head.weight.normal_(0, 0.5)
         model.projector.linear_2.weight.normal_(0, 0.3)
+        torch.manual_seed(seed + 3)  # with which answers of a few tokens tell images and prompts apart
+        for parameter in model.qformer.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.1)
     return model.requires_grad_(False)
 
 
