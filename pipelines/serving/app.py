@@ -44,6 +44,10 @@ REPLICA_DIED = (RayActorError, WorkerCrashedError, ReplicaUnavailableError)
 WAIT_POLICY = "OMP_WAIT_POLICY"
 """OpenMP's variable: whether threads that wait spin (``ACTIVE``) or sleep (``PASSIVE``)."""
 
+MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
+"""glibc's variable: larger blocks go back to the system when they are freed. It raises its own 128 kB as blocks are
+freed, and keeps those of request bodies: after 360 bodies of 13 MB an ingress held 1.2 GB, and 0.5 with it fixed."""
+
 AFFINITY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 """Sends the turns of a conversation to the replica that has its image and history; the next if that is full."""
 
@@ -269,7 +273,7 @@ def build_app(settings: ServeSettings | dict[str, Any]) -> serve.Application:
         name="ingress",
         num_replicas=settings.num_ingresses,
         max_ongoing_requests=100_000,  # its own gate refuses, in OpenAI's shape
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": {MMAP_THRESHOLD: str(2**17)}}},
         max_surge_percent=100,
         graceful_shutdown_timeout_s=settings.request_timeout_s,
         logging_config=quiet,

@@ -178,6 +178,7 @@ def test_replicas_get_what_the_settings_say():
     assert (ingress.num_replicas, model.num_replicas) == (2, 1)
     assert (model.max_ongoing_requests, model.max_queued_requests) == (8, 28)
     assert model.ray_actor_options["num_cpus"] == 3 and ingress.ray_actor_options["num_cpus"] == 0
+    assert ingress.ray_actor_options["runtime_env"] == {"env_vars": {"MALLOC_MMAP_THRESHOLD_": "131072"}}
     config = model._deployment_config
     assert config.graceful_shutdown_timeout_s == 30 and config.autoscaling_config is None
     assert config.max_surge_percent == ingress._deployment_config.max_surge_percent == 100
