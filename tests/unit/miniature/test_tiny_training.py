@@ -65,7 +65,6 @@ def test_a_training_of_seconds_has_two_short_epochs_and_saves_within_them(tmp_pa
 def test_a_world_is_two_shard_sets_and_a_start(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(tiny_training, "save_checkpoint", lambda *given: saved.append(given))
-    monkeypatch.setattr(tiny_training, "encode_jpeg", lambda scene: b"jpeg")
     world = make_world(tmp_path, rows=9)
     assert world == {"data": f"{tmp_path}/shards", "init_from": f"{tmp_path}/start"}
     for source, rows in (("pairs", [8, 1]), ("questions", [8, 8, 6])):
