@@ -167,18 +167,22 @@ def _is_within(path: str, folder: str) -> bool:
 
 
 def checkpoint_digest(folder: str | Path) -> str:
-    """Content of a checkpoint or artifact: from the hashes in its manifest, without those of its notes.
+    """Content of a checkpoint or artifact (``manifest_digest``).
 
-    A folder without a manifest is known by the names, sizes and times of its files.
+    A folder without a manifest is known by the names, sizes and times of its files, which are this machine's.
     """
-    path = Path(folder)
-    manifest = read_json_object(path / "manifest.json") or {}
-    if "files" in manifest:
-        files = [(n, f["sha256"]) for n, f in sorted(manifest["files"].items()) if n not in _CHECKPOINT_NOTES]
-    else:
-        stats = [(p.name, p.stat()) for p in sorted(path.iterdir()) if p.is_file()]
-        files = [(name, f"{stat.st_size} {stat.st_mtime_ns}") for name, stat in stats]
-    return digest_of(files)
+    if by_manifest := manifest_digest(folder):
+        return by_manifest
+    stats = [(p.name, p.stat()) for p in sorted(Path(folder).iterdir()) if p.is_file()]
+    return digest_of([(name, f"{stat.st_size} {stat.st_mtime_ns}") for name, stat in stats])
+
+
+def manifest_digest(folder: str | Path) -> str:
+    """Content by the hashes in the manifest, notes left out: alike on all machines; empty without a manifest."""
+    manifest = read_json_object(Path(folder) / "manifest.json") or {}
+    if "files" not in manifest:
+        return ""
+    return digest_of([(n, f["sha256"]) for n, f in sorted(manifest["files"].items()) if n not in _CHECKPOINT_NOTES])
 
 
 def digest_of(value: Any) -> str:

@@ -315,7 +315,7 @@ async def _answer_all(
                     num_failed += row["response"]["status_code"] != 200
                     bar.update(num_done, len(requests), f"{num_failed} failed" if num_failed else "")
 
-            # The first error is the run's, and ends the others; a group of tasks would wrap it.
+            # The first error is the run's, whose end cancels the others; a group of tasks would wrap it.
             await asyncio.gather(*(work() for _ in range(min(2 * settings.max_batch_size, len(requests)))))
 
 

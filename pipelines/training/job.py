@@ -18,7 +18,7 @@ from pipelines.data.feature_set import FeatureSet, feature_key
 from pipelines.data.held_out import hold_out
 from pipelines.data.loader import LoadPlan, build_mixture, open_shards
 from pipelines.data.shards import ShardSet, find_shard_sets
-from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim, digest_of
+from pipelines.fingerprint import Fingerprint, checkpoint_digest, claim, digest_of, manifest_digest
 from pipelines.node_cache import checked_checkpoint
 from pipelines.redact import redact
 from pipelines.settings import AblateSettings, SettingsError, TrainSettings
@@ -46,7 +46,7 @@ class TrainJob:
         num_steps: optimizer steps to reach.
         output: output folder, absolute, or its URI.
         run: the tracker's run to log into; None for none.
-        start: digest of the start's files; a start that has another was replaced.
+        start: digest of the start's manifest, empty without one; a start that has another was replaced.
     """
 
     settings: TrainSettings
@@ -144,7 +144,7 @@ def resolve_job(
         for shard_set in shards.values():
             FeatureSet.open(shard_set.uri, plan.feature_key)
     num_steps = min(settings.max_steps or stage.schedule.num_steps, stage.schedule.num_steps)
-    job = TrainJob(settings, stage, plan, num_steps, output, start=checkpoint_digest(start))
+    job = TrainJob(settings, stage, plan, num_steps, output, start=manifest_digest(start))
     fingerprint = training_fingerprint(settings, stage, start, digests)
     for folder in dict.fromkeys((job.storage, job.output)):
         if locks is not None:

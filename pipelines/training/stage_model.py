@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipelines.fingerprint import checkpoint_digest
+from pipelines.fingerprint import manifest_digest
 from pipelines.node_cache import local_checkpoint
 from pipelines.redact import redact
 from pipelines.training.guard import TrainingStopped
@@ -28,7 +28,7 @@ def build_model(job: TrainJob) -> tuple[Any, TinyGPTVProcessor]:
     settings, stage = job.settings, job.stage
     device = torch.device("cuda", torch.cuda.current_device()) if settings.use_gpu else torch.device("cpu")
     start = local_checkpoint(settings.init_from)
-    if job.start and checkpoint_digest(start) != job.start:
+    if job.start and manifest_digest(start) != job.start:
         raise TrainingStopped(
             f"init_from={redact(settings.init_from)} was replaced since training began: put back what it was, or begin "
             "again with overwrite=true."

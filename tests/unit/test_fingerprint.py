@@ -17,6 +17,7 @@ from pipelines.fingerprint import (
     checkpoint_digest,
     claim,
     digest_of,
+    manifest_digest,
     refuse_inputs,
 )
 from pipelines.settings import SettingsError
@@ -214,7 +215,7 @@ def test_links_do_not_hide_an_input(tmp_path):
 def test_files_of_a_checkpoint_count_in_order_of_their_names(tmp_path, monkeypatch):
     files = {"b": {"sha256": "2"}, "a": {"sha256": "1"}, "README.md": {"sha256": "3"}}
     (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
-    assert checkpoint_digest(tmp_path) == digest_of([["a", "1"], ["b", "2"]])
+    assert checkpoint_digest(tmp_path) == manifest_digest(tmp_path) == digest_of([["a", "1"], ["b", "2"]])
     (tmp_path / "manifest.json").unlink()
     for name in ("b", "a"):
         (tmp_path / name).write_text(name)
@@ -222,6 +223,7 @@ def test_files_of_a_checkpoint_count_in_order_of_their_names(tmp_path, monkeypat
     paths = sorted(tmp_path.iterdir(), reverse=True)
     monkeypatch.setattr(type(tmp_path), "iterdir", lambda folder: iter(paths))
     assert checkpoint_digest(tmp_path) == digest_of([["a", "1 5"], ["b", "1 5"]])
+    assert not manifest_digest(tmp_path), "the times of files are another machine's others"
 
 
 def test_digests_differ_with_any_value():

@@ -369,7 +369,7 @@ def resolved(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "_load_plan", note("plan", plan))
         monkeypatch.setattr(module.FeatureSet, "open", note("features"))
         monkeypatch.setattr(module, "training_fingerprint", note("fingerprint", "print"))
-        monkeypatch.setattr(module, "checkpoint_digest", lambda start: f"{start} digest")
+        monkeypatch.setattr(module, "manifest_digest", lambda start: f"{start} digest")
         monkeypatch.setattr(module, "claim", note("claim"))
         fields = {"output": str(tmp_path), "init_from": "/start", "data": "/data", "recipe": "mini", "max_steps": 5}
         job, work = module.resolve_job(TrainSettings(**{**fields, **changes}), 4)

@@ -114,7 +114,7 @@ def test_frozen_matrices_are_packed_last_and_where_they_will_be(built, monkeypat
 
 
 def test_a_start_that_was_replaced_is_told_before_it_is_loaded(built, monkeypatch):
-    monkeypatch.setattr(module, "checkpoint_digest", {"local start": "as now"}.get)
+    monkeypatch.setattr(module, "manifest_digest", {"local start": "as now"}.get)
     assert built(0, 4, start="as now")
     with pytest.raises(TrainingStopped, match=r"^init_from=start was replaced since training began"):
         built(0, 4, start="as before")
