@@ -100,6 +100,7 @@ class ChatService:
             with ExitStack() as slot:
                 slot.enter_context(self.gate.admit(client.name))
                 parsed = await self.bodies.parse(body, kind)
+                del body  # as large as its images, which wait for their answer in the request already
                 asked, request = (None, parsed) if isinstance(parsed, ChatRequest) else (parsed, parsed.chat)
                 self._check_model(request)
                 call = _Call(client, request, asked, started, clock() + self.settings.request_timeout_s)
