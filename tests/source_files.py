@@ -1,4 +1,4 @@
-"""Small source files for tests: images, and tars made member by member."""
+"""Small source files for tests: images, and tars made member by member; units, and what refusals say."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import json
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from pipelines.data.sources.base import SourceInput, SourceUnit
+from pipelines.storage import Location
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 32)) -> Image.Image:
@@ -55,3 +59,16 @@ def write_web_tar(path: Path, first: int, count: int, size: tuple[int, int] = (4
     """``count`` sound samples with keys and captions that name their number."""
     samples = (sample(f"{n:06d}", jpeg(n, size), f"picture number {n}") for n in range(first, first + count))
     return write_tar(path, (member for members in samples for member in members))
+
+
+def own_unit(path: Path, **fields) -> SourceUnit:
+    """A unit of one's own data that is a whole file."""
+    source = SourceInput("parquet", str(path), fields.pop("images", ""), "own", "")
+    return SourceUnit(source, Location.parse(str(path)), path.name, **fields)
+
+
+def refused(kind: type[Exception], call: Callable[..., object], *arguments, **more) -> str:
+    """What a call that is refused with an error says."""
+    with pytest.raises(kind) as caught:
+        call(*arguments, **more)
+    return str(caught.value)

@@ -17,14 +17,7 @@ from pipelines.data.sources.images import ImageFolder, ImageLayout, check_image_
 from pipelines.data.sources.json_entries import detect_form, plan_entries
 from pipelines.settings import PrepareDataSettings, SettingsError
 from pipelines.storage import Location
-from tests.source_files import encode, jpeg, picture
-
-
-def refused(kind, call, *arguments, **more):
-    with pytest.raises(kind) as caught:
-        call(*arguments, **more)
-    return str(caught.value)
-
+from tests.source_files import encode, jpeg, picture, refused
 
 # ---------------------------------------------------------------- the input
 

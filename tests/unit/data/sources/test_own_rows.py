@@ -1,36 +1,17 @@
-"""A row of one's own data, field by field; tables of rows, unit by unit."""
+"""A row of one's own data, field by field."""
 
 from __future__ import annotations
 
-import errno
-import io
-import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from pipelines import storage
-from pipelines.data.sources import SOURCES, own, questions, referring, table_files
-from pipelines.data.sources.base import Filtered, Malformed, Rejected, SourceInput, SourceUnit
-from pipelines.data.sources.json_entries import JsonForm
-from pipelines.data.sources.json_rows import id_of
+from pipelines.data.sources.base import Filtered, Malformed
 from pipelines.data.sources.own_rows import own_draft, read_own_row
-from pipelines.settings import SettingsError
-from pipelines.storage import Location
-from tests.source_files import encode, jpeg, picture
+from tests.source_files import encode, jpeg, own_unit, picture, refused
 from tinygptv.data.sample import Turn
-
-
-def refused(kind, call, *arguments, **more):
-    with pytest.raises(kind) as caught:
-        call(*arguments, **more)
-    return str(caught.value)
-
 
 NO_FIELDS = (
     "no turns, conversations, messages, conversation, texts, question, query, instruction, caption, text or description"
@@ -295,56 +276,28 @@ def test_answers_may_be_as_the_hub_has_vqav2():
     assert own_draft({"question": "q", "answers": [3, {"answer": 4}]}, "").turns == (Turn("q", ("3", "4")),)
 
 
+SPLITS = ("train", "restval", "trainval", "val", "test", "TEST ", "testA", "dev", "minival", "held-out", 1, None, "")
+
+
 @pytest.mark.parametrize(
     ("wanted", "taken"),
     [
         ("train", ["train", "restval", "trainval", 1, None, ""]),
         ("test", ["test", "TEST ", 1, None, ""]),
-        (
-            "",
-            [
-                "train",
-                "restval",
-                "trainval",
-                "val",
-                "test",
-                "TEST ",
-                "testA",
-                "dev",
-                "minival",
-                "held-out",
-                1,
-                None,
-                "",
-            ],
-        ),
+        ("", [*SPLITS]),
     ],
 )
 def test_rows_of_another_split_are_left_out(wanted, taken):
     """Flickr30k on the hub has train, val and test in one table."""
-    unit = unit_of(Path("a.parquet"))
+    unit = own_unit(Path("a.parquet"))
     unit = replace(unit, source=replace(unit.source, split=wanted))
     found = []
-    for split in [
-        "train",
-        "restval",
-        "trainval",
-        "val",
-        "test",
-        "TEST ",
-        "testA",
-        "dev",
-        "minival",
-        "held-out",
-        1,
-        None,
-        "",
-    ]:
+    for split in SPLITS:
         with suppress(Filtered):
             found += [split for _ in read_own_row(unit, {"image": "a.jpg", "caption": "c", "split": split})]
     assert found == taken
-    assert unit_of(Path("a.parquet")).source.split == "train", "of whoever says nothing else"
-    told = refused(Filtered, list, read_own_row(unit_of(Path("a")), {"caption": "c", "split": "val"}))
+    assert own_unit(Path("a.parquet")).source.split == "train", "of whoever says nothing else"
+    told = refused(Filtered, list, read_own_row(own_unit(Path("a")), {"caption": "c", "split": "val"}))
     assert told == "the row's split 'val' is not split=train"
 
 
@@ -380,280 +333,3 @@ def test_nor_is_one_with_the_name_of_an_images_file():
         {"source": "a.jpg or so"},
     ):
         assert own_draft({"question": "q", "answer": "a", **fields}, "").task == "text"
-
-
-# ---------------------------------------------------------------- tables
-
-
-def unit_of(path, **fields):
-    source = SourceInput("parquet", str(path), fields.pop("images", ""), "own", "")
-    return SourceUnit(source, Location.parse(str(path)), path.name, **fields)
-
-
-def test_damage_costs_rows_and_a_storage_that_fails_ends_the_unit(tmp_path, monkeypatch):
-    """Arrow says both as an error without a number; a file in a bucket may be damaged, too."""
-    table, sink = pa.table({"question": [f"q{n}" for n in range(3000)], "answer": ["a"] * 3000}), io.BytesIO()
-    pq.write_table(table, sink, row_group_size=1000, use_dictionary=False)
-    content = bytearray(sink.getvalue())
-    content[100:900] = b"\xff" * 800
-    place = f"memory://tables/{tmp_path.name}.parquet"
-    storage.write_atomically(place, content)
-    reader, source = own.TableReader(), SourceInput("parquet", place, "", "own", "")
-    units = list(reader.plan(source))
-    found = [each for unit in units for each in reader.read(unit)]
-    assert isinstance(found[0], Rejected) and "cannot be read after row 0" in found[0].reason
-    assert own._damage(pa.ArrowInvalid("bad page")) == own._damage(OSError("bad page")) == "bad page"
-    for error in (OSError(errno.EIO, "disk"), FileNotFoundError("disk"), storage.StorageError("disk")):
-        with pytest.raises(OSError, match="disk"):
-            own._damage(error)
-    monkeypatch.setattr(storage.retry.time, "sleep", lambda seconds: None)
-
-    def read_at(self, size):
-        raise OSError("AWS Error NETWORK_CONNECTION")
-
-    monkeypatch.setattr(storage.reading._RemoteFile, "_read_at_position", read_at)
-    with pytest.raises(storage.StorageError, match="failed 6 times"):
-        list(reader.read(units[-1]))
-    with pytest.raises(storage.StorageError, match="failed 6 times"):
-        list(reader.plan(source))
-
-
-def test_a_table_that_cannot_be_read_to_its_end_says_after_which_row(tmp_path, monkeypatch):
-    path = tmp_path / "0.parquet"
-    pq.write_table(pa.table({"question": ["q"] * 5, "answer": ["a"] * 5}), path)
-    sizes = []
-
-    def batches(unit):
-        for batch in pq.ParquetFile(path).iter_batches(3):
-            sizes.append(batch.num_rows)
-            yield batch
-        raise pa.ArrowInvalid("bad page")
-
-    monkeypatch.setattr(own, "_batches", batches)
-    *rows, last = SOURCES["parquet"].reader.read(unit_of(path, first=10, details=own.TableDetails(True)))
-    assert [row.id for row in rows] == [f"0/row {number}" for number in range(10, 15)]
-    assert last == Rejected("", "0.parquet", "the table cannot be read after row 15: bad page")
-
-
-def test_tables_are_read_in_small_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(own, "_BATCH_ROWS", 2)
-    table = pa.table({"question": [f"q{n}" for n in range(5)], "answer": ["a"] * 5})
-    pq.write_table(table, tmp_path / "p")
-    with pa.ipc.new_file(str(tmp_path / "f"), table.schema) as writer:
-        writer.write_table(table)
-    with pa.ipc.new_stream(str(tmp_path / "s"), table.schema) as writer:
-        writer.write_table(table)
-    for name in "pfs":
-        (unit,) = own._plan_table(unit_of(tmp_path / name))
-        assert unit.details == own.TableDetails(is_parquet=name == "p")
-        batches = list(own._batches(unit))
-        assert [batch.num_rows for batch in batches] == [2, 2, 1], name
-        assert [cell for batch in batches for cell in batch["question"].to_pylist()] == [f"q{n}" for n in range(5)]
-
-
-@pytest.mark.parametrize(
-    "kind", [pa.timestamp("us"), pa.timestamp("us", "Nowhere/City"), pa.date64(), pa.time64("us"), pa.duration("us")]
-)
-def test_times_that_python_does_not_know_cost_nothing(tmp_path, monkeypatch, kind):
-    times = pa.Array.from_buffers(kind, 1, [None, pa.py_buffer((2**62).to_bytes(8, "little"))])
-    batch = pa.record_batch([times, pa.array(["q"]), pa.array(["a"])], names=["made", "question", "answer"])
-    monkeypatch.setattr(own, "_batches", lambda unit: iter([batch]))
-    (row,) = SOURCES["parquet"].reader.read(unit_of(tmp_path / "a.parquet", details=own.TableDetails(True)))
-    assert row.turns == (Turn("q", ("a",)),)
-
-
-def test_a_large_group_of_rows_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(own, "_READ_AT_ONCE", 4 << 20)
-    monkeypatch.setattr(storage, "COPY_BYTES", 1 << 16)
-    images = [number.to_bytes(2, "big") * 5000 for number in range(800)]
-    table = pa.table({"image": images, "caption": ["x"] * len(images)})
-    pq.write_table(table, tmp_path / "a", compression="none", use_dictionary=False, write_batch_size=16)
-    (unit,) = own._plan_table(unit_of(tmp_path / "a"))
-    before, found = pa.total_allocated_bytes(), []
-    for batch in own._batches(unit):
-        found += batch["image"].to_pylist()
-        assert pa.total_allocated_bytes() - before < 4 << 20, "of 8 MB"
-    assert found == images
-
-
-def test_offsets_that_point_out_of_a_table_are_damage(tmp_path, monkeypatch):
-    offsets = pa.py_buffer(b"\0\0\0\0\xff\xff\0\0\3\0\0\0")
-    text = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"abc")])
-    broken = pa.record_batch([text], names=["caption"])
-    monkeypatch.setattr(own, "_batches", lambda unit: iter([broken]))
-    (found,) = SOURCES["parquet"].reader.read(unit_of(tmp_path / "a.parquet", details=own.TableDetails(True)))
-    assert found.reason.startswith("the table cannot be read after row 0: ")
-
-
-def test_what_a_folder_lacks_is_told(tmp_path):
-    pq.write_table(pa.table({"question": pa.array([], pa.string())}), tmp_path / "0.parquet")
-
-    def plan(given, **more):
-        return list(SOURCES["hf"].reader.plan(SourceInput("hf", str(given), more.get("images", ""), "own", "")))
-
-    assert (
-        refused(SettingsError, plan, tmp_path) == f"input={str(tmp_path)!r} holds no entries: its tables have no rows."
-    )
-    assert "is no folder" in refused(SettingsError, plan, tmp_path, images=str(tmp_path / "none"))
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set/dataset_dict.json").write_text("{}")
-    assert refused(SettingsError, plan, tmp_path / "set") == (
-        f"input={str(tmp_path / 'set')!r} has several splits and none is named train: name one, as input=.../SPLIT."
-    )
-    for text in ("[]", "{", '{"_data_files": 3}', '{"_data_files": [{}]}'):
-        (tmp_path / "state.json").write_text(text)
-        message = refused(SettingsError, plan, tmp_path)
-        assert message.startswith(f"{tmp_path}/state.json is not as `save_to_disk` writes it: ")
-
-
-def test_one_split_alone_and_unnamed_tables_beside_others(tmp_path, caplog):
-    def names(*files):
-        found = [SimpleNamespace(location=Location("", f"/d/{name}"), name=name) for name in files]
-        source = SourceInput("hf", "/d", "", "own", "")
-        return [file.name for file in table_files._training_split(source, found)]
-
-    assert names("a.parquet", "b.parquet") == ["a.parquet", "b.parquet"]
-    assert names("test-0.parquet", "test-1.parquet") == ["test-0.parquet", "test-1.parquet"] and not caplog.text
-    assert names("a.parquet", "Test-0.parquet") == ["a.parquet"]
-    assert caplog.messages == ["/d: the training split alone is read; left out: Test-0.parquet"]
-    assert names("dev.parquet", "train-0.parquet", "x.parquet", "train.parquet") == ["train-0.parquet", "train.parquet"]
-    assert caplog.messages[1] == "/d: the training split alone is read; left out: dev.parquet, x.parquet"
-    splits = [
-        table_files._split_of(name) for name in ("my_valid.arrow", "TRAIN2.arrow", "retrain.arrow", "pretest", "dev")
-    ]
-    assert splits == ["valid", "train", "", "", "dev"]
-
-
-def test_rows_as_json_are_found_in_a_folder(tmp_path):
-    reader, given = SOURCES["jsonl"].reader, SourceInput("jsonl", str(tmp_path), "", "own", "")
-    (tmp_path / "b.json").write_text('[{"caption": "x"}]')
-    assert [unit.shard for unit in reader.plan(given)] == ["b.json"]
-    for name in ("a.ndjson", "c.jsonl"):
-        (tmp_path / name).write_text('{"caption": "x"}\n')
-    assert [unit.shard for unit in reader.plan(given)] == ["a.ndjson", "c.jsonl"], "lists only where there are no lines"
-
-
-# ---------------------------------------------------------------- questions and references
-
-
-@pytest.mark.parametrize(
-    ("text", "alone"),
-    [
-        ('{"questions": [{"question": "q"}]}', True),
-        ('{"questions": [{"question": "q", "answer": "a"}]}', False),
-        ('{"questions": [{"multiple_choice_answer": "a"}]}', False),
-        ('{"questions": []}', False),
-        ('{"questions": [3]}', False),
-        ('{"questions": [', False),
-    ],
-)
-def test_questions_without_answers(tmp_path, text, alone):
-    (tmp_path / "a.json").write_text(text)
-    (file,) = storage.find_files(str(tmp_path / "a.json"))
-    assert questions.has_questions_alone(file, JsonForm("member", "questions")) is alone
-    assert questions.has_questions_alone(file, JsonForm("list")) is False
-
-
-def test_answers_are_looked_up_by_ids_that_can_be_compared(tmp_path):
-    path = tmp_path / "a.json"
-    entries = [{"question_id": 1, "answers": [{"answer": "a"}, "b"]}, 3, {"question_id": 2, "answers": "x"}]
-    path.write_text(json.dumps({"annotations": entries}))
-    assert questions._read_answers(Location.parse(str(path))) == {1: ("a", "b")}
-    ids = [id_of(entry, "question_id") for entry in ({"question_id": "7"}, {"question_id": [1]}, {}, 3)]
-    assert ids == ["7", None, None, None]
-    assert [questions._utf8(text) for text in ("caf\u00c3\u00a9", "caf\u00e9", "\u4e2d")] == [
-        "caf\u00e9",
-        "caf\u00e9",
-        "\u4e2d",
-    ]
-    path.write_text('{"annotations": [}')
-    assert refused(SettingsError, questions._read_answers, Location.parse(str(path))).startswith(
-        f"{path} cannot be used: the file is cut off"
-    )
-    path.write_text('{"annotations": []}')
-    assert refused(SettingsError, questions._read_answers, Location.parse(str(path))) == (
-        f"{path} holds no answers in 'annotations': is it the right file?"
-    )
-    (tmp_path / "questions.json").touch()
-    (file,) = storage.find_files(str(tmp_path / "questions.json"))
-    assert refused(SettingsError, questions._answers_file, SourceInput("ok_vqa", "", "", "", ""), file) == (
-        f"{tmp_path}/questions.json holds questions without answers: put annotations.json beside it, or give "
-        "source=ok_vqa a file that holds both."
-    )
-
-
-def test_files_of_references_are_named_where_they_are_missing(tmp_path):
-    reader = SOURCES["refcocop"].reader
-
-    def files(given):
-        return reader._files(SourceInput("refcocop", given, "", "x", ""))
-
-    assert refused(SettingsError, files, "") == (
-        "source=refcocop needs input=: the folder with refs(unc).p and instances.json; looked for none: input= is "
-        "empty."
-    )
-    assert refused(SettingsError, files, str(tmp_path)) == (
-        "source=refcocop needs input=: the folder with refs(unc).p and instances.json; looked for "
-        f"{tmp_path}/refs(unc).p and {tmp_path}/refcoco+/refs(unc).p."
-    )
-    (tmp_path / "refcoco+").mkdir()
-    for name in ("refcoco+/refs(unc).p", "own.p"):
-        (tmp_path / name).touch()
-    for given, name in (("", "refcoco+/refs(unc).p"), ("own.p", "own.p")):
-        file, instances = files(str(tmp_path / given))
-        assert file.location.path == str(tmp_path / name) and instances.path == str(
-            (tmp_path / name).parent / "instances.json"
-        )
-    missing = Location.parse(str(tmp_path / "instances.json"))
-    assert refused(SettingsError, referring._boxes_of, missing).startswith(f"{missing} cannot be used: ")
-    assert refused(SettingsError, referring._image_paths, missing).startswith(f"{missing} cannot be used: ")
-    (tmp_path / "instances.json").write_text("[")
-    for read in (referring._boxes_of, referring._image_paths):
-        assert "cut off" in refused(SettingsError, read, missing)
-
-
-def test_references_and_regions_one_by_one():
-    ref = {"ref_id": 1, "ann_id": 5, "image_id": 9, "split": "train", "sentences": [{"raw": "Dog."}]}
-    (draft,) = referring._reference(ref, [1, 2, 3, 4])
-    assert (draft.image, draft.boxes, draft.cleans_answers) == (
-        "COCO_train2014_000000000009.jpg",
-        ((1.0, 2.0, 4.0, 6.0),),
-        True,
-    )
-    assert refused(Malformed, next, referring._reference(ref, None)) == "annotation 5 is not in instances.json"
-    assert refused(Filtered, next, referring._reference({**ref, "split": "val"}, None)) == "split val does not train"
-    region = {"x": 1, "y": 2, "width": 128, "height": 128, "phrase": "P"}
-    assert refused(Filtered, next, referring._region(region, "a", 7)) == (
-        "region of 128 x 128 pixels, 16384 or more in all"
-    )
-    assert (
-        refused(Malformed, next, referring._region({**region, "width": 3}, None, 7))
-        == "image 7 is not in image_data.json"
-    )
-    (draft,) = referring._region({**region, "width": 3}, "VG_100K/7.jpg", 7)
-    assert (draft.image, draft.boxes, draft.cleans_answers) == ("VG_100K/7.jpg", ((1.0, 2.0, 4.0, 130.0),), True)
-    assert referring._slim({"a": 1, "split": "x"}) == {"split": "x"} and referring._slim(3) == 3
-    assert [id_of(entry, "id") for entry in ({"id": 1}, {"id": [1]}, {}, 3)] == [1, None, None, None]
-
-
-def test_images_of_visual_genome_by_their_last_two_folders(tmp_path):
-    entries = [
-        {"image_id": 1, "url": "https://h/a/VG_100K/1.jpg"},
-        {"id": 2, "url": "https://h/VG_100K_2/2.jpg"},
-        {"id": 3},
-        4,
-    ]
-    (tmp_path / "a.json").write_text(json.dumps(entries))
-    found = referring._image_paths(Location.parse(str(tmp_path / "a.json")))
-    assert found == {1: "VG_100K/1.jpg", 2: "VG_100K_2/2.jpg"}
-    assert referring._genome_names("VG_100K/1.jpg") == (
-        "VG_100K/1.jpg",
-        "VG_100K_2/1.jpg",
-        "images/VG_100K/1.jpg",
-        "images2/VG_100K_2/1.jpg",
-        "images/1.jpg",
-        "images2/1.jpg",
-        "1.jpg",
-    )
-    assert list(referring._ids_in({"id": 1, "regions": [{"image_id": 2}, 3]})) == [1, 2, None]
-    assert list(referring._ids_in({"id": 1, "regions": 5})) == [1] and list(referring._ids_in(3)) == [None]

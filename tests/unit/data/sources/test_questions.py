@@ -8,12 +8,14 @@ import json
 import pytest
 
 from pipelines import storage
-from pipelines.data.sources import json_entries, locate
-from pipelines.data.sources.base import Malformed, Rejected
+from pipelines.data.sources import json_entries, locate, questions
+from pipelines.data.sources.base import Malformed, Rejected, SourceInput
 from pipelines.data.sources.json_entries import JsonForm
+from pipelines.data.sources.json_rows import id_of
 from pipelines.data.sources.questions import ImagesAndAnswers, has_questions_alone, with_answers
 from pipelines.settings import PrepareDataSettings, SettingsError
-from tests.source_files import jpeg
+from pipelines.storage import Location
+from tests.source_files import jpeg, refused
 
 QUESTIONS = "v2_OpenEnded_mscoco_train2014_questions.json"
 
@@ -125,3 +127,49 @@ def test_a_file_of_questions_by_another_name_is_told_what_it_needs(tmp_path):
     chosen, given = locate(settings)
     with pytest.raises(SettingsError, match=r"put its annotations \(as v2_mscoco_train2014_annotations\.json\) beside"):
         list(chosen.reader.plan(given))
+
+
+@pytest.mark.parametrize(
+    ("text", "alone"),
+    [
+        ('{"questions": [{"question": "q"}]}', True),
+        ('{"questions": [{"question": "q", "answer": "a"}]}', False),
+        ('{"questions": [{"multiple_choice_answer": "a"}]}', False),
+        ('{"questions": []}', False),
+        ('{"questions": [3]}', False),
+        ('{"questions": [', False),
+    ],
+)
+def test_questions_without_answers(tmp_path, text, alone):
+    (tmp_path / "a.json").write_text(text)
+    (file,) = storage.find_files(str(tmp_path / "a.json"))
+    assert questions.has_questions_alone(file, JsonForm("member", "questions")) is alone
+    assert questions.has_questions_alone(file, JsonForm("list")) is False
+
+
+def test_answers_are_looked_up_by_ids_that_can_be_compared(tmp_path):
+    path = tmp_path / "a.json"
+    entries = [{"question_id": 1, "answers": [{"answer": "a"}, "b"]}, 3, {"question_id": 2, "answers": "x"}]
+    path.write_text(json.dumps({"annotations": entries}))
+    assert questions._read_answers(Location.parse(str(path))) == {1: ("a", "b")}
+    ids = [id_of(entry, "question_id") for entry in ({"question_id": "7"}, {"question_id": [1]}, {}, 3)]
+    assert ids == ["7", None, None, None]
+    assert [questions._utf8(text) for text in ("caf\u00c3\u00a9", "caf\u00e9", "\u4e2d")] == [
+        "caf\u00e9",
+        "caf\u00e9",
+        "\u4e2d",
+    ]
+    path.write_text('{"annotations": [}')
+    assert refused(SettingsError, questions._read_answers, Location.parse(str(path))).startswith(
+        f"{path} cannot be used: the file is cut off"
+    )
+    path.write_text('{"annotations": []}')
+    assert refused(SettingsError, questions._read_answers, Location.parse(str(path))) == (
+        f"{path} holds no answers in 'annotations': is it the right file?"
+    )
+    (tmp_path / "questions.json").touch()
+    (file,) = storage.find_files(str(tmp_path / "questions.json"))
+    assert refused(SettingsError, questions._answers_file, SourceInput("ok_vqa", "", "", "", ""), file) == (
+        f"{tmp_path}/questions.json holds questions without answers: put annotations.json beside it, or give "
+        "source=ok_vqa a file that holds both."
+    )

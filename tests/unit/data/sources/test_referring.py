@@ -7,10 +7,12 @@ import pickle
 
 import pytest
 
-from pipelines.data.sources import locate, referring
-from pipelines.data.sources.base import Rejected
+from pipelines.data.sources import SOURCES, locate, referring
+from pipelines.data.sources.base import Filtered, Malformed, Rejected, SourceInput
+from pipelines.data.sources.json_rows import id_of
 from pipelines.settings import PrepareDataSettings, SettingsError
-from tests.source_files import jpeg
+from pipelines.storage import Location
+from tests.source_files import jpeg, refused
 from tinygptv.data.sample import Turn
 
 
@@ -167,3 +169,80 @@ def test_regions_have_the_image_that_they_name_and_large_ones_are_left_out(tmp_p
     assert found[0].boxes == ((1.0, 2.0, 11.0, 22.0),) and found[0].turns == (Turn("", ("p 7",)),)
     assert (found[3].filter, found[4].reason) == ("region_area", "image 3 is not in image_data.json")
     assert "malformed" in found[5].reason
+
+
+def test_files_of_references_are_named_where_they_are_missing(tmp_path):
+    reader = SOURCES["refcocop"].reader
+
+    def files(given):
+        return reader._files(SourceInput("refcocop", given, "", "x", ""))
+
+    assert refused(SettingsError, files, "") == (
+        "source=refcocop needs input=: the folder with refs(unc).p and instances.json; looked for none: input= is "
+        "empty."
+    )
+    assert refused(SettingsError, files, str(tmp_path)) == (
+        "source=refcocop needs input=: the folder with refs(unc).p and instances.json; looked for "
+        f"{tmp_path}/refs(unc).p and {tmp_path}/refcoco+/refs(unc).p."
+    )
+    (tmp_path / "refcoco+").mkdir()
+    for name in ("refcoco+/refs(unc).p", "own.p"):
+        (tmp_path / name).touch()
+    for given, name in (("", "refcoco+/refs(unc).p"), ("own.p", "own.p")):
+        file, instances = files(str(tmp_path / given))
+        assert file.location.path == str(tmp_path / name) and instances.path == str(
+            (tmp_path / name).parent / "instances.json"
+        )
+    missing = Location.parse(str(tmp_path / "instances.json"))
+    assert refused(SettingsError, referring._boxes_of, missing).startswith(f"{missing} cannot be used: ")
+    assert refused(SettingsError, referring._image_paths, missing).startswith(f"{missing} cannot be used: ")
+    (tmp_path / "instances.json").write_text("[")
+    for read in (referring._boxes_of, referring._image_paths):
+        assert "cut off" in refused(SettingsError, read, missing)
+
+
+def test_references_and_regions_one_by_one():
+    ref = {"ref_id": 1, "ann_id": 5, "image_id": 9, "split": "train", "sentences": [{"raw": "Dog."}]}
+    (draft,) = referring._reference(ref, [1, 2, 3, 4])
+    assert (draft.image, draft.boxes, draft.cleans_answers) == (
+        "COCO_train2014_000000000009.jpg",
+        ((1.0, 2.0, 4.0, 6.0),),
+        True,
+    )
+    assert refused(Malformed, next, referring._reference(ref, None)) == "annotation 5 is not in instances.json"
+    assert refused(Filtered, next, referring._reference({**ref, "split": "val"}, None)) == "split val does not train"
+    region = {"x": 1, "y": 2, "width": 128, "height": 128, "phrase": "P"}
+    assert refused(Filtered, next, referring._region(region, "a", 7)) == (
+        "region of 128 x 128 pixels, 16384 or more in all"
+    )
+    assert (
+        refused(Malformed, next, referring._region({**region, "width": 3}, None, 7))
+        == "image 7 is not in image_data.json"
+    )
+    (draft,) = referring._region({**region, "width": 3}, "VG_100K/7.jpg", 7)
+    assert (draft.image, draft.boxes, draft.cleans_answers) == ("VG_100K/7.jpg", ((1.0, 2.0, 4.0, 130.0),), True)
+    assert referring._slim({"a": 1, "split": "x"}) == {"split": "x"} and referring._slim(3) == 3
+    assert [id_of(entry, "id") for entry in ({"id": 1}, {"id": [1]}, {}, 3)] == [1, None, None, None]
+
+
+def test_images_of_visual_genome_by_their_last_two_folders(tmp_path):
+    entries = [
+        {"image_id": 1, "url": "https://h/a/VG_100K/1.jpg"},
+        {"id": 2, "url": "https://h/VG_100K_2/2.jpg"},
+        {"id": 3},
+        4,
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    found = referring._image_paths(Location.parse(str(tmp_path / "a.json")))
+    assert found == {1: "VG_100K/1.jpg", 2: "VG_100K_2/2.jpg"}
+    assert referring._genome_names("VG_100K/1.jpg") == (
+        "VG_100K/1.jpg",
+        "VG_100K_2/1.jpg",
+        "images/VG_100K/1.jpg",
+        "images2/VG_100K_2/1.jpg",
+        "images/1.jpg",
+        "images2/1.jpg",
+        "1.jpg",
+    )
+    assert list(referring._ids_in({"id": 1, "regions": [{"image_id": 2}, 3]})) == [1, 2, None]
+    assert list(referring._ids_in({"id": 1, "regions": 5})) == [1] and list(referring._ids_in(3)) == [None]
