@@ -166,7 +166,7 @@ def _refuse_unusable_inputs(settings: AblateSettings, variants: Sequence[Variant
     for precision in settings.precisions:
         TrainSettings.parse({**settings.train, "precision": precision}, "train= and precisions= of the ablation")
     for variant in variants:
-        refuse_unusable(variant, stages, settings.train)
+        refuse_unusable(variant, stages, {"features": settings.features, **settings.train})
 
 
 def _fingerprint(settings: AblateSettings) -> Fingerprint:

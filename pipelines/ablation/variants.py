@@ -17,7 +17,7 @@ from pipelines.node_cache import local_checkpoint
 from pipelines.settings import SettingsError, TrainSettings
 from pipelines.settings.near_match import near_match
 from pipelines.settings.plain_yaml import load_yaml
-from pipelines.training.job import apply_stage_settings
+from pipelines.training.job import apply_stage_settings, refuse_trained_parts
 from tinygptv.checkpoint.checkpoint import read_stage, save_checkpoint
 from tinygptv.checkpoint.folders import CheckpointError, verify_folder
 from tinygptv.checkpoint.stage_record import StageRecord
@@ -203,9 +203,16 @@ def refuse_unusable(variant: Variant, stages: Sequence[Stage], train: Mapping[st
         train: keys of the train section that all variants share.
 
     Raises:
-        SettingsError: the configuration, a stage or the train section has no such field, or not this value.
+        SettingsError: the configuration, a stage or the train section has no such field, or not this value; or it
+            changes or trains the encoder of cached features.
     """
     change_config(TinyGPTVConfig(), variant.config)
-    TrainSettings.parse({**train, **variant.train}, f"variant {variant.title!r} of the ablation")
+    settings = TrainSettings.parse({**train, **variant.train}, f"variant {variant.title!r} of the ablation")
     for stage in stages:
-        apply_stage_settings(stage, variant.stage_changes(stage))
+        refuse_trained_parts(settings, apply_stage_settings(stage, variant.stage_changes(stage)))
+    for key in variant.config:
+        if settings.features == "cached" and key.startswith(("vision_config.", "qformer_config.")):
+            raise SettingsError(
+                f"variant {variant.title!r}: cached features are those of the unchanged encoder, so config.{key} would "
+                "change nothing that is trained: give features=inline."
+            )

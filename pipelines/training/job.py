@@ -133,7 +133,7 @@ def resolve_job(
     config = read_config(start)
     stage = with_start_adapters(stage, config)
     refuse_other_model(stage, config)
-    refuse_frozen_weights(settings, stage)
+    refuse_trained_parts(settings, stage)
     if settings.attention == "flex_attention" and not settings.use_gpu:
         raise SettingsError(
             "attention=flex_attention: torch has its gradient on GPUs only. Give use_gpu=true, or sdpa."
@@ -294,16 +294,22 @@ def refuse_other_model(stage: Stage, config: TinyGPTVConfig) -> None:
         )
 
 
-def refuse_frozen_weights(settings: TrainSettings, stage: Stage) -> None:
-    """Raise where there would be no frozen matrix to keep in low bits.
+def refuse_trained_parts(settings: TrainSettings, stage: Stage) -> None:
+    """Raise where a part trains that the settings need frozen.
 
     Raises:
-        SettingsError: the whole language model trains.
+        SettingsError: matrices in low bits, or the encoder of cached features, would train.
     """
     if settings.frozen_weights != "full" and "language_model" in stage.trainable:
         raise SettingsError(
             f"frozen_weights={settings.frozen_weights}: stage.trainable names language_model, so its matrices are not "
             "frozen: leave one of the two out."
+        )
+    trained = [part for part in ("vision_encoder", "qformer") if part in stage.trainable]
+    if settings.features == "cached" and trained:
+        raise SettingsError(
+            f"features=cached: stage.trainable names {' and '.join(trained)}, through which no cached feature goes: "
+            "give features=inline, or leave it out."
         )
 
 

@@ -139,6 +139,10 @@ def test_a_change_is_tried_in_every_stage_with_what_all_variants_share():
     for shared, said in (({"pakcing": True}, "pakcing"), ({"log_every": "x"}, "log_every")):
         with pytest.raises(SettingsError, match=said):
             refuse_unusable(variant, stages, shared)
+    for change in ("stage.trainable=[projector, qformer]", "config.vision_config.num_attention_heads=8"):
+        refuse_unusable(find_variant(change), stages, {"features": "inline"})
+        with pytest.raises(SettingsError, match="features=inline"):
+            refuse_unusable(find_variant(change), stages, {"features": "cached"})
     with pytest.raises(SettingsError, match=r"stage\.sources"):
         refuse_unusable(find_variant("stage.sources={llava_detail: {weight: 2}}"), stages, {})
 

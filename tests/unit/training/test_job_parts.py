@@ -25,8 +25,8 @@ from pipelines.training.job import (
     TrainJob,
     _hold_out,
     _load_plan,
-    refuse_frozen_weights,
     refuse_other_model,
+    refuse_trained_parts,
     resolve_paths,
     training_fingerprint,
     with_start_adapters,
@@ -287,16 +287,27 @@ def test_a_start_that_cannot_be_the_stages_model_is_refused(stage, start_rank, m
 
 
 @pytest.mark.parametrize(
-    ("form", "trainable", "message"),
+    ("given", "trainable", "message"),
     [
-        ("nf4", ("language_model", "lora"), "frozen_weights=nf4: stage.trainable names language_model"),
-        ("full", ("language_model",), ""),
-        ("int8", ("projector", "lora"), ""),
+        (
+            {"frozen_weights": "nf4"},
+            ("language_model", "lora"),
+            "frozen_weights=nf4: stage.trainable names language_model",
+        ),
+        ({"frozen_weights": "full", "features": "cached"}, ("language_model",), ""),
+        ({"frozen_weights": "int8", "features": "cached"}, ("projector", "lora"), ""),
+        (
+            {"features": "cached"},
+            ("lora", "qformer"),
+            "features=cached: stage.trainable names qformer, .*features=inline",
+        ),
+        ({"features": "cached"}, ("qformer", "vision_encoder"), "names vision_encoder and qformer"),
+        ({"features": "inline"}, ("qformer", "vision_encoder"), ""),
     ],
 )
-def test_frozen_weights_need_matrices_that_are_frozen(form, trainable, message):
+def test_what_is_kept_in_low_bits_or_cached_does_not_train(given, trainable, message):
     with pytest.raises(SettingsError, match=message) if message else nullcontext():
-        refuse_frozen_weights(TrainSettings(frozen_weights=form), replace(STAGE, trainable=trainable))
+        refuse_trained_parts(TrainSettings(**given), replace(STAGE, trainable=trainable))
 
 
 @pytest.mark.parametrize(("encoder", "precision"), [(None, "bf16"), ("fp32", "fp32")])
