@@ -137,7 +137,10 @@ class FeatureSet:
                 features = np.load(io.BytesIO(storage.read_bytes(location)))
             return features
         except (OSError, ValueError) as error:
-            raise FeatureError(f"{location} cannot be read ({error}): {_COMPUTE_AGAIN}") from error
+            raise FeatureError(
+                f"{location} cannot be read ({error}): run jobs/cache_features.py with overwrite=true: a part "
+                "of the right size passes for whole without."
+            ) from error
 
 
 def _none_cached(shard_uri: str, key: str) -> str:

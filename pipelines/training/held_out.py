@@ -18,6 +18,7 @@ from pipelines.data.feature_set import FeatureError, FeatureSet
 from pipelines.data.held_out import row_hashes
 from pipelines.data.loader import BatchMaker, LoadPlan
 from pipelines.data.shards import ShardSet, find_shard_sets
+from pipelines.fingerprint import digest_of
 from pipelines.settings import TrainSettings
 from pipelines.training.held_out_questions import HeldOutQuestions
 from tinygptv.data.collate import LoadedSample
@@ -114,6 +115,11 @@ class HeldOutRows:
     def num_rows(self) -> dict[str, int]:
         """Rows that are evaluated, by source."""
         return {source.name: len(source.rows) for source in self.sources}
+
+    @property
+    def digest(self) -> str:
+        """Short hash of the rows that are evaluated: their data and their numbers."""
+        return digest_of([[source.name, source.shards.manifest.digest, source.rows] for source in self.sources])
 
     def share(self) -> HeldOutShare:
         """Losses and scores of this worker's share of the rows."""

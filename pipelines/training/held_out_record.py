@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from pipelines import storage
 from pipelines.json_files import to_json
@@ -25,12 +25,15 @@ class Evaluation(TypedDict):
         sources: the same for each source.
         scores: share of the held-out questions that are answered rightly, in per cent, by source; boxes count from an
             overlap (IoU) of 0.5.
+        rows: short hash of the data and row numbers; losses of other rows cannot be compared. Lines of earlier versions
+            have none.
     """
 
     step: int
     loss: float
     sources: dict[str, float]
     scores: dict[str, float]
+    rows: NotRequired[str]
 
 
 class HeldOutScores(TypedDict):
@@ -78,8 +81,15 @@ class HeldOutState(TypedDict, total=False):
 class HeldOutHistory:
     """The evaluations of a run; kept in training states, so that all workers of a resumed run have the same."""
 
-    def __init__(self, evaluations: list[Evaluation] | None = None) -> None:
+    def __init__(self, evaluations: list[Evaluation] | None = None, rows: str = "") -> None:
+        """Begin, or continue.
+
+        Args:
+            evaluations: so far.
+            rows: hash of the rows that are evaluated from now on.
+        """
         self.evaluations = evaluations or []
+        self.rows = rows
 
     def add(self, step: int, shares: Sequence[HeldOutShare]) -> Evaluation:
         """Take the sums of all workers."""
@@ -92,8 +102,16 @@ class HeldOutHistory:
             sources={name: total / tokens for name, (total, tokens) in losses.items() if tokens},
             scores={name: 100 * total / questions for name, (total, questions) in scores.items() if questions},
         )
+        if self.rows:
+            found["rows"] = self.rows
         self.evaluations.append(found)
         return found
+
+    @property
+    def newest_is_of_other_rows(self) -> bool:
+        """Whether the newest one cannot be compared with the one before."""
+        rows = {each["rows"] for each in self.evaluations[-2:] if "rows" in each}
+        return len(rows) > 1
 
     @property
     def best(self) -> Evaluation:
@@ -167,7 +185,8 @@ def read_evaluations(path: Path) -> list[Evaluation]:
 
 
 def parse_evaluation(values: Evaluation) -> Evaluation:
-    """One line of the file; losses that are ``null`` become NaN. Lines of earlier versions have no scores."""
+    """One line of the file; losses that are ``null`` become NaN. Earlier versions wrote no scores and no ``rows``."""
     sources = {name: number(loss) for name, loss in values["sources"].items()}
     scores = {name: float(score) for name, score in values.get("scores", {}).items()}
-    return Evaluation(step=int(values["step"]), loss=number(values["loss"]), sources=sources, scores=scores)
+    found = Evaluation(step=int(values["step"]), loss=number(values["loss"]), sources=sources, scores=scores)
+    return {**found, "rows": values["rows"]} if "rows" in values else found

@@ -156,6 +156,12 @@ class Reporter:
 
     def evaluation(self, found: Evaluation, history: HeldOutHistory) -> None:
         """Report loss and scores of the held-out rows."""
+        if history.newest_is_of_other_rows:
+            logger.warning(
+                "held-out rows from step %d on are others than before (eval_data or eval_rows changed): their losses "
+                "cannot be compared; `rows` in held_out.jsonl tells them apart.",
+                found["step"],
+            )
         history.write(self.path.with_name(HELD_OUT_FILE))
         values = {f"loss/held_out/{name}": loss for name, loss in found["sources"].items()}
         values |= {f"score/held_out/{name}": score for name, score in found["scores"].items()}

@@ -296,13 +296,14 @@ class TrainWorker:
         return add_counts(*found) if self.rank == 0 else {}
 
     def _restore(self) -> int:
-        self.cut, self.history = {}, HeldOutHistory()
+        rows = self.held_out.digest if self.held_out else ""
+        self.cut, self.history = {}, HeldOutHistory(rows=rows)
         found = self.store.newest()
         if found is None:
             return 0
         next_step, tensors, record = found
         restore_state(self.train_step, tensors, record)
-        self.history = HeldOutHistory([parse_evaluation(each) for each in record.get("evaluations", [])])
+        self.history = HeldOutHistory([parse_evaluation(each) for each in record.get("evaluations", [])], rows)
         if self.rank == 0:
             self.cut = {name: CutCount(**count) for name, count in record.get("cut", {}).items()}
         prefix = "guard/"

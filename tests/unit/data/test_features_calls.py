@@ -279,7 +279,8 @@ def test_parts_of_a_bucket_are_kept_on_the_disk_where_their_hash_is_known(tmp_pa
     assert local.row(0).tolist() == [0, 1, 2] and len(fetched) == 1
     (tmp_path / "a.npy").write_bytes(b"no numbers")
     with pytest.raises(
-        FeatureError, match=rf"^{tmp_path}/a\.npy cannot be read \(.*\): run jobs/cache_features\.py again"
+        FeatureError,
+        match=rf"^{tmp_path}/a\.npy cannot be read \(.*\): run jobs/cache_features\.py with overwrite=true",
     ):
         FeatureSet(str(tmp_path), "key", [FeaturePart("a.npy", 1, "s", "int64")]).row(0)
 

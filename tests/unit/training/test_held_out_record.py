@@ -108,3 +108,4 @@ def test_lines_of_earlier_versions_have_no_scores():
     assert (found["step"], found["loss"], found["scores"]) == (4, 1.5, {})
     assert found["sources"]["a"] == 2.0 and math.isnan(found["sources"]["b"])
     assert parse_evaluation({**line, "scores": {"a": 50}})["scores"] == {"a": 50.0}
+    assert "rows" not in found and parse_evaluation({**line, "rows": "0a"})["rows"] == "0a"

@@ -180,6 +180,13 @@ def test_evaluations_are_told_and_cost_no_rate(job, made, caplog):
     assert lines[2].endswith("after step 8: 2.0000 (least 1.0000 after step 4), questions 25.0%")
     path = Path(job.output) / HELD_OUT_FILE
     assert [each["step"] for each in read_evaluations(path)] == [0, 4, 8]
+    for step, rows, warned in ((12, "a", 0), (16, "a", 0), (20, "b", 1), (24, "b", 0)):
+        caplog.clear()
+        resumed = HeldOutHistory(read_evaluations(path), rows)
+        reporter.evaluation(resumed.add(step, [HeldOutShare({"pairs": (4.0, 2)}, {})]), resumed)
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(told) == warned and all("held-out rows from step 20 on are others" in each for each in told)
+    assert [each.get("rows") for each in read_evaluations(path)] == [None, None, None, "a", "a", "b", "b"]
     reporter.rewind_held_out(HeldOutHistory(history.evaluations[:1]))
     assert [each["step"] for each in read_evaluations(path)] == [0]
     reporter.rewind_held_out(HeldOutHistory())

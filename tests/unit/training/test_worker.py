@@ -271,16 +271,19 @@ def test_a_state_comes_back(tmp_path, monkeypatch, rank):
     record = {"cut": {"q": asdict(CutCount(5, 2, 1))}, "evaluations": [{"step": 4, "loss": None, "sources": {}}]}
     tensors = {**TENSORS, "guard/statistics": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}
     worker = Scripted(tmp_path, found=(4, tensors, record), rank=rank)
+    worker.held_out.digest = "of today's rows"
     worker.cut = {"q": CutCount(9)}
     assert worker._restore() == 4
     assert restored == [(worker.train_step, tensors, record)]
     assert worker.guard.statistics.tolist() == [1.0, 2.0, 3.0]
     assert worker.cut == ({"q": CutCount(5, 2, 1)} if rank == 0 else {}), "only rank 0 continues the counts of all"
     assert [each["step"] for each in worker.history.evaluations] == [4]
+    assert worker.history.rows == "of today's rows"
     worker.store.found = (2, tensors, {**record, "evaluations": []})
     assert worker._restore() == 2 and (worker.cut != {}) == (rank == 0) and worker.history.evaluations == []
     worker.store.found = None
     assert worker._restore() == 0 and worker.cut == {} and worker.history.evaluations == []
+    assert worker.history.rows == "of today's rows"
 
 
 @pytest.mark.parametrize(
