@@ -94,7 +94,7 @@ def f1(predicted: np.ndarray, truth: np.ndarray) -> float:
     return _ratio(2 * (predicted * truth).sum(), predicted.sum() + truth.sum())
 
 
-def _ratio(part: float, whole: float) -> float:
+def _ratio(part: np.number | float, whole: np.number | float) -> float:
     return float(part / whole) if whole else 0.0
 
 

@@ -44,7 +44,8 @@ def encode_jpeg(scene: Scene) -> bytes:
 def _draw_background(ground: Background, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
     """float32 [height, width, 3]: a linear gradient between the two colours."""
     dx, dy = math.cos(ground.angle), math.sin(ground.angle)
-    along = np.linspace(0, dx, width, dtype=np.float32)[None, :] + np.linspace(0, dy, height, dtype=np.float32)[:, None]
+    across, down = np.linspace(0, dx, width, dtype=np.float32), np.linspace(0, dy, height, dtype=np.float32)
+    along: np.ndarray = across[None, :] + down[:, None]
     share = (along - along.min()) / max(float(np.ptp(along)), 1e-6)
     start, end = (np.array(colour, dtype=np.float32) for colour in (ground.start, ground.end))
     colours: np.ndarray = start + share[..., None] * (end - start)
