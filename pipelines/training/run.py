@@ -34,6 +34,7 @@ from pipelines.training.held_out_record import read_evaluations
 from pipelines.training.job import (
     TrainJob,
     refuse_other_model,
+    refuse_trained_parts,
     resolve_job,
     resolve_stage,
     resolved_config,
@@ -122,6 +123,7 @@ def dry_run(settings: TrainSettings, number: int) -> str:
         CheckpointError: the start is no checkpoint.
     """
     stage = resolve_stage(settings, number)
+    refuse_trained_parts(settings, stage)
     if settings.init_from:
         start = checked_checkpoint(settings.init_from, weights=False)
         config = read_config(start)

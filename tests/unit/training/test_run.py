@@ -288,3 +288,6 @@ def test_a_dry_run_tells_everything_and_needs_nothing(recipe):
         assert words in text, words
     if recipe == "paper":
         assert "13,809,664" in text, "what stage 1 of the paper trains"
+    unusable = TrainSettings(recipe=recipe, features="cached", stage={"trainable": ["projector", "qformer"]})
+    with pytest.raises(SettingsError, match=r"^features=cached: stage\.trainable names qformer"):
+        dry_run(unusable, 1)
