@@ -33,6 +33,8 @@ from pipelines.serving.artifact import resolve_artifact
 from pipelines.serving.backend import Backend
 from pipelines.serving.batch_images import with_files
 from pipelines.serving.model_backend import ModelBackend
+from pipelines.serving.protocol import ChatRequest
+from pipelines.serving.responses import ResponsesRequest
 from pipelines.settings import AnswerSettings, BatchSettings, ServeSettings, SettingsError
 from tinygptv.json_object import JsonObject
 
@@ -41,7 +43,7 @@ logger = logging.getLogger(__name__)
 ANSWERS, RESULT = "answers.jsonl", "result.json"
 _PUBLISH_S = 30.0  # how often the answers so far go to an output in a bucket
 TRIES = 5
-CONVERSATIONS = {CHAT: "messages", RESPONSES: "input"}
+CONVERSATIONS = {CHAT: ChatRequest.CONVERSATION, RESPONSES: ResponsesRequest.CONVERSATION}
 """Path of the API -> the field in which its requests have the conversation."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 CHANGES_ANSWERS = ("context_length", "default_task", "kv_cache_dtype", "max_tokens", "temperature")

@@ -135,13 +135,12 @@ class BodyReader:
             data = pydantic_core.from_json(body.removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
         except ValueError as error:
             raise ProtocolError(400, f"the request is not valid JSON: {error}.", code="invalid_json") from None
-        name = "messages" if kind is ChatRequest else "input"
-        messages = data.get(name) if isinstance(data, dict) else None
+        messages = data.get(kind.CONVERSATION) if isinstance(data, dict) else None
         if isinstance(messages, list) and len(messages) > self.max_messages:
             raise ProtocolError(
                 400,
                 f"the conversation has {len(messages)} messages; this server takes {self.max_messages}.",
-                param=name,
+                param=kind.CONVERSATION,
                 code="too_many_messages",
             )
         try:

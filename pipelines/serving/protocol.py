@@ -7,7 +7,7 @@ Extensions are additional fields, which OpenAI's clients pass through: ``task``,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -148,6 +148,9 @@ class ResponseFormat(BaseModel):
 
 class ChatRequest(BaseModel):
     """``POST /v1/chat/completions``."""
+
+    CONVERSATION: ClassVar[str] = "messages"
+    """Field that has the conversation."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -7,7 +7,7 @@ in ``response_answers``.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -92,6 +92,9 @@ class TextOptions(BaseModel):
 
 class ResponsesRequest(BaseModel):
     """``POST /v1/responses``; other fields mean what they mean in a chat request."""
+
+    CONVERSATION: ClassVar[str] = "input"
+    """Field that has the conversation."""
 
     model_config = ConfigDict(extra="allow")
 
