@@ -147,15 +147,8 @@ def _refuse_bare_choice(fields: Mapping[str, Any]) -> None:
     if type(given := fields.get("answer")) not in (str, int):
         return
     answer, question = str(given).strip(), str(fields["question"])
-    choices = fields.get("choices") or fields.get("options")
     letter = _LETTER.fullmatch(answer)
-    if isinstance(choices, str):  # a cell of a CSV, or Python's text of a list, as in MMMU's tables
-        choices = [word for _, word in _QUOTED.findall(choices)] or (
-            [choices] if letter and choices.strip("[] ") else []
-        )
-    if letter:
-        columns = (letter[1], *(f"{name}{letter[1].lower()}" for name in _CHOICE_COLUMNS))
-        choices = [fields[name] for name in columns if fields.get(name)] or choices
+    choices = _choices(fields, letter[1] if letter else "")
     if not isinstance(choices, list | tuple) or not all(isinstance(choice, str | int) for choice in choices):
         return
     words = [str(choice).strip() for choice in choices]
@@ -165,6 +158,19 @@ def _refuse_bare_choice(fields: Mapping[str, Any]) -> None:
             f"answer {shorten(repr(given), 40)} stands for one of the row's choices: write its words, or the choices "
             "into the question"
         )
+
+
+def _choices(fields: Mapping[str, Any], letter: str) -> Any:
+    """What an answer may stand for: the column of its letter, or else the row's choices, if they are a list."""
+    columns = (letter, *(f"{name}{letter.lower()}" for name in _CHOICE_COLUMNS)) if letter else ()
+    if of_letter := [fields[name] for name in columns if fields.get(name)]:
+        return of_letter
+    choices = fields.get("choices") or fields.get("options")
+    if not isinstance(choices, str):
+        return choices
+    # Python's text of a list, as in MMMU's tables; else a cell of a CSV, in which a letter can only stand for a part.
+    quoted = [word for _, word in _QUOTED.findall(choices)]
+    return quoted or ([choices] if letter and choices.strip("[] ") else [])
 
 
 def _refuse_lost_box(fields: Mapping[str, Any]) -> None:
@@ -359,8 +365,12 @@ def read_own_row(unit: SourceUnit, fields: Any) -> Iterator[Draft]:
         Filtered: the same, or the row's field ``split`` says that it is of another split than the wanted one.
     """
     split, wanted = fields.get("split") if isinstance(fields, Mapping) else None, unit.source.split
-    if isinstance(split, str) and split.strip() and wanted:
-        held_out = _HELD_OUT.match(split.strip())
-        if held_out if wanted == "train" else split.strip().lower() != wanted.lower():
-            raise Filtered("split", f"the row's split {shorten(split, 40)!r} is not split={wanted}")
+    if isinstance(split, str) and not _is_wanted(split.strip(), wanted):
+        raise Filtered("split", f"the row's split {shorten(split, 40)!r} is not split={wanted}")
     yield own_draft(fields, unit.source.task)
+
+
+def _is_wanted(split: str, wanted: str) -> bool:
+    if not split or not wanted:
+        return True
+    return not _HELD_OUT.match(split) if wanted == "train" else split.lower() == wanted.lower()
