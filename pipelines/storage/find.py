@@ -148,8 +148,8 @@ def _matching(filesystem: pafs.FileSystem, base: str, names: list[str]) -> Itera
     # In a bucket, each name that is asked for is a request of its own, and a listing has a thousand.
     asked = [name for name in plain if per_folder[name.rpartition("/")[0]] <= _MOST_ASKED]
     infos = dict(zip(asked, filesystem.get_file_info([f"{base}/{name}" for name in asked]), strict=True))
-    for folder in per_folder if len(asked) < len(plain) else ():
-        if per_folder[folder] > _MOST_ASKED:
+    for folder, number in per_folder.items():
+        if number > _MOST_ASKED:
             found = listed(f"{base}/{folder}".rstrip("/"))
             infos |= {f"{folder}/{info.base_name}".lstrip("/"): info for info in found}
     known = set(plain)

@@ -381,9 +381,8 @@ def _with_fields(whole: Any, changes: Any) -> Any:
 def _sources_value(stage: Stage, value: Any) -> tuple[StageSource, ...]:
     known = {"weight", "batch_size"}
     if isinstance(value, list) and all(isinstance(f, dict) and set(f) == {"name", *known} for f in value):
-        return tuple(
-            StageSource(**{**fields, "name": str(fields["name"])}) for fields in value
-        )  # 2024 is a number in YAML
+        # A name such as 2024 is a number in YAML.
+        return tuple(StageSource(str(f["name"]), f["weight"], f["batch_size"]) for f in value)
     if not isinstance(value, dict) or not all(isinstance(f, dict) and set(f) <= known for f in value.values()):
         raise ValueError("write {NAME: {weight: 1, batch_size: 1}} or [{name: NAME, weight: 1, batch_size: 1}]")
     if all(known <= set(fields) for fields in value.values()):

@@ -296,14 +296,13 @@ class TrainWorker:
         return add_counts(*found) if self.rank == 0 else {}
 
     def _restore(self) -> int:
-        rows = self.held_out.digest if self.held_out else ""
-        self.cut, self.history = {}, HeldOutHistory(rows=rows)
+        self.cut, self.history = {}, HeldOutHistory(rows=self.held_out.digest if self.held_out else "")
         found = self.store.newest()
         if found is None:
             return 0
         next_step, tensors, record = found
         restore_state(self.train_step, tensors, record)
-        self.history = HeldOutHistory([parse_evaluation(each) for each in record.get("evaluations", [])], rows)
+        self.history.evaluations = [parse_evaluation(each) for each in record.get("evaluations", [])]
         if self.rank == 0:
             self.cut = {name: CutCount(**count) for name, count in record.get("cut", {}).items()}
         prefix = "guard/"
